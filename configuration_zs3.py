@@ -1,0 +1,122 @@
+"""Zs3Config: the architecture, the constants of the paper and the names a checkpoint was trained on.
+
+Every number of the paper (arXiv 2301.07336) that the code uses is a field here, under one name, with the paper's
+value as its default. What belongs to one run (learning rate, data, steps) belongs to that run's recipe.
+"""
+
+from difflib import get_close_matches
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig, Mask2FormerConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+# What transformers itself writes into a config.json or passes to a config, beside the declared fields.
+WRITTEN_BY_TRANSFORMERS = {
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+@strict
+class Zs3Config(Mask2FormerConfig):
+    """Configuration of Zs3ForSemanticSegmentation. A misspelled or mistyped field raises.
+
+    Fields that are not described here are Mask2FormerConfig's.
+
+    Architecture:
+        backbone_config: default ResNet-50 (section 4.3).
+        text_config: the frozen CLIP text tower, or None: text vectors come from outside.
+        vision_config: the frozen CLIP image tower, or None: no proposal is shown to CLIP.
+        projection_dim: D, size of CLIP's joint space.
+        class_projection: "mlp" (hidden -> 4 x hidden -> D) or "linear"; makes the class embeddings E^c.
+
+    Losses:
+        class_temperature: tau of Eq. 2; the cosine is divided by it.
+        class_loss: "background_aware" (Eq. 5), or "cross_entropy" with a learned background embedding (Eq. 1-2).
+        matched_weight: lambda of Eq. 5; unmatched queries get 1 - lambda.
+        kl: "p_u" is KL(p || U) as printed in Eq. 5, "u_p" is KL(U || p).
+        class_weight, mask_weight, dice_weight, rank_weight: alpha, beta (both mask terms), gamma of Eq. 8.
+        rank_norm: "positives" divides Eq. 6 by |P| as printed, "pairs" by |P||N|.
+        mask_loss: "focal" (section 3.2) or "bce" (Mask2Former's own), with dice.
+        matching: "unpaired" (two assignments, sections 3.1-3.2) or "joint" (Mask2Former's: a seen label goes with
+            its mask; present labels without a mask then take left-over queries).
+
+    Names:
+        seen_class_names: S, the classes whose masks the training saw; None before training.
+        class_names: the vocabulary stored in the checkpoint by `set_vocabulary`, or None.
+    """
+
+    model_type = "zs3"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="resnet",
+            init_kwargs={"out_features": ["stage1", "stage2", "stage3", "stage4"]},
+        ),
+        "text_config": SubConfigSpec(config_class=CLIPTextConfig, optional=True),
+        "vision_config": SubConfigSpec(config_class=CLIPVisionConfig, optional=True),
+    }
+    backbones_supported = ["swin", "resnet", "convnext", "dinov2"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    class_projection: Literal["mlp", "linear"] = "mlp"
+
+    class_temperature: float | int = 0.01
+    class_loss: Literal["background_aware", "cross_entropy"] = "background_aware"
+    matched_weight: float | int = 0.6
+    kl: Literal["p_u", "u_p"] = "p_u"
+    class_weight: float | int = 2.0
+    mask_weight: float | int = 5.0
+    dice_weight: float | int = 5.0
+    rank_weight: float | int = 1.0
+    no_object_weight: float | int = 0.1
+    rank_norm: Literal["positives", "pairs"] = "positives"
+    mask_loss: Literal["focal", "bce"] = "focal"
+    matching: Literal["unpaired", "joint"] = "unpaired"
+
+    oversample_ratio: float | int = 3.0
+    importance_sample_ratio: float | int = 0.75
+    init_std: float | int = 0.02
+    init_xavier_std: float | int = 1.0
+
+    seen_class_names: list[str] | None = None
+    class_names: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        unknown = sorted(set(kwargs) - WRITTEN_BY_TRANSFORMERS)
+        if unknown:
+            close = get_close_matches(unknown[0], self.__dataclass_fields__, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{unknown[0]!r} is not a field of Zs3Config{hint}")
+        super().__post_init__(**kwargs)
+
+    def validate_losses(self):
+        """Ranges that the losses rely on (called by `strict`)."""
+        if self.class_temperature <= 0:
+            raise ValueError(f"class_temperature must be positive, got {self.class_temperature}")
+        if not 0 <= self.matched_weight <= 1:
+            raise ValueError(f"matched_weight must lie in [0, 1], got {self.matched_weight}")
+        for name in ("class_weight", "mask_weight", "dice_weight", "rank_weight", "no_object_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+Zs3Config.register_for_auto_class()
+
+__all__ = ["Zs3Config"]

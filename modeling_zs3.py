@@ -1,0 +1,492 @@
+"""Zs3ForSemanticSegmentation: Mask2Former whose queries are classified by frozen CLIP text vectors (paper, Fig. 2).
+
+Three values flow through the project:
+    batch (data -> model): pixel_values (B, 3, H, W), pixel_mask (B, H, W), labels (B, H, W) ids with -1 ignored,
+        image_labels (B, C) int8: 1 present, 0 absent, -1 unknown; text_embeds (C, D), unit length.
+    output (model -> anyone): Zs3Output.
+    label map (processor -> user): (H, W) int64, indices into the class names given.
+The second half of the file turns proposals into label maps (Eq. 4, section 4.6); plain functions of tensors.
+
+Axes: B image, Q query, C class name, D embedding, T template, L token, H W input size, h w mask size (H/4, W/4).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    Mask2FormerModel,
+    Mask2FormerPreTrainedModel,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import ModelOutput
+
+try:
+    from .configuration_zs3 import Zs3Config
+    from .losses_zs3 import class_probabilities, mask_targets, zs3_losses
+except ImportError:
+    if __package__:
+        raise
+    from configuration_zs3 import Zs3Config
+    from losses_zs3 import class_probabilities, mask_targets, zs3_losses
+
+MASK_STRIDE = 4  # a proposal's pixel covers 4 x 4 input pixels
+SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
+TEXT_CHUNK = 256  # prompts embedded at once
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_zs3.Zs3Config",
+    "AutoModel": "modeling_zs3.Zs3ForSemanticSegmentation",
+    "AutoModelForSemanticSegmentation": "modeling_zs3.Zs3ForSemanticSegmentation",
+    "AutoModelForUniversalSegmentation": "modeling_zs3.Zs3ForSemanticSegmentation",
+}
+CUSTOM_PIPELINES = {
+    "zero-shot-semantic-segmentation": {
+        "impl": "pipeline_zs3.Zs3Pipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
+
+
+@dataclass
+class Zs3Output(ModelOutput):
+    """What the model returns.
+
+    loss: scalar, when `labels` are given; the sum of weight x term (Eq. 8).
+    loss_terms: dict of unweighted scalars class, mask, dice, rank, each summed over the decoder outputs.
+    same_label_rate: scalar in [0, 1], how often a query's label is the class of its mask (last decoder output);
+        tells something where the ids in `labels` index the class axis.
+    mask_logits: (B, Q, h, w) of the last decoder output; sigmoid gives the proposals M.
+    class_embeds: (B, Q, D), E^c, not normalised.
+    class_logits: (B, Q, C), cosine / temperature.
+    background_logits: (B, Q), with the learned background embedding (class_loss "cross_entropy"), else None.
+    valid_sizes: (B, 2) int64, height and width of each image without its padding.
+    """
+
+    loss: Tensor | None = None
+    loss_terms: dict[str, Tensor] | None = None
+    same_label_rate: Tensor | None = None
+    mask_logits: Tensor | None = None
+    class_embeds: Tensor | None = None
+    class_logits: Tensor | None = None
+    background_logits: Tensor | None = None
+    valid_sizes: Tensor | None = None
+
+    @property
+    def class_probs(self) -> Tensor:
+        """(B, Q, C), p_q of Eq. 2."""
+        return class_probabilities(self.class_logits, self.background_logits)
+
+
+class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
+    config: Zs3Config
+    config_class = Zs3Config
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    # A class of its own for each matching class head: a plain Mask2Former's or a baseline's head is left behind.
+    _keys_to_ignore_on_load_unexpected = [r"^class_predictor\.", r"^criterion\.", r"^background_embed$"]
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Zs3ForSemanticSegmentation) and module.background_embed is not None:
+            # As in Xu et al. 2021 (std = width^-0.5); only its direction counts.
+            init.normal_(module.background_embed, std=self.config.projection_dim**-0.5)
+        if isinstance(module, Zs3ForSemanticSegmentation) and module.vocabulary is not None:
+            init.zeros_(module.vocabulary)
+
+
+class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
+    """Mask proposals and their class embeddings, classified by cosine with the text vectors of any label list."""
+
+    def __init__(self, config: Zs3Config):
+        super().__init__(config)
+        self.model = Mask2FormerModel(config)
+        self.class_projection = class_projection(config.hidden_dim, config.projection_dim, config.class_projection)
+        self.text_model = self.vision_model = None
+        if config.text_config is not None:
+            self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
+        if config.vision_config is not None:
+            self.vision_model = CLIPVisionModelWithProjection._from_config(config.vision_config)
+        for tower in (self.text_model, self.vision_model):
+            if tower is not None:
+                tower.requires_grad_(False)
+        size = config.projection_dim
+        self.background_embed = nn.Parameter(torch.empty(size)) if config.class_loss == "cross_entropy" else None
+        stored = None if config.class_names is None else torch.zeros(len(config.class_names), size)
+        self.register_buffer("vocabulary", stored)
+        self.post_init()
+
+    # ------------------------------------------------------------------------------------------- making
+
+    @classmethod
+    def from_mask2former_clip_pretrained(
+        cls, mask2former: str | None, clip: str | None, *, backbone: str | None = None, **config_overrides
+    ) -> "Zs3ForSemanticSegmentation":
+        """Join two checkpoints, each a Hub id or a local folder, into a model ready for zero-shot training.
+
+        mask2former: a Mask2Former whose weights to start from, or None. Published ones were trained on the masks of
+            COCO or ADE20K, unseen classes included: no start for a zero-shot claim.
+        clip: a CLIP whose text and image towers become this model's (frozen), or None: text vectors from outside.
+        backbone: with mask2former=None, a backbone checkpoint (ImageNet) to start from; the rest is random.
+        config_overrides: fields of Zs3Config; `text_config=None` or `vision_config=None` leaves a tower out.
+        """
+        if mask2former is not None and backbone is not None:
+            raise ValueError("give mask2former or backbone, not both: a Mask2Former brings its own backbone")
+        fields = {}
+        if mask2former is not None:
+            known = set(Zs3Config.__dataclass_fields__)
+            fields = AutoConfig.from_pretrained(mask2former).to_dict()
+            fields = {name: value for name, value in fields.items() if name in known}
+        if backbone is not None:
+            fields["backbone_config"] = AutoConfig.from_pretrained(
+                backbone, out_features=["stage1", "stage2", "stage3", "stage4"]
+            )
+        if clip is not None:
+            clip_config = AutoConfig.from_pretrained(clip)
+            fields["text_config"] = clip_config.text_config.to_dict()
+            fields["vision_config"] = clip_config.vision_config.to_dict()
+            fields["projection_dim"] = clip_config.projection_dim
+            for tower in ("text_config", "vision_config"):
+                fields[tower]["projection_dim"] = clip_config.projection_dim
+        config = Zs3Config(**{**fields, **config_overrides})
+
+        model = cls(config)
+        if mask2former is not None:
+            _load_into(model.model, Mask2FormerModel.from_pretrained(mask2former, dtype=torch.float32))
+        if backbone is not None:
+            encoder = model.model.pixel_level_module.encoder
+            _load_into(encoder, type(encoder).from_pretrained(backbone, config=config.backbone_config))
+        if model.text_model is not None and clip is not None:
+            _load_into(model.text_model, CLIPTextModelWithProjection.from_pretrained(clip, dtype=torch.float32))
+        if model.vision_model is not None and clip is not None:
+            _load_into(model.vision_model, CLIPVisionModelWithProjection.from_pretrained(clip, dtype=torch.float32))
+        return model
+
+    def set_vocabulary(self, class_names: Sequence[str], text_embeds: Tensor) -> None:
+        """Store a default label list in the checkpoint, used when `forward` gets no text.
+
+        text_embeds: (C, D), one row a name; normalised here.
+        """
+        class_names = list(class_names)
+        if len(set(class_names)) != len(class_names):
+            repeated = sorted({name for name in class_names if class_names.count(name) > 1})
+            raise ValueError(f"class names repeat: {repeated}")
+        expected = (len(class_names), self.config.projection_dim)
+        if tuple(text_embeds.shape) != expected:
+            raise ValueError(f"text_embeds must have shape {expected}, got {tuple(text_embeds.shape)}")
+        self.config.class_names = class_names
+        self.config.id2label = dict(enumerate(class_names))
+        self.config.label2id = {name: index for index, name in enumerate(class_names)}
+        self.vocabulary = F.normalize(text_embeds.detach().float(), dim=-1).to(self.device)
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save weights, config and the code that loads them, the pipeline's included."""
+        try:
+            from .pipeline_zs3 import Zs3Pipeline
+        except ImportError:
+            if __package__:
+                raise
+            from pipeline_zs3 import Zs3Pipeline
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = dict(CUSTOM_PIPELINES)
+        super().save_pretrained(save_directory, **kwargs)
+        custom_object_save(Zs3Pipeline, save_directory)
+
+    # ------------------------------------------------------------------------------------------- running
+
+    @torch.no_grad()
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Text vectors of class names: (C, L), or (C, T, L) for T prompts a class -> (C, D), unit length.
+
+        Every prompt is embedded and normalised; the prompts of a class are averaged and normalised again. A prompt
+        whose mask is zero everywhere does not exist.
+        """
+        if self.text_model is None:
+            raise ValueError("this checkpoint has no text tower: pass text_embeds, or use its stored vocabulary")
+        if input_ids.dim() == 2:
+            input_ids = input_ids[:, None]
+            attention_mask = None if attention_mask is None else attention_mask[:, None]
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        exists = attention_mask.any(-1)  # (C, T)
+        if not exists.any(-1).all():
+            raise ValueError("a class has no prompt: its attention_mask is zero everywhere")
+        ids, mask = input_ids[exists], attention_mask[exists]  # (all prompts, L)
+        prompts = [
+            self.text_model(input_ids=chunk, attention_mask=chunk_mask).text_embeds.float()
+            for chunk, chunk_mask in zip(ids.split(TEXT_CHUNK), mask.split(TEXT_CHUNK), strict=True)
+        ]
+        embeds = ids.new_zeros(*exists.shape, self.config.projection_dim, dtype=torch.float32)
+        embeds[exists] = F.normalize(torch.cat(prompts), dim=-1)  # (C, T, D)
+        return F.normalize(embeds.sum(1), dim=-1)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_labels: Tensor | None = None,
+        is_seen: Tensor | None = None,
+    ) -> Zs3Output:
+        """Mask proposals, their class embeddings, and with `labels` the loss of Eq. 8.
+
+        pixel_values: (B, 3, H, W), normalised. pixel_mask: (B, H, W), 1 on the image, 0 on padding.
+        text_embeds (C, D), or input_ids (C, L) or (C, T, L) with attention_mask; neither: the stored vocabulary.
+        labels: (B, H, W), every distinct id >= 0 is one mask target, -1 is ignored. With `matching` "joint" the ids
+            index the class axis.
+        image_labels: (B, C), 1 present, 0 absent, -1 unknown. None: from `labels` (see `default_image_labels`).
+        is_seen: (C,) bool, only for that default.
+        """
+        text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
+        if labels is None:
+            mask_logits, class_embeds, valid_sizes = self._predict(pixel_values, pixel_mask)
+            return Zs3Output(
+                mask_logits=mask_logits,
+                class_embeds=class_embeds,
+                valid_sizes=valid_sizes,
+                **self._classify(class_embeds, text_embeds),
+            )
+
+        labels = labels.long()
+        if image_labels is None:
+            image_labels = default_image_labels(labels, len(text_embeds), is_seen)
+        if self.config.matching == "joint" and int(labels.max()) >= len(text_embeds):
+            raise ValueError(f"labels hold id {int(labels.max())}, but there are {len(text_embeds)} classes")
+        mask_logits, class_embeds = self._proposals(pixel_values)
+        targets = mask_targets(labels)
+        num_masks = _mean_over_ranks(labels.new_tensor(len(targets.image), dtype=torch.float32)).clamp(min=1)
+        terms: dict[str, Tensor] = {}
+        for layer_logits, layer_embeds in zip(mask_logits, class_embeds, strict=True):
+            similarity = cosine_similarity(layer_embeds, text_embeds)
+            losses = zs3_losses(
+                layer_logits,
+                similarity,
+                self._background_similarity(layer_embeds),
+                targets,
+                image_labels,
+                num_masks,
+                self.config,
+            )
+            terms = {name: terms.get(name, 0) + term for name, term in losses.terms.items()}
+        weights = {
+            "class": self.config.class_weight,
+            "mask": self.config.mask_weight,
+            "dice": self.config.dice_weight,
+            "rank": self.config.rank_weight,
+        }
+        return Zs3Output(
+            loss=sum(weights[name] * term for name, term in terms.items()),  # Eq. 8
+            loss_terms=terms,
+            same_label_rate=losses.same_label_rate,
+            mask_logits=mask_logits[-1],
+            class_embeds=class_embeds[-1],
+            **self._classify(class_embeds[-1], text_embeds),
+        )
+
+    def _text_embeds(self, text_embeds: Tensor | None, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        """(C, D), unit length, from whichever source was given."""
+        if text_embeds is not None and input_ids is not None:
+            raise ValueError("pass text_embeds or input_ids, not both")
+        if input_ids is not None:
+            return self.encode_text(input_ids, mask)
+        if text_embeds is None:
+            if self.vocabulary is None:
+                raise ValueError(
+                    "no text: pass text_embeds or input_ids, or store a label list with model.set_vocabulary(...)"
+                )
+            text_embeds = self.vocabulary
+        if text_embeds.dim() != 2 or text_embeds.shape[-1] != self.config.projection_dim:
+            raise ValueError(f"text_embeds must be (C, {self.config.projection_dim}), got {tuple(text_embeds.shape)}")
+        return F.normalize(text_embeds.float(), dim=-1)
+
+    def _proposals(self, pixel_values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Of every decoder output: mask logits (B, Q, h, w) and class embeddings (B, Q, D)."""
+        outputs = self.model(pixel_values, output_hidden_states=True)
+        hidden = outputs.transformer_decoder_intermediate_states  # each (Q, B, hidden)
+        return list(outputs.masks_queries_logits), [self.class_projection(layer.transpose(0, 1)) for layer in hidden]
+
+    def _predict(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The last decoder output; each image is run at its own size, so its batch does not matter.
+
+        Returns mask logits (B, Q, h, w), class embeddings (B, Q, D), sizes without padding (B, 2).
+        """
+        batch, _, height, width = pixel_values.shape
+        if pixel_mask is None:
+            valid_sizes = pixel_values.new_tensor([[height, width]], dtype=torch.int64).repeat(batch, 1)
+        else:
+            valid_sizes = torch.stack([pixel_mask.bool().any(2).sum(1), pixel_mask.bool().any(1).sum(1)], dim=1)
+        own_sizes = [tuple(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size) for size in valid_sizes.tolist()]
+        mask_height, mask_width = (max(sides) // MASK_STRIDE for sides in zip(*own_sizes, strict=True))
+        mask_logits, class_embeds = [None] * batch, [None] * batch
+        for size in dict.fromkeys(own_sizes):
+            same = [image for image in range(batch) if own_sizes[image] == size]
+            pixels = pixel_values[same, :, : size[0], : size[1]]
+            pixels = F.pad(pixels, (0, size[1] - pixels.shape[3], 0, size[0] - pixels.shape[2]))
+            logits, embeds = self._proposals(pixels)
+            # Edge values continue into the padding: upsampling then gives what it gives without padding.
+            margin = (0, mask_width - logits[-1].shape[3], 0, mask_height - logits[-1].shape[2])
+            padded = F.pad(logits[-1], margin, mode="replicate")
+            for row, image in enumerate(same):
+                mask_logits[image], class_embeds[image] = padded[row], embeds[-1][row]
+        return torch.stack(mask_logits), torch.stack(class_embeds), valid_sizes
+
+    def _background_similarity(self, class_embeds: Tensor) -> Tensor | None:
+        if self.background_embed is None:
+            return None
+        return cosine_similarity(class_embeds, self.background_embed[None])[..., 0]
+
+    def _classify(self, class_embeds: Tensor, text_embeds: Tensor) -> dict[str, Tensor | None]:
+        background = self._background_similarity(class_embeds)
+        temperature = self.config.class_temperature
+        return {
+            "class_logits": cosine_similarity(class_embeds, text_embeds) / temperature,
+            "background_logits": None if background is None else background / temperature,
+        }
+
+
+def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Module:
+    """The layer that makes the class embeddings E^c (Fig. 2). MLP as in Xu et al. 2021, or one linear layer."""
+    if kind == "linear":
+        return nn.Linear(hidden_dim, projection_dim)
+    return nn.Sequential(nn.Linear(hidden_dim, 4 * hidden_dim), nn.ReLU(), nn.Linear(4 * hidden_dim, projection_dim))
+
+
+def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """R of section 3.2: class_embeds (B, Q, D), text_embeds (C, D) -> (B, Q, C), cosine in [-1, 1]."""
+    return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
+
+
+def default_image_labels(labels: Tensor, num_classes: int, is_seen: Tensor | None) -> Tensor:
+    """Image labels from label maps whose ids index the class axis: (B, H, W) -> (B, C) int8.
+
+    1 present, 0 absent and seen, -1 absent and unseen: an unseen name never becomes a negative by accident.
+    is_seen: (C,) bool; None: all seen.
+    """
+    if int(labels.max()) >= num_classes:
+        raise ValueError(f"labels hold id {int(labels.max())}, but there are {num_classes} classes: pass image_labels")
+    absent = torch.zeros(num_classes, dtype=torch.int8, device=labels.device)
+    if is_seen is not None:
+        absent[~is_seen.to(labels.device)] = -1
+    image_labels = absent.repeat(len(labels), 1)
+    for row, label_map in zip(image_labels, labels, strict=True):
+        present = torch.unique(label_map)
+        row[present[present >= 0]] = 1
+    return image_labels
+
+
+def _mean_over_ranks(count: Tensor) -> Tensor:
+    """The mean of a scalar over the processes of a distributed run; DDP averages gradients the same way."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    return count
+
+
+def _load_into(module: nn.Module, source: PreTrainedModel) -> None:
+    module.load_state_dict(source.state_dict())
+
+
+# --------------------------------------------------------------------------- from proposals to label maps
+
+
+def semantic_scores(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Eq. 4 before the argmax, dense: the reference for tests and small problems.
+
+    class_probs (B, Q, C), mask_logits (B, Q, h, w) -> (B, C, H, W) at `size` (H, W).
+    """
+    logits = F.interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=False)
+    return torch.einsum("bqc,bqhw->bchw", class_probs.float(), logits.sigmoid())
+
+
+@dataclass
+class SemanticMap:
+    """label_map: (H, W) int64; score: (H, W) of the winner; margin: (H, W) to the runner-up (0 where C is 1)."""
+
+    label_map: Tensor
+    score: Tensor
+    margin: Tensor
+
+
+def semantic_map(
+    class_probs: Tensor,
+    mask_logits: Tensor,
+    size: tuple[int, int],
+    *,
+    valid_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+    image_sizes: Sequence[tuple[int, int]] | None = None,
+    return_scores: bool = False,
+    chunk: int = 2**22,
+) -> Tensor | list[Tensor] | list[SemanticMap]:
+    """Eq. 4: the best class of every pixel, without ever holding C x H x W values.
+
+    class_probs: (B, Q, C); mask_logits: (B, Q, h, w). Mask logits go up to `size`, the (padded) input size, then
+    sigmoid. With image_sizes the probabilities are cut to valid_sizes (the input without padding) and resized to
+    the images' own sizes: Mask2Former's order, since Eq. 4 is linear in the masks.
+    chunk: class scores held at once. Equal scores go to the lowest index.
+    Returns (B, H, W) int64; with image_sizes or return_scores a list, one entry an image.
+    """
+    results = []
+    for image in range(len(mask_logits)):
+        probs = F.interpolate(mask_logits[image : image + 1].float(), size=size, mode="bilinear", align_corners=False)
+        probs = probs.sigmoid()
+        if image_sizes is not None:
+            height, width = size if valid_sizes is None else (int(side) for side in valid_sizes[image])
+            target = tuple(int(side) for side in image_sizes[image])
+            probs = F.interpolate(probs[:, :, :height, :width], size=target, mode="bilinear", align_corners=False)
+        results.append(_best_class(class_probs[image].float(), probs[0], chunk))
+    if not return_scores:
+        results = [result.label_map for result in results]
+        return torch.stack(results) if image_sizes is None else results
+    return results
+
+
+def _best_class(class_probs: Tensor, mask_probs: Tensor, chunk: int) -> SemanticMap:
+    """class_probs (Q, C), mask_probs (Q, H, W); float64 sums, a chunk of pixels at a time."""
+    queries, height, width = mask_probs.shape
+    classes = class_probs.shape[1]
+    label_map, score, margin = [], [], []
+    for pixels in mask_probs.reshape(queries, -1).split(max(1, chunk // classes), dim=1):
+        scores = class_probs.double().T @ pixels.double()  # (C, pixels)
+        best, index = scores.max(0)
+        index = (scores == best).int().argmax(0)  # the lowest index of equal scores
+        label_map.append(index)
+        score.append(best.float())
+        runner_up = scores.scatter(0, index[None], -torch.inf).amax(0) if classes > 1 else best
+        margin.append((best - runner_up).float())
+    shape = (height, width)
+    return SemanticMap(*(torch.cat(parts).reshape(shape) for parts in (label_map, score, margin)))
+
+
+def ensemble_with_clip(class_probs: Tensor, clip_probs: Tensor, is_seen: Tensor, weight: float) -> Tensor:
+    """Geometric ensemble with CLIP's view of the proposals (section 4.6; Xu et al. 2021).
+
+    class_probs, clip_probs: (B, Q, C); is_seen: (C,) bool; weight w in [0, 1].
+    Seen classes p^w s^(1-w), unseen p^(1-w) s^w; not renormalised.
+    """
+    exponent = torch.where(is_seen.to(class_probs.device), weight, 1 - weight).to(class_probs.dtype)
+    return class_probs**exponent * clip_probs ** (1 - exponent)
+
+
+Zs3ForSemanticSegmentation.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "Zs3ForSemanticSegmentation",
+    "Zs3Output",
+    "Zs3PreTrainedModel",
+    "cosine_similarity",
+    "ensemble_with_clip",
+    "semantic_map",
+    "semantic_scores",
+]

@@ -1,0 +1,252 @@
+"""Images and label lists to tensors, and proposals back to label maps.
+
+Zs3ImageProcessor: image (and label map) -> pixel_values, pixel_mask, labels. PIL and NumPy only.
+Zs3Processor: the same plus class names -> input_ids of T prompts a class.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageInput,
+    PILImageResampling,
+)
+from transformers.processing_utils import ImagesKwargs
+
+try:
+    from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, semantic_map
+except ImportError:
+    if __package__:
+        raise
+    from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, semantic_map
+
+# The 14 templates of Gu et al. 2022 (ViLD), as the paper's ancestors use them.
+PROMPT_TEMPLATES = (
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "There is a small {} in the scene.",
+    "There is a medium {} in the scene.",
+    "There is a large {} in the scene.",
+)
+
+ClassName = str | Sequence[str] | dict
+
+
+class Zs3ImageProcessorKwargs(ImagesKwargs, total=False):
+    """size_divisor: images are padded to a multiple of it. ignore_index: the id of label maps that means nothing."""
+
+    size_divisor: int | None
+    ignore_index: int | None
+
+
+class Zs3ImageProcessor(PilBackend):
+    """Resize (short edge, bilinear), rescale, normalise and pad images; resize label maps by nearest neighbour."""
+
+    valid_kwargs = Zs3ImageProcessorKwargs
+    model_input_names = ["pixel_values", "pixel_mask"]
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 640, "longest_edge": 2560}
+    default_to_square = False
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_pad = True
+    do_convert_rgb = True
+    size_divisor = SIZE_DIVISOR
+    ignore_index = 255
+
+    def preprocess(self, images: ImageInput, segmentation_maps: ImageInput | None = None, **kwargs) -> BatchFeature:
+        """Images, and optionally one label map an image, to tensors.
+
+        images: PIL, NumPy or torch, a path or an address, or a list of them.
+        segmentation_maps: (H, W) integers of any size, the images' own height and width; `ignore_index` -> -1.
+        Returns pixel_values (B, 3, H, W), pixel_mask (B, H, W) int64, and labels (B, H, W) int64, -1 on padding.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def _preprocess_image_like_inputs(
+        self, images: ImageInput, segmentation_maps: ImageInput | None = None, **kwargs
+    ) -> BatchFeature:
+        return_tensors = kwargs.pop("return_tensors", None) or "pt"
+        images = self._prepare_image_like_inputs(images, **kwargs)
+        own_sizes = [image.shape[-2:] for image in images]
+        features = self._preprocess(images, **kwargs)
+        if segmentation_maps is not None:
+            features["labels"] = self._label_maps(segmentation_maps, own_sizes, features, kwargs["ignore_index"])
+        return BatchFeature(dict(features), tensor_type=return_tensors)
+
+    def _preprocess(self, images: list[np.ndarray], *, do_pad, size_divisor, **kwargs) -> BatchFeature:
+        kwargs.update(pad_size=None, return_tensors=None)
+        pixel_values = super()._preprocess(images, do_pad=False, **kwargs)["pixel_values"]
+        if not do_pad and len({image.shape for image in pixel_values}) > 1:
+            raise ValueError("images of different sizes need do_pad=True to make a batch")
+        tallest, widest = (max(image.shape[axis] for image in pixel_values) for axis in (1, 2))
+        divisor = size_divisor if do_pad else 1
+        height, width = (-(-side // divisor) * divisor for side in (tallest, widest))
+        pixels = np.zeros((len(pixel_values), 3, height, width), dtype=np.float32)
+        mask = np.zeros((len(pixel_values), height, width), dtype=np.int64)
+        for row, image in enumerate(pixel_values):
+            pixels[row, :, : image.shape[1], : image.shape[2]] = image
+            mask[row, : image.shape[1], : image.shape[2]] = 1
+        return BatchFeature({"pixel_values": pixels, "pixel_mask": mask})
+
+    @staticmethod
+    def _label_maps(segmentation_maps, own_sizes, features: BatchFeature, ignore_index: int | None) -> np.ndarray:
+        if not isinstance(segmentation_maps, (list, tuple)):
+            batched = isinstance(segmentation_maps, (np.ndarray, Tensor)) and segmentation_maps.ndim == 3
+            segmentation_maps = list(segmentation_maps) if batched else [segmentation_maps]
+        if len(segmentation_maps) != len(own_sizes):
+            raise ValueError(f"{len(own_sizes)} images, but {len(segmentation_maps)} segmentation maps")
+        labels = np.full(features["pixel_mask"].shape, -1, dtype=np.int64)
+        for row, (label_map, own_size) in enumerate(zip(segmentation_maps, own_sizes, strict=True)):
+            label_map = np.asarray(label_map).astype(np.int64)
+            if label_map.shape != tuple(own_size):
+                raise ValueError(f"segmentation map {row} has size {label_map.shape}, its image {tuple(own_size)}")
+            if ignore_index is not None:
+                label_map = np.where(label_map == ignore_index, -1, label_map)
+            height, width = (int(features["pixel_mask"][row].any(axis).sum()) for axis in (1, 0))
+            labels[row, :height, :width] = resize_nearest(label_map, (height, width))
+        return labels
+
+    def post_process_semantic_segmentation(
+        self, outputs: Zs3Output, target_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Tensor]:
+        """Label maps (Eq. 4): one (H, W) int64 tensor an image, of indices into the class names.
+
+        target_sizes: (height, width) of each original image; None: the sizes after resizing, without padding.
+        """
+        if target_sizes is None:
+            target_sizes = outputs.valid_sizes.tolist()
+        if len(target_sizes) != len(outputs.mask_logits):
+            raise ValueError(f"{len(outputs.mask_logits)} images, but {len(target_sizes)} target sizes")
+        return semantic_map(
+            outputs.class_probs,
+            outputs.mask_logits,
+            padded_size(outputs.mask_logits),
+            valid_sizes=outputs.valid_sizes,
+            image_sizes=target_sizes,
+        )
+
+
+def padded_size(mask_logits: Tensor) -> tuple[int, int]:
+    """(H, W) of the padded input that gave mask_logits (B, Q, h, w)."""
+    return mask_logits.shape[2] * MASK_STRIDE, mask_logits.shape[3] * MASK_STRIDE
+
+
+def resize_nearest(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) integers of any width to `size` by nearest neighbour (pixel centres)."""
+    rows, columns = (
+        np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
+        for new, old in zip(size, label_map.shape, strict=True)
+    )
+    return label_map[rows[:, None], columns[None, :]]
+
+
+class Label(NamedTuple):
+    """One entry of a label list: its name, and the prompts whose mean text vector stands for it."""
+
+    name: str
+    prompts: tuple[str, ...]
+
+
+def read_labels(class_names: Sequence[ClassName], templates: Sequence[str] = PROMPT_TEMPLATES) -> list[Label]:
+    """A label list as users write it: a name, a list of synonyms (the first is the name), or a dict with `name`,
+    and optionally `synonyms` and `templates`."""
+    if isinstance(class_names, str) or not isinstance(class_names, Sequence):
+        raise ValueError(f"class names must be a list, got {class_names!r}")
+    if not class_names:
+        raise ValueError("the list of class names is empty")
+    labels = [_read_label(entry, templates) for entry in class_names]
+    names = [label.name for label in labels]
+    if len(set(names)) != len(names):
+        raise ValueError(f"class names repeat: {sorted({name for name in names if names.count(name) > 1})}")
+    return labels
+
+
+def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
+    if isinstance(entry, dict):
+        unknown = sorted(set(entry) - {"name", "synonyms", "templates"})
+        if unknown or "name" not in entry:
+            raise ValueError(f"a label's keys are name, synonyms and templates, got {sorted(entry)}")
+        templates = entry.get("templates") or templates
+        entry = [entry["name"], *entry.get("synonyms", ())]
+    words = [entry] if isinstance(entry, str) else list(entry)
+    words = [word.strip() if isinstance(word, str) else word for word in words]
+    if not words or not all(isinstance(word, str) and word for word in words):
+        raise ValueError(f"a label must be a name, a list of synonyms or a dict, got {entry!r}")
+    wrong = [template for template in templates if "{}" not in template]
+    if wrong:
+        raise ValueError(f"a prompt template needs '{{}}' where the name goes, got {wrong[0]!r}")
+    return Label(words[0], tuple(template.replace("{}", word) for word in words for template in templates))
+
+
+class Zs3Processor(ProcessorMixin):
+    """Images and class names to the inputs of Zs3ForSemanticSegmentation, and its outputs to label maps."""
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, prompt_templates: Sequence[str] = PROMPT_TEMPLATES, **kwargs
+    ):
+        super().__init__(image_processor, tokenizer, **kwargs)
+        self.prompt_templates = list(prompt_templates)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        class_names: Sequence[ClassName] | None = None,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Any of: images (see Zs3ImageProcessor.preprocess), and one label list shared by all of them.
+
+        class_names: see `read_labels`. Adds input_ids and attention_mask (C, T, L): T prompts a class; where a class
+        has fewer, the rest are masked everywhere.
+        """
+        features = BatchFeature()
+        if images is not None:
+            features.update(self.image_processor(images, segmentation_maps, **kwargs))
+        if class_names is not None:
+            features.update(self.tokenize(read_labels(class_names, self.prompt_templates)))
+        return features
+
+    def tokenize(self, labels: Sequence[Label]) -> dict[str, Tensor]:
+        """input_ids and attention_mask, both (C, T, L) int64, padded no further than the longest prompt."""
+        most = max(len(label.prompts) for label in labels)
+        prompts = [prompt for label in labels for prompt in label.prompts]
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+        exists = torch.tensor([[t < len(label.prompts) for t in range(most)] for label in labels])
+        shape = (*exists.shape, tokens["input_ids"].shape[1])
+        features = {}
+        for name in ("input_ids", "attention_mask"):
+            features[name] = torch.zeros(shape, dtype=torch.int64)
+            features[name][exists] = tokens[name]
+        return features
+
+    def post_process_semantic_segmentation(
+        self, outputs: Zs3Output, target_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Tensor]:
+        """See Zs3ImageProcessor.post_process_semantic_segmentation."""
+        return self.image_processor.post_process_semantic_segmentation(outputs, target_sizes)
+
+
+Zs3ImageProcessor.register_for_auto_class("AutoImageProcessor")
+Zs3Processor.register_for_auto_class("AutoProcessor")
+
+__all__ = ["PROMPT_TEMPLATES", "Label", "Zs3ImageProcessor", "Zs3Processor", "read_labels"]

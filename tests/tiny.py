@@ -1,0 +1,90 @@
+"""Tiny models and checkpoints that the tests share; made here, so that the suite needs no download."""
+
+from pathlib import Path
+
+import torch
+from transformers import CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig, ResNetConfig
+
+from configuration_zs3 import Zs3Config
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor
+
+CLASS_NAMES = ["sky", "grass", "red circle", "blue square"]
+
+
+def byte_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer without merges: every byte is a token."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    tokenizer.model_max_length = 77
+    return tokenizer
+
+
+def tiny_config(text: bool = True, vision: bool = False, **overrides) -> Zs3Config:
+    backbone = ResNetConfig(
+        layer_type="basic",
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[8, 8, 16, 16],
+        embedding_size=8,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    towers = {}
+    if text:
+        towers["text_config"] = CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            projection_dim=12,
+            bos_token_id=512,
+            eos_token_id=513,
+            pad_token_id=513,
+        ).to_dict()
+    if vision:
+        towers["vision_config"] = CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            projection_dim=12,
+            image_size=16,
+            patch_size=8,
+        ).to_dict()
+    sizes = {
+        "hidden_dim": 32,
+        "feature_size": 32,
+        "mask_feature_size": 32,
+        "num_queries": 5,
+        "decoder_layers": 3,
+        "encoder_layers": 1,
+        "num_attention_heads": 2,
+        "dim_feedforward": 32,
+        "encoder_feedforward_dim": 32,
+        "projection_dim": 12,
+        "train_num_points": 64,
+    }
+    return Zs3Config(**{"backbone_config": backbone.to_dict(), **towers, **sizes, **overrides})
+
+
+def tiny_model(seed: int = 0, **kwargs) -> Zs3ForSemanticSegmentation:
+    torch.manual_seed(seed)
+    return Zs3ForSemanticSegmentation(tiny_config(**kwargs)).eval()
+
+
+def save_checkpoint(folder: Path, **kwargs) -> Zs3ForSemanticSegmentation:
+    """A whole checkpoint: weights, config, processor and code, with CLASS_NAMES as its vocabulary."""
+    model = tiny_model(**kwargs)
+    image_processor = Zs3ImageProcessor(size={"shortest_edge": 48, "longest_edge": 96})
+    processor = Zs3Processor(image_processor, byte_tokenizer()) if model.text_model is not None else image_processor
+    if model.text_model is not None:
+        embeds = model.encode_text(**processor(class_names=CLASS_NAMES))
+    else:
+        embeds = torch.randn(len(CLASS_NAMES), model.config.projection_dim)
+    model.set_vocabulary(CLASS_NAMES, embeds)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model

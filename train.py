@@ -1,0 +1,418 @@
+"""Train Zs3ForSemanticSegmentation.
+
+    accelerate launch train.py --config recipes/scenes_stage1.yaml --dataset DIR --output_dir runs/stage1
+    accelerate launch train.py --config recipes/scenes_stage2.yaml --dataset DIR --output_dir runs/stage2 \
+        --init_from runs/stage1/final
+
+A recipe is a YAML file of flags; the command line wins over it, the defaults below stand where both are silent.
+Besides the fields of TrainArgs every field of Zs3Config is a flag (losses, architecture). The same command again
+resumes from the last checkpoint in the output folder.
+"""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+
+from configuration_zs3 import Zs3Config
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor
+from zs3.command_line import InputError, read_arguments, run
+from zs3.data import Augmentation, SegmentationDataset, StepSampler, collate, load_split
+from zs3.label_space import LabelSpace, load_label_space
+
+
+def described(default, text: str):
+    """A dataclass field with its sentence for --help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainArgs:
+    """One training run. Section numbers are the paper's; its values are the defaults."""
+
+    dataset: str | None = described(None, "Folder or Hub id of the training data.")
+    output_dir: str | None = described(None, "Folder for checkpoints, metrics and the final model.")
+    split: str = described("train", "Split of the dataset to train on.")
+    label_space: str | None = described(None, "Benchmark name or classes.json; default: the dataset's own.")
+    unseen_labels: str = described(
+        "none",
+        "Unseen image labels: 'none' (seen names only), 'ground_truth' (image-level, never masks), or a file of "
+        "pseudo labels.",
+    )
+
+    init_from: str | None = described(None, "Checkpoint of this project to start from, whole (stage 2).")
+    mask2former: str | None = described(None, "Mask2Former checkpoint to start from (Hub id or folder).")
+    backbone: str | None = described(None, "ImageNet backbone to start from (Hub id or folder).")
+    clip: str | None = described(None, "CLIP checkpoint for text and image tower (Hub id or folder).")
+    text_embeds: str | None = described(
+        None, "Ready-made text vectors instead of a text tower: a .npy, one row a class."
+    )
+    prompt_templates: list[str] = described(
+        list(PROMPT_TEMPLATES), "Prompts, '{}' is the name. '{}' alone: no prompts."
+    )
+
+    max_steps: int = described(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
+    batch_size: int = described(8, "Images a step, over all processes and accumulation (section 4.3).")
+    gradient_accumulation_steps: int = described(1, "Micro-batches a step and process.")
+    learning_rate: float = described(5e-5, "AdamW's initial rate (section 4.3).")
+    weight_decay: float = described(1e-4, "AdamW's weight decay (section 4.3); 0 on norms and embeddings.")
+    backbone_multiplier: float = described(0.1, "Learning rate factor of the backbone (section 4.3).")
+    max_grad_norm: float = described(0.01, "Gradient clipping, L2 over the whole model (Mask2Former's).")
+    lr_schedule: str = described("multistep", "'multistep' (section 4.3) or 'poly' (power 0.9, the ancestors').")
+    lr_milestones: list[int] = described([5_000, 80_000], "Steps at which multistep divides the rate by 10.")
+    mixed_precision: str = described("no", "'no', 'bf16' or 'fp16'.")
+
+    crop_size: int = described(640, "Side of the square training crop, pixels (640 COCO-Stuff, 512 VOC).")
+    short_edges: list[int] | None = described(None, "Short edges to resize to; default: 0.5 to 2 times crop_size.")
+    max_size: int = described(2560, "Longest edge after resizing, pixels, in training and at inference.")
+    flip: bool = described(True, "Mirror half of the images.")
+    color_jitter: bool = described(True, "SSD's colour jitter.")
+    single_class_max_area: float = described(1.0, "Largest share of one class in a crop; 1 is no limit.")
+    test_short_edge: int = described(640, "Short edge at inference, pixels; stored in the image processor.")
+
+    num_workers: int = described(4, "Data loading processes of each training process; 0 loads in the main one.")
+    logging_steps: int = described(50, "Steps between lines of metrics.jsonl.")
+    checkpointing_steps: int = described(5_000, "Steps between checkpoints.")
+    checkpoints_kept: int = described(2, "Checkpoints kept; older ones are deleted.")
+    seed: int = described(0, "Of weights, data order, augmentation and point sampling.")
+
+    def check(self) -> None:
+        """Cross-field checks that the parser cannot make."""
+        for name in ("dataset", "output_dir"):
+            if getattr(self, name) is None:
+                raise InputError(f"--{name} is missing")
+        if self.lr_schedule not in ("multistep", "poly"):
+            raise InputError(f"lr_schedule must be 'multistep' or 'poly', got {self.lr_schedule!r}")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise InputError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
+        if self.init_from is None and self.clip is None and self.text_embeds is None:
+            raise InputError("text comes from --clip (a checkpoint) or --text_embeds (a .npy), or with --init_from")
+        if self.init_from is not None and (self.mask2former or self.backbone or self.clip):
+            raise InputError("--init_from brings the whole model: leave out mask2former, backbone and clip")
+
+
+def load_text_embeds(path: str, num_classes: int) -> Tensor:
+    """(C, D) float32, unit length, from a .npy with one row a class name in label-space order."""
+    try:
+        rows = np.load(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read text vectors {path}: {error}") from error
+    if rows.ndim != 2 or len(rows) != num_classes:
+        raise InputError(f"{path} has shape {rows.shape}, expected one row for each of {num_classes} class names")
+    return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1)
+
+
+def make_model(args: TrainArgs, overrides: dict, label_space: LabelSpace) -> Zs3ForSemanticSegmentation:
+    """The model a run starts from: a whole checkpoint, or joined parts. Refuses one that saw unseen masks."""
+    overrides = dict(overrides)
+    if args.text_embeds is not None and args.clip is None and args.init_from is None:
+        overrides.setdefault("projection_dim", np.load(args.text_embeds, mmap_mode="r").shape[-1])
+    try:
+        if args.init_from is not None:
+            config = Zs3Config.from_pretrained(args.init_from)
+            seen = set(config.seen_class_names or [])
+            leaked = sorted(seen & set(label_space.unseen))
+            if leaked:
+                raise InputError(f"{args.init_from} was trained on masks of {leaked}, which are unseen here")
+            config = Zs3Config(**{**config.to_dict(), **overrides})
+            model = Zs3ForSemanticSegmentation.from_pretrained(args.init_from, config=config, dtype=torch.float32)
+        else:
+            model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
+                args.mask2former, args.clip, backbone=args.backbone, **overrides
+            )
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot make the model: {' '.join(str(error).split())}") from error
+    model.config.seen_class_names = label_space.seen
+    return model
+
+
+def make_processor(args: TrainArgs, model: Zs3ForSemanticSegmentation) -> Zs3Processor | Zs3ImageProcessor:
+    """What is saved beside the model. Without a text tower there is nothing to tokenize."""
+    size = {"shortest_edge": args.test_short_edge, "longest_edge": args.max_size}
+    image_processor = Zs3ImageProcessor(size=size)
+    if model.text_model is None:
+        return image_processor
+    tokenizer = AutoTokenizer.from_pretrained(args.clip or args.init_from, trust_remote_code=True)
+    return Zs3Processor(image_processor, tokenizer, args.prompt_templates)
+
+
+def parameter_groups(model: nn.Module, args: TrainArgs) -> list[dict]:
+    """Trainable parameters: the backbone learns slower, norms and embeddings do not decay (Mask2Former's rule)."""
+    undecayed = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for module_name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                in_backbone = module_name.startswith("model.pixel_level_module.encoder")
+                groups.setdefault((in_backbone, isinstance(module, undecayed)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": args.learning_rate * (args.backbone_multiplier if in_backbone else 1.0),
+            "weight_decay": 0.0 if is_undecayed else args.weight_decay,
+        }
+        for (in_backbone, is_undecayed), parameters in groups.items()
+    ]
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, args: TrainArgs) -> torch.optim.lr_scheduler.LRScheduler:
+    if args.lr_schedule == "poly":
+        return torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=args.max_steps, power=0.9)
+    milestones = [step for step in args.lr_milestones if step < args.max_steps]
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=milestones, gamma=0.1)
+
+
+class Progress:
+    """Optimizer steps done and seconds spent; saved with every checkpoint."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in order of their steps. A folder still being written has another name."""
+    return sorted(path for path in folder.glob("step_*") if path.suffix != ".partial")
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, kept: int) -> None:
+    """Written beside and renamed; older ones go only when the new one is complete."""
+    final = folder / f"step_{step:08d}"
+    partial = final.with_suffix(".partial")
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.replace(partial, final)
+        for old in complete_checkpoints(folder)[:-kept]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def save_final(model: Zs3ForSemanticSegmentation, processor, folder: Path) -> None:
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    os.replace(partial, folder)
+
+
+def check_recipe(path: Path, recipe: dict) -> None:
+    """A folder holds one run: its recipe is written at the start and must be the same when the run resumes."""
+    if path.exists():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        changed = sorted(name for name in before.keys() | recipe.keys() if before.get(name) != recipe.get(name))
+        if changed:
+            raise InputError(
+                f"{path.parent} holds a run with another {', '.join(changed)}: choose another --output_dir, or delete it"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def describe(args: TrainArgs, label_space: LabelSpace, dataset: SegmentationDataset, model: nn.Module) -> str:
+    """What is about to happen, for the reader of the log."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    unseen = {"none": "not used", "ground_truth": "GROUND-TRUTH image labels"}.get(
+        args.unseen_labels, f"pseudo labels of {args.unseen_labels}"
+    )
+    lines = [
+        f"data      {args.dataset} ({args.split}): {len(dataset)} images",
+        f"seen      {len(label_space.seen)} classes with masks",
+        f"unseen    {len(label_space.unseen)} classes, no masks, {unseen}: {', '.join(label_space.unseen)}",
+        f"model     {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
+        f"losses    class {model.config.class_loss}, mask {model.config.mask_loss}, matching {model.config.matching}",
+        f"steps     {args.max_steps} of {args.batch_size} images",
+        f"output    {args.output_dir}",
+    ]
+    late = [step for step in args.lr_milestones if step >= args.max_steps]
+    if args.lr_schedule == "multistep" and late:
+        lines.append(f"note      learning rate steps {late} lie beyond the end and are ignored")
+    return "\n".join(lines)
+
+
+def train(args: TrainArgs, overrides: dict) -> None:
+    args.check()
+    output_dir = Path(args.output_dir)
+    label_space = load_label_space(args.label_space or args.dataset)
+    records = load_split(args.dataset, args.split, label_space)
+
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+    )
+    if accelerator.is_main_process:
+        check_recipe(output_dir / "recipe.yaml", {**asdict(args), **overrides})
+    accelerator.wait_for_everyone()
+    if (output_dir / "final").exists():
+        accelerator.print(f"{output_dir / 'final'} is there already: nothing to do")
+        return
+    set_seed(args.seed)
+
+    # Model, text vectors and data
+    with accelerator.local_main_process_first():
+        model = make_model(args, overrides, label_space)
+        processor = make_processor(args, model)
+    if args.text_embeds is not None:
+        all_embeds = load_text_embeds(args.text_embeds, len(label_space.class_names))
+    elif model.text_model is not None:
+        all_embeds = model.encode_text(**processor(class_names=label_space.class_names))
+    else:
+        raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
+    model.set_vocabulary(label_space.class_names, all_embeds)
+    image_processor = getattr(processor, "image_processor", processor)
+    dataset = SegmentationDataset(
+        records,
+        label_space,
+        Augmentation(
+            args.crop_size,
+            args.short_edges,
+            args.max_size,
+            args.flip,
+            args.color_jitter,
+            args.single_class_max_area,
+        ),
+        image_mean=image_processor.image_mean,
+        image_std=image_processor.image_std,
+        unseen_labels=args.unseen_labels,
+        seed=args.seed,
+    )
+    on_axis = [label_space.class_names.index(name) for name in dataset.class_names]
+    text_embeds = all_embeds[on_axis].to(accelerator.device)
+    accelerator.print(describe(args, label_space, dataset, model))
+
+    # Optimizer, schedule, state
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate)
+    scheduler = make_scheduler(optimizer, args)
+    progress = Progress()
+    model, optimizer = accelerator.prepare(model.train(), optimizer)
+    accelerator.register_for_checkpointing(scheduler, progress)
+    checkpoints = output_dir / "checkpoints"
+    set_seed(args.seed + 1 + accelerator.process_index)  # point sampling differs between processes
+    if complete_checkpoints(checkpoints):
+        accelerator.load_state(str(complete_checkpoints(checkpoints)[-1]))
+        accelerator.print(f"resumed   at step {progress.step}")
+    sampler = StepSampler(
+        len(dataset),
+        args.batch_size,
+        args.max_steps,
+        start_step=progress.step,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        micro_batches=args.gradient_accumulation_steps,
+        seed=args.seed,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+    # Loop
+    model.train()
+    log = MetricsLog(output_dir / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
+    bar = tqdm(total=args.max_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
+    started, seconds_before = time.perf_counter(), progress.seconds
+    for batch in loader:
+        image_ids = batch.pop("image_ids")
+        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        with accelerator.accumulate(model):
+            outputs = model(**batch, text_embeds=text_embeds)
+            if not torch.isfinite(outputs.loss):
+                loss = float(outputs.loss.detach())
+                raise InputError(f"the loss is {loss} at step {progress.step}, images {image_ids}: stopped")
+            accelerator.backward(outputs.loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        scheduler.step()
+        progress.step += 1
+        progress.seconds = seconds_before + time.perf_counter() - started
+        bar.update()
+        if progress.step % args.logging_steps == 0 or progress.step == args.max_steps:
+            if log is not None:
+                line = log.write(progress, outputs, float(grad_norm), scheduler.get_last_lr()[0])
+                bar.set_postfix(loss=f"{line['loss']:.2f}", same=f"{line['same_label_rate']:.2f}")
+        if progress.step % args.checkpointing_steps == 0 and progress.step < args.max_steps:
+            save_checkpoint(accelerator, checkpoints, progress.step, args.checkpoints_kept)
+    bar.close()
+
+    # Save
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(model)
+        save_final(model, processor, output_dir / "final")
+        results = {
+            "steps": progress.step,
+            "seconds": round(progress.seconds, 1),
+            "images_per_second": round(progress.step * args.batch_size / max(progress.seconds, 1e-9), 2),
+            "num_processes": accelerator.num_processes,
+            "unseen_labels": args.unseen_labels,
+            **log.last,
+        }
+        (output_dir / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    accelerator.print(f"trained in {progress.seconds:.0f} s; the model is in {output_dir / 'final'}")
+    accelerator.end_training()
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON a logged step. Lines past the step a run resumes at are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.last: dict = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, progress: Progress, outputs, grad_norm: float, learning_rate: float) -> dict:
+        self.last = {
+            "step": progress.step,
+            "loss": float(outputs.loss.detach()),
+            **{f"loss_{name}": float(term.detach()) for name, term in outputs.loss_terms.items()},
+            "same_label_rate": float(outputs.same_label_rate),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "seconds": round(progress.seconds, 2),
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.last) + "\n")
+        return self.last
+
+
+def main() -> None:
+    train(*read_arguments(TrainArgs, config_class=Zs3Config))
+
+
+if __name__ == "__main__":
+    run(main)

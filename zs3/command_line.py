@@ -1,0 +1,210 @@
+"""The doors of the commands: recipes and flags in, one clear line out when the input is bad.
+
+A recipe is a YAML file of the same flags written down, so one parser validates both: its entries are placed
+before those of the command line, which therefore win.
+"""
+
+import argparse
+import difflib
+import errno
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser, PreTrainedConfig
+
+Args = TypeVar("Args")
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line which names the thing and the mend."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls main. Bad input or a full disk becomes one line on stderr and exit code 2; Ctrl-C, exit code 130.
+
+    Any other exception is a bug, and keeps its traceback.
+    """
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {_own_message(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        thing = error.filename or "a file"
+        print(f"error: no space left on the disk for {thing}; free some and start again", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _own_message(error: InputError) -> str:
+    """The line an InputError was raised with; one from a DataLoader worker comes wrapped in a traceback."""
+    message = str(error).strip()
+    if message.startswith("Caught "):
+        return message.splitlines()[-1].split("InputError: ", 1)[-1]
+    return message
+
+
+def read_arguments(
+    args_class: type[Args], argv: list[str] | None = None, config_class: type | None = None
+) -> tuple[Args, dict[str, Any]]:
+    """The run's arguments, and what recipe and flags say about the model's own configuration.
+
+    args_class: a dataclass whose fields carry `metadata={"help": ...}`; each is a flag and a recipe key.
+        It has no field named config.
+    argv: without the program's name; None is the command line of this process.
+    config_class: a transformers configuration; each field that it (or a base below PreTrainedConfig)
+        annotates, and args_class does not have, is a flag and a recipe key too. Those given come back in the
+        dict, read as YAML (`--backbone_config "{hidden_size: 8}"` is a mapping). Their types are the
+        configuration's own to check.
+
+    `--config FILE` names the recipe. Unknown names and wrong values raise InputError.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    types = get_type_hints(args_class)
+    names = [field.name for field in fields(args_class) if field.init]
+    config_names = [name for name in _config_fields(config_class) if name not in names]
+    _check_flags(argv, [*names, *config_names, "config", "help"])
+
+    usage = "%(prog)s [--config FILE] [--any_field value ...]"
+    parser = _Parser(args_class, allow_abbrev=False, description=_description(args_class), usage=usage)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these flags; the command line wins")
+    group = parser.add_argument_group("model configuration, values in YAML")
+    for name in config_names:
+        group.add_argument(
+            f"--{name}", type=_yaml_value, nargs="+", default=argparse.SUPPRESS, metavar="VALUE"
+        )
+
+    flags, empty, overrides = _read_recipe(_recipe_path(argv), types, names, config_names)
+    parser.set_defaults(**empty)
+    args, others, unexpected = parser.parse_args_into_dataclasses(
+        flags + argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unexpected:
+        raise InputError(f"unexpected argument {unexpected[0]!r} (--help lists the flags)")
+    for name, values in vars(others).items():
+        if name in config_names:
+            overrides[name] = values[0] if len(values) == 1 else values
+    return args, overrides
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-5 as a string, because it has neither dot nor sign; a recipe means the number."""
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+_NULL = ("", "~", "null", "Null", "NULL")  # how YAML writes None
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        return yaml.load(text, _RecipeLoader)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no YAML value") from error
+
+
+def _recipe_path(argv: list[str]) -> str | None:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser.parse_known_args(argv)[0].config
+
+
+def _read_recipe(
+    path: str | None, types: dict[str, Any], names: list[str], config_names: list[str]
+) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """The recipe's three parts: flags; None and [] by field, which no flag can say; model configuration."""
+    flags, empty, overrides = [], {}, {}
+    if path is None:
+        return flags, empty, overrides
+    as_written, as_typed = _load_recipe(path)
+    for name, value in as_written.items():
+        if name in config_names:
+            overrides[name] = as_typed[name]
+        elif name not in names:
+            raise InputError(f"{path}: unknown field {name!r}; {_did_you_mean(name, names + config_names)}")
+        elif value in _NULL and type(None) in get_args(types[name]):
+            empty[name] = None
+        elif value == [] and _is_list(types[name]):
+            empty[name] = []
+        elif isinstance(value, str):
+            flags.append(f"--{name}={value}")
+        elif _is_list(types[name]) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            flags += [f"--{name}", *value]
+        else:
+            kind = "a list of plain values" if _is_list(types[name]) else "one plain value"
+            raise InputError(f"{path}: field {name!r} takes {kind}, not {as_typed[name]!r}")
+    return flags, empty, overrides
+
+
+def _load_recipe(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe's mapping twice: scalars as the strings written there, and as the values they stand for."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        as_written, as_typed = yaml.load(text, yaml.BaseLoader), yaml.load(text, _RecipeLoader)
+    except OSError as error:
+        raise InputError(f"cannot read recipe {path}: {error.strerror}; --config takes a file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"recipe {path} is no UTF-8 text; --config takes a YAML file") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: broken YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: broken YAML: {str(error).splitlines()[0]}") from error
+    if as_typed is None:  # an empty file, or comments alone
+        return {}, {}
+    if not isinstance(as_typed, dict):
+        raise InputError(f"{path}: a recipe is a mapping, one `field: value` a line")
+    return as_written, {str(name): value for name, value in as_typed.items()}
+
+
+def _check_flags(argv: list[str], names: list[str]) -> None:
+    """Refuses an unknown flag by name, before the parser complains of what its misspelling left out."""
+    for token in argv:
+        if token.startswith("--"):
+            flag = token[2:].split("=", 1)[0]
+            name = flag.replace("-", "_")
+            if name not in names and name.removeprefix("no_") not in names:
+                raise InputError(f"unknown flag --{flag}; {_did_you_mean(name, names, '--')}")
+
+
+def _did_you_mean(name: str, names: list[str], prefix: str = "") -> str:
+    closest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    return f"did you mean {prefix}{closest}?"
+
+
+def _config_fields(config_class: type | None) -> list[str]:
+    """Fields annotated by the configuration and its bases below PreTrainedConfig, the base's first."""
+    found = {}
+    for base in reversed(config_class.__mro__ if config_class else ()):
+        if issubclass(base, PreTrainedConfig) and base is not PreTrainedConfig:
+            found |= base.__dict__.get("__annotations__", {})
+    inherited = PreTrainedConfig.__annotations__
+    return [n for n, kind in found.items() if n not in inherited and get_origin(kind) is not ClassVar]
+
+
+def _is_list(kind: Any) -> bool:
+    return any(list in (option, get_origin(option)) for option in (kind, *get_args(kind)))
+
+
+def _description(args_class: type) -> str | None:
+    """The class's docstring, unless it is the signature that `dataclass` writes for want of one."""
+    doc = args_class.__doc__ or ""
+    return None if doc.startswith(f"{args_class.__name__}(") else doc

@@ -1,0 +1,114 @@
+"""Label spaces: which names the ids of a label map stand for, which of them are unseen, which id is ignored.
+
+A label space comes from a `classes.json` with the keys "classes" (names in the order of their ids), "unseen"
+(names; [] if there are none) and "ignore_label". Those of the benchmarks lie in `zs3/classes/`; their further
+keys hold the id maps of the original archives and lists of synonyms.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zs3.command_line import InputError
+
+CLASSES_FOLDER = Path(__file__).parent / "classes"
+BENCHMARKS = (*sorted(file.stem for file in CLASSES_FOLDER.glob("*.json")), "scenes")
+KEYS = ("classes", "unseen", "ignore_label")
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """C class names in the order of their ids, 0 to C - 1.
+
+    unseen: the names whose masks training never shows.
+    ignore_index: the id of pixels without a label, outside 0 to C - 1.
+    """
+
+    class_names: list[str]
+    unseen: list[str]
+    ignore_index: int = 255
+
+    def __post_init__(self) -> None:
+        for field in ("class_names", "unseen"):
+            names = getattr(self, field)
+            if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
+                raise InputError(f"{field} must be a list of non-empty strings, not {_shortened(names)}")
+            repeated = [name for name, times in Counter(names).items() if times > 1]
+            if repeated:
+                raise InputError(f"{field} repeats {_shortened(repeated)}: give every id a name of its own")
+            object.__setattr__(self, field, list(names))
+        if not self.class_names:
+            raise InputError("class_names is empty: a label space needs at least one name")
+        strangers = [name for name in self.unseen if name not in self.class_names]
+        if strangers:
+            raise InputError(f"unseen holds {_shortened(strangers)}, unknown to class_names: spell them alike")
+        last = len(self.class_names) - 1
+        if not isinstance(self.ignore_index, int) or 0 <= self.ignore_index <= last:
+            raise InputError(f"ignore_index {self.ignore_index!r} must be an integer outside ids 0 to {last}")
+
+    @property
+    def is_seen(self) -> Tensor:
+        """(C,) bool tensor."""
+        return torch.tensor([name not in self.unseen for name in self.class_names])
+
+    @property
+    def seen(self) -> list[str]:
+        """The names that are not unseen, in the order of their ids."""
+        return [name for name in self.class_names if name not in self.unseen]
+
+
+def load_label_space(name_or_path: str | Path) -> LabelSpace:
+    """Reads a label space: a name of `BENCHMARKS`, a classes.json, or a dataset (folder, Hub id) with one."""
+    if name_or_path == "scenes":
+        from zs3.scenes import CLASS_NAMES, IGNORE_INDEX, UNSEEN
+
+        return LabelSpace(list(CLASS_NAMES), list(UNSEEN), IGNORE_INDEX)
+    if name_or_path in BENCHMARKS:
+        return _read_classes(CLASSES_FOLDER / f"{name_or_path}.json")
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "classes.json"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: write it with the keys {', '.join(KEYS)}")
+    if path.is_file():
+        return _read_classes(path)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
+        return _read_classes(_downloaded_classes(str(name_or_path)))
+    closest = get_close_matches(str(name_or_path), BENCHMARKS, n=1)
+    hint = f"did you mean {closest[0]}?" if closest else f"the names are {', '.join(BENCHMARKS)}"
+    raise InputError(f"label space {str(name_or_path)!r} is no known name, and no such file exists; {hint}")
+
+
+def _read_classes(path: Path) -> LabelSpace:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} as JSON: {error}") from error
+    missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else list(KEYS)
+    if missing:  # no default: a misspelled "unseen" would train on the masks of unseen classes
+        raise InputError(f"{path} lacks {', '.join(missing)}: it needs the keys {', '.join(KEYS)}")
+    try:
+        return LabelSpace(content["classes"], content["unseen"], content["ignore_label"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _downloaded_classes(repo_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, "classes.json", repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"no folder {repo_id}, and no Hub dataset's classes.json: {reason}") from error
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
