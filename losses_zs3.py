@@ -182,8 +182,11 @@ def sample_points(
     num_uncertain = int(importance_sample_ratio * num_points)
     candidates = torch.rand(len(chosen), int(num_points * oversample_ratio), 2, device=mask_logits.device)
     uncertainty = -sample_logits(mask_logits, candidates).abs()
-    _, weight = point_targets(targets, chosen, candidates)
-    uncertainty = uncertainty.masked_fill(weight == 0, -torch.inf)
+    height, width = targets.labels.shape[-2:]
+    x = (candidates[..., 0] * width).long().clamp(max=width - 1)
+    y = (candidates[..., 1] * height).long().clamp(max=height - 1)
+    nearest = targets.labels[targets.image[chosen][:, None], y, x]
+    uncertainty = uncertainty.masked_fill(nearest < 0, -torch.inf)
     best = uncertainty.topk(num_uncertain, dim=1).indices  # (K, num_uncertain)
     uncertain = candidates.gather(1, best[..., None].expand(-1, -1, 2))
     uniform = torch.rand(len(chosen), num_points - num_uncertain, 2, device=mask_logits.device)

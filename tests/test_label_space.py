@@ -61,6 +61,15 @@ def test_file_and_its_folder_load_alike(tmp_path):
     )
 
 
+def test_a_folder_called_like_a_benchmark_keeps_its_own_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "voc_20").mkdir()
+    assert len(load_label_space("voc_20").class_names) == 20
+    content = {"classes": ["background", "cow"], "unseen": [], "ignore_label": 255}
+    (tmp_path / "voc_20" / "classes.json").write_text(json.dumps(content))
+    assert load_label_space("voc_20").class_names == ["background", "cow"]
+
+
 @pytest.mark.parametrize(
     ("class_names", "unseen", "ignore_index", "message"),
     [

@@ -412,7 +412,7 @@ class SegmentationDataset(Dataset):
 
     def _padded_pixels(self, image: Image.Image) -> Tensor:
         """(3, S, S); right of and below the picture 0, the mean colour."""
-        pixels = (np.asarray(image, dtype=np.float32) / 255 - self.image_mean) / self.image_std
+        pixels = np.asarray(image) * (1 / (255 * self.image_std)) - self.image_mean / self.image_std
         padded = torch.zeros(3, self.augmentation.crop_size, self.augmentation.crop_size)
         padded[:, : image.height, : image.width] = torch.from_numpy(pixels).permute(2, 0, 1)
         return padded

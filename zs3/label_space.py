@@ -64,25 +64,28 @@ class LabelSpace:
 
 
 def load_label_space(name_or_path: str | Path) -> LabelSpace:
-    """Reads a label space: a name of `BENCHMARKS`, a classes.json, or a dataset (folder, Hub id) with one."""
-    if name_or_path == "scenes":
+    """Reads a label space: of a folder with a classes.json, a benchmark (`BENCHMARKS`), a file, a Hub dataset.
+
+    The first of these that exists is taken: a dataset's folder called like a benchmark keeps its own classes.
+    """
+    path, name = Path(name_or_path), str(name_or_path)
+    if (path / "classes.json").is_file():
+        return _read_classes(path / "classes.json")
+    if name == "scenes":
         from zs3.scenes import CLASS_NAMES, IGNORE_INDEX, UNSEEN
 
         return LabelSpace(list(CLASS_NAMES), list(UNSEEN), IGNORE_INDEX)
-    if name_or_path in BENCHMARKS:
-        return _read_classes(CLASSES_FOLDER / f"{name_or_path}.json")
-    path = Path(name_or_path)
-    if path.is_dir():
-        path = path / "classes.json"
-        if not path.is_file():
-            raise InputError(f"{path} is missing: write it with the keys {', '.join(KEYS)}")
+    if name in BENCHMARKS:
+        return _read_classes(CLASSES_FOLDER / f"{name}.json")
     if path.is_file():
         return _read_classes(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name_or_path)):
-        return _read_classes(_downloaded_classes(str(name_or_path)))
-    closest = get_close_matches(str(name_or_path), BENCHMARKS, n=1)
+    if path.is_dir():
+        raise InputError(f"{path / 'classes.json'} is missing: write it with the keys {', '.join(KEYS)}")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return _read_classes(_downloaded_classes(name))
+    closest = get_close_matches(name, BENCHMARKS, n=1)
     hint = f"did you mean {closest[0]}?" if closest else f"the names are {', '.join(BENCHMARKS)}"
-    raise InputError(f"label space {str(name_or_path)!r} is no known name, and no such file exists; {hint}")
+    raise InputError(f"label space {name!r} is no known name, and no such file exists; {hint}")
 
 
 def _read_classes(path: Path) -> LabelSpace:

@@ -1,13 +1,15 @@
-"""The embedded benchmark `scenes`: pictures of coloured or patterned shapes in front of textured stuff, drawn by rule.
+"""The embedded benchmark `scenes`: coloured and patterned shapes in front of textured stuff, drawn by rule.
 
     python -m zs3.scenes --output DIR [--train 3000] [--validation 200] [--seed 0]
 
-A scene is 2-3 bands of stuff (grass, sky, ...), 2-5 things ("red circle": an attribute and a shape) and now and then
-a distractor, a thing outside the 20 names whose pixels are ignored. Things of an unseen class stand mostly beside
-related seen ones (`THEMES`), and each attribute and shape of an unseen thing occurs in a seen one.
-Map: the vocabulary; outlines of shapes; textures of stuff; painting a thing; `compose` puts a picture together from
-names; `render_scene` picks the names; `write_dataset` makes the folder that train.py reads.
+A scene is 2-3 bands of stuff (grass, sky, ...), 2-5 things ("red circle": an attribute and a shape) and now and
+then a distractor, a thing outside the 20 names whose pixels are ignored. Things of an unseen class stand mostly
+beside related seen ones (`THEMES`), and each attribute and shape of an unseen thing occurs in a seen one.
+Map: the vocabulary; outlines of shapes; textures of stuff; painting a thing; `compose` puts a picture together
+from names; `render_scene` picks the names; `write_dataset` makes the folder that train.py reads.
 Every picture depends on its (seed, index) alone. Coordinates are pixels, x to the right and y down.
+zs3.command_line is imported where it is used: it brings transformers, seconds for each drawing process.
+Axes: H W picture, h w the part of it that a thing can touch, P corner of an outline.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import math
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +26,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
-
-from zs3.command_line import InputError, run
 
 SIZE = 96                 # pixels, both sides of a picture
 IGNORE_INDEX = 255        # label of distractors
@@ -202,24 +202,32 @@ def _wood_floor(rng: np.random.Generator) -> np.ndarray:
 
 
 def _stone_wall(rng: np.random.Generator) -> np.ndarray:
-    cell = 20  # pixels; one stone around a jittered point of each cell
+    cell, around = 20, np.arange(3)  # one stone around a jittered point of each cell of 20 pixels
     grid = np.arange(-cell, ATLAS + cell, cell)
-    points = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2) + rng.uniform(2, cell - 2, (len(grid) ** 2, 2))
-    pixels = np.stack(np.meshgrid(np.arange(ATLAS), np.arange(ATLAS)), axis=-1).reshape(-1, 1, 2)
-    distance = np.concatenate([np.abs(rows - points).max(axis=-1) + 0.35 * np.abs(rows - points).sum(axis=-1)
-                               for rows in np.array_split(pixels, 32)])  # fmt: skip
-    nearest, second = np.partition(distance, 1, axis=1)[:, :2].T
-    shade = rng.uniform(-1, 1, len(points))[distance.argmin(axis=1)].reshape(ATLAS, ATLAS)
+    points = np.stack(np.meshgrid(grid, grid), axis=-1)                         # (cells, cells, 2) x, y
+    points = points + rng.uniform(2, cell - 2, (len(grid) ** 2, 2)).reshape(points.shape)
+    pixel = np.arange(ATLAS)
+    near = pixel[:, None] // cell + around                                      # (ATLAS, 3) cells about each pixel
+    dx, dy = np.moveaxis(points[near[:, None, :, None], near[None, :, None, :]], -1, 0)  # (ATLAS, ATLAS, 3, 3)
+    dx, dy = np.abs(dx - pixel[:, None, None]), np.abs(dy - pixel[:, None, None, None])
+    distance = (np.maximum(dx, dy) + 0.35 * (dx + dy)).reshape(ATLAS, ATLAS, -1)
+    nearest, second = np.moveaxis(np.partition(distance, 1, axis=-1)[..., :2], -1, 0)
+    row, column = np.divmod(distance.argmin(axis=-1), len(around))
+    owner = np.take_along_axis(near[:, None], row[..., None], axis=-1) * len(grid)
+    owner = owner + np.take_along_axis(near[None], column[..., None], axis=-1)
+    shade = rng.uniform(-1, 1, len(grid) ** 2)[owner[..., 0]]
     stones = _tint(0.7 * shade + 0.4 * _noise(rng, 90, 90), (110, 112, 120), (182, 182, 186))
-    return np.where((second - nearest < 2.6).reshape(ATLAS, ATLAS, 1), (52, 54, 60), stones)
+    return np.where((second - nearest < 2.6)[..., None], (52, 54, 60), stones)
 
 
 def _snow(rng: np.random.Generator) -> np.ndarray:
-    return _tint(0.5 * _noise(rng, 12, 12) + 0.3 * _noise(rng, 128, 128) + 0.4, (196, 206, 226), (250, 251, 255))
+    drifts = 0.5 * _noise(rng, 12, 12) + 0.3 * _noise(rng, 128, 128)
+    return _tint(drifts + 0.4, (196, 206, 226), (250, 251, 255))
 
 
 def _lava(rng: np.random.Generator) -> np.ndarray:
-    return _tint(3 * np.abs(_noise(rng, 16, 16) + 0.5 * _noise(rng, 40, 40)) - 1.2, (250, 150, 30), (70, 18, 14))
+    crust = np.abs(_noise(rng, 16, 16) + 0.5 * _noise(rng, 40, 40))
+    return _tint(3 * crust - 1.2, (250, 150, 30), (70, 18, 14))
 
 
 def _night_sky(rng: np.random.Generator) -> np.ndarray:
@@ -235,7 +243,8 @@ def _tile_floor(rng: np.random.Generator) -> np.ndarray:
 
 def _metal_wall(rng: np.random.Generator) -> np.ndarray:
     x = np.arange(ATLAS)[None, :]
-    return _tint(0.8 * np.sin(2 * math.pi * x / 12) + 0.3 * _noise(rng, 10, 128), (72, 80, 92), (186, 196, 206))
+    ridges = 0.8 * np.sin(2 * math.pi * x / 12) + 0.3 * _noise(rng, 10, 128)
+    return _tint(ridges, (72, 80, 92), (186, 196, 206))
 
 
 # The stuff classes first; the rest is known to the tiny CLIP only.
@@ -259,7 +268,7 @@ def paint_stuff(rng: np.random.Generator, name: str) -> np.ndarray:
     scale, angle = rng.uniform(0.75, 1.3), math.radians(rng.uniform(-5, 5))
     flip = rng.choice((-1, 1))
     a, b = scale * math.cos(angle), scale * math.sin(angle)
-    x, y = rng.uniform(66, ATLAS - 66, 2)  # what the middle of the picture shows; the corners stay in the atlas
+    x, y = rng.uniform(66, ATLAS - 66, 2)  # the middle of the piece; its corners stay in the atlas
     middle = SIZE / 2
     to_atlas = (flip * a, -b, x - (flip * a - b) * middle, flip * b, a, y - (flip * b + a) * middle)
     piece = _atlas(name).transform((SIZE, SIZE), Image.Transform.AFFINE, to_atlas, Image.Resampling.BILINEAR)
@@ -270,12 +279,12 @@ def paint_stuff(rng: np.random.Generator, name: str) -> np.ndarray:
 
 
 class _Window(NamedTuple):
-    """The part of the picture that a thing and its shadow can touch, and where its pixels are from its middle."""
+    """The part of the picture that a thing and its shadow can touch."""
 
     rows: slice
     columns: slice
-    dx: np.ndarray  # (h, w) float32, pixels from the middle of the thing
-    dy: np.ndarray
+    dx: np.ndarray  # (h, w) float32, each pixel's distance from the middle of the thing
+    dy: np.ndarray  # (h, w) float32
 
 
 def _window(radius: float, x: float, y: float) -> _Window:
@@ -306,7 +315,9 @@ def _outline_masks(rng: np.random.Generator, shape: str, radius: float, window: 
 def _pattern(rng: np.random.Generator, attribute: str, radius: float, window: _Window) -> np.ndarray:
     """(h, w) bool: the dark part of a patterned thing."""
     period = rng.uniform(5.5, 7.5) * max(1.0, radius / 14)  # pixels; a small thing still shows it at stride 2
-    angle = math.radians(rng.uniform(-12, 12)) + (rng.integers(4) * math.pi / 4 if attribute == "striped" else 0)
+    angle = math.radians(rng.uniform(-12, 12))
+    if attribute == "striped":
+        angle += rng.integers(4) * math.pi / 4
     cosine, sine = np.float32(math.cos(angle) / period), np.float32(math.sin(angle) / period)
     u = window.dx * cosine + window.dy * sine + np.float32(rng.uniform())
     if attribute == "striped":
@@ -317,22 +328,28 @@ def _pattern(rng: np.random.Generator, attribute: str, radius: float, window: _W
     return (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.31**2
 
 
-def paint_thing(rng: np.random.Generator, image: np.ndarray, name: str, radius: float, x: float, y: float) -> np.ndarray:
-    """Draws a thing and its shadow into `image` (96, 96, 3) float32, in place; returns its pixels, (96, 96) bool."""
+def paint_thing(
+    rng: np.random.Generator, image: np.ndarray, name: str, radius: float, x: float, y: float
+) -> np.ndarray:
+    """Draws a thing and its shadow into `image` (96, 96, 3) float32, in place.
+
+    Returns the pixels that are now its own, (96, 96) bool. radius in pixels; (x, y) is its middle.
+    """
     attribute, shape = name.split()
     window = _window(radius, x, y)
     target = image[window.rows, window.columns]  # (h, w, 3), a view
     body, rim = _outline_masks(rng, shape, radius, window)
-    shadow = np.asarray(body.filter(ImageFilter.BoxBlur(1.5)).transform(
-        body.size, Image.Transform.AFFINE, (1, 0, -1, 0, 1, -2)), dtype=np.float32)  # moved by 1, 2 pixels # fmt: skip
-    target *= 1 - (0.35 / 255) * shadow[..., None]
+    moved = (1, 0, -1, 0, 1, -2)  # one pixel to the right, two down
+    shadow = body.filter(ImageFilter.BoxBlur(1.5)).transform(body.size, Image.Transform.AFFINE, moved)
+    target *= 1 - (0.35 / 255) * np.asarray(shadow, dtype=np.float32)[..., None]
     light, direction = rng.uniform(0, 0.22) / radius, rng.uniform(0, 2 * math.pi)
-    shade = 1 + light * (window.dx * np.float32(math.cos(direction)) + window.dy * np.float32(math.sin(direction)))
+    across, down = np.float32(light * math.cos(direction)), np.float32(light * math.sin(direction))
+    shade = 1 + window.dx * across + window.dy * down
     if attribute in COLOURS:
         paint = (np.array(COLOURS[attribute]) + rng.uniform(-16, 16, 3)).astype(np.float32)
     else:
-        dark, pale = rng.uniform(15, 60, 3).astype(np.float32), rng.uniform(205, 250, 3).astype(np.float32)
-        paint = np.where(_pattern(rng, attribute, radius, window)[..., None], dark, pale)
+        dark, pale = rng.uniform(15, 60, 3), rng.uniform(205, 250, 3)
+        paint = np.where(_pattern(rng, attribute, radius, window)[..., None], dark, pale).astype(np.float32)
     coverage = np.asarray(body, dtype=np.float32)[..., None] / 255
     edge = np.asarray(rim, dtype=np.float32)[..., None] / 255
     target += coverage * (paint * shade[..., None] * (1 - 0.5 * edge) - target)
@@ -344,7 +361,7 @@ def paint_thing(rng: np.random.Generator, image: np.ndarray, name: str, radius: 
 # ------------------------------------------------------------------------------------------------ scenes
 
 
-def _stuff_index(rng: np.random.Generator, num_bands: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def stuff_index(rng: np.random.Generator, num_bands: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Which band each pixel belongs to, (96, 96) int, and the rows y0, y1 each band was given."""
     x = np.arange(SIZE)
     index = np.zeros((SIZE, SIZE), dtype=int)
@@ -359,22 +376,25 @@ def _stuff_index(rng: np.random.Generator, num_bands: int) -> tuple[np.ndarray, 
     return index, rows
 
 
+def _hidden_share(box: tuple[float, ...], front: tuple[float, ...]) -> float:
+    """The share of `box` that `front` covers, in [0, 1]."""
+    width = min(box[2], front[2]) - max(box[0], front[0])
+    height = min(box[3], front[3]) - max(box[1], front[1])
+    return max(width, 0) * max(height, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
+
+
 def _free_place(rng: np.random.Generator, boxes: list[tuple[float, ...]]) -> tuple[float, float, float]:
     """Radius and middle of a new thing that hides at most a part of each earlier one."""
     radius = 9 * (20 / 9) ** rng.uniform()
     while True:
         x, y = rng.uniform(0.5 * radius, SIZE - 0.5 * radius, 2)
-        shared = [
-            max(0, min(x + radius, x1) - max(x - radius, x0)) * max(0, min(y + radius, y1) - max(y - radius, y0))
-            / ((x1 - x0) * (y1 - y0))
-            for x0, y0, x1, y1 in boxes
-        ]  # fmt: skip
-        if max(shared, default=0) <= 0.35:
+        box = (x - radius, y - radius, x + radius, y + radius)
+        if max((_hidden_share(earlier, box) for earlier in boxes), default=0) <= 0.35:
             return radius, x, y
         radius = max(0.95 * radius, 7)
 
 
-def _light(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+def light(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Lamp colour and direction, brightness and sensor noise; float in, uint8 out."""
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     slope, direction = rng.uniform(0, 0.18), rng.uniform(0, 2 * math.pi)
@@ -387,22 +407,24 @@ def _light(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def compose(rng: np.random.Generator, stuff: list[str], things: list[str]) -> Scene:
-    """Draws the bands of `stuff` from top to bottom, then `things` one over another; names are of WORLD_NAMES."""
-    band, rows = _stuff_index(rng, len(stuff))
+    """Draws the bands of `stuff` from top to bottom, then `things` one over another. Names are of WORLD_NAMES."""
+    band, rows = stuff_index(rng, len(stuff))
     image = np.empty((SIZE, SIZE, 3), dtype=np.float32)
     for number, name in enumerate(stuff):
         np.copyto(image, paint_stuff(rng, name), where=(band == number)[..., None])
-    regions = [Region(name, (0, max(y0, 0), SIZE, min(y1, SIZE))) for name, (y0, y1) in zip(stuff, rows, strict=True)]
+    regions = [Region(name, (0, y0, SIZE, y1)) for name, (y0, y1) in zip(stuff, rows, strict=True)]
     owner = band                           # (96, 96) which region each pixel shows
     boxes: list[tuple[float, ...]] = []
     for name in things:
         radius, x, y = _free_place(rng, boxes)
-        owner = np.where(paint_thing(rng, image, name, radius, x, y), len(regions), owner)
         boxes.append((x - radius, y - radius, x + radius, y + radius))
-        x0, y0, x1, y1 = (min(max(round(side), 0), SIZE) for side in boxes[-1])
-        regions.append(Region(name, (x0, y0, x1, y1)))
-    ids = [CLASS_NAMES.index(region.name) if region.name in CLASS_NAMES else IGNORE_INDEX for region in regions]
-    return Scene(_light(rng, image), np.array(ids, dtype=np.uint8)[owner], regions)
+        shown = paint_thing(rng, image, name, radius, x, y)
+        owner = np.where(shown, len(regions), owner)
+        in_rows, in_columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
+        box = (int(in_columns[0]), int(in_rows[0]), int(in_columns[-1]) + 1, int(in_rows[-1]) + 1)
+        regions.append(Region(name, box))
+    ids = [CLASS_NAMES.index(name) if name in CLASS_NAMES else IGNORE_INDEX for name, _ in regions]
+    return Scene(light(rng, image), np.array(ids, dtype=np.uint8)[owner], regions)
 
 
 def render_scene(seed: int, index: int) -> Scene:
@@ -436,32 +458,34 @@ def _write_scene(job: tuple[str, int, int], *, folder: Path, seed: int) -> None:
 
 def _write_all(folder: Path, jobs: list[tuple[str, int, int]], seed: int) -> None:
     write = partial(_write_scene, folder=folder, seed=seed)
-    processes = min(os.cpu_count() or 1, 8) if len(jobs) > 200 else 1  # a worker takes about a second to start
-    progress = partial(tqdm, total=len(jobs), desc="drawing scenes", unit="scene")
-    if processes == 1:
-        _exhaust(progress(map(write, jobs)))
-        return
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        _exhaust(progress(pool.imap_unordered(write, jobs, chunksize=20)))
-
-
-def _exhaust(results: Iterable[None]) -> None:
-    for _ in results:
-        pass
+    processes = min(os.cpu_count() or 1, 8)
+    with tqdm(total=len(jobs), desc="drawing scenes", unit="scene") as progress:
+        if processes == 1 or len(jobs) < 500:  # a new process takes about as long to start as 300 scenes
+            for job in jobs:
+                write(job)
+                progress.update()
+            return
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            for _ in pool.imap_unordered(write, jobs, chunksize=20):
+                progress.update()
 
 
 def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed: int) -> None:
     """Writes {train,validation}/{images,labels}/00000.png ... and classes.json.
 
-    Labels are dense, unseen classes included: taking those out of training is the reader's job. The folder appears
-    under its name when it is complete. Large sets are drawn by several processes, which import the main script
-    again: call this below `if __name__ == "__main__":`.
+    Labels are dense, unseen classes included: taking those out of training is the reader's job. The folder
+    appears under its name when it is complete. Large sets are drawn by several processes, which import the main
+    script again: call this below `if __name__ == "__main__":`.
     """
+    from zs3.command_line import InputError
+
     folder = Path(folder)
-    if num_train < 1 or num_validation < 1 or seed < 0:
-        raise InputError(f"train {num_train} and validation {num_validation} must be 1 or more, seed {seed} 0 or more")
-    if num_train > FIRST_VALIDATION:
-        raise InputError(f"train {num_train} is above {FIRST_VALIDATION}, where the validation scenes begin")
+    if not 1 <= num_train <= FIRST_VALIDATION:
+        raise InputError(f"train {num_train} must be between 1 and {FIRST_VALIDATION} pictures")
+    if num_validation < 1:
+        raise InputError(f"validation {num_validation} must be 1 picture or more")
+    if seed < 0:
+        raise InputError(f"seed {seed} must be 0 or more")
     if folder.exists():
         raise InputError(f"{folder} exists already: name another folder, or remove it first")
     unfinished = folder.with_name(folder.name + ".partial")
@@ -490,4 +514,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from zs3.command_line import run
+
     run(main)

@@ -1,0 +1,246 @@
+"""Evaluate a checkpoint: mIoU(S), mIoU(U), hIoU and their intervals.
+
+    accelerate launch eval.py --model runs/stage2/final --dataset DIR --setting gzs3 --output runs/stage2/gzs3.json
+
+Settings (section 3.1): gzs3, candidates and pixels of all classes; zs3, of the unseen classes alone; ovs, another
+label space than that of the training. The checkpoint is loaded through AutoModel and AutoProcessor only.
+"""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
+
+from train import load_text_embeds
+from zs3.command_line import InputError, read_arguments, run
+from zs3.data import load_split
+from zs3.evaluation import ConfusionMatrix, generalized_scores
+from zs3.label_space import LabelSpace, load_label_space
+from zs3.pictures import draw_comparison
+
+
+@dataclass
+class EvalArgs:
+    """One evaluation of one checkpoint on one dataset."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint: a folder or a Hub id."})
+    dataset: str | None = field(default=None, metadata={"help": "Folder or Hub id of the data."})
+    split: str = field(default="validation", metadata={"help": "Split of the dataset to evaluate on."})
+    label_space: str | None = field(
+        default=None, metadata={"help": "Benchmark name or classes.json; default: the dataset's own."}
+    )
+    setting: str = field(default="gzs3", metadata={"help": "gzs3, zs3 or ovs."})
+    output: str | None = field(default=None, metadata={"help": "Result file (JSON)."})
+    text_embeds: str | None = field(
+        default=None, metadata={"help": "Text vectors for a checkpoint without text tower: a .npy, one row a class."}
+    )
+    absent: str = field(
+        default="union",
+        metadata={"help": "A class is left out of means where truth and prediction ('union') or truth alone lack it."},
+    )
+    pictures: str | None = field(default=None, metadata={"help": "Folder for pictures: image, truth, prediction."})
+    num_pictures: int = field(default=8, metadata={"help": "How many pictures to draw."})
+    max_images: int | None = field(default=None, metadata={"help": "Evaluate the first N images only."})
+    seed: int = field(default=0, metadata={"help": "Of the bootstrap."})
+
+    def check(self) -> None:
+        for name in ("model", "dataset"):
+            if getattr(self, name) is None:
+                raise InputError(f"--{name} is missing")
+        if self.setting not in ("gzs3", "zs3", "ovs"):
+            raise InputError(f"setting must be 'gzs3', 'zs3' or 'ovs', got {self.setting!r}")
+        if self.absent not in ("union", "truth"):
+            raise InputError(f"absent must be 'union' or 'truth', got {self.absent!r}")
+
+
+def load_checkpoint(path: str) -> tuple:
+    """Model and processor through the public door, in float32."""
+    try:
+        model = AutoModel.from_pretrained(path, trust_remote_code=True, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load checkpoint {path}: {' '.join(str(error).split())[:300]}") from error
+    if model.config.model_type != "zs3":
+        raise InputError(f"{path} is a {model.config.model_type} checkpoint, not one of zs3")
+    return model.eval(), processor
+
+
+def candidate_embeds(model, processor, class_names: list[str], text_embeds: str | None) -> tuple[Tensor, list[str]]:
+    """(C, D) text vectors of the label space's names, and the prompts behind them."""
+    if text_embeds is not None:
+        return load_text_embeds(text_embeds, len(class_names)), [f"vectors of {Path(text_embeds).name}"]
+    if model.text_model is not None:
+        return model.encode_text(**processor(class_names=class_names)), list(processor.prompt_templates)
+    stored = model.config.class_names or []
+    missing = [name for name in class_names if name not in stored]
+    if missing:
+        raise InputError(f"the checkpoint has no text tower and no vector for {missing[0]!r}: give --text_embeds")
+    return model.vocabulary[[stored.index(name) for name in class_names]], ["the checkpoint's vocabulary"]
+
+
+def check_leak(model, label_space: LabelSpace, setting: str) -> None:
+    """A zero-shot number needs a model that saw no unseen mask."""
+    if setting == "ovs":
+        return
+    if model.config.seen_class_names is None:
+        raise InputError("the checkpoint does not say which classes it saw: only --setting ovs is open to it")
+    leaked = sorted(set(model.config.seen_class_names) & set(label_space.unseen))
+    if leaked:
+        raise InputError(f"the checkpoint was trained on masks of {leaked}: no {setting} result can be claimed")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@torch.inference_mode()
+def evaluate(args: EvalArgs) -> dict | None:
+    """The result, as it is written to args.output; None on processes other than the main one."""
+    args.check()
+    accelerator = Accelerator()
+    label_space = load_label_space(args.label_space or args.dataset)
+    records = load_split(args.dataset, args.split, label_space)
+    with accelerator.local_main_process_first():
+        model, processor = load_checkpoint(args.model)
+    check_leak(model, label_space, args.setting)
+    text_embeds, prompts = candidate_embeds(model, processor, label_space.class_names, args.text_embeds)
+    model.to(accelerator.device)
+
+    # Candidates: the class axis of this setting, and where each id of a label map lands on it
+    is_seen = label_space.is_seen
+    candidates = torch.nonzero(~is_seen if args.setting == "zs3" else torch.ones_like(is_seen)).squeeze(1)
+    if len(candidates) == 0:
+        raise InputError("the label space has no unseen class: nothing to evaluate with --setting zs3")
+    names = [label_space.class_names[index] for index in candidates]
+    ignored = len(label_space.class_names)  # an id of our own: the data's may lie inside the candidates' range
+    place = np.full(ignored + 1, ignored)
+    place[candidates.numpy()] = np.arange(len(candidates))
+    text_embeds = text_embeds[candidates].to(accelerator.device)
+
+    confusion = ConfusionMatrix(len(names), ignored)
+    count = len(records) if args.max_images is None else min(args.max_images, len(records))
+    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    for index in tqdm(mine, unit="image", disable=not accelerator.is_local_main_process):
+        image, label, image_id = records[index]
+        label = place[np.where(label == label_space.ignore_index, ignored, label)]
+        inputs = processor(images=image).to(accelerator.device)
+        outputs = model(**inputs, text_embeds=text_embeds)
+        (prediction,) = processor.post_process_semantic_segmentation(outputs, [label.shape])
+        confusion.update(prediction, label)
+        if args.pictures is not None and index < args.num_pictures:
+            panels = {"image": image, "truth": np.where(label == ignored, -1, label), "prediction": prediction.cpu()}
+            draw_comparison(panels, names, Path(args.pictures) / f"{image_id}.png")
+
+    parts = gather_object([confusion])
+    if not accelerator.is_main_process:
+        return None
+    total = ConfusionMatrix(len(names), ignored)
+    for part in parts:
+        total.merge(part)
+    result = summary(args, label_space, total, is_seen[candidates], names, prompts)
+    if args.output is not None:
+        write_json(Path(args.output), result)
+    return result
+
+
+def summary(
+    args: EvalArgs,
+    label_space: LabelSpace,
+    confusion: ConfusionMatrix,
+    is_seen: Tensor,
+    names: list[str],
+    prompts: list[str],
+) -> dict:
+    """Scores in [0, 1] with everything a reader needs to know how they came about; None for a NaN."""
+    iou = confusion.iou(args.absent)
+    scores = generalized_scores(iou, is_seen)
+    intervals = confusion.confidence_intervals(is_seen, absent=args.absent, seed=args.seed)
+    weights = Path(args.model) / "model.safetensors"
+    label_space_json = json.dumps([label_space.class_names, label_space.unseen, label_space.ignore_index])
+    result = {
+        "setting": args.setting,
+        "model": args.model,
+        "dataset": args.dataset,
+        "split": args.split,
+        "label_space": args.label_space or args.dataset,
+        "label_space_sha256": hashlib.sha256(label_space_json.encode()).hexdigest(),
+        "checkpoint_sha256": sha256(weights) if weights.exists() else None,
+        "seen": [name for name, seen in zip(names, is_seen.tolist(), strict=True) if seen],
+        "unseen": [name for name, seen in zip(names, is_seen.tolist(), strict=True) if not seen],
+        "prompts": prompts,
+        "clip_ensemble_weight": None,
+        "calibration": None,
+        "absent": args.absent,
+        "seed": args.seed,
+        "num_images": len(confusion.images),
+        "miou": float(np.nanmean(iou)),
+        "miou_seen": scores.miou_seen,
+        "miou_unseen": scores.miou_unseen,
+        "hiou": scores.hiou,
+        "pixel_accuracy": confusion.pixel_accuracy(),
+        "confidence_intervals": {name: list(interval) for name, interval in intervals.items()},
+        "per_class": dict(zip(names, iou.tolist(), strict=True)),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+    }
+    return without_nan(result)
+
+
+def without_nan(value):
+    """NaN is not JSON: null instead."""
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def write_json(path: Path, result: dict) -> None:
+    """Written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def percent(value: float | None) -> str:
+    return "  -  " if value is None else f"{100 * value:5.1f}"
+
+
+def report(result: dict) -> str:
+    """The table for the terminal; percent."""
+    lines = [f"{result['setting']}: {result['model']} on {result['num_images']} images of {result['dataset']}"]
+    for name in ("miou_seen", "miou_unseen", "hiou", "miou"):
+        low, high = result["confidence_intervals"][name]
+        lines.append(f"  {name:12s} {percent(result[name])}   95 % interval {percent(low)} to {percent(high)}")
+    lines.append(f"  {'accuracy':12s} {percent(result['pixel_accuracy'])}")
+    unseen = set(result["unseen"])
+    for name, iou in result["per_class"].items():
+        lines.append(f"    {percent(iou)}  {name}{'  (unseen)' if name in unseen else ''}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args, _ = read_arguments(EvalArgs)
+    result = evaluate(args)
+    if result is not None:
+        print(report(result))
+
+
+if __name__ == "__main__":
+    run(main)
