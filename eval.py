@@ -132,16 +132,23 @@ def evaluate(args: EvalArgs) -> dict | None:
     confusion = ConfusionMatrix(len(names), ignored)
     count = len(records) if args.max_images is None else min(args.max_images, len(records))
     mine = range(accelerator.process_index, count, accelerator.num_processes)
-    for index in tqdm(mine, unit="image", disable=not accelerator.is_local_main_process):
-        image, label, image_id = records[index]
-        label = place[np.where(label == label_space.ignore_index, ignored, label)]
-        inputs = processor(images=image).to(accelerator.device)
-        outputs = model(**inputs, text_embeds=text_embeds)
-        (prediction,) = processor.post_process_semantic_segmentation(outputs, [label.shape])
-        confusion.update(prediction, label)
-        if args.pictures is not None and index < args.num_pictures:
-            panels = {"image": image, "truth": np.where(label == ignored, -1, label), "prediction": prediction.cpu()}
-            draw_comparison(panels, names, Path(args.pictures) / f"{image_id}.png")
+    quiet = not accelerator.is_local_main_process
+    with tqdm(total=len(mine), unit="image", mininterval=1, disable=quiet) as bar:
+        for index in mine:
+            image, label, image_id = records[index]
+            label = place[np.where(label == label_space.ignore_index, ignored, label)]
+            inputs = processor(images=image).to(accelerator.device)
+            outputs = model(**inputs, text_embeds=text_embeds)
+            (prediction,) = processor.post_process_semantic_segmentation(outputs, [label.shape])
+            confusion.update(prediction, label)
+            if args.pictures is not None and index < args.num_pictures:
+                panels = {
+                    "image": image,
+                    "truth": np.where(label == ignored, -1, label),
+                    "prediction": prediction.cpu(),
+                }
+                draw_comparison(panels, names, Path(args.pictures) / f"{image_id}.png")
+            bar.update()
 
     parts = gather_object([confusion])
     if not accelerator.is_main_process:

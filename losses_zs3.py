@@ -112,8 +112,9 @@ def match_masks(
         mine = (targets.image == image).nonzero().squeeze(1)  # (M,) of this image
         if len(mine) == 0:
             continue
-        cost = mask_weight * pairwise_bce(logits[image], share[mine], weight[mine[0]])
-        cost = cost + dice_weight * pairwise_dice(logits[image], share[mine], weight[mine[0]])
+        with torch.autocast(mask_logits.device.type, enabled=False):  # sums over points in float32
+            cost = mask_weight * pairwise_bce(logits[image], share[mine], weight[mine[0]])
+            cost = cost + dice_weight * pairwise_dice(logits[image], share[mine], weight[mine[0]])
         if class_cost is not None:
             cost = cost + class_cost[image][:, targets.value[mine]]
         match = hungarian(cost)

@@ -22,6 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Mask2FormerModel,
     Mask2FormerPreTrainedModel,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -116,14 +117,20 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
         if config.vision_config is not None:
             self.vision_model = CLIPVisionModelWithProjection._from_config(config.vision_config)
-        for tower in (self.text_model, self.vision_model):
-            if tower is not None:
-                tower.requires_grad_(False)
         size = config.projection_dim
         self.background_embed = nn.Parameter(torch.empty(size)) if config.class_loss == "cross_entropy" else None
         stored = None if config.class_names is None else torch.zeros(len(config.class_names), size)
         self.register_buffer("vocabulary", stored)
         self.post_init()
+        self.train()
+
+    def train(self, mode: bool = True) -> "Zs3ForSemanticSegmentation":
+        """As ever, but the CLIP towers stay frozen: `from_pretrained`, which ends here, makes weights trainable."""
+        super().train(mode)
+        for tower in (self.text_model, self.vision_model):
+            if tower is not None:
+                tower.requires_grad_(False).eval()
+        return self
 
     # ------------------------------------------------------------------------------------------- making
 
@@ -161,14 +168,13 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         model = cls(config)
         if mask2former is not None:
-            _load_into(model.model, Mask2FormerModel.from_pretrained(mask2former, dtype=torch.float32))
+            _load_into(model.model, mask2former)
         if backbone is not None:
-            encoder = model.model.pixel_level_module.encoder
-            _load_into(encoder, type(encoder).from_pretrained(backbone, config=config.backbone_config))
+            _load_into(model.model.pixel_level_module.encoder, backbone, config=config.backbone_config)
         if model.text_model is not None and clip is not None:
-            _load_into(model.text_model, CLIPTextModelWithProjection.from_pretrained(clip, dtype=torch.float32))
+            _load_into(model.text_model, clip, config=config.text_config)
         if model.vision_model is not None and clip is not None:
-            _load_into(model.vision_model, CLIPVisionModelWithProjection.from_pretrained(clip, dtype=torch.float32))
+            _load_into(model.vision_model, clip, config=config.vision_config)
         return model
 
     def set_vocabulary(self, class_names: Sequence[str], text_embeds: Tensor) -> None:
@@ -365,7 +371,8 @@ def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Modu
 
 def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """R of section 3.2: class_embeds (B, Q, D), text_embeds (C, D) -> (B, Q, C), cosine in [-1, 1]."""
-    return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
+    with torch.autocast(class_embeds.device.type, enabled=False):  # 0.4 % of a cosine is 0.4 of a logit at tau = 0.01
+        return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
 
 
 def default_image_labels(labels: Tensor, num_classes: int, is_seen: Tensor | None) -> Tensor:
@@ -394,7 +401,8 @@ def _mean_over_ranks(count: Tensor) -> Tensor:
     return count
 
 
-def _load_into(module: nn.Module, source: PreTrainedModel) -> None:
+def _load_into(module: PreTrainedModel, checkpoint: str, config: PreTrainedConfig | None = None) -> None:
+    source = type(module).from_pretrained(checkpoint, config=config, dtype=torch.float32)
     module.load_state_dict(source.state_dict())
 
 

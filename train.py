@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -136,9 +137,9 @@ def make_model(args: TrainArgs, overrides: dict, label_space: LabelSpace) -> Zs3
             model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
                 args.mask2former, args.clip, backbone=args.backbone, **overrides
             )
-    except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise InputError(f"cannot make the model: {' '.join(str(error).split())}") from error
     model.config.seen_class_names = label_space.seen
     return model
@@ -227,7 +228,7 @@ def check_recipe(path: Path, recipe: dict) -> None:
         changed = sorted(name for name in before.keys() | recipe.keys() if before.get(name) != recipe.get(name))
         if changed:
             raise InputError(
-                f"{path.parent} holds a run with another {', '.join(changed)}: choose another --output_dir, or delete it"
+                f"{path.parent} holds a run with another {', '.join(changed)}: choose another --output_dir or delete it"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -333,39 +334,40 @@ def train(args: TrainArgs, overrides: dict) -> None:
         collate_fn=collate,
         num_workers=args.num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # its own: starting the loader must not move the state that a resume restores
     )
 
     # Loop
     model.train()
     log = MetricsLog(output_dir / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
-    bar = tqdm(total=args.max_steps, initial=progress.step, unit="step", disable=not accelerator.is_local_main_process)
+    quiet = not accelerator.is_local_main_process
     started, seconds_before = time.perf_counter(), progress.seconds
-    for batch in loader:
-        image_ids = batch.pop("image_ids")
-        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        with accelerator.accumulate(model):
-            outputs = model(**batch, text_embeds=text_embeds)
-            if not torch.isfinite(outputs.loss):
-                loss = float(outputs.loss.detach())
-                raise InputError(f"the loss is {loss} at step {progress.step}, images {image_ids}: stopped")
-            accelerator.backward(outputs.loss)
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        scheduler.step()
-        progress.step += 1
-        progress.seconds = seconds_before + time.perf_counter() - started
-        bar.update()
-        if progress.step % args.logging_steps == 0 or progress.step == args.max_steps:
-            if log is not None:
+    with tqdm(total=args.max_steps, initial=progress.step, unit="step", mininterval=1, disable=quiet) as bar:
+        for batch in loader:
+            image_ids = batch.pop("image_ids")
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            with accelerator.accumulate(model):
+                outputs = model(**batch, text_embeds=text_embeds)
+                if not torch.isfinite(outputs.loss):
+                    loss = float(outputs.loss.detach())
+                    raise InputError(f"the loss is {loss} at step {progress.step}, images {image_ids}: stopped")
+                accelerator.backward(outputs.loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            scheduler.step()
+            progress.step += 1
+            progress.seconds = seconds_before + time.perf_counter() - started
+            bar.update()
+            is_logged = progress.step % args.logging_steps == 0 or progress.step == args.max_steps
+            if is_logged and log is not None:
                 line = log.write(progress, outputs, float(grad_norm), scheduler.get_last_lr()[0])
                 bar.set_postfix(loss=f"{line['loss']:.2f}", same=f"{line['same_label_rate']:.2f}")
-        if progress.step % args.checkpointing_steps == 0 and progress.step < args.max_steps:
-            save_checkpoint(accelerator, checkpoints, progress.step, args.checkpoints_kept)
-    bar.close()
+            if progress.step % args.checkpointing_steps == 0 and progress.step < args.max_steps:
+                save_checkpoint(accelerator, checkpoints, progress.step, args.checkpoints_kept)
 
     # Save
     accelerator.wait_for_everyone()

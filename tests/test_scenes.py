@@ -164,10 +164,18 @@ def test_a_stopped_run_leaves_no_folder_of_that_name(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-@pytest.mark.parametrize("flags", [["--train", "0"], ["--validation", "-1"], ["--seed", "-5"]])
-def test_bad_numbers_are_one_line_and_exit_code_2(tmp_path, flags):
-    command = [sys.executable, "-m", "zs3.scenes", "--output", str(tmp_path / "set"), *flags]
+@pytest.mark.parametrize(
+    "numbers, word",
+    [((0, 1, 0), "train"), ((10**6 + 1, 1, 0), "train"), ((1, 0, 0), "validation"), ((1, 1, -5), "seed")],
+)
+def test_numbers_that_make_no_sense_are_named_and_nothing_is_made(tmp_path, numbers, word):
+    with pytest.raises(InputError, match=word):
+        write_dataset(tmp_path / "set", *numbers)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_of_the_command_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "zs3.scenes", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and flags[0].strip("-") in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert len(done.stderr.strip().splitlines()) == 1 and str(tmp_path) in done.stderr

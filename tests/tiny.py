@@ -71,8 +71,15 @@ def tiny_config(text: bool = True, vision: bool = False, **overrides) -> Zs3Conf
 
 
 def tiny_model(seed: int = 0, **kwargs) -> Zs3ForSemanticSegmentation:
+    """Random weights, scaled so that queries differ, masks are decided and label maps hold more than one class."""
     torch.manual_seed(seed)
-    return Zs3ForSemanticSegmentation(tiny_config(**kwargs)).eval()
+    model = Zs3ForSemanticSegmentation(tiny_config(**kwargs)).eval()
+    module = model.model.transformer_module
+    with torch.no_grad():
+        module.queries_features.weight.normal_(std=3.0)
+        module.queries_embedder.weight.normal_(std=3.0)
+        module.decoder.mask_predictor.mask_embedder.get_submodule("2.0").weight.mul_(100)
+    return model
 
 
 def save_checkpoint(folder: Path, **kwargs) -> Zs3ForSemanticSegmentation:

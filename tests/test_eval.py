@@ -1,0 +1,112 @@
+"""eval.py: its numbers against sets of pixels counted by hand, one process against two, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import AutoModel, AutoProcessor
+
+from eval import EvalArgs, evaluate, main
+from processing_zs3 import Zs3ImageProcessor
+from zs3.command_line import InputError, run
+from zs3.data import load_split
+from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_dataset(folder, num_train=1, num_validation=5, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """An untrained model whose masks are sharpened, with text vectors near its queries: many classes occur."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = tiny_model(text=False)
+    for parameter in model.model.transformer_module.decoder.mask_predictor.parameters():
+        parameter.data *= 4
+    with torch.no_grad():
+        embeds = model(torch.randn(1, 3, 64, 64), text_embeds=torch.randn(1, 12)).class_embeds[0]
+    queries = (embeds - embeds.mean(0))[[(0, 2, 4)[index % 3] for index in range(len(CLASS_NAMES))]]
+    model.set_vocabulary(CLASS_NAMES, queries + 0.1 * queries.std() * torch.randn_like(queries))
+    model.config.seen_class_names = [name for name in CLASS_NAMES if name not in UNSEEN]
+    model.save_pretrained(folder)
+    Zs3ImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}).save_pretrained(folder)
+    return folder
+
+
+def scores_by_hand(checkpoint: Path, data: Path, candidates: list[str]) -> dict[str, float | None]:
+    """IoU of each candidate from sets of (image, pixel); pixels of other classes do not count."""
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    truth, predicted = ({name: set() for name in candidates} for _ in range(2))
+    for number, (image, label, _) in enumerate(load_split(data, "validation")):
+        rows = [CLASS_NAMES.index(name) for name in candidates]
+        with torch.inference_mode():
+            outputs = model(**processor(images=image), text_embeds=model.vocabulary[rows])
+        (label_map,) = processor.post_process_semantic_segmentation(outputs, [label.shape])
+        for pixel in np.ndindex(*label.shape):
+            if label[pixel] != 255 and CLASS_NAMES[label[pixel]] in candidates:
+                truth[CLASS_NAMES[label[pixel]]].add((number, pixel))
+                predicted[candidates[label_map[pixel]]].add((number, pixel))
+    union = {name: truth[name] | predicted[name] for name in candidates}
+    return {name: len(truth[name] & predicted[name]) / len(union[name]) if union[name] else None for name in candidates}
+
+
+@pytest.mark.parametrize("setting", ["gzs3", "zs3"])
+def test_iou_is_that_of_pixel_sets(checkpoint, data, setting, tmp_path):
+    candidates = CLASS_NAMES if setting == "gzs3" else [name for name in CLASS_NAMES if name in UNSEEN]
+    expected = scores_by_hand(checkpoint, data, candidates)
+    result = evaluate(
+        EvalArgs(model=str(checkpoint), dataset=str(data), setting=setting, output=str(tmp_path / "r.json"))
+    )
+    assert result["per_class"] == pytest.approx(expected)
+    assert sum(value is not None and value > 0 for value in expected.values()) > 1, "too easy: one class everywhere"
+    unseen = [value for name, value in expected.items() if name in UNSEEN and value is not None]
+    assert result["miou_unseen"] == pytest.approx(sum(unseen) / len(unseen))
+    assert json.loads((tmp_path / "r.json").read_text()) == result
+
+
+def test_two_processes_give_the_result_of_one(checkpoint, data, tmp_path):
+    one = evaluate(EvalArgs(model=str(checkpoint), dataset=str(data)))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval.py"]
+    command += ["--model", str(checkpoint), "--dataset", str(data), "--output", str(tmp_path / "two.json")]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert json.loads((tmp_path / "two.json").read_text()) == one
+    assert one["num_images"] == 5
+
+
+def test_pictures_are_drawn(checkpoint, data, tmp_path):
+    args = EvalArgs(model=str(checkpoint), dataset=str(data), max_images=2, pictures=str(tmp_path), num_pictures=1)
+    evaluate(args)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.png"]
+
+
+def test_a_model_that_saw_unseen_masks_gets_no_zero_shot_number(checkpoint, data, tmp_path):
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    model.config.seen_class_names = list(CLASS_NAMES)
+    model.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="trained on masks of"):
+        evaluate(EvalArgs(model=str(tmp_path), dataset=str(data)))
+    assert evaluate(EvalArgs(model=str(tmp_path), dataset=str(data), setting="ovs", max_images=1))["setting"] == "ovs"
+
+
+def test_a_missing_checkpoint_is_one_line_and_exit_code_2(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(tmp_path / "none"), "--dataset", str(data)])
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "none" in line

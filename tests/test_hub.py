@@ -1,0 +1,138 @@
+"""A stranger's process: checkpoints load offline, without the project, through every door, and answer the same."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import CLASS_NAMES, byte_tokenizer, save_checkpoint
+
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor
+
+LABELS = [["blue square", "azure box"], {"name": "meadow", "synonyms": ["grass"], "templates": ["a {}."]}, "sky"]
+CODE = ["configuration_zs3.py", "losses_zs3.py", "modeling_zs3.py", "pipeline_zs3.py", "processing_zs3.py"]
+ROOT = Path(__file__).parents[1]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+DOORS = ("AutoModel", "AutoModelForSemanticSegmentation", "AutoModelForUniversalSegmentation")
+
+
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 14, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((70, 50), Image.Resampling.BICUBIC)
+
+
+def hub_cache(folder: Path, checkpoint: Path) -> None:
+    """huggingface_hub's layout: content under blobs, a commit of links to it, and a branch that names the commit."""
+    repository = folder / "models--someone--zs3-tiny"
+    snapshot = repository / "snapshots" / COMMIT
+    for part in (repository / "blobs", repository / "refs", snapshot):
+        part.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    for number, file in enumerate(sorted(checkpoint.iterdir())):
+        blob = repository / "blobs" / f"{number:040x}"
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """After both strangers have been here. The first loads a local folder and saves what it loaded; the second loads
+    from a Hub cache, and what the first one saved."""
+    folder = tmp_path_factory.mktemp("stranger")
+    picture().save(folder / "image.png")
+    (folder / "labels.json").write_text(json.dumps(LABELS))
+    save_checkpoint(folder / "checkpoint", seed=1)
+    save_checkpoint(folder / "textless", text=False)
+    hub_cache(folder / "hub", folder / "checkpoint")
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub"), "HOME": str(elsewhere)}
+    first = ["checkpoint", "--prefix", "folder", "--resave", str(folder / "resaved"), "--textless", "textless"]
+    first = [str(folder / word) if word in ("checkpoint", "textless") else word for word in first]
+    second = ["someone/zs3-tiny", "--prefix", "hub", "--again", str(folder / "resaved")]
+    for number, arguments in enumerate((first, second)):
+        run = subprocess.run(
+            [sys.executable, "-I", str(Path(__file__).with_name("stranger.py")), str(folder), *arguments],
+            cwd=elsewhere,
+            env={**environment, "HF_MODULES_CACHE": str(folder / f"modules{number}")},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert run.returncode == 0, run.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> dict[str, np.ndarray]:
+    """What the model gives here, in the project's own process."""
+    model = save_checkpoint(folder / "same", seed=1)  # the same seed, the same weights
+    processor = Zs3Processor(Zs3ImageProcessor(size={"shortest_edge": 48, "longest_edge": 96}), byte_tokenizer())
+    inputs = processor(picture(), class_names=LABELS)
+    maps = {}
+    for name, text in (("map", {}), ("vocabulary", {"input_ids": None, "attention_mask": None})):
+        with torch.no_grad():
+            outputs = model(**{**inputs, **text})
+        maps[name] = processor.post_process_semantic_segmentation(outputs, [(50, 70)])[0].numpy()
+        if name == "map":
+            maps |= {"mask_logits": outputs.mask_logits.numpy(), "class_logits": outputs.class_logits.numpy()}
+    assert np.unique(maps["map"]).tolist() == [0, 1, 2]  # a constant would match by chance
+    return maps
+
+
+@pytest.mark.parametrize("source", ["folder", "hub", "again"])
+def test_every_model_door_gives_the_models_own_answer(folder, expected, source):
+    arrays, facts = np.load(folder / f"{source}.npz"), json.loads((folder / f"{source}.json").read_text())
+    for door in DOORS:
+        name, module = facts[door]
+        assert name == "Zs3ForSemanticSegmentation" and module.startswith("transformers_modules.")
+        np.testing.assert_allclose(arrays[f"{door}.mask_logits"], expected["mask_logits"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(arrays[f"{door}.class_logits"], expected["class_logits"], rtol=1e-4, atol=1e-3)
+        np.testing.assert_array_equal(arrays[f"{door}.map"], expected["map"])
+
+
+@pytest.mark.parametrize("source", ["folder", "hub", "again"])
+def test_config_and_processors_load(folder, source):
+    facts = json.loads((folder / f"{source}.json").read_text())
+    assert facts["config"] == ["Zs3Config", "zs3", CLASS_NAMES]
+    assert facts["processors"] == ["Zs3Processor", "Zs3ImageProcessor"]
+
+
+@pytest.mark.parametrize("source", ["folder", "hub", "again"])
+def test_the_pipeline_gives_the_models_own_answer(folder, expected, source):
+    arrays, facts = np.load(folder / f"{source}.npz"), json.loads((folder / f"{source}.json").read_text())
+    assert facts["pipeline"] == ["Zs3Pipeline", "zero-shot-semantic-segmentation"]
+    np.testing.assert_array_equal(arrays["pipeline.map"], expected["map"])
+    np.testing.assert_array_equal(arrays["vocabulary.map"], expected["vocabulary"])
+    names = ["blue square", "meadow", "sky"]
+    label_ids = np.unique(expected["map"]).tolist()
+    assert [segment[:2] for segment in facts["segments"]] == [[names[label_id], label_id] for label_id in label_ids]
+    assert all(0 < score <= 1 for _, _, score in facts["segments"])
+    for mask, label_id in zip(arrays["pipeline.masks"], label_ids, strict=True):
+        np.testing.assert_array_equal(mask, np.where(expected["map"] == label_id, 255, 0))
+
+
+def test_a_strangers_copy_is_complete(folder):
+    for name in CODE:
+        source = (ROOT / name).read_bytes()
+        assert (folder / "checkpoint" / name).read_bytes() == source, name
+        assert (folder / "resaved" / name).read_bytes() == source, name
+    python = [sorted(file.name for file in (folder / name).glob("*.py")) for name in ("checkpoint", "resaved")]
+    assert python == [CODE, CODE]
+    configs = [json.loads((folder / name / "config.json").read_text()) for name in ("checkpoint", "resaved")]
+    for key in ("auto_map", "custom_pipelines", "class_names", "id2label"):
+        assert configs[0][key] == configs[1][key], key
+
+
+def test_without_a_text_tower_only_the_stored_names_can_be_asked_for(folder):
+    label_map = np.load(folder / "textless.npy")
+    assert label_map.shape == (50, 70) and set(np.unique(label_map)) <= {0, 1}
+    message = (folder / "textless.txt").read_text()
+    assert "'zebra'" in message and "no text tower" in message and "red circle" in message

@@ -1,0 +1,478 @@
+"""The model against transformers' own Mask2Former and CLIP, and label maps against Eq. 4 written out."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import CLASS_NAMES, byte_tokenizer, save_checkpoint, tiny_config, tiny_model
+from torch import Tensor
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from modeling_zs3 import (
+    Zs3ForSemanticSegmentation,
+    class_projection,
+    default_image_labels,
+    ensemble_with_clip,
+    semantic_map,
+    semantic_scores,
+)
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def plain_mask2former() -> Mask2FormerForUniversalSegmentation:
+    """transformers' own, of tiny_config's sizes."""
+    ours = tiny_config(text=False)
+    names = set(Mask2FormerConfig.__dataclass_fields__) & set(ours.to_dict())
+    fields = {name: value for name, value in ours.to_dict().items() if name in names}
+    config = Mask2FormerConfig(**{**fields, "backbone_config": ours.backbone_config})
+    return Mask2FormerForUniversalSegmentation(config).eval()
+
+
+# ------------------------------------------------------------------------------------------ loading and saving
+
+
+def test_a_plain_mask2former_checkpoint_loads_and_draws_the_same_masks(tmp_path):
+    plain = plain_mask2former()
+    plain.save_pretrained(tmp_path)
+    model, info = Zs3ForSemanticSegmentation.from_pretrained(
+        tmp_path, config=tiny_config(text=False), output_loading_info=True
+    )
+    assert set(info["missing_keys"]) == {f"class_projection.{layer}.{kind}" for layer in "02" for kind in KINDS}
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]  # only the class head is left behind, knowingly
+    assert set(model.model.state_dict()) == set(plain.model.state_dict())
+    pixels = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = plain(pixels).masks_queries_logits
+        logits = model(pixels, text_embeds=unit(3, 12)).mask_logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+KINDS = ("weight", "bias")
+
+
+def test_saving_and_loading_changes_nothing(tmp_path):
+    model = save_checkpoint(tmp_path, vision=True)
+    again = Zs3ForSemanticSegmentation.from_pretrained(tmp_path)
+    for ours, theirs in ((model.named_parameters(), again.named_parameters()), (buffers(model), buffers(again))):
+        ours, theirs = dict(ours), dict(theirs)
+        assert list(ours) == list(theirs)
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), name
+    assert any("position_ids" in name for name, _ in buffers(model))  # not persistent: CLIP's
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in again.parameters()]
+    pixels = torch.randn(1, 3, 40, 50)
+    with torch.no_grad():
+        expected, outputs = model(pixels), again(pixels)
+    torch.testing.assert_close(outputs.mask_logits, expected.mask_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.class_logits, expected.class_logits, rtol=1e-4, atol=1e-3)
+
+
+def buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    return list(model.named_buffers())
+
+
+def test_a_loaded_model_is_evaluating_and_in_the_saved_precision(tmp_path):
+    save_checkpoint(tmp_path)
+    model = Zs3ForSemanticSegmentation.from_pretrained(tmp_path)
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_baseline_and_paper_load_each_others_checkpoints(tmp_path):
+    baseline = tiny_model(text=False, class_loss="cross_entropy")
+    assert baseline.background_embed.shape == (12,) and baseline.background_embed.norm() > 0
+    baseline.save_pretrained(tmp_path / "baseline")
+    load = Zs3ForSemanticSegmentation.from_pretrained
+    same = load(tmp_path / "baseline")
+    assert torch.equal(same.background_embed, baseline.background_embed)
+
+    paper, info = load(tmp_path / "baseline", config=tiny_config(text=False), output_loading_info=True)
+    assert paper.background_embed is None and not info["missing_keys"] and not info["unexpected_keys"]
+    paper.save_pretrained(tmp_path / "paper")
+    config = tiny_config(text=False, class_loss="cross_entropy")
+    back, info = load(tmp_path / "paper", config=config, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"background_embed"} and not info["unexpected_keys"]
+    assert 0.1 < back.background_embed.norm() < 10 and torch.isfinite(back.background_embed).all()
+    for name, weight in baseline.state_dict().items():
+        if name != "background_embed":
+            assert torch.equal(weight, back.state_dict()[name]), name
+
+
+def test_class_projections_are_the_mlp_of_the_contract_or_one_layer():
+    shapes = [tuple(p.shape) for p in class_projection(6, 3, "mlp").parameters() if p.dim() == 2]
+    assert shapes == [(24, 6), (3, 24)]
+    assert [tuple(p.shape) for p in class_projection(6, 3, "linear").parameters()] == [(3, 6), (3,)]
+    layers = class_projection(6, 3, "mlp")
+    x = torch.randn(2, 6)
+    hidden = (x @ layers[0].weight.T + layers[0].bias).clamp(min=0)
+    torch.testing.assert_close(layers(x), hidden @ layers[2].weight.T + layers[2].bias)
+
+
+# ---------------------------------------------------------------------------- from_mask2former_clip_pretrained
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    """A tiny CLIP in a folder; its towers' sizes are those of tiny_config."""
+    config = tiny_config(vision=True)
+    torch.manual_seed(1)
+    towers = {name: getattr(config, name).to_dict() for name in ("text_config", "vision_config")}
+    towers["text_config"].pop("projection_dim")  # of the whole CLIP, as in published checkpoints
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(**towers, projection_dim=12)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_joining_a_mask2former_and_a_clip_keeps_all_their_weights(tmp_path, clip):
+    plain = plain_mask2former()
+    plain.save_pretrained(tmp_path)
+    model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(str(tmp_path), clip, rank_weight=0.5)
+    assert model.config.rank_weight == 0.5 and model.config.projection_dim == 12 and model.config.num_queries == 5
+    whole = CLIPModel.from_pretrained(clip)
+    text = {f"text_model.{name}": value for name, value in whole.text_model.state_dict().items()}
+    vision = {f"vision_model.{name}": value for name, value in whole.vision_model.state_dict().items()}
+    pairs = (
+        (model.model, plain.model.state_dict()),
+        (model.text_model, {**text, "text_projection.weight": whole.text_projection.weight}),
+        (model.vision_model, {**vision, "visual_projection.weight": whole.visual_projection.weight}),
+    )
+    for ours, theirs in pairs:
+        ours = ours.state_dict()
+        assert set(ours) == set(theirs)
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), name
+    ids = byte_tokenizer()(["sky", "red circle"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        features = whole.get_text_features(**ids)
+    features = getattr(features, "pooler_output", features)
+    torch.testing.assert_close(model.encode_text(**ids), F.normalize(features, dim=-1), rtol=1e-5, atol=1e-6)
+    assert not any(p.requires_grad for tower in (model.text_model, model.vision_model) for p in tower.parameters())
+
+
+def test_a_start_from_a_backbone_alone(tmp_path, clip):
+    """The backbone folder is an image classifier's, as ImageNet checkpoints are."""
+    config = ResNetConfig(layer_type="basic", depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], embedding_size=8)
+    classifier = ResNetForImageClassification(config)
+    for buffer in classifier.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)  # running statistics that nothing else would hold
+    classifier.save_pretrained(tmp_path)
+    sizes = {name: getattr(tiny_config(), name) for name in ("hidden_dim", "feature_size", "num_queries")}
+    model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
+        None, clip, backbone=str(tmp_path), vision_config=None, mask_feature_size=32, decoder_layers=2, **sizes
+    )
+    assert model.vision_model is None and model.text_model is not None
+    ours = model.model.pixel_level_module.encoder.state_dict()
+    theirs = classifier.resnet.state_dict()
+    assert theirs and set(ours) == set(theirs)
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_start_without_any_checkpoint_is_random_and_without_towers():
+    sizes = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "decoder_layers": 2, "num_queries": 4}
+    backbone = tiny_config().backbone_config
+    model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
+        None, None, backbone_config=backbone, projection_dim=7, **sizes
+    )
+    assert model.text_model is None and model.vision_model is None and model.config.projection_dim == 7
+
+
+def test_a_mask2former_and_a_backbone_are_one_too_many(clip):
+    with pytest.raises(ValueError, match="not both"):
+        Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained("a", clip, backbone="b")
+
+
+# ------------------------------------------------------------------------------------------------------- text
+
+
+def test_encode_text_is_transformers_clip_prompt_by_prompt():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    prompts = [["a photo of a dog.", "There is a dog in the scene", "puppy"], ["sky"]]  # the second has one
+    clip = CLIPTextModelWithProjection(model.config.text_config).eval()
+    clip.load_state_dict(model.text_model.state_dict())
+    expected = []
+    for words in prompts:
+        with torch.no_grad():
+            each = [clip(**tokenizer(word, return_tensors="pt")).text_embeds[0] for word in words]
+        mean = sum(vector / vector.norm() for vector in each) / len(each)
+        expected.append(mean / mean.norm())
+    tokens = Zs3Processor(Zs3ImageProcessor(), tokenizer, ["{}"])(class_names=prompts)
+    assert tokens["input_ids"].shape[:2] == (2, 3) and (tokens["attention_mask"][1, 1:] == 0).all()
+    embeds = model.encode_text(**tokens)
+    torch.testing.assert_close(embeds, torch.stack(expected), rtol=1e-5, atol=1e-6)
+    assert (expected[0] - expected[1]).norm() > 0.05  # and they differ
+
+    one = tokenizer([words[0] for words in prompts], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        plain = F.normalize(clip(**one).text_embeds, dim=-1)
+    torch.testing.assert_close(model.encode_text(one["input_ids"], one["attention_mask"]), plain)
+
+
+def test_more_prompts_than_one_chunk_make_no_difference(monkeypatch):
+    model = tiny_model()
+    ids = torch.randint(0, 500, (7, 3, 6))
+    ids[..., -1] = 513
+    whole = model.encode_text(ids)
+    monkeypatch.setattr("modeling_zs3.TEXT_CHUNK", 4)
+    torch.testing.assert_close(model.encode_text(ids), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_class_without_a_prompt_is_refused():
+    with pytest.raises(ValueError, match="no prompt"):
+        tiny_model().encode_text(torch.ones(2, 1, 3, dtype=torch.int64), torch.tensor([[[1, 1, 1]], [[0, 0, 0]]]))
+
+
+def test_text_comes_from_exactly_one_source():
+    model, pixels = tiny_model(text=False), torch.randn(1, 3, 64, 32)
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="not both"):
+        model(pixels, text_embeds=unit(2, 12), input_ids=ids)
+    with pytest.raises(ValueError, match="no text.*set_vocabulary"):
+        model(pixels)
+    with pytest.raises(ValueError, match="no text tower"):
+        model(pixels, input_ids=ids)
+    with pytest.raises(ValueError, match=r"\(C, 12\), got \(2, 13\)"):
+        model(pixels, text_embeds=unit(2, 13))
+
+
+def test_class_logits_are_cosines_over_temperature():
+    model, text_embeds = tiny_model(text=False, class_temperature=0.2), torch.randn(3, 12)  # not unit length
+    outputs = model(torch.randn(2, 3, 32, 32), text_embeds=text_embeds)
+    for image in range(2):
+        for query in range(5):
+            for label in range(3):
+                cosine = F.cosine_similarity(outputs.class_embeds[image, query], text_embeds[label], dim=0)
+                torch.testing.assert_close(outputs.class_logits[image, query, label], cosine / 0.2)
+    torch.testing.assert_close(outputs.class_probs.sum(-1), torch.ones(2, 5))
+
+
+def test_the_background_embedding_takes_part_in_the_softmax_only():
+    model, text_embeds = tiny_model(text=False, class_loss="cross_entropy", class_temperature=0.5), unit(3, 12)
+    pixels = torch.randn(1, 3, 64, 32)
+    outputs = model(pixels, text_embeds=text_embeds)
+    with_background = model(pixels, text_embeds=torch.cat([text_embeds, model.background_embed[None]]).detach())
+    exponentials = with_background.class_logits.exp()
+    torch.testing.assert_close(outputs.class_probs, exponentials[..., :3] / exponentials.sum(-1, keepdim=True))
+
+
+def test_a_stored_vocabulary_is_used_and_survives_saving(tmp_path):
+    model, embeds, pixels = tiny_model(text=False), torch.randn(3, 12), torch.randn(1, 3, 64, 32)
+    model.set_vocabulary(["cat", "dog", "road, route"], embeds)
+    assert model.config.class_names == ["cat", "dog", "road, route"]
+    expected = model(pixels, text_embeds=embeds).class_logits
+    torch.testing.assert_close(model(pixels).class_logits, expected)
+    model.set_vocabulary(["cat", "dog"], embeds[:2])  # another length
+    model.save_pretrained(tmp_path)
+    again = Zs3ForSemanticSegmentation.from_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {"0": "cat", "1": "dog"}
+    torch.testing.assert_close(again(pixels).class_logits, expected[..., :2], rtol=1e-4, atol=1e-3)
+
+
+def test_a_wrong_vocabulary_is_refused_and_nothing_is_stored():
+    model = tiny_model(text=False)
+    with pytest.raises(ValueError, match=r"class names repeat: \['cat'\]"):
+        model.set_vocabulary(["cat", "dog", "cat"], torch.randn(3, 12))
+    with pytest.raises(ValueError, match=r"\(2, 12\), got \(3, 12\)"):
+        model.set_vocabulary(["cat", "dog"], torch.randn(3, 12))
+    assert model.vocabulary is None and model.config.class_names is None
+
+
+# ------------------------------------------------------------------------------------------------ image labels
+
+
+def test_default_image_labels():
+    labels = torch.tensor([[[0, 0], [3, -1]], [[-1, -1], [-1, -1]]])
+    is_seen = torch.tensor([True, True, False, False, True])
+    image_labels = default_image_labels(labels, 5, is_seen)
+    assert image_labels.dtype == torch.int8
+    assert image_labels.tolist() == [[1, 0, -1, 1, 0], [0, 0, -1, -1, 0]]  # present, absent seen, absent unseen
+    assert default_image_labels(labels, 5, None).tolist() == [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="id 3, but there are 3 classes"):
+        default_image_labels(labels, 3, None)
+
+
+def test_forward_uses_the_default_image_labels():
+    model, is_seen = tiny_model(text=False), torch.tensor([True, True, True, False])
+    labels = torch.zeros(1, 64, 32, dtype=torch.int64)
+    labels[:, :16], labels[:, :4] = 2, -1
+    batch = {"pixel_values": torch.randn(1, 3, 64, 32), "text_embeds": unit(4, 12), "labels": labels}
+
+    def terms(**extra) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        return model(**batch, **extra).loss_terms
+
+    default, given = terms(is_seen=is_seen), terms(image_labels=torch.tensor([[1, 0, 1, -1]]))
+    assert all(torch.equal(default[name], given[name]) for name in given)
+    assert terms()["rank"] > default["rank"]  # without is_seen the last name is a negative too
+    assert torch.equal(terms()["rank"], terms(image_labels=torch.tensor([[1, 0, 1, 0]]))["rank"])
+
+
+def test_joint_matching_refuses_ids_that_name_no_class():
+    model = tiny_model(text=False, matching="joint")
+    with pytest.raises(ValueError, match="id 7, but there are 4 classes"):
+        model(
+            torch.randn(1, 3, 64, 32),
+            text_embeds=unit(4, 12),
+            labels=torch.full((1, 64, 32), 7),
+            image_labels=torch.ones(1, 4, dtype=torch.int8),
+        )
+
+
+# ------------------------------------------------------------------------------------------- sizes and padding
+
+
+def test_an_image_gives_the_same_answer_alone_and_in_any_batch():
+    model, sizes = tiny_model(text=False), [(50, 70), (96, 64), (41, 40), (50, 70), (33, 100)]
+    text_embeds, processor = unit(4, 12), Zs3ImageProcessor()
+    images = [torch.randn(3, *size) for size in sizes]
+    pixels, mask = torch.zeros(5, 3, 96, 128), torch.zeros(5, 96, 128, dtype=torch.int64)
+    for row, (height, width) in enumerate(sizes):
+        pixels[row, :, :height, :width], mask[row, :height, :width] = images[row], 1
+    originals = [(100, 140), (96, 64), (20, 31), (50, 70), (66, 200)]
+    with torch.no_grad():
+        batch = model(pixels, pixel_mask=mask, text_embeds=text_embeds)
+        alone = [model(image[None], text_embeds=text_embeds) for image in images]
+    assert batch.valid_sizes.tolist() == [list(size) for size in sizes]
+    maps = processor.post_process_semantic_segmentation(batch, originals)
+    assert max(len(torch.unique(label_map)) for label_map in maps) > 1
+    for row, single in enumerate(alone):
+        height, width = single.mask_logits.shape[2:]
+        assert (4 * height, 4 * width) == tuple(-(-side // 32) * 32 for side in sizes[row])
+        ours = batch.mask_logits[row, :, :height, :width]
+        torch.testing.assert_close(ours, single.mask_logits[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(batch.class_embeds[row], single.class_embeds[0], rtol=1e-4, atol=1e-4)
+        (label_map,) = processor.post_process_semantic_segmentation(single, [originals[row]])
+        assert label_map.shape == originals[row]
+        assert (maps[row] == label_map).float().mean() > 0.9995  # all, but for ties within rounding
+    own = processor.post_process_semantic_segmentation(batch)
+    assert [tuple(label_map.shape) for label_map in own] == sizes
+
+
+def test_an_image_of_any_size_is_padded_by_zeros_to_32():
+    model, image = tiny_model(text=False), torch.randn(1, 3, 50, 70)
+    padded = torch.zeros(1, 3, 64, 96)
+    padded[:, :, :50, :70] = image
+    with torch.no_grad():
+        outputs = model(image, text_embeds=unit(2, 12))
+        expected = model.model(padded).masks_queries_logits[-1]
+    torch.testing.assert_close(outputs.mask_logits, expected, rtol=1e-4, atol=1e-4)
+    assert outputs.valid_sizes.tolist() == [[50, 70]]
+
+
+# ------------------------------------------------------------------------------------------------ Eq. 4, 4.6
+
+
+def proposals(batch: int = 2, queries: int = 6, classes: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, queries, classes).softmax(-1), 3 * torch.randn(batch, queries, 7, 9)
+
+
+def test_semantic_scores_are_equation_4_in_loops():
+    class_probs, mask_logits = proposals()
+    scores = semantic_scores(class_probs, mask_logits, (7, 9))  # the masks' own size: nothing to resize
+    for image, label, y, x in ((0, 0, 0, 0), (1, 4, 6, 8), (0, 2, 3, 5), (1, 1, 5, 0)):
+        masks = 1 / (1 + (-mask_logits[image, :, y, x].double()).exp())
+        expected = sum(class_probs[image, q, label].double() * masks[q] for q in range(6))
+        assert scores[image, label, y, x].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def literal_scores(class_probs: Tensor, mask_logits: Tensor, size, valid=None, target=None) -> Tensor:
+    """Eq. 4 in float64 in the order of Mask2Former: up, sigmoid, crop, resize, einsum. (C, H, W) of one image."""
+    probs = F.interpolate(mask_logits[None].double(), size=size, mode="bilinear", align_corners=False).sigmoid()
+    if target is not None:
+        probs = probs[:, :, : valid[0], : valid[1]]
+        probs = F.interpolate(probs, size=target, mode="bilinear", align_corners=False)
+    return torch.einsum("qc,qhw->chw", class_probs.double(), probs[0])
+
+
+@pytest.mark.parametrize("chunk", [2**22, 100, 1])
+def test_semantic_map_is_the_argmax_in_float64(chunk):
+    class_probs, mask_logits = proposals(classes=11)
+    label_maps = semantic_map(class_probs, mask_logits, (28, 36), chunk=chunk)
+    assert label_maps.shape == (2, 28, 36) and label_maps.dtype == torch.int64
+    for image in range(2):
+        scores = literal_scores(class_probs[image], mask_logits[image], (28, 36))
+        won = scores.gather(0, label_maps[image][None])[0]
+        assert (scores.amax(0) - won).max() <= 1e-6
+        assert (label_maps[image] == scores.argmax(0)).float().mean() > 0.99
+        assert len(torch.unique(label_maps[image])) > 2
+    dense = semantic_scores(class_probs, mask_logits, (28, 36)).argmax(1)
+    assert (label_maps == dense).float().mean() > 0.99
+
+
+def test_semantic_map_with_scores_and_margins():
+    class_probs, mask_logits = proposals()
+    best = semantic_map(class_probs, mask_logits, (28, 36), return_scores=True)
+    for image, result in enumerate(best):
+        first, second = literal_scores(class_probs[image], mask_logits[image], (28, 36)).topk(2, dim=0).values
+        torch.testing.assert_close(result.score.double(), first, rtol=0, atol=1e-5)
+        torch.testing.assert_close(result.margin.double(), first - second, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 8, 33, 150])
+def test_equal_scores_go_to_the_lowest_index(classes):
+    class_probs, mask_logits = proposals(queries=13, classes=classes)
+    doubled = torch.cat([class_probs, class_probs], dim=-1)  # each name twice
+    label_maps = semantic_map(doubled, mask_logits, (29, 37), chunk=10000)
+    assert int(label_maps.max()) < classes
+    assert torch.equal(label_maps, semantic_map(class_probs, mask_logits, (29, 37)))
+    all_equal = torch.full_like(class_probs, 1 / classes)
+    assert torch.all(semantic_map(all_equal, mask_logits, (29, 37)) == 0)
+
+
+def test_a_float32_tie_is_decided_in_float64():
+    """Two queries, sums 1 + 2^-30 and 1 + 2^-29: the same float32."""
+    class_probs = torch.tensor([[[1.0, 1.0], [2.0**-30, 2.0**-29]]])
+    label_map = semantic_map(class_probs, torch.full((1, 2, 4, 4), 40.0), (4, 4))  # sigmoid(40) is 1
+    assert torch.all(label_map == 1)
+
+
+def test_label_maps_of_the_images_own_sizes_follow_the_literal_order():
+    class_probs, mask_logits = proposals(batch=3)
+    size, valid, targets = (28, 36), [(28, 30), (20, 36), (17, 19)], [(50, 61), (20, 36), (9, 7)]
+    label_maps = semantic_map(class_probs, mask_logits, size, valid_sizes=torch.tensor(valid), image_sizes=targets)
+    for image, label_map in enumerate(label_maps):
+        scores = literal_scores(class_probs[image], mask_logits[image], size, valid[image], targets[image])
+        assert label_map.shape == targets[image]
+        assert (scores.amax(0) - scores.gather(0, label_map[None])[0]).max() <= 1e-6
+        assert (label_map == scores.argmax(0)).float().mean() > 0.99
+    dense = torch.randn(1, 6, 5), torch.randn(1, 6, 7, 9)
+    (without,) = semantic_map(*dense, size, image_sizes=[size])  # all of it is valid
+    assert torch.equal(without, semantic_map(*dense, size)[0])
+
+
+def test_the_ensemble_is_its_formula_in_loops():
+    ours, clip = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
+    is_seen, weight = torch.tensor([True, False, False, True]), 0.8
+    result = ensemble_with_clip(ours, clip, is_seen, weight)
+    for image in range(2):
+        for query in range(3):
+            for label in range(4):
+                p, s = ours[image, query, label].item(), clip[image, query, label].item()
+                expected = p**0.8 * s**0.2 if is_seen[label] else p**0.2 * s**0.8
+                assert result[image, query, label].item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(ensemble_with_clip(ours, clip, torch.ones(4).bool(), 1.0), ours)
+    torch.testing.assert_close(ensemble_with_clip(ours, clip, torch.zeros(4).bool(), 1.0), clip)
+
+
+def test_a_saved_checkpoint_knows_its_names(tmp_path):
+    model = save_checkpoint(tmp_path)
+    assert model.config.id2label == dict(enumerate(CLASS_NAMES))
+    assert Zs3ForSemanticSegmentation.from_pretrained(tmp_path).vocabulary.shape == (len(CLASS_NAMES), 12)

@@ -1,0 +1,298 @@
+"""Images, label maps and label lists to tensors, worked out with NumPy or by hand."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import byte_tokenizer, save_checkpoint
+from transformers import pipeline
+
+from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor, read_labels
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def processor(**kwargs) -> Zs3Processor:
+    return Zs3Processor(Zs3ImageProcessor(size={"shortest_edge": 40, "longest_edge": 80}), byte_tokenizer(), **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------ images
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "padded"),
+    [
+        ((20, 30), (40, 60), (64, 64)),  # the short edge becomes 40
+        ((60, 40), (60, 40), (64, 64)),
+        ((20, 60), (26, 80), (32, 96)),  # the long edge may not pass 80
+        ((64, 64), (40, 40), (64, 64)),
+        ((160, 80), (80, 40), (96, 64)),
+    ],
+)
+def test_the_short_edge_is_resized_and_sides_padded_to_32(size, resized, padded):
+    features = processor()(picture(*size))
+    assert features["pixel_values"].shape == (1, 3, *padded) and features["pixel_values"].dtype == torch.float32
+    expected = torch.zeros(1, *padded, dtype=torch.int64)
+    expected[:, : resized[0], : resized[1]] = 1
+    assert torch.equal(features["pixel_mask"], expected)
+    assert (features["pixel_values"] * (1 - expected)).abs().sum() == 0
+
+
+def test_pixels_are_normalised_with_imagenets_mean():
+    image = picture(32, 64)
+    features = Zs3ImageProcessor(do_resize=False)(image)
+    expected = (np.asarray(image) / 255 - MEAN) / STD
+    np.testing.assert_allclose(features["pixel_values"][0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+def test_resizing_is_pils_bilinear():
+    image = picture(30, 20)
+    features = Zs3ImageProcessor(size={"shortest_edge": 40, "longest_edge": 80})(image)
+    expected = (np.asarray(image.resize((40, 60), Image.Resampling.BILINEAR)) / 255 - MEAN) / STD
+    np.testing.assert_allclose(features["pixel_values"][0, :, :60, :40].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_pictures_of_any_mode_become_rgb(mode):
+    image = picture(32, 32).convert(mode)
+    pixels = Zs3ImageProcessor(do_resize=False)(image)["pixel_values"]
+    assert torch.equal(pixels, Zs3ImageProcessor(do_resize=False)(image.convert("RGB"))["pixel_values"])
+
+
+def test_arrays_and_tensors_are_pictures_too():
+    image = picture(20, 30)
+    expected = processor()(image)["pixel_values"]
+    array = np.asarray(image)
+    for other in (array, array.transpose(2, 0, 1), torch.tensor(array).permute(2, 0, 1), [image], [array]):
+        assert torch.equal(processor()(other)["pixel_values"], expected)
+
+
+def test_a_batch_is_padded_to_its_largest_sides_and_holds_each_image_as_alone():
+    images = [picture(20, 30), picture(60, 40, 1)]
+    batch = processor()(images)
+    assert batch["pixel_values"].shape == (2, 3, 64, 64)
+    wide = processor()([picture(20, 60), picture(60, 20)])
+    assert wide["pixel_values"].shape == (2, 3, 96, 96)
+    for row, image in enumerate(images):
+        alone = processor()(image)
+        assert torch.equal(batch["pixel_values"][row], alone["pixel_values"][0])
+        assert torch.equal(batch["pixel_mask"][row], alone["pixel_mask"][0])
+
+
+# -------------------------------------------------------------------------------------------------- label maps
+
+
+def test_label_maps_keep_ids_beyond_255_and_lose_the_ignored():
+    label_map = np.array([[0, 846], [255, 300]]).repeat(32, 0).repeat(32, 1).astype(np.int32)
+    features = Zs3ImageProcessor(do_resize=False)(picture(64, 64), label_map)
+    labels = features["labels"]
+    assert labels.dtype == torch.int64 and labels.shape == (1, 64, 64)
+    assert labels[0, ::32, ::32].tolist() == [[0, 846], [-1, 300]]
+    kept = Zs3ImageProcessor(do_resize=False, ignore_index=300)(picture(64, 64), label_map)["labels"]
+    assert kept[0, ::32, ::32].tolist() == [[0, 846], [255, -1]]
+    none = Zs3ImageProcessor(do_resize=False, ignore_index=None)(picture(64, 64), label_map)["labels"]
+    assert none[0, ::32, ::32].tolist() == [[0, 846], [255, 300]]
+
+
+def test_label_maps_are_resized_by_nearest_neighbour_and_padded_with_minus_1():
+    label_map = np.arange(600).reshape(20, 30)  # twice the size: each id becomes 2 x 2
+    label_map[label_map == 255] = 0
+    labels = processor()(picture(20, 30), segmentation_maps=label_map)["labels"]
+    assert labels.shape == (1, 64, 64)
+    np.testing.assert_array_equal(labels[0, :40, :60].numpy(), label_map.repeat(2, 0).repeat(2, 1))
+    assert (labels[0, 40:] == -1).all() and (labels[0, :, 60:] == -1).all()
+
+
+@pytest.mark.parametrize("size", [(21, 33), (90, 77), (40, 41)])
+def test_resized_label_maps_are_pils_nearest_neighbour(size):
+    label_map = np.random.default_rng(1).integers(0, 200, size, dtype=np.uint8)
+    features = processor()(picture(*size), segmentation_maps=label_map)
+    height, width = int(features["pixel_mask"][0, :, 0].sum()), int(features["pixel_mask"][0, 0].sum())
+    expected = np.asarray(Image.fromarray(label_map).resize((width, height), Image.Resampling.NEAREST))
+    np.testing.assert_array_equal(features["labels"][0, :height, :width].numpy(), expected)
+
+
+def test_label_maps_come_as_pictures_arrays_or_lists():
+    label_map = np.random.default_rng(1).integers(0, 9, (20, 30), dtype=np.uint8)
+    palette = Image.fromarray(label_map)
+    palette.putpalette(list(range(256)) * 3)
+    expected = processor()(picture(20, 30), segmentation_maps=label_map)["labels"]
+    for other in (Image.fromarray(label_map), palette, [label_map], label_map[None], torch.tensor(label_map)):
+        assert torch.equal(processor()(picture(20, 30), segmentation_maps=other)["labels"], expected)
+
+
+def test_a_label_map_of_another_size_is_refused_with_both_sizes():
+    with pytest.raises(ValueError, match=r"segmentation map 1 has size \(30, 20\), its image \(20, 30\)"):
+        processor()([picture(20, 30)] * 2, segmentation_maps=[np.zeros((20, 30), int), np.zeros((30, 20), int)])
+    with pytest.raises(ValueError, match="2 images, but 1 segmentation maps"):
+        processor()([picture(20, 30)] * 2, segmentation_maps=[np.zeros((20, 30), int)])
+
+
+# ------------------------------------------------------------------------------------------------- label lists
+
+
+def test_the_templates_are_vilds_fourteen():
+    assert tuple(template.format("cat") for template in PROMPT_TEMPLATES) == (
+        "a photo of a cat.",
+        "This is a photo of a cat",
+        "There is a cat in the scene",
+        "There is the cat in the scene",
+        "a photo of a cat in the scene",
+        "a photo of a small cat.",
+        "a photo of a medium cat.",
+        "a photo of a large cat.",
+        "This is a photo of a small cat.",
+        "This is a photo of a medium cat.",
+        "This is a photo of a large cat.",
+        "There is a small cat in the scene.",
+        "There is a medium cat in the scene.",
+        "There is a large cat in the scene.",
+    )
+
+
+def test_a_label_is_a_name_or_synonyms_or_a_dict():
+    labels = read_labels(
+        [
+            " sky ",
+            ["dog", "puppy"],
+            {"name": "road, route", "templates": ["the {}"]},
+            {"name": "grass", "synonyms": ["lawn"]},
+            {"name": "sea", "synonyms": "ocean", "templates": "deep {}"},
+        ],
+        templates=["a {}.", "one {}"],
+    )
+    assert [label.name for label in labels] == ["sky", "dog", "road, route", "grass", "sea"]
+    assert [list(label.prompts) for label in labels] == [
+        ["a sky.", "one sky"],
+        ["a dog.", "one dog", "a puppy.", "one puppy"],
+        ["the road, route"],
+        ["a grass.", "one grass", "a lawn.", "one lawn"],
+        ["deep sea", "deep ocean"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([], "empty"),
+        ("sky", "must be a list, got 'sky'"),
+        (None, "must be a list, got None"),
+        (["sky", "sea", "sky"], r"repeat: \['sky'\]"),
+        (["sky", "sky "], r"repeat: \['sky'\]"),
+        (["sky", {"name": "sky"}], r"repeat: \['sky'\]"),
+        (["sky", " "], "must be a name"),
+        (["sky", 3], "must be a name, a list of synonyms or a dict, got 3"),
+        (["sky", []], "must be a name"),
+        ([{"synonyms": ["sky"]}], "name, synonyms and templates"),
+        ([{"name": "sky", "template": "a {}"}], "template"),
+        ([{"name": "sky", "templates": ["a sky"]}], "'a sky'"),
+        ([{"name": None}], "must be a name"),
+        ([{"name": "sky", "synonyms": [4]}], "must be a name"),
+    ],
+)
+def test_a_wrong_label_list_is_refused_in_words(labels, message):
+    with pytest.raises(ValueError, match=message):
+        read_labels(labels)
+
+
+def test_prompts_become_one_row_a_class_and_missing_ones_are_masked():
+    tokenizer, prompts = byte_tokenizer(), ["a {}.", "some {}"]
+    features = processor(prompt_templates=prompts)(class_names=["sea", ["dog", "big dog"]])
+    ids, mask = features["input_ids"], features["attention_mask"]
+    expected = [["a sea.", "some sea"], ["a dog.", "some dog", "a big dog.", "some big dog"]]
+    assert ids.shape == mask.shape and ids.shape[:2] == (2, 4) and ids.dtype == torch.int64
+    assert ids.shape[2] == len(tokenizer("some big dog")["input_ids"])  # no longer than needed
+    for row, words in enumerate(expected):
+        for column in range(4):
+            real = ids[row, column][mask[row, column] == 1].tolist()
+            assert real == (tokenizer(words[column])["input_ids"] if column < len(words) else [])
+
+
+def test_a_prompt_longer_than_clips_context_is_cut():
+    features = processor()(class_names=["very " * 40 + "long name"])
+    assert features["input_ids"].shape == (1, 14, 77)
+
+
+def test_images_and_names_together():
+    features = processor()([picture(20, 30)] * 2, class_names=["sky", "sea"])
+    assert set(features) == {"pixel_values", "pixel_mask", "input_ids", "attention_mask"}
+    assert features["input_ids"].shape[:2] == (2, 14) and features["pixel_values"].shape[0] == 2
+
+
+def test_a_processor_survives_saving(tmp_path):
+    ours = Zs3Processor(
+        Zs3ImageProcessor(
+            size={"shortest_edge": 48, "longest_edge": 96}, ignore_index=65535, image_mean=[0.1, 0.2, 0.3]
+        ),
+        byte_tokenizer(),
+        prompt_templates=["one {}", "über {}"],
+    )
+    ours.save_pretrained(tmp_path)
+    again = Zs3Processor.from_pretrained(tmp_path)
+    assert again.prompt_templates == ["one {}", "über {}"]
+    assert again.image_processor.to_dict() == ours.image_processor.to_dict()
+    assert again.image_processor.ignore_index == 65535
+    inputs = {"images": picture(50, 70), "class_names": ["sky", "sea"], "segmentation_maps": np.full((50, 70), 65535)}
+    for name, tensor in ours(**inputs).items():
+        assert torch.equal(again(**inputs)[name], tensor), name
+    assert Zs3Processor.from_pretrained(tmp_path).tokenizer.model_max_length == 77
+
+
+# ------------------------------------------------------------------------------------------------- label maps out
+
+
+def test_as_many_target_sizes_as_images(tmp_path):
+    model = save_checkpoint(tmp_path)
+    ours = Zs3Processor.from_pretrained(tmp_path)
+    with torch.no_grad():
+        outputs = model(**ours([picture(20, 30), picture(60, 40)]))
+    maps = ours.post_process_semantic_segmentation(outputs, [(7, 11), (5, 3)])
+    assert [tuple(label_map.shape) for label_map in maps] == [(7, 11), (5, 3)]
+    assert [label_map.dtype for label_map in maps] == [torch.int64] * 2
+    resized = ours.post_process_semantic_segmentation(outputs)
+    assert [tuple(label_map.shape) for label_map in resized] == [(48, 72), (72, 48)]
+    with pytest.raises(ValueError, match="2 images, but 1 target sizes"):
+        ours.post_process_semantic_segmentation(outputs, [(7, 11)])
+
+
+@pytest.fixture(scope="module")
+def segment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(folder, seed=1)
+    return pipeline(model=str(folder), trust_remote_code=True)
+
+
+def test_the_pipelines_segments_tile_the_picture(segment):
+    image, labels = picture(50, 70), ["blue square", "meadow", "sky", "sea"]
+    best = segment(image, candidate_labels=labels, output="map")
+    assert best["segmentation"].shape == best["scores"].shape == (50, 70) and best["labels"] == labels
+    segments = segment(image, candidate_labels=labels)
+    assert len(segments) == len(np.unique(best["segmentation"])) > 1
+    covered = np.zeros((50, 70), int)
+    for part in segments:
+        assert set(part) == {"label", "label_id", "score", "mask"} and part["mask"].mode == "L"
+        inside = np.asarray(part["mask"]) == 255
+        covered += inside
+        assert part["label"] == labels[part["label_id"]]
+        assert part["score"] == pytest.approx(min(1.0, best["scores"][inside].mean()), rel=1e-4)
+    assert (covered == 1).all()
+
+
+def test_the_pipeline_takes_many_pictures_and_answers_as_for_each_alone(segment):
+    images, labels = [picture(50, 70), picture(60, 40, 1)], ["sky", "sea"]
+    many = segment(images, candidate_labels=labels, output="map")
+    for image, result in zip(images, many, strict=True):
+        alone = segment(image, candidate_labels=labels, output="map")
+        np.testing.assert_array_equal(result["segmentation"], alone["segmentation"])
+
+
+def test_the_pipeline_refuses_wrong_labels_and_outputs(segment):
+    for labels, message in (([], "empty"), (["sky", "sky"], "repeat")):
+        with pytest.raises(ValueError, match=message):
+            segment(picture(50, 70), candidate_labels=labels)
+    with pytest.raises(ValueError, match="'picture'"):
+        segment(picture(50, 70), output="picture")

@@ -1,0 +1,216 @@
+"""train.py: what it trains, how it resumes, what it refuses. Whole runs happen in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import save_checkpoint, tiny_model
+
+from train import TrainArgs, main, make_scheduler, parameter_groups
+from zs3.command_line import run
+from zs3.scenes import CLASS_NAMES, write_dataset
+
+ROOT = Path(__file__).parent.parent
+RECIPE = {
+    "hidden_dim": 32,
+    "feature_size": 32,
+    "mask_feature_size": 32,
+    "num_queries": 8,
+    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "num_attention_heads": 2,
+    "dim_feedforward": 32,
+    "encoder_feedforward_dim": 32,
+    "train_num_points": 64,
+    "backbone_config": {
+        "model_type": "resnet",
+        "layer_type": "basic",
+        "depths": [1, 1, 1, 1],
+        "hidden_sizes": [8, 8, 16, 16],
+        "embedding_size": 8,
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    },
+    "batch_size": 2,
+    "crop_size": 64,
+    "max_size": 96,
+    "test_short_edge": 64,
+    "num_workers": 0,
+    "learning_rate": 1e-3,
+    "max_grad_norm": 1.0,
+    "logging_steps": 2,
+    "max_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_dataset(folder, num_train=6, num_validation=3, seed=0)
+    rng = np.random.default_rng(0)
+    np.save(folder.parent / "text.npy", rng.normal(size=(len(CLASS_NAMES), 12)).astype(np.float32))
+    (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return folder
+
+
+def flags(data: Path, output_dir: Path, **overrides) -> list[str]:
+    values = {
+        "config": data.parent / "recipe.yaml",
+        "dataset": data,
+        "output_dir": output_dir,
+        "text_embeds": data.parent / "text.npy",
+        **overrides,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def train(*arguments: str, processes: int = 1, **kwargs) -> subprocess.Popen:
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.Popen([*command, "train.py", *arguments], cwd=ROOT, env=environment, **kwargs)
+
+
+def refused(monkeypatch, capsys, arguments: list[str]) -> str:
+    """The one line train.py prints for bad input; its exit code must be 2."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(data, tmp_path):
+    straight = train(*flags(data, tmp_path / "straight", max_steps=40, checkpointing_steps=4))
+    killed = train(*flags(data, tmp_path / "killed", max_steps=40, checkpointing_steps=4))
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step_*[0-9]")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "final").exists()
+    again = train(
+        *flags(data, tmp_path / "killed", max_steps=40, checkpointing_steps=4), stdout=subprocess.PIPE, text=True
+    )
+    printed = again.communicate()[0]
+    assert again.returncode == 0 and "resumed" in printed
+    assert straight.wait() == 0
+    expected = load_file(tmp_path / "straight" / "final" / "model.safetensors")
+    resumed = load_file(tmp_path / "killed" / "final" / "model.safetensors")
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(2, 41, 2))
+
+
+def test_two_processes_train_one_model(data, tmp_path):
+    process = train(*flags(data, tmp_path / "two"), processes=2)
+    assert process.wait() == 0
+    assert json.loads((tmp_path / "two" / "all_results.json").read_text())["num_processes"] == 2
+    assert (tmp_path / "two" / "final" / "pipeline_zs3.py").exists()
+
+
+def test_training_lowers_the_loss_and_unseen_names_are_not_on_the_class_axis(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "run", max_steps=30, matching="joint")])
+    main()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert recipe["matching"] == "joint" and recipe["max_steps"] == 30
+    config = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert len(config["seen_class_names"]) == 15 and config["class_names"] == CLASS_NAMES
+
+
+def test_the_backbone_learns_slower_and_norms_and_embeddings_do_not_decay():
+    model = tiny_model(vision=True)
+    groups = parameter_groups(model, TrainArgs(learning_rate=1.0, backbone_multiplier=0.1, weight_decay=0.5))
+    found = {id(p): group for group in groups for p in group["params"]}
+    names = {name: found.get(id(p)) for name, p in model.named_parameters()}
+    conv = "model.pixel_level_module.encoder.embedder.embedder.convolution.weight"
+    norm = "model.pixel_level_module.encoder.embedder.embedder.normalization.weight"
+    assert (names[conv]["lr"], names[conv]["weight_decay"]) == (0.1, 0.5)
+    assert (names[norm]["lr"], names[norm]["weight_decay"]) == (0.1, 0.0)
+    assert names["model.transformer_module.queries_features.weight"]["weight_decay"] == 0.0
+    assert (names["class_projection.0.weight"]["lr"], names["class_projection.0.weight"]["weight_decay"]) == (1.0, 0.5)
+    assert all(group is None for name, group in names.items() if name.startswith(("text_model", "vision_model")))
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_the_printed_schedule_decays_at_5000_and_ignores_80000():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=5e-5)
+    scheduler = make_scheduler(optimizer, TrainArgs())
+    rates = {}
+    for step in range(1, 50_001):
+        optimizer._step_count = step  # the scheduler only wants to see that the optimizer moves
+        scheduler.step()
+        rates[step] = scheduler.get_last_lr()[0]
+    assert rates[4999] == 5e-5
+    assert rates[5000] == pytest.approx(5e-6) and rates[50_000] == pytest.approx(5e-6)
+
+
+def test_an_unreadable_image_is_one_line_with_its_name(data, tmp_path, monkeypatch, capsys):
+    broken = copy_of(data, tmp_path)
+    (broken / "train" / "images" / "00000.png").write_bytes(b"not a picture")
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", dataset=broken, batch_size=6))
+    assert "00000.png" in line and "cannot read" in line
+
+
+def test_a_label_map_of_another_size_is_one_line_with_its_name(data, tmp_path, monkeypatch, capsys):
+    broken = copy_of(data, tmp_path)
+    Image.new("L", (50, 96)).save(broken / "train" / "labels" / "00001.png")
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", dataset=broken, batch_size=6))
+    assert "00001.png" in line and "50 x 96" in line
+
+
+def test_an_id_outside_the_label_space_is_one_line_with_its_name(data, tmp_path, monkeypatch, capsys):
+    broken = copy_of(data, tmp_path)
+    Image.new("L", (96, 96), 77).save(broken / "train" / "labels" / "00002.png")
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", dataset=broken, batch_size=6))
+    assert "00002.png" in line and "77" in line
+
+
+def test_a_misspelled_field_is_one_line_with_the_right_name(data, tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "learning_rat": 1}))
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", config=recipe))
+    assert "learning_rat" in line and "learning_rate" in line
+
+
+def test_a_wrong_value_of_the_model_configuration_is_one_line(data, tmp_path, monkeypatch, capsys):
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", class_loss="hinge"))
+    assert "class_loss" in line and "hinge" in line
+
+
+def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump({"max_steps": 7}))
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out"))
+    assert "max_steps" in line and "output_dir" in line
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()) == {"max_steps": 7}
+
+
+def test_a_checkpoint_that_saw_unseen_masks_is_no_start(data, tmp_path, monkeypatch, capsys):
+    model = save_checkpoint(tmp_path / "start", text=False)
+    model.config.seen_class_names = ["grass", "stone wall"]
+    model.save_pretrained(tmp_path / "start")
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", init_from=tmp_path / "start"))
+    assert "stone wall" in line and "unseen" in line
+
+
+def copy_of(data: Path, folder: Path) -> Path:
+    import shutil
+
+    return shutil.copytree(data, folder / "copy")
