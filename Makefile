@@ -1,4 +1,5 @@
 # make demo: train, evaluate and try a tiny model on the embedded benchmark (about 10 minutes on 2 cores).
+#            DEMO="--stage1_steps 20 ..." passes flags to it.
 # make test: lint and the test suite, offline.
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m zs3.demo
+	$(BIN)/python -m zs3.demo $(DEMO)
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -23,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
-	touch $@
+	touch $@ $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) runs *.egg-info
