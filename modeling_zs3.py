@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    CLIPModel,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
     Mask2FormerModel,
@@ -401,9 +402,10 @@ def _mean_over_ranks(count: Tensor) -> Tensor:
     return count
 
 
-def _load_into(module: PreTrainedModel, checkpoint: str, config: PreTrainedConfig | None = None) -> None:
-    source = type(module).from_pretrained(checkpoint, config=config, dtype=torch.float32)
-    module.load_state_dict(source.state_dict())
+def _load_into(module: nn.Module, source: PreTrainedModel) -> None:
+    """Copy the weights of `module` from a model that has them under the same names, perhaps among others."""
+    weights = source.state_dict()
+    module.load_state_dict({name: weights[name] for name in module.state_dict()})
 
 
 # --------------------------------------------------------------------------- from proposals to label maps

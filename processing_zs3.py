@@ -186,9 +186,9 @@ def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
         unknown = sorted(set(entry) - {"name", "synonyms", "templates"})
         if unknown or "name" not in entry:
             raise ValueError(f"a label's keys are name, synonyms and templates, got {sorted(entry)}")
-        templates = entry.get("templates") or templates
-        entry = [entry["name"], *entry.get("synonyms", ())]
-    words = [entry] if isinstance(entry, str) else list(entry)
+        templates = _as_list(entry.get("templates") or templates)
+        entry = [entry["name"], *_as_list(entry.get("synonyms") or [])]
+    words = _as_list(entry)
     words = [word.strip() if isinstance(word, str) else word for word in words]
     if not words or not all(isinstance(word, str) and word for word in words):
         raise ValueError(f"a label must be a name, a list of synonyms or a dict, got {entry!r}")
@@ -196,6 +196,10 @@ def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
     if wrong:
         raise ValueError(f"a prompt template needs '{{}}' where the name goes, got {wrong[0]!r}")
     return Label(words[0], tuple(template.replace("{}", word) for word in words for template in templates))
+
+
+def _as_list(value: str | Sequence[str]) -> list[str]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 class Zs3Processor(ProcessorMixin):

@@ -44,6 +44,7 @@ def visit(path: str, folder: Path, prefix: str, labels: list, image) -> "transfo
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
     image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
     facts["processors"] = [type(processor).__name__, type(image_processor).__name__]
+    facts["kept"] = [processor.prompt_templates, image_processor.ignore_index, processor.tokenizer.model_max_length]
     inputs = processor(image, class_names=labels)
     arrays["pixels"] = image_processor(image)["pixel_values"].numpy()
     assert np.array_equal(arrays["pixels"], inputs["pixel_values"].numpy())

@@ -24,7 +24,6 @@ from zs3.data import load_split
 from zs3.pictures import draw_comparison
 from zs3.scenes import write_dataset
 
-ROOT = Path(__file__).parent.parent
 OWN_LABELS = [
     "sky",
     ["grass", "green grass"],
@@ -64,8 +63,8 @@ def launch(script: str, num_processes: int, *flags: object) -> None:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_processes))
     if num_processes > 1:
         command.append("--multi_gpu")  # the launcher's word for several processes, CPU ones too
-    command += [str(ROOT / script), *(str(flag) for flag in flags)]
-    if subprocess.run(command, cwd=ROOT, env=environment).returncode != 0:
+    command += [script, *(str(flag) for flag in flags)]
+    if subprocess.run(command, env=environment).returncode != 0:
         raise InputError(f"{script} failed, see above; the demo goes on where it stopped when started again")
 
 
@@ -75,7 +74,7 @@ def train_stage(recipe: str, data: Path, output_dir: Path, processes: int, steps
         "train.py",
         processes,
         "--config",
-        ROOT / "recipes" / recipe,
+        Path("recipes", recipe),
         "--dataset",
         data,
         "--output_dir",
@@ -135,12 +134,25 @@ def write_report(
         f"- {entry['label']} (label {entry['label_id']}, score {entry['score']:.2f})" for entry in segments
     )
     images = "\n\n".join(f"![{path.stem}]({path.relative_to(folder)})" for path in pictures)
-    text = (
-        f"# Demo report\n\nSynthetic benchmark `scenes`, validation split, one seed. Generalised zero-shot setting: all"
-        f" 20 names are candidates.\nStage 2 was told which unseen classes each training image shows (ground-truth image"
-        f" labels), never where.\n\n{table}\n\nThe whole demo took {seconds:.0f} s.\n\n## Validation scenes\n\n{images}\n\n"
-        f"## A label list of its own\n\n![own labels](own_labels.png)\n\n{found}\n"
-    )
+    text = f"""# Demo report
+
+Synthetic benchmark `scenes`, validation split, one seed. Generalised zero-shot setting: all 20 names are candidates.
+Stage 2 was told which unseen classes each training image shows (ground-truth image labels), never where.
+
+{table}
+
+The whole demo took {seconds:.0f} s.
+
+## Validation scenes
+
+{images}
+
+## A label list of its own
+
+![own labels](own_labels.png)
+
+{found}
+"""
     (folder / "report.md").write_text(text, encoding="utf-8")
     return table
 
@@ -148,7 +160,9 @@ def write_report(
 def main() -> None:
     args, _ = read_arguments(DemoArgs)
     started = time.perf_counter()
-    folder = Path(args.output_dir).resolve()
+    if not Path("train.py").exists():
+        raise InputError("train.py is not here: start the demo from the root of the repository")
+    folder = Path(args.output_dir)
     data, stage1, stage2 = folder / "scenes", folder / "stage1", folder / "stage2"
     processes = args.num_processes or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
 

@@ -1,0 +1,78 @@
+"""The README's own commands, in its own order, with short overrides."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DEMO = "--num_train 12 --num_validation 2 --stage1_steps 2 --stage2_steps 2 --num_pictures 1"
+SHORT = {
+    "train.py": ["--max_steps", "2"],
+    "eval.py": ["--max_images", "1"],
+    "zs3.scenes": ["--train", "12", "--validation", "1"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A copy of what the commands need, so that the test leaves no runs/ behind."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("zs3", "recipes", "train.py", "eval.py", "Makefile", "pyproject.toml", "constraints.txt"):
+        (folder / name).symlink_to(ROOT / name)
+    for path in ROOT.glob("*_zs3.py"):
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+def execute(command: str | list[str], folder: Path) -> str:
+    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    environment |= {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, shell=isinstance(command, str), capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_the_demo_and_the_six_lines_of_python_work(workplace):
+    assert "make demo\n" in blocks("bash")[0]
+    # What `make demo` runs once .venv is there; the installation itself is what `make test` has just done.
+    recipe = subprocess.run(
+        ["make", "-n", "demo", f"DEMO={DEMO}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    command = recipe.stdout.strip().splitlines()[-1].replace(".venv/bin/python", sys.executable)
+    printed = execute(command, workplace)
+    assert "report.md" in printed.splitlines()[-3]
+    assert (workplace / "runs/demo/report.md").exists() and (workplace / "runs/demo/own_labels.png").exists()
+    (example,) = blocks("python")
+    assert "(96, 96)" in execute([sys.executable, "-c", example], workplace)
+
+
+def test_the_training_commands_work(workplace):
+    (lines,) = [block for block in blocks("bash") if "train.py" in block]
+    for line in lines.strip().splitlines():
+        for name, short in SHORT.items():
+            if name in line:
+                line = " ".join([line, *short])
+        execute(line, workplace)
+    assert (workplace / "runs/stage2/gzs3.json").exists()
+
+
+def test_the_results_of_the_readme_are_those_of_the_result_files():
+    """Numbers are copied from docs/results by hand; this keeps them honest."""
+    import json
+
+    for path in sorted((ROOT / "docs" / "results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        row = " | ".join(f"{100 * result[name]:.1f}" for name in ("miou_seen", "miou_unseen", "hiou"))
+        assert row in README, f"{path.name}: {row}"
