@@ -23,7 +23,6 @@ from transformers import (
     CLIPVisionModelWithProjection,
     Mask2FormerModel,
     Mask2FormerPreTrainedModel,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -169,13 +168,16 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         model = cls(config)
         if mask2former is not None:
-            _load_into(model.model, mask2former)
+            _load_into(model.model, Mask2FormerModel.from_pretrained(mask2former, dtype=torch.float32))
         if backbone is not None:
-            _load_into(model.model.pixel_level_module.encoder, backbone, config=config.backbone_config)
-        if model.text_model is not None and clip is not None:
-            _load_into(model.text_model, clip, config=config.text_config)
-        if model.vision_model is not None and clip is not None:
-            _load_into(model.vision_model, clip, config=config.vision_config)
+            encoder = model.model.pixel_level_module.encoder
+            weights = type(encoder).from_pretrained(backbone, config=config.backbone_config, dtype=torch.float32)
+            _load_into(encoder, weights)
+        if clip is not None:
+            whole = CLIPModel.from_pretrained(clip, dtype=torch.float32)
+            for tower in (model.text_model, model.vision_model):
+                if tower is not None:
+                    _load_into(tower, whole)
         return model
 
     def set_vocabulary(self, class_names: Sequence[str], text_embeds: Tensor) -> None:
