@@ -9,7 +9,6 @@ label space than that of the training. The checkpoint is loaded through AutoMode
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoProcessor
 
-from train import load_text_embeds
+from train import load_text_embeds, write_json
 from zs3.command_line import InputError, read_arguments, run
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores
@@ -215,14 +214,6 @@ def without_nan(value):
     if isinstance(value, list):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def write_json(path: Path, result: dict) -> None:
-    """Written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def percent(value: float | None) -> str:

@@ -221,6 +221,40 @@ def save_final(model: Zs3ForSemanticSegmentation, processor, folder: Path) -> No
     os.replace(partial, folder)
 
 
+def write_json(path: Path, result: dict) -> None:
+    """Written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON a logged step. Lines past the step a run resumes at are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        self.last: dict = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        # A killed run may leave its last line half written.
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, progress: Progress, outputs, grad_norm: float, learning_rate: float) -> dict:
+        self.last = {
+            "step": progress.step,
+            "loss": float(outputs.loss.detach()),
+            **{f"loss_{name}": float(term.detach()) for name, term in outputs.loss_terms.items()},
+            "same_label_rate": float(outputs.same_label_rate),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "seconds": round(progress.seconds, 2),
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.last) + "\n")
+        return self.last
+
+
 def check_recipe(path: Path, recipe: dict) -> None:
     """A folder holds one run: its recipe is written at the start and must be the same when the run resumes."""
     if path.exists():
@@ -258,37 +292,18 @@ def describe(args: TrainArgs, label_space: LabelSpace, dataset: SegmentationData
     return "\n".join(lines)
 
 
-def train(args: TrainArgs, overrides: dict) -> None:
-    args.check()
-    output_dir = Path(args.output_dir)
-    label_space = load_label_space(args.label_space or args.dataset)
-    records = load_split(args.dataset, args.split, label_space)
-
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
-    )
-    if accelerator.is_main_process:
-        check_recipe(output_dir / "recipe.yaml", {**asdict(args), **overrides})
-    accelerator.wait_for_everyone()
-    if (output_dir / "final").exists():
-        accelerator.print(f"{output_dir / 'final'} is there already: nothing to do")
-        return
-    set_seed(args.seed)
-
-    # Model, text vectors and data
-    with accelerator.local_main_process_first():
-        model = make_model(args, overrides, label_space)
-        processor = make_processor(args, model)
+def text_vectors(args: TrainArgs, model: Zs3ForSemanticSegmentation, processor, label_space: LabelSpace) -> Tensor:
+    """(C, D), unit length, of all names of the label space; computed once, since CLIP is frozen."""
     if args.text_embeds is not None:
-        all_embeds = load_text_embeds(args.text_embeds, len(label_space.class_names))
-    elif model.text_model is not None:
-        all_embeds = model.encode_text(**processor(class_names=label_space.class_names))
-    else:
+        return load_text_embeds(args.text_embeds, len(label_space.class_names))
+    if model.text_model is None:
         raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
-    model.set_vocabulary(label_space.class_names, all_embeds)
-    image_processor = getattr(processor, "image_processor", processor)
-    dataset = SegmentationDataset(
-        records,
+    return model.encode_text(**processor(class_names=label_space.class_names))
+
+
+def make_dataset(args: TrainArgs, label_space: LabelSpace, image_processor: Zs3ImageProcessor) -> SegmentationDataset:
+    return SegmentationDataset(
+        load_split(args.dataset, args.split, label_space),
         label_space,
         Augmentation(
             args.crop_size,
@@ -303,8 +318,54 @@ def train(args: TrainArgs, overrides: dict) -> None:
         unseen_labels=args.unseen_labels,
         seed=args.seed,
     )
+
+
+def make_loader(args: TrainArgs, dataset: SegmentationDataset, accelerator: Accelerator, start_step: int) -> DataLoader:
+    """The micro-batches of this process from start_step on; not prepared, since the sampler cuts them already."""
+    sampler = StepSampler(
+        len(dataset),
+        args.batch_size,
+        args.max_steps,
+        start_step=start_step,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        micro_batches=args.gradient_accumulation_steps,
+        seed=args.seed,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # its own: starting the loader must not move the state that a resume restores
+    )
+
+
+def train(args: TrainArgs, overrides: dict) -> None:
+    args.check()
+    output_dir = Path(args.output_dir)
+    label_space = load_label_space(args.label_space or args.dataset)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
+    )
+    set_seed(args.seed)
+
+    # Model, text vectors, data; nothing is written before they are known to be good
+    with accelerator.local_main_process_first():
+        model = make_model(args, overrides, label_space)
+        processor = make_processor(args, model)
+    all_embeds = text_vectors(args, model, processor, label_space)
+    model.set_vocabulary(label_space.class_names, all_embeds)
+    dataset = make_dataset(args, label_space, getattr(processor, "image_processor", processor))
     on_axis = [label_space.class_names.index(name) for name in dataset.class_names]
     text_embeds = all_embeds[on_axis].to(accelerator.device)
+    if accelerator.is_main_process:
+        check_recipe(output_dir / "recipe.yaml", {**asdict(args), **overrides})
+    accelerator.wait_for_everyone()
+    if (output_dir / "final").exists():
+        accelerator.print(f"{output_dir / 'final'} is there already: nothing to do")
+        return
     accelerator.print(describe(args, label_space, dataset, model))
 
     # Optimizer, schedule, state
@@ -318,28 +379,10 @@ def train(args: TrainArgs, overrides: dict) -> None:
     if complete_checkpoints(checkpoints):
         accelerator.load_state(str(complete_checkpoints(checkpoints)[-1]))
         accelerator.print(f"resumed   at step {progress.step}")
-    sampler = StepSampler(
-        len(dataset),
-        args.batch_size,
-        args.max_steps,
-        start_step=progress.step,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        micro_batches=args.gradient_accumulation_steps,
-        seed=args.seed,
-    )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),  # its own: starting the loader must not move the state that a resume restores
-    )
+    loader = make_loader(args, dataset, accelerator, progress.step)
+    log = MetricsLog(output_dir / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
 
     # Loop
-    model.train()
-    log = MetricsLog(output_dir / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
     quiet = not accelerator.is_local_main_process
     started, seconds_before = time.perf_counter(), progress.seconds
     with tqdm(total=args.max_steps, initial=progress.step, unit="step", mininterval=1, disable=quiet) as bar:
@@ -382,34 +425,9 @@ def train(args: TrainArgs, overrides: dict) -> None:
             "unseen_labels": args.unseen_labels,
             **log.last,
         }
-        (output_dir / "all_results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(output_dir / "all_results.json", results)
     accelerator.print(f"trained in {progress.seconds:.0f} s; the model is in {output_dir / 'final'}")
     accelerator.end_training()
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON a logged step. Lines past the step a run resumes at are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self.last: dict = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-    def write(self, progress: Progress, outputs, grad_norm: float, learning_rate: float) -> dict:
-        self.last = {
-            "step": progress.step,
-            "loss": float(outputs.loss.detach()),
-            **{f"loss_{name}": float(term.detach()) for name, term in outputs.loss_terms.items()},
-            "same_label_rate": float(outputs.same_label_rate),
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "seconds": round(progress.seconds, 2),
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.last) + "\n")
-        return self.last
 
 
 def main() -> None:

@@ -369,6 +369,20 @@ def test_joint_matching_is_transformers():
     )
 
 
+def test_of_equal_masks_joint_matching_takes_the_query_with_the_masks_label():
+    config = tiny_config(text=False, matching="joint")
+    labels = torch.tensor([2, 0]).repeat_interleave(8).expand(1, 16, 16)
+    image_labels = torch.tensor([[1, 0, 1, 0]])
+    for right in range(5):
+        similarity = torch.zeros(1, 5, 4)
+        similarity[..., 1] = 0.5  # no query means what is there
+        similarity[0, right, 2], similarity[0, (right + 1) % 5, 0] = 0.9, 0.9
+        losses = zs3_losses(torch.zeros(1, 5, 8, 8), similarity, None, mask_targets(labels), image_labels, 2.0, config)
+        target = torch.full((1, 5), UNMATCHED)
+        target[0, right], target[0, (right + 1) % 5] = 2, 0
+        close(losses.terms["class"], class_loss(similarity, target, 0.01, 0.6))
+
+
 def test_joint_labels_come_from_masks_and_the_rest_takes_left_over_queries():
     similarity = random_similarity(2, 5, 6)
     image_labels = torch.tensor([[1, 1, 1, 0, -1, 1], [0, 0, 0, 1, -1, 0]], dtype=torch.int8)
