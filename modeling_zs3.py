@@ -150,7 +150,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             raise ValueError("give mask2former or backbone, not both: a Mask2Former brings its own backbone")
         fields = {}
         if mask2former is not None:
-            known = set(Zs3Config.__dataclass_fields__)
+            known = set(Zs3Config.__dataclass_fields__) - {"id2label", "label2id", "architectures"}
             fields = AutoConfig.from_pretrained(mask2former).to_dict()
             fields = {name: value for name, value in fields.items() if name in known}
         if backbone is not None:
@@ -230,10 +230,11 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         if not exists.any(-1).all():
             raise ValueError("a class has no prompt: its attention_mask is zero everywhere")
         ids, mask = input_ids[exists], attention_mask[exists]  # (all prompts, L)
-        prompts = [
-            self.text_model(input_ids=chunk, attention_mask=chunk_mask).text_embeds.float()
-            for chunk, chunk_mask in zip(ids.split(TEXT_CHUNK), mask.split(TEXT_CHUNK), strict=True)
-        ]
+        with torch.autocast(ids.device.type, enabled=False):  # once for a label list: exact rather than fast
+            prompts = [
+                self.text_model(input_ids=chunk, attention_mask=chunk_mask).text_embeds.float()
+                for chunk, chunk_mask in zip(ids.split(TEXT_CHUNK), mask.split(TEXT_CHUNK), strict=True)
+            ]
         embeds = ids.new_zeros(*exists.shape, self.config.projection_dim, dtype=torch.float32)
         embeds[exists] = F.normalize(torch.cat(prompts), dim=-1)  # (C, T, D)
         return F.normalize(embeds.sum(1), dim=-1)
@@ -419,7 +420,8 @@ def semantic_scores(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, i
     class_probs (B, Q, C), mask_logits (B, Q, h, w) -> (B, C, H, W) at `size` (H, W).
     """
     logits = F.interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=False)
-    return torch.einsum("bqc,bqhw->bchw", class_probs.float(), logits.sigmoid())
+    with torch.autocast(logits.device.type, enabled=False):
+        return torch.einsum("bqc,bqhw->bchw", class_probs.float(), logits.sigmoid())
 
 
 @dataclass

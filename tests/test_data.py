@@ -218,9 +218,7 @@ def test_ground_truth_tells_of_unseen_classes_outside_the_crop(tmp_path):
     label = np.zeros((32, 32), np.uint8)
     label[0, 0] = 3  # one pixel of cat, in a corner
     write_folder(tmp_path, {"a": (np.zeros((32, 32, 3), np.uint8), label)})
-    data = dataset_of(
-        tmp_path, Augmentation(crop_size=4, short_edges=[32], flip=False), unseen_labels="ground_truth"
-    )
+    data = dataset_of(tmp_path, Augmentation(crop_size=4, short_edges=[32], flip=False), unseen_labels="ground_truth")
     assert data.class_names == SPACE.class_names and data.is_seen.tolist() == [True, False, True, False, True]
     for epoch in range(5):
         assert data[epoch, 0]["image_labels"].tolist() == [1, 0, 0, 1, 0]
@@ -333,9 +331,7 @@ def test_crop_equals_resizing_the_whole_picture_first():
     recipe = Augmentation(crop_size=32, short_edges=[45], flip=False, color_jitter=False)
     cropped, _ = augment(image, label, np.random.default_rng(3), recipe)
     whole = np.asarray(image.resize((68, 45), Image.Resampling.BILINEAR)).astype(int)
-    gaps = [
-        np.abs(whole[y : y + 32, x : x + 32] - np.asarray(cropped)).max() for y in range(14) for x in range(37)
-    ]
+    gaps = [np.abs(whole[y : y + 32, x : x + 32] - np.asarray(cropped)).max() for y in range(14) for x in range(37)]
     assert sorted(gaps)[0] <= 1 < sorted(gaps)[1]
 
 

@@ -22,9 +22,7 @@ def iou_by_sets(pairs, num_classes, absent="union"):
                 if prediction[pixel] >= 0:
                     predicted[prediction[pixel]].add((image, pixel))
     left_out = [not (t if absent == "truth" else t | p) for t, p in zip(truth, predicted, strict=True)]
-    return [
-        math.nan if out else len(t & p) / len(t | p) for t, p, out in zip(truth, predicted, left_out, strict=True)
-    ]
+    return [math.nan if out else len(t & p) / len(t | p) for t, p, out in zip(truth, predicted, left_out, strict=True)]
 
 
 def random_pairs(seed, num_images, num_classes, size=(5, 4)):

@@ -56,8 +56,10 @@ def test_tuples_and_later_changes_of_the_given_lists_are_harmless():
 def test_file_and_its_folder_load_alike(tmp_path):
     content = {"classes": ["a", "b"], "unseen": ["b"], "ignore_label": 9, "source": "by hand"}
     (tmp_path / "classes.json").write_text(json.dumps(content))
-    assert load_label_space(tmp_path / "classes.json") == load_label_space(str(tmp_path)) == LabelSpace(
-        ["a", "b"], ["b"], 9
+    assert (
+        load_label_space(tmp_path / "classes.json")
+        == load_label_space(str(tmp_path))
+        == LabelSpace(["a", "b"], ["b"], 9)
     )
 
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from modeling_zs3 import (
     Zs3ForSemanticSegmentation,
+    Zs3Output,
     class_projection,
     default_image_labels,
     ensemble_with_clip,
@@ -224,6 +225,7 @@ def test_encode_text_is_transformers_clip_prompt_by_prompt():
     with torch.no_grad():
         plain = F.normalize(clip(**one).text_embeds, dim=-1)
     torch.testing.assert_close(model.encode_text(one["input_ids"], one["attention_mask"]), plain)
+    torch.testing.assert_close(model.encode_text(one["input_ids"]), plain)  # what follows the end has no say
 
 
 def test_more_prompts_than_one_chunk_make_no_difference(monkeypatch):
@@ -358,12 +360,20 @@ def test_an_image_gives_the_same_answer_alone_and_in_any_batch():
         assert (4 * height, 4 * width) == tuple(-(-side // 32) * 32 for side in sizes[row])
         ours = batch.mask_logits[row, :, :height, :width]
         torch.testing.assert_close(ours, single.mask_logits[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(enlarged(batch, row), enlarged(single, 0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(batch.class_embeds[row], single.class_embeds[0], rtol=1e-4, atol=1e-4)
         (label_map,) = processor.post_process_semantic_segmentation(single, [originals[row]])
         assert label_map.shape == originals[row]
         assert (maps[row] == label_map).float().mean() > 0.9995  # all, but for ties within rounding
     own = processor.post_process_semantic_segmentation(batch)
     assert [tuple(label_map.shape) for label_map in own] == sizes
+
+
+def enlarged(outputs: Zs3Output, row: int) -> Tensor:
+    """Mask logits (Q, H, W) of one image at its own size, as on the way to its label map."""
+    height, width = outputs.valid_sizes[row].tolist()
+    logits = F.interpolate(outputs.mask_logits[row : row + 1], scale_factor=4, mode="bilinear", align_corners=False)
+    return logits[0, :, :height, :width]
 
 
 def test_an_image_of_any_size_is_padded_by_zeros_to_32():

@@ -79,9 +79,7 @@ def read_arguments(
     parser.add_argument("--config", metavar="FILE", help="YAML file of these flags; the command line wins")
     group = parser.add_argument_group("model configuration, values in YAML")
     for name in config_names:
-        group.add_argument(
-            f"--{name}", type=_yaml_value, nargs="+", default=argparse.SUPPRESS, metavar="VALUE"
-        )
+        group.add_argument(f"--{name}", type=_yaml_value, nargs="+", default=argparse.SUPPRESS, metavar="VALUE")
 
     flags, empty, overrides = _read_recipe(_recipe_path(argv), types, names, config_names)
     parser.set_defaults(**empty)

@@ -68,9 +68,7 @@ class Split(Sequence[Record]):
         if label_image.size != image.size:
             rotated = label_image.size == image.size[::-1]
             mend = "rotate the image as its EXIF tag says and save it without" if rotated else "make them equal"
-            raise InputError(
-                f"{label_name} is {_size(label_image)} pixels, but {image_name} is {_size(image)}: {mend}"
-            )
+            raise InputError(f"{label_name} is {_size(label_image)} pixels, but {image_name} is {_size(image)}: {mend}")
         label = np.asarray(label_image).astype(np.int32)  # a palette's indices are the ids
         self._check_ids(label, label_name)
         return Record(image.convert("RGB"), label, image_id)
@@ -132,9 +130,7 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def _table_split(
-    source: str, options: dict[str, Any], split: str, shown: str | Path, label_space: LabelSpace
-) -> Split:
+def _table_split(source: str, options: dict[str, Any], split: str, shown: str | Path, label_space: LabelSpace) -> Split:
     import datasets
 
     try:

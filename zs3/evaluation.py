@@ -113,8 +113,8 @@ class ConfusionMatrix:
         scores = []
         for start in range(0, resamples, RESAMPLES_AT_ONCE):
             size = min(RESAMPLES_AT_ONCE, resamples - start)
-            drawn = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), size=size)   # (R, N)
-            areas = ((area @ drawn.T).T for area in (intersection, truth, predicted))                # (R, C) each
+            drawn = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), size=size)  # (R, N)
+            areas = ((area @ drawn.T).T for area in (intersection, truth, predicted))  # (R, C) each
             iou = _iou(*areas, absent)
             scores.append(np.stack([_nanmean(iou), *_generalized(iou, _mask(is_seen, self.num_classes))]))
         tail = (1 - level) / 2
