@@ -49,14 +49,21 @@ class Zs3Config(Mask2FormerConfig):
         class_loss: "background_aware" (Eq. 5), or "cross_entropy" with a learned background embedding (Eq. 1-2).
         matched_weight: lambda of Eq. 5; unmatched queries get 1 - lambda.
         kl: "p_u" is KL(p || U) as printed in Eq. 5, "u_p" is KL(U || p).
+        no_object_weight: weight of unmatched queries in the cross-entropy with background (Mask2Former's).
         class_weight, mask_weight, dice_weight, rank_weight: alpha, beta (both mask terms), gamma of Eq. 8.
         rank_norm: "positives" divides Eq. 6 by |P| as printed, "pairs" by |P||N|.
         mask_loss: "focal" (section 3.2) or "bce" (Mask2Former's own), with dice.
         matching: "unpaired" (two assignments, sections 3.1-3.2) or "joint" (Mask2Former's: a seen label goes with
             its mask; present labels without a mask then take left-over queries).
+        train_num_points, oversample_ratio, importance_sample_ratio: points of the mask losses (Mask2Former's).
 
-    Names:
-        seen_class_names: S, the classes whose masks the training saw; None before training.
+    Inference and pseudo labels:
+        clip_ensemble_weight: w of section 4.6 (Xu et al. 2021), for `ensemble_with_clip`.
+        pseudo_label_threshold: tau of section 3.4.
+
+    What the training saw:
+        seen_class_names: S, all classes whose masks any stage of the training saw; None: not known.
+        unseen_labels: what was told about unseen classes, "none", "ground_truth" (image labels) or "pseudo".
         class_names: the vocabulary stored in the checkpoint by `set_vocabulary`, or None.
     """
 
@@ -95,7 +102,11 @@ class Zs3Config(Mask2FormerConfig):
     init_std: float | int = 0.02
     init_xavier_std: float | int = 1.0
 
+    clip_ensemble_weight: float | int = 0.8
+    pseudo_label_threshold: float | int = 0.99
+
     seen_class_names: list[str] | None = None
+    unseen_labels: Literal["none", "ground_truth", "pseudo"] | None = None
     class_names: list[str] | None = None
 
     def __post_init__(self, **kwargs):

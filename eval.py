@@ -8,9 +8,9 @@ label space than that of the training. The checkpoint is loaded through AutoMode
 
 import hashlib
 import json
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import accelerate
 import numpy as np
@@ -18,15 +18,24 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from train import load_text_embeds, write_json
-from zs3.command_line import InputError, read_arguments, run
+from zs3.command_line import (
+    InputError,
+    check_at_least,
+    check_required,
+    finite_or_none,
+    flag,
+    read_arguments,
+    run,
+    write_json,
+)
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores
-from zs3.label_space import LabelSpace, load_label_space
+from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.pictures import draw_comparison
 
 
@@ -34,52 +43,46 @@ from zs3.pictures import draw_comparison
 class EvalArgs:
     """One evaluation of one checkpoint on one dataset."""
 
-    model: str | None = field(default=None, metadata={"help": "Checkpoint: a folder or a Hub id."})
-    dataset: str | None = field(default=None, metadata={"help": "Folder or Hub id of the data."})
-    split: str = field(default="validation", metadata={"help": "Split of the dataset to evaluate on."})
-    label_space: str | None = field(
-        default=None, metadata={"help": "Benchmark name or classes.json; default: the dataset's own."}
+    model: str | None = flag(None, "Checkpoint: a folder or a Hub id.")
+    dataset: str | None = flag(None, "Folder or Hub id of the data.")
+    split: str = flag("validation", "Split of the dataset to evaluate on.")
+    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    setting: Literal["gzs3", "zs3", "ovs"] = flag("gzs3", "Which classes are candidates, see above.")
+    output: str | None = flag(None, "Result file (JSON).")
+    text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
+    absent: Literal["union", "truth"] = flag(
+        "union", "A class is left out of means where truth and prediction (union) or truth alone lack it."
     )
-    setting: str = field(default="gzs3", metadata={"help": "gzs3, zs3 or ovs."})
-    output: str | None = field(default=None, metadata={"help": "Result file (JSON)."})
-    text_embeds: str | None = field(
-        default=None, metadata={"help": "Text vectors for a checkpoint without text tower: a .npy, one row a class."}
-    )
-    absent: str = field(
-        default="union",
-        metadata={"help": "A class is left out of means where truth and prediction ('union') or truth alone lack it."},
-    )
-    pictures: str | None = field(default=None, metadata={"help": "Folder for pictures: image, truth, prediction."})
-    num_pictures: int = field(default=8, metadata={"help": "How many pictures to draw."})
-    max_images: int | None = field(default=None, metadata={"help": "Evaluate the first N images only."})
-    seed: int = field(default=0, metadata={"help": "Of the bootstrap."})
+    pictures: str | None = flag(None, "Folder for pictures: image, truth, prediction.")
+    num_pictures: int = flag(8, "How many pictures to draw.")
+    max_images: int | None = flag(None, "Evaluate the first N images only.")
+    seed: int = flag(0, "Of the bootstrap.")
 
     def check(self) -> None:
-        for name in ("model", "dataset"):
-            if getattr(self, name) is None:
-                raise InputError(f"--{name} is missing")
-        if self.setting not in ("gzs3", "zs3", "ovs"):
-            raise InputError(f"setting must be 'gzs3', 'zs3' or 'ovs', got {self.setting!r}")
-        if self.absent not in ("union", "truth"):
-            raise InputError(f"absent must be 'union' or 'truth', got {self.absent!r}")
+        check_required(self, "model", "dataset")
+        check_at_least(self, 1, "max_images")
 
 
 def load_checkpoint(path: str) -> tuple:
     """Model and processor through the public door, in float32."""
     try:
+        model_type = AutoConfig.from_pretrained(path, trust_remote_code=True).model_type
+        if model_type != "zs3":
+            raise InputError(f"{path} is a checkpoint of {model_type!r}, not of 'zs3'")
         model = AutoModel.from_pretrained(path, trust_remote_code=True, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load checkpoint {path}: {' '.join(str(error).split())[:300]}") from error
-    if model.config.model_type != "zs3":
-        raise InputError(f"{path} is a {model.config.model_type} checkpoint, not one of zs3")
     return model.eval(), processor
 
 
 def candidate_embeds(model, processor, class_names: list[str], text_embeds: str | None) -> tuple[Tensor, list[str]]:
     """(C, D) text vectors of the label space's names, and the prompts behind them."""
     if text_embeds is not None:
-        return load_text_embeds(text_embeds, len(class_names)), [f"vectors of {Path(text_embeds).name}"]
+        vectors = load_text_embeds(text_embeds, len(class_names), model.config.projection_dim)
+        return vectors, [f"vectors of {Path(text_embeds).name}"]
     if model.text_model is not None:
         return model.encode_text(**processor(class_names=class_names)), list(processor.prompt_templates)
     stored = model.config.class_names or []
@@ -114,8 +117,8 @@ def evaluate(args: EvalArgs) -> dict | None:
     with accelerator.local_main_process_first():
         model, processor = load_checkpoint(args.model)
     check_leak(model, label_space, args.setting)
-    text_embeds, prompts = candidate_embeds(model, processor, label_space.class_names, args.text_embeds)
     model.to(accelerator.device)
+    text_embeds, prompts = candidate_embeds(model, processor, label_space.class_names, args.text_embeds)
 
     # Candidates: the class axis of this setting, and where each id of a label map lands on it
     is_seen = label_space.is_seen
@@ -156,6 +159,7 @@ def evaluate(args: EvalArgs) -> dict | None:
     for part in parts:
         total.merge(part)
     result = summary(args, label_space, total, is_seen[candidates], names, prompts)
+    result["unseen_labels_in_training"] = model.config.unseen_labels
     if args.output is not None:
         write_json(Path(args.output), result)
     return result
@@ -178,9 +182,9 @@ def summary(
     result = {
         "setting": args.setting,
         "model": args.model,
-        "dataset": args.dataset,
+        "dataset": Path(args.dataset).name if Path(args.dataset).is_dir() else args.dataset,
         "split": args.split,
-        "label_space": args.label_space or args.dataset,
+        "label_space": args.label_space or "the dataset's own",
         "label_space_sha256": hashlib.sha256(label_space_json.encode()).hexdigest(),
         "checkpoint_sha256": sha256(weights) if weights.exists() else None,
         "seen": [name for name, seen in zip(names, is_seen.tolist(), strict=True) if seen],
@@ -191,7 +195,7 @@ def summary(
         "absent": args.absent,
         "seed": args.seed,
         "num_images": len(confusion.images),
-        "miou": float(np.nanmean(iou)),
+        "miou": float(np.nanmean(iou)) if np.isfinite(iou).any() else None,
         "miou_seen": scores.miou_seen,
         "miou_unseen": scores.miou_unseen,
         "hiou": scores.hiou,
@@ -204,16 +208,7 @@ def summary(
             "accelerate": accelerate.__version__,
         },
     }
-    return without_nan(result)
-
-
-def without_nan(value):
-    """NaN is not JSON: null instead."""
-    if isinstance(value, dict):
-        return {name: without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return finite_or_none(result)
 
 
 def percent(value: float | None) -> str:

@@ -94,12 +94,12 @@ def match_masks(
     mask_weight: float,
     dice_weight: float,
     class_cost: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Match:
     """Assign mask targets to queries by mask_weight * BCE + dice_weight * dice on random points (section 3.2).
 
     mask_logits: (B, Q, h, w). The points are shared by all masks of an image.
     class_cost: (B, Q, C), added where given (joint matching: `targets.value` indexes C).
-    Returns query (K,) and target (K,), the latter an index into `targets`.
+    Returns the match of all images together; `target` indexes `targets`, whose `image` says where `query` lives.
     """
     points = torch.rand(len(mask_logits), num_points, 2, device=mask_logits.device)
     logits = F.grid_sample(mask_logits.float(), 2 * points[:, :, None] - 1, padding_mode="border", align_corners=False)
@@ -121,7 +121,7 @@ def match_masks(
         queries.append(match.query)
         chosen.append(mine[match.target])
     nothing = targets.image.new_zeros(0)
-    return torch.cat([nothing, *queries]), torch.cat([nothing, *chosen])
+    return Match(torch.cat([nothing, *queries]), torch.cat([nothing, *chosen]))
 
 
 def pairwise_bce(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ The second half of the file turns proposals into label maps (Eq. 4, section 4.6)
 Axes: B image, Q query, C class name, D embedding, T template, L token, H W input size, h w mask size (H/4, W/4).
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,7 +94,7 @@ class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
-    # A class of its own for each matching class head: a plain Mask2Former's or a baseline's head is left behind.
+    # Heads that this model may have no place for: a plain Mask2Former's, a baseline's background.
     _keys_to_ignore_on_load_unexpected = [r"^class_predictor\.", r"^criterion\.", r"^background_embed$"]
 
     def _init_weights(self, module: nn.Module):
@@ -207,8 +208,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             from pipeline_zs3 import Zs3Pipeline
         self.config.auto_map = dict(AUTO_MAP)
         self.config.custom_pipelines = dict(CUSTOM_PIPELINES)
+        os.makedirs(save_directory, exist_ok=True)
+        custom_object_save(Zs3Pipeline, save_directory)  # before super(), which may upload the folder
         super().save_pretrained(save_directory, **kwargs)
-        custom_object_save(Zs3Pipeline, save_directory)
 
     # ------------------------------------------------------------------------------------------- running
 
@@ -221,6 +223,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         """
         if self.text_model is None:
             raise ValueError("this checkpoint has no text tower: pass text_embeds, or use its stored vocabulary")
+        input_ids = input_ids.to(self.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         if input_ids.dim() == 2:
             input_ids = input_ids[:, None]
             attention_mask = None if attention_mask is None else attention_mask[:, None]
@@ -337,6 +341,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             valid_sizes = pixel_values.new_tensor([[height, width]], dtype=torch.int64).repeat(batch, 1)
         else:
             valid_sizes = torch.stack([pixel_mask.bool().any(2).sum(1), pixel_mask.bool().any(1).sum(1)], dim=1)
+        if (valid_sizes == 0).any():
+            raise ValueError("pixel_mask hides a whole image: it must be 1 where the image is")
         own_sizes = [tuple(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size) for size in valid_sizes.tolist()]
         mask_height, mask_width = (max(sides) // MASK_STRIDE for sides in zip(*own_sizes, strict=True))
         mask_logits, class_embeds = [None] * batch, [None] * batch
@@ -448,7 +454,8 @@ def semantic_map(
     class_probs: (B, Q, C); mask_logits: (B, Q, h, w). Mask logits go up to `size`, the (padded) input size, then
     sigmoid. With image_sizes the probabilities are cut to valid_sizes (the input without padding) and resized to
     the images' own sizes: Mask2Former's order, since Eq. 4 is linear in the masks.
-    chunk: class scores held at once. Equal scores go to the lowest index.
+    chunk: float64 values of one kind held at once; the masks are held at full size for one image at a time.
+    Equal scores go to the lowest index.
     Returns (B, H, W) int64; with image_sizes or return_scores a list, one entry an image.
     """
     results = []
@@ -471,7 +478,7 @@ def _best_class(class_probs: Tensor, mask_probs: Tensor, chunk: int) -> Semantic
     queries, height, width = mask_probs.shape
     classes = class_probs.shape[1]
     label_map, score, margin = [], [], []
-    for pixels in mask_probs.reshape(queries, -1).split(max(1, chunk // classes), dim=1):
+    for pixels in mask_probs.reshape(queries, -1).split(max(1, chunk // max(classes, queries)), dim=1):
         scores = class_probs.double().T @ pixels.double()  # (C, pixels)
         best, index = scores.max(0)
         index = (scores == best).int().argmax(0)  # the lowest index of equal scores

@@ -36,6 +36,7 @@ class Zs3Pipeline(Pipeline):
     _load_feature_extractor = False
 
     def __call__(self, images, candidate_labels: Sequence[ClassName] | None = None, **kwargs):
+        kwargs["batch_size"] = 1  # images have sizes of their own, which transformers cannot collate
         return super().__call__(images, candidate_labels=candidate_labels, **kwargs)
 
     def _sanitize_parameters(
@@ -72,6 +73,7 @@ class Zs3Pipeline(Pipeline):
 
     def _forward(self, inputs: dict, text_embeds: Tensor | None = None) -> dict:
         image_size = inputs.pop("image_size")
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         outputs = self.model(**inputs, text_embeds=text_embeds)
         return {
             "class_probs": outputs.class_probs,

@@ -151,13 +151,15 @@ def padded_size(mask_logits: Tensor) -> tuple[int, int]:
     return mask_logits.shape[2] * MASK_STRIDE, mask_logits.shape[3] * MASK_STRIDE
 
 
+def nearest_pixels(new: int, old: int) -> np.ndarray:
+    """(new,) int64: along one axis, the source pixel under the centre of each pixel."""
+    return np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
+
+
 def resize_nearest(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) integers of any width to `size` by nearest neighbour (pixel centres)."""
-    rows, columns = (
-        np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
-        for new, old in zip(size, label_map.shape, strict=True)
-    )
-    return label_map[rows[:, None], columns[None, :]]
+    """(H, W) integers of any width to `size` by nearest neighbour."""
+    rows, columns = (nearest_pixels(new, old) for new, old in zip(size, label_map.shape, strict=True))
+    return label_map[rows[:, None], columns]
 
 
 class Label(NamedTuple):

@@ -5,153 +5,184 @@
         --init_from runs/stage1/final
 
 A recipe is a YAML file of flags; the command line wins over it, the defaults below stand where both are silent.
-Besides the fields of TrainArgs every field of Zs3Config is a flag (losses, architecture). The same command again
-resumes from the last checkpoint in the output folder.
+Besides the fields of TrainArgs every field of Zs3Config is a flag (losses, architecture); with --init_from the
+checkpoint's own values are their defaults. The same command again resumes from the last checkpoint in the output
+folder.
 """
 
 import json
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from configuration_zs3 import Zs3Config
-from modeling_zs3 import Zs3ForSemanticSegmentation
+from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
 from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor
-from zs3.command_line import InputError, read_arguments, run
+from zs3.command_line import (
+    InputError,
+    check_at_least,
+    check_required,
+    finite_or_none,
+    flag,
+    model_fields,
+    read_arguments,
+    run,
+    write_json,
+    write_text,
+)
 from zs3.data import Augmentation, SegmentationDataset, StepSampler, collate, load_split
-from zs3.label_space import LabelSpace, load_label_space
+from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 
-
-def described(default, text: str):
-    """A dataclass field with its sentence for --help."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+# What loading a damaged checkpoint, or one of another architecture, raises.
+CHECKPOINT_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError)
+# Fields of Zs3Config that the run fills in, not its author.
+NOT_A_CHOICE = {"text_config", "vision_config", "class_names", "seen_class_names", "unseen_labels"}
 
 
 @dataclass
 class TrainArgs:
     """One training run. Section numbers are the paper's; its values are the defaults."""
 
-    dataset: str | None = described(None, "Folder or Hub id of the training data.")
-    output_dir: str | None = described(None, "Folder for checkpoints, metrics and the final model.")
-    split: str = described("train", "Split of the dataset to train on.")
-    label_space: str | None = described(None, "Benchmark name or classes.json; default: the dataset's own.")
-    unseen_labels: str = described(
+    dataset: str | None = flag(None, "Folder or Hub id of the training data.")
+    output_dir: str | None = flag(None, "Folder for checkpoints, metrics and the final model.")
+    split: str = flag("train", "Split of the dataset to train on.")
+    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    unseen_labels: str = flag(
         "none",
         "Unseen image labels: 'none' (seen names only), 'ground_truth' (image-level, never masks), or a file of "
         "pseudo labels.",
     )
 
-    init_from: str | None = described(None, "Checkpoint of this project to start from, whole (stage 2).")
-    mask2former: str | None = described(None, "Mask2Former checkpoint to start from (Hub id or folder).")
-    backbone: str | None = described(None, "ImageNet backbone to start from (Hub id or folder).")
-    clip: str | None = described(None, "CLIP checkpoint for text and image tower (Hub id or folder).")
-    text_embeds: str | None = described(
-        None, "Ready-made text vectors instead of a text tower: a .npy, one row a class."
+    init_from: str | None = flag(None, "Checkpoint of this project to start from, whole (stage 2).")
+    mask2former: str | None = flag(None, "Mask2Former checkpoint to start from (Hub id or folder).")
+    backbone: str | None = flag(None, "ImageNet backbone to start from (Hub id or folder).")
+    clip: str | None = flag(None, "CLIP checkpoint for text and image tower (Hub id or folder).")
+    text_embeds: str | None = flag(None, "Ready-made text vectors instead of a text tower: a .npy, one row a class.")
+    prompt_templates: list[str] = flag(list(PROMPT_TEMPLATES), "Prompts, '{}' is the name. '{}' alone: no prompts.")
+
+    max_steps: int = flag(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
+    batch_size: int = flag(8, "Images a step, over all processes and accumulation (section 4.3).")
+    gradient_accumulation_steps: int = flag(1, "Micro-batches a step and process.")
+    learning_rate: float = flag(5e-5, "AdamW's initial rate (section 4.3).")
+    weight_decay: float = flag(1e-4, "AdamW's weight decay (section 4.3); 0 on norms and embeddings.")
+    backbone_multiplier: float = flag(0.1, "Learning rate factor of the backbone (section 4.3).")
+    max_grad_norm: float = flag(0.01, "Gradient clipping, L2 over the whole model (Mask2Former's).")
+    lr_schedule: Literal["multistep", "poly"] = flag(
+        "multistep", "'multistep' (section 4.3) or 'poly' (power 0.9, the ancestors')."
     )
-    prompt_templates: list[str] = described(
-        list(PROMPT_TEMPLATES), "Prompts, '{}' is the name. '{}' alone: no prompts."
-    )
+    lr_milestones: list[int] = flag([5_000, 80_000], "Steps at which multistep divides the rate by 10.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the forward pass.")
 
-    max_steps: int = described(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
-    batch_size: int = described(8, "Images a step, over all processes and accumulation (section 4.3).")
-    gradient_accumulation_steps: int = described(1, "Micro-batches a step and process.")
-    learning_rate: float = described(5e-5, "AdamW's initial rate (section 4.3).")
-    weight_decay: float = described(1e-4, "AdamW's weight decay (section 4.3); 0 on norms and embeddings.")
-    backbone_multiplier: float = described(0.1, "Learning rate factor of the backbone (section 4.3).")
-    max_grad_norm: float = described(0.01, "Gradient clipping, L2 over the whole model (Mask2Former's).")
-    lr_schedule: str = described("multistep", "'multistep' (section 4.3) or 'poly' (power 0.9, the ancestors').")
-    lr_milestones: list[int] = described([5_000, 80_000], "Steps at which multistep divides the rate by 10.")
-    mixed_precision: str = described("no", "'no', 'bf16' or 'fp16'.")
+    crop_size: int = flag(640, "Side of the square training crop, pixels (640 COCO-Stuff, 512 VOC).")
+    short_edges: list[int] | None = flag(None, "Short edges to resize to; default: 0.5 to 2 times crop_size.")
+    max_size: int = flag(2560, "Longest edge after resizing, pixels, in training and at inference.")
+    flip: bool = flag(True, "Mirror half of the images.")
+    color_jitter: bool = flag(True, "SSD's colour jitter.")
+    single_class_max_area: float = flag(1.0, "Largest share of one class in a crop; 1 is no limit.")
+    test_short_edge: int = flag(640, "Short edge at inference, pixels; stored in the image processor.")
 
-    crop_size: int = described(640, "Side of the square training crop, pixels (640 COCO-Stuff, 512 VOC).")
-    short_edges: list[int] | None = described(None, "Short edges to resize to; default: 0.5 to 2 times crop_size.")
-    max_size: int = described(2560, "Longest edge after resizing, pixels, in training and at inference.")
-    flip: bool = described(True, "Mirror half of the images.")
-    color_jitter: bool = described(True, "SSD's colour jitter.")
-    single_class_max_area: float = described(1.0, "Largest share of one class in a crop; 1 is no limit.")
-    test_short_edge: int = described(640, "Short edge at inference, pixels; stored in the image processor.")
-
-    num_workers: int = described(4, "Data loading processes of each training process; 0 loads in the main one.")
-    logging_steps: int = described(50, "Steps between lines of metrics.jsonl.")
-    checkpointing_steps: int = described(5_000, "Steps between checkpoints.")
-    checkpoints_kept: int = described(2, "Checkpoints kept; older ones are deleted.")
-    seed: int = described(0, "Of weights, data order, augmentation and point sampling.")
+    num_workers: int = flag(4, "Data loading processes of each training process; 0 loads in the main one.")
+    logging_steps: int = flag(50, "Steps between lines of metrics.jsonl.")
+    checkpointing_steps: int = flag(5_000, "Steps between checkpoints.")
+    checkpoints_kept: int = flag(2, "Checkpoints kept; older ones are deleted.")
+    seed: int = flag(0, "Of weights, data order, augmentation and point sampling.")
 
     def check(self) -> None:
-        """Cross-field checks that the parser cannot make."""
-        for name in ("dataset", "output_dir"):
-            if getattr(self, name) is None:
-                raise InputError(f"--{name} is missing")
-        if self.lr_schedule not in ("multistep", "poly"):
-            raise InputError(f"lr_schedule must be 'multistep' or 'poly', got {self.lr_schedule!r}")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise InputError(f"mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}")
+        """What the parser cannot check."""
+        check_required(self, "dataset", "output_dir")
+        check_at_least(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps")
+        check_at_least(self, 1, "checkpointing_steps", "checkpoints_kept", "test_short_edge", "max_size")
+        check_at_least(self, 0, "learning_rate", "weight_decay", "backbone_multiplier", "max_grad_norm", "num_workers")
         if self.init_from is None and self.clip is None and self.text_embeds is None:
             raise InputError("text comes from --clip (a checkpoint) or --text_embeds (a .npy), or with --init_from")
         if self.init_from is not None and (self.mask2former or self.backbone or self.clip):
             raise InputError("--init_from brings the whole model: leave out mask2former, backbone and clip")
 
 
-def load_text_embeds(path: str, num_classes: int) -> Tensor:
-    """(C, D) float32, unit length, from a .npy with one row a class name in label-space order."""
-    try:
-        rows = np.load(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read text vectors {path}: {error}") from error
-    if rows.ndim != 2 or len(rows) != num_classes:
-        raise InputError(f"{path} has shape {rows.shape}, expected one row for each of {num_classes} class names")
-    return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1)
-
-
-def make_model(args: TrainArgs, overrides: dict, label_space: LabelSpace) -> Zs3ForSemanticSegmentation:
+def make_model(
+    args: TrainArgs, overrides: dict, label_space: LabelSpace, text_embeds: Tensor | None
+) -> Zs3ForSemanticSegmentation:
     """The model a run starts from: a whole checkpoint, or joined parts. Refuses one that saw unseen masks."""
-    overrides = dict(overrides)
-    if args.text_embeds is not None and args.clip is None and args.init_from is None:
-        overrides.setdefault("projection_dim", np.load(args.text_embeds, mmap_mode="r").shape[-1])
+    expected = {"init_from": "zs3", "mask2former": "mask2former", "clip": "clip"}
     try:
+        for name, model_type in expected.items():
+            path = getattr(args, name)
+            found = None if path is None else AutoConfig.from_pretrained(path, trust_remote_code=True).model_type
+            if path is not None and found != model_type:
+                raise InputError(f"--{name} {path} is a checkpoint of {found!r}, not of {model_type!r}")
         if args.init_from is not None:
-            config = Zs3Config.from_pretrained(args.init_from)
-            seen = set(config.seen_class_names or [])
-            leaked = sorted(seen & set(label_space.unseen))
-            if leaked:
-                raise InputError(f"{args.init_from} was trained on masks of {leaked}, which are unseen here")
-            config = Zs3Config(**{**config.to_dict(), **overrides})
-            model = Zs3ForSemanticSegmentation.from_pretrained(args.init_from, config=config, dtype=torch.float32)
+            model = load_whole(args.init_from, overrides)
         else:
+            dim = {} if args.clip is not None or text_embeds is None else {"projection_dim": text_embeds.shape[1]}
             model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
-                args.mask2former, args.clip, backbone=args.backbone, **overrides
+                args.mask2former, args.clip, backbone=args.backbone, **{**dim, **overrides}
             )
     except InputError:
         raise
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise InputError(f"cannot make the model: {' '.join(str(error).split())}") from error
-    model.config.seen_class_names = label_space.seen
+    except CHECKPOINT_ERRORS as error:
+        start = args.init_from or args.mask2former or args.backbone or args.clip
+        raise InputError(f"cannot make the model from {start}: {' '.join(str(error).split())[:400]}") from error
+    record_supervision(model, args, label_space)
     return model
 
 
-def make_processor(args: TrainArgs, model: Zs3ForSemanticSegmentation) -> Zs3Processor | Zs3ImageProcessor:
+def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
+    """A checkpoint of this project under changed fields. Every weight must be found, a background embedding aside."""
+    config = Zs3Config(**{**Zs3Config.from_pretrained(path).to_dict(), **overrides})
+    model, loading = Zs3ForSemanticSegmentation.from_pretrained(
+        path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    missing = set(loading["missing_keys"]) - {"background_embed"}
+    lost = sorted({*missing, *(str(key[0]) for key in loading["mismatched_keys"])})
+    if lost:
+        raise InputError(f"{path} is of another architecture: {lost[0]} and {len(lost) - 1} other weights do not fit")
+    return model
+
+
+def record_supervision(model: Zs3ForSemanticSegmentation, args: TrainArgs, label_space: LabelSpace) -> None:
+    """Write into the checkpoint's config what all its training saw, so that no claim can be made beyond it.
+
+    A Mask2Former from elsewhere saw masks nobody here knows of: its classes stay unknown (None).
+    """
+    before = model.config.seen_class_names if args.init_from is not None else []
+    leaked = sorted(set(before or []) & set(label_space.unseen))
+    if leaked:
+        raise InputError(f"{args.init_from} was trained on masks of {leaked}, which are unseen here")
+    unknown = before is None or args.mask2former is not None
+    model.config.seen_class_names = None if unknown else list(dict.fromkeys([*before, *label_space.seen]))
+    named = args.unseen_labels in ("none", "ground_truth")
+    order = ["none", "pseudo", "ground_truth"]  # the strongest of all stages counts
+    now = args.unseen_labels if named else "pseudo"
+    model.config.unseen_labels = max(model.config.unseen_labels or "none", now, key=order.index)
+
+
+def make_processor(
+    args: TrainArgs, model: Zs3ForSemanticSegmentation, label_space: LabelSpace
+) -> Zs3Processor | Zs3ImageProcessor:
     """What is saved beside the model. Without a text tower there is nothing to tokenize."""
     size = {"shortest_edge": args.test_short_edge, "longest_edge": args.max_size}
-    image_processor = Zs3ImageProcessor(size=size)
+    image_processor = Zs3ImageProcessor(size=size, ignore_index=label_space.ignore_index)
     if model.text_model is None:
         return image_processor
-    tokenizer = AutoTokenizer.from_pretrained(args.clip or args.init_from, trust_remote_code=True)
+    source = args.clip or args.init_from
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+    except CHECKPOINT_ERRORS as error:
+        raise InputError(f"cannot load the tokenizer of {source}: {' '.join(str(error).split())[:400]}") from error
     return Zs3Processor(image_processor, tokenizer, args.prompt_templates)
 
 
@@ -221,14 +252,6 @@ def save_final(model: Zs3ForSemanticSegmentation, processor, folder: Path) -> No
     os.replace(partial, folder)
 
 
-def write_json(path: Path, result: dict) -> None:
-    """Written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 class MetricsLog:
     """metrics.jsonl: one JSON a logged step. Lines past the step a run resumes at are dropped."""
 
@@ -240,19 +263,28 @@ class MetricsLog:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
-    def write(self, progress: Progress, outputs, grad_norm: float, learning_rate: float) -> dict:
-        self.last = {
-            "step": progress.step,
-            "loss": float(outputs.loss.detach()),
-            **{f"loss_{name}": float(term.detach()) for name, term in outputs.loss_terms.items()},
-            "same_label_rate": float(outputs.same_label_rate),
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
-            "seconds": round(progress.seconds, 2),
-        }
+    def write(self, progress: Progress, values: dict[str, float]) -> None:
+        self.last = finite_or_none({"step": progress.step, **values, "seconds": round(progress.seconds, 2)})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.last) + "\n")
-        return self.last
+
+
+class StepMean:
+    """The mean of a step's values over its micro-batches and over all processes."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.micro_batches: list[Tensor] = []
+
+    def add(self, outputs: Zs3Output) -> None:
+        values = [outputs.loss, *outputs.loss_terms.values(), outputs.same_label_rate]
+        self.names = ["loss", *(f"loss_{name}" for name in outputs.loss_terms), "same_label_rate"]
+        self.micro_batches.append(torch.stack([value.detach().float() for value in values]))
+
+    def values(self) -> dict[str, float]:
+        """All processes must ask together."""
+        mean = self.accelerator.reduce(torch.stack(self.micro_batches).mean(0), "mean")
+        return dict(zip(self.names, mean.tolist(), strict=True))
 
 
 def check_recipe(path: Path, recipe: dict) -> None:
@@ -264,10 +296,14 @@ def check_recipe(path: Path, recipe: dict) -> None:
             raise InputError(
                 f"{path.parent} holds a run with another {', '.join(changed)}: choose another --output_dir or delete it"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, yaml.safe_dump(recipe, sort_keys=False))
+
+
+def resolved_recipe(args: TrainArgs, config: Zs3Config) -> dict:
+    """Every flag of the run, the model's included; it can be given to --config again."""
+    saved = config.to_dict()
+    names = [name for name in model_fields(Zs3Config) if name not in NOT_A_CHOICE]
+    return {**{name: saved[name] for name in names}, **asdict(args)}
 
 
 def describe(args: TrainArgs, label_space: LabelSpace, dataset: SegmentationDataset, model: nn.Module) -> str:
@@ -292,26 +328,17 @@ def describe(args: TrainArgs, label_space: LabelSpace, dataset: SegmentationData
     return "\n".join(lines)
 
 
-def text_vectors(args: TrainArgs, model: Zs3ForSemanticSegmentation, processor, label_space: LabelSpace) -> Tensor:
-    """(C, D), unit length, of all names of the label space; computed once, since CLIP is frozen."""
-    if args.text_embeds is not None:
-        return load_text_embeds(args.text_embeds, len(label_space.class_names))
-    if model.text_model is None:
-        raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
-    return model.encode_text(**processor(class_names=label_space.class_names))
-
-
 def make_dataset(args: TrainArgs, label_space: LabelSpace, image_processor: Zs3ImageProcessor) -> SegmentationDataset:
     return SegmentationDataset(
         load_split(args.dataset, args.split, label_space),
         label_space,
         Augmentation(
-            args.crop_size,
-            args.short_edges,
-            args.max_size,
-            args.flip,
-            args.color_jitter,
-            args.single_class_max_area,
+            crop_size=args.crop_size,
+            max_size=args.max_size,
+            short_edges=args.short_edges,
+            flip=args.flip,
+            color_jitter=args.color_jitter,
+            single_class_max_area=args.single_class_max_area,
         ),
         image_mean=image_processor.image_mean,
         image_std=image_processor.image_std,
@@ -351,17 +378,27 @@ def train(args: TrainArgs, overrides: dict) -> None:
     )
     set_seed(args.seed)
 
-    # Model, text vectors, data; nothing is written before they are known to be good
+    # Text vectors, model, data; nothing is written before they are known to be good
+    all_embeds = None
+    if args.text_embeds is not None:
+        all_embeds = load_text_embeds(args.text_embeds, len(label_space.class_names))
     with accelerator.local_main_process_first():
-        model = make_model(args, overrides, label_space)
-        processor = make_processor(args, model)
-    all_embeds = text_vectors(args, model, processor, label_space)
+        model = make_model(args, overrides, label_space, all_embeds).to(accelerator.device)
+        processor = make_processor(args, model, label_space)
+    if all_embeds is None:
+        if model.text_model is None:
+            raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
+        all_embeds = model.encode_text(**processor(class_names=label_space.class_names))
+    if all_embeds.shape[1] != model.config.projection_dim:
+        raise InputError(
+            f"{args.text_embeds} has {all_embeds.shape[1]} columns, the model {model.config.projection_dim}"
+        )
     model.set_vocabulary(label_space.class_names, all_embeds)
     dataset = make_dataset(args, label_space, getattr(processor, "image_processor", processor))
     on_axis = [label_space.class_names.index(name) for name in dataset.class_names]
     text_embeds = all_embeds[on_axis].to(accelerator.device)
     if accelerator.is_main_process:
-        check_recipe(output_dir / "recipe.yaml", {**asdict(args), **overrides})
+        check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config))
     accelerator.wait_for_everyone()
     if (output_dir / "final").exists():
         accelerator.print(f"{output_dir / 'final'} is there already: nothing to do")
@@ -385,6 +422,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
     # Loop
     quiet = not accelerator.is_local_main_process
     started, seconds_before = time.perf_counter(), progress.seconds
+    mean = StepMean(accelerator)
     with tqdm(total=args.max_steps, initial=progress.step, unit="step", mininterval=1, disable=quiet) as bar:
         for batch in loader:
             image_ids = batch.pop("image_ids")
@@ -394,6 +432,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
                 if not torch.isfinite(outputs.loss):
                     loss = float(outputs.loss.detach())
                     raise InputError(f"the loss is {loss} at step {progress.step}, images {image_ids}: stopped")
+                mean.add(outputs)
                 accelerator.backward(outputs.loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -401,14 +440,17 @@ def train(args: TrainArgs, overrides: dict) -> None:
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
+            learning_rate = max(scheduler.get_last_lr())  # the backbone's is smaller
             scheduler.step()
             progress.step += 1
             progress.seconds = seconds_before + time.perf_counter() - started
             bar.update()
-            is_logged = progress.step % args.logging_steps == 0 or progress.step == args.max_steps
-            if is_logged and log is not None:
-                line = log.write(progress, outputs, float(grad_norm), scheduler.get_last_lr()[0])
-                bar.set_postfix(loss=f"{line['loss']:.2f}", same=f"{line['same_label_rate']:.2f}")
+            if progress.step % args.logging_steps == 0 or progress.step == args.max_steps:
+                values = mean.values() | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+                bar.set_postfix(loss=f"{values['loss']:.2f}", same=f"{values['same_label_rate']:.2f}")
+                if log is not None:
+                    log.write(progress, values)
+            mean = StepMean(accelerator)
             if progress.step % args.checkpointing_steps == 0 and progress.step < args.max_steps:
                 save_checkpoint(accelerator, checkpoints, progress.step, args.checkpoints_kept)
 
@@ -416,7 +458,6 @@ def train(args: TrainArgs, overrides: dict) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model)
-        save_final(model, processor, output_dir / "final")
         results = {
             "steps": progress.step,
             "seconds": round(progress.seconds, 1),
@@ -426,6 +467,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
             **log.last,
         }
         write_json(output_dir / "all_results.json", results)
+        save_final(model, processor, output_dir / "final")  # last: where it is, the run is complete
     accelerator.print(f"trained in {progress.seconds:.0f} s; the model is in {output_dir / 'final'}")
     accelerator.end_training()
 

@@ -9,7 +9,7 @@ are for this benchmark and are not released.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BackboneOutput
 
 import eval as evaluation_script
 import train as training_script
-from zs3.command_line import InputError, read_arguments, run
+from zs3.command_line import check_required, flag, read_arguments, run
 
 STAGE_ENDS = {"stage1": 2, "stage2": 4, "stage3": 10, "stage4": 15}  # last block of each, strides 4, 8, 16, 32
 STAGE_CHANNELS = {"stage1": 24, "stage2": 40, "stage3": 112, "stage4": 320}
@@ -97,12 +97,12 @@ def save_backbone(folder: Path) -> None:
 class PhotographsArgs:
     """Two stages and their evaluations on a folder of photographs."""
 
-    dataset: str | None = field(default=None, metadata={"help": "Folder of photographs with dense labels."})
-    text_embeds: str | None = field(default=None, metadata={"help": "Text vectors, a .npy with one row a class."})
-    output_dir: str = field(default="runs/photographs", metadata={"help": "Folder for everything made."})
-    stage1_steps: int | None = field(default=None, metadata={"help": "Default: the recipe's."})
-    stage2_steps: int | None = field(default=None, metadata={"help": "Default: the recipe's."})
-    unseen_labels: str = field(default="ground_truth", metadata={"help": "What stage 2 knows of unseen classes."})
+    dataset: str | None = flag(None, "Folder of photographs with dense labels.")
+    text_embeds: str | None = flag(None, "Text vectors, a .npy with one row a class.")
+    output_dir: str = flag("runs/photographs", "Folder for everything made.")
+    stage1_steps: int | None = flag(None, "Default: the recipe's.")
+    stage2_steps: int | None = flag(None, "Default: the recipe's.")
+    unseen_labels: str = flag("ground_truth", "What stage 2 knows of unseen classes.")
 
 
 def call(main, *flags: object) -> None:
@@ -113,8 +113,7 @@ def call(main, *flags: object) -> None:
 
 def main() -> None:
     args, _ = read_arguments(PhotographsArgs)
-    if args.dataset is None or args.text_embeds is None:
-        raise InputError("--dataset and --text_embeds are needed, see --help")
+    check_required(args, "dataset", "text_embeds")
     folder = Path(args.output_dir)
     if not (folder / "backbone").exists():
         save_backbone(folder / "backbone")

@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import Mask2FormerConfig
 
@@ -180,3 +181,23 @@ def test_a_bug_keeps_its_traceback_and_success_is_silent():
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert failed.returncode == 1 and "Traceback" in failed.stderr and "KeyError" in failed.stderr
     assert run(lambda: None) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "weights.bin"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed: No space left on device"),
+    ],
+    ids=["python", "safetensors", "torch"],
+)
+def test_a_full_disk_is_one_line_whoever_writes(error, capsys):
+    def write() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run(write)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no space left")

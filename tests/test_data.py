@@ -26,7 +26,9 @@ from zs3.label_space import LabelSpace
 
 SPACE = LabelSpace(["sky", "cow", "road", "cat", "sea"], ["cow", "cat"], 255)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-PLAIN = Augmentation(crop_size=16, short_edges=[16], flip=False, color_jitter=False)  # 16 x 16 pictures unchanged
+PLAIN = Augmentation(
+    crop_size=16, max_size=2048, short_edges=[16], flip=False, color_jitter=False
+)  # 16 x 16 pictures unchanged
 
 
 def write_folder(root, samples, space=SPACE, split="train", suffix=".png"):
@@ -218,7 +220,9 @@ def test_ground_truth_tells_of_unseen_classes_outside_the_crop(tmp_path):
     label = np.zeros((32, 32), np.uint8)
     label[0, 0] = 3  # one pixel of cat, in a corner
     write_folder(tmp_path, {"a": (np.zeros((32, 32, 3), np.uint8), label)})
-    data = dataset_of(tmp_path, Augmentation(crop_size=4, short_edges=[32], flip=False), unseen_labels="ground_truth")
+    data = dataset_of(
+        tmp_path, Augmentation(crop_size=4, max_size=2048, short_edges=[32], flip=False), unseen_labels="ground_truth"
+    )
     assert data.class_names == SPACE.class_names and data.is_seen.tolist() == [True, False, True, False, True]
     for epoch in range(5):
         assert data[epoch, 0]["image_labels"].tolist() == [1, 0, 0, 1, 0]
@@ -228,7 +232,7 @@ def test_seen_labels_come_from_the_crop(tmp_path):
     label = np.full((16, 64), 0, np.uint8)
     label[:, 32:] = 4
     write_folder(tmp_path, {"a": (np.zeros((16, 64, 3), np.uint8), label)})
-    data = dataset_of(tmp_path, Augmentation(crop_size=16, short_edges=[16]))
+    data = dataset_of(tmp_path, Augmentation(crop_size=16, max_size=2048, short_edges=[16]))
     seen = set()
     for epoch in range(20):
         sample = data[epoch, 0]
@@ -272,7 +276,7 @@ def test_where_unseen_classes_lie_never_reaches_a_sample(tmp_path, unseen_labels
     label[:24] = np.where(label[:24] == 255, 255, 1)
     changed = np.vectorize(lambda value: change.get(value, value))(label).astype(np.uint8)
     assert (changed != label).any()
-    recipe = Augmentation(crop_size=16, short_edges=[20, 30], single_class_max_area=0.4)
+    recipe = Augmentation(crop_size=16, max_size=2048, short_edges=[20, 30], single_class_max_area=0.4)
     kept, other = (
         dataset_of(write_folder(tmp_path / name, {"a": (image, ids)}), recipe, unseen_labels=unseen_labels)
         for name, ids in (("kept", label), ("changed", changed))
@@ -300,7 +304,7 @@ def coordinates(height, width):
 
 def test_crop_takes_one_window_of_picture_and_map_ids_beyond_255_included():
     image, label = coordinates(200, 250)
-    recipe = Augmentation(crop_size=64, short_edges=[200], color_jitter=False)
+    recipe = Augmentation(crop_size=64, max_size=2048, short_edges=[200], color_jitter=False)
     corners, flips = set(), Counter()
     for seed in range(40):
         cropped, ids = augment(image, label, np.random.default_rng(seed), recipe)
@@ -314,12 +318,12 @@ def test_crop_takes_one_window_of_picture_and_map_ids_beyond_255_included():
 
 def test_map_scales_with_the_picture_by_nearest_pixel():
     image, label = coordinates(10, 20)
-    recipe = Augmentation(crop_size=100, short_edges=[20], flip=False, color_jitter=False)
+    recipe = Augmentation(crop_size=100, max_size=2048, short_edges=[20], flip=False, color_jitter=False)
     doubled, ids = augment(image, label, np.random.default_rng(0), recipe)
     assert doubled.size == (40, 20)
     np.testing.assert_array_equal(ids, label.repeat(2, axis=0).repeat(2, axis=1))
     # PIL's own nearest-neighbour resize, where it can say the ids
-    recipe = Augmentation(crop_size=9, short_edges=[7], flip=False)
+    recipe = Augmentation(crop_size=9, max_size=2048, short_edges=[7], flip=False)
     smaller, ids = augment(image, label, np.random.default_rng(0), recipe)
     whole = np.asarray(Image.fromarray(label.astype(np.uint8)).resize((14, 7), Image.Resampling.NEAREST))
     assert any(np.array_equal(whole[:, x : x + 9], ids) for x in range(6)) and smaller.size == (9, 7)
@@ -328,7 +332,7 @@ def test_map_scales_with_the_picture_by_nearest_pixel():
 def test_crop_equals_resizing_the_whole_picture_first():
     image = Image.fromarray(random_sample(0, (60, 90))[0])
     label = np.arange(60 * 90).reshape(60, 90)
-    recipe = Augmentation(crop_size=32, short_edges=[45], flip=False, color_jitter=False)
+    recipe = Augmentation(crop_size=32, max_size=2048, short_edges=[45], flip=False, color_jitter=False)
     cropped, _ = augment(image, label, np.random.default_rng(3), recipe)
     whole = np.asarray(image.resize((68, 45), Image.Resampling.BILINEAR)).astype(int)
     gaps = [np.abs(whole[y : y + 32, x : x + 32] - np.asarray(cropped)).max() for y in range(14) for x in range(37)]
@@ -347,7 +351,7 @@ def test_single_class_limit_finds_a_mixed_crop():
     image = Image.new("RGB", (64, 64))
     shares = {}
     for limit in (1.0, 0.75):
-        recipe = Augmentation(crop_size=16, short_edges=[64], single_class_max_area=limit)
+        recipe = Augmentation(crop_size=16, max_size=2048, short_edges=[64], single_class_max_area=limit)
         crops = [augment(image, label, np.random.default_rng(seed), recipe)[1] for seed in range(30)]
         shares[limit] = sum(0.25 < crop.mean() < 0.75 for crop in crops)
     assert shares[0.75] > 20 > shares[1.0]
@@ -355,7 +359,7 @@ def test_single_class_limit_finds_a_mixed_crop():
 
 def test_color_jitter_changes_colours_but_no_place():
     image = Image.new("RGB", (20, 10), (200, 80, 40))
-    recipe = Augmentation(crop_size=10, short_edges=[10], flip=False)
+    recipe = Augmentation(crop_size=10, max_size=2048, short_edges=[10], flip=False)
     colours = set()
     for seed in range(20):
         jittered = np.asarray(augment(image, np.zeros((10, 20)), np.random.default_rng(seed), recipe)[0])
@@ -366,7 +370,7 @@ def test_color_jitter_changes_colours_but_no_place():
 
 def test_padding_is_the_mean_colour_and_ignored(tmp_path):
     write_folder(tmp_path, {"a": (np.full((8, 12, 3), 9, np.uint8), np.zeros((8, 12), np.uint8))})
-    sample = dataset_of(tmp_path, Augmentation(crop_size=16, short_edges=[8], flip=False))[0, 0]
+    sample = dataset_of(tmp_path, Augmentation(crop_size=16, max_size=2048, short_edges=[8], flip=False))[0, 0]
     padding = torch.ones(16, 16, dtype=torch.bool)
     padding[:8, :12] = False
     assert (sample["labels"] == -1).equal(padding)
@@ -374,7 +378,7 @@ def test_padding_is_the_mean_colour_and_ignored(tmp_path):
 
 
 def test_default_short_edges_are_those_of_mask2former():
-    assert Augmentation(512).short_edges == tuple(int(x * 0.1 * 512) for x in range(5, 21))
+    assert Augmentation(512, 2048).short_edges == tuple(int(x * 0.1 * 512) for x in range(5, 21))
 
 
 @pytest.mark.parametrize(
@@ -382,14 +386,14 @@ def test_default_short_edges_are_those_of_mask2former():
 )
 def test_impossible_augmentations_are_refused(options):
     with pytest.raises(InputError):
-        Augmentation(**options)
+        Augmentation(**{"crop_size": 16, "max_size": 64, **options})
 
 
 # ---- which sample when ----
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(folder):
-    recipe = Augmentation(crop_size=12, short_edges=[12, 16, 20])
+    recipe = Augmentation(crop_size=12, max_size=2048, short_edges=[12, 16, 20])
     data, again, other = (dataset_of(folder, recipe, seed=seed) for seed in (0, 0, 1))
     first = data[3, 1]["pixel_values"]
     assert torch.equal(first, data[3, 1]["pixel_values"]) and torch.equal(first, again[3, 1]["pixel_values"])
@@ -445,7 +449,7 @@ def test_total_batch_that_cannot_be_cut_is_refused():
 
 
 def test_loader_gives_the_same_batches_with_and_without_workers(folder):
-    recipe = Augmentation(crop_size=12, short_edges=[12, 20])
+    recipe = Augmentation(crop_size=12, max_size=2048, short_edges=[12, 20])
     data = dataset_of(folder, recipe, unseen_labels="ground_truth")
     batches = [
         list(DataLoader(data, batch_sampler=StepSampler(4, 3, 2), collate_fn=collate, num_workers=workers))

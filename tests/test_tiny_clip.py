@@ -64,7 +64,7 @@ def test_text_is_pooled_at_its_end(model, tokenizer):
     tokens = tokenizer("a photo of a striped star.", return_tensors="pt")
     assert tokens["input_ids"][0, -1] == end
     # All words count, the last one too: with the wrong pooling, words after the highest id are invisible.
-    embeds = tiny_clip.class_text_embeds(model, tokenizer, ["striped star", "striped square", "star striped"])
+    embeds = tiny_clip.class_text_embeds(model, tokenizer, ["striped star", "striped square", "dotted star"])
     assert (embeds @ embeds.T)[0, 1:].max() < 0.99
 
 

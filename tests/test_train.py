@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import save_checkpoint, tiny_model
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
+from modeling_zs3 import Zs3ForSemanticSegmentation
 from train import TrainArgs, main, make_scheduler, parameter_groups
 from zs3.command_line import run
-from zs3.scenes import CLASS_NAMES, write_dataset
+from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
 ROOT = Path(__file__).parent.parent
 RECIPE = {
@@ -202,15 +205,145 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()) == {"max_steps": 7}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"text_embeds": "nowhere.npy"}, "nowhere.npy"),
+        ({"clip": "nowhere"}, "nowhere"),
+        ({"logging_steps": 0}, "--logging_steps must be 1 or more, got 0"),
+        ({"max_steps": 0}, "--max_steps must be 1 or more, got 0"),
+        ({"learning_rate": -1}, "--learning_rate must be 0 or more, got -1"),
+        ({"lr_schedule": "cosine"}, "cosine"),
+        ({"batch_size": 3, "gradient_accumulation_steps": 2}, "total batch size 3"),
+        ({"dataset": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_that_names_it(overrides, words, data, tmp_path, monkeypatch, capsys):
+    assert words in refused(monkeypatch, capsys, flags(data, tmp_path / "out", **overrides))
+
+
+def test_text_vectors_of_another_size_are_refused(data, tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "start", text=False)
+    np.save(tmp_path / "wide.npy", np.ones((len(CLASS_NAMES), 99), np.float32))
+    arguments = plain_flags(data, tmp_path / "out", tmp_path / "start", text_embeds=tmp_path / "wide.npy")
+    assert "99" in refused(monkeypatch, capsys, arguments)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_its_flag(data, tmp_path, monkeypatch, capsys):
+    ResNetConfig().save_pretrained(tmp_path / "resnet")
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", clip=tmp_path / "resnet"))
+    assert "--clip" in line and "'resnet'" in line and "'clip'" in line
+
+
+def test_a_start_of_another_architecture_is_refused(data, tmp_path, monkeypatch, capsys):
+    model = save_checkpoint(tmp_path / "start", text=False)
+    model.config.seen_class_names = []
+    model.save_pretrained(tmp_path / "start")
+    arguments = flags(data, tmp_path / "out", init_from=tmp_path / "start", decoder_layers=5)
+    assert "architecture" in refused(monkeypatch, capsys, arguments)
+
+
+def test_a_damaged_start_is_refused(data, tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "start", text=False)
+    weights = tmp_path / "start" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    line = refused(monkeypatch, capsys, plain_flags(data, tmp_path / "out", tmp_path / "start"))
+    assert "cannot make the model" in line and "start" in line
+
+
+def plain_flags(data: Path, output_dir: Path, start: Path, **overrides) -> list[str]:
+    """A run from a checkpoint, whose architecture the recipe does not say again."""
+    recipe = {name: value for name, value in RECIPE.items() if name in TrainArgs.__dataclass_fields__}
+    (output_dir.parent / "plain.yaml").write_text(yaml.safe_dump(recipe))
+    return flags(data, output_dir, config=output_dir.parent / "plain.yaml", init_from=start, **overrides)
+
+
+def seen_after(data: Path, folder: Path, seen_before: list[str] | None, monkeypatch) -> list[str] | None:
+    """The seen classes of a model that was trained here, from a start with these."""
+    model = save_checkpoint(folder / "start", text=False)
+    model.config.seen_class_names = seen_before
+    model.save_pretrained(folder / "start")
+    monkeypatch.setattr(sys, "argv", ["train.py", *plain_flags(data, folder / "out", folder / "start", max_steps=1)])
+    main()
+    return json.loads((folder / "out" / "final" / "config.json").read_text())["seen_class_names"]
+
+
+def test_what_an_earlier_stage_saw_is_not_forgotten(data, tmp_path, monkeypatch):
+    seen = seen_after(data, tmp_path, ["zebra"], monkeypatch)
+    assert set(seen) == {"zebra", *CLASS_NAMES} - set(UNSEEN)
+
+
+def test_a_start_of_unknown_supervision_stays_unknown(data, tmp_path, monkeypatch):
+    assert seen_after(data, tmp_path, None, monkeypatch) is None
+
+
+def test_a_mask2former_from_elsewhere_makes_the_seen_classes_unknown(data, tmp_path, monkeypatch):
+    config = Mask2FormerConfig(**{name: RECIPE[name] for name in RECIPE if name in Mask2FormerConfig.__annotations__})
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path / "mask2former")
+    start = {"mask2former": tmp_path / "mask2former", "max_steps": 1}
+    arguments = plain_flags(data, tmp_path / "out", tmp_path / "none", **start)
+    at = arguments.index("--init_from")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments[:at], *arguments[at + 2 :]])
+    main()
+    saved = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
+    assert saved["seen_class_names"] is None and saved["unseen_labels"] == "none"
+
+
+def test_the_log_holds_the_mean_of_a_step_and_the_rate_it_used(data, tmp_path, monkeypatch):
+    overrides = {"gradient_accumulation_steps": 2, "batch_size": 4, "max_steps": 2, "logging_steps": 1}
+    schedule = {"lr_milestones": 1, "lr_schedule": "multistep"}
+    arguments = flags(data, tmp_path / "out", **overrides, **schedule)
+    losses = []
+    forward = Zs3ForSemanticSegmentation.forward
+
+    def recorded(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        losses.append(float(outputs.loss.detach()))
+        return outputs
+
+    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    main()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4
+    assert lines[0]["loss"] == pytest.approx((losses[0] + losses[1]) / 2)
+    assert lines[1]["loss"] == pytest.approx((losses[2] + losses[3]) / 2)
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3, 1e-4])
+
+
+def test_the_resolved_recipe_is_a_recipe(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "first", max_steps=1, kl="u_p")])
+    main()
+    again = ["--config", str(tmp_path / "first" / "recipe.yaml"), "--output_dir", str(tmp_path / "second")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *again])
+    main()
+    first, second = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads((tmp_path / "second" / "final" / "config.json").read_text())["kl"] == "u_p"
+
+
+def test_the_image_processor_ignores_what_the_data_ignores(data, tmp_path, monkeypatch):
+    other = copy_of(data, tmp_path)
+    classes = json.loads((other / "classes.json").read_text())
+    (other / "classes.json").write_text(json.dumps({**classes, "ignore_label": 65535}))
+    for path in (other / "train" / "labels").iterdir():
+        ids = np.asarray(Image.open(path)).astype(np.uint16)
+        Image.fromarray(np.where(ids == 255, np.uint16(65535), ids)).save(path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(other, tmp_path / "out", max_steps=1,
+                                                         text_embeds=data.parent / "text.npy",
+                                                         config=data.parent / "recipe.yaml")])  # fmt: skip
+    main()
+    saved = json.loads((tmp_path / "out" / "final" / "preprocessor_config.json").read_text())
+    assert saved["ignore_index"] == 65535
+
+
 def test_a_checkpoint_that_saw_unseen_masks_is_no_start(data, tmp_path, monkeypatch, capsys):
     model = save_checkpoint(tmp_path / "start", text=False)
     model.config.seen_class_names = ["grass", "stone wall"]
     model.save_pretrained(tmp_path / "start")
-    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", init_from=tmp_path / "start"))
+    line = refused(monkeypatch, capsys, plain_flags(data, tmp_path / "out", tmp_path / "start"))
     assert "stone wall" in line and "unseen" in line
 
 
 def copy_of(data: Path, folder: Path) -> Path:
-    import shutil
-
     return shutil.copytree(data, folder / "copy")

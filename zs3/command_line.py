@@ -1,4 +1,4 @@
-"""The doors of the commands: recipes and flags in, one clear line out when the input is bad.
+"""The doors of the commands: recipes and flags in, result files out, one clear line when the input is bad.
 
 A recipe is a YAML file of the same flags written down, so one parser validates both: its entries are placed
 before those of the command line, which therefore win.
@@ -7,10 +7,13 @@ before those of the command line, which therefore win.
 import argparse
 import difflib
 import errno
+import json
+import math
+import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
@@ -34,10 +37,11 @@ def run(main: Callable[[], None]) -> None:
     except InputError as error:
         print(f"error: {_own_message(error)}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        # Each writer has its own exception for it: Python OSError, safetensors and torch theirs.
+        if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
             raise
-        thing = error.filename or "a file"
+        thing = getattr(error, "filename", None) or "a file"
         print(f"error: no space left on the disk for {thing}; free some and start again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -51,6 +55,50 @@ def _own_message(error: InputError) -> str:
     if message.startswith("Caught "):
         return message.splitlines()[-1].split("InputError: ", 1)[-1]
     return message
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field of an argument dataclass: its default and its sentence in --help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def check_required(args: Any, *names: str) -> None:
+    """Flags without a default."""
+    for name in names:
+        if getattr(args, name) is None:
+            raise InputError(f"--{name} is missing")
+
+
+def check_at_least(args: Any, least: float, *names: str) -> None:
+    """Numbers that make no sense below `least`; None is no number given."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise InputError(f"--{name} must be {least} or more, got {value}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written beside and renamed, so that a file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """As `write_text`; a number that is not finite becomes null, since JSON has no word for it."""
+    write_text(path, json.dumps(finite_or_none(result), indent=2) + "\n")
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value with None for every NaN or infinity in it."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_arguments(
@@ -71,7 +119,7 @@ def read_arguments(
     argv = sys.argv[1:] if argv is None else argv
     types = get_type_hints(args_class)
     names = [field.name for field in fields(args_class) if field.init]
-    config_names = [name for name in _config_fields(config_class) if name not in names]
+    config_names = [name for name in model_fields(config_class) if name not in names]
     _check_flags(argv, [*names, *config_names, "config", "help"])
 
     usage = "%(prog)s [--config FILE] [--any_field value ...]"
@@ -188,8 +236,8 @@ def _did_you_mean(name: str, names: list[str], prefix: str = "") -> str:
     return f"did you mean {prefix}{closest}?"
 
 
-def _config_fields(config_class: type | None) -> list[str]:
-    """Fields annotated by the configuration and its bases below PreTrainedConfig, the base's first."""
+def model_fields(config_class: type | None) -> list[str]:
+    """The flags of a model: what its configuration and the bases below PreTrainedConfig annotate, the bases' first."""
     found = {}
     for base in reversed(config_class.__mro__ if config_class else ()):
         if issubclass(base, PreTrainedConfig) and base is not PreTrainedConfig:

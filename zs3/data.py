@@ -13,7 +13,6 @@ Axes: H W pixels, C names on the class axis of the run.
 
 import io
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from processing_zs3 import nearest_pixels
 from zs3.command_line import InputError
-from zs3.label_space import LabelSpace, load_label_space
+from zs3.label_space import LabelSpace, is_hub_id, load_label_space
 
 IGNORED = -1  # in the model's `labels`: no target here
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -100,7 +100,7 @@ def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None =
         if not shards:
             raise InputError(f"{folder} has no split {split!r}: neither {split}/images nor data/{split}-*.parquet")
         return _table_split("parquet", {"data_files": {split: shards}}, split, folder, label_space)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(dataset)):
+    if not is_hub_id(str(dataset)):
         raise InputError(f"dataset {dataset} is no folder, and no Hub id of the form owner/name")
     return _table_split(str(dataset), {}, split, dataset, label_space)
 
@@ -245,9 +245,9 @@ class Augmentation:
         ten draws are tried. 1 takes the first.
     """
 
-    crop_size: int = 512
+    crop_size: int
+    max_size: int
     short_edges: Sequence[int] | None = None
-    max_size: int = 2048
     flip: bool = True
     color_jitter: bool = True
     single_class_max_area: float = 1.0
@@ -271,8 +271,8 @@ def augment(
     label: (H, W) integers of any range, IGNORED where there is no label.
     """
     width, height = _scaled_size(image, rng.choice(augmentation.short_edges), augmentation.max_size)
-    rows = _nearest(height, image.height)
-    columns = _nearest(width, image.width)
+    rows = nearest_pixels(height, image.height)
+    columns = nearest_pixels(width, image.width)
     for _ in range(10):
         w, h = min(width, augmentation.crop_size), min(height, augmentation.crop_size)
         x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
@@ -292,11 +292,6 @@ def augment(
 def _scaled_size(image: Image.Image, short_edge: int, max_size: int) -> tuple[int, int]:
     scale = min(short_edge / min(image.size), max_size / max(image.size))
     return max(1, int(image.width * scale + 0.5)), max(1, int(image.height * scale + 0.5))
-
-
-def _nearest(new: int, old: int) -> np.ndarray:
-    """(new,) int64: the source pixel under the centre of each pixel."""
-    return ((np.arange(new) + 0.5) * (old / new)).astype(np.int64).clip(max=old - 1)
 
 
 def _is_mixed(label: np.ndarray, max_area: float) -> bool:

@@ -11,15 +11,15 @@ import json
 import os
 import subprocess
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from zs3.command_line import InputError, read_arguments, run
+from eval import percent
+from zs3.command_line import InputError, flag, read_arguments, run, write_text
 from zs3.data import load_split
 from zs3.pictures import draw_comparison
 from zs3.scenes import write_dataset
@@ -43,13 +43,13 @@ OWN_LABELS = [
 class DemoArgs:
     """Sizes of the demo; the defaults take about 10 minutes on 2 CPU cores."""
 
-    output_dir: str = field(default="runs/demo", metadata={"help": "Folder for everything the demo makes."})
-    num_train: int = field(default=3000, metadata={"help": "Training scenes."})
-    num_validation: int = field(default=200, metadata={"help": "Validation scenes."})
-    stage1_steps: int | None = field(default=None, metadata={"help": "Default: the recipe's."})
-    stage2_steps: int | None = field(default=None, metadata={"help": "Default: the recipe's."})
-    num_processes: int | None = field(default=None, metadata={"help": "Training processes; default: 2 CPU cores."})
-    num_pictures: int = field(default=6, metadata={"help": "Validation scenes that are drawn."})
+    output_dir: str = flag("runs/demo", "Folder for everything the demo makes.")
+    num_train: int = flag(3000, "Training scenes.")
+    num_validation: int = flag(200, "Validation scenes.")
+    stage1_steps: int | None = flag(None, "Default: the recipe's.")
+    stage2_steps: int | None = flag(None, "Default: the recipe's.")
+    num_processes: int | None = flag(None, "Training processes; default: 2 on CPU, 1 on a GPU.")
+    num_pictures: int = flag(6, "Validation scenes that are drawn.")
 
 
 def launch(script: str, num_processes: int, *flags: object) -> None:
@@ -104,35 +104,23 @@ def draw_stages(data: Path, stages: dict[str, Path], folder: Path, count: int) -
     return drawn
 
 
-def draw_own_labels(data: Path, model: Path, path: Path) -> list[dict]:
-    """The pipeline with a label list of its own, on the first validation scene."""
+def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
+    """The pipeline with a label list of its own, on the first validation scene; returns the labels found."""
     image, _, _ = load_split(data, "validation")[0]
     segment = pipeline(model=str(model), trust_remote_code=True)
-    segments = segment(image, candidate_labels=OWN_LABELS)
-    names = [
-        label if isinstance(label, str) else label["name"] if isinstance(label, dict) else label[0]
-        for label in OWN_LABELS
-    ]
-    label_map = np.full((image.height, image.width), -1)
-    for entry in segments:
-        label_map[np.asarray(entry["mask"]) > 0] = entry["label_id"]
-    draw_comparison({"image": image, "your labels": label_map}, names, path)
-    return segments
+    result = segment(image, candidate_labels=OWN_LABELS, output="map")
+    draw_comparison({"image": image, "your labels": result["segmentation"]}, result["labels"], path)
+    return [result["labels"][index] for index in np.unique(result["segmentation"])]
 
 
-def write_report(
-    folder: Path, results: dict[str, dict], pictures: list[Path], segments: list[dict], seconds: float
-) -> str:
+def write_report(folder: Path, results: dict[str, dict], pictures: list[Path], found: list[str]) -> str:
     """runs/demo/report.md, from the result files; returns its table."""
     rows = [f"| {'model':34s} | mIoU(S) | mIoU(U) | hIoU | hIoU, 95 % interval |", "|---|---|---|---|---|"]
     for title, result in results.items():
         low, high = result["confidence_intervals"]["hiou"]
-        scores = " | ".join(f"{100 * (result[name] or 0):.1f}" for name in ("miou_seen", "miou_unseen", "hiou"))
-        rows.append(f"| {title:34s} | {scores} | {100 * low:.1f} to {100 * high:.1f} |")
+        scores = " | ".join(percent(result[name]) for name in ("miou_seen", "miou_unseen", "hiou"))
+        rows.append(f"| {title:34s} | {scores} | {percent(low)} to {percent(high)} |")
     table = "\n".join(rows)
-    found = "\n".join(
-        f"- {entry['label']} (label {entry['label_id']}, score {entry['score']:.2f})" for entry in segments
-    )
     images = "\n\n".join(f"![{path.stem}]({path.relative_to(folder)})" for path in pictures)
     text = f"""# Demo report
 
@@ -140,8 +128,6 @@ Synthetic benchmark `scenes`, validation split, one seed. Generalised zero-shot 
 Stage 2 was told which unseen classes each training image shows (ground-truth image labels), never where.
 
 {table}
-
-The whole demo took {seconds:.0f} s.
 
 ## Validation scenes
 
@@ -151,15 +137,14 @@ The whole demo took {seconds:.0f} s.
 
 ![own labels](own_labels.png)
 
-{found}
+Labels found: {", ".join(found)}.
 """
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    write_text(folder / "report.md", text)
     return table
 
 
 def main() -> None:
     args, _ = read_arguments(DemoArgs)
-    started = time.perf_counter()
     if not Path("train.py").exists():
         raise InputError("train.py is not here: start the demo from the root of the repository")
     folder = Path(args.output_dir)
@@ -181,7 +166,7 @@ def main() -> None:
     pictures = draw_stages(
         data, {"stage 1": stage1 / "final", "stage 2": stage2 / "final"}, folder / "pictures", args.num_pictures
     )
-    segments = draw_own_labels(data, stage2 / "final", folder / "own_labels.png")
+    found = draw_own_labels(data, stage2 / "final", folder / "own_labels.png")
     results = {
         title: json.loads((path / "gzs3.json").read_text(encoding="utf-8"))
         for title, path in {
@@ -189,7 +174,7 @@ def main() -> None:
             "stage 2 (ground-truth image labels)": stage2,
         }.items()
     }
-    print(write_report(folder, results, pictures, segments, time.perf_counter() - started))
+    print(write_report(folder, results, pictures, found))
     print(f"report    {folder / 'report.md'}")
     print(f"pictures  {folder / 'pictures'}, {folder / 'own_labels.png'}")
     print(f"model     {stage2 / 'final'}")

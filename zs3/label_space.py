@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zs3.command_line import InputError
@@ -86,6 +88,23 @@ def load_label_space(name_or_path: str | Path) -> LabelSpace:
     closest = get_close_matches(name, BENCHMARKS, n=1)
     hint = f"did you mean {closest[0]}?" if closest else f"the names are {', '.join(BENCHMARKS)}"
     raise InputError(f"label space {name!r} is no known name, and no such file exists; {hint}")
+
+
+def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None) -> Tensor:
+    """(C, D) float32, unit length: ready-made text vectors, a .npy with one row a class name in the order of ids."""
+    try:
+        rows = np.load(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read text vectors {path}: {error}") from error
+    if rows.ndim != 2 or len(rows) != num_classes or (dim is not None and rows.shape[1] != dim):
+        expected = f"({num_classes}, {'D' if dim is None else dim})"
+        raise InputError(f"{path} has shape {rows.shape}, expected {expected}: one row for each class name")
+    return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
 def _read_classes(path: Path) -> LabelSpace:

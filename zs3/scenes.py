@@ -27,9 +27,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-SIZE = 96                 # pixels, both sides of a picture
-IGNORE_INDEX = 255        # label of distractors
-ATLAS = 256               # pixels, both sides of a texture; scenes cut their pieces from it
+SIZE = 96  # pixels, both sides of a picture
+IGNORE_INDEX = 255  # label of distractors
+ATLAS = 256  # pixels, both sides of a texture; scenes cut their pieces from it
 FIRST_VALIDATION = 10**6  # training indices count from 0, validation indices from here
 
 # ------------------------------------------------------------------------------------------------ vocabulary
@@ -96,8 +96,8 @@ class Region(NamedTuple):
 
 
 class Scene(NamedTuple):
-    image: np.ndarray      # (96, 96, 3) uint8 RGB
-    label: np.ndarray      # (96, 96) uint8, an index of CLASS_NAMES or IGNORE_INDEX
+    image: np.ndarray  # (96, 96, 3) uint8 RGB
+    label: np.ndarray  # (96, 96) uint8, an index of CLASS_NAMES or IGNORE_INDEX
     regions: list[Region]  # stuff from top to bottom, then things from back to front; known from placing them
 
 
@@ -204,10 +204,10 @@ def _wood_floor(rng: np.random.Generator) -> np.ndarray:
 def _stone_wall(rng: np.random.Generator) -> np.ndarray:
     cell, around = 20, np.arange(3)  # one stone around a jittered point of each cell of 20 pixels
     grid = np.arange(-cell, ATLAS + cell, cell)
-    points = np.stack(np.meshgrid(grid, grid), axis=-1)                         # (cells, cells, 2) x, y
+    points = np.stack(np.meshgrid(grid, grid), axis=-1)  # (cells, cells, 2) x, y
     points = points + rng.uniform(2, cell - 2, (len(grid) ** 2, 2)).reshape(points.shape)
     pixel = np.arange(ATLAS)
-    near = pixel[:, None] // cell + around                                      # (ATLAS, 3) cells about each pixel
+    near = pixel[:, None] // cell + around  # (ATLAS, 3) cells about each pixel
     dx, dy = np.moveaxis(points[near[:, None, :, None], near[None, :, None, :]], -1, 0)  # (ATLAS, ATLAS, 3, 3)
     dx, dy = np.abs(dx - pixel[:, None, None]), np.abs(dy - pixel[:, None, None, None])
     distance = (np.maximum(dx, dy) + 0.35 * (dx + dy)).reshape(ATLAS, ATLAS, -1)
@@ -413,7 +413,7 @@ def compose(rng: np.random.Generator, stuff: list[str], things: list[str]) -> Sc
     for number, name in enumerate(stuff):
         np.copyto(image, paint_stuff(rng, name), where=(band == number)[..., None])
     regions = [Region(name, (0, y0, SIZE, y1)) for name, (y0, y1) in zip(stuff, rows, strict=True)]
-    owner = band                           # (96, 96) which region each pixel shows
+    owner = band  # (96, 96) which region each pixel shows
     boxes: list[tuple[float, ...]] = []
     for name in things:
         radius, x, y = _free_place(rng, boxes)

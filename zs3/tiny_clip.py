@@ -36,21 +36,21 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 from zs3 import scenes
 from zs3.command_line import InputError, run
 
-CROP = 48         # pixels, both sides of what the image tower sees
-BATCH = 128       # crops of one step
-POOL = 32_000     # crops drawn at a time ...
+CROP = 48  # pixels, both sides of what the image tower sees
+BATCH = 128  # crops of one step
+POOL = 32_000  # crops drawn at a time ...
 POOL_STEPS = 1200  # ... and used for so many steps
 PEAK_RATE = 1e-3  # learning rate after the warm-up
-WARMUP = 200      # steps
+WARMUP = 200  # steps
 SAVE_EVERY = 500  # steps
-MARGIN = 0.4      # largest margin of a training crop, as a share of the box's side, on each side
-TRAIN_SCENES = 2**31     # + seed: scenes which no data set of a common seed contains
+MARGIN = 0.4  # largest margin of a training crop, as a share of the box's side, on each side
+TRAIN_SCENES = 2**31  # + seed: scenes which no data set of a common seed contains
 HELD_OUT_SCENES = 2**33  # the seed of the scenes for evaluation
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, of RGB in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 MEAN_COLOUR = np.array([round(255 * value) for value in MEAN], dtype=np.uint8)
 
-THING_NAMES = scenes.WORLD_NAMES[len(scenes.TEXTURES):]
+THING_NAMES = scenes.WORLD_NAMES[len(scenes.TEXTURES) :]
 
 # ------------------------------------------------------------------------------------------------ captions
 
@@ -101,7 +101,7 @@ def world_tokenizer() -> CLIPTokenizer:
 
 class Crops(NamedTuple):
     pixels: np.ndarray  # (B, 48, 48, 3) uint8 RGB
-    name: np.ndarray    # (B,) int64, index of the caption's name in a list of names
+    name: np.ndarray  # (B,) int64, index of the caption's name in a list of names
 
 
 def cut(image: np.ndarray, box: tuple[float, ...], resample: Image.Resampling, antialias: bool = True) -> np.ndarray:
@@ -164,7 +164,7 @@ def _product_photo(rng: np.random.Generator, name: str) -> np.ndarray:
     for other, place in zip(others, places, strict=False):
         shown &= ~scenes.paint_thing(rng, image, other, *place)
     if shown.sum() < 60:
-        shown[:] = True                                                 # too little is left: the whole picture
+        shown[:] = True  # too little is left: the whole picture
     backdrop = MEAN_COLOUR if rng.uniform() < 0.7 else rng.integers(0, 256, 3)
     image = np.where(shown[..., None], scenes.light(rng, image), backdrop).astype(np.uint8)
     rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
@@ -247,8 +247,8 @@ def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     # Patches start with a sense of place: sines and cosines of row and column instead of small random numbers.
     side = CROP // vision["patch_size"]
     frequency = 10000 ** (-torch.arange(32) / 32)
-    angle = torch.arange(side)[:, None] * frequency                     # (side, 32)
-    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                 # (side, 64)
+    angle = torch.arange(side)[:, None] * frequency  # (side, 32)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, 64)
     grid = torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], dim=2)
     with torch.no_grad():
         model.vision_model.embeddings.position_embedding.weight[1:] = 0.5 * grid.flatten(0, 1)
@@ -264,7 +264,7 @@ def class_text_embeds(model: CLIPModel, tokenizer: CLIPTokenizer, names: list[st
     """(N, D) unit length: the mean over the 14 templates of unit vectors, made unit again."""
     captions = [template.format(name) for name in names for template in CLASS_TEMPLATES]
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
-    embeds = unit(model.get_text_features(**tokens).pooler_output)      # (N*T, D)
+    embeds = unit(model.get_text_features(**tokens).pooler_output)  # (N*T, D)
     return unit(embeds.unflatten(0, (len(names), -1)).mean(dim=1))
 
 
@@ -284,9 +284,9 @@ def contrastive_loss(image: Tensor, text: Tensor, target: Tensor, logit_scale: T
     image (B, D) and text (N, D) are of unit length; target (B,) int64 is the text of each picture, and every text
     has one. Pictures choose among the N texts; a text shares its weight evenly among its pictures.
     """
-    logits = logit_scale * image @ text.T                               # (B, N)
+    logits = logit_scale * image @ text.T  # (B, N)
     share = F.one_hot(target, len(text)).float()
-    share = share / share.sum(dim=0)                                    # (B, N)
+    share = share / share.sum(dim=0)  # (B, N)
     return (F.cross_entropy(logits, target) - (share * logits.log_softmax(dim=0)).sum(dim=0).mean()) / 2
 
 
@@ -307,7 +307,7 @@ def _batches(rng: np.random.Generator, steps: int, seed: int) -> Iterator[Crops]
         chosen, order = order[:BATCH], order[BATCH:]
         pixels = pool.pixels[chosen]
         if rng.uniform() < 0.5:
-            pixels = pixels[:, :, ::-1].copy()                          # mirrored; no name tells left from right
+            pixels = pixels[:, :, ::-1].copy()  # mirrored; no name tells left from right
         yield Crops(pixels, pool.name[chosen])
 
 
@@ -334,7 +334,7 @@ def train(folder: Path, steps: int, seed: int) -> CLIPModel:
     progress = tqdm(batches, total=steps, desc="training the tiny CLIP", unit="step", smoothing=0.05)
     for step, crops in enumerate(progress, start=1):
         names, target = np.unique(crops.name, return_inverse=True)
-        texts = tokens[names, rng.integers(len(CAPTIONS), size=len(names))]     # (N, L), a caption for each name
+        texts = tokens[names, rng.integers(len(CAPTIONS), size=len(names))]  # (N, L), a caption for each name
         with torch.autocast("cpu", dtype=torch.bfloat16):
             image = model.get_image_features(pixel_values(crops.pixels)).pooler_output
             text = model.get_text_features(texts).pooler_output
