@@ -26,16 +26,12 @@ from zs3.scenes import write_dataset
 
 OWN_LABELS = [
     "sky",
-    ["grass", "green grass"],
-    {"name": "water", "templates": ["a photo of {}."]},
-    "sand",
-    "wood floor",
-    "stone wall",
-    "red circle",
-    "red square",
+    "grass",
+    {"name": "water", "templates": ["a photo of {}.", "a picture of {}."]},
     "green cross",
-    "blue circle",
-    "blue square",
+    "red circle",
+    ["red square", "square"],
+    "dotted moon",
 ]
 
 

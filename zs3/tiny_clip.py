@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 
+from processing_zs3 import PROMPT_TEMPLATES
 from zs3 import scenes
 from zs3.command_line import InputError, run
 
@@ -54,16 +55,9 @@ THING_NAMES = scenes.WORLD_NAMES[len(scenes.TEXTURES) :]
 
 # ------------------------------------------------------------------------------------------------ captions
 
-# The 14 templates of ViLD: they make the class vectors.
-CLASS_TEMPLATES = [
-    "a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene", "There is the {} in the scene",
-    "a photo of a {} in the scene", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
-    "This is a photo of a small {}.", "This is a photo of a medium {}.", "This is a photo of a large {}.",
-    "There is a small {} in the scene.", "There is a medium {} in the scene.", "There is a large {} in the scene.",
-]  # fmt: skip
-# Captions of training pictures use these as well.
+# What training pictures are called; the templates that make the class vectors are among them.
 CAPTIONS = [
-    *CLASS_TEMPLATES, "{}", "a {}", "the {}", "a picture of a {}.", "an image of a {}.", "a close-up of a {}.",
+    *PROMPT_TEMPLATES, "{}", "a {}", "the {}", "a picture of a {}.", "an image of a {}.", "a close-up of a {}.",
     "a cropped photo of a {}.", "a drawing of a {}.", "a photo of the {}.", "a photo of one {}.",
     "a {} on a plain background", "a photo of a {}, partly hidden", "a bright photo of a {}.", "a dark photo of a {}.",
     "a sculpture of a {}.", "there is a {}", "look at this {}!", "my {}",
@@ -262,7 +256,7 @@ def unit(vectors: Tensor) -> Tensor:
 @torch.inference_mode()
 def class_text_embeds(model: CLIPModel, tokenizer: CLIPTokenizer, names: list[str]) -> Tensor:
     """(N, D) unit length: the mean over the 14 templates of unit vectors, made unit again."""
-    captions = [template.format(name) for name in names for template in CLASS_TEMPLATES]
+    captions = [template.format(name) for name in names for template in PROMPT_TEMPLATES]
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
     embeds = unit(model.get_text_features(**tokens).pooler_output)  # (N*T, D)
     return unit(embeds.unflatten(0, (len(names), -1)).mean(dim=1))
@@ -441,8 +435,9 @@ It is synthetic and knows one world only: coloured and patterned shapes on drawn
 A real photograph, or a word outside that world, means nothing to it. It exists so that zero-shot segmentation can be
 trained, tested and shown on any computer, offline.
 
-Trained from nothing on captions and crops of `zs3.scenes`, all names included as in web pretraining; label maps took
-no part. Made by
+Trained from nothing on captions and crops of `zs3.scenes`, all names included as in web pretraining. The crops are
+boxes around drawn objects and textures, and product photos: one object cut out onto a plain backdrop, mostly of the
+mean colour. No label map of the benchmark took part, but these cut-outs look like the masked crops below. Made by
 
     {command}
 

@@ -1,0 +1,28 @@
+"""Every recipe is accepted, field by field, and makes the model it describes."""
+
+from pathlib import Path
+
+import pytest
+
+from configuration_zs3 import Zs3Config
+from train import TrainArgs
+from zs3.command_line import read_arguments
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_field_of_a_recipe_is_one_of_the_run_or_of_the_model(recipe):
+    args, overrides = read_arguments(TrainArgs, ["--config", str(recipe)], config_class=Zs3Config)
+    config = Zs3Config(**overrides)
+    assert all(getattr(config, name) == value for name, value in overrides.items() if name != "backbone_config")
+    assert args.max_steps != TrainArgs().max_steps, "the recipe's own number of steps did not arrive"
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if "stage2" in path.stem], ids=lambda path: path.stem)
+def test_stage_two_says_every_loss_in_which_stage_one_differs_from_the_paper(recipe):
+    first = recipe.with_name(recipe.name.replace("stage2", "stage1"))
+    losses = {"class_loss", "matching", "rank_weight", "mask_loss"}
+    _, before = read_arguments(TrainArgs, ["--config", str(first)], config_class=Zs3Config)
+    _, after = read_arguments(TrainArgs, ["--config", str(recipe)], config_class=Zs3Config)
+    assert losses & before.keys() <= after.keys()
