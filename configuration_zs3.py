@@ -8,8 +8,14 @@ from difflib import get_close_matches
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig, Mask2FormerConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import (
+    AutoConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Mask2FormerConfig,
+    PreTrainedConfig,
+    ResNetConfig,
+)
 
 # What transformers itself writes into a config.json or passes to a config, beside the declared fields.
 WRITTEN_BY_TRANSFORMERS = {
@@ -68,15 +74,7 @@ class Zs3Config(Mask2FormerConfig):
     """
 
     model_type = "zs3"
-    sub_configs_defaults = {
-        "backbone_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="resnet",
-            init_kwargs={"out_features": ["stage1", "stage2", "stage3", "stage4"]},
-        ),
-        "text_config": SubConfigSpec(config_class=CLIPTextConfig, optional=True),
-        "vision_config": SubConfigSpec(config_class=CLIPVisionConfig, optional=True),
-    }
+    sub_configs = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
     backbones_supported = ["swin", "resnet", "convnext", "dinov2"]
 
     text_config: dict | PreTrainedConfig | None = None
@@ -115,6 +113,12 @@ class Zs3Config(Mask2FormerConfig):
             close = get_close_matches(unknown[0], self.__dataclass_fields__, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{unknown[0]!r} is not a field of Zs3Config{hint}")
+        # Made here, not by transformers: how its own sub-config defaults are declared changes between versions.
+        if self.backbone_config is None:
+            self.backbone_config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+        for name in ("text_config", "vision_config"):
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, self.sub_configs[name](**getattr(self, name)))
         super().__post_init__(**kwargs)
 
     def validate_losses(self):
