@@ -54,7 +54,7 @@ class EvalArgs:
         "union", "A class is left out of means where truth and prediction (union) or truth alone lack it."
     )
     pictures: str | None = flag(None, "Folder for pictures: image, truth, prediction.")
-    num_pictures: int = flag(8, "How many pictures to draw.")
+    num_pictures: int = flag(8, "How many pictures to draw, spread evenly over the split.")
     max_images: int | None = flag(None, "Evaluate the first N images only.")
     seed: int = flag(0, "Of the bootstrap.")
 
@@ -134,6 +134,7 @@ def evaluate(args: EvalArgs) -> dict | None:
     confusion = ConfusionMatrix(len(names), ignored)
     count = len(records) if args.max_images is None else min(args.max_images, len(records))
     mine = range(accelerator.process_index, count, accelerator.num_processes)
+    drawn = set(np.linspace(0, count - 1, min(args.num_pictures, count)).astype(int).tolist())
     quiet = not accelerator.is_local_main_process
     with tqdm(total=len(mine), unit="image", mininterval=1, disable=quiet) as bar:
         for index in mine:
@@ -143,7 +144,7 @@ def evaluate(args: EvalArgs) -> dict | None:
             outputs = model(**inputs, text_embeds=text_embeds)
             (prediction,) = processor.post_process_semantic_segmentation(outputs, [label.shape])
             confusion.update(prediction, label)
-            if args.pictures is not None and index < args.num_pictures:
+            if args.pictures is not None and index in drawn:
                 panels = {
                     "image": image,
                     "truth": np.where(label == ignored, -1, label),

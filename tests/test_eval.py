@@ -87,10 +87,10 @@ def test_two_processes_give_the_result_of_one(checkpoint, data, tmp_path):
     assert one["num_images"] == 5
 
 
-def test_pictures_are_drawn(checkpoint, data, tmp_path):
-    args = EvalArgs(model=str(checkpoint), dataset=str(data), max_images=2, pictures=str(tmp_path), num_pictures=1)
+def test_pictures_are_drawn_evenly_over_the_split(checkpoint, data, tmp_path):
+    args = EvalArgs(model=str(checkpoint), dataset=str(data), pictures=str(tmp_path), num_pictures=3)
     evaluate(args)
-    assert [path.name for path in tmp_path.iterdir()] == ["00000.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.png", "00002.png", "00004.png"]  # of 0 to 4
 
 
 def test_a_model_that_saw_unseen_masks_gets_no_zero_shot_number(checkpoint, data, tmp_path):
