@@ -332,7 +332,7 @@ def ranking_loss(similarity: Tensor, positive: Tensor, negative: Tensor, *, norm
     return total / len(scores)  # Eq. 7
 
 
-class LayerLosses(NamedTuple):
+class Losses(NamedTuple):
     """terms: unweighted scalars; same_label_rate: share of mask-matched queries whose label is their mask's."""
 
     terms: dict[str, Tensor]
@@ -347,7 +347,7 @@ def zs3_losses(
     image_labels: Tensor,
     num_masks: float | Tensor,
     config: Zs3Config,
-) -> LayerLosses:
+) -> Losses:
     """The terms of Eq. 8 for one decoder output; the only function here that sees the config.
 
     mask_logits (B, Q, h, w), similarity (B, Q, C), background_similarity (B, Q) or None,
@@ -399,7 +399,7 @@ def zs3_losses(
         "rank": ranking_loss(similarity, image_labels == 1, image_labels == 0, norm=config.rank_norm),
     }
     same = (label_target[image, query] == value).float()
-    return LayerLosses(terms, same.sum() / max(len(same), 1))
+    return Losses(terms, same.sum() / max(len(same), 1))
 
 
 def joint_labels(similarity: Tensor, image_labels: Tensor, image: Tensor, query: Tensor, value: Tensor) -> Tensor:

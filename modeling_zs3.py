@@ -32,12 +32,12 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_zs3 import Zs3Config
-    from .losses_zs3 import class_probabilities, mask_targets, zs3_losses
+    from .losses_zs3 import Losses, class_probabilities, mask_targets, zs3_losses
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import Zs3Config
-    from losses_zs3 import class_probabilities, mask_targets, zs3_losses
+    from losses_zs3 import Losses, class_probabilities, mask_targets, zs3_losses
 
 MASK_STRIDE = 4  # a proposal's pixel covers 4 x 4 input pixels
 SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
@@ -273,27 +273,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 **self._classify(class_embeds, text_embeds),
             )
 
-        labels = labels.long()
-        if image_labels is None:
-            image_labels = default_image_labels(labels, len(text_embeds), is_seen)
-        if self.config.matching == "joint" and int(labels.max()) >= len(text_embeds):
-            raise ValueError(f"labels hold id {int(labels.max())}, but there are {len(text_embeds)} classes")
         mask_logits, class_embeds = self._proposals(pixel_values)
-        targets = mask_targets(labels)
-        num_masks = _mean_over_ranks(labels.new_tensor(len(targets.image), dtype=torch.float32)).clamp(min=1)
-        terms: dict[str, Tensor] = {}
-        for layer_logits, layer_embeds in zip(mask_logits, class_embeds, strict=True):
-            similarity = cosine_similarity(layer_embeds, text_embeds)
-            losses = zs3_losses(
-                layer_logits,
-                similarity,
-                self._background_similarity(layer_embeds),
-                targets,
-                image_labels,
-                num_masks,
-                self.config,
-            )
-            terms = {name: terms.get(name, 0) + term for name, term in losses.terms.items()}
+        losses = self._losses(mask_logits, class_embeds, text_embeds, labels.long(), image_labels, is_seen)
         weights = {
             "class": self.config.class_weight,
             "mask": self.config.mask_weight,
@@ -301,13 +282,37 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             "rank": self.config.rank_weight,
         }
         return Zs3Output(
-            loss=sum(weights[name] * term for name, term in terms.items()),  # Eq. 8
-            loss_terms=terms,
+            loss=sum(weights[name] * term for name, term in losses.terms.items()),  # Eq. 8
+            loss_terms=losses.terms,
             same_label_rate=losses.same_label_rate,
             mask_logits=mask_logits[-1],
             class_embeds=class_embeds[-1],
             **self._classify(class_embeds[-1], text_embeds),
         )
+
+    def _losses(
+        self,
+        mask_logits: list[Tensor],
+        class_embeds: list[Tensor],
+        text_embeds: Tensor,
+        labels: Tensor,
+        image_labels: Tensor | None,
+        is_seen: Tensor | None,
+    ) -> Losses:
+        """The terms summed over the decoder outputs, each matched anew; the rate is the last output's."""
+        if image_labels is None:
+            image_labels = default_image_labels(labels, len(text_embeds), is_seen)
+        if self.config.matching == "joint" and int(labels.max()) >= len(text_embeds):
+            raise ValueError(f"labels hold id {int(labels.max())}, but there are {len(text_embeds)} classes")
+        targets = mask_targets(labels)
+        num_masks = _mean_over_ranks(labels.new_tensor(len(targets.image), dtype=torch.float32)).clamp(min=1)
+        terms: dict[str, Tensor] = {}
+        for layer_logits, layer_embeds in zip(mask_logits, class_embeds, strict=True):
+            similarity = cosine_similarity(layer_embeds, text_embeds)
+            background = self._background_similarity(layer_embeds)
+            layer = zs3_losses(layer_logits, similarity, background, targets, image_labels, num_masks, self.config)
+            terms = {name: terms.get(name, 0) + term for name, term in layer.terms.items()}
+        return Losses(terms, layer.same_label_rate)
 
     def _text_embeds(self, text_embeds: Tensor | None, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
         """(C, D), unit length, from whichever source was given."""
@@ -323,7 +328,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             text_embeds = self.vocabulary
         if text_embeds.dim() != 2 or text_embeds.shape[-1] != self.config.projection_dim:
             raise ValueError(f"text_embeds must be (C, {self.config.projection_dim}), got {tuple(text_embeds.shape)}")
-        return F.normalize(text_embeds.float(), dim=-1)
+        return F.normalize(text_embeds.to(self.device).float(), dim=-1)
 
     def _proposals(self, pixel_values: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Of every decoder output: mask logits (B, Q, h, w) and class embeddings (B, Q, D)."""

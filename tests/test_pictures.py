@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from zs3.pictures import IGNORED_COLOUR, LINE, MARGIN, class_colours, colourise, draw_comparison
+from zs3.pictures import IGNORED_COLOUR, LINE, MARGIN, class_colours, colourise, draw_comparison, stack
 
 
 def test_classes_have_different_colours_and_the_rest_is_grey():
@@ -28,3 +28,12 @@ def test_panels_stand_side_by_side_at_one_scale(tmp_path):
     assert drawn[top + 5, second + 60 * scale - 5].tolist() == colours[2]
     legend = {tuple(pixel) for pixel in drawn[top + 40 * scale :].reshape(-1, 3).tolist()}
     assert tuple(colours[0]) in legend and tuple(colours[2]) in legend and tuple(colours[1]) not in legend
+
+
+def test_a_stack_holds_every_picture_one_below_the_other(tmp_path):
+    for number, (width, height) in enumerate([(5, 3), (7, 2)]):
+        Image.new("RGB", (width, height), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    stack([tmp_path / "0.png", tmp_path / "1.png"], tmp_path / "all.png")
+    drawn = np.asarray(Image.open(tmp_path / "all.png"))
+    assert drawn.shape == (5, 7, 3)
+    assert drawn[2, 4].tolist() == [0, 0, 0] and drawn[3, 6].tolist() == [1, 0, 0]

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoProcessor, pipeline
 from eval import percent
 from zs3.command_line import InputError, flag, read_arguments, run, write_text
 from zs3.data import load_split
-from zs3.pictures import draw_comparison
+from zs3.pictures import draw_comparison, stack
 from zs3.scenes import write_dataset
 
 OWN_LABELS = [
@@ -30,8 +30,9 @@ OWN_LABELS = [
     {"name": "water", "templates": ["a photo of {}.", "a picture of {}."]},
     "green cross",
     "red circle",
-    ["red square", "square"],
-    "dotted moon",
+    ["red square", "a red square"],
+    "stone wall",
+    "blue heart",
 ]
 
 
@@ -162,6 +163,7 @@ def main() -> None:
     pictures = draw_stages(
         data, {"stage 1": stage1 / "final", "stage 2": stage2 / "final"}, folder / "pictures", args.num_pictures
     )
+    stack(pictures[:3], folder / "pictures.png")
     found = draw_own_labels(data, stage2 / "final", folder / "own_labels.png")
     results = {
         title: json.loads((path / "gzs3.json").read_text(encoding="utf-8"))

@@ -68,7 +68,23 @@ def draw_comparison(
         draw.rectangle((x, y + 2, x + 14, y + 16), fill=tuple(colours[index].tolist()), outline=INK)
         draw.text((x + 20, y), name, fill=INK, font=font)
 
+    _save(canvas, path)
+
+
+def stack(paths: Sequence[Path], path: Path) -> None:
+    """One PNG of several, one below the other."""
+    pictures = [Image.open(source) for source in paths]
+    canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), BACKGROUND)
+    y = 0
+    for picture in pictures:
+        canvas.paste(picture, (0, y))
+        y += picture.height
+    _save(canvas, path)
+
+
+def _save(canvas: Image.Image, path: Path) -> None:
+    """Written beside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    canvas.save(partial, format="PNG")
+    canvas.save(partial, format="PNG", optimize=True)
     os.replace(partial, path)
