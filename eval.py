@@ -154,6 +154,7 @@ def evaluate(args: EvalArgs) -> dict | None:
             bar.update()
 
     parts = gather_object([confusion])
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return None
     total = ConfusionMatrix(len(names), ignored)

@@ -469,6 +469,10 @@ def train(args: TrainArgs, overrides: dict) -> None:
         write_json(output_dir / "all_results.json", results)
         save_final(model, processor, output_dir / "final")  # last: where it is, the run is complete
     accelerator.print(f"trained in {progress.seconds:.0f} s; the model is in {output_dir / 'final'}")
+    # The model goes before its process group: the other way round, freeing DDP's reducer can wait for ever for a
+    # thread of gloo that waits for Python's lock.
+    del model, optimizer
+    accelerator.free_memory()
     accelerator.end_training()
 
 

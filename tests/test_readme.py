@@ -1,5 +1,6 @@
 """The README's own commands, in its own order, with short overrides."""
 
+import json
 import os
 import re
 import subprocess
@@ -47,10 +48,10 @@ def execute(command: str | list[str], folder: Path) -> str:
 def test_the_demo_and_the_six_lines_of_python_work(workplace):
     assert "make demo\n" in blocks("bash")[0]
     # What `make demo` runs once .venv is there; the installation itself is what `make test` has just done.
-    recipe = subprocess.run(
-        ["make", "-n", "demo", f"DEMO={DEMO}"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    command = recipe.stdout.strip().splitlines()[-1].replace(".venv/bin/python", sys.executable)
+    make = ["make", "--no-print-directory", "-n", "demo", f"DEMO={DEMO}"]
+    recipe = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = [line for line in recipe.splitlines() if "zs3.demo" in line]
+    command = command.replace(".venv/bin/python", sys.executable)
     printed = execute(command, workplace)
     assert "report.md" in printed.splitlines()[-3]
     assert (workplace / "runs/demo/report.md").exists() and (workplace / "runs/demo/own_labels.png").exists()
@@ -70,9 +71,9 @@ def test_the_training_commands_work(workplace):
 
 def test_the_results_of_the_readme_are_those_of_the_result_files():
     """Numbers are copied from docs/results by hand; this keeps them honest."""
-    import json
-
-    for path in sorted((ROOT / "docs" / "results").glob("*.json")):
+    paths = sorted((ROOT / "docs" / "results").glob("*.json"))
+    assert paths
+    for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
         row = " | ".join(f"{100 * result[name]:.1f}" for name in ("miou_seen", "miou_unseen", "hiou"))
         assert row in README, f"{path.name}: {row}"
