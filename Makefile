@@ -1,4 +1,4 @@
-# make demo: train, evaluate and try a tiny model on the embedded benchmark (about 10 minutes on 2 cores).
+# make demo: train, evaluate and try a tiny model on the embedded benchmark (about 7 minutes on 2 cores).
 #            DEMO="--stage1_steps 20 ..." passes flags to it.
 # make test: lint and the test suite, offline.
 PYTHON ?= python3
@@ -27,4 +27,4 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) runs *.egg-info
+	rm -rf $(VENV) *.egg-info

@@ -63,6 +63,8 @@ class Zs3Config(Mask2FormerConfig):
             its mask; present labels without a mask then take left-over queries).
         train_num_points, oversample_ratio, importance_sample_ratio: points of the mask losses (Mask2Former's).
 
+        use_auxiliary_loss: losses at every decoder output (deep supervision), or at the last one only.
+
     Inference and pseudo labels:
         clip_ensemble_weight: w of section 4.6 (Xu et al. 2021), for `ensemble_with_clip`.
         pseudo_label_threshold: tau of section 3.4.
@@ -75,7 +77,7 @@ class Zs3Config(Mask2FormerConfig):
 
     model_type = "zs3"
     sub_configs = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
-    backbones_supported = ["swin", "resnet", "convnext", "dinov2"]
+    backbones_supported = ["swin", "resnet", "convnext"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -127,6 +129,12 @@ class Zs3Config(Mask2FormerConfig):
             raise ValueError(f"class_temperature must be positive, got {self.class_temperature}")
         if not 0 <= self.matched_weight <= 1:
             raise ValueError(f"matched_weight must lie in [0, 1], got {self.matched_weight}")
+        if self.common_stride != 4:
+            raise ValueError(f"common_stride must be 4, the stride of the masks, got {self.common_stride}")
+        if self.train_num_points < 1 or self.oversample_ratio < 1:
+            raise ValueError("train_num_points and oversample_ratio must be 1 or more")
+        if not 0 <= self.importance_sample_ratio <= 1:
+            raise ValueError(f"importance_sample_ratio must lie in [0, 1], got {self.importance_sample_ratio}")
         for name in ("class_weight", "mask_weight", "dice_weight", "rank_weight", "no_object_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -18,12 +18,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from zs3.command_line import (
+    CHECKPOINT_ERRORS,
     InputError,
     check_at_least,
     check_required,
@@ -34,7 +34,7 @@ from zs3.command_line import (
     write_json,
 )
 from zs3.data import load_split
-from zs3.evaluation import ConfusionMatrix, generalized_scores
+from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.pictures import draw_comparison
 
@@ -61,6 +61,7 @@ class EvalArgs:
     def check(self) -> None:
         check_required(self, "model", "dataset")
         check_at_least(self, 1, "max_images")
+        check_at_least(self, 0, "num_pictures", "seed")
 
 
 def load_checkpoint(path: str) -> tuple:
@@ -69,11 +70,16 @@ def load_checkpoint(path: str) -> tuple:
         model_type = AutoConfig.from_pretrained(path, trust_remote_code=True).model_type
         if model_type != "zs3":
             raise InputError(f"{path} is a checkpoint of {model_type!r}, not of 'zs3'")
-        model = AutoModel.from_pretrained(path, trust_remote_code=True, dtype=torch.float32)
+        model, loading = AutoModel.from_pretrained(
+            path, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+        )
+        if loading["missing_keys"] or loading["mismatched_keys"]:
+            lost = sorted(loading["missing_keys"]) or sorted(str(key[0]) for key in loading["mismatched_keys"])
+            raise InputError(f"checkpoint {path} is incomplete: it lacks {lost[0]} ({len(lost)} weights in all)")
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except CHECKPOINT_ERRORS as error:
         raise InputError(f"cannot load checkpoint {path}: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), processor
 
@@ -98,9 +104,18 @@ def check_leak(model, label_space: LabelSpace, setting: str) -> None:
         return
     if model.config.seen_class_names is None:
         raise InputError("the checkpoint does not say which classes it saw: only --setting ovs is open to it")
-    leaked = sorted(set(model.config.seen_class_names) & set(label_space.unseen))
+    trained = {plain(name) for name in model.config.seen_class_names}
+    leaked = [name for name in label_space.unseen if plain(name) in trained]
     if leaked:
         raise InputError(f"the checkpoint was trained on masks of {leaked}: no {setting} result can be claimed")
+    missing = [name for name in label_space.seen if plain(name) not in trained]
+    if missing and setting == "gzs3":
+        raise InputError(f"the checkpoint saw no masks of {missing[:3]}, seen classes here: use --setting ovs")
+
+
+def plain(name: str) -> str:
+    """A class name without the differences that mean nothing."""
+    return " ".join(name.casefold().split())
 
 
 def sha256(path: Path) -> str:
@@ -161,7 +176,12 @@ def evaluate(args: EvalArgs) -> dict | None:
     for part in parts:
         total.merge(part)
     result = summary(args, label_space, total, is_seen[candidates], names, prompts)
+    result["trained_on_masks_of"] = model.config.seen_class_names
     result["unseen_labels_in_training"] = model.config.unseen_labels
+    if args.setting == "ovs":  # seen and unseen are words of the zero-shot settings
+        for name in ("miou_seen", "miou_unseen", "hiou"):
+            result[name] = None
+            result["confidence_intervals"][name] = [None, None]
     if args.output is not None:
         write_json(Path(args.output), result)
     return result
@@ -211,10 +231,6 @@ def summary(
         },
     }
     return finite_or_none(result)
-
-
-def percent(value: float | None) -> str:
-    return "  -  " if value is None else f"{100 * value:5.1f}"
 
 
 def report(result: dict) -> str:

@@ -333,7 +333,8 @@ def ranking_loss(similarity: Tensor, positive: Tensor, negative: Tensor, *, norm
 
 
 class Losses(NamedTuple):
-    """terms: unweighted scalars; same_label_rate: share of mask-matched queries whose label is their mask's."""
+    """terms: unweighted scalars; same_label_rate: share of mask-matched queries whose label is their mask's, 0
+    without masks."""
 
     terms: dict[str, Tensor]
     same_label_rate: Tensor

@@ -70,7 +70,7 @@ class Zs3Output(ModelOutput):
     class_embeds: (B, Q, D), E^c, not normalised.
     class_logits: (B, Q, C), cosine / temperature.
     background_logits: (B, Q), with the learned background embedding (class_loss "cross_entropy"), else None.
-    valid_sizes: (B, 2) int64, height and width of each image without its padding.
+    valid_sizes: (B, 2) int64, height and width of each image without its padding; with `labels`, of the whole crop.
     """
 
     loss: Tensor | None = None
@@ -169,7 +169,12 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         model = cls(config)
         if mask2former is not None:
-            _load_into(model.model, Mask2FormerModel.from_pretrained(mask2former, dtype=torch.float32))
+            source, loading = Mask2FormerModel.from_pretrained(
+                mask2former, dtype=torch.float32, output_loading_info=True
+            )
+            if loading["missing_keys"]:
+                raise ValueError(f"{mask2former} lacks weights of a Mask2Former: {sorted(loading['missing_keys'])[:3]}")
+            _load_into(model.model, source)
         if backbone is not None:
             encoder = model.model.pixel_level_module.encoder
             weights = type(encoder).from_pretrained(backbone, config=config.backbone_config, dtype=torch.float32)
@@ -287,6 +292,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             same_label_rate=losses.same_label_rate,
             mask_logits=mask_logits[-1],
             class_embeds=class_embeds[-1],
+            valid_sizes=labels.new_tensor([labels.shape[1:]], dtype=torch.int64).repeat(len(labels), 1),
             **self._classify(class_embeds[-1], text_embeds),
         )
 
@@ -307,7 +313,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         targets = mask_targets(labels)
         num_masks = _mean_over_ranks(labels.new_tensor(len(targets.image), dtype=torch.float32)).clamp(min=1)
         terms: dict[str, Tensor] = {}
-        for layer_logits, layer_embeds in zip(mask_logits, class_embeds, strict=True):
+        first = 0 if self.config.use_auxiliary_loss else -1
+        for layer_logits, layer_embeds in zip(mask_logits[first:], class_embeds[first:], strict=True):
             similarity = cosine_similarity(layer_embeds, text_embeds)
             background = self._background_similarity(layer_embeds)
             layer = zs3_losses(layer_logits, similarity, background, targets, image_labels, num_masks, self.config)

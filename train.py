@@ -22,17 +22,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import CLIPTokenizer, PreTrainedConfig
 
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
 from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor
 from zs3.command_line import (
+    CHECKPOINT_ERRORS,
     InputError,
     check_at_least,
     check_required,
@@ -47,8 +46,6 @@ from zs3.command_line import (
 from zs3.data import Augmentation, SegmentationDataset, StepSampler, collate, load_split
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 
-# What loading a damaged checkpoint, or one of another architecture, raises.
-CHECKPOINT_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError)
 # Fields of Zs3Config that the run fills in, not its author.
 NOT_A_CHOICE = {"text_config", "vision_config", "class_names", "seen_class_names", "unseen_labels"}
 
@@ -72,7 +69,9 @@ class TrainArgs:
     backbone: str | None = flag(None, "ImageNet backbone to start from (Hub id or folder).")
     clip: str | None = flag(None, "CLIP checkpoint for text and image tower (Hub id or folder).")
     text_embeds: str | None = flag(None, "Ready-made text vectors instead of a text tower: a .npy, one row a class.")
-    prompt_templates: list[str] = flag(list(PROMPT_TEMPLATES), "Prompts, '{}' is the name. '{}' alone: no prompts.")
+    prompt_templates: list[str] | None = flag(
+        None, "Prompts, '{}' is the name, '{}' alone is no prompt; default: --init_from's own, or ViLD's 14."
+    )
 
     max_steps: int = flag(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
     batch_size: int = flag(8, "Images a step, over all processes and accumulation (section 4.3).")
@@ -106,7 +105,9 @@ class TrainArgs:
         check_required(self, "dataset", "output_dir")
         check_at_least(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps")
         check_at_least(self, 1, "checkpointing_steps", "checkpoints_kept", "test_short_edge", "max_size")
-        check_at_least(self, 0, "learning_rate", "weight_decay", "backbone_multiplier", "max_grad_norm", "num_workers")
+        check_at_least(self, 0, "learning_rate", "weight_decay", "backbone_multiplier", "num_workers", "seed")
+        if self.max_grad_norm <= 0:
+            raise InputError(f"--max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.init_from is None and self.clip is None and self.text_embeds is None:
             raise InputError("text comes from --clip (a checkpoint) or --text_embeds (a .npy), or with --init_from")
         if self.init_from is not None and (self.mask2former or self.backbone or self.clip):
@@ -121,7 +122,7 @@ def make_model(
     try:
         for name, model_type in expected.items():
             path = getattr(args, name)
-            found = None if path is None else AutoConfig.from_pretrained(path, trust_remote_code=True).model_type
+            found = None if path is None else PreTrainedConfig.get_config_dict(path)[0].get("model_type")
             if path is not None and found != model_type:
                 raise InputError(f"--{name} {path} is a checkpoint of {found!r}, not of {model_type!r}")
         if args.init_from is not None:
@@ -146,8 +147,11 @@ def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
     model, loading = Zs3ForSemanticSegmentation.from_pretrained(
         path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    missing = set(loading["missing_keys"]) - {"background_embed"}
-    lost = sorted({*missing, *(str(key[0]) for key in loading["mismatched_keys"])})
+    left_out = [f"{name}_model." for name in ("text", "vision") if getattr(config, f"{name}_config") is None]
+    changed = {*loading["missing_keys"], *loading["unexpected_keys"], *(str(k[0]) for k in loading["mismatched_keys"])}
+    lost = sorted(
+        name for name in changed - {"background_embed"} if not any(name.startswith(tower) for tower in left_out)
+    )
     if lost:
         raise InputError(f"{path} is of another architecture: {lost[0]} and {len(lost) - 1} other weights do not fit")
     return model
@@ -167,7 +171,8 @@ def record_supervision(model: Zs3ForSemanticSegmentation, args: TrainArgs, label
     named = args.unseen_labels in ("none", "ground_truth")
     order = ["none", "pseudo", "ground_truth"]  # the strongest of all stages counts
     now = args.unseen_labels if named else "pseudo"
-    model.config.unseen_labels = max(model.config.unseen_labels or "none", now, key=order.index)
+    told = model.config.unseen_labels if args.init_from is not None else "none"
+    model.config.unseen_labels = None if unknown or told is None else max(told, now, key=order.index)
 
 
 def make_processor(
@@ -179,11 +184,14 @@ def make_processor(
     if model.text_model is None:
         return image_processor
     source = args.clip or args.init_from
+    templates = args.prompt_templates
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+        tokenizer = CLIPTokenizer.from_pretrained(source)
+        if templates is None and args.init_from is not None:
+            templates = Zs3Processor.get_processor_dict(source)[0].get("prompt_templates")
     except CHECKPOINT_ERRORS as error:
         raise InputError(f"cannot load the tokenizer of {source}: {' '.join(str(error).split())[:400]}") from error
-    return Zs3Processor(image_processor, tokenizer, args.prompt_templates)
+    return Zs3Processor(image_processor, tokenizer, templates or PROMPT_TEMPLATES)
 
 
 def parameter_groups(model: nn.Module, args: TrainArgs) -> list[dict]:
@@ -215,14 +223,20 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: TrainArgs) -> torch.o
 class Progress:
     """Optimizer steps done and seconds spent; saved with every checkpoint."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_processes: int) -> None:
         self.step = 0
         self.seconds = 0.0
+        self.num_processes = num_processes
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "seconds": self.seconds}
+        return {"step": self.step, "seconds": self.seconds, "num_processes": self.num_processes}
 
     def load_state_dict(self, state: dict) -> None:
+        if state["num_processes"] != self.num_processes:
+            raise InputError(
+                f"the run was started with {state['num_processes']} processes: resume it with as many, not "
+                f"{self.num_processes}, or choose another --output_dir"
+            )
         self.step, self.seconds = state["step"], state["seconds"]
 
 
@@ -235,6 +249,9 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, kept: int
     """Written beside and renamed; older ones go only when the new one is complete."""
     final = folder / f"step_{step:08d}"
     partial = final.with_suffix(".partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -261,7 +278,7 @@ class MetricsLog:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         # A killed run may leave its last line half written.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, progress: Progress, values: dict[str, float]) -> None:
         self.last = finite_or_none({"step": progress.step, **values, "seconds": round(progress.seconds, 2)})
@@ -283,7 +300,8 @@ class StepMean:
 
     def values(self) -> dict[str, float]:
         """All processes must ask together."""
-        mean = self.accelerator.reduce(torch.stack(self.micro_batches).mean(0), "mean")
+        parts = self.accelerator.gather(torch.stack(self.micro_batches))  # (processes x micro-batches, values)
+        mean = parts.mean(0)
         return dict(zip(self.names, mean.tolist(), strict=True))
 
 
@@ -303,7 +321,8 @@ def resolved_recipe(args: TrainArgs, config: Zs3Config) -> dict:
     """Every flag of the run, the model's included; it can be given to --config again."""
     saved = config.to_dict()
     names = [name for name in model_fields(Zs3Config) if name not in NOT_A_CHOICE]
-    return {**{name: saved[name] for name in names}, **asdict(args)}
+    towers = {name: None for name in ("text_config", "vision_config") if args.clip and saved[name] is None}
+    return {**{name: saved[name] for name in names}, **towers, **asdict(args)}
 
 
 def describe(args: TrainArgs, label_space: LabelSpace, dataset: SegmentationDataset, model: nn.Module) -> str:
@@ -371,6 +390,9 @@ def make_loader(args: TrainArgs, dataset: SegmentationDataset, accelerator: Acce
 
 def train(args: TrainArgs, overrides: dict) -> None:
     args.check()
+    for name in ("class_names", "seen_class_names"):
+        if name in overrides:
+            raise InputError(f"{name} is written by the training itself: leave it out")
     output_dir = Path(args.output_dir)
     label_space = load_label_space(args.label_space or args.dataset)
     accelerator = Accelerator(
@@ -389,6 +411,9 @@ def train(args: TrainArgs, overrides: dict) -> None:
         if model.text_model is None:
             raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
         all_embeds = model.encode_text(**processor(class_names=label_space.class_names))
+    elif model.text_model is not None:
+        source = args.init_from or args.clip
+        raise InputError(f"{source} has a text tower: leave out --text_embeds, or add --text_config null")
     if all_embeds.shape[1] != model.config.projection_dim:
         raise InputError(
             f"{args.text_embeds} has {all_embeds.shape[1]} columns, the model {model.config.projection_dim}"
@@ -402,13 +427,14 @@ def train(args: TrainArgs, overrides: dict) -> None:
     accelerator.wait_for_everyone()
     if (output_dir / "final").exists():
         accelerator.print(f"{output_dir / 'final'} is there already: nothing to do")
+        accelerator.end_training()
         return
     accelerator.print(describe(args, label_space, dataset, model))
 
     # Optimizer, schedule, state
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate)
     scheduler = make_scheduler(optimizer, args)
-    progress = Progress()
+    progress = Progress(accelerator.num_processes)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
     accelerator.register_for_checkpointing(scheduler, progress)
     checkpoints = output_dir / "checkpoints"
@@ -441,7 +467,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
             if not accelerator.sync_gradients:
                 continue
             learning_rate = max(scheduler.get_last_lr())  # the backbone's is smaller
-            scheduler.step()
+            if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
+                scheduler.step()
             progress.step += 1
             progress.seconds = seconds_before + time.perf_counter() - started
             bar.update()
@@ -459,8 +486,6 @@ def train(args: TrainArgs, overrides: dict) -> None:
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model)
         results = {
-            "steps": progress.step,
-            "seconds": round(progress.seconds, 1),
             "images_per_second": round(progress.step * args.batch_size / max(progress.seconds, 1e-9), 2),
             "num_processes": accelerator.num_processes,
             "unseen_labels": args.unseen_labels,

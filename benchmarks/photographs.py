@@ -90,7 +90,9 @@ def save_backbone(folder: Path) -> None:
         if head in names:
             weights[f"{names[head]}.{rest}"] = tensor
     backbone.load_state_dict(weights)
-    backbone.save_pretrained(folder)
+    partial = folder.with_suffix(".partial")
+    backbone.save_pretrained(partial)
+    partial.rename(folder)
 
 
 @dataclass
@@ -107,7 +109,7 @@ class PhotographsArgs:
 
 def call(main, *flags: object) -> None:
     """Another script's main(), with flags as from its command line."""
-    sys.argv = [main.__module__, *(str(flag) for flag in flags)]
+    sys.argv = [main.__module__, *(str(word) for word in flags)]
     main()
 
 

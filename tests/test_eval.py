@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import AutoModel, AutoProcessor
 
@@ -100,7 +102,21 @@ def test_a_model_that_saw_unseen_masks_gets_no_zero_shot_number(checkpoint, data
     AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="trained on masks of"):
         evaluate(EvalArgs(model=str(tmp_path), dataset=str(data)))
-    assert evaluate(EvalArgs(model=str(tmp_path), dataset=str(data), setting="ovs", max_images=1))["setting"] == "ovs"
+    result = evaluate(EvalArgs(model=str(tmp_path), dataset=str(data), setting="ovs", max_images=1))
+    assert result["miou"] is not None and result["miou_unseen"] is None and result["hiou"] is None
+    assert result["trained_on_masks_of"] == CLASS_NAMES
+
+
+def test_a_checkpoint_that_lacks_weights_gets_no_number(checkpoint, data, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    path = tmp_path / "copy" / "model.safetensors"
+    weights = load_file(path)
+    save_file(
+        {name: w for name, w in weights.items() if "class_projection" not in name},
+        tmp_path / "copy" / "model.safetensors",
+    )
+    with pytest.raises(InputError, match="incomplete.*class_projection"):
+        evaluate(EvalArgs(model=str(tmp_path / "copy"), dataset=str(data)))
 
 
 def test_a_missing_checkpoint_is_one_line_and_exit_code_2(data, tmp_path, monkeypatch, capsys):

@@ -19,8 +19,8 @@ from tiny import save_checkpoint, tiny_model
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from train import TrainArgs, main, make_scheduler, parameter_groups
-from zs3.command_line import run
+from train import Progress, TrainArgs, main, make_scheduler, parameter_groups
+from zs3.command_line import InputError, run
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,44 @@ def test_two_processes_train_one_model(data, tmp_path):
     assert (tmp_path / "two" / "final" / "pipeline_zs3.py").exists()
 
 
-def test_training_lowers_the_loss_and_unseen_names_are_not_on_the_class_axis(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("unseen_labels", "names"), [("none", 15), ("ground_truth", 20)])
+def test_unseen_names_are_on_the_class_axis_only_when_something_is_told_of_them(
+    unseen_labels, names, data, tmp_path, monkeypatch
+):
+    given = {}
+    forward = Zs3ForSemanticSegmentation.forward
+
+    def recorded(self, *args, **kwargs):
+        given.update(text_embeds=len(kwargs["text_embeds"]), image_labels=kwargs["image_labels"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
+    arguments = flags(data, tmp_path / "run", max_steps=1, unseen_labels=unseen_labels)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    main()
+    assert given == {"text_embeds": names, "image_labels": names}
+
+
+def test_the_record_of_what_was_seen_cannot_be_written_by_hand(data, tmp_path, monkeypatch, capsys):
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", seen_class_names="[]"))
+    assert "seen_class_names" in line
+
+
+def test_text_vectors_beside_a_text_tower_are_refused(data, tmp_path, monkeypatch, capsys):
+    model = save_checkpoint(tmp_path / "start")
+    model.config.seen_class_names = []
+    model.save_pretrained(tmp_path / "start")
+    line = refused(monkeypatch, capsys, plain_flags(data, tmp_path / "out", tmp_path / "start"))
+    assert "text tower" in line
+
+
+def test_a_run_is_resumed_with_as_many_processes_as_it_began_with():
+    state = Progress(1).state_dict()
+    with pytest.raises(InputError, match="started with 1 processes"):
+        Progress(2).load_state_dict(state)
+
+
+def test_training_lowers_the_loss_and_keeps_the_names(data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "run", max_steps=30, matching="joint")])
     main()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -286,7 +323,7 @@ def test_a_mask2former_from_elsewhere_makes_the_seen_classes_unknown(data, tmp_p
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments[:at], *arguments[at + 2 :]])
     main()
     saved = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
-    assert saved["seen_class_names"] is None and saved["unseen_labels"] == "none"
+    assert saved["seen_class_names"] is None and saved["unseen_labels"] is None
 
 
 def test_the_log_holds_the_mean_of_a_step_and_the_rate_it_used(data, tmp_path, monkeypatch):

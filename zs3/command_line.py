@@ -7,6 +7,7 @@ before those of the command line, which therefore win.
 import argparse
 import difflib
 import errno
+import inspect
 import json
 import math
 import os
@@ -18,9 +19,15 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, PreTrainedConfig
 
 Args = TypeVar("Args")
+
+
+# What loading a damaged checkpoint, or one of another architecture, raises.
+CHECKPOINT_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError)
 
 
 class InputError(ValueError):
@@ -241,8 +248,8 @@ def model_fields(config_class: type | None) -> list[str]:
     found = {}
     for base in reversed(config_class.__mro__ if config_class else ()):
         if issubclass(base, PreTrainedConfig) and base is not PreTrainedConfig:
-            found |= base.__dict__.get("__annotations__", {})
-    inherited = PreTrainedConfig.__annotations__
+            found |= inspect.get_annotations(base)
+    inherited = inspect.get_annotations(PreTrainedConfig)
     return [n for n, kind in found.items() if n not in inherited and get_origin(kind) is not ClassVar]
 
 

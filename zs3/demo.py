@@ -2,8 +2,8 @@
 
     python -m zs3.demo [--output_dir runs/demo]
 
-It calls the public commands only (train.py, eval.py, the pipeline), each as a process, and can be interrupted and
-started again. Stage 2 is told which unseen classes an image shows (ground-truth IMAGE labels, Table 5's third row);
+It trains and evaluates through the public commands, each a process of its own, and can be interrupted and started
+again. Stage 2 is told which unseen classes an image shows (ground-truth IMAGE labels, Table 5's third row);
 it never sees an unseen mask.
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from eval import percent
 from zs3.command_line import InputError, flag, read_arguments, run, write_text
 from zs3.data import load_split
+from zs3.evaluation import percent
 from zs3.pictures import draw_comparison, stack
 from zs3.scenes import write_dataset
 
@@ -38,7 +38,7 @@ OWN_LABELS = [
 
 @dataclass
 class DemoArgs:
-    """Sizes of the demo; the defaults take about 10 minutes on 2 CPU cores."""
+    """Sizes of the demo; the defaults take about 7 minutes on 2 CPU cores."""
 
     output_dir: str = flag("runs/demo", "Folder for everything the demo makes.")
     num_train: int = flag(3000, "Training scenes.")
@@ -60,7 +60,7 @@ def launch(script: str, num_processes: int, *flags: object) -> None:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_processes))
     if num_processes > 1:
         command.append("--multi_gpu")  # the launcher's word for several processes, CPU ones too
-    command += [script, *(str(flag) for flag in flags)]
+    command += [script, *(str(word) for word in flags)]
     if subprocess.run(command, env=environment).returncode != 0:
         raise InputError(f"{script} failed, see above; the demo goes on where it stopped when started again")
 
@@ -151,11 +151,14 @@ def main() -> None:
     print("1/6  rendering the scenes", flush=True)
     if not data.exists():
         write_dataset(data, args.num_train, args.num_validation, seed=0)
+    counts = (len(load_split(data, "train")), len(load_split(data, "validation")))
+    if counts != (args.num_train, args.num_validation):
+        raise InputError(f"{data} holds {counts[0]} and {counts[1]} scenes: delete it, or choose another --output_dir")
     print("2/6  stage 1: masks and names of the seen classes", flush=True)
     train_stage("scenes_stage1.yaml", data, stage1, processes, args.stage1_steps)
     print("3/6  evaluation of stage 1", flush=True)
     launch("eval.py", processes, "--model", stage1 / "final", "--dataset", data, "--output", stage1 / "gzs3.json")
-    print("4/6  stage 2: the paper's losses, GROUND-TRUTH IMAGE LABELS for unseen classes, no unseen mask", flush=True)
+    print("4/6  stage 2: Eq. 5-8 with GROUND-TRUTH IMAGE LABELS for unseen classes, no unseen mask", flush=True)
     train_stage("scenes_stage2.yaml", data, stage2, processes, args.stage2_steps, "--init_from", stage1 / "final")
     print("5/6  evaluation of stage 2", flush=True)
     launch("eval.py", processes, "--model", stage2 / "final", "--dataset", data, "--output", stage2 / "gzs3.json")

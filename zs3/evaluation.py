@@ -129,6 +129,11 @@ class ConfusionMatrix:
         return csr_array((rows[:, column], (rows[:, 0], image)), shape=(self.num_classes, len(images)))
 
 
+def percent(score: float | None) -> str:
+    """A score in [0, 1] as it is printed."""
+    return "  -  " if score is None else f"{100 * score:5.1f}"
+
+
 def generalized_scores(
     iou: Sequence[float] | Tensor | np.ndarray, is_seen: Sequence[bool] | Tensor | np.ndarray
 ) -> GeneralizedScores:

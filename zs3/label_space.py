@@ -83,7 +83,7 @@ def load_label_space(name_or_path: str | Path) -> LabelSpace:
         return _read_classes(path)
     if path.is_dir():
         raise InputError(f"{path / 'classes.json'} is missing: write it with the keys {', '.join(KEYS)}")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if is_hub_id(name):
         return _read_classes(_downloaded_classes(name))
     closest = get_close_matches(name, BENCHMARKS, n=1)
     hint = f"did you mean {closest[0]}?" if closest else f"the names are {', '.join(BENCHMARKS)}"
@@ -94,8 +94,10 @@ def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None)
     """(C, D) float32, unit length: ready-made text vectors, a .npy with one row a class name in the order of ids."""
     try:
         rows = np.load(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(f"cannot read text vectors {path}: {error}") from error
+    if not isinstance(rows, np.ndarray):
+        raise InputError(f"{path} holds several arrays: text vectors are one .npy")
     if rows.ndim != 2 or len(rows) != num_classes or (dim is not None and rows.shape[1] != dim):
         expected = f"({num_classes}, {'D' if dim is None else dim})"
         raise InputError(f"{path} has shape {rows.shape}, expected {expected}: one row for each class name")
