@@ -77,3 +77,7 @@ def test_the_results_of_the_readme_are_those_of_the_result_files():
         result = json.loads(path.read_text(encoding="utf-8"))
         row = " | ".join(f"{100 * result[name]:.1f}" for name in ("miou_seen", "miou_unseen", "hiou"))
         assert row in README, f"{path.name}: {row}"
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"@[A-Z_]+@", README)
