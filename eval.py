@@ -35,7 +35,7 @@ from zs3.command_line import (
 )
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
-from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
+from zs3.label_space import LabelSpace, load_label_space, load_text_embeds, looks_local
 from zs3.pictures import draw_comparison
 
 
@@ -47,7 +47,10 @@ class EvalArgs:
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     split: str = flag("validation", "Split of the dataset to evaluate on.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
-    setting: Literal["gzs3", "zs3", "ovs"] = flag("gzs3", "Which classes are candidates, see above.")
+    setting: Literal["gzs3", "zs3", "ovs"] = flag(
+        "gzs3",
+        "Candidates: all classes (gzs3), the unseen alone (zs3), or those of a label space not trained on (ovs).",
+    )
     output: str | None = flag(None, "Result file (JSON).")
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
     absent: Literal["union", "truth"] = flag(
@@ -66,6 +69,8 @@ class EvalArgs:
 
 def load_checkpoint(path: str) -> tuple:
     """Model and processor through the public door, in float32."""
+    if looks_local(path) and not Path(path).is_dir():
+        raise InputError(f"--model {path}: no such folder (relative paths start where the command does)")
     try:
         model_type = AutoConfig.from_pretrained(path, trust_remote_code=True).model_type
         if model_type != "zs3":

@@ -1,6 +1,7 @@
 """Zs3Pipeline: `pipeline(model=..., trust_remote_code=True)(image, candidate_labels=[...])`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -21,13 +22,14 @@ except ImportError:
 class Zs3Pipeline(Pipeline):
     """Segment images with a label list of your own.
 
-    segment(images, candidate_labels=[...]): a label is a name, a list of synonyms, or a dict with `name`, `synonyms`
-    and `templates`. Without candidate_labels the vocabulary stored in the checkpoint is used; a checkpoint without a
-    text tower takes names of that vocabulary only.
+    segment(images, candidate_labels=[...]): an image is a path, an address, a PIL image or a (H, W, 3) uint8 array; a
+    label is a name, a list of synonyms, or a dict with `name`, `synonyms` and `templates`. Without candidate_labels the
+    vocabulary stored in the checkpoint is used; a checkpoint without a text tower takes names of that vocabulary only.
 
     Returns for each image a list of {"label", "label_id", "score", "mask"}, one entry a label that occurs:
     label_id indexes the list given, score is the mean of Eq. 4 over the region, at most 1, mask is a PIL "L" image
-    (255 inside). With output="map": {"segmentation": (H, W) int64, "labels": names, "scores": (H, W) float32}.
+    (255 inside). With output="map": {"segmentation": (H, W) int64, "labels": names, "scores": (H, W) float32}, the
+    scores of Eq. 4 as they are: a sum over queries, at least 0, often above 1. No score is a calibrated confidence.
     """
 
     _load_processor = None  # absent where the text vectors came from outside
@@ -37,6 +39,8 @@ class Zs3Pipeline(Pipeline):
 
     def __call__(self, images, candidate_labels: Sequence[ClassName] | None = None, **kwargs):
         kwargs["batch_size"] = 1  # images have sizes of their own, which transformers cannot collate
+        if isinstance(images, list | tuple) and len(images) == 0:
+            return []
         return super().__call__(images, candidate_labels=candidate_labels, **kwargs)
 
     def _sanitize_parameters(
@@ -68,7 +72,9 @@ class Zs3Pipeline(Pipeline):
         return names, self.model.vocabulary[[stored.index(name) for name in names]]
 
     def preprocess(self, image) -> dict:
-        image = load_image(image)
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        image = load_image(str(image) if isinstance(image, Path) else image)
         return {**self.image_processor(image), "image_size": (image.height, image.width)}
 
     def _forward(self, inputs: dict, text_embeds: Tensor | None = None) -> dict:

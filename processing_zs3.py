@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
+from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
     ImageInput,
     PILImageResampling,
+    SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs
 
@@ -81,6 +83,14 @@ class Zs3ImageProcessor(PilBackend):
         Returns pixel_values (B, 3, H, W), pixel_mask (B, H, W) int64, and labels (B, H, W) int64, -1 on padding.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def resize(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
+        """As ever, but a side of a very long, thin image never becomes 0 pixels."""
+        height, width = image.shape[-2:]
+        if size.shortest_edge and size.longest_edge:
+            target = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
+            size = SizeDict(height=max(1, target[0]), width=max(1, target[1]))
+        return super().resize(image, size, **kwargs)
 
     def _preprocess_image_like_inputs(
         self, images: ImageInput, segmentation_maps: ImageInput | None = None, **kwargs

@@ -44,7 +44,7 @@ from zs3.command_line import (
     write_text,
 )
 from zs3.data import Augmentation, SegmentationDataset, StepSampler, collate, load_split
-from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
+from zs3.label_space import LabelSpace, load_label_space, load_text_embeds, looks_local
 
 # Fields of Zs3Config that the run fills in, not its author.
 NOT_A_CHOICE = {"text_config", "vision_config", "class_names", "seen_class_names", "unseen_labels"}
@@ -122,6 +122,8 @@ def make_model(
     try:
         for name, model_type in expected.items():
             path = getattr(args, name)
+            if path is not None and looks_local(path) and not Path(path).is_dir():
+                raise InputError(f"--{name} {path}: no such folder (relative paths start where the command does)")
             found = None if path is None else PreTrainedConfig.get_config_dict(path)[0].get("model_type")
             if path is not None and found != model_type:
                 raise InputError(f"--{name} {path} is a checkpoint of {found!r}, not of {model_type!r}")
@@ -306,8 +308,13 @@ class StepMean:
 
 
 def check_recipe(path: Path, recipe: dict) -> None:
-    """A folder holds one run: its recipe is written at the start and must be the same when the run resumes."""
-    if path.exists():
+    """A folder holds one run: its recipe is written at the start and must be the same when the run resumes.
+
+    A run that left neither a checkpoint nor a final model never was: its folder is free.
+    """
+    if path.parent.is_file():
+        raise InputError(f"--output_dir {path.parent} is a file: choose a folder")
+    if path.exists() and (complete_checkpoints(path.parent / "checkpoints") or (path.parent / "final").exists()):
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
         changed = sorted(name for name in before.keys() | recipe.keys() if before.get(name) != recipe.get(name))
         if changed:

@@ -84,3 +84,13 @@ def test_an_unreadable_image_is_named(segment, tmp_path):
 def test_an_unknown_output_is_refused(segment):
     with pytest.raises(ValueError, match="'masks' or 'map'"):
         segment(IMAGE, candidate_labels=CLASS_NAMES, output="masc")
+
+
+def test_numpy_paths_and_thin_images_are_images_too(segment, tmp_path):
+    IMAGE.save(tmp_path / "image.png")
+    expected = segment(IMAGE, candidate_labels=CLASS_NAMES, output="map")["segmentation"]
+    for image in (np.asarray(IMAGE), tmp_path / "image.png", str(tmp_path / "image.png")):
+        assert np.array_equal(segment(image, candidate_labels=CLASS_NAMES, output="map")["segmentation"], expected)
+    thin = segment(IMAGE.resize((900, 1)), candidate_labels=CLASS_NAMES, output="map")
+    assert thin["segmentation"].shape == (1, 900)
+    assert segment([], candidate_labels=CLASS_NAMES) == []

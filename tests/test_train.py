@@ -235,7 +235,7 @@ def test_a_wrong_value_of_the_model_configuration_is_one_line(data, tmp_path, mo
 
 
 def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, capsys):
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoints" / "step_00000002").mkdir(parents=True)
     (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump({"max_steps": 7}))
     line = refused(monkeypatch, capsys, flags(data, tmp_path / "out"))
     assert "max_steps" in line and "output_dir" in line
@@ -246,7 +246,8 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
     ("overrides", "words"),
     [
         ({"text_embeds": "nowhere.npy"}, "nowhere.npy"),
-        ({"clip": "nowhere"}, "nowhere"),
+        ({"clip": "./nowhere"}, "--clip ./nowhere: no such folder"),
+        ({"dataset": "/nowhere/at/all"}, "/nowhere/at/all does not exist"),
         ({"logging_steps": 0}, "--logging_steps must be 1 or more, got 0"),
         ({"max_steps": 0}, "--max_steps must be 1 or more, got 0"),
         ({"learning_rate": -1}, "--learning_rate must be 0 or more, got -1"),
@@ -372,6 +373,20 @@ def test_the_image_processor_ignores_what_the_data_ignores(data, tmp_path, monke
     main()
     saved = json.loads((tmp_path / "out" / "final" / "preprocessor_config.json").read_text())
     assert saved["ignore_index"] == 65535
+
+
+def test_a_folder_where_nothing_was_trained_takes_another_recipe(data, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump({"max_steps": 7}))
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "out", max_steps=1)])
+    main()
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["max_steps"] == 1
+
+
+def test_an_output_folder_that_is_a_file_is_refused(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert "is a file" in refused(monkeypatch, capsys, flags(data, tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_checkpoint_that_saw_unseen_masks_is_no_start(data, tmp_path, monkeypatch, capsys):

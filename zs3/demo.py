@@ -49,6 +49,11 @@ class DemoArgs:
     num_pictures: int = flag(6, "Validation scenes that are drawn.")
 
 
+def cpu_cores() -> int:
+    """Cores that this process may use; fewer than the machine has, in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def launch(script: str, num_processes: int, *flags: object) -> None:
     """`accelerate launch script flags`, in num_processes; an error of the command ends the demo."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
@@ -57,12 +62,14 @@ def launch(script: str, num_processes: int, *flags: object) -> None:
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
         # More threads than cores make small models many times slower.
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_processes))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores() // num_processes)))
     if num_processes > 1:
         command.append("--multi_gpu")  # the launcher's word for several processes, CPU ones too
     command += [script, *(str(word) for word in flags)]
     if subprocess.run(command, env=environment).returncode != 0:
-        raise InputError(f"{script} failed, see above; the demo goes on where it stopped when started again")
+        raise InputError(
+            f"{script} failed, its error is above; once that is mended, the same command goes on from here"
+        )
 
 
 def train_stage(recipe: str, data: Path, output_dir: Path, processes: int, steps: int | None, *flags: object) -> None:
@@ -146,7 +153,7 @@ def main() -> None:
         raise InputError("train.py is not here: start the demo from the root of the repository")
     folder = Path(args.output_dir)
     data, stage1, stage2 = folder / "scenes", folder / "stage1", folder / "stage2"
-    processes = args.num_processes or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
+    processes = args.num_processes or (1 if torch.cuda.is_available() else min(2, cpu_cores()))
 
     print("1/6  rendering the scenes", flush=True)
     if not data.exists():

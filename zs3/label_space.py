@@ -83,6 +83,8 @@ def load_label_space(name_or_path: str | Path) -> LabelSpace:
         return _read_classes(path)
     if path.is_dir():
         raise InputError(f"{path / 'classes.json'} is missing: write it with the keys {', '.join(KEYS)}")
+    if looks_local(name):
+        raise InputError(f"{name} does not exist: give a dataset's folder, a classes.json or a Hub id")
     if is_hub_id(name):
         return _read_classes(_downloaded_classes(name))
     closest = get_close_matches(name, BENCHMARKS, n=1)
@@ -102,6 +104,11 @@ def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None)
         expected = f"({num_classes}, {'D' if dim is None else dim})"
         raise InputError(f"{path} has shape {rows.shape}, expected {expected}: one row for each class name")
     return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1)
+
+
+def looks_local(name: str) -> bool:
+    """Whether `name` can only be meant as a path: it begins with a dot, slash or ~, or has several slashes."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def is_hub_id(name: str) -> bool:
