@@ -20,22 +20,24 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, PreTrainedConfig
 
 from zs3.command_line import (
     CHECKPOINT_ERRORS,
     InputError,
     check_at_least,
+    check_checkpoint,
     check_required,
     finite_or_none,
     flag,
+    one_line,
     read_arguments,
     run,
     write_json,
 )
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
-from zs3.label_space import LabelSpace, load_label_space, load_text_embeds, looks_local
+from zs3.label_space import LabelSpace, load_label_space, load_text_embeds, plain
 from zs3.pictures import draw_comparison
 
 
@@ -69,12 +71,8 @@ class EvalArgs:
 
 def load_checkpoint(path: str) -> tuple:
     """Model and processor through the public door, in float32."""
-    if looks_local(path) and not Path(path).is_dir():
-        raise InputError(f"--model {path}: no such folder (relative paths start where the command does)")
+    check_checkpoint("model", path, "zs3")
     try:
-        model_type = AutoConfig.from_pretrained(path, trust_remote_code=True).model_type
-        if model_type != "zs3":
-            raise InputError(f"{path} is a checkpoint of {model_type!r}, not of 'zs3'")
         model, loading = AutoModel.from_pretrained(
             path, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
         )
@@ -85,7 +83,7 @@ def load_checkpoint(path: str) -> tuple:
     except InputError:
         raise
     except CHECKPOINT_ERRORS as error:
-        raise InputError(f"cannot load checkpoint {path}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"cannot load checkpoint {path}: {one_line(error)}") from error
     return model.eval(), processor
 
 
@@ -116,11 +114,6 @@ def check_leak(model, label_space: LabelSpace, setting: str) -> None:
     missing = [name for name in label_space.seen if plain(name) not in trained]
     if missing and setting == "gzs3":
         raise InputError(f"the checkpoint saw no masks of {missing[:3]}, seen classes here: use --setting ovs")
-
-
-def plain(name: str) -> str:
-    """A class name without the differences that mean nothing."""
-    return " ".join(name.casefold().split())
 
 
 def sha256(path: Path) -> str:
@@ -180,13 +173,7 @@ def evaluate(args: EvalArgs) -> dict | None:
     total = ConfusionMatrix(len(names), ignored)
     for part in parts:
         total.merge(part)
-    result = summary(args, label_space, total, is_seen[candidates], names, prompts)
-    result["trained_on_masks_of"] = model.config.seen_class_names
-    result["unseen_labels_in_training"] = model.config.unseen_labels
-    if args.setting == "ovs":  # seen and unseen are words of the zero-shot settings
-        for name in ("miou_seen", "miou_unseen", "hiou"):
-            result[name] = None
-            result["confidence_intervals"][name] = [None, None]
+    result = summary(args, label_space, model.config, total, names, prompts)
     if args.output is not None:
         write_json(Path(args.output), result)
     return result
@@ -195,15 +182,19 @@ def evaluate(args: EvalArgs) -> dict | None:
 def summary(
     args: EvalArgs,
     label_space: LabelSpace,
+    config: PreTrainedConfig,
     confusion: ConfusionMatrix,
-    is_seen: Tensor,
     names: list[str],
     prompts: list[str],
 ) -> dict:
     """Scores in [0, 1] with everything a reader needs to know how they came about; None for a NaN."""
+    is_seen = np.array([name not in label_space.unseen for name in names])
     iou = confusion.iou(args.absent)
-    scores = generalized_scores(iou, is_seen)
+    scores = generalized_scores(iou, is_seen)._asdict()
     intervals = confusion.confidence_intervals(is_seen, absent=args.absent, seed=args.seed)
+    if args.setting == "ovs":  # seen and unseen are words of the zero-shot settings
+        scores = dict.fromkeys(scores)
+        intervals |= dict.fromkeys(scores, (None, None))
     weights = Path(args.model) / "model.safetensors"
     label_space_json = json.dumps([label_space.class_names, label_space.unseen, label_space.ignore_index])
     result = {
@@ -214,8 +205,10 @@ def summary(
         "label_space": args.label_space or "the dataset's own",
         "label_space_sha256": hashlib.sha256(label_space_json.encode()).hexdigest(),
         "checkpoint_sha256": sha256(weights) if weights.exists() else None,
-        "seen": [name for name, seen in zip(names, is_seen.tolist(), strict=True) if seen],
-        "unseen": [name for name, seen in zip(names, is_seen.tolist(), strict=True) if not seen],
+        "seen": [name for name in names if name not in label_space.unseen],
+        "unseen": [name for name in names if name in label_space.unseen],
+        "trained_on_masks_of": config.seen_class_names,
+        "unseen_labels_in_training": config.unseen_labels,
         "prompts": prompts,
         "clip_ensemble_weight": None,
         "calibration": None,
@@ -223,9 +216,7 @@ def summary(
         "seed": args.seed,
         "num_images": len(confusion.images),
         "miou": float(np.nanmean(iou)) if np.isfinite(iou).any() else None,
-        "miou_seen": scores.miou_seen,
-        "miou_unseen": scores.miou_unseen,
-        "hiou": scores.hiou,
+        **scores,
         "pixel_accuracy": confusion.pixel_accuracy(),
         "confidence_intervals": {name: list(interval) for name, interval in intervals.items()},
         "per_class": dict(zip(names, iou.tolist(), strict=True)),

@@ -25,7 +25,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import CLIPTokenizer, PreTrainedConfig
+from transformers import CLIPTokenizer
 
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
@@ -34,20 +34,23 @@ from zs3.command_line import (
     CHECKPOINT_ERRORS,
     InputError,
     check_at_least,
+    check_checkpoint,
     check_required,
     finite_or_none,
     flag,
     model_fields,
+    one_line,
     read_arguments,
     run,
     write_json,
     write_text,
 )
 from zs3.data import Augmentation, SegmentationDataset, StepSampler, collate, load_split
-from zs3.label_space import LabelSpace, load_label_space, load_text_embeds, looks_local
+from zs3.label_space import LabelSpace, load_label_space, load_text_embeds, plain
 
-# Fields of Zs3Config that the run fills in, not its author.
-NOT_A_CHOICE = {"text_config", "vision_config", "class_names", "seen_class_names", "unseen_labels"}
+# Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
+FILLED_IN = ("class_names", "seen_class_names")
+TOWERS = ("text_config", "vision_config")  # come from a checkpoint; null leaves one out
 
 
 @dataclass
@@ -118,15 +121,10 @@ def make_model(
     args: TrainArgs, overrides: dict, label_space: LabelSpace, text_embeds: Tensor | None
 ) -> Zs3ForSemanticSegmentation:
     """The model a run starts from: a whole checkpoint, or joined parts. Refuses one that saw unseen masks."""
-    expected = {"init_from": "zs3", "mask2former": "mask2former", "clip": "clip"}
+    for name, model_type in {"init_from": "zs3", "mask2former": "mask2former", "clip": "clip"}.items():
+        if getattr(args, name) is not None:
+            check_checkpoint(name, getattr(args, name), model_type)
     try:
-        for name, model_type in expected.items():
-            path = getattr(args, name)
-            if path is not None and looks_local(path) and not Path(path).is_dir():
-                raise InputError(f"--{name} {path}: no such folder (relative paths start where the command does)")
-            found = None if path is None else PreTrainedConfig.get_config_dict(path)[0].get("model_type")
-            if path is not None and found != model_type:
-                raise InputError(f"--{name} {path} is a checkpoint of {found!r}, not of {model_type!r}")
         if args.init_from is not None:
             model = load_whole(args.init_from, overrides)
         else:
@@ -138,7 +136,7 @@ def make_model(
         raise
     except CHECKPOINT_ERRORS as error:
         start = args.init_from or args.mask2former or args.backbone or args.clip
-        raise InputError(f"cannot make the model from {start}: {' '.join(str(error).split())[:400]}") from error
+        raise InputError(f"cannot make the model from {start}: {one_line(error)}") from error
     record_supervision(model, args, label_space)
     return model
 
@@ -149,7 +147,7 @@ def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
     model, loading = Zs3ForSemanticSegmentation.from_pretrained(
         path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
-    left_out = [f"{name}_model." for name in ("text", "vision") if getattr(config, f"{name}_config") is None]
+    left_out = [name.replace("_config", "_model.") for name in TOWERS if getattr(config, name) is None]
     changed = {*loading["missing_keys"], *loading["unexpected_keys"], *(str(k[0]) for k in loading["mismatched_keys"])}
     lost = sorted(
         name for name in changed - {"background_embed"} if not any(name.startswith(tower) for tower in left_out)
@@ -165,7 +163,8 @@ def record_supervision(model: Zs3ForSemanticSegmentation, args: TrainArgs, label
     A Mask2Former from elsewhere saw masks nobody here knows of: its classes stay unknown (None).
     """
     before = model.config.seen_class_names if args.init_from is not None else []
-    leaked = sorted(set(before or []) & set(label_space.unseen))
+    seen_before = {plain(name) for name in before or []}
+    leaked = [name for name in label_space.unseen if plain(name) in seen_before]
     if leaked:
         raise InputError(f"{args.init_from} was trained on masks of {leaked}, which are unseen here")
     unknown = before is None or args.mask2former is not None
@@ -192,7 +191,7 @@ def make_processor(
         if templates is None and args.init_from is not None:
             templates = Zs3Processor.get_processor_dict(source)[0].get("prompt_templates")
     except CHECKPOINT_ERRORS as error:
-        raise InputError(f"cannot load the tokenizer of {source}: {' '.join(str(error).split())[:400]}") from error
+        raise InputError(f"cannot load the tokenizer of {source}: {one_line(error)}") from error
     return Zs3Processor(image_processor, tokenizer, templates or PROMPT_TEMPLATES)
 
 
@@ -327,9 +326,9 @@ def check_recipe(path: Path, recipe: dict) -> None:
 def resolved_recipe(args: TrainArgs, config: Zs3Config) -> dict:
     """Every flag of the run, the model's included; it can be given to --config again."""
     saved = config.to_dict()
-    names = [name for name in model_fields(Zs3Config) if name not in NOT_A_CHOICE]
-    towers = {name: None for name in ("text_config", "vision_config") if args.clip and saved[name] is None}
-    return {**{name: saved[name] for name in names}, **towers, **asdict(args)}
+    names = [name for name in model_fields(Zs3Config) if name not in (*FILLED_IN, *TOWERS)]
+    left_out = [name for name in TOWERS if saved[name] is None]
+    return {**{name: saved[name] for name in [*names, *left_out]}, **asdict(args)}
 
 
 def describe(args: TrainArgs, label_space: LabelSpace, dataset: SegmentationDataset, model: nn.Module) -> str:
@@ -397,7 +396,7 @@ def make_loader(args: TrainArgs, dataset: SegmentationDataset, accelerator: Acce
 
 def train(args: TrainArgs, overrides: dict) -> None:
     args.check()
-    for name in ("class_names", "seen_class_names"):
+    for name in FILLED_IN:
         if name in overrides:
             raise InputError(f"{name} is written by the training itself: leave it out")
     output_dir = Path(args.output_dir)

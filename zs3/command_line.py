@@ -86,6 +86,28 @@ def check_at_least(args: Any, least: float, *names: str) -> None:
             raise InputError(f"--{name} must be {least} or more, got {value}")
 
 
+def looks_local(name: str) -> bool:
+    """Whether `name` can only be meant as a path: it begins with a dot, slash or ~, or has several slashes."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_checkpoint(flag_name: str, path: str, model_type: str) -> None:
+    """Before anything is loaded, and without running code of the checkpoint: is it there, and of this model?"""
+    if looks_local(path) and not Path(path).is_dir():
+        raise InputError(f"--{flag_name} {path}: no such folder (relative paths start where the command does)")
+    try:
+        found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    except CHECKPOINT_ERRORS as error:
+        raise InputError(f"--{flag_name} {path} cannot be read: {one_line(error)}") from error
+    if found != model_type:
+        raise InputError(f"--{flag_name} {path} is a checkpoint of {found!r}, not of {model_type!r}")
+
+
+def one_line(error: Exception) -> str:
+    """The beginning of a library's message, which may go over many lines."""
+    return " ".join(str(error).split())[:400]
+
+
 def write_text(path: Path, text: str) -> None:
     """Written beside and renamed, so that a file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

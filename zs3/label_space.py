@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zs3.command_line import InputError
+from zs3.command_line import InputError, looks_local
 
 CLASSES_FOLDER = Path(__file__).parent / "classes"
 BENCHMARKS = (*sorted(file.stem for file in CLASSES_FOLDER.glob("*.json")), "scenes")
@@ -106,9 +106,9 @@ def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None)
     return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1)
 
 
-def looks_local(name: str) -> bool:
-    """Whether `name` can only be meant as a path: it begins with a dot, slash or ~, or has several slashes."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+def plain(name: str) -> str:
+    """A class name without the differences that mean nothing; what was seen is compared in this form."""
+    return " ".join(name.casefold().split())
 
 
 def is_hub_id(name: str) -> bool:
