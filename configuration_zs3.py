@@ -57,12 +57,17 @@ class Zs3Config(Mask2FormerConfig):
         kl: "p_u" is KL(p || U) as printed in Eq. 5, "u_p" is KL(U || p).
         no_object_weight: weight of unmatched queries in the cross-entropy with background (Mask2Former's).
         class_weight, mask_weight, dice_weight, rank_weight: alpha, beta (both mask terms), gamma of Eq. 8.
+        rank_scale: multiplies the cosines of Eq. 6; 1 as printed.
         rank_norm: "positives" divides Eq. 6 by |P| as printed, "pairs" by |P||N|.
         mask_loss: "focal" (section 3.2) or "bce" (Mask2Former's own), with dice.
-        matching: "unpaired" (two assignments, sections 3.1-3.2) or "joint" (Mask2Former's: a seen label goes with
-            its mask; present labels without a mask then take left-over queries).
+        ignored_pixels: "ignore" (section 3.2: only pixels of seen classes count), or "negative": they belong to no
+            mask (Mask2Former's own).
+        matching: "unpaired" (two assignments, sections 3.1-3.2); "joint" (Mask2Former's: a label goes with its mask;
+            present labels without a mask then take left-over queries); or "hybrid" (the same in one assignment, where
+            those labels compete by similarity).
+        match_points: masks are matched on the whole mask grid, "grid", or on train_num_points "random" points
+            (Mask2Former's own).
         train_num_points, oversample_ratio, importance_sample_ratio: points of the mask losses (Mask2Former's).
-
         use_auxiliary_loss: losses at every decoder output (deep supervision), or at the last one only.
 
     Inference and pseudo labels:
@@ -93,9 +98,12 @@ class Zs3Config(Mask2FormerConfig):
     dice_weight: float | int = 5.0
     rank_weight: float | int = 1.0
     no_object_weight: float | int = 0.1
+    rank_scale: float | int = 1.0
     rank_norm: Literal["positives", "pairs"] = "positives"
     mask_loss: Literal["focal", "bce"] = "focal"
-    matching: Literal["unpaired", "joint"] = "unpaired"
+    ignored_pixels: Literal["ignore", "negative"] = "ignore"
+    matching: Literal["unpaired", "joint", "hybrid"] = "unpaired"
+    match_points: Literal["grid", "random"] = "grid"
 
     oversample_ratio: float | int = 3.0
     importance_sample_ratio: float | int = 0.75
@@ -135,6 +143,8 @@ class Zs3Config(Mask2FormerConfig):
             raise ValueError("train_num_points and oversample_ratio must be 1 or more")
         if not 0 <= self.importance_sample_ratio <= 1:
             raise ValueError(f"importance_sample_ratio must lie in [0, 1], got {self.importance_sample_ratio}")
+        if self.rank_scale <= 0:
+            raise ValueError(f"rank_scale must be positive, got {self.rank_scale}")
         for name in ("class_weight", "mask_weight", "dice_weight", "rank_weight", "no_object_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

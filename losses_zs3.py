@@ -1,8 +1,13 @@
-"""Matching and losses of the paper, one function per equation, for the predictions of one decoder output.
+"""Matching and losses of the paper, one function per equation; `zs3_losses` (Eq. 8) puts them together.
 
-Axes: B image, Q query, C class name, M mask target, K matched pair, P sampled point, H W label map, h w mask.
+Axes: B image, Q query, C class name, M mask target and L present label of an image, K matched mask, P point,
+H W label map, h w mask.
 Equation numbers are those of arXiv 2301.07336. Readings where the paper is silent are marked "Reading:".
-Everything below `zs3_losses` takes tensors and numbers, no config. All sums are made in float32.
+Everything above `zs3_losses` takes tensors and numbers, no config. Sums are made in float32 or better, under
+autocast too.
+
+What makes it cheap: targets stay id maps and are looked up at points, no mask is ever made; points are shared by all
+masks of an image and all decoder outputs; all matching costs of a step go to the CPU in one copy.
 """
 
 import math
@@ -11,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 try:
     from .configuration_zs3 import Zs3Config
@@ -25,6 +31,102 @@ except ImportError:  # inference needs no matching
     linear_sum_assignment = None
 
 UNMATCHED = -1  # a query without a label
+TINY = 1e-6  # divides in place of zero, where the dividend is zero too
+
+
+# --------------------------------------------------------------------------------------------------- targets
+
+
+class Targets(NamedTuple):
+    """What the predictions of a batch are compared with.
+
+    labels: (B, H, W) int64 ids, -1 is ignored; on the device of the predictions.
+    ids: for each image the ids of its mask targets, (M,) int64; on the CPU (see `mask_ids`).
+    image_labels: (B, C), 1 present, 0 absent, -1 unknown; on the CPU.
+    """
+
+    labels: Tensor
+    ids: list[Tensor]
+    image_labels: Tensor
+
+
+def mask_ids(labels: Tensor) -> list[Tensor]:
+    """The distinct ids >= 0 of each label map, ascending, on the CPU: labels (B, H, W) int64 -> B times (M,)."""
+    ids = [label_map.unique_consecutive().unique().cpu() for label_map in labels]  # runs first: little is left to sort
+    return [values[values >= 0] for values in ids]
+
+
+class PointLabels(NamedTuple):
+    """What lies at points that all masks of an image share.
+
+    points: (P, 2), (x, y) in [-1, 1] from border to border, as F.grid_sample has them.
+    weight: (P,) in [0, 1], the part of the four pixels around a point that is not ignored.
+    inside: (M, P) in [0, 1], the part that belongs to the target; at most `weight`.
+    """
+
+    points: Tensor
+    weight: Tensor
+    inside: Tensor
+
+
+def label_points(label_map: Tensor, ids: Tensor, points: Tensor, *, ignored_pixels: str = "ignore") -> PointLabels:
+    """The bilinear samples of an image's mask targets at points (P, 2), read off its id map (H, W).
+
+    The sample of a one-hot mask is the summed weight of those of the four neighbours that have the target's id.
+    Points within half a pixel of the border are clamped to it.
+    ids: (M,). ignored_pixels: "ignore": they have no weight; "negative": they belong to no mask (Mask2Former's).
+    """
+    height, width = label_map.shape
+    pixel = (points + 1) / 2 * points.new_tensor([width, height]) - 0.5
+    low = pixel.floor()
+    fraction = pixel - low
+    ids = ids.to(points.device)
+    weight = torch.zeros_like(points[:, 0])
+    inside = weight.new_zeros(len(ids) + 1, len(points))  # the last row stays empty
+    for dx in (0, 1):
+        for dy in (0, 1):
+            x = (low[:, 0] + dx).long().clamp(0, width - 1)
+            y = (low[:, 1] + dy).long().clamp(0, height - 1)
+            label = label_map[y, x]
+            part = (fraction[:, 0] - (1 - dx)).abs() * (fraction[:, 1] - (1 - dy)).abs()
+            valid = part * (label >= 0)
+            inside.scatter_add_(0, torch.searchsorted(ids, label)[None], valid[None])
+            weight += part if ignored_pixels == "negative" else valid
+    return PointLabels(points, weight, inside[:-1])
+
+
+def label_batch(targets: Targets, points: Tensor, ignored_pixels: str) -> list[PointLabels]:
+    """`label_points` of each image: points (B, P, 2)."""
+    return [
+        label_points(label_map, ids, image_points, ignored_pixels=ignored_pixels)
+        for label_map, ids, image_points in zip(targets.labels, targets.ids, points, strict=True)
+    ]
+
+
+def grid_points(height: int, width: int, device: torch.device) -> Tensor:
+    """The centres of a mask's pixels, row by row: (height x width, 2), (x, y) in [-1, 1]."""
+    x, y = ((2 * torch.arange(side, device=device) + 1) / side - 1 for side in (width, height))
+    return torch.cartesian_prod(y, x).flip(1)
+
+
+def random_points(batch: int, count: int, device: torch.device) -> Tensor:
+    """Uniform points: (B, count, 2), (x, y) in [-1, 1]."""
+    return 2 * torch.rand(batch, count, 2, device=device) - 1
+
+
+def sample_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples of mask_logits (K, h, w) at points (K, P, 2) or (P, 2) in [-1, 1] -> (K, P), differentiable."""
+    mask_logits = _full(mask_logits)[:, None]
+    grid = points.to(mask_logits.dtype).expand(len(mask_logits), -1, -1)[:, None]
+    return F.grid_sample(mask_logits, grid, padding_mode="border", align_corners=False)[:, 0, 0]
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor.float() if tensor.element_size() < 4 else tensor
+
+
+# -------------------------------------------------------------------------------------------------- matching
 
 
 class Match(NamedTuple):
@@ -32,30 +134,6 @@ class Match(NamedTuple):
 
     query: Tensor
     target: Tensor
-
-
-class MaskTargets(NamedTuple):
-    """The class-agnostic mask targets of a batch, M in all images together.
-
-    labels: (B, H, W) int64, the ids; -1 is ignored.
-    image: (M,) int64, the image of each target.
-    value: (M,) int64, the id in `labels` whose pixels are the target.
-    """
-
-    labels: Tensor
-    image: Tensor
-    value: Tensor
-
-
-def mask_targets(labels: Tensor) -> MaskTargets:
-    """One target for each distinct id >= 0 of each label map; labels (B, H, W) int64."""
-    present = [torch.unique(label_map) for label_map in labels]
-    present = [values[values >= 0] for values in present]
-    image = torch.repeat_interleave(torch.tensor([len(values) for values in present]))
-    return MaskTargets(labels, image.to(labels.device), torch.cat(present))
-
-
-# ---------------------------------------------------------------------------------------------- matching
 
 
 def hungarian(cost: Tensor) -> Match:
@@ -70,6 +148,29 @@ def hungarian(cost: Tensor) -> Match:
     )
 
 
+def pairwise_bce(logits: Tensor, inside: Tensor, weight: Tensor) -> Tensor:
+    """Mean binary cross-entropy of every pair: logits (Q, P), inside (M, P), weight (P,) -> (Q, M).
+
+    -t log s(x) - (1 - t) log(1 - s(x)) = softplus(x) - x t: one matrix product for all pairs.
+    """
+    return ((F.softplus(logits) @ weight)[:, None] - logits @ inside.T) / weight.sum().clamp(min=TINY)
+
+
+def pairwise_dice(logits: Tensor, inside: Tensor, weight: Tensor) -> Tensor:
+    """Dice loss of every pair: logits (Q, P), inside (M, P), weight (P,) -> (Q, M) in [0, 1]."""
+    probs = logits.sigmoid()
+    total = (probs @ weight)[:, None] + inside.sum(1)[None, :]
+    return 1 - (2 * probs @ inside.T + 1) / (total + 1)
+
+
+@torch.no_grad()
+def mask_cost(logits: Tensor, truth: PointLabels, mask_weight: float, dice_weight: float) -> Tensor:
+    """mask_weight * BCE + dice_weight * dice of every pair (section 3.2): logits (Q, P), at `truth.points`, -> (Q, M)."""
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, (_, weight, inside) = logits.float(), truth
+        return mask_weight * pairwise_bce(logits, inside, weight) + dice_weight * pairwise_dice(logits, inside, weight)
+
+
 @torch.no_grad()
 def match_labels(similarity: Tensor, image_labels: Tensor) -> Tensor:
     """Assign every present label of an image to one query: Hungarian on the negative cosine (section 3.2).
@@ -78,130 +179,89 @@ def match_labels(similarity: Tensor, image_labels: Tensor) -> Tensor:
     image_labels: (B, C), 1 present, 0 absent, -1 unknown.
     Returns (B, Q) int64: a class index, or UNMATCHED. Of more labels than queries, the best fitting Q are assigned.
     """
-    target = torch.full(similarity.shape[:2], UNMATCHED, dtype=torch.int64, device=similarity.device)
-    for row, scores, labels in zip(target, similarity, image_labels, strict=True):
-        present = (labels == 1).nonzero().squeeze(1)
-        match = hungarian(-scores[:, present])
-        row[match.query] = present[match.target]
-    return target
+    scores = similarity.cpu()
+    present = present_labels(image_labels)
+    rows = [assign_labels(-score[:, labels], labels) for score, labels in zip(scores, present, strict=True)]
+    return torch.stack(rows).to(similarity.device)
+
+
+def present_labels(image_labels: Tensor) -> list[Tensor]:
+    """The present labels of each image: (B, C) -> B times (L,) int64, on the CPU."""
+    return [(row == 1).nonzero().squeeze(1) for row in image_labels.cpu()]
+
+
+def assign_labels(cost: Tensor, labels: Tensor) -> Tensor:
+    """cost (Q, L), labels (L,) class indices -> (Q,) a class index or UNMATCHED."""
+    match = hungarian(cost)
+    return torch.full((len(cost),), UNMATCHED).index_copy(0, match.query, labels[match.target])
+
+
+def assign(
+    mask_cost: Tensor, label_cost: Tensor, ids: Tensor, labels: Tensor, matching: str, class_weight: float
+) -> tuple[Match, Tensor]:
+    """The masks and the labels (Q,) of one image's queries, by one of three matchings.
+
+    mask_cost: (Q, M) of mask targets with ids (M,); the cost of their labels is in it, but for "unpaired".
+    label_cost: (Q, L) of the present labels (L,).
+    matching:
+        "unpaired": two assignments that know nothing of each other (sections 3.1, 3.2).
+        "joint": a query takes its mask's id as its label; labels without a mask go to left-over queries by label_cost.
+        "hybrid": the same in one assignment, where labels without a mask compete at class_weight * label_cost.
+    """
+    if matching == "unpaired":
+        return hungarian(mask_cost), assign_labels(label_cost, labels)
+    without_mask = ~torch.isin(labels, ids)
+    label_cost, labels = label_cost[:, without_mask], labels[without_mask]
+    target = torch.full((len(mask_cost),), UNMATCHED)
+    if matching == "hybrid":
+        match = hungarian(torch.cat([mask_cost, class_weight * label_cost], dim=1))
+        target[match.query] = torch.cat([ids, labels])[match.target]
+        has_mask = match.target < len(ids)
+        return Match(match.query[has_mask], match.target[has_mask]), target
+    match = hungarian(mask_cost)
+    target[match.query] = ids[match.target]
+    left_over = target == UNMATCHED
+    target[left_over] = assign_labels(label_cost[left_over], labels)
+    return match, target
+
+
+# ---------------------------------------------------------------------------------------------- mask losses
 
 
 @torch.no_grad()
-def match_masks(
-    mask_logits: Tensor,
-    targets: MaskTargets,
-    num_points: int,
-    mask_weight: float,
-    dice_weight: float,
-    class_cost: Tensor | None = None,
-) -> Match:
-    """Assign mask targets to queries by mask_weight * BCE + dice_weight * dice on random points (section 3.2).
-
-    mask_logits: (B, Q, h, w). The points are shared by all masks of an image.
-    class_cost: (B, Q, C), added where given (joint matching: `targets.value` indexes C).
-    Returns the match of all images together; `target` indexes `targets`, whose `image` says where `query` lives.
-    """
-    points = torch.rand(len(mask_logits), num_points, 2, device=mask_logits.device)
-    logits = F.grid_sample(mask_logits.float(), 2 * points[:, :, None] - 1, padding_mode="border", align_corners=False)
-    logits = logits.squeeze(-1)  # (B, Q, P)
-    share, weight = point_targets(
-        targets, torch.arange(len(targets.image), device=points.device), points[targets.image]
-    )
-    queries, chosen = [], []
-    for image in range(len(mask_logits)):
-        mine = (targets.image == image).nonzero().squeeze(1)  # (M,) of this image
-        if len(mine) == 0:
-            continue
-        with torch.autocast(mask_logits.device.type, enabled=False):  # sums over points in float32
-            cost = mask_weight * pairwise_bce(logits[image], share[mine], weight[mine[0]])
-            cost = cost + dice_weight * pairwise_dice(logits[image], share[mine], weight[mine[0]])
-        if class_cost is not None:
-            cost = cost + class_cost[image][:, targets.value[mine]]
-        match = hungarian(cost)
-        queries.append(match.query)
-        chosen.append(mine[match.target])
-    nothing = targets.image.new_zeros(0)
-    return Match(torch.cat([nothing, *queries]), torch.cat([nothing, *chosen]))
-
-
-def pairwise_bce(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """Mean binary cross-entropy of every pair: logits (Q, P), targets (M, P), weight (P,) -> (Q, M)."""
-    positive = (F.softplus(-logits) * weight) @ targets.T
-    negative = (F.softplus(logits) * weight) @ (1 - targets).T
-    return (positive + negative) / weight.sum().clamp(min=1)
-
-
-def pairwise_dice(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """Dice loss of every pair: logits (Q, P), targets (M, P), weight (P,) -> (Q, M) in [0, 1]."""
-    probs = logits.sigmoid() * weight
-    total = probs.sum(1)[:, None] + (targets * weight).sum(1)[None, :]
-    return 1 - (2 * probs @ targets.T + 1) / (total + 1)
-
-
-# ------------------------------------------------------------------------------------------ point sampling
-
-
-def point_targets(targets: MaskTargets, chosen: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of some mask targets at points, sampled bilinearly from the id map (no mask is ever made).
-
-    chosen: (K,) indices into `targets`; points: (K, P, 2) as (x, y) in [0, 1].
-    Returns targets (K, P) in [0, 1] and weight (K, P) in [0, 1]. A point between pixels sees four of them: its
-    weight is the share that is not ignored, its target the share of the target's id among those. Points within
-    half a pixel of the border are clamped to it.
-    """
-    height, width = targets.labels.shape[-2:]
-    pixel = points * points.new_tensor([width, height]) - 0.5
-    low = pixel.floor()
-    fraction = pixel - low
-    image, value = targets.image[chosen][:, None], targets.value[chosen][:, None]
-    share, weight = torch.zeros_like(points[..., 0]), torch.zeros_like(points[..., 0])
-    for dx in (0, 1):
-        for dy in (0, 1):
-            x = (low[..., 0] + dx).long().clamp(0, width - 1)
-            y = (low[..., 1] + dy).long().clamp(0, height - 1)
-            corner = (fraction[..., 0] - (1 - dx)).abs() * (fraction[..., 1] - (1 - dy)).abs()
-            label = targets.labels[image, y, x]  # (K, P)
-            share = share + corner * (label == value)
-            weight = weight + corner * (label >= 0)
-    return share / weight.clamp(min=1e-6), weight
-
-
-@torch.no_grad()
-def sample_points(
-    mask_logits: Tensor,
-    targets: MaskTargets,
-    chosen: Tensor,
-    num_points: int,
-    oversample_ratio: float,
-    importance_sample_ratio: float,
-) -> Tensor:
+def choose_points(mask_logits: Tensor, truth: PointLabels, num_points: int, importance_sample_ratio: float) -> Tensor:
     """Mask2Former's points for the mask losses: most where the prediction is uncertain, the rest uniform.
 
-    mask_logits: (K, h, w) of the matched queries. Returns (K, P, 2) as (x, y) in [0, 1].
-    Ignored places are drawn among the uncertain points only when nothing else is left.
+    mask_logits: (K, h, w) of the matched queries of an image.
+    The last (1 - importance_sample_ratio) * num_points of `truth.points` serve all masks. The points before them are
+    candidates: a mask takes those of smallest |logit|, and those without weight only when nothing else is left.
+    Returns (K, num_points) int32, indices into `truth.points`.
     """
     num_uncertain = int(importance_sample_ratio * num_points)
-    candidates = torch.rand(len(chosen), int(num_points * oversample_ratio), 2, device=mask_logits.device)
-    uncertainty = -sample_logits(mask_logits, candidates).abs()
-    height, width = targets.labels.shape[-2:]
-    x = (candidates[..., 0] * width).long().clamp(max=width - 1)
-    y = (candidates[..., 1] * height).long().clamp(max=height - 1)
-    nearest = targets.labels[targets.image[chosen][:, None], y, x]
-    uncertainty = uncertainty.masked_fill(nearest < 0, -torch.inf)
-    best = uncertainty.topk(num_uncertain, dim=1).indices  # (K, num_uncertain)
-    uncertain = candidates.gather(1, best[..., None].expand(-1, -1, 2))
-    uniform = torch.rand(len(chosen), num_points - num_uncertain, 2, device=mask_logits.device)
-    return torch.cat([uncertain, uniform], dim=1)
+    num_candidates = len(truth.points) - (num_points - num_uncertain)
+    certainty = sample_logits(mask_logits, truth.points[:num_candidates]).abs_()
+    certainty += torch.where(truth.weight[:num_candidates] == 0, torch.inf, 0.0)
+    uncertain = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
+    chosen = uncertain.new_empty(len(mask_logits), num_points, dtype=torch.int32)
+    chosen[:, :num_uncertain] = uncertain
+    chosen[:, num_uncertain:] = torch.arange(num_candidates, len(truth.points), device=chosen.device)
+    return chosen
 
 
-def sample_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of mask_logits (K, h, w) at points (K, P, 2) in [0, 1] -> (K, P), differentiable."""
-    grid = 2 * points[:, :, None] - 1
-    sampled = F.grid_sample(mask_logits[:, None].float(), grid, padding_mode="border", align_corners=False)
-    return sampled[:, 0, :, 0]
+def mask_losses(
+    mask_logits: Tensor, match: Match, chosen: Tensor, truth: PointLabels, num_masks: Tensor, mask_loss: str
+) -> tuple[Tensor, Tensor]:
+    """The focal (or BCE) and the dice loss of an image's matched masks at their chosen points (section 3.2).
 
-
-# ------------------------------------------------------------------------------------------------- losses
+    mask_logits: (Q, h, w); chosen: (K, P), see `choose_points`.
+    """
+    chosen = chosen.long()
+    points = truth.points.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
+    logits = sample_logits(mask_logits[match.query], points)  # (K, P)
+    weight = truth.weight.take(chosen)
+    share = truth.inside.take(chosen + match.target[:, None] * len(truth.points)) / weight.clamp(min=TINY)
+    loss = focal_loss if mask_loss == "focal" else bce_loss
+    return loss(logits, share, num_masks, weight=weight), dice_loss(logits, share, num_masks, weight=weight)
 
 
 def dice_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor, *, weight: Tensor | None = None) -> Tensor:
@@ -209,7 +269,7 @@ def dice_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor, *, wei
 
     logits, targets: (M, P); targets in [0, 1]. weight: (M, P) in [0, 1], 0 on ignored points.
     """
-    probs, targets = logits.float().sigmoid(), targets.float()
+    probs, targets = _full(logits).sigmoid(), _full(targets)
     weight = torch.ones_like(probs) if weight is None else weight
     overlap = 2 * (weight * probs * targets).sum(1)
     total = (weight * (probs + targets)).sum(1)
@@ -221,7 +281,7 @@ def bce_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor, *, weig
 
     logits, targets, weight: (M, P), as in `dice_loss`. Mask2Former's own mask loss.
     """
-    loss = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
+    loss = F.binary_cross_entropy_with_logits(_full(logits), _full(targets), reduction="none")
     return _point_mean(loss, weight).sum() / num_masks
 
 
@@ -238,11 +298,11 @@ def focal_loss(
 
     logits, targets, weight: (M, P), as in `dice_loss`. alpha weighs positives, 1 - alpha negatives.
     """
-    logits, targets = logits.float(), targets.float()
+    logits, targets = _full(logits), _full(targets)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     probs = logits.sigmoid()
-    miss = probs * (1 - targets) + (1 - probs) * targets  # 1 - p_t
-    balance = alpha * targets + (1 - alpha) * (1 - targets)
+    miss = probs + targets - 2 * probs * targets  # 1 - p_t
+    balance = 1 - alpha + (2 * alpha - 1) * targets
     return _point_mean(balance * miss**gamma * cross_entropy, weight).sum() / num_masks
 
 
@@ -250,7 +310,10 @@ def _point_mean(loss: Tensor, weight: Tensor | None) -> Tensor:
     """(M, P) -> (M,): mean over the points, weighted; 0 for a mask whose points are all ignored."""
     if weight is None:
         return loss.mean(1)
-    return (weight * loss).sum(1) / weight.sum(1).clamp(min=1)
+    return (weight * loss).sum(1) / weight.sum(1).clamp(min=TINY)
+
+
+# --------------------------------------------------------------------------------------------- class losses
 
 
 def class_probabilities(class_logits: Tensor, background_logits: Tensor | None = None) -> Tensor:
@@ -260,9 +323,9 @@ def class_probabilities(class_logits: Tensor, background_logits: Tensor | None =
     and its column is dropped, so that rows sum to at most 1.
     """
     if background_logits is None:
-        return class_logits.float().softmax(-1)
+        return _full(class_logits).softmax(-1)
     logits = torch.cat([class_logits, background_logits[..., None]], dim=-1)
-    return logits.float().softmax(-1)[..., :-1]
+    return _full(logits).softmax(-1)[..., :-1]
 
 
 def kl_to_uniform(log_probs: Tensor) -> Tensor:
@@ -271,26 +334,40 @@ def kl_to_uniform(log_probs: Tensor) -> Tensor:
 
 
 def class_loss(
-    similarity: Tensor, target: Tensor, temperature: float, matched_weight: float, *, kl: str = "p_u"
+    similarity: Tensor,
+    target: Tensor,
+    temperature: float,
+    matched_weight: float,
+    *,
+    kl: str = "p_u",
+    num_matched: Tensor | None = None,
+    num_unmatched: Tensor | None = None,
 ) -> Tensor:
     """Background-aware class loss (Eq. 5): matched queries learn their label, the others to prefer none.
 
     similarity: (B, Q, C) cosine in [-1, 1]; target: (B, Q) class index or UNMATCHED.
     kl: "p_u" is KL(p || U) as printed, "u_p" is KL(U || p).
+    num_matched, num_unmatched: divide the sums over each group; default: its number of queries in `target`.
     Reading: Eq. 5 does not say sum or mean. Mean over each group, or 92 unmatched queries would drown 8 matched.
     """
-    log_probs = (similarity.float() / temperature).log_softmax(-1)
+    log_probs = (_full(similarity) / temperature).log_softmax(-1)
     matched = target != UNMATCHED
-    cross_entropy = -log_probs[matched].gather(1, target[matched][:, None]).sum() / matched.sum().clamp(min=1)
-    unmatched = log_probs[~matched]
+    cross_entropy = -log_probs.gather(-1, target.clamp(min=0)[..., None]).squeeze(-1)
     if kl == "p_u":
-        divergence = kl_to_uniform(unmatched)
+        divergence = kl_to_uniform(log_probs)
     elif kl == "u_p":
-        divergence = -unmatched.mean(-1) - math.log(unmatched.shape[-1])
+        divergence = -log_probs.mean(-1) - math.log(log_probs.shape[-1])
     else:
         raise ValueError(f"kl must be 'p_u' or 'u_p', got {kl!r}")
-    divergence = divergence.sum() / (~matched).sum().clamp(min=1)
-    return matched_weight * cross_entropy + (1 - matched_weight) * divergence
+    return matched_weight * _mean_where(matched, cross_entropy, num_matched) + (1 - matched_weight) * _mean_where(
+        ~matched, divergence, num_unmatched
+    )
+
+
+def _mean_where(where: Tensor, values: Tensor, count: Tensor | None) -> Tensor:
+    """The sum of the values that are meant over their number, or over `count`; 0 where there are none."""
+    count = where.sum() if count is None else count
+    return values.masked_fill(~where, 0).sum() / count.clamp(min=TINY)
 
 
 def background_class_loss(
@@ -300,18 +377,25 @@ def background_class_loss(
     temperature: float,
     *,
     unmatched_weight: float = 0.1,
+    num_matched: Tensor | None = None,
+    num_unmatched: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy with a background class t_0 for unmatched queries (Eq. 1-2), the baseline of Table 6.
 
     similarity: (B, Q, C) cosine; background_similarity: (B, Q) cosine with the background embedding.
     target: (B, Q) class index or UNMATCHED. The mean is weighted, 1 for matched, unmatched_weight for unmatched.
+    num_matched, num_unmatched: as in `class_loss`.
     """
-    logits = torch.cat([similarity.float(), background_similarity.float()[..., None]], dim=-1) / temperature
+    logits = torch.cat([similarity, background_similarity[..., None]], dim=-1)
+    log_probs = (_full(logits) / temperature).log_softmax(-1)
     background = similarity.shape[-1]
-    weight = torch.ones(background + 1, device=logits.device)
-    weight[background] = unmatched_weight
-    target = target.masked_fill(target == UNMATCHED, background)
-    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=weight)
+    matched = target != UNMATCHED
+    index = target.masked_fill(~matched, background)
+    weight = torch.where(matched, 1.0, unmatched_weight)
+    cross_entropy = -log_probs.gather(-1, index[..., None]).squeeze(-1)
+    num_matched = matched.sum() if num_matched is None else num_matched
+    num_unmatched = (~matched).sum() if num_unmatched is None else num_unmatched
+    return (weight * cross_entropy).sum() / (num_matched + unmatched_weight * num_unmatched).clamp(min=TINY)
 
 
 def ranking_loss(similarity: Tensor, positive: Tensor, negative: Tensor, *, norm: str = "positives") -> Tensor:
@@ -323,95 +407,143 @@ def ranking_loss(similarity: Tensor, positive: Tensor, negative: Tensor, *, norm
     """
     if norm not in ("positives", "pairs"):
         raise ValueError(f"norm must be 'positives' or 'pairs', got {norm!r}")
-    scores = similarity.float().amax(dim=1)  # (B, C)  r*: the best query of each class
+    scores = _full(similarity).amax(dim=1)  # (B, C)  r*: the best query of each class
     total = scores.sum() * 0
     for score, is_positive, is_negative in zip(scores, positive, negative, strict=True):
-        gap = score[is_negative][None, :] - score[is_positive][:, None]  # (|P|, |N|)  r*_k - r*_j
+        above = score[is_positive.nonzero().squeeze(1).to(score.device)]
+        below = score[is_negative.nonzero().squeeze(1).to(score.device)]
+        gap = below[None, :] - above[:, None]  # (|P|, |N|)  r*_k - r*_j
         count = len(gap) if norm == "positives" else gap.numel()
         total = total + F.softplus(gap).sum() / max(count, 1)
     return total / len(scores)  # Eq. 7
 
 
+# ------------------------------------------------------------------------------------------------------ Eq. 8
+
+
 class Losses(NamedTuple):
-    """terms: unweighted scalars; same_label_rate: share of mask-matched queries whose label is their mask's, 0
-    without masks."""
+    """terms: the unweighted scalars class, mask, dice and rank of Eq. 8, each summed over the decoder outputs.
+
+    same_label_rate: scalar, of the last decoder output: the share of queries with a mask whose label is their mask's
+    id; NaN where no query has a mask.
+    """
 
     terms: dict[str, Tensor]
     same_label_rate: Tensor
 
 
 def zs3_losses(
-    mask_logits: Tensor,
-    similarity: Tensor,
-    background_similarity: Tensor | None,
-    targets: MaskTargets,
-    image_labels: Tensor,
-    num_masks: float | Tensor,
+    mask_logits: list[Tensor],
+    similarity: list[Tensor],
+    background_similarity: list[Tensor | None],
+    targets: Targets,
     config: Zs3Config,
 ) -> Losses:
-    """The terms of Eq. 8 for one decoder output; the only function here that sees the config.
+    """The terms of Eq. 8; the only function here, with its step `match_outputs`, that sees the config.
 
-    mask_logits (B, Q, h, w), similarity (B, Q, C), background_similarity (B, Q) or None,
-    image_labels (B, C) 1 present, 0 absent, -1 unknown; num_masks normalises the mask terms.
+    For each decoder output: mask_logits (B, Q, h, w), similarity (B, Q, C), and for class_loss "cross_entropy"
+    background_similarity (B, Q), else None.
     """
-    class_cost = None
-    if config.matching == "joint":
-        background_logits = None if background_similarity is None else background_similarity / config.class_temperature
-        probs = class_probabilities(similarity / config.class_temperature, background_logits)
-        class_cost = -config.class_weight * probs.detach()
-    query, chosen = match_masks(
-        mask_logits, targets, config.train_num_points, config.mask_weight, config.dice_weight, class_cost
-    )
-    image, value = targets.image[chosen], targets.value[chosen]
+    masks, labels = match_outputs(mask_logits, similarity, background_similarity, targets, config)
+    matched = labels[-1] != UNMATCHED  # as many for every output
+    num_targets = torch.full_like(matched.sum(), sum(len(ids) for ids in targets.ids))
+    counts = torch.stack([num_targets, matched.sum(), (~matched).sum()]).float()
+    num_masks, num_matched, num_unmatched = mean_over_ranks(counts).clamp(min=TINY)
 
-    if config.matching == "joint":
-        label_target = joint_labels(similarity, image_labels, image, query, value)
-    else:
-        label_target = match_labels(similarity, image_labels)
-
-    matched_logits = mask_logits[image, query]  # (K, h, w)
-    points = sample_points(
-        matched_logits,
-        targets,
-        chosen,
-        config.train_num_points,
-        config.oversample_ratio,
-        config.importance_sample_ratio,
-    )
-    logits = sample_logits(matched_logits, points)
-    truth, weight = point_targets(targets, chosen, points)
-    mask_loss = focal_loss if config.mask_loss == "focal" else bce_loss
-
-    if config.class_loss == "cross_entropy":
-        label_loss = background_class_loss(
-            similarity,
-            background_similarity,
-            label_target,
-            config.class_temperature,
-            unmatched_weight=config.no_object_weight,
-        )
-    else:
-        label_loss = class_loss(similarity, label_target, config.class_temperature, config.matched_weight, kl=config.kl)
-
-    terms = {
-        "class": label_loss,
-        "mask": mask_loss(logits, truth, num_masks, weight=weight),
-        "dice": dice_loss(logits, truth, num_masks, weight=weight),
-        "rank": ranking_loss(similarity, image_labels == 1, image_labels == 0, norm=config.rank_norm),
-    }
-    same = (label_target[image, query] == value).float()
-    return Losses(terms, same.sum() / max(len(same), 1))
+    num_points = config.train_num_points
+    num_uniform = num_points - int(config.importance_sample_ratio * num_points)
+    points = random_points(len(matched), int(config.oversample_ratio * num_points) + num_uniform, matched.device)
+    truths = label_batch(targets, points, config.ignored_pixels)
+    positive, negative = targets.image_labels == 1, targets.image_labels == 0
+    terms = {"class": [], "mask": [], "dice": [], "rank": []}
+    for logits, cosine, background, matches, target in zip(
+        mask_logits, similarity, background_similarity, masks, labels, strict=True
+    ):
+        for image_logits, match, truth in zip(logits.unbind(), matches, truths, strict=True):
+            chosen = choose_points(image_logits[match.query], truth, num_points, config.importance_sample_ratio)
+            # What the points hold is made again in the backward pass: it would be most of the memory.
+            mask, dice = checkpoint(
+                mask_losses,
+                *(image_logits, match, chosen, truth, num_masks, config.mask_loss),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            terms["mask"].append(mask)
+            terms["dice"].append(dice)
+        arguments = {
+            "temperature": config.class_temperature,
+            "num_matched": num_matched,
+            "num_unmatched": num_unmatched,
+        }
+        if config.class_loss == "cross_entropy":
+            weight = config.no_object_weight
+            loss = background_class_loss(cosine, background, target, unmatched_weight=weight, **arguments)
+        else:
+            loss = class_loss(cosine, target, matched_weight=config.matched_weight, kl=config.kl, **arguments)
+        terms["class"].append(loss)
+        terms["rank"].append(ranking_loss(config.rank_scale * cosine, positive, negative, norm=config.rank_norm))
+    rate = same_label_rate(masks[-1], labels[-1], targets.ids)
+    return Losses({name: torch.stack(values).sum() for name, values in terms.items()}, rate)
 
 
-def joint_labels(similarity: Tensor, image_labels: Tensor, image: Tensor, query: Tensor, value: Tensor) -> Tensor:
-    """Joint matching's labels: a query takes its mask's label; present labels without a mask take left-over queries.
+@torch.no_grad()
+def match_outputs(
+    mask_logits: list[Tensor],
+    similarity: list[Tensor],
+    background_similarity: list[Tensor | None],
+    targets: Targets,
+    config: Zs3Config,
+) -> tuple[list[list[Match]], Tensor]:
+    """For each decoder output the masks of each image's queries, and the labels (outputs, B, Q); see `assign`.
 
-    image, query, value: (K,), the matched masks. Returns (B, Q) int64 class index or UNMATCHED.
+    The costs of all outputs and images go to the CPU in one copy; so do the indices on their way back.
     """
-    left_over_labels = image_labels.clone()
-    left_over_labels[image, value] = 0
-    left_over_similarity = similarity.detach().clone()
-    left_over_similarity[image, query] = -torch.inf
-    target = match_labels(left_over_similarity, left_over_labels)
-    target[image, query] = value
-    return target
+    device, (batch, _, height, width) = mask_logits[0].device, mask_logits[0].shape
+    on_grid = config.match_points == "grid"
+    if on_grid:
+        points = grid_points(height, width, device).expand(batch, -1, -1)
+    else:
+        points = random_points(batch, config.train_num_points, device)
+    truths = label_batch(targets, points, config.ignored_pixels)
+    ids, present = targets.ids, present_labels(targets.image_labels)
+    ids_there, present_there = ([row.to(device) for row in rows] for rows in (ids, present))
+
+    costs = []
+    for logits, cosine, background in zip(mask_logits, similarity, background_similarity, strict=True):
+        background = None if background is None else background / config.class_temperature
+        probs = class_probabilities(cosine / config.class_temperature, background)
+        for image, truth in enumerate(truths):
+            at_points = logits[image].flatten(1) if on_grid else sample_logits(logits[image], truth.points)
+            cost = mask_cost(at_points, truth, config.mask_weight, config.dice_weight)
+            if config.matching != "unpaired":
+                cost = cost - config.class_weight * probs[image][:, ids_there[image]]
+            costs += [cost, -cosine[image][:, present_there[image]]]
+
+    costs = iter(torch.cat(costs, dim=1).cpu().split([cost.shape[1] for cost in costs], dim=1))
+    masks, labels = [], []
+    for image in list(range(batch)) * len(mask_logits):
+        pair = next(costs), next(costs)
+        match, label = assign(*pair, ids[image], present[image], config.matching, config.class_weight)
+        masks.append(torch.stack(match))
+        labels.append(label)
+    matches = torch.cat(masks, dim=1).to(device).split([mask.shape[1] for mask in masks], dim=1)
+    matches = [Match(*match) for match in matches]
+    by_output = [matches[first : first + batch] for first in range(0, len(matches), batch)]
+    return by_output, torch.stack(labels).to(device).unflatten(0, (-1, batch))
+
+
+def same_label_rate(matches: list[Match], labels: Tensor, ids: list[Tensor]) -> Tensor:
+    """How often the label (B, Q) of a query with a mask is its mask's id; scalar, NaN without masks."""
+    same = [
+        label[match.query] == values.to(label.device)[match.target]
+        for match, label, values in zip(matches, labels, ids, strict=True)
+    ]
+    return torch.cat(same).float().mean()
+
+
+def mean_over_ranks(counts: Tensor) -> Tensor:
+    """The mean over the processes of a distributed run, over which DDP averages the gradients."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+        counts = counts / torch.distributed.get_world_size()
+    return counts

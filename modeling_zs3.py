@@ -32,16 +32,17 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_zs3 import Zs3Config
-    from .losses_zs3 import Losses, class_probabilities, mask_targets, zs3_losses
+    from .losses_zs3 import Losses, Targets, class_probabilities, mask_ids, zs3_losses
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import Zs3Config
-    from losses_zs3 import Losses, class_probabilities, mask_targets, zs3_losses
+    from losses_zs3 import Losses, Targets, class_probabilities, mask_ids, zs3_losses
 
 MASK_STRIDE = 4  # a proposal's pixel covers 4 x 4 input pixels
 SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
 TEXT_CHUNK = 256  # prompts embedded at once
+EQUAL = 1e-12  # scores this close are equal: above the rounding of float64 sums over some hundred queries
 
 AUTO_MAP = {
     "AutoConfig": "configuration_zs3.Zs3Config",
@@ -64,8 +65,8 @@ class Zs3Output(ModelOutput):
 
     loss: scalar, when `labels` are given; the sum of weight x term (Eq. 8).
     loss_terms: dict of unweighted scalars class, mask, dice, rank, each summed over the decoder outputs.
-    same_label_rate: scalar in [0, 1], how often a query's label is the class of its mask (last decoder output);
-        tells something where the ids in `labels` index the class axis.
+    same_label_rate: scalar in [0, 1], how often a query's label is the class of its mask (last decoder output), NaN
+        without masks; tells something where the ids in `labels` index the class axis.
     mask_logits: (B, Q, h, w) of the last decoder output; sigmoid gives the proposals M.
     class_embeds: (B, Q, D), E^c, not normalised.
     class_logits: (B, Q, C), cosine / temperature.
@@ -263,8 +264,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         pixel_values: (B, 3, H, W), normalised. pixel_mask: (B, H, W), 1 on the image, 0 on padding.
         text_embeds (C, D), or input_ids (C, L) or (C, T, L) with attention_mask; neither: the stored vocabulary.
-        labels: (B, H, W), every distinct id >= 0 is one mask target, -1 is ignored. With `matching` "joint" the ids
-            index the class axis.
+        labels: (B, H, W), every distinct id >= 0 is one mask target, -1 is ignored. With `matching` "joint" or
+            "hybrid" the ids index the class axis.
         image_labels: (B, C), 1 present, 0 absent, -1 unknown. None: from `labels` (see `default_image_labels`).
         is_seen: (C,) bool, only for that default.
         """
@@ -278,8 +279,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 **self._classify(class_embeds, text_embeds),
             )
 
+        targets = self._targets(labels.long(), image_labels, is_seen, len(text_embeds))  # before: it waits for a GPU
         mask_logits, class_embeds = self._proposals(pixel_values)
-        losses = self._losses(mask_logits, class_embeds, text_embeds, labels.long(), image_labels, is_seen)
+        losses = self._losses(mask_logits, class_embeds, text_embeds, targets)
         weights = {
             "class": self.config.class_weight,
             "mask": self.config.mask_weight,
@@ -296,30 +298,29 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             **self._classify(class_embeds[-1], text_embeds),
         )
 
-    def _losses(
-        self,
-        mask_logits: list[Tensor],
-        class_embeds: list[Tensor],
-        text_embeds: Tensor,
-        labels: Tensor,
-        image_labels: Tensor | None,
-        is_seen: Tensor | None,
-    ) -> Losses:
-        """The terms summed over the decoder outputs, each matched anew; the rate is the last output's."""
+    def _targets(
+        self, labels: Tensor, image_labels: Tensor | None, is_seen: Tensor | None, num_classes: int
+    ) -> Targets:
+        ids = mask_ids(labels)
+        largest = max((int(values[-1]) for values in ids if len(values)), default=-1)
+        if largest >= num_classes and (self.config.matching != "unpaired" or image_labels is None):
+            mend = "pass image_labels" if image_labels is None else f"matching {self.config.matching!r} needs one each"
+            raise ValueError(f"labels hold id {largest}, but there are {num_classes} classes: {mend}")
         if image_labels is None:
-            image_labels = default_image_labels(labels, len(text_embeds), is_seen)
-        if self.config.matching == "joint" and int(labels.max()) >= len(text_embeds):
-            raise ValueError(f"labels hold id {int(labels.max())}, but there are {len(text_embeds)} classes")
-        targets = mask_targets(labels)
-        num_masks = _mean_over_ranks(labels.new_tensor(len(targets.image), dtype=torch.float32)).clamp(min=1)
-        terms: dict[str, Tensor] = {}
-        first = 0 if self.config.use_auxiliary_loss else -1
-        for layer_logits, layer_embeds in zip(mask_logits[first:], class_embeds[first:], strict=True):
-            similarity = cosine_similarity(layer_embeds, text_embeds)
-            background = self._background_similarity(layer_embeds)
-            layer = zs3_losses(layer_logits, similarity, background, targets, image_labels, num_masks, self.config)
-            terms = {name: terms.get(name, 0) + term for name, term in layer.terms.items()}
-        return Losses(terms, layer.same_label_rate)
+            image_labels = default_image_labels(ids, num_classes, is_seen)
+        if tuple(image_labels.shape) != (len(labels), num_classes):
+            raise ValueError(f"image_labels must be {(len(labels), num_classes)}, got {tuple(image_labels.shape)}")
+        return Targets(labels, ids, image_labels.cpu())
+
+    def _losses(
+        self, mask_logits: list[Tensor], class_embeds: list[Tensor], text_embeds: Tensor, targets: Targets
+    ) -> Losses:
+        """Of every decoder output, or of the last one alone (use_auxiliary_loss)."""
+        if not self.config.use_auxiliary_loss:
+            mask_logits, class_embeds = mask_logits[-1:], class_embeds[-1:]
+        similarity = [cosine_similarity(embeds, text_embeds) for embeds in class_embeds]
+        background = [self._background_similarity(embeds) for embeds in class_embeds]
+        return zs3_losses(mask_logits, similarity, background, targets, self.config)
 
     def _text_embeds(self, text_embeds: Tensor | None, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
         """(C, D), unit length, from whichever source was given."""
@@ -397,30 +398,16 @@ def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
 
 
-def default_image_labels(labels: Tensor, num_classes: int, is_seen: Tensor | None) -> Tensor:
-    """Image labels from label maps whose ids index the class axis: (B, H, W) -> (B, C) int8.
+def default_image_labels(ids: list[Tensor], num_classes: int, is_seen: Tensor | None) -> Tensor:
+    """Image labels from the ids of each image's label map, which index the class axis: B times (M,) -> (B, C) int8.
 
     1 present, 0 absent and seen, -1 absent and unseen: an unseen name never becomes a negative by accident.
     is_seen: (C,) bool; None: all seen.
     """
-    if int(labels.max()) >= num_classes:
-        raise ValueError(f"labels hold id {int(labels.max())}, but there are {num_classes} classes: pass image_labels")
-    absent = torch.zeros(num_classes, dtype=torch.int8, device=labels.device)
+    absent = torch.zeros(num_classes, dtype=torch.int8)
     if is_seen is not None:
-        absent[~is_seen.to(labels.device)] = -1
-    image_labels = absent.repeat(len(labels), 1)
-    for row, label_map in zip(image_labels, labels, strict=True):
-        present = torch.unique(label_map)
-        row[present[present >= 0]] = 1
-    return image_labels
-
-
-def _mean_over_ranks(count: Tensor) -> Tensor:
-    """The mean of a scalar over the processes of a distributed run; DDP averages gradients the same way."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(count)
-        count = count / torch.distributed.get_world_size()
-    return count
+        absent[~is_seen.cpu()] = -1
+    return torch.stack([absent.index_fill(0, present, 1) for present in ids])
 
 
 def _load_into(module: nn.Module, source: PreTrainedModel) -> None:
@@ -492,12 +479,13 @@ def _best_class(class_probs: Tensor, mask_probs: Tensor, chunk: int) -> Semantic
     label_map, score, margin = [], [], []
     for pixels in mask_probs.reshape(queries, -1).split(max(1, chunk // max(classes, queries)), dim=1):
         scores = class_probs.double().T @ pixels.double()  # (C, pixels)
-        best, index = scores.max(0)
-        index = (scores == best).int().argmax(0)  # the lowest index of equal scores
+        best = scores.amax(0)
+        # The lowest index of equal scores; equal up to the rounding of the sums, which differs between columns.
+        index = (scores >= best - EQUAL).int().argmax(0)
         label_map.append(index)
         score.append(best.float())
         runner_up = scores.scatter(0, index[None], -torch.inf).amax(0) if classes > 1 else best
-        margin.append((best - runner_up).float())
+        margin.append((best - runner_up).clamp(min=0).float())
     shape = (height, width)
     return SemanticMap(*(torch.cat(parts).reshape(shape) for parts in (label_map, score, margin)))
 

@@ -303,6 +303,7 @@ class StepMean:
         """All processes must ask together."""
         parts = self.accelerator.gather(torch.stack(self.micro_batches))  # (processes x micro-batches, values)
         mean = parts.mean(0)
+        mean[-1] = parts[:, -1].nanmean()  # a micro-batch without masks has no rate
         return dict(zip(self.names, mean.tolist(), strict=True))
 
 

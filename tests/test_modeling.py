@@ -301,14 +301,12 @@ def test_a_wrong_vocabulary_is_refused_and_nothing_is_stored():
 
 
 def test_default_image_labels():
-    labels = torch.tensor([[[0, 0], [3, -1]], [[-1, -1], [-1, -1]]])
+    ids = [torch.tensor([0, 3]), torch.tensor([], dtype=torch.int64)]
     is_seen = torch.tensor([True, True, False, False, True])
-    image_labels = default_image_labels(labels, 5, is_seen)
+    image_labels = default_image_labels(ids, 5, is_seen)
     assert image_labels.dtype == torch.int8
     assert image_labels.tolist() == [[1, 0, -1, 1, 0], [0, 0, -1, -1, 0]]  # present, absent seen, absent unseen
-    assert default_image_labels(labels, 5, None).tolist() == [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0]]
-    with pytest.raises(ValueError, match="id 3, but there are 3 classes"):
-        default_image_labels(labels, 3, None)
+    assert default_image_labels(ids, 5, None).tolist() == [[1, 0, 0, 1, 0], [0, 0, 0, 0, 0]]
 
 
 def test_forward_uses_the_default_image_labels():
@@ -327,14 +325,28 @@ def test_forward_uses_the_default_image_labels():
     assert torch.equal(terms()["rank"], terms(image_labels=torch.tensor([[1, 0, 1, 0]]))["rank"])
 
 
-def test_joint_matching_refuses_ids_that_name_no_class():
-    model = tiny_model(text=False, matching="joint")
-    with pytest.raises(ValueError, match="id 7, but there are 4 classes"):
+@pytest.mark.parametrize("matching", ["joint", "hybrid", "unpaired"])
+def test_ids_that_name_no_class_are_refused_where_they_must(matching):
+    model = tiny_model(text=False, matching=matching)
+    batch = {"text_embeds": unit(4, 12), "labels": torch.full((1, 64, 32), 7)}
+    with pytest.raises(ValueError, match="id 7, but there are 4 classes: pass image_labels"):
+        model(torch.randn(1, 3, 64, 32), **batch)
+    batch["image_labels"] = torch.ones(1, 4, dtype=torch.int8)
+    if matching == "unpaired":  # class-agnostic masks: any id will do
+        assert torch.isfinite(model(torch.randn(1, 3, 64, 32), **batch).loss)
+    else:
+        with pytest.raises(ValueError, match=f"id 7, but there are 4 classes: matching '{matching}'"):
+            model(torch.randn(1, 3, 64, 32), **batch)
+
+
+def test_image_labels_of_another_shape_are_refused():
+    model = tiny_model(text=False)
+    with pytest.raises(ValueError, match=r"image_labels must be \(1, 4\), got \(1, 3\)"):
         model(
             torch.randn(1, 3, 64, 32),
             text_embeds=unit(4, 12),
-            labels=torch.full((1, 64, 32), 7),
-            image_labels=torch.ones(1, 4, dtype=torch.int8),
+            labels=torch.zeros(1, 64, 32, dtype=torch.int64),
+            image_labels=torch.ones(1, 3, dtype=torch.int8),
         )
 
 
