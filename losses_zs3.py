@@ -140,7 +140,7 @@ def hungarian(cost: Tensor) -> Match:
     """The cheapest one-to-one assignment of the rows (queries) and columns (targets) of cost (Q, M)."""
     if linear_sum_assignment is None:
         raise ImportError("training needs scipy for the Hungarian matching: pip install scipy")
-    finite = torch.nan_to_num(cost.detach().float(), nan=1e9, posinf=1e9, neginf=-1e9)
+    finite = torch.nan_to_num(cost.detach().double(), nan=1e9, posinf=1e9, neginf=-1e9)
     query, target = linear_sum_assignment(finite.cpu().numpy())
     return Match(
         torch.as_tensor(query, dtype=torch.int64, device=cost.device),
@@ -165,7 +165,7 @@ def pairwise_dice(logits: Tensor, inside: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mask_cost(logits: Tensor, truth: PointLabels, mask_weight: float, dice_weight: float) -> Tensor:
-    """mask_weight * BCE + dice_weight * dice of every pair (section 3.2): logits (Q, P), at `truth.points`, -> (Q, M)."""
+    """mask_weight * BCE + dice_weight * dice of every pair (section 3.2): logits (Q, P) at `truth.points` -> (Q, M)."""
     with torch.autocast(logits.device.type, enabled=False):
         logits, (_, weight, inside) = logits.float(), truth
         return mask_weight * pairwise_bce(logits, inside, weight) + dice_weight * pairwise_dice(logits, inside, weight)
@@ -214,7 +214,8 @@ def assign(
     label_cost, labels = label_cost[:, without_mask], labels[without_mask]
     target = torch.full((len(mask_cost),), UNMATCHED)
     if matching == "hybrid":
-        match = hungarian(torch.cat([mask_cost, class_weight * label_cost], dim=1))
+        masks_first = mask_cost.double() - 1e6  # where queries run out; matters nowhere else
+        match = hungarian(torch.cat([masks_first, class_weight * label_cost], dim=1))
         target[match.query] = torch.cat([ids, labels])[match.target]
         has_mask = match.target < len(ids)
         return Match(match.query[has_mask], match.target[has_mask]), target
@@ -391,11 +392,12 @@ def background_class_loss(
     background = similarity.shape[-1]
     matched = target != UNMATCHED
     index = target.masked_fill(~matched, background)
-    weight = torch.where(matched, 1.0, unmatched_weight)
     cross_entropy = -log_probs.gather(-1, index[..., None]).squeeze(-1)
-    num_matched = matched.sum() if num_matched is None else num_matched
-    num_unmatched = (~matched).sum() if num_unmatched is None else num_unmatched
-    return (weight * cross_entropy).sum() / (num_matched + unmatched_weight * num_unmatched).clamp(min=TINY)
+    of_matched, of_unmatched = cross_entropy.masked_fill(~matched, 0), cross_entropy.masked_fill(matched, 0)
+    total = of_matched.sum() + unmatched_weight * of_unmatched.sum()
+    num_matched = matched.to(total.dtype).sum() if num_matched is None else num_matched
+    num_unmatched = (~matched).to(total.dtype).sum() if num_unmatched is None else num_unmatched
+    return total / (num_matched + unmatched_weight * num_unmatched).clamp(min=TINY)
 
 
 def ranking_loss(similarity: Tensor, positive: Tensor, negative: Tensor, *, norm: str = "positives") -> Tensor:
@@ -470,16 +472,12 @@ def zs3_losses(
             )
             terms["mask"].append(mask)
             terms["dice"].append(dice)
-        arguments = {
-            "temperature": config.class_temperature,
-            "num_matched": num_matched,
-            "num_unmatched": num_unmatched,
-        }
+        numbers = {"num_matched": num_matched, "num_unmatched": num_unmatched}
         if config.class_loss == "cross_entropy":
-            weight = config.no_object_weight
-            loss = background_class_loss(cosine, background, target, unmatched_weight=weight, **arguments)
+            numbers["unmatched_weight"] = config.no_object_weight
+            loss = background_class_loss(cosine, background, target, config.class_temperature, **numbers)
         else:
-            loss = class_loss(cosine, target, matched_weight=config.matched_weight, kl=config.kl, **arguments)
+            loss = class_loss(cosine, target, config.class_temperature, config.matched_weight, kl=config.kl, **numbers)
         terms["class"].append(loss)
         terms["rank"].append(ranking_loss(config.rank_scale * cosine, positive, negative, norm=config.rank_norm))
     rate = same_label_rate(masks[-1], labels[-1], targets.ids)

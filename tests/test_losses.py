@@ -2,33 +2,42 @@
 
 import math
 from itertools import permutations
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.multiprocessing
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from tiny import tiny_config, tiny_model
 from torch import Tensor
-from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as mask2former
 
+from configuration_zs3 import Zs3Config
 from losses_zs3 import (
     UNMATCHED,
+    Losses,
+    PointLabels,
+    Targets,
+    assign,
     background_class_loss,
     bce_loss,
+    choose_points,
     class_loss,
     class_probabilities,
     dice_loss,
     focal_loss,
+    grid_points,
     hungarian,
-    joint_labels,
     kl_to_uniform,
-    mask_targets,
+    label_points,
+    mask_cost,
+    mask_ids,
     match_labels,
-    match_masks,
-    point_targets,
     ranking_loss,
     sample_logits,
-    sample_points,
     zs3_losses,
 )
 from modeling_zs3 import cosine_similarity
@@ -57,25 +66,85 @@ def close(actual: Tensor, expected: float | Tensor, **tolerances):
 # ----------------------------------------------------------------------------------------- class loss, Eq. 1-2, 5
 
 
-@pytest.mark.parametrize("kl", ["p_u", "u_p"])
-@pytest.mark.parametrize("temperature", [0.01, 0.5])
-def test_class_loss_is_equation_5_in_loops(kl, temperature):
-    similarity, matched_weight = random_similarity(3, 5, 7), 0.7
-    target = torch.tensor([[2, -1, -1, 0, 6], [-1, -1, -1, -1, -1], [1, 3, -1, -1, 5]])
+def loop_class_loss(similarity: Tensor, target: Tensor, temperature: float, matched_weight: float, kl: str) -> float:
     cross_entropies, divergences = [], []
-    for image in range(3):
-        for query in range(5):
-            probs = softmax([value / temperature for value in similarity[image, query].tolist()])
-            label = int(target[image, query])
+    classes = similarity.shape[-1]
+    for image_scores, image_target in zip(similarity.tolist(), target.tolist(), strict=True):
+        for scores, label in zip(image_scores, image_target, strict=True):
+            probs = softmax([value / temperature for value in scores])
             if label >= 0:
                 cross_entropies.append(-math.log(probs[label]))
             elif kl == "p_u":
-                divergences.append(sum(p * math.log(p / (1 / 7)) for p in probs))
+                divergences.append(sum(p * math.log(p * classes) for p in probs if p > 0))
             else:
-                divergences.append(sum(1 / 7 * math.log((1 / 7) / p) for p in probs))
-    expected = matched_weight * sum(cross_entropies) / len(cross_entropies)
-    expected += (1 - matched_weight) * sum(divergences) / len(divergences)
-    close(class_loss(similarity, target, temperature, matched_weight, kl=kl), expected)
+                divergences.append(sum(math.log(1 / classes / p) / classes for p in probs))
+    mean = [sum(values) / max(len(values), 1) for values in (cross_entropies, divergences)]
+    return matched_weight * mean[0] + (1 - matched_weight) * mean[1]
+
+
+def loop_background_class_loss(
+    similarity: Tensor, background: Tensor, target: Tensor, temperature: float, unmatched_weight: float
+) -> float:
+    total = weights = 0.0
+    for image, query in torch.cartesian_prod(*(torch.arange(size) for size in target.shape)).tolist():
+        row = [*similarity[image, query].tolist(), float(background[image, query])]
+        probs = softmax([value / temperature for value in row])
+        label = int(target[image, query])
+        weight = unmatched_weight if label == UNMATCHED else 1.0
+        total -= weight * math.log(probs[-1 if label == UNMATCHED else label])
+        weights += weight
+    return total / weights if weights else 0.0
+
+
+SHAPES = {"batch": st.integers(1, 3), "queries": st.integers(1, 6), "classes": st.integers(1, 7)}
+
+
+def random_target(batch: int, queries: int, classes: int) -> Tensor:
+    """Labels of some queries; perhaps of none or of all."""
+    labels = torch.randint(0, classes, (batch, queries))
+    return labels.masked_fill(torch.rand(batch, queries) < 2 * torch.rand(()) - 0.5, UNMATCHED)
+
+
+@settings(deadline=None, max_examples=60)
+@given(**SHAPES, seed=st.integers(0, 2**16), kl=st.sampled_from(["p_u", "u_p"]), temperature=st.floats(0.01, 1.0))
+def test_class_loss_is_equation_5_in_loops(batch, queries, classes, seed, kl, temperature):
+    torch.manual_seed(seed)
+    similarity, target = random_similarity(batch, queries, classes).double(), random_target(batch, queries, classes)
+    loss = class_loss(similarity, target, temperature, 0.7, kl=kl)
+    close(loss, loop_class_loss(similarity, target, temperature, 0.7, kl), rtol=1e-9, atol=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(**SHAPES, seed=st.integers(0, 2**16), weight=st.sampled_from([0.0, 0.1, 0.5]))
+def test_background_class_loss_is_a_weighted_cross_entropy_in_loops(batch, queries, classes, seed, weight):
+    torch.manual_seed(seed)
+    similarity, target = random_similarity(batch, queries, classes).double(), random_target(batch, queries, classes)
+    background = random_similarity(batch, queries).double()
+    loss = background_class_loss(similarity, background, target, 0.05, unmatched_weight=weight)
+    expected = loop_background_class_loss(similarity, background, target, 0.05, weight)
+    close(loss, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kl", ["p_u", "u_p"])
+def test_all_weight_on_the_matched_is_plain_cross_entropy(kl):
+    similarity = random_similarity(2, 5, 7)
+    target = torch.tensor([[3, -1, -1, 0, 6], [-1, 2, 4, -1, -1]])
+    expected = F.cross_entropy(similarity.flatten(0, 1) / 0.05, target.flatten(), ignore_index=UNMATCHED)
+    close(class_loss(similarity, target, 0.05, matched_weight=1.0, kl=kl), expected)
+
+
+def test_counts_of_a_larger_batch_divide_in_place_of_its_own():
+    """A batch in two halves, each divided by half of the whole's counts, gives twice the whole's loss."""
+    similarity, background = random_similarity(4, 5, 7), random_similarity(4, 5)
+    target = torch.tensor([[3, -1, -1, 0, 6], [-1, 2, 4, -1, -1], [-1, -1, -1, -1, 5], [-1, -1, -1, -1, -1]])
+    counts = {"num_matched": torch.tensor(6 / 2), "num_unmatched": torch.tensor(14 / 2)}
+    halves = [class_loss(similarity[part], target[part], 0.1, 0.6, **counts) for part in (slice(2), slice(2, 4))]
+    close(sum(halves), 2 * class_loss(similarity, target, 0.1, 0.6))
+    halves = [
+        background_class_loss(similarity[part], background[part], target[part], 0.1, **counts)
+        for part in (slice(2), slice(2, 4))
+    ]
+    close(sum(halves), 2 * background_class_loss(similarity, background, target, 0.1))
 
 
 def test_class_loss_of_three_to_one_odds():
@@ -118,22 +187,6 @@ def test_kl_to_uniform_lies_between_0_and_ln_c(num_classes):
     close(kl_to_uniform(torch.zeros(num_classes).log_softmax(-1)), 0.0)
 
 
-def test_background_class_loss_is_a_weighted_cross_entropy_in_loops():
-    similarity, background, temperature = random_similarity(2, 4, 5), random_similarity(2, 4), 0.05
-    target = torch.tensor([[4, -1, 0, -1], [-1, -1, 2, -1]])
-    total = weights = 0.0
-    for image in range(2):
-        for query in range(4):
-            row = [*similarity[image, query].tolist(), float(background[image, query])]
-            probs = softmax([value / temperature for value in row])
-            label = int(target[image, query])
-            weight = 0.3 if label == UNMATCHED else 1.0
-            total -= weight * math.log(probs[5 if label == UNMATCHED else label])
-            weights += weight
-    loss = background_class_loss(similarity, background, target, temperature, unmatched_weight=0.3)
-    close(loss, total / weights)
-
-
 def test_background_takes_its_share_of_the_probabilities():
     logits, background = torch.tensor([[[0.0, math.log(2)]]]), torch.tensor([[math.log(5)]])
     close(class_probabilities(logits, background), torch.tensor([[[1 / 8, 2 / 8]]]))
@@ -143,19 +196,38 @@ def test_background_takes_its_share_of_the_probabilities():
 # --------------------------------------------------------------------------------------------- ranking, Eq. 6-7
 
 
-@pytest.mark.parametrize("norm", ["positives", "pairs"])
-def test_ranking_loss_is_equations_6_and_7_in_loops(norm):
-    similarity = random_similarity(4, 5, 6)
-    image_labels = torch.tensor([[1, 0, 0, -1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, -1, 0, 0], [-1, 1, 0, 0, 1, 1]])
+def loop_ranking_loss(similarity: Tensor, image_labels: Tensor, norm: str) -> float:
+    batch, queries, classes = similarity.shape
     total = 0.0
-    for image in range(4):
-        best = [max(similarity[image, q, c].item() for q in range(5)) for c in range(6)]
-        positives = [c for c in range(6) if image_labels[image, c] == 1]
-        negatives = [c for c in range(6) if image_labels[image, c] == 0]
+    for image in range(batch):
+        best = [max(similarity[image, q, c].item() for q in range(queries)) for c in range(classes)]
+        positives = [c for c in range(classes) if image_labels[image, c] == 1]
+        negatives = [c for c in range(classes) if image_labels[image, c] == 0]
         if positives and negatives:
             pairs = sum(math.log(1 + math.exp(best[k] - best[j])) for j in positives for k in negatives)
             total += pairs / (len(positives) * (len(negatives) if norm == "pairs" else 1))
-    close(ranking_loss(similarity, image_labels == 1, image_labels == 0, norm=norm), total / 4)
+    return total / batch
+
+
+@settings(deadline=None, max_examples=60)
+@given(**SHAPES, seed=st.integers(0, 2**16), norm=st.sampled_from(["positives", "pairs"]))
+def test_ranking_loss_is_equations_6_and_7_in_loops(batch, queries, classes, seed, norm):
+    torch.manual_seed(seed)
+    similarity = random_similarity(batch, queries, classes).double()
+    image_labels = torch.randint(-1, 2, (batch, classes))
+    loss = ranking_loss(similarity, image_labels == 1, image_labels == 0, norm=norm)
+    close(loss, loop_ranking_loss(similarity, image_labels, norm), rtol=1e-9, atol=1e-9)
+
+
+def test_ranking_loss_holds_no_more_than_the_pairs_of_an_image():
+    """1,047 names: B x C x C values would be 8 x 1,096,209."""
+    similarity = random_similarity(8, 4, 1047).requires_grad_()
+    positive = torch.zeros(8, 1047, dtype=torch.bool)
+    positive[:, :14] = True
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        ranking_loss(similarity, positive, ~positive).backward()
+    assert max(sizes) <= max(14 * 1033, similarity.numel()) and similarity.grad.isfinite().all()
 
 
 def test_ranking_loss_of_equal_scores():
@@ -183,14 +255,11 @@ def test_ranking_loss_refuses_an_unknown_norm():
 # ------------------------------------------------------------------------------------------------- mask losses
 
 
-def test_mask_losses_are_their_equations_in_loops():
-    logits, targets, weight = 3 * torch.randn(3, 8), torch.rand(3, 8).round(decimals=1), torch.rand(3, 8)
-    weight[0] = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 0])
-    targets[0] = targets[0].round()
-    expected = {"dice": 0.0, "bce": 0.0, "focal": 0.0}
-    for mask in range(3):
+def loop_mask_losses(logits: Tensor, targets: Tensor, weight: Tensor, num_masks: float) -> dict[str, float]:
+    losses = {"dice": 0.0, "bce": 0.0, "focal": 0.0}
+    for row in zip(logits.tolist(), targets.tolist(), weight.tolist(), strict=True):
         overlap = total = bce = focal = weights = 0.0
-        for logit, t, w in zip(logits[mask].tolist(), targets[mask].tolist(), weight[mask].tolist(), strict=True):
+        for logit, t, w in zip(*row, strict=True):
             p = 1 / (1 + math.exp(-logit))
             cross_entropy = -t * math.log(p) - (1 - t) * math.log(1 - p)
             p_miss = t * (1 - p) + (1 - t) * p
@@ -199,12 +268,55 @@ def test_mask_losses_are_their_equations_in_loops():
             bce += w * cross_entropy
             focal += w * (t * 0.25 + (1 - t) * 0.75) * p_miss**2 * cross_entropy
             weights += w
-        expected["dice"] += 1 - (overlap + 1) / (total + 1)
-        expected["bce"] += bce / weights
-        expected["focal"] += focal / weights
-    close(dice_loss(logits, targets, 4, weight=weight), expected["dice"] / 4)
-    close(bce_loss(logits, targets, 4, weight=weight), expected["bce"] / 4)
-    close(focal_loss(logits, targets, 4, weight=weight), expected["focal"] / 4)
+        losses["dice"] += 1 - (overlap + 1) / (total + 1)
+        losses["bce"] += bce / weights if weights else 0.0
+        losses["focal"] += focal / weights if weights else 0.0
+    return {name: loss / num_masks for name, loss in losses.items()}
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    masks=st.integers(0, 4),
+    points=st.integers(1, 9),
+    seed=st.integers(0, 2**16),
+    soft=st.booleans(),
+    num_masks=st.floats(0.5, 9),
+)
+def test_mask_losses_are_their_equations_in_loops(masks, points, seed, soft, num_masks):
+    torch.manual_seed(seed)
+    logits = 4 * torch.randn(masks, points, dtype=torch.float64)
+    targets, weight = (
+        torch.rand(2, masks, points, dtype=torch.float64) if soft else torch.rand(2, masks, points).round()
+    )
+    expected = loop_mask_losses(logits, targets.double(), weight.double(), num_masks)
+    for name, loss in {"dice": dice_loss, "bce": bce_loss, "focal": focal_loss}.items():
+        value = loss(logits, targets.double(), num_masks, weight=weight.double())
+        close(value, expected[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", [dice_loss, bce_loss, focal_loss])
+def test_gradients_of_the_mask_losses_are_differences(loss):
+    logits = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    targets, weight = torch.rand(2, 6, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64)
+    weight[0, :3] = 0
+    assert torch.autograd.gradcheck(lambda x: loss(x, targets, 3.0, weight=weight), logits)
+
+
+@pytest.mark.parametrize("kl", ["p_u", "u_p"])
+def test_gradients_of_the_class_and_ranking_losses_are_differences(kl):
+    similarity = random_similarity(2, 4, 5).double().requires_grad_()
+    background = random_similarity(2, 4).double().requires_grad_()
+    target = torch.tensor([[3, -1, -1, 0], [-1, -1, -1, -1]])
+    image_labels = torch.tensor([[1, 0, 0, 1, -1], [0, 0, 0, 0, 0]])
+    assert torch.autograd.gradcheck(lambda s: class_loss(s, target, 0.2, 0.6, kl=kl), similarity)
+    assert torch.autograd.gradcheck(lambda s, b: background_class_loss(s, b, target, 0.2), (similarity, background))
+    assert torch.autograd.gradcheck(lambda s: ranking_loss(s, image_labels == 1, image_labels == 0), similarity)
+
+
+def test_gradients_of_sampled_logits_are_differences():
+    logits = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    points = 2 * torch.rand(2, 7, 2, dtype=torch.float64) - 1
+    assert torch.autograd.gradcheck(lambda x: sample_logits(x, points), logits)
 
 
 def test_mask_losses_without_weights_are_transformers():
@@ -289,7 +401,7 @@ def test_label_matching_is_the_best_of_all_permutations(queries):
         assert total == pytest.approx(best, abs=1e-5)
 
 
-def random_targets(batch: int, size: tuple[int, int] = (12, 16), ids=(-1, 0, 3, 5)) -> Tensor:
+def random_labels(batch: int, size: tuple[int, int] = (12, 16), ids=(-1, 0, 3, 5)) -> Tensor:
     """Label maps (B, H, W) of rectangles."""
     labels = torch.full((batch, *size), ids[-1])
     for label_map in labels:
@@ -300,180 +412,347 @@ def random_targets(batch: int, size: tuple[int, int] = (12, 16), ids=(-1, 0, 3, 
 
 
 def test_targets_are_the_distinct_ids_of_each_image():
-    labels = torch.tensor([[[3, -1], [7, 3]], [[-1, -1], [-1, -1]], [[0, 0], [0, 1]]])
-    targets = mask_targets(labels)
-    assert list(zip(targets.image.tolist(), targets.value.tolist(), strict=True)) == [(0, 3), (0, 7), (2, 0), (2, 1)]
-    empty = mask_targets(labels[1:2])
-    assert len(empty.image) == len(empty.value) == 0
+    labels = torch.tensor([[[3, -1], [7, 3]], [[-1, -1], [-1, -1]], [[0, 0], [0, 1]], [[2**40, 9], [9, 2**40]]])
+    assert [ids.tolist() for ids in mask_ids(labels)] == [[3, 7], [], [0, 1], [9, 2**40]]
 
 
-@pytest.mark.parametrize("with_class_cost", [False, True])
-def test_mask_matching_is_the_best_of_all_permutations(with_class_cost):
-    logits, labels, points = 2 * torch.randn(2, 5, 6, 8), random_targets(2), 40
-    targets = mask_targets(labels)
-    class_cost = torch.randn(2, 5, 6) if with_class_cost else None
-    torch.manual_seed(1)
-    query, chosen = match_masks(logits, targets, points, 5.0, 2.0, class_cost)
-    torch.manual_seed(1)
-    grids = 2 * torch.rand(2, points, 2)[:, :, None] - 1
-    for image in range(2):
-        mine = [m for m in range(len(targets.image)) if targets.image[m] == image]
-        valid = sample(labels[image] >= 0, grids[image])
-        cost = torch.zeros(5, len(mine))
-        for q in range(5):
-            probs = sample(logits[image, q], grids[image]).sigmoid()
-            for column, m in enumerate(mine):
-                truth = sample(labels[image] == targets.value[m], grids[image]) / valid.clamp(min=1e-6)
-                entropy = -(truth * probs.log() + (1 - truth) * (1 - probs).log())
-                dice = 1 - (2 * (valid * probs * truth).sum() + 1) / ((valid * (probs + truth)).sum() + 1)
-                cost[q, column] = 5 * (valid * entropy).sum() / valid.sum() + 2 * dice
-                if with_class_cost:
-                    cost[q, column] += class_cost[image, q, targets.value[m]]
-        given = [(int(q), mine.index(int(m))) for q, m in zip(query, chosen, strict=True) if targets.image[m] == image]
-        assert len(given) == len(mine)
-        assert sum(cost[q, m].item() for q, m in given) == pytest.approx(cheapest(cost), abs=1e-4)
-
-
-def sample(values: Tensor, grid: Tensor) -> Tensor:
-    """Bilinear samples of (H, W) at grid (P, 1, 2) in [-1, 1] -> (P,)."""
+def sample(values: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples of (H, W) at points (P, 2) in [-1, 1] -> (P,)."""
     return F.grid_sample(
-        values.float()[None, None], grid[None], padding_mode="border", align_corners=False
+        values.double()[None, None], points.double()[None, :, None], padding_mode="border", align_corners=False
     ).flatten()  # transformers' own call, except for the half pixel at the border
 
 
-def test_every_mask_finds_the_query_that_draws_it():
-    labels = random_targets(2, ids=(0, 2, 4))
-    targets = mask_targets(labels)
-    order = torch.tensor([[3, 0, 1], [2, 4, 0]])
-    logits = -5 * torch.ones(2, 5, *labels.shape[1:])
-    for m, (image, value) in enumerate(zip(targets.image, targets.value, strict=True)):
-        logits[image, order[image, m % 3]] = 10 * (labels[image] == value).float() - 5
-    query, chosen = match_masks(logits, targets, 200, 5.0, 5.0)
-    for q, m in zip(query, chosen, strict=True):
-        assert q == order[targets.image[m], m % 3]
+def pairs_in_loops(logits: Tensor, label_map: Tensor, points: Tensor, ignored_pixels: str) -> tuple[Tensor, Tensor]:
+    """BCE and dice (Q, M) of mask logits (Q, h, w) and every id of a label map, from explicit masks."""
+    ids = sorted(set(label_map[label_map >= 0].tolist()))
+    bce, dice = torch.zeros(2, len(logits), len(ids), dtype=torch.float64)
+    valid = sample(label_map >= 0, points) if ignored_pixels == "ignore" else torch.ones(len(points)).double()
+    for q, logit in enumerate(logits):
+        probs = sample(logit, points).sigmoid()
+        for m, value in enumerate(ids):
+            truth = sample(label_map == value, points) / valid.clamp(min=1e-9)
+            entropy = -(truth * probs.log() + (1 - truth) * (1 - probs).log())
+            bce[q, m] = (valid * entropy).sum() / valid.sum()
+            dice[q, m] = 1 - (2 * (valid * probs * truth).sum() + 1) / ((valid * (probs + truth)).sum() + 1)
+    return bce, dice
+
+
+@pytest.mark.parametrize("ignored_pixels", ["ignore", "negative"])
+def test_mask_costs_are_those_of_explicit_masks(ignored_pixels):
+    logits, (labels,) = 2 * torch.randn(5, 6, 8), random_labels(1)
+    points = 2 * torch.rand(40, 2) - 1
+    truth = label_points(labels, mask_ids(labels[None])[0], points, ignored_pixels=ignored_pixels)
+    bce, dice = pairs_in_loops(logits, labels, points, ignored_pixels)
+    close(mask_cost(sample_logits(logits, points), truth, 5.0, 2.0), 5 * bce + 2 * dice)
+
+
+def test_mask_costs_on_the_grid_are_those_at_the_pixels_centres():
+    logits, (labels,) = 2 * torch.randn(5, 6, 8), random_labels(1, (24, 32))
+    points = grid_points(6, 8, logits.device)
+    close(sample_logits(logits, points), logits.flatten(1))
+    truth = label_points(labels, mask_ids(labels[None])[0], points)
+    middle = torch.stack([labels[1::4, 1::4], labels[1::4, 2::4], labels[2::4, 1::4], labels[2::4, 2::4]]).flatten(1)
+    for value, inside in zip((0, 3, 5), truth.inside, strict=True):  # of 4 x 4 pixels the middle four
+        close(inside, (middle == value).float().mean(0))
+    close(truth.weight, (middle >= 0).float().mean(0))
 
 
 def test_joint_matching_is_transformers():
     logits, class_logits = 2 * torch.randn(1, 6, 16, 16), torch.randn(1, 6, 9)  # 8 classes and background
-    labels = torch.randint(0, 8, (1, 2, 2)).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    targets = mask_targets(labels)
-    masks = torch.stack([(labels[0] == value).float() for value in targets.value])
+    labels = torch.randint(0, 8, (2, 2)).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    (ids,) = mask_ids(labels[None])
+    masks = torch.stack([(labels == value).float() for value in ids])
     matcher = mask2former.Mask2FormerHungarianMatcher(cost_class=2.0, cost_mask=5.0, cost_dice=5.0, num_points=400)
     torch.manual_seed(1)
-    ((theirs_query, theirs_target),) = matcher(logits, class_logits, [masks], [targets.value])
+    ((query, target),) = matcher(logits, class_logits, [masks], [ids])
     torch.manual_seed(1)
-    probs = class_probabilities(class_logits[..., :-1], class_logits[..., -1])
-    query, chosen = match_masks(logits, targets, 400, 5.0, 5.0, class_cost=-2.0 * probs)
-    assert dict(zip(chosen.tolist(), query.tolist(), strict=True)) == dict(
-        zip(theirs_target.tolist(), theirs_query.tolist(), strict=True)
+    points = 2 * torch.rand(400, 2) - 1
+    probs = class_probabilities(class_logits[0, :, :-1], class_logits[0, :, -1])
+    cost = mask_cost(sample_logits(logits[0], points), label_points(labels, ids, points), 5.0, 5.0)
+    match, label = assign(cost - 2 * probs[:, ids], torch.zeros(6, 0), ids, ids[:0], "joint", 2.0)
+    assert dict(zip(match.target.tolist(), match.query.tolist(), strict=True)) == dict(
+        zip(target.tolist(), query.tolist(), strict=True)
     )
+    assert label[match.query].tolist() == ids[match.target].tolist()
 
 
-def test_of_equal_masks_joint_matching_takes_the_query_with_the_masks_label():
-    config = tiny_config(text=False, matching="joint")
-    labels = torch.tensor([2, 0]).repeat_interleave(8).expand(1, 16, 16)
-    image_labels = torch.tensor([[1, 0, 1, 0]])
-    for right in range(5):
-        similarity = torch.zeros(1, 5, 4)
-        similarity[..., 1] = 0.5  # no query means what is there
-        similarity[0, right, 2], similarity[0, (right + 1) % 5, 0] = 0.9, 0.9
-        losses = zs3_losses(torch.zeros(1, 5, 8, 8), similarity, None, mask_targets(labels), image_labels, 2.0, config)
-        target = torch.full((1, 5), UNMATCHED)
-        target[0, right], target[0, (right + 1) % 5] = 2, 0
-        close(losses.terms["class"], class_loss(similarity, target, 0.01, 0.6))
+def test_unpaired_matching_is_two_assignments():
+    mask, labels = torch.randn(5, 3), torch.randn(5, 2)
+    match, label = assign(mask, labels, torch.tensor([0, 4, 7]), torch.tensor([4, 6]), "unpaired", 2.0)
+    close(mask[match.query, match.target].sum(), cheapest(mask))
+    assert sorted(value for value in label.tolist() if value != UNMATCHED) == [4, 6]
+    given_to = [label.tolist().index(value) for value in (4, 6)]
+    close(labels[given_to[0], 0] + labels[given_to[1], 1], cheapest(labels))
 
 
-def test_joint_labels_come_from_masks_and_the_rest_takes_left_over_queries():
-    similarity = random_similarity(2, 5, 6)
-    image_labels = torch.tensor([[1, 1, 1, 0, -1, 1], [0, 0, 0, 1, -1, 0]], dtype=torch.int8)
-    image, query, value = torch.tensor([0, 0, 1]), torch.tensor([4, 1, 2]), torch.tensor([0, 2, 3])
-    similarity[0, 4, 5] = 1.0  # the best query of a left-over label is taken
-    target = joint_labels(similarity, image_labels, image, query, value)
-    assert target[1].tolist() == [-1, -1, 3, -1, -1]
-    assert target[0, [4, 1]].tolist() == [0, 2]
-    free, left_over = torch.tensor([0, 2, 3]), torch.tensor([1, 5])
-    given = {q: c for q, c in enumerate(target[0].tolist()) if q in (0, 2, 3) and c != UNMATCHED}
-    assert sorted(given.values()) == [1, 5]
-    total = -sum(similarity[0, q, c].item() for q, c in given.items())
-    assert total == pytest.approx(cheapest(-similarity[0][free][:, left_over]), abs=1e-5)
+def test_joint_matching_gives_left_over_queries_the_labels_without_a_mask():
+    ids, present = torch.tensor([0, 4]), torch.tensor([0, 2, 4, 5])
+    mask, labels = torch.randn(5, 2), torch.randn(5, 4)
+    labels[mask.argmin(0), 3] = -9.0  # their favourites are taken
+    match, label = assign(mask, labels, ids, present, "joint", 2.0)
+    close(mask[match.query, match.target].sum(), cheapest(mask))
+    assert label[match.query].tolist() == ids[match.target].tolist()
+    free = [q for q in range(5) if q not in match.query.tolist()]
+    given_to = [label.tolist().index(value) for value in (2, 5)]
+    assert set(given_to) <= set(free) and sum(value == UNMATCHED for value in label.tolist()) == 1
+    close(labels[given_to[0], 1] + labels[given_to[1], 3], cheapest(labels[free][:, [1, 3]]))
 
 
-def test_joint_labels_keep_a_masks_label_when_queries_run_out():
-    image_labels = torch.ones(1, 4, dtype=torch.int8)
-    both = torch.tensor([0, 0]), torch.tensor([0, 1]), torch.tensor([3, 1])  # all queries have masks
-    assert joint_labels(random_similarity(1, 2, 4), image_labels, *both).tolist() == [[3, 1]]
+def test_hybrid_matching_is_one_assignment_of_masks_and_labels():
+    ids, present = torch.tensor([0, 4]), torch.tensor([0, 2, 4, 5])
+    for _ in range(10):
+        mask, labels = torch.randn(5, 2), torch.randn(5, 4)
+        match, label = assign(mask, labels, ids, present, "hybrid", 3.0)
+        assert label[match.query].tolist() == ids[match.target].tolist()
+        given_to = [label.tolist().index(value) for value in (2, 5)]
+        total = mask[match.query, match.target].sum() + 3 * (labels[given_to[0], 1] + labels[given_to[1], 3])
+        close(total, cheapest(torch.cat([mask, 3 * labels[:, [1, 3]]], dim=1)))
+
+
+def test_a_label_of_strong_similarity_takes_a_query_from_a_mask_in_hybrid_matching_only():
+    mask = torch.tensor([[0.0], [0.5], [9.0]])  # query 0 draws the mask a little better than query 1
+    similarity = torch.tensor([[0.9], [-0.9], [-0.9]])  # and is the only one that means the label without a mask
+    arguments = (mask, -similarity, torch.tensor([0]), torch.tensor([3]))
+    assert assign(*arguments, "joint", 2.0)[1].tolist() == [0, 3, UNMATCHED]
+    assert assign(*arguments, "hybrid", 2.0)[1].tolist() == [3, 0, UNMATCHED]
+
+
+@pytest.mark.parametrize("matching", ["unpaired", "joint", "hybrid"])
+def test_more_masks_and_labels_than_queries(matching):
+    ids, present = torch.arange(4), torch.arange(1, 7)
+    match, label = assign(torch.randn(3, 4), torch.randn(3, 6), ids, present, matching, 2.0)
+    assert len(set(match.query.tolist())) == len(match.query) == 3 and (label != UNMATCHED).all()
+    if matching != "unpaired":
+        assert label[match.query].tolist() == ids[match.target].tolist()
 
 
 # ---------------------------------------------------------------------------------------------- point sampling
 
 
-def test_point_targets_are_bilinear_samples_of_explicit_masks():
-    labels = random_targets(2)
-    targets = mask_targets(labels)
-    chosen = torch.tensor([len(targets.image) - 1, 0, 2])
-    points = torch.rand(3, 500, 2)
-    share, weight = point_targets(targets, chosen, points)
-    for row, m in enumerate(chosen):
-        grid = 2 * points[row][:, None] - 1
-        label_map = labels[targets.image[m]]
-        valid, inside = sample(label_map >= 0, grid), sample(label_map == targets.value[m], grid)
-        torch.testing.assert_close(weight[row], valid, rtol=0, atol=1e-5)
-        torch.testing.assert_close(share[row] * weight[row], inside, rtol=0, atol=1e-5)
-    assert weight.amin() == 0 and weight.amax() == pytest.approx(1)  # both kinds were met
-    assert share.amin() >= 0 and share.amax() <= 1 + 1e-6
+def test_labels_at_points_are_bilinear_samples_of_explicit_masks():
+    (labels,) = random_labels(1)
+    (ids,) = mask_ids(labels[None])
+    points = 2 * torch.rand(500, 2) - 1
+    truth = label_points(labels, ids, points)
+    close(truth.weight, sample(labels >= 0, points), atol=1e-5)
+    for value, inside in zip(ids, truth.inside, strict=True):
+        close(inside, sample(labels == value, points), atol=1e-5)
+    assert truth.weight.amin() == 0 and truth.weight.amax() == pytest.approx(1)  # both kinds were met
+    negative = label_points(labels, ids, points, ignored_pixels="negative")
+    close(negative.weight, torch.ones(500), atol=1e-5)
+    assert torch.equal(negative.inside, truth.inside)
 
 
-def test_a_half_ignored_point_has_half_the_weight_and_a_clean_target():
-    targets = mask_targets(torch.tensor([[[4, -1], [4, -1]]]))
-    share, weight = point_targets(targets, torch.tensor([0]), torch.tensor([[[0.5, 0.5], [0.25, 0.5], [0.9, 0.5]]]))
-    close(weight[0], torch.tensor([0.5, 1.0, 0.0]))
-    close(share[0], torch.tensor([1.0, 1.0, 0.0]))
+def test_no_mask_is_ever_made():
+    """170 ids in a map of 256 x 256: what is made grows with ids x points, not with ids x pixels."""
+    labels = torch.arange(256 * 256).reshape(256, 256) % 170
+    sizes = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.append(result.numel() if isinstance(result, Tensor) else 0)
+            return result
+
+    (ids,) = mask_ids(labels[None])
+    with Watch():
+        label_points(labels, ids, 2 * torch.rand(50, 2) - 1)
+    assert 170 * 50 < max(sizes) < 256 * 256
 
 
-def test_sampled_points_and_mask_losses_are_transformers():
-    """On a fully labelled picture. Its border is made certain, since transformers samples zeros beyond it."""
-    config = Mask2FormerConfig(num_labels=8, train_num_points=30, importance_sample_ratio=1.0)
-    theirs = mask2former.Mask2FormerLoss(config, weight_dict={})
-    labels = random_targets(1, (16, 16), ids=(1, 2, 5))
-    targets = mask_targets(labels)
-    logits = torch.randn(1, 5, 16, 16)
-    logits[..., [0, -1], :] = logits[..., :, [0, -1]] = 100.0
-    query, chosen = torch.tensor([0, 2, 4]), torch.tensor([1, 0, 2])
-    masks = torch.stack([(labels[0] == value).float() for value in targets.value])
-    torch.manual_seed(1)
-    expected = theirs.loss_masks(logits, [masks], [(query, chosen)], 3)
-    torch.manual_seed(1)
-    points = sample_points(logits[0, query], targets, chosen, 30, 3.0, 1.0)
-    truth, weight = point_targets(targets, chosen, points)
-    sampled = sample_logits(logits[0, query], points)
-    close(bce_loss(sampled, truth, 3, weight=weight), expected["loss_mask"])
-    close(dice_loss(sampled, truth, 3, weight=weight), expected["loss_dice"])
+def test_a_half_ignored_point_has_half_the_weight():
+    points = 2 * torch.tensor([[0.5, 0.5], [0.25, 0.5], [0.9, 0.5]]) - 1
+    truth = label_points(torch.tensor([[4, -1], [4, -1]]), torch.tensor([4]), points)
+    close(truth.weight, torch.tensor([0.5, 1.0, 0.0]))
+    close(truth.inside[0], torch.tensor([0.5, 1.0, 0.0]))
+
+
+def test_chosen_points_are_the_most_uncertain_and_the_uniform_ones():
+    logits, points = torch.randn(3, 8, 8), 2 * torch.rand(50, 2) - 1
+    truth = PointLabels(points, torch.ones(50), torch.ones(3, 50))
+    chosen = choose_points(logits, truth, 20, 0.75)  # 45 candidates, 15 of them, and the last 5
+    assert chosen.shape == (3, 20)
+    for row, logit in zip(chosen.tolist(), logits, strict=True):
+        certainty = sample(logit, points[:45]).abs()
+        assert set(row[:15]) == set(certainty.argsort()[:15].tolist()) and row[15:] == [45, 46, 47, 48, 49]
 
 
 def test_uncertain_points_avoid_ignored_pixels():
-    labels = torch.full((1, 16, 16), -1)
-    labels[:, :, :8] = 2
+    labels = torch.full((16, 16), -1)
+    labels[:, :8] = 2
     logits = torch.where(torch.arange(16) < 8, 9.0, 0.0).expand(1, 16, 16)  # uncertain where it is ignored
-    points = sample_points(logits, mask_targets(labels), torch.tensor([0]), 40, 3.0, 1.0)
-    assert points.shape == (1, 40, 2) and points[..., 0].max() < 0.5
+    truth = label_points(labels, torch.tensor([2]), 2 * torch.rand(120, 2) - 1)
+    chosen = choose_points(logits, truth, 40, 1.0)
+    assert (truth.weight[chosen.long()] > 0).all()
+    truth = label_points(labels, torch.tensor([2]), torch.rand(120, 2))  # nothing but ignored pixels: taken then
+    assert choose_points(logits, truth, 40, 1.0).shape == (1, 40)
 
 
-# ------------------------------------------------------------------------------------------------ Eq. 8, a layer
+# ------------------------------------------------------------------------------------- Eq. 8, all decoder outputs
 
 
+def criterion(
+    mask_logits: list[Tensor],
+    similarity: list[Tensor],
+    labels: Tensor,
+    image_labels: Tensor,
+    config: Zs3Config,
+    background: list[Tensor] | None = None,
+) -> Losses:
+    background = [None] * len(similarity) if background is None else background
+    return zs3_losses(mask_logits, similarity, background, Targets(labels, mask_ids(labels), image_labels), config)
+
+
+def literal_terms(
+    mask_logits: list[Tensor],
+    similarity: list[Tensor],
+    background: list[Tensor],
+    labels: Tensor,
+    image_labels: Tensor,
+    config: Zs3Config,
+    match_points: Tensor,
+    points: Tensor,
+) -> dict[str, float]:
+    """The terms of Eq. 8 in loops over outputs, images, masks and points, from explicit masks, in float64."""
+    terms = dict.fromkeys(("class", "mask", "dice", "rank"), 0.0)
+    num_masks = sum(len(set(label_map[label_map >= 0].tolist())) for label_map in labels)
+    num_uncertain = int(config.importance_sample_ratio * config.train_num_points)
+    num_candidates = points.shape[1] - config.train_num_points + num_uncertain
+    for logits, cosine, back in zip(mask_logits, similarity, background, strict=True):
+        targets = torch.full(cosine.shape[:2], UNMATCHED)
+        for image, label_map in enumerate(labels):
+            ids = sorted(set(label_map[label_map >= 0].tolist()))
+            bce, dice = pairs_in_loops(logits[image], label_map, match_points[image], config.ignored_pixels)
+            cost = config.mask_weight * bce + config.dice_weight * dice
+            scores = cosine[image].double()
+            if config.matching != "unpaired":
+                every = (
+                    torch.cat([scores, back[image][:, None]], dim=1)
+                    if config.class_loss != "background_aware"
+                    else scores
+                )
+                cost -= config.class_weight * (every / config.class_temperature).softmax(1)[:, ids]
+            present = [c for c, value in enumerate(image_labels[image].tolist()) if value == 1]
+            alone = [c for c in present if c not in ids]
+            if config.matching == "hybrid":
+                columns = torch.cat([cost, -config.class_weight * scores[:, alone]], dim=1)
+                every_pair = list(zip(*linear_sum_assignment(columns), strict=True))
+                pairs = [(q, m) for q, m in every_pair if m < len(ids)]
+                for q, column in every_pair:
+                    targets[image, q] = [*ids, *alone][column]
+            else:
+                pairs = list(zip(*linear_sum_assignment(cost), strict=True))
+                free, names = list(range(len(scores))), present
+                if config.matching == "joint":
+                    for q, m in pairs:
+                        targets[image, q] = ids[m]
+                    free, names = [q for q in free if q not in dict(pairs)], alone
+                for row, column in zip(*linear_sum_assignment(-scores[free][:, names]), strict=True):
+                    targets[image, free[row]] = names[column]
+            for q, m in pairs:
+                valid = sample(label_map >= 0, points[image])
+                if config.ignored_pixels == "negative":
+                    valid = torch.ones_like(valid)
+                truth = sample(label_map == ids[m], points[image]) / valid.clamp(min=1e-9)
+                sampled = sample(logits[image, q], points[image])
+                certainty = sampled[:num_candidates].abs().masked_fill(valid[:num_candidates] == 0, torch.inf)
+                places = [*certainty.argsort()[:num_uncertain].tolist(), *range(num_candidates, len(valid))]
+                losses = loop_mask_losses(sampled[None, places], truth[None, places], valid[None, places], num_masks)
+                terms["mask"] += losses[config.mask_loss]
+                terms["dice"] += losses["dice"]
+        temperature = config.class_temperature
+        if config.class_loss == "background_aware":
+            loss = loop_class_loss(cosine, targets, temperature, config.matched_weight, config.kl)
+        else:
+            loss = loop_background_class_loss(cosine, back, targets, temperature, config.no_object_weight)
+        terms["class"] += loss
+        terms["rank"] += loop_ranking_loss(config.rank_scale * cosine, image_labels, config.rank_norm)
+    return terms
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**16),
+    switches=st.fixed_dictionaries(
+        {
+            "class_loss": st.sampled_from(["background_aware", "cross_entropy"]),
+            "kl": st.sampled_from(["p_u", "u_p"]),
+            "rank_norm": st.sampled_from(["positives", "pairs"]),
+            "rank_scale": st.sampled_from([1.0, 10.0]),
+            "mask_loss": st.sampled_from(["focal", "bce"]),
+            "ignored_pixels": st.sampled_from(["ignore", "negative"]),
+            "matching": st.sampled_from(["unpaired", "joint", "hybrid"]),
+            "match_points": st.sampled_from(["grid", "random"]),
+            "importance_sample_ratio": st.sampled_from([0.0, 0.75, 1.0]),
+        }
+    ),
+)
+def test_every_switch_is_what_loops_over_explicit_masks_give(seed, switches):
+    config = tiny_config(text=False, class_temperature=0.1, train_num_points=20, **switches)
+    torch.manual_seed(seed)
+    mask_logits = [3 * torch.randn(2, 8, 6, 8) for _ in range(2)]
+    similarity, background = ([random_similarity(*shape) for _ in range(2)] for shape in ((2, 8, 7), (2, 8)))
+    labels = random_labels(2, ids=(-1, 0, 3, 5))
+    image_labels = torch.randint(-1, 2, (2, 7))
+    if config.matching != "unpaired":
+        for row, ids in zip(image_labels, mask_ids(labels), strict=True):
+            row[ids] = 1
+    given_background = background if config.class_loss == "cross_entropy" else None
+    torch.manual_seed(seed)
+    losses = criterion(mask_logits, similarity, labels, image_labels, config, given_background)
+
+    torch.manual_seed(seed)
+    match_points = grid_points(6, 8, labels.device).expand(2, -1, -1)
+    if config.match_points == "random":
+        match_points = 2 * torch.rand(2, 20, 2) - 1
+    points = 2 * torch.rand(2, 60 + 20 - int(20 * config.importance_sample_ratio), 2) - 1
+    expected = literal_terms(mask_logits, similarity, background, labels, image_labels, config, match_points, points)
+    for name, value in expected.items():
+        close(losses.terms[name], value, rtol=1e-4, atol=1e-5)
+
+
+def random_case(config: Zs3Config, ids=(-1, 0, 3, 5)) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Zs3Config]:
+    image_labels = torch.tensor([[1, 0, 1, 1, -1, 1, 0], [1, 0, 0, 1, 0, 1, -1]], dtype=torch.int8)
+    mask_logits = [3 * torch.randn(2, 6, 8, 8) for _ in range(2)]
+    similarity = [random_similarity(2, 6, 7) for _ in range(2)]
+    return mask_logits, similarity, random_labels(2, (16, 16), ids), image_labels, config
+
+
+@pytest.mark.parametrize("matching", ["unpaired", "joint", "hybrid"])
+def test_the_order_of_queries_and_of_names_does_not_matter(matching):
+    mask_logits, similarity, labels, image_labels, config = random_case(tiny_config(text=False, matching=matching))
+    queries, names = torch.randperm(6), torch.randperm(7)
+
+    def terms(mask_logits, similarity, labels, image_labels) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        return criterion(mask_logits, similarity, labels, image_labels, config).terms
+
+    before = terms(mask_logits, similarity, labels, image_labels)
+    other_queries = terms(
+        [x[:, queries] for x in mask_logits], [s[:, queries] for s in similarity], labels, image_labels
+    )
+    place = names.argsort()  # name c has moved to place[c]
+    moved = torch.where(labels >= 0, place[labels.clamp(min=0)], labels)
+    other_names = terms(mask_logits, [s[..., names] for s in similarity], moved, image_labels[:, names])
+    for name, value in before.items():
+        close(other_queries[name], value)
+        close(other_names[name], value)
+
+
+@pytest.mark.parametrize("matching", ["unpaired", "joint", "hybrid"])
 @pytest.mark.parametrize("mask_loss", ["focal", "bce"])
-def test_ignored_pixels_have_no_influence(mask_loss):
-    """Labels of the right half are ignored. Mask pixels from column 9 on touch no point that counts."""
-    config = tiny_config(text=False, mask_loss=mask_loss)
-    labels = random_targets(2, (32, 32), ids=(1, 3, 0))
+def test_ignored_pixels_have_no_influence(mask_loss, matching):
+    """Labels of the right half are ignored, as padding is. Mask pixels from column 9 on touch no point that counts."""
+    labels = random_labels(2, (32, 32), ids=(1, 3, 0))
     labels[:, :, 16:] = -1
-    targets, image_labels = mask_targets(labels), torch.tensor([[1, 1, 0, 1]]).repeat(2, 1)
-    similarity = random_similarity(2, 5, 4)
+    similarity, image_labels = [random_similarity(2, 5, 4)], torch.tensor([[1, 1, 0, 1]]).repeat(2, 1)
     logits = torch.randn(2, 5, 16, 16)
 
-    def terms(logits: Tensor) -> dict[str, Tensor]:
+    def terms(logits: Tensor, **switches) -> dict[str, Tensor]:
+        config = tiny_config(text=False, mask_loss=mask_loss, matching=matching, **switches)
         torch.manual_seed(1)
-        return zs3_losses(logits, similarity, None, targets, image_labels, 6.0, config).terms
+        return criterion([logits], similarity, labels, image_labels, config).terms
 
     changed, touched = logits.clone(), logits.clone()
     changed[..., 9:] = 50 * torch.randn(2, 5, 16, 7)
@@ -481,6 +760,7 @@ def test_ignored_pixels_have_no_influence(mask_loss):
     before, after, other = terms(logits), terms(changed), terms(touched)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert other["mask"] != before["mask"] and other["dice"] != before["dice"]
+    assert terms(changed, ignored_pixels="negative")["mask"] > 2 * terms(logits, ignored_pixels="negative")["mask"]
 
     logits.requires_grad_()
     losses = terms(logits)
@@ -488,33 +768,40 @@ def test_ignored_pixels_have_no_influence(mask_loss):
     assert torch.all(logits.grad[..., 9:] == 0) and logits.grad[..., :8].abs().sum() > 0
 
 
-def test_unknown_labels_are_neither_matched_nor_ranked():
-    config = tiny_config(text=False)
-    targets = mask_targets(random_targets(2))
-    similarity = random_similarity(2, 5, 6)
-    similarity[:, :, 4] = 0.999  # every query's favourite, if it counted
-    labels = torch.tensor([[1, 0, 1, 0, -1, 0], [0, 0, 1, 0, -1, 1]])
-    assert (match_labels(similarity, labels) != 4).all()
-    unknown = zs3_losses(torch.randn(2, 5, 8, 8), similarity, None, targets, labels, 1.0, config).terms["rank"]
-    without = [0, 1, 2, 3, 5]
-    ranked = ranking_loss(similarity[..., without], labels[:, without] == 1, labels[:, without] == 0)
-    close(unknown, ranked)
+@pytest.mark.parametrize("matching", ["unpaired", "joint", "hybrid"])
+def test_unknown_labels_take_no_part(matching):
+    """Their scores change neither matching nor ranking; the softmax of Eq. 5 is over all names."""
+    mask_logits, similarity, labels, image_labels, config = random_case(
+        tiny_config(text=False, matching=matching), ids=(-1, 0, 3)
+    )
+    image_labels[:, 5] = -1
+    changed = [scores.clone() for scores in similarity]
+    for scores in changed:
+        scores[..., 5] = 0.999  # every query's favourite, if it counted
+    torch.manual_seed(1)
+    before = criterion(mask_logits, similarity, labels, image_labels, config).terms
+    torch.manual_seed(1)
+    after = criterion(mask_logits, changed, labels, image_labels, config).terms
+    assert before["rank"] == after["rank"] and before["class"] != after["class"]
+    assert (match_labels(changed[0], image_labels) != 5).all()
 
 
 NOTHING = torch.full((2, 16, 16), -1)
 MANY = torch.arange(8).repeat_interleave(4).reshape(1, 1, 32).repeat(2, 16, 1)  # 8 masks for 5 queries
+ONE_OF_TWO = torch.stack([torch.zeros(16, 16, dtype=torch.int64), NOTHING[0]])
 
 
-@pytest.mark.parametrize("matching", ["unpaired", "joint"])
+@pytest.mark.parametrize("matching", ["unpaired", "joint", "hybrid"])
 @pytest.mark.parametrize("kind", ["background_aware", "cross_entropy"])
 @pytest.mark.parametrize(
     ("labels", "present", "absent"),
     [
         pytest.param(NOTHING, [], range(8), id="all ignored, no positives"),
         pytest.param(NOTHING, [1, 6], [0, 2], id="labels without masks"),
-        pytest.param(random_targets(2), range(8), [], id="no negatives"),
-        pytest.param(random_targets(2), [0, 3, 5], [], id="the rest unknown"),
-        pytest.param(random_targets(2, ids=(-1, 5)), [5], [0, 1], id="one mask"),
+        pytest.param(ONE_OF_TWO, [0], [1], id="one image without masks"),
+        pytest.param(random_labels(2), range(8), [], id="no negatives"),
+        pytest.param(random_labels(2), [0, 3, 5], [], id="the rest unknown"),
+        pytest.param(random_labels(2, ids=(-1, 5)), [5], [0, 1], id="one mask"),
         pytest.param(MANY, range(8), [], id="more labels and masks than queries"),
         pytest.param(NOTHING, [], [], id="nothing known"),
     ],
@@ -526,13 +813,16 @@ def test_loss_and_gradients_are_finite(matching, kind, labels, present, absent):
     logits = (20 * torch.randn(2, 5, 8, 8)).requires_grad_()
     similarity = random_similarity(2, 5, 8).requires_grad_()
     background = random_similarity(2, 5).requires_grad_() if kind == "cross_entropy" else None
-    losses = zs3_losses(logits, similarity, background, mask_targets(labels), image_labels, 1.0, config)
+    losses = criterion([logits], [similarity], labels, image_labels, config, [background])
     assert set(losses.terms) == {"class", "mask", "dice", "rank"}
     sum(losses.terms.values()).backward()
-    for value in (*losses.terms.values(), losses.same_label_rate, logits.grad, similarity.grad):
+    for value in (*losses.terms.values(), logits.grad, similarity.grad):
         assert torch.isfinite(value).all()
     if labels is NOTHING:
         assert losses.terms["mask"] == losses.terms["dice"] == 0
+        assert losses.same_label_rate.isnan()
+    else:
+        assert 0 <= losses.same_label_rate <= 1
     if not (len(present) and len(absent)):
         assert losses.terms["rank"] == 0
 
@@ -546,9 +836,89 @@ def test_same_label_rate_counts_queries_whose_label_is_their_masks():
     for query, label in enumerate([0, 1, 3, 2]):  # two of four mean another label
         similarity[0, query, label] = 1
     image_labels = torch.ones(1, 4, dtype=torch.int8)
-    arguments = (logits, similarity, None, mask_targets(labels), image_labels, 4.0)
-    assert zs3_losses(*arguments, tiny_config(text=False)).same_label_rate == 0.5
-    assert zs3_losses(*arguments, tiny_config(text=False, matching="joint")).same_label_rate == 1
+    arguments = ([logits], [similarity], labels, image_labels)
+    assert criterion(*arguments, tiny_config(text=False)).same_label_rate == 0.5
+    assert criterion(*arguments, tiny_config(text=False, matching="joint")).same_label_rate == 1
+
+
+def test_what_the_points_hold_is_not_kept_for_the_backward_pass():
+    """Of each decoder output, only the indices of the chosen points: far less than the values at them."""
+    mask_logits, similarity, labels, image_labels, _ = random_case(tiny_config(text=False))
+    config = tiny_config(text=False, train_num_points=4096)
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    mask_logits = [logits.requires_grad_() for logits in mask_logits]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        criterion(mask_logits, similarity, labels, image_labels, config)
+    assert max(kept.values()) < 4096
+
+
+# ---------------------------------------------------------------------------------------- several processes
+
+RANK_CASES = {
+    "paper": {},
+    "baseline": {"class_loss": "cross_entropy", "matching": "joint", "mask_loss": "bce"},
+    "hybrid": {"matching": "hybrid", "kl": "u_p"},
+}
+
+
+def same_points_everywhere(batch: int, count: int, two: int, device: torch.device) -> Tensor:
+    """In place of torch.rand: the points do not depend on the batch or the process."""
+    generator = torch.Generator().manual_seed(count)
+    return torch.empty(1, count, two).uniform_(generator=generator).expand(batch, -1, -1)
+
+
+def gradients(images: slice, switches: dict, parallel: bool) -> dict[str, Tensor]:
+    """Of the loss of some images: the first has three masks, the second one, the third and fourth none."""
+    model = tiny_model(**switches, text=False)
+    trained = torch.nn.parallel.DistributedDataParallel(model) if parallel else model
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.full((4, 64, 64), -1)
+    labels[0, :20], labels[0, 20:40], labels[0, 40:] = 0, 2, 4
+    labels[1, :, 30:] = 4
+    image_labels = torch.zeros(4, 6, dtype=torch.int8)
+    image_labels[0, [0, 2, 4]], image_labels[1, [1, 4]], image_labels[2, 5], image_labels[3] = 1, 1, 1, -1
+    with patch("losses_zs3.torch.rand", same_points_everywhere):
+        loss = trained(
+            torch.randn(4, 3, 64, 64, generator=generator)[images],
+            text_embeds=F.normalize(torch.randn(6, 12, generator=generator), dim=-1),
+            labels=labels[images],
+            image_labels=image_labels[images],
+        ).loss
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def rank_gradients(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    images = slice(0, 2) if rank == 0 else slice(2, 4)
+    results = {name: gradients(images, switches, parallel=True) for name, switches in RANK_CASES.items()}
+    if rank == 0:
+        torch.save(results, f"{folder}/gradients")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one_with_the_double_batch(tmp_path):
+    torch.multiprocessing.spawn(rank_gradients, (str(tmp_path),), nprocs=2)
+    of_two = torch.load(tmp_path / "gradients")
+    for name, switches in RANK_CASES.items():
+        of_one = gradients(slice(0, 4), switches, parallel=False)
+        assert of_one.keys() == of_two[name].keys()
+        largest = max(float(gradient.abs().max()) for gradient in of_one.values())
+        for parameter, gradient in of_one.items():
+            torch.testing.assert_close(
+                of_two[name][parameter],
+                gradient,
+                rtol=1e-3,
+                atol=1e-5 * largest,
+                msg=lambda m, p=parameter: f"{p}: {m}",
+            )
 
 
 # ------------------------------------------------------------------------------------------------- low precision
@@ -587,17 +957,18 @@ def test_mask_matching_is_float32_under_autocast():
     """Of two nearly equal queries the one that is 0.1 % better gets the mask."""
     labels = torch.zeros(1, 16, 16, dtype=torch.int64)
     labels[:, :, 8:] = -1
+    grid = grid_points(16, 16, labels.device)
     for better in (0, 1):
         logits = torch.full((1, 2, 16, 16), 1.0)
         logits[0, better] += 0.001
         with autocast():
-            query, _ = match_masks(logits, mask_targets(labels), 64, 5.0, 5.0)
-        assert query.tolist() == [better]
+            cost = mask_cost(logits[0].flatten(1), label_points(labels[0], torch.tensor([0]), grid), 5.0, 5.0)
+        assert cost.dtype == torch.float32 and hungarian(cost).query.tolist() == [better]
 
 
 def test_a_training_step_under_autocast_is_finite_at_temperature_001():
     model = tiny_model(class_temperature=0.01).train()
-    labels = random_targets(2, (64, 64), ids=(-1, 0, 3))
+    labels = random_labels(2, (64, 64), ids=(-1, 0, 3))
     text_embeds = F.normalize(torch.randn(6, 12), dim=-1)
     with autocast():
         outputs = model(torch.randn(2, 3, 64, 64), text_embeds=text_embeds, labels=labels)
@@ -613,7 +984,7 @@ def test_a_training_step_under_autocast_is_finite_at_temperature_001():
 def batch() -> dict[str, Tensor]:
     return {
         "pixel_values": torch.randn(2, 3, 64, 64),
-        "labels": random_targets(2, (64, 64), ids=(-1, 0, 3)),
+        "labels": random_labels(2, (64, 64), ids=(-1, 0, 3)),
         "text_embeds": F.normalize(torch.randn(6, 12), dim=-1),
     }
 
@@ -635,17 +1006,23 @@ def test_terms_are_sums_over_the_decoder_outputs(batch):
     states = inner.transformer_decoder_intermediate_states
     assert len(states) == len(inner.masks_queries_logits) == len(decoder.layers) + 1 > 2  # the learned queries too
     image_labels = torch.tensor([[int(c in label_map) for c in range(6)] for label_map in batch["labels"]])
-    targets = mask_targets(batch["labels"])
+    num_masks = sum(len(ids) for ids in mask_ids(batch["labels"]))
+    assert num_masks == 4
     expected = dict.fromkeys(terms, 0.0)
-    torch.manual_seed(1)
     for hidden, mask_logits in zip(states, inner.masks_queries_logits, strict=True):
         embeds = model.class_projection(hidden.transpose(0, 1))
         similarity = F.cosine_similarity(embeds[:, :, None], batch["text_embeds"][None, None], dim=-1)
-        layer = zs3_losses(mask_logits, similarity, None, targets, image_labels, len(targets.image), model.config)
+        torch.manual_seed(1)  # the points of a step are drawn once, for all outputs
+        layer = criterion([mask_logits], [similarity], batch["labels"], image_labels, model.config)
         for name in expected:
             expected[name] += layer.terms[name].item()
     for name, value in expected.items():
         close(terms[name], value, rtol=1e-4)
+    model.config.use_auxiliary_loss = False
+    torch.manual_seed(1)
+    last = model(**batch).loss_terms
+    for name, value in layer.terms.items():
+        close(last[name], value, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["background_aware", "cross_entropy"])
@@ -669,6 +1046,6 @@ def test_the_mask_loss_is_the_one_that_was_chosen(mask_loss):
     """At zero logits every point costs ln 2 in BCE, and 1/4 of alpha or 1 - alpha of that in focal loss."""
     labels = torch.zeros(1, 16, 16, dtype=torch.int64)  # one mask, everywhere
     config = tiny_config(text=False, mask_loss=mask_loss)
-    arguments = (torch.zeros(1, 5, 8, 8), random_similarity(1, 5, 2), None, mask_targets(labels))
-    term = zs3_losses(*arguments, torch.tensor([[1, 0]]), 1.0, config).terms["mask"]
-    close(term, math.log(2) * (1 if mask_loss == "bce" else 0.25 * 0.25))
+    image_labels = torch.tensor([[1, 0]])
+    losses = criterion([torch.zeros(1, 5, 8, 8)], [random_similarity(1, 5, 2)], labels, image_labels, config)
+    close(losses.terms["mask"], math.log(2) * (1 if mask_loss == "bce" else 0.25 * 0.25))

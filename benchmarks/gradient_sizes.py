@@ -1,0 +1,105 @@
+"""How hard each term of Eq. 8 pulls: gradient norms at three points of a training on the embedded benchmark.
+
+    python -m zs3.scenes --output runs/scenes
+    accelerate launch train.py --config recipes/scenes_stage1.yaml --dataset runs/scenes --output_dir runs/stage1
+    python -m benchmarks.gradient_sizes --dataset runs/scenes --stage1 runs/stage1/final --output docs/results/gradient_sizes.json
+
+Each number is the L2 norm, over all trained parameters, of the gradient of weight x term (summed over the decoder
+outputs), the mean over batches. Weights and losses are stage 2's recipe; the mask term is given with both mask losses.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+import train as training
+from configuration_zs3 import Zs3Config
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from zs3.command_line import check_at_least, check_required, flag, read_arguments, run, write_json, write_text
+from zs3.data import StepSampler, collate
+from zs3.demo import train_stage
+from zs3.label_space import load_label_space
+
+RECIPE = "scenes_stage2.yaml"
+
+
+@dataclass
+class GradientArgs:
+    """Where to start and how long to train."""
+
+    dataset: str | None = flag(None, "Folder made by zs3.scenes.")
+    stage1: str | None = flag(None, "Checkpoint of stage 1, from which stage 2 starts.")
+    output_dir: str = flag("runs/gradient_sizes", "Folder of the training between the measurements.")
+    steps: int = flag(200, "Steps of stage 2 before the last measurement.")
+    batches: int = flag(8, "Batches a measurement.")
+    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+
+
+def gradient_norms(model: Zs3ForSemanticSegmentation, batches: list[dict], text_embeds: Tensor) -> dict[str, float]:
+    """The mean norm of each weighted term's gradient."""
+    config, parameters = model.config, [p for p in model.parameters() if p.requires_grad]
+    weights = {"class": config.class_weight, "mask": config.mask_weight}
+    weights |= {"dice": config.dice_weight, "rank": config.rank_weight}
+    norms = dict.fromkeys(weights, 0.0)
+    for batch in batches:
+        terms = model(**batch, text_embeds=text_embeds).loss_terms
+        for name, weight in weights.items():
+            gradients = torch.autograd.grad(weight * terms[name], parameters, retain_graph=True, allow_unused=True)
+            squares = sum(gradient.square().sum() for gradient in gradients if gradient is not None)
+            norms[name] += float(squares) ** 0.5 / len(batches)
+    return norms
+
+
+def main() -> None:
+    args, _ = read_arguments(GradientArgs)
+    check_required(args, "dataset", "stage1")
+    check_at_least(args, 1, "steps", "batches")
+    folder = Path(args.output_dir)
+    train_stage(RECIPE, Path(args.dataset), folder, 1, args.steps, "--init_from", args.stage1)
+
+    recipe = ["--config", str(Path("recipes", RECIPE)), "--dataset", args.dataset, "--output_dir", args.output_dir]
+    train_args, overrides = read_arguments(
+        training.TrainArgs, [*recipe, "--init_from", args.stage1], config_class=Zs3Config
+    )
+    label_space = load_label_space(args.dataset)
+    start = training.make_model(train_args, overrides, label_space, None)
+    processor = training.make_processor(train_args, start, label_space)
+    dataset = training.make_dataset(train_args, label_space, processor.image_processor)
+    on_axis = [label_space.class_names.index(name) for name in dataset.class_names]
+    text_embeds = start.encode_text(**processor(class_names=label_space.class_names))[on_axis]
+    sampler = StepSampler(len(dataset), train_args.batch_size, args.batches, seed=1)
+    batches = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate))
+    for batch in batches:
+        del batch["image_ids"]
+
+    torch.manual_seed(0)
+    models = {
+        "random weights": Zs3ForSemanticSegmentation(start.config),
+        "start of stage 2": start,
+        f"after {args.steps} steps": Zs3ForSemanticSegmentation.from_pretrained(folder / "final"),
+    }
+    columns = {}
+    for title, model in tqdm(models.items(), desc="models"):
+        columns[title] = {}
+        for mask_loss in ("focal", "bce"):
+            model.config.mask_loss = mask_loss
+            torch.manual_seed(0)
+            norms = gradient_norms(model.train(), batches, text_embeds)
+            columns[title][f"mask, {mask_loss}"] = norms.pop("mask")
+        columns[title] |= norms
+    lines = [f"| weight x term | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for term in ("class", "mask, focal", "mask, bce", "dice", "rank"):
+        lines.append(f"| {term} | " + " | ".join(f"{column[term]:.2f}" for column in columns.values()) + " |")
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    if args.output is not None:
+        write_json(Path(args.output), {**vars(args), "recipe": RECIPE, "norms": columns})
+        write_text(Path(args.output).with_suffix(".md"), text)
+
+
+if __name__ == "__main__":
+    run(main)
