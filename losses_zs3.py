@@ -74,7 +74,8 @@ def label_points(label_map: Tensor, ids: Tensor, points: Tensor, *, ignored_pixe
 
     The sample of a one-hot mask is the summed weight of those of the four neighbours that have the target's id.
     Points within half a pixel of the border are clamped to it.
-    ids: (M,). ignored_pixels: "ignore": they have no weight; "negative": they belong to no mask (Mask2Former's).
+    ids: (M,), ascending.
+    ignored_pixels: "ignore": they have no weight; "negative": they belong to no mask (Mask2Former's).
     """
     height, width = label_map.shape
     pixel = (points + 1) / 2 * points.new_tensor([width, height]) - 0.5
@@ -89,7 +90,7 @@ def label_points(label_map: Tensor, ids: Tensor, points: Tensor, *, ignored_pixe
             y = (low[:, 1] + dy).long().clamp(0, height - 1)
             label = label_map[y, x]
             part = (fraction[:, 0] - (1 - dx)).abs() * (fraction[:, 1] - (1 - dy)).abs()
-            valid = part * (label >= 0)
+            valid = part * (label >= 0)  # an ignored neighbour adds nothing, wherever it is put
             inside.scatter_add_(0, torch.searchsorted(ids, label)[None], valid[None])
             weight += part if ignored_pixels == "negative" else valid
     return PointLabels(points, weight, inside[:-1])

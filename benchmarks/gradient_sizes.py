@@ -2,7 +2,8 @@
 
     python -m zs3.scenes --output runs/scenes
     accelerate launch train.py --config recipes/scenes_stage1.yaml --dataset runs/scenes --output_dir runs/stage1
-    python -m benchmarks.gradient_sizes --dataset runs/scenes --stage1 runs/stage1/final --output docs/results/gradient_sizes.json
+    python -m benchmarks.gradient_sizes --dataset runs/scenes --stage1 runs/stage1/final \
+        --output docs/results/gradient_sizes.json
 
 Each number is the L2 norm, over all trained parameters, of the gradient of weight x term (summed over the decoder
 outputs), the mean over batches. Weights and losses are stage 2's recipe; the mask term is given with both mask losses.

@@ -1,0 +1,80 @@
+"""The benchmarks at toy sizes: that they run, that they compare what they say, and what the criterion is equal to."""
+
+import json
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import save_checkpoint, tiny_model
+
+from benchmarks import criterion, gradient_sizes
+from zs3.scenes import write_dataset
+
+
+@pytest.fixture
+def call(monkeypatch):
+    def call(module, **flags: object) -> None:
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", *str(value).split())]
+        monkeypatch.setattr(sys, "argv", [module.__name__, *words])
+        module.main()
+
+    return call
+
+
+SMALL = {"images": 2, "queries": 12, "outputs": 3, "size": 64, "class_names": 9, "points": 100, "rounds": 1}
+
+
+def test_terms_equal_transformers_and_the_table_says_so(call, tmp_path, capsys):
+    call(criterion, **SMALL, classes="2 5", device="cpu", output=tmp_path / "criterion.json")
+    result = json.loads((tmp_path / "criterion.json").read_text())
+    assert [row["classes"] for row in result["results"]] == [2, 5]
+    for comparison in result["results"]:
+        assert comparison["largest_difference"] < 1e-5
+        for row in comparison["criteria"].values():
+            assert row["seconds"] > 0 and row["peak_mib"] > 0
+        assert comparison["criteria"][criterion.PEER]["times_faster"] == 1
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "criterion.md").read_text() and printed.count("| 5 |") == 4
+
+
+def test_a_criterion_that_differs_is_no_comparison(call, monkeypatch):
+    monkeypatch.setitem(criterion.SAME_LOSSES, "mask_loss", "focal")
+    with pytest.raises(ValueError, match="the two criteria differ"):
+        call(criterion, **SMALL, classes="2", device="cpu")
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    def step() -> None:
+        first = torch.zeros(2**18)  # 1 MiB
+        second = first + 1
+        del first
+        second * 2
+
+    assert criterion.peak_memory(step, torch.device("cpu")) == pytest.approx(2, abs=0.01)
+
+
+def test_gradient_norms_are_those_of_each_term_alone():
+    model = tiny_model(text=False, class_temperature=0.1, rank_weight=3.0)
+    batch = {"pixel_values": torch.randn(1, 3, 64, 64), "labels": torch.arange(64).expand(1, 64, 64) // 16}
+    text_embeds = F.normalize(torch.randn(5, 12), dim=-1)
+    torch.manual_seed(1)
+    norms = gradient_sizes.gradient_norms(model, [batch], text_embeds)
+    assert set(norms) == {"class", "mask", "dice", "rank"}
+    for name, weight in {"class": 2.0, "mask": 5.0, "dice": 5.0, "rank": 3.0}.items():
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(**batch, text_embeds=text_embeds).loss_terms[name].backward()
+        squares = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+        assert norms[name] == pytest.approx(weight * squares**0.5, rel=1e-3)
+
+
+def test_gradient_sizes_of_a_short_training(call, tmp_path, capsys):
+    write_dataset(tmp_path / "scenes", num_train=16, num_validation=1, seed=0)
+    save_checkpoint(tmp_path / "stage1")
+    flags = {"dataset": tmp_path / "scenes", "stage1": tmp_path / "stage1", "output_dir": tmp_path / "run"}
+    call(gradient_sizes, **flags, steps=1, batches=1, output=tmp_path / "sizes.json")
+    norms = json.loads((tmp_path / "sizes.json").read_text())["norms"]
+    assert list(norms) == ["random weights", "start of stage 2", "after 1 steps"]
+    assert all(value > 0 for column in norms.values() for value in column.values())
+    assert (tmp_path / "sizes.md").read_text().count("\n") == 7
