@@ -1,5 +1,7 @@
 """Every recipe is accepted, field by field, and makes the model it describes."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ from configuration_zs3 import Zs3Config
 from train import TrainArgs
 from zs3.command_line import read_arguments
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -26,3 +29,24 @@ def test_stage_two_says_every_loss_in_which_stage_one_differs_from_the_paper(rec
     _, before = read_arguments(TrainArgs, ["--config", str(first)], config_class=Zs3Config)
     _, after = read_arguments(TrainArgs, ["--config", str(recipe)], config_class=Zs3Config)
     assert losses & before.keys() <= after.keys()
+
+
+def test_the_rows_of_tables_5_and_6_are_flags():
+    text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (Table [56], .*?) \| `(.*?)` \|$", text, re.MULTILINE))
+    assert len(rows) == 7
+    read = {}
+    for row, flags in rows.items():
+        argv = ["--config", str(ROOT / "recipes/scenes_stage2.yaml"), *shlex.split(flags)]
+        args, overrides = read_arguments(TrainArgs, argv, config_class=Zs3Config)
+        config = Zs3Config(**overrides)
+        read[row] = (args.unseen_labels, config.class_loss, config.rank_weight, args.prompt_templates)
+    assert read == {
+        "Table 5, no unseen labels": ("none", "background_aware", 1.0, None),
+        "Table 5, pseudo labels": ("FILE", "background_aware", 1.0, None),
+        "Table 5, ground truth": ("ground_truth", "background_aware", 1.0, None),
+        "Table 6, CE with background": ("ground_truth", "cross_entropy", 0, ["{}"]),
+        "Table 6, + KL": ("ground_truth", "background_aware", 0, ["{}"]),
+        "Table 6, + ranking": ("ground_truth", "background_aware", 1.0, ["{}"]),
+        "Table 6, + prompts": ("ground_truth", "background_aware", 1.0, None),
+    }
