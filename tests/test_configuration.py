@@ -55,11 +55,16 @@ def test_defaults_are_the_papers():
         ("mask_loss", "dice"),
         ("matching", "paired"),
         ("rank_norm", "mean"),
+        ("ignored_pixels", "zero"),
+        ("match_points", "all"),
         ("class_projection", "MLP"),
         ("class_temperature", 0),  # out of range
         ("class_temperature", -0.01),
         ("matched_weight", 1.5),
         ("dice_weight", -1),
+        ("rank_scale", 0),
+        ("oversample_ratio", 0.5),
+        ("importance_sample_ratio", 1.5),
     ],
 )
 def test_a_mistake_is_refused_by_name(field, value):
