@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from tiny import tiny_config, tiny_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mask2former import modeling_mask2former as mask2former
 
 from configuration_zs3 import Zs3Config
@@ -219,15 +220,27 @@ def test_ranking_loss_is_equations_6_and_7_in_loops(batch, queries, classes, see
     close(loss, loop_ranking_loss(similarity, image_labels, norm), rtol=1e-9, atol=1e-9)
 
 
-def test_ranking_loss_holds_no_more_than_the_pairs_of_an_image():
+class Largest(TorchDispatchMode):
+    """The number of values in the largest tensor that any operation makes, those of the backward pass included."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.size = max(self.size, tensor.numel())
+        return result
+
+
+def test_ranking_loss_makes_no_more_than_the_pairs_of_an_image():
     """1,047 names: B x C x C values would be 8 x 1,096,209."""
-    similarity = random_similarity(8, 4, 1047).requires_grad_()
+    similarity = random_similarity(8, 1, 1047).requires_grad_()
     positive = torch.zeros(8, 1047, dtype=torch.bool)
     positive[:, :14] = True
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+    with Largest() as largest:
         ranking_loss(similarity, positive, ~positive).backward()
-    assert max(sizes) <= max(14 * 1033, similarity.numel()) and similarity.grad.isfinite().all()
+    assert largest.size == 14 * 1033 and similarity.grad.isfinite().all()
 
 
 def test_ranking_loss_of_equal_scores():
@@ -544,23 +557,6 @@ def test_labels_at_points_are_bilinear_samples_of_explicit_masks():
     assert torch.equal(negative.inside, truth.inside)
 
 
-def test_no_mask_is_ever_made():
-    """170 ids in a map of 256 x 256: what is made grows with ids x points, not with ids x pixels."""
-    labels = torch.arange(256 * 256).reshape(256, 256) % 170
-    sizes = []
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            sizes.append(result.numel() if isinstance(result, Tensor) else 0)
-            return result
-
-    (ids,) = mask_ids(labels[None])
-    with Watch():
-        label_points(labels, ids, 2 * torch.rand(50, 2) - 1)
-    assert 170 * 50 < max(sizes) < 256 * 256
-
-
 def test_a_half_ignored_point_has_half_the_weight():
     points = 2 * torch.tensor([[0.5, 0.5], [0.25, 0.5], [0.9, 0.5]]) - 1
     truth = label_points(torch.tensor([[4, -1], [4, -1]]), torch.tensor([4]), points)
@@ -636,7 +632,7 @@ def literal_terms(
             present = [c for c, value in enumerate(image_labels[image].tolist()) if value == 1]
             alone = [c for c in present if c not in ids]
             if config.matching == "hybrid":
-                columns = torch.cat([cost, -config.class_weight * scores[:, alone]], dim=1)
+                columns = torch.cat([cost - 1000, -config.class_weight * scores[:, alone]], dim=1)  # masks first
                 every_pair = list(zip(*linear_sum_assignment(columns), strict=True))
                 pairs = [(q, m) for q, m in every_pair if m < len(ids)]
                 for q, column in every_pair:
@@ -674,6 +670,7 @@ def literal_terms(
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**16),
+    queries=st.sampled_from([8, 2]),
     switches=st.fixed_dictionaries(
         {
             "class_loss": st.sampled_from(["background_aware", "cross_entropy"]),
@@ -685,14 +682,16 @@ def literal_terms(
             "matching": st.sampled_from(["unpaired", "joint", "hybrid"]),
             "match_points": st.sampled_from(["grid", "random"]),
             "importance_sample_ratio": st.sampled_from([0.0, 0.75, 1.0]),
+            "no_object_weight": st.sampled_from([0.1, 0.7]),
         }
     ),
 )
-def test_every_switch_is_what_loops_over_explicit_masks_give(seed, switches):
+def test_every_switch_is_what_loops_over_explicit_masks_give(seed, queries, switches):
     config = tiny_config(text=False, class_temperature=0.1, train_num_points=20, **switches)
     torch.manual_seed(seed)
-    mask_logits = [3 * torch.randn(2, 8, 6, 8) for _ in range(2)]
-    similarity, background = ([random_similarity(*shape) for _ in range(2)] for shape in ((2, 8, 7), (2, 8)))
+    mask_logits = [3 * torch.randn(2, queries, 6, 8) for _ in range(2)]
+    shapes = (2, queries, 7), (2, queries)
+    similarity, background = ([random_similarity(*shape) for _ in range(2)] for shape in shapes)
     labels = random_labels(2, ids=(-1, 0, 3, 5))
     image_labels = torch.randint(-1, 2, (2, 7))
     if config.matching != "unpaired":
@@ -717,6 +716,21 @@ def random_case(config: Zs3Config, ids=(-1, 0, 3, 5)) -> tuple[list[Tensor], lis
     mask_logits = [3 * torch.randn(2, 6, 8, 8) for _ in range(2)]
     similarity = [random_similarity(2, 6, 7) for _ in range(2)]
     return mask_logits, similarity, random_labels(2, (16, 16), ids), image_labels, config
+
+
+@pytest.mark.parametrize("kind", ["background_aware", "cross_entropy"])
+def test_gradients_of_the_whole_criterion_are_differences(kind):
+    mask_logits, similarity, labels, image_labels, config = random_case(
+        tiny_config(text=False, class_loss=kind, class_temperature=0.3, train_num_points=30)
+    )
+    inputs = [torch.randn(2, 6, 4, 4), random_similarity(2, 6, 7), random_similarity(2, 6)]
+    inputs = [tensor.double().requires_grad_() for tensor in inputs[: 3 if kind == "cross_entropy" else 2]]
+
+    def terms(logits: Tensor, cosine: Tensor, background: Tensor | None = None) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        return tuple(criterion([logits], [cosine], labels, image_labels, config, [background]).terms.values())
+
+    assert torch.autograd.gradcheck(terms, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("matching", ["unpaired", "joint", "hybrid"])
@@ -838,7 +852,21 @@ def test_same_label_rate_counts_queries_whose_label_is_their_masks():
     image_labels = torch.ones(1, 4, dtype=torch.int8)
     arguments = ([logits], [similarity], labels, image_labels)
     assert criterion(*arguments, tiny_config(text=False)).same_label_rate == 0.5
+    of_two = ([logits, logits], [similarity, similarity.flip(2)], labels, image_labels)  # the last output counts
+    assert criterion(*of_two, tiny_config(text=False)).same_label_rate == 0
     assert criterion(*arguments, tiny_config(text=False, matching="joint")).same_label_rate == 1
+
+
+def test_no_mask_is_ever_made():
+    """170 names in a map of 128 x 128: what is made grows with masks x points, never with masks x pixels."""
+    labels = torch.arange(128 * 128).reshape(1, 128, 128) % 170
+    mask_logits = [torch.randn(1, 4, 32, 32, requires_grad=True)]
+    config = tiny_config(text=False, train_num_points=50)
+    with Largest() as largest:
+        terms = criterion(mask_logits, [random_similarity(1, 4, 170)], labels, torch.ones(1, 170), config).terms
+        (terms["mask"] + terms["dice"]).backward()
+    assert largest.size == 171 * 32 * 32  # a row more than masks, on the mask grid
+    assert largest.size < 170 * 128 * 128
 
 
 def test_what_the_points_hold_is_not_kept_for_the_backward_pass():
@@ -862,6 +890,7 @@ def test_what_the_points_hold_is_not_kept_for_the_backward_pass():
 
 RANK_CASES = {
     "paper": {},
+    "one mask": {"rank_weight": 0.5},
     "baseline": {"class_loss": "cross_entropy", "matching": "joint", "mask_loss": "bce"},
     "hybrid": {"matching": "hybrid", "kl": "u_p"},
 }
@@ -873,13 +902,17 @@ def same_points_everywhere(batch: int, count: int, two: int, device: torch.devic
     return torch.empty(1, count, two).uniform_(generator=generator).expand(batch, -1, -1)
 
 
-def gradients(images: slice, switches: dict, parallel: bool) -> dict[str, Tensor]:
-    """Of the loss of some images: the first has three masks, the second one, the third and fourth none."""
-    model = tiny_model(**switches, text=False)
+def gradients(images: slice, case: str, parallel: bool) -> dict[str, Tensor]:
+    """Of the loss of some images: the first has three masks, the second one, the third and fourth none.
+
+    Case "one mask": the first has none either.
+    """
+    model = tiny_model(**RANK_CASES[case], text=False)
     trained = torch.nn.parallel.DistributedDataParallel(model) if parallel else model
     generator = torch.Generator().manual_seed(1)
     labels = torch.full((4, 64, 64), -1)
-    labels[0, :20], labels[0, 20:40], labels[0, 40:] = 0, 2, 4
+    if case != "one mask":
+        labels[0, :20], labels[0, 20:40], labels[0, 40:] = 0, 2, 4
     labels[1, :, 30:] = 4
     image_labels = torch.zeros(4, 6, dtype=torch.int8)
     image_labels[0, [0, 2, 4]], image_labels[1, [1, 4]], image_labels[2, 5], image_labels[3] = 1, 1, 1, -1
@@ -897,7 +930,7 @@ def gradients(images: slice, switches: dict, parallel: bool) -> dict[str, Tensor
 def rank_gradients(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     images = slice(0, 2) if rank == 0 else slice(2, 4)
-    results = {name: gradients(images, switches, parallel=True) for name, switches in RANK_CASES.items()}
+    results = {case: gradients(images, case, parallel=True) for case in RANK_CASES}
     if rank == 0:
         torch.save(results, f"{folder}/gradients")
     torch.distributed.barrier()
@@ -907,13 +940,13 @@ def rank_gradients(rank: int, folder: str) -> None:
 def test_two_processes_give_the_gradients_of_one_with_the_double_batch(tmp_path):
     torch.multiprocessing.spawn(rank_gradients, (str(tmp_path),), nprocs=2)
     of_two = torch.load(tmp_path / "gradients")
-    for name, switches in RANK_CASES.items():
-        of_one = gradients(slice(0, 4), switches, parallel=False)
-        assert of_one.keys() == of_two[name].keys()
+    for case, other in of_two.items():
+        of_one = gradients(slice(0, 4), case, parallel=False)
+        assert of_one.keys() == other.keys()
         largest = max(float(gradient.abs().max()) for gradient in of_one.values())
         for parameter, gradient in of_one.items():
             torch.testing.assert_close(
-                of_two[name][parameter],
+                other[parameter],
                 gradient,
                 rtol=1e-3,
                 atol=1e-5 * largest,
@@ -943,6 +976,34 @@ def test_class_and_ranking_losses_are_summed_in_float32_under_autocast():
             low = loss(similarity, background)
         assert low.dtype == torch.float32 and torch.isfinite(low)
         close(low, loss(similarity.float(), background.float()))
+
+
+@pytest.mark.parametrize("loss", [dice_loss, bce_loss, focal_loss])
+def test_mask_losses_of_low_precision_logits_are_float32(loss):
+    logits, targets = (3 * torch.randn(3, 500)).bfloat16(), torch.rand(3, 500).bfloat16()
+    low = loss(logits, targets, 3.0)
+    assert low.dtype == torch.float32
+    close(low, loss(logits.float(), targets.float(), 3.0))
+
+
+def test_class_probabilities_of_low_precision_logits_are_float32():
+    logits, background = torch.randn(2, 5, 30).bfloat16(), torch.randn(2, 5).bfloat16()
+    close(class_probabilities(logits), logits.float().softmax(-1))
+    close(class_probabilities(logits, background), class_probabilities(logits.float(), background.float()))
+    assert class_probabilities(logits).dtype == class_probabilities(logits, background).dtype == torch.float32
+
+
+def test_the_criterion_sums_low_precision_predictions_in_float32():
+    mask_logits, similarity, labels, image_labels, config = random_case(tiny_config(text=False))
+    low = [logits.bfloat16() for logits in mask_logits]
+    torch.manual_seed(1)
+    with autocast():
+        terms = criterion(low, similarity, labels, image_labels, config).terms
+    torch.manual_seed(1)
+    expected = criterion([logits.float() for logits in low], similarity, labels, image_labels, config).terms
+    for name, term in terms.items():
+        assert term.dtype == torch.float32
+        close(term, expected[name])
 
 
 def test_cosine_is_float32_under_autocast():

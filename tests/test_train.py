@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import save_checkpoint, tiny_model
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
-from modeling_zs3 import Zs3ForSemanticSegmentation
-from train import Progress, TrainArgs, main, make_scheduler, parameter_groups
+from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
+from train import Progress, StepMean, TrainArgs, main, make_scheduler, parameter_groups
 from zs3.command_line import InputError, run
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
@@ -399,3 +400,11 @@ def test_a_checkpoint_that_saw_unseen_masks_is_no_start(data, tmp_path, monkeypa
 
 def copy_of(data: Path, folder: Path) -> Path:
     return shutil.copytree(data, folder / "copy")
+
+
+def test_a_micro_batch_without_masks_leaves_the_rate_alone():
+    mean = StepMean(Accelerator(cpu=True))
+    for loss, rate in ((2.0, 0.5), (4.0, float("nan"))):
+        terms = {"class": torch.tensor(loss / 2)}
+        mean.add(Zs3Output(loss=torch.tensor(loss), loss_terms=terms, same_label_rate=torch.tensor(rate)))
+    assert mean.values() == {"loss": 3.0, "loss_class": 1.5, "same_label_rate": 0.5}
