@@ -4,14 +4,17 @@
 
 A step is the loss of all decoder outputs and its gradient with respect to them. Predictions are random but smooth
 masks, labels are Voronoi cells. transformers is given its binary masks ready-made; this project starts from the label
-map. Time is the median over rounds in which the criteria take turns; ratios are medians of each round's ratio. Memory
-is the peak of what a step allocates beyond its inputs and their gradients.
+map. Each number of classes has a process of its own, in which the criteria take turns: time is the median over rounds,
+a ratio the median of the rounds' ratios. Memory is the peak of what a step allocates beyond its inputs and their
+gradients.
 """
 
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
@@ -231,6 +234,12 @@ def compare(args: CriterionArgs, classes: int, device: torch.device) -> dict:
     return {"classes": classes, "largest_difference": difference, "criteria": rows}
 
 
+def in_fresh_process(function: Callable, *args: object):
+    """The memory that one comparison leaves to the C library changes the times of the next."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
 def table(results: list[dict]) -> str:
     """Markdown."""
     lines = [
@@ -252,7 +261,7 @@ def main() -> None:
     check_at_least(args, 32, "size")
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
     device = torch.device("cuda" if cuda else "cpu")
-    results = [compare(args, classes, device) for classes in args.classes]
+    results = [in_fresh_process(compare, args, classes, device) for classes in args.classes]
     machine = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name()
     text = f"Batch of {args.images}, {args.queries} queries, {args.outputs} decoder outputs, labels {args.size} x "
     text += f"{args.size}, {args.points} points, torch {torch.__version__}, {machine}.\n\n{table(results)}"

@@ -683,6 +683,7 @@ def literal_terms(
             "match_points": st.sampled_from(["grid", "random"]),
             "importance_sample_ratio": st.sampled_from([0.0, 0.75, 1.0]),
             "no_object_weight": st.sampled_from([0.1, 0.7]),
+            "matched_weight": st.sampled_from([0.6, 0.9]),
         }
     ),
 )
