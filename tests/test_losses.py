@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from tiny import tiny_config, tiny_model
@@ -653,6 +653,8 @@ def literal_terms(
                 truth = sample(label_map == ids[m], points[image]) / valid.clamp(min=1e-9)
                 sampled = sample(logits[image, q], points[image])
                 certainty = sampled[:num_candidates].abs().masked_fill(valid[:num_candidates] == 0, torch.inf)
+                nearly = certainty.sort().values[num_uncertain - 1 : num_uncertain + 1]  # the last that is in, the next
+                assume(num_uncertain in (0, num_candidates) or not nearly[1] - nearly[0] < 1e-5)  # either would do
                 places = [*certainty.argsort()[:num_uncertain].tolist(), *range(num_candidates, len(valid))]
                 losses = loop_mask_losses(sampled[None, places], truth[None, places], valid[None, places], num_masks)
                 terms["mask"] += losses[config.mask_loss]
