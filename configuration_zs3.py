@@ -4,6 +4,7 @@ Every number of the paper (arXiv 2301.07336) that the code uses is a field here,
 value as its default. What belongs to one run (learning rate, data, steps) belongs to that run's recipe.
 """
 
+import math
 from difflib import get_close_matches
 from typing import Literal
 
@@ -56,7 +57,8 @@ class Zs3Config(Mask2FormerConfig):
         matched_weight: lambda of Eq. 5; unmatched queries get 1 - lambda.
         kl: "p_u" is KL(p || U) as printed in Eq. 5, "u_p" is KL(U || p).
         no_object_weight: weight of unmatched queries in the cross-entropy with background (Mask2Former's).
-        class_weight, mask_weight, dice_weight, rank_weight: alpha, beta (both mask terms), gamma of Eq. 8.
+        class_weight, mask_weight, dice_weight, rank_weight: alpha, beta (both mask terms), gamma of Eq. 8. The first
+            three weigh the costs of matching too, as in Mask2Former.
         rank_scale: multiplies the cosines of Eq. 6; 1 as printed.
         rank_norm: "positives" divides Eq. 6 by |P| as printed, "pairs" by |P||N|.
         mask_loss: "focal" (section 3.2) or "bce" (Mask2Former's own), with dice.
@@ -65,8 +67,8 @@ class Zs3Config(Mask2FormerConfig):
         matching: "unpaired" (two assignments, sections 3.1-3.2); "joint" (Mask2Former's: a label goes with its mask;
             present labels without a mask then take left-over queries); or "hybrid" (the same in one assignment, where
             those labels compete by similarity).
-        match_points: masks are matched on the whole mask grid, "grid", or on train_num_points "random" points
-            (Mask2Former's own).
+        match_points: masks are matched on the whole mask grid, "grid", where a mask pixel looks at the middle of the
+            4 x 4 pixels it covers; or on train_num_points "random" points (Mask2Former's own).
         train_num_points, oversample_ratio, importance_sample_ratio: points of the mask losses (Mask2Former's).
         use_auxiliary_loss: losses at every decoder output (deep supervision), or at the last one only.
 
@@ -133,6 +135,9 @@ class Zs3Config(Mask2FormerConfig):
 
     def validate_losses(self):
         """Ranges that the losses rely on (called by `strict`)."""
+        for name in ("class_temperature", "matched_weight", "rank_scale", "rank_weight", "class_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         if self.class_temperature <= 0:
             raise ValueError(f"class_temperature must be positive, got {self.class_temperature}")
         if not 0 <= self.matched_weight <= 1:

@@ -6,8 +6,8 @@ Equation numbers are those of arXiv 2301.07336. Readings where the paper is sile
 Everything above `zs3_losses` takes tensors and numbers, no config. Sums are made in float32 or better, under
 autocast too.
 
-What makes it cheap: targets stay id maps and are looked up at points, no mask is ever made; points are shared by all
-masks of an image and all decoder outputs; all matching costs of a step go to the CPU in one copy.
+What makes it cheap: targets stay id maps and are looked up at points, no mask of full size is ever made; points are
+shared by all masks of an image and all decoder outputs; all matching costs of a step go to the CPU in one copy.
 """
 
 import math
@@ -168,7 +168,7 @@ def pairwise_dice(logits: Tensor, inside: Tensor, weight: Tensor) -> Tensor:
 def mask_cost(logits: Tensor, truth: PointLabels, mask_weight: float, dice_weight: float) -> Tensor:
     """mask_weight * BCE + dice_weight * dice of every pair (section 3.2): logits (Q, P) at `truth.points` -> (Q, M)."""
     with torch.autocast(logits.device.type, enabled=False):
-        logits, (_, weight, inside) = logits.float(), truth
+        logits, weight, inside = _full(logits), truth.weight, truth.inside
         return mask_weight * pairwise_bce(logits, inside, weight) + dice_weight * pairwise_dice(logits, inside, weight)
 
 
@@ -456,7 +456,7 @@ def zs3_losses(
     num_points = config.train_num_points
     num_uniform = num_points - int(config.importance_sample_ratio * num_points)
     points = random_points(len(matched), int(config.oversample_ratio * num_points) + num_uniform, matched.device)
-    truths = label_batch(targets, points, config.ignored_pixels)
+    truths = label_batch(targets, points.to(_full(mask_logits[0]).dtype), config.ignored_pixels)
     positive, negative = targets.image_labels == 1, targets.image_labels == 0
     terms = {"class": [], "mask": [], "dice": [], "rank": []}
     for logits, cosine, background, matches, target in zip(
@@ -503,14 +503,15 @@ def match_outputs(
         points = grid_points(height, width, device).expand(batch, -1, -1)
     else:
         points = random_points(batch, config.train_num_points, device)
-    truths = label_batch(targets, points, config.ignored_pixels)
+    truths = label_batch(targets, points.to(_full(mask_logits[0]).dtype), config.ignored_pixels)
     ids, present = targets.ids, present_labels(targets.image_labels)
     ids_there, present_there = ([row.to(device) for row in rows] for rows in (ids, present))
 
     costs = []
     for logits, cosine, background in zip(mask_logits, similarity, background_similarity, strict=True):
-        background = None if background is None else background / config.class_temperature
-        probs = class_probabilities(cosine / config.class_temperature, background)
+        if config.matching != "unpaired":
+            background = None if background is None else background / config.class_temperature
+            probs = class_probabilities(cosine / config.class_temperature, background)
         for image, truth in enumerate(truths):
             at_points = logits[image].flatten(1) if on_grid else sample_logits(logits[image], truth.points)
             cost = mask_cost(at_points, truth, config.mask_weight, config.dice_weight)

@@ -279,7 +279,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 **self._classify(class_embeds, text_embeds),
             )
 
-        targets = self._targets(labels.long(), image_labels, is_seen, len(text_embeds))  # before: it waits for a GPU
+        targets = self._targets(labels.long(), image_labels, is_seen, len(text_embeds))
         mask_logits, class_embeds = self._proposals(pixel_values)
         losses = self._losses(mask_logits, class_embeds, text_embeds, targets)
         weights = {
@@ -301,10 +301,13 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     def _targets(
         self, labels: Tensor, image_labels: Tensor | None, is_seen: Tensor | None, num_classes: int
     ) -> Targets:
+        """What the losses compare with; reads the ids of `labels` on the CPU, for which a GPU has to wait."""
         ids = mask_ids(labels)
         largest = max((int(values[-1]) for values in ids if len(values)), default=-1)
         if largest >= num_classes and (self.config.matching != "unpaired" or image_labels is None):
-            mend = "pass image_labels" if image_labels is None else f"matching {self.config.matching!r} needs one each"
+            mend = f"with matching {self.config.matching!r} ids index the class axis"
+            if self.config.matching == "unpaired":
+                mend = "pass image_labels"
             raise ValueError(f"labels hold id {largest}, but there are {num_classes} classes: {mend}")
         if image_labels is None:
             image_labels = default_image_labels(ids, num_classes, is_seen)

@@ -302,8 +302,7 @@ class StepMean:
     def values(self) -> dict[str, float]:
         """All processes must ask together."""
         parts = self.accelerator.gather(torch.stack(self.micro_batches))  # (processes x micro-batches, values)
-        mean = parts.mean(0)
-        mean[-1] = parts[:, -1].nanmean()  # a micro-batch without masks has no rate
+        mean = parts.nanmean(0)  # a micro-batch without masks has no same_label_rate; a NaN loss has stopped the run
         return dict(zip(self.names, mean.tolist(), strict=True))
 
 

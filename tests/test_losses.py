@@ -686,6 +686,10 @@ def literal_terms(
             "importance_sample_ratio": st.sampled_from([0.0, 0.75, 1.0]),
             "no_object_weight": st.sampled_from([0.1, 0.7]),
             "matched_weight": st.sampled_from([0.6, 0.9]),
+            "class_weight": st.sampled_from([2.0, 9.0]),
+            "mask_weight": st.sampled_from([5.0, 1.0]),
+            "dice_weight": st.sampled_from([5.0, 20.0]),
+            "oversample_ratio": st.sampled_from([3.0, 1.0]),
         }
     ),
 )
@@ -708,7 +712,8 @@ def test_every_switch_is_what_loops_over_explicit_masks_give(seed, queries, swit
     match_points = grid_points(6, 8, labels.device).expand(2, -1, -1)
     if config.match_points == "random":
         match_points = 2 * torch.rand(2, 20, 2) - 1
-    points = 2 * torch.rand(2, 60 + 20 - int(20 * config.importance_sample_ratio), 2) - 1
+    count = int(20 * config.oversample_ratio) + 20 - int(20 * config.importance_sample_ratio)
+    points = 2 * torch.rand(2, count, 2) - 1
     expected = literal_terms(mask_logits, similarity, background, labels, image_labels, config, match_points, points)
     for name, value in expected.items():
         close(losses.terms[name], value, rtol=1e-4, atol=1e-5)
@@ -721,8 +726,10 @@ def random_case(config: Zs3Config, ids=(-1, 0, 3, 5)) -> tuple[list[Tensor], lis
     return mask_logits, similarity, random_labels(2, (16, 16), ids), image_labels, config
 
 
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", ["background_aware", "cross_entropy"])
-def test_gradients_of_the_whole_criterion_are_differences(kind):
+def test_gradients_of_the_whole_criterion_are_differences(kind, seed):
+    torch.manual_seed(seed)
     mask_logits, similarity, labels, image_labels, config = random_case(
         tiny_config(text=False, class_loss=kind, class_temperature=0.3, train_num_points=30)
     )

@@ -329,13 +329,14 @@ def test_forward_uses_the_default_image_labels():
 def test_ids_that_name_no_class_are_refused_where_they_must(matching):
     model = tiny_model(text=False, matching=matching)
     batch = {"text_embeds": unit(4, 12), "labels": torch.full((1, 64, 32), 7)}
-    with pytest.raises(ValueError, match="id 7, but there are 4 classes: pass image_labels"):
+    mend = "pass image_labels" if matching == "unpaired" else f"with matching '{matching}' ids index the class axis"
+    with pytest.raises(ValueError, match=f"id 7, but there are 4 classes: {mend}"):
         model(torch.randn(1, 3, 64, 32), **batch)
     batch["image_labels"] = torch.ones(1, 4, dtype=torch.int8)
     if matching == "unpaired":  # class-agnostic masks: any id will do
         assert torch.isfinite(model(torch.randn(1, 3, 64, 32), **batch).loss)
     else:
-        with pytest.raises(ValueError, match=f"id 7, but there are 4 classes: matching '{matching}'"):
+        with pytest.raises(ValueError, match=mend):
             model(torch.randn(1, 3, 64, 32), **batch)
 
 
