@@ -456,7 +456,8 @@ def zs3_losses(
     num_points = config.train_num_points
     num_uniform = num_points - int(config.importance_sample_ratio * num_points)
     points = random_points(len(matched), int(config.oversample_ratio * num_points) + num_uniform, matched.device)
-    truths = label_batch(targets, points.to(_full(mask_logits[0]).dtype), config.ignored_pixels)
+    dtype = torch.promote_types(mask_logits[0].dtype, torch.float32)
+    truths = label_batch(targets, points.to(dtype), config.ignored_pixels)
     positive, negative = targets.image_labels == 1, targets.image_labels == 0
     terms = {"class": [], "mask": [], "dice": [], "rank": []}
     for logits, cosine, background, matches, target in zip(
@@ -503,7 +504,8 @@ def match_outputs(
         points = grid_points(height, width, device).expand(batch, -1, -1)
     else:
         points = random_points(batch, config.train_num_points, device)
-    truths = label_batch(targets, points.to(_full(mask_logits[0]).dtype), config.ignored_pixels)
+    dtype = torch.promote_types(mask_logits[0].dtype, torch.float32)
+    truths = label_batch(targets, points.to(dtype), config.ignored_pixels)
     ids, present = targets.ids, present_labels(targets.image_labels)
     ids_there, present_there = ([row.to(device) for row in rows] for rows in (ids, present))
 

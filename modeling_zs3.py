@@ -305,9 +305,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         ids = mask_ids(labels)
         largest = max((int(values[-1]) for values in ids if len(values)), default=-1)
         if largest >= num_classes and (self.config.matching != "unpaired" or image_labels is None):
-            mend = f"with matching {self.config.matching!r} ids index the class axis"
-            if self.config.matching == "unpaired":
-                mend = "pass image_labels"
+            joined = f"with matching {self.config.matching!r} ids index the class axis"
+            mend = "pass image_labels" if self.config.matching == "unpaired" else joined
             raise ValueError(f"labels hold id {largest}, but there are {num_classes} classes: {mend}")
         if image_labels is None:
             image_labels = default_image_labels(ids, num_classes, is_seen)
