@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_wall import HUB_HALF
 from tiny import CLASS_NAMES, byte_tokenizer, save_checkpoint
 
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 
 LABELS = [["blue square", "azure box"], {"name": "meadow", "synonyms": ["grass"], "templates": ["a {}."]}, "sky"]
 TEMPLATES = ["one {} only", "über {}"]  # not the default
-CODE = ["configuration_zs3.py", "losses_zs3.py", "modeling_zs3.py", "pipeline_zs3.py", "processing_zs3.py"]
+CODE = [f"{name}.py" for name in HUB_HALF]
 ROOT = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DOORS = ("AutoModel", "AutoModelForSemanticSegmentation", "AutoModelForUniversalSegmentation")

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HUB_HALF = ("configuration_zs3", "losses_zs3", "modeling_zs3", "processing_zs3", "pipeline_zs3")
+HUB_HALF = (
+    "configuration_zs3",
+    "label_maps_zs3",
+    "losses_zs3",
+    "modeling_zs3",
+    "pipeline_zs3",
+    "processing_zs3",
+)
 ALLOWED = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", *sys.stdlib_module_names}
 OPTIONAL = {"scipy"}
 
