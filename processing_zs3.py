@@ -173,22 +173,34 @@ def resize_nearest(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 class Label(NamedTuple):
-    """One entry of a label list: its name, and the prompts whose mean text vector stands for it."""
+    """One entry of a label list: its name, the words that stand for it (the name first), and their templates."""
 
     name: str
-    prompts: tuple[str, ...]
+    words: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts whose mean vector stands for the label, word by word."""
+        return tuple(template.replace("{}", word) for word in self.words for template in self.templates)
+
+    def synonyms(self) -> list["Label"]:
+        """A label for each word."""
+        return [Label(word, (word,), self.templates) for word in self.words]
 
 
-def read_labels(class_names: Sequence[ClassName], templates: Sequence[str] = PROMPT_TEMPLATES) -> list[Label]:
+def read_labels(
+    class_names: Sequence[ClassName], templates: Sequence[str] = PROMPT_TEMPLATES, allow_repeats: bool = False
+) -> list[Label]:
     """A label list as users write it: a name, a list of synonyms (the first is the name), or a dict with `name`,
-    and optionally `synonyms` and `templates`."""
+    and optionally `synonyms` and `templates`. A name that repeats raises, unless allow_repeats."""
     if isinstance(class_names, str) or not isinstance(class_names, Sequence):
         raise ValueError(f"class names must be a list, got {class_names!r}")
     if not class_names:
         raise ValueError("the list of class names is empty")
     labels = [_read_label(entry, templates) for entry in class_names]
     names = [label.name for label in labels]
-    if len(set(names)) != len(names):
+    if len(set(names)) != len(names) and not allow_repeats:
         raise ValueError(f"class names repeat: {sorted({name for name in names if names.count(name) > 1})}")
     return labels
 
@@ -207,7 +219,7 @@ def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
     wrong = [template for template in templates if "{}" not in template]
     if wrong:
         raise ValueError(f"a prompt template needs '{{}}' where the name goes, got {wrong[0]!r}")
-    return Label(words[0], tuple(template.replace("{}", word) for word in words for template in templates))
+    return Label(words[0], tuple(words), tuple(templates))
 
 
 def _as_list(value: str | Sequence[str]) -> list[str]:
@@ -244,10 +256,10 @@ class Zs3Processor(ProcessorMixin):
 
     def tokenize(self, labels: Sequence[Label]) -> dict[str, Tensor]:
         """input_ids and attention_mask, both (C, T, L) int64, padded no further than the longest prompt."""
-        most = max(len(label.prompts) for label in labels)
+        counts = torch.tensor([len(label.words) * len(label.templates) for label in labels])
         prompts = [prompt for label in labels for prompt in label.prompts]
         tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
-        exists = torch.tensor([[t < len(label.prompts) for t in range(most)] for label in labels])
+        exists = torch.arange(int(counts.max())) < counts[:, None]  # (C, T)
         shape = (*exists.shape, tokens["input_ids"].shape[1])
         features = {}
         for name in ("input_ids", "attention_mask"):

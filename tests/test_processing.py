@@ -173,6 +173,23 @@ def test_a_label_is_a_name_or_synonyms_or_a_dict():
         ["a grass.", "one grass", "a lawn.", "one lawn"],
         ["deep sea", "deep ocean"],
     ]
+    assert [label.words for label in labels[1:3]] == [("dog", "puppy"), ("road, route",)]
+    assert [label.templates for label in labels[1:3]] == [("a {}.", "one {}"), ("the {}",)]
+
+
+def test_a_labels_synonyms_are_labels_of_one_word():
+    (label,) = read_labels([["dog", "puppy"]], templates=["a {}.", "one {}"])
+    synonyms = label.synonyms()
+    assert [synonym.name for synonym in synonyms] == ["dog", "puppy"]
+    assert [synonym.prompts for synonym in synonyms] == [("a dog.", "one dog"), ("a puppy.", "one puppy")]
+    assert synonyms[0].synonyms() == synonyms[:1]
+
+
+def test_repeated_names_are_read_where_they_are_asked_for():
+    labels = read_labels(["sky", "sky ", ["sea", "sky"]], ["{}"], allow_repeats=True)
+    assert [label.words for label in labels] == [("sky",), ("sky",), ("sea", "sky")]
+    with pytest.raises(ValueError, match="must be a name"):
+        read_labels(["sky", 3], allow_repeats=True)
 
 
 @pytest.mark.parametrize(
