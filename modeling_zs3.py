@@ -241,13 +241,15 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         if not exists.any(-1).all():
             raise ValueError("a class has no prompt: its attention_mask is zero everywhere")
         ids, mask = input_ids[exists], attention_mask[exists]  # (all prompts, L)
+        lengths = (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1)
+        prompts = ids.new_zeros(len(ids), self.config.projection_dim, dtype=torch.float32)
         with torch.autocast(ids.device.type, enabled=False):  # once for a label list: exact rather than fast
-            prompts = [
-                self.text_model(input_ids=chunk, attention_mask=chunk_mask).text_embeds.float()
-                for chunk, chunk_mask in zip(ids.split(TEXT_CHUNK), mask.split(TEXT_CHUNK), strict=True)
-            ]
-        embeds = ids.new_zeros(*exists.shape, self.config.projection_dim, dtype=torch.float32)
-        embeds[exists] = F.normalize(torch.cat(prompts), dim=-1)  # (C, T, D)
+            for rows in lengths.argsort(stable=True).split(TEXT_CHUNK):  # alike in length, so hardly any padding
+                longest = int(lengths[rows[-1]])
+                text = self.text_model(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
+                prompts[rows] = text.text_embeds.float()
+        embeds = prompts.new_zeros(*exists.shape, prompts.shape[-1])
+        embeds[exists] = F.normalize(prompts, dim=-1)  # (C, T, D)
         return F.normalize(embeds.sum(1), dim=-1)
 
     def forward(
