@@ -21,7 +21,15 @@ def forget_the_project() -> None:
     ours = [place for place in sys.path if "__editable__" in place or (Path(place) / "modeling_zs3.py").exists()]
     sys.path[:] = [place for place in sys.path if place not in ours]
     sys.path_importer_cache.clear()
-    for name in ("configuration_zs3", "label_maps_zs3", "losses_zs3", "modeling_zs3", "processing_zs3", "zs3"):
+    for name in (
+        "configuration_zs3",
+        "label_maps_zs3",
+        "losses_zs3",
+        "modeling_zs3",
+        "processing_zs3",
+        "text_zs3",
+        "zs3",
+    ):
         assert name not in sys.modules and importlib.util.find_spec(name) is None, f"{name} can be found"
 
 

@@ -15,8 +15,9 @@ HUB_HALF = (
     "modeling_zs3",
     "pipeline_zs3",
     "processing_zs3",
+    "text_zs3",
 )
-ALLOWED = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+ALLOWED = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
 OPTIONAL = {"scipy"}
 
 
