@@ -10,6 +10,7 @@ What turns proposals into label maps (Eq. 4, section 4.6) is in label_maps_zs3, 
 Axes: B image, Q query, C class name, D embedding, T template, L token, H W input size, h w mask size (H/4, W/4).
 """
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     CLIPModel,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
     Mask2FormerModel,
     Mask2FormerPreTrainedModel,
     PreTrainedModel,
+    ProcessorMixin,
 )
 from transformers import initialization as init
 from transformers.dynamic_module_utils import custom_object_save
@@ -188,36 +191,97 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                     _load_into(tower, whole)
         return model
 
-    def set_vocabulary(self, class_names: Sequence[str], text_embeds: Tensor) -> None:
+    def set_vocabulary(
+        self,
+        class_names: Sequence[str | Sequence[str] | dict],
+        text_embeds: Tensor | None = None,
+        *,
+        processor: ProcessorMixin | None = None,
+    ) -> None:
         """Store a default label list in the checkpoint, used when `forward` gets no text.
 
-        text_embeds: (C, D), one row a name; normalised here.
+        class_names: entries as `read_labels` takes them; their names are stored.
+        text_embeds: (C, D), one row a name; normalised here. None: the text tower embeds the names' prompts.
+        processor: the Zs3Processor that does so; None: the one beside the checkpoint that this model was loaded from.
         """
-        class_names = list(class_names)
-        if len(set(class_names)) != len(class_names):
-            repeated = sorted({name for name in class_names if class_names.count(name) > 1})
-            raise ValueError(f"class names repeat: {repeated}")
-        expected = (len(class_names), self.config.projection_dim)
+        try:
+            from .processing_zs3 import read_labels
+        except ImportError:
+            if __package__:
+                raise
+            from processing_zs3 import read_labels
+        names = [label.name for label in read_labels(class_names)]
+        if text_embeds is None:
+            text_embeds = self._embed_names(class_names, processor)
+        expected = (len(names), self.config.projection_dim)
         if tuple(text_embeds.shape) != expected:
             raise ValueError(f"text_embeds must have shape {expected}, got {tuple(text_embeds.shape)}")
-        self.config.class_names = class_names
-        self.config.id2label = dict(enumerate(class_names))
-        self.config.label2id = {name: index for index, name in enumerate(class_names)}
+        self.config.class_names = names
+        self.config.id2label = dict(enumerate(names))
+        self.config.label2id = {name: index for index, name in enumerate(names)}
         self.vocabulary = F.normalize(text_embeds.detach().float(), dim=-1).to(self.device)
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Save weights, config and the code that loads them, the pipeline's included."""
+    def _embed_names(
+        self, class_names: Sequence[str | Sequence[str] | dict], processor: ProcessorMixin | None
+    ) -> Tensor:
+        """(C, D), of the names' prompts."""
+        if self.text_model is None:
+            raise ValueError("this checkpoint has no text tower to embed class names with: pass text_embeds")
+        if processor is None:
+            processor = self._saved_processor()
+        if not hasattr(processor, "prompt_templates"):
+            kind = type(processor).__name__
+            raise ValueError(f"a Zs3Processor turns class names into prompts, not a {kind}: pass processor=")
+        return self.encode_text(**processor(class_names=class_names))
+
+    def _saved_processor(self) -> ProcessorMixin:
+        """The processor beside the checkpoint that this model was loaded from.
+
+        Its code may run where this class came with that checkpoint, which the user has trusted by then.
+        """
+        source = self.config.name_or_path
+        if not source:
+            raise ValueError("this model comes from no checkpoint that a processor lies beside: pass processor=")
+        trusted = type(self).__module__.startswith("transformers_modules.")
+        revision = getattr(self.config, "_commit_hash", None) or "main"
+        try:
+            return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trusted)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the processor of {source} cannot be loaded here: pass processor=") from error
+
+    def without_towers(self, *towers: str) -> "Zs3ForSemanticSegmentation":
+        """This model without its "text_model" or "vision_model": another object, the same weights."""
+        part = copy.copy(self)
+        part._modules = {**self._modules, **dict.fromkeys(towers)}
+        part.config = copy.deepcopy(self.config)
+        for tower in towers:
+            setattr(part.config, tower.replace("_model", "_config"), None)
+        return part
+
+    def save_pretrained(self, save_directory: str, *, drop_text_tower: bool = False, **kwargs) -> None:
+        """Save weights, config and the code that loads them, the pipeline's included.
+
+        drop_text_tower: leave the text tower out of what is saved, which then knows the stored vocabulary only.
+        """
         try:
             from .pipeline_zs3 import Zs3Pipeline
         except ImportError:
             if __package__:
                 raise
             from pipeline_zs3 import Zs3Pipeline
-        self.config.auto_map = dict(AUTO_MAP)
-        self.config.custom_pipelines = dict(CUSTOM_PIPELINES)
+        model = self
+        if drop_text_tower:
+            if self.vocabulary is None:
+                raise ValueError("without a text tower a checkpoint needs label vectors: call set_vocabulary first")
+            model = self.without_towers("text_model")
+            if kwargs.get("state_dict") is not None:
+                weights = kwargs["state_dict"].items()
+                kwargs["state_dict"] = {k: v for k, v in weights if not k.startswith("text_model.")}
+        model.config.auto_map = dict(AUTO_MAP)
+        model.config.custom_pipelines = dict(CUSTOM_PIPELINES)
         os.makedirs(save_directory, exist_ok=True)
-        custom_object_save(Zs3Pipeline, save_directory)  # before super(), which may upload the folder
-        super().save_pretrained(save_directory, **kwargs)
+        custom_object_save(Zs3Pipeline, save_directory)  # before the weights, with which the folder may be uploaded
+        Zs3PreTrainedModel.save_pretrained(model, save_directory, **kwargs)
 
     # ------------------------------------------------------------------------------------------- running
 

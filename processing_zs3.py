@@ -23,11 +23,11 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 try:
-    from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, semantic_map
+    from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, class_probabilities, semantic_map
 except ImportError:
     if __package__:
         raise
-    from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, semantic_map
+    from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, class_probabilities, semantic_map
 
 # The 14 templates of Gu et al. 2022 (ViLD), as the paper's ancestors use them.
 PROMPT_TEMPLATES = (
@@ -148,7 +148,8 @@ class Zs3ImageProcessor(PilBackend):
         if len(target_sizes) != len(outputs.mask_logits):
             raise ValueError(f"{len(outputs.mask_logits)} images, but {len(target_sizes)} target sizes")
         return semantic_map(
-            outputs.class_probs,
+            # Not outputs.class_probs: transformers' own pipeline hands over a copy without properties.
+            class_probabilities(outputs.class_logits, outputs.get("background_logits")),
             outputs.mask_logits,
             padded_size(outputs.mask_logits),
             valid_sizes=outputs.valid_sizes,
