@@ -23,6 +23,7 @@ def forget_the_project() -> None:
     sys.path_importer_cache.clear()
     for name in (
         "configuration_zs3",
+        "drawing_zs3",
         "label_maps_zs3",
         "losses_zs3",
         "modeling_zs3",

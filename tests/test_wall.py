@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HUB_HALF = (
     "configuration_zs3",
+    "drawing_zs3",
     "label_maps_zs3",
     "losses_zs3",
     "modeling_zs3",

@@ -1,34 +1,31 @@
 """Pictures of label maps: panels side by side, with a legend of the classes that occur."""
 
-import colorsys
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-IGNORED_COLOUR = (90, 90, 90)
-BACKGROUND, INK = (255, 255, 255), (20, 20, 20)
-PANEL_HEIGHT = 320  # pixels, at least; larger images keep their size
-MARGIN, LINE = 8, 22
+from drawing_zs3 import (
+    BACKGROUND,
+    INK,
+    LONGER_SIDE,
+    PREFERRED,
+    Entry,
+    colours_of,
+    enlarged,
+    enlargement,
+    fitted,
+    font_for,
+    legend,
+    line_height,
+    outline,
+    paint,
+)
 
-
-def class_colours(num_classes: int) -> np.ndarray:
-    """(C, 3) uint8: colours of all classes, neighbours far apart (golden angle in hue, three brightnesses)."""
-    colours = [
-        colorsys.hsv_to_rgb(index * 0.618034 % 1, (0.85, 0.55, 0.95)[index % 3], (0.95, 0.85, 0.6)[index // 2 % 3])
-        for index in range(num_classes)
-    ]
-    return (np.array(colours).reshape(-1, 3) * 255).astype(np.uint8)
-
-
-def colourise(label_map: np.ndarray, num_classes: int) -> Image.Image:
-    """(H, W) indices, anything outside 0 to C - 1 grey."""
-    colours = np.vstack([class_colours(num_classes), np.array([IGNORED_COLOUR], dtype=np.uint8)])
-    inside = (label_map >= 0) & (label_map < num_classes)
-    return Image.fromarray(colours[np.where(inside, label_map, num_classes)])
+MARGIN = 8
 
 
 def draw_comparison(
@@ -36,39 +33,39 @@ def draw_comparison(
 ) -> None:
     """Write a PNG of panels side by side, each under its title.
 
-    panels: an RGB image, or a label map (H, W) of indices into class_names (grey where outside).
+    panels: an RGB image, or a label map (H, W) of indices into class_names (grey stripes where outside).
     The legend lists the classes that occur in any of the maps.
     """
-    images, present = [], set()
-    for panel in panels.values():
-        if not isinstance(panel, Image.Image):
-            label_map = np.asarray(panel)
-            present.update(np.unique(label_map).tolist())
-            panel = colourise(label_map, len(class_names))
-        scale = max(1, round(PANEL_HEIGHT / panel.height))
-        images.append(panel.resize((panel.width * scale, panel.height * scale), Image.Resampling.NEAREST))
+    panels = {name: panel if isinstance(panel, Image.Image) else np.asarray(panel) for name, panel in panels.items()}
+    occurring = {index for panel in panels.values() if isinstance(panel, np.ndarray) for index in np.unique(panel)}
+    present = [index for index in range(len(class_names)) if index in occurring]
+    # A class of a short list has one colour in all pictures; a long list would run out of colours that differ clearly.
+    coloured = range(len(class_names)) if len(class_names) <= PREFERRED else present
+    colours = np.zeros((len(class_names), 3), dtype=np.uint8)
+    colours[list(coloured)] = colours_of([class_names[index] for index in coloured])
 
-    legend = [(class_names[index], index) for index in sorted(present) if 0 <= index < len(class_names)]
-    column = 180
-    width = sum(image.width for image in images) + MARGIN * (len(images) + 1)
-    per_row = max(1, (width - MARGIN) // column)
-    height = max(image.height for image in images) + LINE * (2 + -(-len(legend) // per_row)) + 2 * MARGIN
-    canvas = Image.new("RGB", (width, height), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=14)
+    images = [_panel(panel, colours) for panel in panels.values()]
+    width = max(LONGER_SIDE, sum(image.width for image in images) + MARGIN * (len(images) + 1))
+    below = legend([Entry(class_names[index], colours[index]) for index in present], width)
+    font = font_for(width)
+    top = line_height(font) + MARGIN
+    bottom = top + max(image.height for image in images)
+    canvas = Image.new("RGB", (width, bottom + below.height), BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
     x = MARGIN
     for title, image in zip(panels, images, strict=True):
-        draw.text((x, MARGIN), title, fill=INK, font=font)
-        canvas.paste(image, (x, MARGIN + LINE))
+        pen.text((x, top // 2), fitted(title, font, image.width), fill=INK, font=font, anchor="lm")
+        canvas.paste(image, (x, top))
         x += image.width + MARGIN
-    top = max(image.height for image in images) + LINE + 2 * MARGIN
-    colours = class_colours(len(class_names))
-    for place, (name, index) in enumerate(legend):
-        x, y = MARGIN + column * (place % per_row), top + LINE * (place // per_row)
-        draw.rectangle((x, y + 2, x + 14, y + 16), fill=tuple(colours[index].tolist()), outline=INK)
-        draw.text((x + 20, y), name, fill=INK, font=font)
-
+    canvas.paste(below, (0, bottom))
     _save(canvas, path)
+
+
+def _panel(panel: Image.Image | np.ndarray, colours: np.ndarray) -> Image.Image:
+    if isinstance(panel, Image.Image):
+        return ImageOps.scale(panel, enlargement(panel.size), Image.Resampling.BILINEAR)
+    label_map = enlarged(panel, enlargement(panel.shape))
+    return outline(paint(label_map, colours), label_map)
 
 
 def stack(paths: Sequence[Path], path: Path) -> None:
