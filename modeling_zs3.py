@@ -253,6 +253,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         """This model without its "text_model" or "vision_model": another object, the same weights."""
         part = copy.copy(self)
         part._modules = {**self._modules, **dict.fromkeys(towers)}
+        part._parameters, part._buffers = dict(self._parameters), dict(self._buffers)
         part.config = copy.deepcopy(self.config)
         for tower in towers:
             setattr(part.config, tower.replace("_model", "_config"), None)

@@ -1,10 +1,11 @@
 """A user who has transformers and not this project; run by test_hub.py in a process of its own.
 
-    python -I stranger.py FOLDER PATH --prefix NAME [--resave TO] [--again PATH] [--textless PATH]
+    python -I stranger.py FOLDER PATH --prefix NAME [--resave TO] [--again PATH] [--textless PATH] [--drop TO]
 
 Loads the checkpoint PATH (a folder or a Hub id) through every door, and writes what each returned to FOLDER/NAME.*.
 FOLDER holds the picture image.png and the candidate labels labels.json. --resave saves what was loaded, --again
-visits another checkpoint, --textless is one without a text tower.
+visits another checkpoint, --textless is one without a text tower. --drop saves PATH with the labels as its vocabulary
+and without its text tower, and visits that.
 """
 
 import importlib.util
@@ -32,6 +33,14 @@ def forget_the_project() -> None:
         "zs3",
     ):
         assert name not in sys.modules and importlib.util.find_spec(name) is None, f"{name} can be found"
+
+
+def ask_transformers_own_pipeline(path: str, image) -> tuple[list[str], np.ndarray]:
+    """The names and masks of its segments."""
+    from transformers import pipeline
+
+    segments = pipeline("image-segmentation", model=path, trust_remote_code=True)(image)
+    return [segment["label"] for segment in segments], np.stack([np.asarray(segment["mask"]) for segment in segments])
 
 
 def visit(path: str, folder: Path, prefix: str, labels: list, image) -> "transformers.Pipeline":  # noqa: F821
@@ -73,9 +82,33 @@ def visit(path: str, folder: Path, prefix: str, labels: list, image) -> "transfo
     facts["segments"] = [[segment["label"], segment["label_id"], segment["score"]] for segment in segments]
     arrays["pipeline.masks"] = np.stack([np.asarray(segment["mask"]) for segment in segments])
     arrays["vocabulary.map"] = segment(image, output="map")["segmentation"]
+    facts["stock"], arrays["stock.masks"] = ask_transformers_own_pipeline(path, image)
+    model.set_vocabulary(labels)  # its processor is found beside the checkpoint
+    facts["new vocabulary"] = model.config.class_names
+    with torch.no_grad():
+        arrays["new vocabulary.class_logits"] = model(**image_processor(image)).class_logits.numpy()
     np.savez(folder / f"{prefix}.npz", **arrays)
     (folder / f"{prefix}.json").write_text(json.dumps(facts))
     return segment
+
+
+def drop(path: str, to: str, folder: Path, labels: list, image) -> None:
+    """Save without the text tower, with the labels as the vocabulary; what is left, to folder/dropped.*."""
+    from transformers import AutoModel, AutoProcessor, pipeline
+
+    model = AutoModel.from_pretrained(path, trust_remote_code=True)
+    model.set_vocabulary(labels)
+    model.save_pretrained(to, drop_text_tower=True)
+    AutoProcessor.from_pretrained(path, trust_remote_code=True).save_pretrained(to)
+    left, loading = AutoModel.from_pretrained(to, trust_remote_code=True, output_loading_info=True)
+    segment = pipeline(model=to, trust_remote_code=True)
+    arrays = {"map": segment(image, output="map")["segmentation"]}
+    arrays["named"] = segment(image, candidate_labels=left.config.class_names, output="map")["segmentation"]
+    stock, arrays["stock.masks"] = ask_transformers_own_pipeline(to, image)
+    np.savez(folder / "dropped.npz", **arrays)
+    lost = sorted(loading["missing_keys"] | loading["unexpected_keys"])
+    facts = {"tower": left.text_model is not None, "lost": lost, "names": left.config.class_names, "stock": stock}
+    (folder / "dropped.json").write_text(json.dumps(facts))
 
 
 def main() -> None:
@@ -101,6 +134,8 @@ def main() -> None:
             textless(image, candidate_labels=["sky", "zebra"])
         except ValueError as error:
             (folder / "textless.txt").write_text(str(error))
+    if "--drop" in options:
+        drop(path, options["--drop"], folder, labels, image)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from tiny import CLASS_NAMES, byte_tokenizer, save_checkpoint
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 
 LABELS = [["blue square", "azure box"], {"name": "meadow", "synonyms": ["grass"], "templates": ["a {}."]}, "sky"]
+NAMES = ["blue square", "meadow", "sky"]
 TEMPLATES = ["one {} only", "über {}"]  # not the default
 CODE = [f"{name}.py" for name in HUB_HALF]
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,8 @@ def folder(tmp_path_factory) -> Path:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub"), "HOME": str(elsewhere)}
     first = ["checkpoint", "--prefix", "folder", "--resave", str(folder / "resaved"), "--textless", "textless"]
-    first = [str(folder / word) if word in ("checkpoint", "textless") else word for word in first]
+    first += ["--drop", "dropped"]
+    first = [str(folder / word) if word in ("checkpoint", "textless", "dropped") else word for word in first]
     second = ["someone/zs3-tiny", "--prefix", "hub", "--again", str(folder / "resaved")]
     for number, arguments in enumerate((first, second)):
         run = subprocess.run(
@@ -119,11 +121,38 @@ def test_the_pipeline_gives_the_models_own_answer(folder, expected, source):
     assert facts["pipeline"] == ["Zs3Pipeline", "zero-shot-semantic-segmentation"]
     np.testing.assert_array_equal(arrays["pipeline.map"], expected["map"])
     np.testing.assert_array_equal(arrays["vocabulary.map"], expected["vocabulary"])
-    names = ["blue square", "meadow", "sky"]
     label_ids = np.unique(expected["map"]).tolist()
-    assert [segment[:2] for segment in facts["segments"]] == [[names[label_id], label_id] for label_id in label_ids]
+    assert [segment[:2] for segment in facts["segments"]] == [[NAMES[label_id], label_id] for label_id in label_ids]
     assert all(0 < score <= 1 for _, _, score in facts["segments"])
     for mask, label_id in zip(arrays["pipeline.masks"], label_ids, strict=True):
+        np.testing.assert_array_equal(mask, np.where(expected["map"] == label_id, 255, 0))
+
+
+@pytest.mark.parametrize("source", ["folder", "hub", "again"])
+def test_transformers_own_pipeline_draws_the_stored_vocabulary(folder, expected, source):
+    arrays, facts = np.load(folder / f"{source}.npz"), json.loads((folder / f"{source}.json").read_text())
+    label_ids = np.unique(expected["vocabulary"])
+    assert facts["stock"] == [CLASS_NAMES[label_id] for label_id in label_ids]
+    for mask, label_id in zip(arrays["stock.masks"], label_ids, strict=True):
+        np.testing.assert_array_equal(mask, np.where(expected["vocabulary"] == label_id, 255, 0))
+
+
+@pytest.mark.parametrize("source", ["folder", "hub", "again"])
+def test_a_stranger_stores_a_vocabulary_by_its_names(folder, expected, source):
+    arrays, facts = np.load(folder / f"{source}.npz"), json.loads((folder / f"{source}.json").read_text())
+    assert facts["new vocabulary"] == NAMES
+    ours = arrays["new vocabulary.class_logits"]
+    np.testing.assert_allclose(ours, expected["class_logits"], rtol=1e-4, atol=1e-3)
+
+
+def test_without_its_text_tower_a_checkpoint_still_names_its_vocabulary(folder, expected):
+    arrays, facts = np.load(folder / "dropped.npz"), json.loads((folder / "dropped.json").read_text())
+    label_ids = np.unique(expected["map"])
+    stock = [NAMES[label_id] for label_id in label_ids]
+    assert facts == {"tower": False, "lost": [], "names": NAMES, "stock": stock}
+    for name in ("map", "named"):
+        np.testing.assert_array_equal(arrays[name], expected["map"])
+    for mask, label_id in zip(arrays["stock.masks"], label_ids, strict=True):
         np.testing.assert_array_equal(mask, np.where(expected["map"] == label_id, 255, 0))
 
 

@@ -297,6 +297,80 @@ def test_a_wrong_vocabulary_is_refused_and_nothing_is_stored():
     assert model.vocabulary is None and model.config.class_names is None
 
 
+def test_a_vocabulary_from_names_alone_is_their_prompts_mean():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    processor = Zs3Processor(Zs3ImageProcessor(), tokenizer, ["{}"])
+    labels = [["grass", "green lawn"], {"name": "car", "synonyms": ["auto"], "templates": ["one {}"]}, "sky"]
+    model.set_vocabulary(labels, processor=processor)
+    assert model.config.class_names == ["grass", "car", "sky"]
+    assert model.config.id2label == {0: "grass", 1: "car", 2: "sky"} and model.config.label2id["car"] == 1
+    for row, prompts in enumerate((["grass", "green lawn"], ["one car", "one auto"], ["sky"])):
+        with torch.no_grad():
+            each = [model.text_model(**tokenizer(words, return_tensors="pt")).text_embeds[0] for words in prompts]
+        mean = sum(vector / vector.norm() for vector in each)
+        torch.testing.assert_close(model.vocabulary[row], mean / mean.norm(), rtol=1e-5, atol=1e-6)
+
+
+def test_names_that_nothing_can_embed_are_refused_and_nothing_is_stored(tmp_path):
+    with pytest.raises(ValueError, match="no text tower.*pass text_embeds"):
+        tiny_model(text=False).set_vocabulary(["cat"])
+    model = tiny_model()
+    with pytest.raises(ValueError, match="comes from no checkpoint.*pass processor="):
+        model.set_vocabulary(["cat"])
+    with pytest.raises(ValueError, match="not a Zs3ImageProcessor: pass processor="):
+        model.set_vocabulary(["cat"], processor=Zs3ImageProcessor())
+    assert model.vocabulary is None and model.config.class_names is None
+    save_checkpoint(tmp_path)  # the class did not come with this folder, whose code is therefore not run
+    with pytest.raises(ValueError, match="cannot be loaded here: pass processor="):
+        Zs3ForSemanticSegmentation.from_pretrained(tmp_path).set_vocabulary(["cat"])
+
+
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "100KB"}, {"state_dict": None}])
+def test_a_checkpoint_without_its_text_tower_is_smaller_and_answers_the_same(tmp_path, how):
+    save_checkpoint(tmp_path / "whole", vision=True)
+    model = Zs3ForSemanticSegmentation.from_pretrained(tmp_path / "whole")  # its keys are renamed on loading and saving
+    before, pixels = {name: value.clone() for name, value in model.state_dict().items()}, torch.randn(1, 3, 64, 32)
+    if "state_dict" in how:
+        how = {"state_dict": model.state_dict()}
+    model.save_pretrained(tmp_path / "less", drop_text_tower=True, **how)
+
+    sizes = [sum(file.stat().st_size for file in (tmp_path / name).glob("*.safetensors")) for name in ("whole", "less")]
+    tower = sum(parameter.nbytes for parameter in model.text_model.parameters())
+    assert 0.9 * tower < sizes[0] - sizes[1] < 1.3 * tower
+    assert len(list((tmp_path / "less").glob("*.safetensors"))) == (3 if "max_shard_size" in how else 1)
+    less, info = Zs3ForSemanticSegmentation.from_pretrained(tmp_path / "less", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert less.text_model is None and less.config.text_config is None and less.vision_model is not None
+    with torch.no_grad():
+        ours, theirs = model(pixels), less(pixels)
+    torch.testing.assert_close(theirs.mask_logits, ours.mask_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs.class_logits, ours.class_logits, rtol=1e-4, atol=1e-3)
+
+    assert model.config.text_config is not None  # the model in memory is what it was
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    model.save_pretrained(tmp_path / "again")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again")]
+    assert files[0] == files[1]
+
+
+def test_a_text_tower_that_cannot_be_dropped_stays_where_it_was(tmp_path, monkeypatch):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="call set_vocabulary first"):
+        model.save_pretrained(tmp_path / "checkpoint", drop_text_tower=True)
+    assert not (tmp_path / "checkpoint").exists()
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left")
+
+    model.set_vocabulary(["cat"], torch.randn(1, 12))
+    before = model.config.to_dict()
+    monkeypatch.setattr("modeling_zs3.Zs3PreTrainedModel.save_pretrained", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(tmp_path / "checkpoint", drop_text_tower=True)
+    assert model.text_model is not None and model.config.to_dict() == before
+
+
 # ------------------------------------------------------------------------------------------------ image labels
 
 
