@@ -50,6 +50,7 @@ ENCODER_FIELDS = ("eos_token_id", "hidden_act", "layer_norm_eps", "num_attention
 SIMILAR = 0.94
 MOST_PAIRS = 1000  # of near-synonyms in a report
 COSINES_AT_ONCE = 2**22
+LABELS_AT_ONCE = 256
 LINES = 10  # of each kind in a printed report
 
 
@@ -419,9 +420,11 @@ def _by_seen(labels: Sequence[Label], seen_class_names: Sequence[str]) -> tuple[
 def _prompt_tokens(labels: Sequence[Label], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of each label's longest prompt, special ones included."""
     counts = []
-    for label in labels:
-        tokens = tokenizer(list(label.prompts), truncation=False, verbose=False)["input_ids"]
-        counts.append(max(len(ids) for ids in tokens))
+    for start in range(0, len(labels), LABELS_AT_ONCE):
+        prompts = [label.prompts for label in labels[start : start + LABELS_AT_ONCE]]
+        texts = [text for of_label in prompts for text in of_label]
+        lengths = iter([len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]])
+        counts += [max(next(lengths) for _ in of_label) for of_label in prompts]
     return counts
 
 
@@ -434,13 +437,10 @@ def near_synonyms(labels: Sequence[Label], text_embeds: Tensor, similar: float) 
     rows_at_once = max(1, COSINES_AT_ONCE // len(labels))
     for start in range(0, len(labels), rows_at_once):
         cosines = (text_embeds[start : start + rows_at_once] @ text_embeds[start:].T).clamp(max=1)
-        later = torch.ones_like(cosines, dtype=torch.bool).triu(1)  # each pair once, none with itself
-        cosines = cosines.where(later & (cosines >= similar), -torch.inf)
-        best = cosines.flatten().topk(min(MOST_PAIRS, cosines.numel()))
-        for cosine, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            if cosine > -torch.inf:
-                first, second = divmod(place, cosines.shape[1])
-                found.append((-cosine, start + first, start + second))
+        pairs = (cosines >= similar).triu(1).nonzero()  # each pair once, none with itself
+        best = cosines[pairs[:, 0], pairs[:, 1]].topk(min(MOST_PAIRS, len(pairs)))
+        pairs = (start + pairs[best.indices]).tolist()
+        found += [(-cosine, first, second) for cosine, (first, second) in zip(best.values.tolist(), pairs, strict=True)]
         found = sorted(found)[:MOST_PAIRS]
     return [SimilarNames(labels[first].name, labels[second].name, -minus) for minus, first, second in found]
 

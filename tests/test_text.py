@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 
 from processing_zs3 import Label, Zs3ImageProcessor, Zs3Processor, read_labels
 from text_zs3 import SimilarNames, TextCache, lint_labels
@@ -150,13 +150,34 @@ def test_upper_case_shares_an_entry_where_the_tokenizer_lowers_it(model):
     assert model.calls == [1, 1, 1] and not torch.equal(first, second)
 
 
-def test_a_tokenizer_changed_in_place_is_another_one(model):
+def keep_case(tokenizer):
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+
+
+def start_twice(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> <|startoftext|> $A <|endoftext|>",
+        special_tokens=[("<|startoftext|>", 512), ("<|endoftext|>", 513)],
+    )
+
+
+def add_a_token(tokenizer):
+    tokenizer.add_tokens(["at"])
+
+
+def cut_sooner(tokenizer):
+    tokenizer.model_max_length = 5
+
+
+@pytest.mark.parametrize("change", [keep_case, start_twice, add_a_token, cut_sooner])
+def test_a_tokenizer_changed_in_place_is_another_one(change, model):
+    model.text_model.resize_token_embeddings(600)
     cache, ours = TextCache(None), processor()
     cache.embed(labels("Cat"), model, ours)
-    ours.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    change(ours.tokenizer)
     embeds = cache.embed(labels("Cat"), model, ours)
     assert model.calls == [1, 1]
-    assert torch.equal(embeds, tiny_model().encode_text(**ours(class_names=["Cat"])))
+    assert torch.equal(embeds, type(model).encode_text(model, **ours(class_names=["Cat"])))
 
 
 def test_how_the_last_call_padded_is_no_part_of_the_tokenizer(model, tmp_path):
@@ -180,6 +201,11 @@ def change_by_optimizer(model):
 
 def replace(model):
     model.text_model.text_projection.weight = torch.nn.Parameter(torch.randn(12, 16))
+
+
+def turn_in_place(model):
+    layer = model.text_model.text_model.encoder.layers[0].mlp.fc1
+    layer.weight = torch.nn.Parameter(layer.weight.detach().reshape(16, 32).T)  # the same memory, read otherwise
 
 
 def load(model):
@@ -209,6 +235,7 @@ def change_config(model):
         change_in_place,
         change_by_optimizer,
         replace,
+        turn_in_place,
         load,
         change_data,
         round_to_bfloat16_and_back,
@@ -525,7 +552,7 @@ def test_near_synonyms_are_the_pairs_above_the_cosine(monkeypatch, model):
 
 def test_equal_labels_are_no_near_synonyms(model):
     report = lint_labels(
-        ["sky", "SKY", "sea", "sky"], model=model, processor=processor(), cache=TextCache(None), similar=-1
+        ["sky", "sea", "sky", "SKY"], model=model, processor=processor(), cache=TextCache(None), similar=-1
     )
     assert [pair[:2] for pair in report.near_synonyms] == [("sky", "sea")]
     assert model.calls == [2]
