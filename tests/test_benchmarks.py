@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny import save_checkpoint, tiny_model
 
-from benchmarks import criterion, gradient_sizes
+from benchmarks import criterion, gradient_sizes, text_side
 from zs3.scenes import write_dataset
 
 
@@ -79,3 +79,28 @@ def test_gradient_sizes_of_a_short_training(call, tmp_path, capsys):
     assert list(norms) == ["random weights", "start of stage 2", "after 1 steps"]
     assert all(value > 0 for column in norms.values() for value in column.values())
     assert (tmp_path / "sizes.md").read_text().count("\n") == 7
+
+
+SHORT = {"labels": 5, "templates": 2, "layers": 1, "width": 32, "rounds": 1}
+
+
+def test_the_text_side_says_how_long_each_way_took(call, tmp_path, capsys):
+    call(text_side, **SHORT, output=tmp_path / "text.json")
+    result = json.loads((tmp_path / "text.json").read_text())
+    assert list(result["seconds"])[:2] == ["all prompts padded to 77", "first call"] and len(result["seconds"]) == 5
+    assert all(value > 0 for value in result["seconds"].values())
+    # "a photo of a wall." and "This is a photo of a wall", each with start and end; "building, edifice" has two more.
+    assert result["longest"] == 11 and result["tokenizer"] == "one token a word"
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "text.md").read_text() and printed.count("\n|") == 7
+
+
+def test_text_vectors_that_differ_are_no_comparison(call, monkeypatch):
+    monkeypatch.setattr(text_side.TextCache, "embed", lambda self, labels, model, processor: torch.ones(5, 512))
+    with pytest.raises(ValueError, match="the two ways of padding differ"):
+        call(text_side, **SHORT)
+
+
+def test_a_tokenizer_that_is_not_there_is_named(call, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: bpe_simple_vocab_16e6.txt.gz cannot be read"):
+        call(text_side, **SHORT, tokenizer=tmp_path)

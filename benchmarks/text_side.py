@@ -1,0 +1,191 @@
+"""The text side of a long label list: padding to 77 beside padding to the longest, the first call beside the second.
+
+    python -m benchmarks.text_side --output docs/results/text_side.json
+
+The labels are those of ADE20K-847, the encoder has the size of CLIP ViT-B/16's text tower (63 million parameters) and
+random weights. The tokenizer makes one token of every word, digit and mark; on these names with the first template that
+is 9.5 tokens a prompt, where CLIP's own makes 9.9. `--tokenizer` takes CLIP's own, as OpenAI published it.
+
+Both ways of padding go through `encode_text`, in its chunks. The calls after them go through a TextCache, in a new
+folder: the first embeds all labels, the others find them; the last one as in a process of its own, where the weights
+have to be hashed once.
+"""
+
+import gzip
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+from weakref import WeakKeyDictionary
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ResNetConfig
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from configuration_zs3 import Zs3Config
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from processing_zs3 import PROMPT_TEMPLATES, Label, Zs3ImageProcessor, Zs3Processor, read_labels
+from text_zs3 import TextCache
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_json, write_text
+from zs3.label_space import load_label_space
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY = 49408  # of CLIP's tokenizer; its last two tokens are START and END
+SPLIT = r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+PADDED, FIRST = "all prompts padded to {}", "first call"
+
+
+@dataclass
+class TextArgs:
+    """Sizes of the comparison."""
+
+    labels: int = flag(847, "Labels, the first of ADE20K-847.")
+    templates: int = flag(1, "Prompt templates a label.")
+    layers: int = flag(12, "Layers of the text tower.")
+    width: int = flag(512, "Its width; its heads have 64 channels.")
+    rounds: int = flag(20, "Calls that find their vectors in memory or on disk; the time is their median.")
+    tokenizer: str | None = flag(None, f"Folder with OpenAI's {MERGES_FILE}; without it, one token a word.")
+    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+
+
+def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """One token a word, digit or mark of these texts, between START and END, in lower case as CLIP's."""
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True)
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text.lower())})
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel({**vocabulary, START: VOCABULARY - 2, END: VOCABULARY - 1}, unk_token=END))
+    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), split
+    backend.post_processor = processors.RobertaProcessing((END, VOCABULARY - 1), (START, VOCABULARY - 2), False, False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token=END, bos_token=START, eos_token=END, pad_token=END
+    )
+
+
+def clip_tokenizer(folder: str) -> CLIPTokenizer:
+    """CLIP's own, from OpenAI's list of merges."""
+    try:
+        lines = gzip.decompress((Path(folder) / MERGES_FILE).read_bytes()).decode().splitlines()
+    except OSError as error:
+        raise InputError(f"--tokenizer {folder}: {MERGES_FILE} cannot be read there ({error})") from error
+    letters = list(bytes_to_unicode().values())
+    letters += [letter + "</w>" for letter in letters]
+    merges = [tuple(line.split()) for line in lines[1 : VOCABULARY - len(letters) - 1]]
+    words = [*letters, *("".join(pair) for pair in merges), START, END]
+    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=merges)
+
+
+def text_model(args: TextArgs) -> Zs3ForSemanticSegmentation:
+    """Random weights; the part that sees is as small as it can be."""
+    text_config = CLIPTextConfig(
+        hidden_size=args.width,
+        intermediate_size=4 * args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, args.width // 64),
+        vocab_size=VOCABULARY,
+        eos_token_id=VOCABULARY - 1,
+    )
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = ResNetConfig(
+        layer_type="basic", depths=[1] * 4, hidden_sizes=[8] * 4, embedding_size=8, out_features=stages
+    )
+    small = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "dim_feedforward": 32}
+    small |= {"encoder_feedforward_dim": 32, "num_queries": 1, "decoder_layers": 2, "encoder_layers": 1}
+    config = Zs3Config(backbone_config=backbone.to_dict(), text_config=text_config.to_dict(), **small)
+    return Zs3ForSemanticSegmentation(config).eval()
+
+
+def timed(function: Callable[[], Tensor], times: int = 1) -> tuple[float, Tensor]:
+    """Median seconds of a call, and what the last one returned."""
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        result = function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), result
+
+
+def padded_ids(labels: list[Label], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """(C, T, 77): what follows a prompt's end counts as text, so nothing is cut; in a causal encoder it has no say."""
+    prompts = [prompt for label in labels for prompt in label.prompts]
+    ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    return ids.reshape(len(labels), -1, ids.shape[1])
+
+
+def compare(args: TextArgs, labels: list[Label], processor: Zs3Processor, folder: str) -> dict[str, float]:
+    """Seconds of each way to the same vectors."""
+    torch.manual_seed(0)
+    model = text_model(args)
+    cache = TextCache(folder)
+    model.encode_text(**processor.tokenize(labels[:1]))  # what libraries do once a process
+    seconds = {}
+    length = processor.tokenizer.model_max_length
+    name = PADDED.format(length)
+    seconds[name], expected = timed(lambda: model.encode_text(padded_ids(labels, processor.tokenizer)))
+    seconds[FIRST], first = timed(lambda: cache.embed(labels, model, processor))
+    if not (first - expected).abs().max() <= 1e-5:
+        raise InputError("the two ways of padding differ: no comparison of speed means anything then")
+
+    def in_new_process() -> Tensor:
+        with patch("text_zs3._FINGERPRINTS", WeakKeyDictionary()):
+            return TextCache(folder).embed(labels, model, processor)
+
+    again = {
+        "again, from memory": lambda: cache.embed(labels, model, processor),
+        "again, from disk": lambda: TextCache(folder).embed(labels, model, processor),
+        "again, from disk, weights hashed anew": in_new_process,
+    }
+    with patch.object(model, "encode_text", None):  # must not be needed
+        for name, function in again.items():
+            seconds[name], found = timed(function, args.rounds)
+            if not torch.equal(found, first):
+                raise InputError(f"{name}: not the vectors of the first call")
+    return seconds
+
+
+def table(seconds: dict[str, float]) -> str:
+    """Markdown."""
+    padded, first = list(seconds.values())[:2]
+    lines = [
+        "| text vectors | seconds | times faster than padded | times faster than the first call |",
+        "|---|---|---|---|",
+    ]
+    for name, value in seconds.items():
+        lines.append(f"| {name} | {value:.4f} | {padded / value:,.1f} | {first / value:,.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args, _ = read_arguments(TextArgs)
+    names = load_label_space("ade20k_847").class_names
+    check_at_least(args, 1, "labels", "templates", "layers", "width", "rounds")
+    if args.labels > len(names) or args.templates > len(PROMPT_TEMPLATES):
+        raise InputError(f"there are {len(names)} --labels and {len(PROMPT_TEMPLATES)} --templates")
+    labels = read_labels(names[: args.labels], PROMPT_TEMPLATES[: args.templates])
+    prompts = [prompt for label in labels for prompt in label.prompts]
+    tokenizer = word_tokenizer(prompts) if args.tokenizer is None else clip_tokenizer(args.tokenizer)
+    tokenizer.model_max_length = CLIPTextConfig().max_position_embeddings
+    lengths = [len(ids) for ids in tokenizer(prompts, truncation=True)["input_ids"]]
+    processor = Zs3Processor(Zs3ImageProcessor(), tokenizer, PROMPT_TEMPLATES[: args.templates])
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = compare(args, labels, processor, folder)
+    kind = "one token a word" if args.tokenizer is None else "CLIP's own"
+    machine = f"{torch.get_num_threads()} CPU threads"
+    text = f"{len(labels)} labels, {len(prompts)} prompts of {statistics.mean(lengths):.1f} tokens (longest "
+    text += f"{max(lengths)}; {kind}), text tower of {args.layers} layers, width {args.width}, "
+    text += f"torch {torch.__version__}, {machine}.\n\n{table(seconds)}"
+    print(text, end="")
+    if args.output is not None:
+        facts = {"mean_tokens": statistics.mean(lengths), "longest": max(lengths), "machine": machine}
+        result = {**vars(args), "tokenizer": kind, **facts, "torch": torch.__version__, "seconds": seconds}
+        write_json(Path(args.output), result)
+        write_text(Path(args.output).with_suffix(".md"), text)
+
+
+if __name__ == "__main__":
+    run(main)
