@@ -1,16 +1,48 @@
 """From proposals to label maps: Eq. 4, its argmax in memory that label lists do not swell, the ensemble of 4.6.
 
-Axes: B image, Q query, C class name, H W output size, h w mask size.
+semantic_map(x) = argmax_c sum_q p_q(c) M_q(x) for every pixel x and any number of classes, in four steps an image:
+
+1. Tiles. The image is cut into tiles. Upsampling takes convex combinations and the sigmoid is monotone, so the mask
+   logits that a tile looks at bound its mask probabilities: low <= M_q(x) <= high, before anything is upsampled.
+2. Guesses. Each query's smallest class probability is taken off its row (all classes lose the same at a pixel), which
+   leaves next to nothing of an undecided query. Each query has a favourite class; of these, at most Q, a few compete
+   in each tile. By the bounds many tiles have a single winner among them.
+3. Pixels. The other tiles are upsampled, by the queries that matter there, and decided pixel by pixel.
+4. The certificate. Let floor(x) be what the winner surely has at x. A class c can win in a tile only if
+   sum_q p_q(c) max_x (M_q(x) / floor(x)) >= 1: one matrix product, of tiles x Q with Q x C, shows who else has to be
+   looked at. Mostly nobody; whoever it is joins the tile's guesses in step 3.
+
+Every float32 number carries a bound on its rounding (see ROUNDING), and where two classes are closer than the bounds
+can tell, float64 decides. So the winner is that of float64 arithmetic.
+
+Axes: B image, Q query, C class name, H W output size, h w mask size; N tile, K class still in the race in a tile,
+R query that matters there, X pixel of a tile.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 EQUAL = 1e-12  # scores this close are equal: above the rounding of float64 sums over some hundred queries
+TILE = 4  # mask pixels along the side of a tile
+BLOCK = 4  # tiles along the side of the blocks with which the certificate begins
+CHUNK = 2**19  # numbers of one kind held at once in steps 3 and 4, beside those of the size of the masks or the output
+TAIL = 1e-6  # queries whose masks together matter less than this in a tile are not upsampled there
+RUNNER_UP = 0.05  # a runner-up is looked for among the classes that may have this share of the winner's score
+GUESSES = 3  # favourites looked at in a tile before the certificate, beyond the rank wanted
+TINY = 1e-30  # a floor below it is no floor
+
+# u, the relative error of one float32 rounding. A sum of n rounded terms >= 0 is off by at most (n + 1) u of itself, to
+# first order; the constants below are rounded up generously, which covers the higher orders.
+ROUNDING = 2.0**-24
+# M from logits of size at most L: two interpolations, each of two rounded weights, products and one sum, are off by
+# 6 u L, a quarter of that after the sigmoid, whose own rounding is at most 4 u; resizing M once more adds 6 u (M <= 1).
+LOGIT_ROUNDINGS, MASK_ROUNDINGS = 2, 12
 
 
 def semantic_scores(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -25,13 +57,36 @@ def semantic_scores(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, i
 
 @dataclass
 class SemanticMap:
-    """label_map: (H, W) int64; score: (H, W) of the winner; margin: (H, W) to the runner-up (0 where C is 1)."""
+    """What is known of every pixel, each (H, W).
+
+    label_map: int64, the winner. score: the winner's Eq. 4. margin: how much more that is than the runner-up's, 0 where
+    C is 1; where no other class has RUNNER_UP of the winner's score, it may be too large, by at most that share.
+    coverage: the sum of all mask probabilities, which bounds the score.
+    seen_map, seen_score, unseen_map, unseen_score: the winner among the seen, and among the unseen classes, and its
+    score; -1 and -inf where there is no such class; None unless asked for (`is_seen`).
+    """
 
     label_map: Tensor
     score: Tensor
     margin: Tensor
+    coverage: Tensor
+    seen_map: Tensor | None = None
+    seen_score: Tensor | None = None
+    unseen_map: Tensor | None = None
+    unseen_score: Tensor | None = None
+
+    @property
+    def confidence(self) -> Tensor:
+        """(H, W) in [0, 1]: the winner's share of the masks at a pixel, or of 1 where they cover less than 1."""
+        return (self.score / self.coverage.clamp(min=1)).clamp(max=1)
+
+    @property
+    def confidence_margin(self) -> Tensor:
+        """(H, W) in [0, 1]: how much more that is than the runner-up's share."""
+        return (self.margin / self.coverage.clamp(min=1)).clamp(max=1)
 
 
+@torch.no_grad()
 def semantic_map(
     class_probs: Tensor,
     mask_logits: Tensor,
@@ -40,48 +95,74 @@ def semantic_map(
     valid_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
     image_sizes: Sequence[tuple[int, int]] | None = None,
     return_scores: bool = False,
-    chunk: int = 2**22,
+    is_seen: Tensor | None = None,
+    tile: int = TILE,
 ) -> Tensor | list[Tensor] | list[SemanticMap]:
-    """Eq. 4: the best class of every pixel, without ever holding C x H x W values.
+    """Eq. 4: the best class of every pixel, in O(H W + Q C) memory.
 
-    class_probs: (B, Q, C); mask_logits: (B, Q, h, w). Mask logits go up to `size`, the (padded) input size, then
-    sigmoid. With image_sizes the probabilities are cut to valid_sizes (the input without padding) and resized to
-    the images' own sizes: Mask2Former's order, since Eq. 4 is linear in the masks.
-    chunk: float64 values of one kind held at once; the masks are held at full size for one image at a time.
-    Equal scores go to the lowest index.
-    Returns (B, H, W) int64; with image_sizes or return_scores a list, one entry an image.
+    class_probs: (B, Q, C), at least 0; mask_logits: (B, Q, h, w), finite. Mask logits go up to `size`, the (padded)
+    input size, then sigmoid. With image_sizes the probabilities are cut to valid_sizes (the input without padding) and
+    resized to the images' own sizes: Mask2Former's order, since Eq. 4 is linear in the masks.
+    is_seen: (C,) bool, for the best seen and the best unseen class; implies return_scores.
+    tile: mask pixels along the side of a tile; the result does not depend on it.
+
+    The winner's score, in float64, is within 1e-6 of the best; equal scores (to 1e-12) go to the lowest index. Returned
+    scores are float32 numbers, within 1e-5 for up to some hundred queries.
+    Returns (B, H, W) int64; with image_sizes a list, one (H, W) an image; with return_scores a list of SemanticMap.
     """
+    if class_probs.dim() != 3 or mask_logits.dim() != 4 or class_probs.shape[:2] != mask_logits.shape[:2]:
+        shapes = f"{tuple(class_probs.shape)} and {tuple(mask_logits.shape)}"
+        raise ValueError(f"class_probs must be (B, Q, C) and mask_logits (B, Q, h, w), got {shapes}")
+    if 0 in class_probs.shape[1:]:
+        raise ValueError(f"a label map needs at least one query and one class, got {tuple(class_probs.shape)}")
+    if is_seen is not None and tuple(is_seen.shape) != class_probs.shape[2:]:
+        raise ValueError(f"is_seen must be ({class_probs.shape[2]},), got {tuple(is_seen.shape)}")
+    device = mask_logits.device if mask_logits.device.type != "mps" else torch.device("cpu")  # mps has no float64
+    groups = [] if is_seen is None else [is_seen.to(device).bool(), ~is_seen.to(device).bool()]
+    groups = groups if return_scores or is_seen is not None else None
+    class_probs, mask_logits = class_probs.to(device), mask_logits.to(device)
     results = []
     for image in range(len(mask_logits)):
-        probs = F.interpolate(mask_logits[image : image + 1].float(), size=size, mode="bilinear", align_corners=False)
-        probs = probs.sigmoid()
+        valid = own = tuple(size)
         if image_sizes is not None:
-            height, width = size if valid_sizes is None else (int(side) for side in valid_sizes[image])
-            target = tuple(int(side) for side in image_sizes[image])
-            probs = F.interpolate(probs[:, :, :height, :width], size=target, mode="bilinear", align_corners=False)
-        results.append(_best_class(class_probs[image].float(), probs[0], chunk))
-    if not return_scores:
-        results = [result.label_map for result in results]
-        return torch.stack(results) if image_sizes is None else results
-    return results
+            valid = valid if valid_sizes is None else tuple(int(side) for side in valid_sizes[image])
+            own = tuple(int(side) for side in image_sizes[image])
+        axes = zip(mask_logits.shape[2:], size, valid, own, strict=True)
+        rows, columns = (_axis(*lengths, tile).to(device) for lengths in axes)
+        with torch.autocast(device.type, enabled=False):
+            results.append(_map_image(_bounds(class_probs[image], mask_logits[image], rows, columns), groups))
+    return torch.stack(results) if image_sizes is None and groups is None else results
 
 
-def _best_class(class_probs: Tensor, mask_probs: Tensor, chunk: int) -> SemanticMap:
-    """class_probs (Q, C), mask_probs (Q, H, W); float64 sums, a chunk of pixels at a time."""
-    queries, height, width = mask_probs.shape
-    classes = class_probs.shape[1]
-    label_map, score, margin = [], [], []
-    for pixels in mask_probs.reshape(queries, -1).split(max(1, chunk // max(classes, queries)), dim=1):
-        scores = class_probs.double().T @ pixels.double()  # (C, pixels)
-        best = scores.amax(0)
-        # The lowest index of equal scores; equal up to the rounding of the sums, which differs between columns.
-        index = (scores >= best - EQUAL).int().argmax(0)
-        label_map.append(index)
-        score.append(best.float())
-        runner_up = scores.scatter(0, index[None], -torch.inf).amax(0) if classes > 1 else best
-        margin.append((best - runner_up).clamp(min=0).float())
-    shape = (height, width)
-    return SemanticMap(*(torch.cat(parts).reshape(shape) for parts in (label_map, score, margin)))
+def explain(outputs, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None) -> "Explanation":
+    """Which proposals made pixel (y, x) what it is: Eq. 4 of its winner, summand by summand, in float64.
+
+    outputs: a Zs3Output. y, x: row and column in the image of `image_size` (height, width); None: the size without
+    padding at the model's input. image: its place in the batch.
+    """
+    height, width = (4 * side for side in outputs.mask_logits.shape[2:])
+    valid = tuple(outputs.valid_sizes[image].tolist())
+    own = valid if image_size is None else tuple(image_size)
+    if not (0 <= y < own[0] and 0 <= x < own[1]):
+        raise ValueError(f"pixel ({y}, {x}) lies outside the image of {own[0]} x {own[1]}")
+    logits = outputs.mask_logits[image]
+    rows = _axis(logits.shape[1], height, valid[0], own[0], TILE).to(logits.device)
+    columns = _axis(logits.shape[2], width, valid[1], own[1], TILE).to(logits.device)
+    place = torch.tensor([y], device=logits.device), torch.tensor([x], device=logits.device)
+    masks = _exact_masks(logits, rows, columns, *place)[0]  # (Q,)
+    contributions = outputs.class_probs[image].double() * masks[:, None]  # (Q, C)
+    winner = int(_first_of_best(contributions.sum(0)[None])[0])
+    return Explanation(winner, float(contributions[:, winner].sum()), contributions[:, winner], masks)
+
+
+@dataclass
+class Explanation:
+    """label_id: the winner. score: its Eq. 4, the sum of contributions (Q,): p_q(winner) M_q. mask_probs (Q,): M_q."""
+
+    label_id: int
+    score: float
+    contributions: Tensor
+    mask_probs: Tensor
 
 
 def ensemble_with_clip(class_probs: Tensor, clip_probs: Tensor, is_seen: Tensor, weight: float) -> Tensor:
@@ -94,4 +175,328 @@ def ensemble_with_clip(class_probs: Tensor, clip_probs: Tensor, is_seen: Tensor,
     return class_probs**exponent * clip_probs ** (1 - exponent)
 
 
-__all__ = ["SemanticMap", "ensemble_with_clip", "semantic_map", "semantic_scores"]
+# ------------------------------------------------------------------------------------- from mask pixels to the image
+
+
+class _Taps(NamedTuple):
+    """Bilinear resizing along one axis (align_corners=False): each new pixel is a weighted sum of two old ones."""
+
+    index: Tensor  # (new, 2) int64; twice the same where one suffices
+    weight: Tensor  # (new, 2) float64, at least 0, of sum 1
+
+
+class _Axis(NamedTuple):
+    """One axis of the way from mask pixels over input pixels to the image's, cut into tiles.
+
+    The last tile is filled up with copies of the last pixel; lists shorter than others with weights of 0.
+    """
+
+    mask_index: Tensor  # (tiles, m) int64: the mask pixels that a tile looks at
+    to_input: Tensor  # (tiles, i, m) float64: the input pixels it needs, as sums of these
+    to_image: Tensor  # (tiles, side, i) float64: its own pixels, as sums of those
+    resizes: bool  # the input is not the image: to_image is no identity
+    input_taps: _Taps
+    image_taps: _Taps
+
+    def to(self, device: torch.device) -> "_Axis":
+        moved = [value.to(device) for value in self[:3]]
+        taps = [_Taps(*(value.to(device) for value in taps)) for taps in self[4:]]
+        return _Axis(*moved, self.resizes, *taps)
+
+
+def _taps(new: int, old: int) -> _Taps:
+    position = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).clamp(min=0)
+    low = position.floor().long().clamp(max=old - 1)
+    share = position - low
+    high = torch.where(share > 0, (low + 1).clamp(max=old - 1), low)
+    return _Taps(torch.stack([low, high], dim=1), torch.stack([1 - share, share], dim=1))
+
+
+@lru_cache(maxsize=64)
+def _axis(mask: int, size: int, valid: int, image: int, tile: int) -> _Axis:
+    """mask, size, valid, image: lengths of the axis in mask pixels, padded input, input without padding, image."""
+    input_taps, image_taps = _taps(size, mask), _taps(image, valid)
+    side = min(image, max(4, min(64, round(tile * size / mask * image / valid))))
+    parts = []
+    for start in range(0, image, side):
+        to_image, inputs = _sums(image_taps, torch.arange(start, start + side).clamp(max=image - 1))
+        to_input, index = _sums(input_taps, inputs)
+        parts.append((index, to_input, to_image))
+    most_index, most_inputs = (max(part[axis].shape[0] for part in parts) for axis in (0, 1))
+    index = [torch.cat([part[0], part[0][-1:].expand(most_index - len(part[0]))]) for part in parts]
+    to_input = [F.pad(w, (0, most_index - w.shape[1], 0, most_inputs - w.shape[0])) for _, w, _ in parts]
+    to_image = [F.pad(w, (0, most_inputs - w.shape[1])) for *_, w in parts]
+    return _Axis(
+        torch.stack(index), torch.stack(to_input), torch.stack(to_image), image != valid, input_taps, image_taps
+    )
+
+
+def _sums(taps: _Taps, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The taps of some pixels as a matrix (pixels, old pixels needed), and which those are."""
+    index, weight = taps.index[pixels], taps.weight[pixels]
+    needed = torch.unique(index)
+    matrix = torch.zeros(len(pixels), len(needed), dtype=torch.float64)
+    return matrix.scatter_add_(1, torch.searchsorted(needed, index), weight), needed
+
+
+def _exact_masks(mask_logits: Tensor, rows: _Axis, columns: _Axis, y: Tensor, x: Tensor) -> Tensor:
+    """M in float64 at single pixels: mask_logits (Q, h, w), y and x (n,) -> (n, Q)."""
+    y, y_share = rows.image_taps.index[y], rows.image_taps.weight[y]  # (n, 2): input pixels
+    x, x_share = columns.image_taps.index[x], columns.image_taps.weight[x]
+    row, row_share = rows.input_taps.index[y], rows.input_taps.weight[y]  # (n, 2, 2): mask pixels of each
+    column, column_share = columns.input_taps.index[x], columns.input_taps.weight[x]
+    logits = mask_logits[:, row[:, :, :, None, None], column[:, None, None]].double()  # (Q, n, 2, 2, 2, 2)
+    probs = torch.einsum("qnyrxc,nyr,nxc->qnyx", logits, row_share, column_share).sigmoid()
+    return torch.einsum("qnyx,ny,nx->nq", probs, y_share, x_share)
+
+
+# ------------------------------------------------------------------------------------------- the tile-bound argmax
+
+
+class _Tiles(NamedTuple):
+    """One image: its proposals, and what is known of every tile before anything is upsampled."""
+
+    class_probs: Tensor  # (Q, C)
+    excess: Tensor  # (C, Q): class_probs without the smallest of each query
+    mask_logits: Tensor  # (Q, h, w)
+    rows: _Axis
+    columns: _Axis
+    low: Tensor  # (N, Q): low <= M_q(x) <= high, to a rounding
+    high: Tensor
+    reach: Tensor  # (N, Q): the largest |logit|
+
+
+@dataclass
+class _Race:
+    """A competition of some classes at every pixel, and its result.
+
+    members, favourites: (C,) bool. rank: 1, or 2 where the second best is wanted too; 0 without members.
+    ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile, where floor(x) is at most what the class of this rank
+    has at x; inf or NaN where there is no floor.
+    label_map, score, margin: (N, X); the last two None where they are not wanted.
+    """
+
+    members: Tensor
+    rank: int
+    favourites: Tensor
+    ratio: Tensor
+    label_map: Tensor
+    score: Tensor | None
+    margin: Tensor | None
+
+
+def _map_image(tiles: _Tiles, groups: list[Tensor] | None) -> Tensor | SemanticMap:
+    """groups: None for the label map alone; else scores too, and the best class of each group, (C,) bool."""
+    everyone = torch.ones(len(tiles.excess), dtype=torch.bool, device=tiles.excess.device)
+    ranks = [(everyone, 1)] if groups is None else [(everyone, 2), *((members, 1) for members in groups)]
+    races = [_start(tiles, members, rank, groups is not None) for members, rank in ranks]
+    coverage = None if groups is None else torch.empty_like(races[0].score)
+
+    runners = torch.cat([_guess(tiles, race) for race in races]).unique()
+    _decide(tiles, runners, races, coverage)
+    for race in races:
+        others = _others(tiles, race, runners)
+        again = torch.isin(runners // len(everyone), others // len(everyone)) & race.members[runners % len(everyone)]
+        _decide(tiles, torch.cat([runners[again], others]).unique(), [race], coverage)
+
+    if groups is None:
+        return _assemble(races[0].label_map, tiles)
+    parts = [races[0].label_map, races[0].score, races[0].margin, coverage]
+    parts += [part for race in races[1:] for part in (race.label_map, race.score)]
+    return SemanticMap(*(_assemble(part, tiles) for part in parts))
+
+
+def _working_dtype(class_probs: Tensor, mask_logits: Tensor) -> torch.dtype:
+    """float32, unless float64 was given, or float32 products are set to be less than that (TF32, bfloat16)."""
+    backend = torch.backends.cuda if mask_logits.is_cuda else torch.backends.mkldnn
+    settings = {torch.backends.fp32_precision, backend.matmul.fp32_precision}
+    double = torch.float64 in (class_probs.dtype, mask_logits.dtype)
+    return torch.float64 if double or settings - {"none", "ieee"} else torch.float32
+
+
+def _bounds(class_probs: Tensor, mask_logits: Tensor, rows: _Axis, columns: _Axis) -> _Tiles:
+    """Step 1."""
+    kind = _working_dtype(class_probs, mask_logits)
+    class_probs, mask_logits = class_probs.to(kind), mask_logits.to(kind)
+    excess = class_probs.T.clone(memory_format=torch.contiguous_format)
+    excess -= class_probs.amin(dim=1)
+    low, high = torch.aminmax(mask_logits[:, rows.mask_index], dim=2)  # (Q, tile rows, w)
+    low, high = low[:, :, columns.mask_index].amin(3), high[:, :, columns.mask_index].amax(3)
+    low, high = (bound.flatten(1).T.double() for bound in (low, high))  # (N, Q)
+    reach = torch.maximum(low.abs(), high.abs())
+    for name, values in {"mask_logits": reach, "class_probs": excess}.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name} hold NaN or infinite values: no label map can be made of them")
+    low, high, reach = (bound.to(kind).contiguous() for bound in (low.sigmoid(), high.sigmoid(), reach))
+    return _Tiles(class_probs, excess, mask_logits, rows, columns, low, high, reach)
+
+
+def _start(tiles: _Tiles, members: Tensor, rank: int, scored: bool) -> _Race:
+    """Step 2: the favourites of each query, and the floor that the bounds give them in every tile."""
+    classes = members.nonzero()[:, 0]
+    rank = min(rank, len(classes))
+    favourites, ratio = torch.zeros_like(members), torch.zeros_like(tiles.high)
+    if rank:
+        favourites[classes[tiles.class_probs[:, classes].topk(rank, dim=1).indices.flatten()]] = True
+        floor = (tiles.low @ tiles.excess[favourites].T).topk(rank, dim=1).values  # (N, rank)
+        floor = torch.maximum(floor[:, -1:], (1 if rank < 2 else RUNNER_UP) * floor[:, :1])
+        ratio = tiles.high / torch.where(floor > TINY, floor, 0)
+    shape = len(tiles.low), tiles.rows.to_image.shape[1] * tiles.columns.to_image.shape[1]
+    score, margin = (torch.full(shape, v, device=ratio.device) if scored else None for v in (-torch.inf, 0.0))
+    label_map = torch.full(shape, -1, device=ratio.device)
+    return _Race(members, rank, favourites, ratio, label_map, score, margin)
+
+
+def _may_win(ratio: Tensor, excess: Tensor) -> Tensor:
+    """ratio (N, Q), excess (C, Q) -> (N, C) bool; not `>=`, which would lose the NaN of a tile without a floor.
+
+    Slack: a ratio (quotient of a rounded number and a sum of Q products) and the sum of Q products here are off by
+    (2 Q + 12) u at most.
+    """
+    return ~(ratio @ excess.T < 1 - (4 * excess.shape[1] + 32) * ROUNDING)
+
+
+def _guess(tiles: _Tiles, race: _Race) -> Tensor:
+    """Of the favourites that may win, those with most in the middle of the bounds. One alone beats the rest everywhere.
+
+    Runners are tile x C + class, int64, here and below.
+    """
+    favourites = race.favourites.nonzero()[:, 0]
+    excess = tiles.excess[favourites]
+    likely = ((tiles.low + tiles.high) / 2 @ excess.T).masked_fill(~_may_win(race.ratio, excess), -torch.inf)
+    likely, place = likely.topk(min(race.rank + GUESSES, len(favourites)), dim=1)
+    race.label_map[:] = favourites[place[:, :1]] if len(favourites) else -1
+    tile, column = (likely > -torch.inf).nonzero(as_tuple=True)
+    return tile * len(tiles.excess) + favourites[place[tile, column]]
+
+
+def _others(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:
+    """Step 4: the members that may win and are no runners yet; by blocks of tiles first."""
+    grid = len(tiles.rows.mask_index), len(tiles.columns.mask_index)
+    blocks = F.max_pool2d(race.ratio.T.reshape(1, -1, *grid), BLOCK, ceil_mode=True)[0].flatten(1).T
+    possible = torch.zeros_like(race.members)
+    for part in blocks.split(max(1, CHUNK // len(tiles.excess))):
+        possible |= _may_win(part, tiles.excess).any(dim=0)
+    classes = (possible & race.members).nonzero()[:, 0]
+    excess, found = tiles.excess[classes], []
+    step = max(1, CHUNK // max(1, len(classes)))
+    for start in range(0, len(race.ratio), step):
+        tile, place = _may_win(race.ratio[start : start + step], excess).nonzero(as_tuple=True)
+        found.append((start + tile) * len(tiles.excess) + classes[place])
+    found = torch.cat(found)
+    return found[~torch.isin(found, runners)]
+
+
+def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], coverage: Tensor | None) -> None:
+    """Step 3, into the races: the winner of every pixel in the tiles that have several runners (sorted, no repeats).
+
+    coverage: (N, X), to be filled with the sum of the masks, as are the races with scores, in all tiles that have
+    runners; or None.
+    """
+    classes_all, queries, pixels = *tiles.excess.shape, races[0].label_map.shape[1]
+    counts = torch.bincount(runners // classes_all, minlength=len(tiles.low))
+    first = counts.cumsum(0) - counts
+    order = counts.argsort()
+    order = order[counts[order] > (1 if coverage is None else 0)]
+    for tile, most in _chunks(order, counts[order].tolist(), queries, pixels):
+        slot = torch.arange(most, device=order.device)
+        here = slot < counts[tile, None]  # (n, K)
+        classes = runners[first[tile, None] + torch.where(here, slot, 0)] % classes_all
+        excess = tiles.excess[classes]  # (n, K, Q)
+        largest = excess.amax(dim=1)
+
+        # Queries that matter; the others are given the middle of their bounds.
+        radius = (tiles.high[tile] - tiles.low[tile]) / 2  # (n, Q)
+        stake, query = (radius * largest if coverage is None else radius).sort(dim=1)
+        left_out = int((stake.cumsum(dim=1) <= TAIL).sum(dim=1).min())
+        left_out, taken = query[:, :left_out], query[:, left_out:]
+        middle = (tiles.low[tile] + radius).scatter(1, taken, 0)[:, :, None]  # (n, Q, 1)
+        masks = _upsample(tiles, tile, taken)  # (n, R, X)
+
+        # |score - what float64 gives| <= error: the masks' own, that of the sums, that of the middles.
+        off = ROUNDING * (LOGIT_ROUNDINGS * tiles.reach[tile] + MASK_ROUNDINGS).gather(1, taken)  # (n, R)
+        error = (off * largest.gather(1, taken)).sum(dim=1, keepdim=True)
+        error += (queries + 16) * ROUNDING * (largest * tiles.high[tile]).sum(dim=1, keepdim=True)
+        error += stake[:, : left_out.shape[1]].sum(dim=1, keepdim=True)
+        bias = (excess @ middle).masked_fill(~here[:, :, None], -torch.inf)
+        scores = torch.baddbmm(bias, excess.gather(2, taken[:, None].expand(-1, most, -1)), masks)  # (n, K, X)
+        if coverage is not None:
+            base = tiles.class_probs.amin(dim=1)
+            rows = torch.stack([base, torch.ones_like(base)])  # what was taken off each class, and what covers
+            base, covered = torch.baddbmm(rows @ middle, rows.T[taken].mT, masks).unbind(1)  # (n, X) each
+            coverage[tile] = covered
+
+        for race in filter(lambda race: race.rank, races):
+            runs = race.members[classes] & here  # (n, K)
+            own = scores if len(races) == 1 else scores.masked_fill(~runs[:, :, None], -torch.inf)
+            best, place = own.max(dim=1)  # (n, X)
+            second = own.scatter_(1, place[:, None], -torch.inf).amax(dim=1)
+            winner = classes.gather(1, place)
+            _decide_exactly(tiles, tile, classes, runs, best - second <= 2 * error, winner)
+            race.label_map[tile] = winner
+            if coverage is not None:
+                race.score[tile] = best + base
+                race.margin[tile] = best - second.clamp(min=0) if race.rank == 2 else 0
+            # The floor, now by pixels, for the certificate.
+            floor = (best if race.rank < 2 else torch.maximum(second, RUNNER_UP * best)) - error
+            floor = torch.where(floor > TINY, floor, 0)[:, None]  # (n, 1, X)
+            ratio = tiles.high[tile] / floor.amin(dim=2)
+            race.ratio[tile] = ratio.scatter(1, taken, ((masks + off[:, :, None]) / floor).amax(dim=2))
+
+
+def _chunks(order: Tensor, counts: list[int], queries: int, pixels: int):
+    """Tiles with about the same number of runners, no more at once than CHUNK allows: (n,) and the largest number."""
+    start = 0
+    for stop in range(1, len(order) + 1):
+        largest = max(queries * pixels, counts[min(stop, len(order) - 1)] * max(queries, pixels))
+        if stop == len(order) or (stop + 1 - start) * largest > CHUNK:
+            yield order[start:stop], counts[stop - 1]
+            start = stop
+
+
+def _upsample(tiles: _Tiles, tile: Tensor, query: Tensor) -> Tensor:
+    """M of some queries, query (n, R), at the pixels of tiles (n,): (n, R, X)."""
+    across = len(tiles.columns.mask_index)
+    axes = ((tiles.rows, tile // across), (tiles.columns, tile % across))
+    (rows, y), (columns, x) = axes
+    row, column = rows.mask_index[y], columns.mask_index[x]  # (n, m)
+    masks = tiles.mask_logits[query[:, :, None, None], row[:, None, :, None], column[:, None, None, :]]
+    to_input, to_image = (
+        [weights[place][:, None].to(masks.dtype) for weights, place in ((getattr(a, name), p) for a, p in axes)]
+        for name in ("to_input", "to_image")
+    )
+    masks = (to_input[0] @ masks @ to_input[1].mT).sigmoid_()
+    if rows.resizes or columns.resizes:
+        masks = to_image[0] @ masks @ to_image[1].mT
+    return masks.flatten(2)
+
+
+def _decide_exactly(tiles: _Tiles, tile: Tensor, classes: Tensor, runs: Tensor, close: Tensor, winner: Tensor) -> None:
+    """Near-ties in float64, into winner (n, X): tile (n,), classes and runs (n, K), close (n, X) bool."""
+    across = len(tiles.columns.mask_index)
+    height, width = tiles.rows.to_image.shape[1], tiles.columns.to_image.shape[1]
+    for part in close.nonzero().split(max(1, CHUNK // (classes.shape[1] * tiles.excess.shape[1]))):
+        own, pixel = part.unbind(1)
+        y = tile[own] // across * height + pixel // width
+        x = tile[own] % across * width + pixel % width
+        y, x = y.clamp(max=len(tiles.rows.image_taps.index) - 1), x.clamp(max=len(tiles.columns.image_taps.index) - 1)
+        masks = _exact_masks(tiles.mask_logits, tiles.rows, tiles.columns, y, x)
+        scores = (tiles.class_probs.T[classes[own]].double() @ masks[:, :, None])[:, :, 0]
+        place = _first_of_best(scores.masked_fill(~runs[own], -torch.inf))
+        winner[own, pixel] = classes[own, place]
+
+
+def _first_of_best(scores: Tensor) -> Tensor:
+    """(n, K) float64 -> (n,): the lowest index of the best, where EQUAL counts as equal."""
+    return (scores >= scores.amax(dim=1, keepdim=True) - EQUAL).int().argmax(dim=1)
+
+
+def _assemble(values: Tensor, tiles: _Tiles) -> Tensor:
+    """(N, X) -> (H, W)."""
+    down, across = len(tiles.rows.mask_index), len(tiles.columns.mask_index)
+    height, width = tiles.rows.to_image.shape[1], tiles.columns.to_image.shape[1]
+    whole = values.view(down, across, height, width).transpose(1, 2).reshape(down * height, across * width)
+    return whole[: len(tiles.rows.image_taps.index), : len(tiles.columns.image_taps.index)].contiguous()
+
+
+__all__ = ["Explanation", "SemanticMap", "ensemble_with_clip", "explain", "semantic_map", "semantic_scores"]

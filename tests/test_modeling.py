@@ -22,9 +22,6 @@ from modeling_zs3 import (
     Zs3Output,
     class_projection,
     default_image_labels,
-    ensemble_with_clip,
-    semantic_map,
-    semantic_scores,
 )
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 
@@ -472,101 +469,6 @@ def test_an_image_of_any_size_is_padded_by_zeros_to_32():
         expected = model.model(padded).masks_queries_logits[-1]
     torch.testing.assert_close(outputs.mask_logits, expected, rtol=1e-4, atol=1e-4)
     assert outputs.valid_sizes.tolist() == [[50, 70]]
-
-
-# ------------------------------------------------------------------------------------------------ Eq. 4, 4.6
-
-
-def proposals(batch: int = 2, queries: int = 6, classes: int = 5) -> tuple[Tensor, Tensor]:
-    return torch.randn(batch, queries, classes).softmax(-1), 3 * torch.randn(batch, queries, 7, 9)
-
-
-def test_semantic_scores_are_equation_4_in_loops():
-    class_probs, mask_logits = proposals()
-    scores = semantic_scores(class_probs, mask_logits, (7, 9))  # the masks' own size: nothing to resize
-    for image, label, y, x in ((0, 0, 0, 0), (1, 4, 6, 8), (0, 2, 3, 5), (1, 1, 5, 0)):
-        masks = 1 / (1 + (-mask_logits[image, :, y, x].double()).exp())
-        expected = sum(class_probs[image, q, label].double() * masks[q] for q in range(6))
-        assert scores[image, label, y, x].item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def literal_scores(class_probs: Tensor, mask_logits: Tensor, size, valid=None, target=None) -> Tensor:
-    """Eq. 4 in float64 in the order of Mask2Former: up, sigmoid, crop, resize, einsum. (C, H, W) of one image."""
-    probs = F.interpolate(mask_logits[None].double(), size=size, mode="bilinear", align_corners=False).sigmoid()
-    if target is not None:
-        probs = probs[:, :, : valid[0], : valid[1]]
-        probs = F.interpolate(probs, size=target, mode="bilinear", align_corners=False)
-    return torch.einsum("qc,qhw->chw", class_probs.double(), probs[0])
-
-
-@pytest.mark.parametrize("chunk", [2**22, 100, 1])
-def test_semantic_map_is_the_argmax_in_float64(chunk):
-    class_probs, mask_logits = proposals(classes=11)
-    label_maps = semantic_map(class_probs, mask_logits, (28, 36), chunk=chunk)
-    assert label_maps.shape == (2, 28, 36) and label_maps.dtype == torch.int64
-    for image in range(2):
-        scores = literal_scores(class_probs[image], mask_logits[image], (28, 36))
-        won = scores.gather(0, label_maps[image][None])[0]
-        assert (scores.amax(0) - won).max() <= 1e-6
-        assert (label_maps[image] == scores.argmax(0)).float().mean() > 0.99
-        assert len(torch.unique(label_maps[image])) > 2
-    dense = semantic_scores(class_probs, mask_logits, (28, 36)).argmax(1)
-    assert (label_maps == dense).float().mean() > 0.99
-
-
-def test_semantic_map_with_scores_and_margins():
-    class_probs, mask_logits = proposals()
-    best = semantic_map(class_probs, mask_logits, (28, 36), return_scores=True)
-    for image, result in enumerate(best):
-        first, second = literal_scores(class_probs[image], mask_logits[image], (28, 36)).topk(2, dim=0).values
-        torch.testing.assert_close(result.score.double(), first, rtol=0, atol=1e-5)
-        torch.testing.assert_close(result.margin.double(), first - second, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("classes", [1, 3, 8, 33, 150])
-def test_equal_scores_go_to_the_lowest_index(classes):
-    class_probs, mask_logits = proposals(queries=13, classes=classes)
-    doubled = torch.cat([class_probs, class_probs], dim=-1)  # each name twice
-    label_maps = semantic_map(doubled, mask_logits, (29, 37), chunk=10000)
-    assert int(label_maps.max()) < classes
-    assert torch.equal(label_maps, semantic_map(class_probs, mask_logits, (29, 37)))
-    all_equal = torch.full_like(class_probs, 1 / classes)
-    assert torch.all(semantic_map(all_equal, mask_logits, (29, 37)) == 0)
-
-
-def test_a_float32_tie_is_decided_in_float64():
-    """Two queries, sums 1 + 2^-30 and 1 + 2^-29: the same float32."""
-    class_probs = torch.tensor([[[1.0, 1.0], [2.0**-30, 2.0**-29]]])
-    label_map = semantic_map(class_probs, torch.full((1, 2, 4, 4), 40.0), (4, 4))  # sigmoid(40) is 1
-    assert torch.all(label_map == 1)
-
-
-def test_label_maps_of_the_images_own_sizes_follow_the_literal_order():
-    class_probs, mask_logits = proposals(batch=3)
-    size, valid, targets = (28, 36), [(28, 30), (20, 36), (17, 19)], [(50, 61), (20, 36), (9, 7)]
-    label_maps = semantic_map(class_probs, mask_logits, size, valid_sizes=torch.tensor(valid), image_sizes=targets)
-    for image, label_map in enumerate(label_maps):
-        scores = literal_scores(class_probs[image], mask_logits[image], size, valid[image], targets[image])
-        assert label_map.shape == targets[image]
-        assert (scores.amax(0) - scores.gather(0, label_map[None])[0]).max() <= 1e-6
-        assert (label_map == scores.argmax(0)).float().mean() > 0.99
-    dense = torch.randn(1, 6, 5), torch.randn(1, 6, 7, 9)
-    (without,) = semantic_map(*dense, size, image_sizes=[size])  # all of it is valid
-    assert torch.equal(without, semantic_map(*dense, size)[0])
-
-
-def test_the_ensemble_is_its_formula_in_loops():
-    ours, clip = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
-    is_seen, weight = torch.tensor([True, False, False, True]), 0.8
-    result = ensemble_with_clip(ours, clip, is_seen, weight)
-    for image in range(2):
-        for query in range(3):
-            for label in range(4):
-                p, s = ours[image, query, label].item(), clip[image, query, label].item()
-                expected = p**0.8 * s**0.2 if is_seen[label] else p**0.2 * s**0.8
-                assert result[image, query, label].item() == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(ensemble_with_clip(ours, clip, torch.ones(4).bool(), 1.0), ours)
-    torch.testing.assert_close(ensemble_with_clip(ours, clip, torch.zeros(4).bool(), 1.0), clip)
 
 
 def test_a_saved_checkpoint_knows_its_names(tmp_path):

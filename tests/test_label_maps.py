@@ -1,0 +1,330 @@
+"""Label maps against Eq. 4 in float64, dense and in loops; on inputs made to be hard for the tile-bound argmax."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import label_maps_zs3
+from label_maps_zs3 import ensemble_with_clip, explain, semantic_map, semantic_scores
+from modeling_zs3 import Zs3Output
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def proposals(batch: int = 2, queries: int = 6, classes: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, queries, classes).softmax(-1), 3 * torch.randn(batch, queries, 7, 9)
+
+
+def literal_scores(class_probs: Tensor, mask_logits: Tensor, size, valid=None, target=None) -> Tensor:
+    """(C, H, W): Eq. 4 in float64 in Mask2Former's literal order: masks up, sigmoid, einsum, padding cropped, then the
+    class SCORES to the image's size."""
+    probs = F.interpolate(mask_logits[None].double(), size=size, mode="bilinear", align_corners=False).sigmoid()
+    scores = torch.einsum("qc,bqhw->bchw", class_probs.double(), probs)
+    if target is not None:
+        scores = scores[:, :, : valid[0], : valid[1]]
+        scores = F.interpolate(scores, size=target, mode="bilinear", align_corners=False)
+    return scores[0]
+
+
+def assert_best(label_map: Tensor, scores: Tensor, equal: float = 1e-11) -> None:
+    """The contract's "exact": within 1e-6 of the best; where one class is clearly the best, that one; clear is what two
+    ways of summing in float64 agree on."""
+    best = scores.amax(0)
+    assert (best - scores.gather(0, label_map[None])[0]).max() <= min(1e-6, equal)
+    clear = scores >= best - equal
+    assert torch.equal(label_map[clear.sum(0) == 1], clear.int().argmax(0)[clear.sum(0) == 1])
+
+
+# --------------------------------------------------------------------------------------------- what Eq. 4 says
+
+
+def test_semantic_scores_are_equation_4_in_loops():
+    class_probs, mask_logits = proposals()
+    scores = semantic_scores(class_probs, mask_logits, (7, 9))  # the masks' own size: nothing to resize
+    for image, label, y, x in ((0, 0, 0, 0), (1, 4, 6, 8), (0, 2, 3, 5), (1, 1, 5, 0)):
+        masks = 1 / (1 + (-mask_logits[image, :, y, x].double()).exp())
+        expected = sum(class_probs[image, q, label].double() * masks[q] for q in range(6))
+        assert scores[image, label, y, x].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("tile", [1, 4, 100])
+def test_semantic_map_is_the_argmax_in_float64(tile):
+    class_probs, mask_logits = proposals(classes=11)
+    label_maps = semantic_map(class_probs, mask_logits, (28, 36), tile=tile)
+    assert label_maps.shape == (2, 28, 36) and label_maps.dtype == torch.int64
+    for image in range(2):
+        assert_best(label_maps[image], literal_scores(class_probs[image], mask_logits[image], (28, 36)))
+        assert len(torch.unique(label_maps[image])) > 2
+    dense = semantic_scores(class_probs, mask_logits, (28, 36)).argmax(1)
+    assert (label_maps == dense).float().mean() > 0.99
+
+
+def kinds_of_probs(kind: str, queries: int, classes: int) -> Tensor:
+    noise = torch.randn(queries, classes)
+    if kind == "near_uniform":  # differences of a few float32 roundings
+        return torch.full((queries, classes), 1 / classes) * (1 + 2.0**-22 * torch.randint(-2, 3, (queries, classes)))
+    if kind == "one_hot":
+        return F.one_hot(noise.argmax(1), classes).float()
+    if kind == "copies":  # every class but the first few is an exact copy of one of them
+        return noise[:, torch.arange(classes) % 3].softmax(-1)
+    return (noise * {"soft": 1.0, "peaked": 8.0}[kind]).softmax(-1)
+
+
+def kinds_of_masks(kind: str, queries: int, height: int, width: int) -> Tensor:
+    noise = torch.randn(queries, height, width)
+    if kind == "saturated":
+        return 200 * noise.sign()
+    if kind == "constant":
+        return noise[:, :1, :1].expand(-1, height, width).clone()
+    if kind == "absent":  # nothing anywhere: every sigmoid underflows in float32
+        return -120 + noise
+    return noise * {"soft": 0.3, "usual": 5.0, "steep": 50.0}[kind]
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    classes=st.sampled_from([1, 2, 3, 17, 255, 256, 257, 847]),
+    queries=st.sampled_from([1, 2, 7, 30]),
+    probs=st.sampled_from(["soft", "peaked", "near_uniform", "one_hot", "copies"]),
+    masks=st.sampled_from(["soft", "usual", "steep", "saturated", "constant", "absent"]),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    cut=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    target=st.one_of(st.none(), st.tuples(st.integers(1, 41), st.integers(1, 41))),
+    scored=st.booleans(),
+)
+def test_the_winner_is_that_of_float64_on_any_input(seed, classes, queries, probs, masks, grid, cut, target, scored):
+    torch.manual_seed(seed)
+    class_probs = kinds_of_probs(probs, queries, classes)
+    mask_logits = kinds_of_masks(masks, queries, *grid)
+    size = (4 * grid[0], 4 * grid[1])
+    valid = tuple(max(1, side - less) for side, less in zip(size, cut, strict=True))
+    options = {} if target is None else {"valid_sizes": [valid], "image_sizes": [target]}
+    given = class_probs.clone(), mask_logits.clone()
+    (result,) = semantic_map(class_probs[None], mask_logits[None], size, return_scores=scored, **options)
+    assert torch.equal(class_probs, given[0]) and torch.equal(mask_logits, given[1])
+    scores = literal_scores(class_probs, mask_logits, size, valid, target)
+    assert_best(result.label_map if scored else result, scores)
+
+
+@pytest.mark.parametrize("probs", ["soft", "near_uniform", "peaked"])
+@pytest.mark.parametrize("masks", ["usual", "soft"])
+def test_five_thousand_classes(probs, masks):
+    class_probs, mask_logits = kinds_of_probs(probs, 20, 5000), kinds_of_masks(masks, 20, 6, 5)
+    (label_map,) = semantic_map(class_probs[None], mask_logits[None], (23, 19))
+    assert_best(label_map, literal_scores(class_probs, mask_logits, (23, 19)))
+
+
+def test_a_class_that_is_no_querys_favourite_can_win():
+    """Two queries overlap; each prefers a class of its own, and both like a third a little less."""
+    class_probs = torch.tensor([[[0.5, 0.0, 0.45, 0.05], [0.0, 0.5, 0.45, 0.05]]])
+    mask_logits = torch.full((1, 2, 8, 8), -20.0)
+    mask_logits[0, 0, :, :6] = mask_logits[0, 1, :, 2:] = 20.0
+    label_map = semantic_map(class_probs, mask_logits, (32, 32))[0]
+    assert label_map[16, [1, 15, 30]].tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("classes", [1, 3, 8, 33, 150])
+def test_equal_scores_go_to_the_lowest_index(classes):
+    class_probs, mask_logits = proposals(queries=13, classes=classes)
+    doubled = torch.cat([class_probs, class_probs], dim=-1)  # each name twice
+    label_maps = semantic_map(doubled, mask_logits, (29, 37))
+    assert int(label_maps.max()) < classes
+    assert torch.equal(label_maps, semantic_map(class_probs, mask_logits, (29, 37)))
+    all_equal = torch.full_like(class_probs, 1 / classes)
+    assert torch.all(semantic_map(all_equal, mask_logits, (29, 37)) == 0)
+
+
+def test_a_float32_tie_is_decided_in_float64():
+    """Two queries, sums 1 + 2^-30 and 1 + 2^-29: the same float32."""
+    class_probs = torch.tensor([[[1.0, 1.0], [2.0**-30, 2.0**-29]]])
+    label_map = semantic_map(class_probs, torch.full((1, 2, 4, 4), 40.0), (4, 4))  # sigmoid(40) is 1
+    assert torch.all(label_map == 1)
+
+
+def test_only_near_ties_are_decided_in_float64(monkeypatch):
+    """The bound on rounding is no pretext to do everything in float64."""
+    class_probs, mask_logits = proposals(1, 30, 200)
+    exact, pixels = label_maps_zs3._exact_masks, []
+    monkeypatch.setattr(label_maps_zs3, "_exact_masks", lambda *a: pixels.append(len(a[-1])) or exact(*a))
+    semantic_map(class_probs, mask_logits, (280, 360))
+    assert sum(pixels) < 0.005 * 280 * 360
+
+
+# -------------------------------------------------------------------------------------------- geometry and batches
+
+
+def test_label_maps_of_the_images_own_sizes_follow_the_literal_order():
+    class_probs, mask_logits = proposals(batch=3)
+    size, valid, targets = (28, 36), [(28, 30), (20, 36), (17, 19)], [(50, 61), (20, 36), (9, 7)]
+    label_maps = semantic_map(class_probs, mask_logits, size, valid_sizes=torch.tensor(valid), image_sizes=targets)
+    for image, label_map in enumerate(label_maps):
+        scores = literal_scores(class_probs[image], mask_logits[image], size, valid[image], targets[image])
+        assert label_map.shape == targets[image]
+        assert_best(label_map, scores)
+    dense = torch.randn(1, 6, 5).softmax(-1), torch.randn(1, 6, 7, 9)
+    (without,) = semantic_map(*dense, size, image_sizes=[size])  # all of it is valid
+    assert torch.equal(without, semantic_map(*dense, size)[0])
+
+
+def test_an_image_is_the_same_alone_and_in_a_batch():
+    class_probs, mask_logits = proposals(batch=3, classes=40)
+    together = semantic_map(class_probs, mask_logits, (28, 36), return_scores=True)
+    for image, result in enumerate(together):
+        (alone,) = semantic_map(class_probs[[image]], mask_logits[[image]], (28, 36), return_scores=True)
+        for name in ("label_map", "score", "margin", "coverage"):
+            assert torch.equal(getattr(result, name), getattr(alone, name))
+
+
+# --------------------------------------------------------------------------------------------- scores and groups
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 300])
+@pytest.mark.parametrize("target", [None, (50, 61)])
+def test_scores_margins_and_coverage(classes, target):
+    class_probs, mask_logits = proposals(classes=classes)
+    options = {} if target is None else {"image_sizes": [target] * 2}
+    best = semantic_map(class_probs, mask_logits, (28, 36), return_scores=True, **options)
+    for image, result in enumerate(best):
+        scores = literal_scores(class_probs[image], mask_logits[image], (28, 36), (28, 36), target)
+        top = scores.topk(min(2, classes), dim=0).values
+        torch.testing.assert_close(result.score.double(), top[0], rtol=0, atol=1e-5)
+        margin = top[0] - top[1] if classes > 1 else torch.zeros_like(top[0])
+        torch.testing.assert_close(result.margin.double(), margin, rtol=0, atol=1e-5)
+        torch.testing.assert_close(result.coverage.double(), scores.sum(0), rtol=0, atol=1e-5)  # p sums to 1
+        assert result.confidence.min() >= 0 and result.confidence.max() <= 1
+
+
+def test_a_margin_over_negligible_runners_up_is_off_by_their_share_at_most():
+    class_probs = torch.full((1, 2, 50), 0.001)
+    class_probs[0, :, 0] = 1 - 0.049
+    (result,) = semantic_map(class_probs, torch.full((1, 2, 4, 4), 3.0), (16, 16), return_scores=True)
+    exact = 2 * (0.951 - 0.001) * torch.tensor(3.0).sigmoid()
+    assert (result.margin >= exact - 1e-5).all()
+    assert (result.margin <= exact + label_maps_zs3.RUNNER_UP * result.score).all()
+
+
+@pytest.mark.parametrize("probs", ["soft", "peaked", "near_uniform"])
+@pytest.mark.parametrize("seen", ["all", "none", "some", "one"])
+def test_the_best_of_each_group(seen, probs):
+    class_probs, mask_logits = kinds_of_probs(probs, 12, 60), kinds_of_masks("usual", 12, 7, 9)
+    is_seen = {"all": torch.ones(60), "none": torch.zeros(60), "some": torch.arange(60) % 3, "one": torch.eye(60)[7]}
+    is_seen = is_seen[seen].bool()
+    (result,) = semantic_map(class_probs[None], mask_logits[None], (28, 36), is_seen=is_seen)
+    scores = literal_scores(class_probs, mask_logits, (28, 36))
+    assert_best(result.label_map, scores)
+    for members, label_map, score in (
+        (is_seen, result.seen_map, result.seen_score),
+        (~is_seen, result.unseen_map, result.unseen_score),
+    ):
+        if not members.any():
+            assert (label_map == -1).all() and (score == -torch.inf).all()
+            continue
+        own = scores.masked_fill(~members[:, None, None], -1)
+        assert_best(label_map, own)
+        torch.testing.assert_close(score.double(), own.amax(0), rtol=0, atol=1e-5)
+
+
+def test_less_than_float32_products_are_not_relied_on():
+    """Where somebody allows TF32 or bfloat16 in matrix products, the work is done in float64."""
+    class_probs, mask_logits = proposals(1, 30, 200)
+    expected = semantic_map(class_probs, mask_logits, (28, 36))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert label_maps_zs3._working_dtype(class_probs, mask_logits) == torch.float64
+        assert torch.equal(semantic_map(class_probs, mask_logits, (28, 36)), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert label_maps_zs3._working_dtype(class_probs, mask_logits) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(semantic_map(class_probs, mask_logits, (28, 36)), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same_label_map():
+    class_probs, mask_logits = proposals(2, 30, 300)
+    on_gpu = semantic_map(class_probs.cuda(), mask_logits.cuda(), (28, 36))
+    assert torch.equal(on_gpu.cpu(), semantic_map(class_probs, mask_logits, (28, 36)))
+
+
+# ------------------------------------------------------------------------------------------------ metamorphic
+
+
+def test_permuting_labels_permutes_ids():
+    class_probs, mask_logits = proposals(1, 20, 300)
+    order = torch.randperm(300)
+    permuted = semantic_map(class_probs[..., order], mask_logits, (28, 36))
+    assert torch.equal(order[permuted], semantic_map(class_probs, mask_logits, (28, 36)))
+
+
+def test_a_label_that_never_wins_changes_nothing():
+    class_probs, mask_logits = proposals(1, 20, 50)
+    loser = class_probs.amin(-1, keepdim=True) * 0.9
+    with_loser = semantic_map(torch.cat([class_probs, loser], dim=-1), mask_logits, (28, 36))
+    assert torch.equal(with_loser, semantic_map(class_probs, mask_logits, (28, 36)))
+
+
+# ---------------------------------------------------------------------------------------------------- the door
+
+
+@pytest.mark.parametrize("spoiled", ["mask_logits", "class_probs"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_refused(spoiled, value):
+    tensors = dict(zip(("class_probs", "mask_logits"), proposals(), strict=True))
+    tensors[spoiled].view(-1)[3] = value
+    with pytest.raises(ValueError, match=spoiled):
+        semantic_map(**tensors, size=(28, 36))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    class_probs, mask_logits = proposals()
+    for wrong in ((class_probs[0], mask_logits), (class_probs[:, :3], mask_logits), (class_probs, mask_logits[0])):
+        with pytest.raises(ValueError, match="must be"):
+            semantic_map(*wrong, (28, 36))
+    with pytest.raises(ValueError, match="at least one"):
+        semantic_map(class_probs[..., :0], mask_logits, (28, 36))
+    with pytest.raises(ValueError, match="is_seen"):
+        semantic_map(class_probs, mask_logits, (28, 36), is_seen=torch.ones(3).bool())
+
+
+# ------------------------------------------------------------------------------------------- explanations, ensemble
+
+
+@pytest.mark.parametrize("image_size", [None, (40, 33)])
+def test_an_explanation_adds_up_to_the_winners_score(image_size):
+    class_logits, mask_logits = torch.randn(2, 6, 9), 3 * torch.randn(2, 6, 7, 9)
+    outputs = Zs3Output(
+        class_logits=class_logits, mask_logits=mask_logits, valid_sizes=torch.tensor([[28, 36], [20, 31]])
+    )
+    valid = outputs.valid_sizes[1].tolist()
+    for y, x in ((0, 0), (7, 11), (19, 30)):
+        told = explain(outputs, y, x, image=1, image_size=image_size)
+        scores = literal_scores(outputs.class_probs[1], mask_logits[1], (28, 36), valid, image_size or tuple(valid))
+        assert told.label_id == scores[:, y, x].argmax()
+        assert told.score == pytest.approx(scores[:, y, x].max().item(), abs=1e-12)
+        assert told.contributions.shape == (6,) and told.contributions.sum().item() == pytest.approx(told.score)
+        expected = outputs.class_probs[1, :, told.label_id].double() * told.mask_probs
+        torch.testing.assert_close(told.contributions, expected)
+    with pytest.raises(ValueError, match="outside the image"):
+        explain(outputs, 40, 0, image=1, image_size=image_size)
+
+
+def test_the_ensemble_is_its_formula_in_loops():
+    ours, clip = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
+    is_seen, weight = torch.tensor([True, False, False, True]), 0.8
+    result = ensemble_with_clip(ours, clip, is_seen, weight)
+    for image in range(2):
+        for query in range(3):
+            for label in range(4):
+                p, s = ours[image, query, label].item(), clip[image, query, label].item()
+                expected = p**0.8 * s**0.2 if is_seen[label] else p**0.2 * s**0.8
+                assert result[image, query, label].item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(ensemble_with_clip(ours, clip, torch.ones(4).bool(), 1.0), ours)
+    torch.testing.assert_close(ensemble_with_clip(ours, clip, torch.zeros(4).bool(), 1.0), clip)
