@@ -339,13 +339,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         """
         text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
         if labels is None:
-            mask_logits, class_embeds, valid_sizes = self._predict(pixel_values, pixel_mask)
-            return Zs3Output(
-                mask_logits=mask_logits,
-                class_embeds=class_embeds,
-                valid_sizes=valid_sizes,
-                **self._classify(class_embeds, text_embeds),
-            )
+            proposals = self.propose(pixel_values, pixel_mask)
+            return Zs3Output(**proposals, **self.classify(proposals["class_embeds"], text_embeds))
 
         targets = self._targets(labels.long(), image_labels, is_seen, len(text_embeds))
         mask_logits, class_embeds = self._proposals(pixel_values)
@@ -363,7 +358,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             mask_logits=mask_logits[-1],
             class_embeds=class_embeds[-1],
             valid_sizes=labels.new_tensor([labels.shape[1:]], dtype=torch.int64).repeat(len(labels), 1),
-            **self._classify(class_embeds[-1], text_embeds),
+            **self.classify(class_embeds[-1], text_embeds),
         )
 
     def _targets(
@@ -414,10 +409,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         hidden = outputs.transformer_decoder_intermediate_states  # each (Q, B, hidden)
         return list(outputs.masks_queries_logits), [self.class_projection(layer.transpose(0, 1)) for layer in hidden]
 
-    def _predict(self, pixel_values: Tensor, pixel_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The last decoder output; each image is run at its own size, so its batch does not matter.
+    def propose(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The part of `forward` that needs no text; each image is run at its own size, so its batch does not matter.
 
-        Returns mask logits (B, Q, h, w), class embeddings (B, Q, D), sizes without padding (B, 2).
+        Returns mask_logits (B, Q, h, w), class_embeds (B, Q, D) and valid_sizes (B, 2), see Zs3Output.
         """
         batch, _, height, width = pixel_values.shape
         if pixel_mask is None:
@@ -439,14 +434,22 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             padded = F.pad(logits[-1], margin, mode="replicate")
             for row, image in enumerate(same):
                 mask_logits[image], class_embeds[image] = padded[row], embeds[-1][row]
-        return torch.stack(mask_logits), torch.stack(class_embeds), valid_sizes
+        return {
+            "mask_logits": torch.stack(mask_logits),
+            "class_embeds": torch.stack(class_embeds),
+            "valid_sizes": valid_sizes,
+        }
 
     def _background_similarity(self, class_embeds: Tensor) -> Tensor | None:
         if self.background_embed is None:
             return None
         return cosine_similarity(class_embeds, self.background_embed[None])[..., 0]
 
-    def _classify(self, class_embeds: Tensor, text_embeds: Tensor) -> dict[str, Tensor | None]:
+    def classify(self, class_embeds: Tensor, text_embeds: Tensor) -> dict[str, Tensor | None]:
+        """The part of `forward` that a label list decides: class_logits and background_logits, see Zs3Output.
+
+        class_embeds: (B, Q, D); text_embeds: (C, D).
+        """
         background = self._background_similarity(class_embeds)
         temperature = self.config.class_temperature
         return {

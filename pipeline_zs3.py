@@ -1,35 +1,105 @@
-"""Zs3Pipeline: `pipeline(model=..., trust_remote_code=True)(image, candidate_labels=[...])`."""
+"""Zs3Pipeline: `pipeline(model=..., trust_remote_code=True)(image, candidate_labels=[...])`.
 
-from collections.abc import Sequence
+An image becomes views, itself or overlapping windows of it; the network makes proposals of each view; a label list
+turns proposals into a label map. `propose` stops in the middle, so that other label lists cost no network.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import Pipeline
 from transformers.image_utils import load_image
 
 try:
-    from .modeling_zs3 import semantic_map
+    from .drawing_zs3 import NONE_OF_THESE, draw
+    from .label_maps_zs3 import semantic_map
+    from .modeling_zs3 import Zs3Output
     from .processing_zs3 import ClassName, padded_size, read_labels
+    from .text_zs3 import LabelReport, TextCache, lint_labels
 except ImportError:
     if __package__:
         raise
-    from modeling_zs3 import semantic_map
+    from drawing_zs3 import NONE_OF_THESE, draw
+    from label_maps_zs3 import semantic_map
+    from modeling_zs3 import Zs3Output
     from processing_zs3 import ClassName, padded_size, read_labels
+    from text_zs3 import LabelReport, TextCache, lint_labels
+
+THRESHOLDS = {"probability": 0.5, "margin": 0.1}  # where `background="reject"` is given no threshold
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+
+class View(NamedTuple):
+    """A part of an image that the network sees at once; both (left, top, right, bottom) in the image's pixels."""
+
+    box: tuple[int, int, int, int]  # what is seen
+    own: tuple[int, int, int, int]  # what is kept of the result
+
+
+@dataclass
+class Proposals:
+    """What the network made of one image; give it to the pipeline in the image's place, with any label list.
+
+    image_size: (height, width). outputs: of each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
+    valid_sizes (1, 2), as in Zs3Output, on the CPU.
+    """
+
+    image_size: tuple[int, int]
+    views: list[View]
+    outputs: list[dict[str, Tensor]]
+
+
+@dataclass
+class Choice:
+    """What pixels may become: a label list ready for the model, and what is done about none of these.
+
+    names: C labels, after them the distractors. text_embeds: (S, D), a row for each name, or with synonyms="max" for
+    each synonym. owner: (S,) int64, the name of each row. num_labels: C.
+    threshold: of `confidence`, below which a pixel gets no label; None: off.
+    """
+
+    names: list[str]
+    text_embeds: Tensor
+    owner: Tensor
+    num_labels: int
+    threshold: float | None
+    confidence: str
 
 
 class Zs3Pipeline(Pipeline):
     """Segment images with a label list of your own.
 
-    segment(images, candidate_labels=[...]): an image is a path, an address, a PIL image or a (H, W, 3) uint8 array; a
-    label is a name, a list of synonyms, or a dict with `name`, `synonyms` and `templates`. Without candidate_labels the
-    vocabulary stored in the checkpoint is used; a checkpoint without a text tower takes names of that vocabulary only.
+    segment(images, candidate_labels=[...], **options)
 
-    Returns for each image a list of {"label", "label_id", "score", "mask"}, one entry a label that occurs:
-    label_id indexes the list given, score is the mean of Eq. 4 over the region, at most 1, mask is a PIL "L" image
-    (255 inside). With output="map": {"segmentation": (H, W) int64, "labels": names, "scores": (H, W) float32}, the
-    scores of Eq. 4 as they are: a sum over queries, at least 0, often above 1. No score is a calibrated confidence.
+    images: a path, an address, a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), `Proposals`; or a list of
+        these, or a folder of images (in the order of their names): a list of results; or a generator: a generator.
+    candidate_labels: each a name, a list of synonyms, or a dict with `name`, `synonyms` and `templates`; None: the
+        vocabulary stored in the checkpoint. A checkpoint without a text tower takes names of that vocabulary only.
+    synonyms: "mean", a label is the mean of the text vectors of all its prompts; or "max", a query looks at the synonym
+        that fits it best: a further synonym then never takes a pixel from its label.
+    background: None, every pixel gets its best label; "reject", it gets none where the confidence in that is below
+        `threshold`; or a list of distractors, labels for what is not of interest: what they win gets none.
+    confidence: what the threshold is for: "probability", the winner's share of the masks at a pixel (default threshold
+        0.5), or "margin", how much more that is than the runner-up's (0.1). No guarantee goes with either.
+    window, overlap: pixels; images larger than a window are seen in overlapping windows of this side, each at the size
+        that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
+    batch_size: views that the network sees at once. It does not change the results.
+    output: "masks", a list of {"label", "label_id", "score", "mask"} for each label that occurs: label_id indexes the
+        list given, score is the mean confidence (probability), mask a PIL "L" image (255 inside); or "map", a dict
+        {"segmentation": (H, W) int64, "labels": names, "scores": (H, W) float32}. What got no label has the id -1, the
+        label "none of these", and the score of the label that it did not get.
+
+    The probability is no calibrated one: see the results of an evaluation before you rely on a threshold.
     """
 
     _load_processor = None  # absent where the text vectors came from outside
@@ -37,78 +107,215 @@ class Zs3Pipeline(Pipeline):
     _load_tokenizer = False
     _load_feature_extractor = False
 
-    def __call__(self, images, candidate_labels: Sequence[ClassName] | None = None, **kwargs):
-        kwargs["batch_size"] = 1  # images have sizes of their own, which transformers cannot collate
-        if isinstance(images, list | tuple) and len(images) == 0:
+    draw = staticmethod(draw)
+
+    def __init__(self, *args, **kwargs):
+        self.text_cache = TextCache()
+        super().__init__(*args, **kwargs)
+
+    def __call__(
+        self,
+        images: ImageLike | Proposals | Iterable,
+        candidate_labels: Sequence[ClassName] | None = None,
+        **options,
+    ) -> dict | list[dict] | list[list[dict]] | Iterator:
+        options["candidate_labels"] = candidate_labels
+        if isinstance(images, str | Path) and Path(images).is_dir():
+            images = _folder(Path(images))
+        if isinstance(images, str | Path | Image.Image | Proposals) or getattr(images, "ndim", None) in (2, 3):
+            return super().__call__([images], **options)[0]
+        if isinstance(images, tuple | np.ndarray | Tensor):
+            images = list(images)
+        if isinstance(images, list) and not images:
             return []
-        return super().__call__(images, candidate_labels=candidate_labels, **kwargs)
+        if not isinstance(images, list | Dataset):  # of what can be gone through once, transformers knows generators
+            images = (image for image in images)
+        return super().__call__(images, **options)
 
-    def _sanitize_parameters(
-        self, candidate_labels: Sequence[ClassName] | None = None, output: str | None = None
-    ) -> tuple[dict, dict, dict]:
-        if output not in (None, "masks", "map"):
-            raise ValueError(f"output must be 'masks' or 'map', got {output!r}")
-        postprocess_params = {} if output is None else {"output": output}
-        if candidate_labels is None:
-            return {}, {}, postprocess_params
-        names, text_embeds = self._read_labels(candidate_labels)
-        return {}, {"text_embeds": text_embeds}, {**postprocess_params, "class_names": names}
+    def propose(self, images: ImageLike | Iterable, **options) -> Proposals | list[Proposals] | Iterator[Proposals]:
+        """The network's part alone. options: window, overlap and batch_size."""
+        return self(images, propose=True, **options)
 
-    def _read_labels(self, candidate_labels: Sequence[ClassName]) -> tuple[list[str], Tensor]:
+    def lint_labels(self, class_names: Sequence[ClassName]) -> LabelReport:
+        """What to know of a label list before it is used: see `lint_labels` of text_zs3."""
+        return lint_labels(class_names, model=self.model, processor=self.processor, cache=self.text_cache)
+
+    def _sanitize_parameters(self, **options) -> tuple[dict, dict, dict]:
+        """Checks the options one by one; what they say together is only known where they meet those of the pipeline's
+        making, in `_choose`."""
+        places = {
+            "preprocess": ("window", "overlap"),
+            "forward": ("candidate_labels", "synonyms", "background", "threshold", "confidence", "propose"),
+            "postprocess": ("output",),
+        }
+        unknown = sorted(set(options) - {name for names in places.values() for name in names})
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no option of this pipeline; there are {sum(places.values(), ())}")
+        options = {name: value for name, value in options.items() if value is not None}
+        choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
+        if isinstance(options.get("background"), str):
+            choices["background"] = ("reject",)
+        for name, allowed in choices.items():
+            if options.get(name, allowed[0]) not in allowed:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {options[name]!r}")
+        if not 0 <= options.get("threshold", 0) <= 1:
+            raise ValueError(f"threshold must lie in [0, 1], got {options['threshold']}")
+        if options.get("window", 1) < 1 or options.get("overlap", 0) < 0:
+            raise ValueError("window must be 1 pixel or more, overlap 0 or more")
+        return tuple({name: options[name] for name in names if name in options} for names in places.values())
+
+    # ----------------------------------------------------------------------------------------- from labels to vectors
+
+    def _choose(
+        self,
+        candidate_labels: Sequence[ClassName] | None = None,
+        synonyms: str = "mean",
+        background: str | Sequence[ClassName] | None = None,
+        threshold: float | None = None,
+        confidence: str | None = None,
+    ) -> Choice:
+        if (threshold is not None or confidence is not None) and background != "reject":
+            raise ValueError('threshold and confidence say when to reject: they need background="reject"')
+        confidence = confidence or "probability"
+        if background == "reject":
+            threshold = THRESHOLDS[confidence] if threshold is None else threshold
+        distractors = [] if background is None or background == "reject" else list(background)
+        if candidate_labels is None and self.model.config.class_names is None:
+            raise ValueError("no labels: pass candidate_labels=[...]; this checkpoint has no vocabulary of its own")
+        if candidate_labels is None and not distractors:
+            names, vectors = list(self.model.config.class_names), self.model.vocabulary
+            owner = range(len(names))
+        else:
+            if isinstance(candidate_labels, str):
+                raise ValueError(f"candidate_labels must be a list, got {candidate_labels!r}")
+            entries = list(self.model.config.class_names if candidate_labels is None else candidate_labels)
+            read_labels(entries)  # not empty
+            names, vectors, owner = self._embed([*entries, *distractors], synonyms)
+        owner = vectors.new_tensor(list(owner), dtype=int)
+        return Choice(names, vectors, owner, len(names) - len(distractors), threshold, confidence)
+
+    def _embed(self, entries: list[ClassName], synonyms: str) -> tuple[list[str], Tensor, list[int]]:
+        """Names, their text vectors, and which name each vector is of."""
         if self.model.text_model is not None:
             if self.processor is None:
                 raise ValueError("this checkpoint has a text tower, but its Zs3Processor could not be loaded")
-            labels = read_labels(candidate_labels, self.processor.prompt_templates)
-            tokens = self.processor.tokenize(labels)
-            tokens = {name: tensor.to(self.device) for name, tensor in tokens.items()}
-            return [label.name for label in labels], self.model.encode_text(**tokens)
+            labels = read_labels(entries, self.processor.prompt_templates)
+            rows = [label.synonyms() if synonyms == "max" else [label] for label in labels]
+            owner = [place for place, own in enumerate(rows) for _ in own]
+            flat = [label for own in rows for label in own]
+            return [label.name for label in labels], self.text_cache.embed(flat, self.model, self.processor), owner
+        names = [label.name for label in read_labels(entries)]
         stored = self.model.config.class_names or []
-        names = [label.name for label in read_labels(candidate_labels)]
         missing = [name for name in names if name not in stored]
         if missing:
             raise ValueError(
                 f"{missing[0]!r} is not in this checkpoint's vocabulary, and it has no text tower: {stored}"
             )
-        return names, self.model.vocabulary[[stored.index(name) for name in names]]
+        return names, self.model.vocabulary[[stored.index(name) for name in names]], list(range(len(names)))
 
-    def preprocess(self, image) -> dict:
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        image = load_image(str(image) if isinstance(image, Path) else image)
-        return {**self.image_processor(image), "image_size": (image.height, image.width)}
+    # ---------------------------------------------------------------------------------------- from images to results
 
-    def _forward(self, inputs: dict, text_embeds: Tensor | None = None) -> dict:
-        image_size = inputs.pop("image_size")
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        outputs = self.model(**inputs, text_embeds=text_embeds)
-        return {
-            "class_probs": outputs.class_probs,
-            "mask_logits": outputs.mask_logits,
-            "valid_sizes": outputs.valid_sizes,
-            "image_size": image_size,
-        }
+    def get_iterator(
+        self,
+        inputs: Iterable,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Iterator:
+        """transformers' loop would need images of one size, and one result for each that the network sees."""
+        propose = forward_params.get("propose", False)
+        choice = None if propose else self._choose(**{k: v for k, v in forward_params.items() if k != "propose"})
+        return self._results(inputs, batch_size, choice, preprocess_params, postprocess_params)
 
-    def postprocess(self, result: dict, class_names: list[str] | None = None, output: str = "masks"):
-        names = class_names if class_names is not None else self.model.config.class_names
-        (best,) = semantic_map(
-            result["class_probs"],
-            result["mask_logits"],
-            padded_size(result["mask_logits"]),
-            valid_sizes=result["valid_sizes"],
-            image_sizes=[result["image_size"]],
+    def _results(
+        self, images: Iterable, batch_size: int, choice: Choice | None, preprocess: dict, postprocess: dict
+    ) -> Iterator:
+        """Without a choice, Proposals."""
+        images = iter(images)
+        while group := list(islice(images, batch_size)):
+            inputs = [self.preprocess(image, **preprocess) for image in group]
+            seen = [[] for _ in inputs]
+            waiting = [(place, view) for place, image in enumerate(inputs) for view in range(len(image["views"]))]
+            for start in range(0, len(waiting), batch_size):
+                part = waiting[start : start + batch_size]
+                made = self.forward([self._look(inputs[place], view) for place, view in part], choice=choice)
+                for (place, _), result in zip(part, made, strict=True):
+                    seen[place].append(result)
+            for image, results in zip(inputs, seen, strict=True):
+                if choice is None:
+                    yield Proposals(image["image_size"], image["views"], results)
+                else:
+                    yield self.postprocess({**image, "results": results, "choice": choice}, **postprocess)
+
+    def preprocess(self, image: ImageLike | Proposals, window: int | None = None, overlap: int | None = None) -> dict:
+        if isinstance(image, Proposals):
+            return {"image_size": image.image_size, "views": image.views, "outputs": image.outputs}
+        image = _load(image)
+        views = _views(image.width, image.height, window, overlap)
+        return {"image_size": (image.height, image.width), "views": views, "image": image}
+
+    def _look(self, image: dict, view: int) -> dict:
+        """What `_forward` takes of a view: its part of the image, or what was made of it before."""
+        left, top, right, bottom = image["views"][view].box
+        if "outputs" in image:
+            return {"size": (bottom - top, right - left), "outputs": image["outputs"][view]}
+        return {"size": (bottom - top, right - left), "image": image["image"].crop((left, top, right, bottom))}
+
+    def _forward(self, views: list[dict], choice: Choice | None) -> list[dict[str, Tensor]]:
+        fresh = [view for view in views if "image" in view]
+        if fresh:
+            inputs = self.image_processor([view["image"] for view in fresh]).to(self.device)
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            outputs = self.model.propose(**inputs)
+            for row, view in enumerate(fresh):
+                view["outputs"] = {name: value[row : row + 1] for name, value in outputs.items()}
+        if choice is None:
+            return [view["outputs"] for view in views]
+        return [self._decide(view["outputs"], view["size"], choice) for view in views]
+
+    def _decide(self, outputs: dict[str, Tensor], size: tuple[int, int], choice: Choice) -> dict[str, Tensor]:
+        """Label map (H, W), -1 where none of the labels applies, and confidence, of one view."""
+        outputs = Zs3Output(**outputs, **self.model.classify(outputs["class_embeds"], choice.text_embeds))
+        if len(choice.owner) > len(choice.names):  # of a name's synonyms, the one that is most like the query
+            logits = outputs.class_logits
+            owner, best = choice.owner.expand_as(logits), logits.new_empty(*logits.shape[:2], len(choice.names))
+            outputs.class_logits = best.scatter_reduce(2, owner, logits, "amax", include_self=False)
+        (found,) = semantic_map(
+            outputs.class_probs,
+            outputs.mask_logits,
+            padded_size(outputs.mask_logits),
+            valid_sizes=outputs.valid_sizes,
+            image_sizes=[size],
             return_scores=True,
         )
-        label_map, scores = best.label_map.numpy(), best.score.numpy()
+        nothing = found.label_map >= choice.num_labels
+        if choice.threshold is not None:
+            measures = {"probability": found.confidence, "margin": found.confidence_margin}
+            nothing |= measures[choice.confidence] < choice.threshold
+        return {"label_map": found.label_map.masked_fill(nothing, -1), "scores": found.confidence}
+
+    def postprocess(self, image: dict, output: str = "masks") -> dict | list[dict]:
+        names = image["choice"].names[: image["choice"].num_labels]
+        label_map = np.empty(image["image_size"], dtype=np.int64)
+        scores = np.empty(image["image_size"], dtype=np.float32)
+        for view, result in zip(image["views"], image["results"], strict=True):
+            left, top, right, bottom = view.own
+            whole = slice(top, bottom), slice(left, right)
+            part = slice(top - view.box[1], bottom - view.box[1]), slice(left - view.box[0], right - view.box[0])
+            label_map[whole] = result["label_map"].numpy()[part]
+            scores[whole] = result["scores"].numpy()[part]
         if output == "map":
-            return {"segmentation": label_map, "labels": list(names), "scores": scores}
+            return {"segmentation": label_map, "labels": names, "scores": scores}
         segments = []
         for label_id in np.unique(label_map).tolist():
             region = label_map == label_id
             segments.append(
                 {
-                    "label": names[label_id],
+                    "label": NONE_OF_THESE if label_id < 0 else names[label_id],
                     "label_id": label_id,
-                    "score": min(1.0, float(scores[region].mean())),
+                    "score": float(scores[region].mean()),
                     "mask": Image.fromarray(np.where(region, np.uint8(255), np.uint8(0)), mode="L"),
                 }
             )
@@ -121,4 +328,61 @@ class Zs3Pipeline(Pipeline):
         processor.save_pretrained(save_directory)
 
 
-__all__ = ["Zs3Pipeline"]
+def _folder(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def _load(image: ImageLike) -> Image.Image:
+    """RGB, turned as its EXIF data say."""
+    if isinstance(image, Tensor):
+        image = image.numpy(force=True)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            raise ValueError(
+                f"an image array must be uint8, (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}"
+            )
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return load_image(image)
+    name = str(image)
+    if name.startswith(("http://", "https://")):
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError(f"{name} is an address, but this process is offline (HF_HUB_OFFLINE): download it first")
+    elif not name.startswith("data:image/") and not Path(name).is_file():
+        raise ValueError(f"{name}: no such image")
+    try:
+        return load_image(name)
+    except Exception as error:  # whatever decoders and downloads raise
+        raise ValueError(f"{name[:200]} cannot be read as an image: {' '.join(str(error).split())[:200]}") from error
+
+
+def _views(width: int, height: int, window: int | None, overlap: int | None) -> list[View]:
+    """The windows of an image, row by row; the line between two neighbours runs in the middle of their overlap."""
+    if window is None:
+        if overlap is not None:
+            raise ValueError("overlap needs a window")
+        window, overlap = max(width, height), 0
+    overlap = window // 4 if overlap is None else overlap
+    if overlap >= window:
+        raise ValueError(f"overlap must be less than a window's side, got overlap={overlap} and window={window}")
+    columns, rows = _cuts(width, window, overlap), _cuts(height, window, overlap)
+    return [
+        View((left, top, right, bottom), (own_left, own_top, own_right, own_bottom))
+        for top, bottom, own_top, own_bottom in rows
+        for left, right, own_left, own_right in columns
+    ]
+
+
+def _cuts(length: int, window: int, overlap: int) -> list[tuple[int, int, int, int]]:
+    """Along one axis: start and end of each window, and of the part that is its own."""
+    count = 1 if length <= window else -(-(length - overlap) // (window - overlap))
+    starts = [(length - window) * place // max(1, count - 1) for place in range(count)]
+    ends = [min(length, start + window) for start in starts]
+    lines = [0, *((end + start) // 2 for end, start in zip(ends, starts[1:], strict=False)), length]
+    return list(zip(starts, ends, lines, lines[1:], strict=False))
+
+
+__all__ = ["Proposals", "View", "Zs3Pipeline"]

@@ -1,9 +1,11 @@
-"""The suite runs offline, keeps its copies of remote code to itself, and uses one thread: on tiny models more threads
-gain nothing, and cost much where other work shares the cores. Set before torch and transformers are imported."""
+"""The suite runs offline, keeps its copies of remote code and its text vectors to itself, and uses one thread: on tiny
+models more threads gain nothing, and cost much where other work shares the cores. Set before torch and transformers are
+imported."""
 
 import os
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="zs3_home_")
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="zs3_modules_")
