@@ -439,9 +439,10 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], coverage: Tensor
                 race.margin[tile] = best - second.clamp(min=0) if race.rank == 2 else 0
             # The floor, now by pixels, for the certificate.
             floor = (best if race.rank < 2 else torch.maximum(second, RUNNER_UP * best)) - error
-            floor = torch.where(floor > TINY, floor, 0)[:, None]  # (n, 1, X)
-            ratio = tiles.high[tile] / floor.amin(dim=2)
-            race.ratio[tile] = ratio.scatter(1, taken, ((masks + off[:, :, None]) / floor).amax(dim=2))
+            inverse = 1 / torch.where(floor > TINY, floor, 0)[:, None]  # (n, 1, X)
+            most_inverse = inverse.amax(dim=2)
+            ratio = (masks * inverse).amax(dim=2) + off * most_inverse
+            race.ratio[tile] = (tiles.high[tile] * most_inverse).scatter(1, taken, ratio)
 
 
 def _chunks(order: Tensor, counts: list[int], queries: int, pixels: int):
@@ -457,18 +458,22 @@ def _chunks(order: Tensor, counts: list[int], queries: int, pixels: int):
 def _upsample(tiles: _Tiles, tile: Tensor, query: Tensor) -> Tensor:
     """M of some queries, query (n, R), at the pixels of tiles (n,): (n, R, X)."""
     across = len(tiles.columns.mask_index)
-    axes = ((tiles.rows, tile // across), (tiles.columns, tile % across))
-    (rows, y), (columns, x) = axes
+    (rows, y), (columns, x) = (tiles.rows, tile // across), (tiles.columns, tile % across)
     row, column = rows.mask_index[y], columns.mask_index[x]  # (n, m)
-    masks = tiles.mask_logits[query[:, :, None, None], row[:, None, :, None], column[:, None, None, :]]
-    to_input, to_image = (
-        [weights[place][:, None].to(masks.dtype) for weights, place in ((getattr(a, name), p) for a, p in axes)]
-        for name in ("to_input", "to_image")
-    )
-    masks = (to_input[0] @ masks @ to_input[1].mT).sigmoid_()
+    masks = tiles.mask_logits[query[:, None, :, None], row[:, :, None, None], column[:, None, None, :]]  # (n, m, R, m)
+    masks = _resize(masks, rows.to_input[y], columns.to_input[x]).sigmoid_()
     if rows.resizes or columns.resizes:
-        masks = to_image[0] @ masks @ to_image[1].mT
-    return masks.flatten(2)
+        masks = _resize(masks, rows.to_image[y], columns.to_image[x])
+    return masks.transpose(1, 2).flatten(2)
+
+
+def _resize(masks: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
+    """masks (n, a, R, b), to_rows (n, c, a), to_columns (n, d, b) -> (n, c, R, d), as few large products."""
+    n, _, queries, width = masks.shape
+    height = to_rows.shape[1]
+    masks = torch.bmm(to_rows.to(masks.dtype), masks.flatten(2))  # (n, c, R b)
+    masks = torch.bmm(masks.view(n, height * queries, width), to_columns.to(masks.dtype).mT)  # (n, c R, d)
+    return masks.view(n, height, queries, to_columns.shape[1])
 
 
 def _decide_exactly(tiles: _Tiles, tile: Tensor, classes: Tensor, runs: Tensor, close: Tensor, winner: Tensor) -> None:
