@@ -45,7 +45,7 @@ def execute(command: str | list[str], folder: Path) -> str:
     return done.stdout
 
 
-def test_the_demo_and_the_six_lines_of_python_work(workplace):
+def test_the_demo_the_python_and_the_export_work(workplace):
     assert "make demo\n" in blocks("bash")[0]
     # What `make demo` runs once .venv is there; the installation itself is what `make test` has just done.
     make = ["make", "--no-print-directory", "-n", "demo", f"DEMO={DEMO}"]
@@ -55,8 +55,13 @@ def test_the_demo_and_the_six_lines_of_python_work(workplace):
     printed = execute(command, workplace)
     assert "report.md" in printed.splitlines()[-3]
     assert (workplace / "runs/demo/report.md").exists() and (workplace / "runs/demo/own_labels.png").exists()
-    for example in blocks("python"):
-        assert re.search(r"\(?\[?96, 96", execute([sys.executable, "-c", example], workplace))
+    printed = execute([sys.executable, "-c", "\n".join(blocks("python"))], workplace)  # each goes on from the last
+    assert re.search(r"\(96, 96\) \['sky', 'grass'", printed) and "[96, 96]" in printed
+    assert "words that repeat: 1" in printed and printed.splitlines()[-1] in ("sky", "grass", "water", "red square")
+    assert (workplace / "runs/demo/overlay.png").exists()
+    (export,) = [block for block in blocks("bash") if "zs3.export" in block]
+    execute(export, workplace)
+    assert (workplace / "runs/demo/zs3.pt2").exists()
 
 
 def test_the_training_commands_work(workplace):

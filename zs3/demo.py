@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoProcessor, pipeline
 from zs3.command_line import InputError, flag, read_arguments, run, write_text
 from zs3.data import load_split
 from zs3.evaluation import percent
-from zs3.pictures import draw_comparison, stack
+from zs3.pictures import draw_comparison, save_picture, stack
 from zs3.scenes import write_dataset
 
 OWN_LABELS = [
@@ -113,7 +113,7 @@ def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
     image, _, _ = load_split(data, "validation")[0]
     segment = pipeline(model=str(model), trust_remote_code=True)
     result = segment(image, candidate_labels=OWN_LABELS, output="map")
-    draw_comparison({"image": image, "your labels": result["segmentation"]}, result["labels"], path)
+    save_picture(segment.draw(image, result), path)
     return [result["labels"][index] for index in np.unique(result["segmentation"])]
 
 

@@ -58,7 +58,7 @@ def draw_comparison(
         canvas.paste(image, (x, top))
         x += image.width + MARGIN
     canvas.paste(below, (0, bottom))
-    _save(canvas, path)
+    save_picture(canvas, path)
 
 
 def _panel(panel: Image.Image | np.ndarray, colours: np.ndarray) -> Image.Image:
@@ -76,11 +76,11 @@ def stack(paths: Sequence[Path], path: Path) -> None:
     for picture in pictures:
         canvas.paste(picture, (0, y))
         y += picture.height
-    _save(canvas, path)
+    save_picture(canvas, path)
 
 
-def _save(canvas: Image.Image, path: Path) -> None:
-    """Written beside and renamed."""
+def save_picture(canvas: Image.Image, path: Path) -> None:
+    """A PNG, written beside and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     canvas.save(partial, format="PNG", optimize=True)
