@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny import save_checkpoint, tiny_model
 
-from benchmarks import criterion, gradient_sizes, text_side
+from benchmarks import criterion, gradient_sizes, label_count, text_side
 from zs3.scenes import write_dataset
 
 
@@ -104,3 +104,62 @@ def test_text_vectors_that_differ_are_no_comparison(call, monkeypatch):
 def test_a_tokenizer_that_is_not_there_is_named(call, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path}: bpe_simple_vocab_16e6.txt.gz cannot be read"):
         call(text_side, **SHORT, tokenizer=tmp_path)
+
+
+FEW = {"labels": "5 70", "size": 64, "large_labels": 9, "large_size": 96, "queries": 12, "rounds": 1}
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    monkeypatch.setattr(label_count, "in_fresh_process", lambda function, *args: function(*args))
+
+
+def test_label_stages_are_measured_and_those_too_large_are_not(call, tmp_path, capsys, same_process):
+    call(label_count, **FEW, checked=70 * 1500, memory_limit=0.03, output=tmp_path / "labels.json")
+    result = json.loads((tmp_path / "labels.json").read_text())
+    skipped = [row for row in result["rows"] if "seconds" not in row]
+    assert len(result["rows"]) == 2 * 3 * 5
+    assert {(row["labels"], row["method"]) for row in skipped} == {(70, label_count.PEER)}
+    for row in result["rows"]:
+        if row in skipped:
+            assert row["bytes_needed"] > 0.03e9
+            continue
+        assert row["seconds"] > 0 and row["calls"] == 1 and row["peak_mib"] >= 0
+        if row["method"] != label_count.PEER:  # which resizes by way of 384 x 384
+            assert row["differing_share"] < 1e-3
+    checks = [(row["wrong_pixels"], row["checked_pixels"]) for row in result["rows"] if "wrong_pixels" in row]
+    assert checks == 2 * [(0, 64 * 64), (0, 1500), (0, 96 * 96)]
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "labels.md").read_text()
+    assert printed.count("| would need 0.057 GB |") == 2 and "; at 70 labels 1500 random ones." in printed
+
+
+def test_wrong_label_maps_are_no_comparison(call, monkeypatch, same_process):
+    exact = label_count.semantic_map
+    monkeypatch.setattr(label_count, "semantic_map", lambda *args: (exact(*args) + 1) % 5)
+    with pytest.raises(ValueError, match="wrong pixels: no comparison of speed"):
+        call(label_count, **FEW)
+
+
+@pytest.mark.parametrize("kind", label_count.KINDS)
+def test_transformers_is_given_the_same_problem(kind):
+    proposals = label_count.draw_proposals(label_count.Case(kind, 7, 384), 12)
+    theirs, ours = (label_count.label_stage(m, proposals, 384)() for m in (label_count.PEER, label_count.OURS))
+    assert (theirs != ours).float().mean() < 1e-3  # at this size it does not resize twice
+
+
+def test_a_measurement_in_a_process_of_its_own():
+    case = label_count.Case("soft", 9, 64)
+    args = label_count.LabelCountArgs(queries=12, rounds=1)
+    row = label_count.in_fresh_process(label_count.measure, args, case, label_count.DENSE)
+    assert row["seconds"] > 0 and row["label_map"].shape == (64, 64)
+
+
+def test_resident_memory_is_what_is_held_at_once():
+    def step() -> None:
+        first = torch.ones(2**23)  # 32 MiB
+        second = first + 1
+        del first
+        second * 2
+
+    assert label_count.peak_memory(step) == pytest.approx(64, abs=4)

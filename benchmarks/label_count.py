@@ -1,0 +1,345 @@
+"""The label stage (class probabilities and mask logits to a label map) at rising numbers of labels, time and memory.
+
+    python -m benchmarks.label_count --output docs/results/label_count.json
+
+Five ways: transformers' Mask2Former post-processing, dense einsum, a running maximum over chunks of classes, and
+`semantic_map`, for the label map alone and with scores. transformers resizes masks to 384 x 384 first, so its label map
+is another one; the table says on what share of the pixels each differs from semantic_map's. What semantic_map returns
+is compared with a dense reference in float64, and the run fails if a pixel's class is not the best to 1e-6.
+
+Inputs are synthetic, of two kinds (`trained_proposals`, `soft_proposals`). Every measurement has a process of its own,
+on the same tensors: a call at toy size, then one of full size in which memory is measured, then those that are timed.
+Memory is the peak of the process's resident memory beyond what was resident before the call (VmHWM of Linux, after
+what earlier calls had freed was given back): it counts whatever allocators, libraries and results take. A method whose
+largest tensors alone would exceed `--memory_limit` is not started. Ratios in the goals are of calls that take turns in
+one process.
+"""
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import Mask2FormerImageProcessorPil
+
+from label_maps_zs3 import semantic_map, semantic_scores
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_json, write_text
+
+PEER, DENSE, CHUNKED = "transformers' Mask2Former post-processing", "dense einsum", "running maximum over chunks"
+OURS, SCORED = "semantic_map", "semantic_map with scores"
+PEER_SIDE = 384  # transformers resizes all masks to this first
+CHUNK = 64  # classes at once in the running maximum
+CONFIDENT = 14  # queries with an object in the proposals that look trained
+EQUAL = 1e-6  # a class this close to the best, in float64, is not wrong
+WARM_UP = (150, 64)  # labels and size of the call before the measured ones
+
+
+@dataclass
+class LabelCountArgs:
+    """Sizes of the comparison."""
+
+    labels: list[int] = flag([150, 847, 4000, 20000], "Numbers of labels.")
+    size: int = flag(640, "Side of their label maps, pixels; masks have a quarter of it.")
+    large_labels: int = flag(847, "Labels of the larger image.")
+    large_size: int = flag(1024, "Its side, pixels.")
+    queries: int = flag(100, "Queries.")
+    rounds: int = flag(7, "Timed calls of a method.")
+    seconds: float = flag(8.0, "No further call of a method that has taken so long in all, but one at least.")
+    memory_limit: float = flag(12.0, "GB; a method that would need more is not started.")
+    checked: int = flag(
+        2 * 10**9, "Scores (labels x pixels) of the float64 reference; a random sample if there are more."
+    )
+    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+
+
+class Proposals(NamedTuple):
+    """What a model says of one image."""
+
+    class_probs: Tensor  # (1, Q, C)
+    mask_logits: Tensor  # (1, Q, h, w)
+
+
+class Case(NamedTuple):
+    """One problem."""
+
+    kind: str
+    labels: int
+    size: int
+
+
+def trained_proposals(labels: int, size: int, queries: int) -> Proposals:
+    """As of a trained model: few queries with an object each, the others undecided.
+
+    The objects' masks are Voronoi cells, logits about +-12 that change sign over a few mask pixels; one class has 0.6
+    to 0.95 of the probability. The other class probabilities are uniform but for a tenth, their masks faint and soft.
+    """
+    side, objects = size // 4, min(CONFIDENT, queries - 1)
+    axis = torch.arange(side) + 0.5
+    distance = torch.cdist(side * torch.rand(objects + 1, 2)[1:], torch.cartesian_prod(axis, axis))  # mask pixels
+    two = distance.topk(min(2, objects), dim=0, largest=False).values
+    others = torch.where(distance == two[0], two[-1], two[0])
+    masks = 12 * torch.tanh((others - distance) / 4).view(objects, side, side)
+    faint = _smooth(queries - objects, 6, side) - 4
+    masks = torch.cat([masks, faint]) + 0.5 * torch.randn(queries, side, side)
+    share = 0.6 + 0.35 * torch.rand(objects, 1)
+    peaked = (1 - share) * (2 * torch.randn(objects, labels)).softmax(-1)
+    peaked.scatter_add_(1, torch.randint(labels, (objects, 1)), share)
+    uniform = (0.1 * torch.randn(queries - objects, labels)).softmax(-1)
+    return Proposals(torch.cat([peaked, uniform])[None], masks[None])
+
+
+def soft_proposals(labels: int, size: int, queries: int) -> Proposals:
+    """Hard for bounds: every query counts at about half of all pixels, smooth masks with logits about +-2.
+
+    Half of each query's class probability lies on up to eight classes, half is spread unevenly over all.
+    """
+    masks = 2 * _smooth(queries, 8, size // 4)
+    class_probs = (2 * torch.randn(queries, labels)).softmax(-1) / 2
+    class_probs.scatter_add_(1, torch.randint(labels, (queries, 8)), torch.randn(queries, 8).softmax(-1) / 2)
+    return Proposals(class_probs[None], masks[None])
+
+
+def _smooth(maps: int, grid: int, side: int) -> Tensor:
+    return F.interpolate(torch.randn(1, maps, grid, grid), (side, side), mode="bicubic", align_corners=False)[0]
+
+
+KINDS = {"like a trained model's": trained_proposals, "soft": soft_proposals}
+
+
+def draw_proposals(case: Case, queries: int) -> Proposals:
+    """The same in every process."""
+    torch.manual_seed(0)
+    return KINDS[case.kind](case.labels, case.size, queries)
+
+
+def running_maximum(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Eq. 4 and its argmax without C x H x W: (B, H, W)."""
+    masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False).sigmoid_()
+    best = masks.new_full((len(masks), *size), -torch.inf)
+    label_map = torch.zeros(best.shape, dtype=torch.int64)
+    for start in range(0, class_probs.shape[2], CHUNK):
+        scores = torch.einsum("bqc,bqhw->bchw", class_probs[:, :, start : start + CHUNK], masks)
+        score, place = scores.max(dim=1)
+        label_map = torch.where(score > best, place + start, label_map)
+        best = torch.maximum(score, best)
+    return label_map
+
+
+def label_stage(method: str, proposals: Proposals, side: int) -> Callable[[], Tensor]:
+    """The call to be measured; its result is (H, W)."""
+    size = (side, side)
+    if method == PEER:
+        logits = F.pad(proposals.class_probs.log(), (0, 1), value=-1e4)  # softmax, less the last, is class_probs
+        outputs = SimpleNamespace(class_queries_logits=logits, masks_queries_logits=proposals.mask_logits)
+        processor = Mask2FormerImageProcessorPil()
+        return lambda: processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0]
+    calls = {
+        DENSE: lambda: semantic_scores(*proposals, size).argmax(dim=1)[0],
+        CHUNKED: lambda: running_maximum(*proposals, size)[0],
+        OURS: lambda: semantic_map(*proposals, size)[0],
+        SCORED: lambda: semantic_map(*proposals, size, return_scores=True)[0].label_map,
+    }
+    return calls[method]
+
+
+def bytes_needed(method: str, case: Case, queries: int) -> int:
+    """By the largest tensors that a method holds at once, float32: scores, mask logits and probabilities."""
+    pixels = case.size**2
+    scores = {PEER: case.labels * (PEER_SIDE**2 + pixels), DENSE: case.labels * pixels, CHUNKED: CHUNK * pixels}
+    masks = {PEER: PEER_SIDE**2, DENSE: pixels, CHUNKED: pixels}
+    return 4 * (scores.get(method, 0) + 2 * queries * masks.get(method, 0))
+
+
+def peak_memory(step: Callable[[], object]) -> float:
+    """The most that is resident during a step beyond what was before, MiB; Linux."""
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, but kept, would hide what the step takes of it
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+    before = _resident("VmRSS")
+    step()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def seconds_of(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def measure(args: LabelCountArgs, case: Case, method: str) -> dict:
+    """One method in this process: seconds, calls timed, peak_mib, label_map; for OURS the check too."""
+    warm_up = Case(case.kind, *WARM_UP)
+    label_stage(method, draw_proposals(warm_up, args.queries), warm_up.size)()
+    proposals = draw_proposals(case, args.queries)
+    step = label_stage(method, proposals, case.size)
+    label_maps, seconds = [], []
+    peak = peak_memory(lambda: seconds.append(seconds_of(lambda: label_maps.append(step()))))
+    while len(seconds) <= args.rounds and sum(seconds) < args.seconds:
+        seconds.append(seconds_of(step))
+    timed = seconds[1:] or seconds
+    row = {"seconds": statistics.median(timed), "calls": len(timed), "peak_mib": peak}
+    row["label_map"] = label_maps[0].int().numpy()
+    if method == OURS:
+        row |= check(label_maps[0], proposals, args.checked // case.labels)
+    return row
+
+
+def check(label_map: Tensor, proposals: Proposals, most: int) -> dict[str, int]:
+    """How many of the checked pixels have a class whose float64 score is not the best to EQUAL.
+
+    most: pixels to check, at random where there are more.
+    """
+    pixels = torch.randperm(label_map.numel())[:most]
+    logits = F.interpolate(proposals.mask_logits.double(), label_map.shape, mode="bilinear", align_corners=False)
+    masks, class_probs = logits.sigmoid_()[0].flatten(1), proposals.class_probs[0].double()  # (Q, H W), (Q, C)
+    wrong = 0
+    for part in pixels.split(2**15):
+        here = masks[:, part]
+        best = torch.stack([(some.T @ here).amax(0) for some in class_probs.split(512, dim=1)]).amax(0)
+        own = torch.einsum("qx,qx->x", class_probs[:, label_map.flatten()[part]], here)
+        wrong += int((~(own >= best - EQUAL)).sum())
+    return {"wrong_pixels": wrong, "checked_pixels": len(pixels)}
+
+
+def take_turns(args: LabelCountArgs, turns: list[tuple[Case, str]]) -> list[float]:
+    """How many times as long as the first each takes: the median over rounds, in which all take turns."""
+    steps = [label_stage(method, draw_proposals(case, args.queries), case.size) for case, method in turns]
+    rounds = [[seconds_of(step) for step in steps] for _ in range(args.rounds + 1)][1:]
+    ratios = [[seconds / row[0] for seconds in row] for row in rounds]
+    return [statistics.median(column) for column in zip(*ratios, strict=True)]
+
+
+def in_fresh_process(function: Callable, *args: object):
+    """Forked from a process that has imported everything and computed nothing."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.label_count"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure_all(args: LabelCountArgs, cases: list[Case]) -> list[dict]:
+    """A row for each case and method, semantic_map's first, since the other label maps are compared with its."""
+    methods = [OURS, SCORED, PEER, DENSE, CHUNKED]
+    rows = []
+    for case, method in tqdm([(case, method) for case in cases for method in methods], desc="label stage"):
+        row = {**case._asdict(), "method": method, "bytes_needed": bytes_needed(method, case, args.queries)}
+        if row["bytes_needed"] <= 1e9 * args.memory_limit:
+            row |= in_fresh_process(measure, args, case, method)
+            label_map = row.pop("label_map")
+            if method == OURS:
+                exact = label_map
+            row["differing_share"] = float(np.mean(label_map != exact))
+            wrong = row.get("wrong_pixels", 0) if method != SCORED else int((label_map != exact).sum())
+            if wrong:
+                raise InputError(f"{method}, {case}: {wrong} wrong pixels: no comparison of speed means anything then")
+        rows.append(row)
+    return rows
+
+
+class Goal(NamedTuple):
+    """What is aimed at with semantic_map's label map alone; figure NaN: not measured."""
+
+    name: str
+    met: bool
+    figure: float
+
+
+def goals_of(args: LabelCountArgs, kind: str, rows: list[dict]) -> list[Goal]:
+    """Those of one kind of inputs; measures the ratios of times."""
+    found = {(Case(row["kind"], row["labels"], row["size"]), row["method"]): row for row in rows}
+    ours = [row for (case, method), row in found.items() if case.kind == kind and method == OURS]
+    wrong = sum(row["wrong_pixels"] for row in ours)
+    few, many = min(args.labels), max(args.labels)
+    growth = in_fresh_process(take_turns, args, [(Case(kind, labels, args.size), OURS) for labels in (few, many)])[1]
+    large = Case(kind, args.large_labels, args.large_size)
+    faster = share = float("nan")
+    if "seconds" in found[large, PEER]:
+        faster = in_fresh_process(take_turns, args, [(large, OURS), (large, PEER)])[1]
+        share = found[large, OURS]["peak_mib"] / found[large, PEER]["peak_mib"]
+    peaks = [row["peak_mib"] * 2**20 / 1e9 for row in ours if row["size"] == args.size and row["labels"] <= 4000]
+    peak = max(peaks, default=float("nan"))
+    at = f"{large.labels} labels, {large.size} x {large.size}"
+    return [
+        Goal("no wrong pixel", wrong == 0, wrong),
+        Goal(f"time at {many} labels at most 1.5 times that at {few}", growth <= 1.5, growth),
+        Goal(f"{at}: at least 6 times faster than transformers", faster >= 6, faster),
+        Goal(f"{at}: at most 0.1 of transformers' peak", share <= 0.1, share),
+        Goal(f"up to 4000 labels, {args.size} x {args.size}: peak below 0.15 GB", peak < 0.15, peak),
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| inputs | labels | size | method | seconds | calls | times faster than transformers | peak extra MiB | "
+        "share of transformers' | pixels unlike semantic_map's |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    peers = {(row["kind"], row["labels"], row["size"]): row for row in rows if row["method"] == PEER}
+    for row in rows:
+        cells = [row["kind"], row["labels"], f"{row['size']} x {row['size']}", row["method"]]
+        peer = peers[row["kind"], row["labels"], row["size"]]
+        if "seconds" not in row:
+            cells += [f"would need {row['bytes_needed'] / 1e9:.2g} GB", *5 * ["-"]]
+        else:
+            known = "seconds" in peer
+            faster = f"{peer['seconds'] / row['seconds']:.2f}" if known else "-"
+            share = f"{row['peak_mib'] / peer['peak_mib']:.3f}" if known else "-"
+            cells += [f"{row['seconds']:.3f}", row["calls"], faster, f"{row['peak_mib']:.0f}", share]
+            cells.append(f"{row['differing_share']:.3%}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def goal_table(goals: dict[str, list[Goal]]) -> str:
+    """Markdown: a column for each kind of inputs."""
+    lines = [f"| semantic_map, label map alone | {' | '.join(goals)} |", "|---" * (1 + len(goals)) + "|"]
+    for same in zip(*goals.values(), strict=True):
+        cells = [f"{goal.figure:.3g} ({'met' if goal.met else 'missed'})" for goal in same]
+        lines.append(f"| {' | '.join([same[0].name, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args, _ = read_arguments(LabelCountArgs)
+    check_at_least(args, 1, "large_labels", "rounds")
+    check_at_least(args, 2, "queries")
+    check_at_least(args, 32, "size", "large_size")
+    check_at_least(args, max(*args.labels, args.large_labels), "checked")
+    if min(args.labels) < 1:
+        raise InputError(f"--labels must be 1 or more, got {args.labels}")
+    sizes = [*((labels, args.size) for labels in args.labels), (args.large_labels, args.large_size)]
+    cases = [Case(kind, *size) for kind in KINDS for size in dict.fromkeys(sizes)]
+    rows = measure_all(args, cases)
+    goals = {kind: goals_of(args, kind, rows) for kind in tqdm(KINDS, desc="ratios")}
+    machine = f"{torch.get_num_threads()} CPU threads"
+    text = f"One image, {args.queries} queries, masks of a quarter of the size, float32, torch {torch.__version__}, "
+    text += f"{machine}. Seconds are medians over the calls; peaks are of resident memory.\n\n{table(rows)}\n"
+    ours = [row for row in rows if row["method"] == OURS]
+    sampled = {row["labels"]: row["checked_pixels"] for row in ours if row["checked_pixels"] < row["size"] ** 2}
+    sampled = "".join(f"; at {labels} labels {pixels} random ones" for labels, pixels in sampled.items())
+    text += f"{goal_table(goals)}\nPixels checked in float64: all{sampled}.\n"
+    print(text, end="")
+    if args.output is not None:
+        result = {**vars(args), "machine": machine, "torch": torch.__version__, "rows": rows}
+        write_json(Path(args.output), {**result, "goals": {k: [g._asdict() for g in v] for k, v in goals.items()}})
+        write_text(Path(args.output).with_suffix(".md"), text)
+
+
+if __name__ == "__main__":
+    run(main)
