@@ -61,7 +61,8 @@ class SemanticMap:
 
     label_map: int64, the winner. score: the winner's Eq. 4. margin: how much more that is than the runner-up's, 0 where
     C is 1; where no other class has RUNNER_UP of the winner's score, it may be too large, by at most that share.
-    coverage: the sum of all mask probabilities, which bounds the score.
+    common: what every class has at a pixel, sum_q min_c p_q(c) M_q. votes: the sum over all classes of what they have
+    beyond that: a query that knows no difference between the classes (Eq. 5 trains the unmatched ones to) has no vote.
     seen_map, seen_score, unseen_map, unseen_score: the winner among the seen, and among the unseen classes, and its
     score; -1 and -inf where there is no such class; None unless asked for (`is_seen`).
     """
@@ -69,7 +70,8 @@ class SemanticMap:
     label_map: Tensor
     score: Tensor
     margin: Tensor
-    coverage: Tensor
+    common: Tensor
+    votes: Tensor
     seen_map: Tensor | None = None
     seen_score: Tensor | None = None
     unseen_map: Tensor | None = None
@@ -77,13 +79,13 @@ class SemanticMap:
 
     @property
     def confidence(self) -> Tensor:
-        """(H, W) in [0, 1]: the winner's share of the masks at a pixel, or of 1 where they cover less than 1."""
-        return (self.score / self.coverage.clamp(min=1)).clamp(max=1)
+        """(H, W) in [0, 1]: the winner's share of the votes; of one vote, where less than one was cast."""
+        return ((self.score - self.common) / self.votes.clamp(min=1)).clamp(0, 1)
 
     @property
     def confidence_margin(self) -> Tensor:
         """(H, W) in [0, 1]: how much more that is than the runner-up's share."""
-        return (self.margin / self.coverage.clamp(min=1)).clamp(max=1)
+        return (self.margin / self.votes.clamp(min=1)).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -290,18 +292,18 @@ def _map_image(tiles: _Tiles, groups: list[Tensor] | None) -> Tensor | SemanticM
     everyone = torch.ones(len(tiles.excess), dtype=torch.bool, device=tiles.excess.device)
     ranks = [(everyone, 1)] if groups is None else [(everyone, 2), *((members, 1) for members in groups)]
     races = [_start(tiles, members, rank, groups is not None) for members, rank in ranks]
-    coverage = None if groups is None else torch.empty_like(races[0].score)
+    every = None if groups is None else races[0].score.new_empty(2, *races[0].score.shape)
 
     runners = torch.cat([_guess(tiles, race) for race in races]).unique()
-    _decide(tiles, runners, races, coverage)
+    _decide(tiles, runners, races, every)
     for race in races:
         others = _others(tiles, race, runners)
         again = torch.isin(runners // len(everyone), others // len(everyone)) & race.members[runners % len(everyone)]
-        _decide(tiles, torch.cat([runners[again], others]).unique(), [race], coverage)
+        _decide(tiles, torch.cat([runners[again], others]).unique(), [race], every)
 
     if groups is None:
         return _assemble(races[0].label_map, tiles)
-    parts = [races[0].label_map, races[0].score, races[0].margin, coverage]
+    parts = [races[0].label_map, races[0].score, races[0].margin, *every]
     parts += [part for race in races[1:] for part in (race.label_map, race.score)]
     return SemanticMap(*(_assemble(part, tiles) for part in parts))
 
@@ -387,17 +389,18 @@ def _others(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:
     return found[~torch.isin(found, runners)]
 
 
-def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], coverage: Tensor | None) -> None:
+def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], every: Tensor | None) -> None:
     """Step 3, into the races: the winner of every pixel in the tiles that have several runners (sorted, no repeats).
 
-    coverage: (N, X), to be filled with the sum of the masks, as are the races with scores, in all tiles that have
-    runners; or None.
+    every: (2, N, X), to be filled with what all classes have in common and with their votes, as are the races with
+    scores, in all tiles that have runners; or None.
     """
     classes_all, queries, pixels = *tiles.excess.shape, races[0].label_map.shape[1]
     counts = torch.bincount(runners // classes_all, minlength=len(tiles.low))
     first = counts.cumsum(0) - counts
     order = counts.argsort()
-    order = order[counts[order] > (1 if coverage is None else 0)]
+    order = order[counts[order] > (1 if every is None else 0)]
+    sums = torch.stack([tiles.class_probs.amin(dim=1), tiles.excess.sum(dim=0)])  # (2, Q): of common and votes
     for tile, most in _chunks(order, counts[order].tolist(), queries, pixels):
         slot = torch.arange(most, device=order.device)
         here = slot < counts[tile, None]  # (n, K)
@@ -407,7 +410,7 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], coverage: Tensor
 
         # Queries that matter; the others are given the middle of their bounds.
         radius = (tiles.high[tile] - tiles.low[tile]) / 2  # (n, Q)
-        stake, query = (radius * largest if coverage is None else radius).sort(dim=1)
+        stake, query = (radius * (largest if every is None else sums.amax(dim=0).clamp(min=1))).sort(dim=1)
         left_out = int((stake.cumsum(dim=1) <= TAIL).sum(dim=1).min())
         left_out, taken = query[:, :left_out], query[:, left_out:]
         middle = (tiles.low[tile] + radius).scatter(1, taken, 0)[:, :, None]  # (n, Q, 1)
@@ -420,11 +423,8 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], coverage: Tensor
         error += stake[:, : left_out.shape[1]].sum(dim=1, keepdim=True)
         bias = (excess @ middle).masked_fill(~here[:, :, None], -torch.inf)
         scores = torch.baddbmm(bias, excess.gather(2, taken[:, None].expand(-1, most, -1)), masks)  # (n, K, X)
-        if coverage is not None:
-            base = tiles.class_probs.amin(dim=1)
-            rows = torch.stack([base, torch.ones_like(base)])  # what was taken off each class, and what covers
-            base, covered = torch.baddbmm(rows @ middle, rows.T[taken].mT, masks).unbind(1)  # (n, X) each
-            coverage[tile] = covered
+        if every is not None:
+            every[:, tile] = torch.baddbmm(sums @ middle, sums.T[taken].mT, masks).transpose(0, 1)
 
         for race in filter(lambda race: race.rank, races):
             runs = race.members[classes] & here  # (n, K)
@@ -434,8 +434,8 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], coverage: Tensor
             winner = classes.gather(1, place)
             _decide_exactly(tiles, tile, classes, runs, best - second <= 2 * error, winner)
             race.label_map[tile] = winner
-            if coverage is not None:
-                race.score[tile] = best + base
+            if every is not None:
+                race.score[tile] = best + every[0, tile]
                 race.margin[tile] = best - second.clamp(min=0) if race.rank == 2 else 0
             # The floor, now by pixels, for the certificate.
             floor = (best if race.rank < 2 else torch.maximum(second, RUNNER_UP * best)) - error

@@ -89,8 +89,9 @@ class Zs3Pipeline(Pipeline):
         that fits it best: a further synonym then never takes a pixel from its label.
     background: None, every pixel gets its best label; "reject", it gets none where the confidence in that is below
         `threshold`; or a list of distractors, labels for what is not of interest: what they win gets none.
-    confidence: what the threshold is for: "probability", the winner's share of the masks at a pixel (default threshold
-        0.5), or "margin", how much more that is than the runner-up's (0.1). No guarantee goes with either.
+    confidence: what the threshold is for: "probability", the winner's share of the queries' votes at a pixel, where an
+        undecided query has none (default threshold 0.5), or "margin", how much more that is than the runner-up's (0.1).
+        No guarantee goes with either.
     window, overlap: pixels; images larger than a window are seen in overlapping windows of this side, each at the size
         that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
     batch_size: views that the network sees at once. It does not change the results.

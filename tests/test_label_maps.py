@@ -178,7 +178,7 @@ def test_an_image_is_the_same_alone_and_in_a_batch():
     together = semantic_map(class_probs, mask_logits, (28, 36), return_scores=True)
     for image, result in enumerate(together):
         (alone,) = semantic_map(class_probs[[image]], mask_logits[[image]], (28, 36), return_scores=True)
-        for name in ("label_map", "score", "margin", "coverage"):
+        for name in ("label_map", "score", "margin", "common", "votes"):
             assert torch.equal(getattr(result, name), getattr(alone, name))
 
 
@@ -187,7 +187,7 @@ def test_an_image_is_the_same_alone_and_in_a_batch():
 
 @pytest.mark.parametrize("classes", [1, 2, 5, 300])
 @pytest.mark.parametrize("target", [None, (50, 61)])
-def test_scores_margins_and_coverage(classes, target):
+def test_scores_margins_votes_and_confidence(classes, target):
     class_probs, mask_logits = proposals(classes=classes)
     options = {} if target is None else {"image_sizes": [target] * 2}
     best = semantic_map(class_probs, mask_logits, (28, 36), return_scores=True, **options)
@@ -197,8 +197,24 @@ def test_scores_margins_and_coverage(classes, target):
         torch.testing.assert_close(result.score.double(), top[0], rtol=0, atol=1e-5)
         margin = top[0] - top[1] if classes > 1 else torch.zeros_like(top[0])
         torch.testing.assert_close(result.margin.double(), margin, rtol=0, atol=1e-5)
-        torch.testing.assert_close(result.coverage.double(), scores.sum(0), rtol=0, atol=1e-5)  # p sums to 1
+        least = class_probs[image].amin(1, keepdim=True)
+        common = literal_scores(least, mask_logits[image], (28, 36), (28, 36), target)[0]
+        torch.testing.assert_close(result.common.double(), common, rtol=0, atol=1e-5)
+        votes = (scores - common).sum(0)
+        torch.testing.assert_close(result.votes.double(), votes, rtol=0, atol=1e-5)
+        confidence = (top[0] - common) / votes.clamp(min=1)
+        torch.testing.assert_close(result.confidence.double(), confidence, rtol=0, atol=2e-5)
         assert result.confidence.min() >= 0 and result.confidence.max() <= 1
+
+
+def test_undecided_queries_take_no_confidence_away():
+    """One sure query and nine that cover the image too, but know no difference between the labels."""
+    class_probs = torch.full((1, 10, 4), 0.25)
+    class_probs[0, 0] = torch.tensor([0.97, 0.01, 0.01, 0.01])
+    (result,) = semantic_map(class_probs, torch.full((1, 10, 4, 4), 20.0), (16, 16), return_scores=True)
+    torch.testing.assert_close(result.confidence, torch.full((16, 16), 0.96), rtol=0, atol=1e-5)
+    (result,) = semantic_map(class_probs[:, 1:], torch.full((1, 9, 4, 4), 20.0), (16, 16), return_scores=True)
+    assert (result.confidence == 0).all()
 
 
 def test_a_margin_over_negligible_runners_up_is_off_by_their_share_at_most():

@@ -248,11 +248,12 @@ def confidence_in_loops(segment, labels: list[str], y: int, x: int) -> tuple[flo
     logits = torch.nn.functional.interpolate(outputs.mask_logits.double(), scale_factor=4, mode="bilinear")
     masks = [1 / (1 + float((-value).exp())) for value in logits[0, :, y, x]]
     scores = sorted(sum(float(p[c]) * m for p, m in zip(probs, masks, strict=True)) for c in range(len(labels)))
-    whole = max(1.0, sum(masks))
-    return scores[-1] / whole, (scores[-1] - scores[-2]) / whole
+    common = sum(float(p.min()) * m for p, m in zip(probs, masks, strict=True))
+    votes = max(1.0, sum(scores) - len(labels) * common)
+    return (scores[-1] - common) / votes, (scores[-1] - scores[-2]) / votes
 
 
-def test_confidence_is_the_winners_share_of_the_masks(folder):
+def test_confidence_is_the_winners_share_of_the_votes(folder):
     segment = pipeline(model=str(folder), trust_remote_code=True)
     segment.image_processor.do_resize = False
     result = segment(IMAGE, candidate_labels=CLASS_NAMES, output="map")
