@@ -54,8 +54,8 @@ class LabelCountArgs:
     large_labels: int = flag(847, "Labels of the larger image.")
     large_size: int = flag(1024, "Its side, pixels.")
     queries: int = flag(100, "Queries.")
-    rounds: int = flag(7, "Timed calls of a method.")
-    seconds: float = flag(8.0, "No further call of a method that has taken so long in all, but one at least.")
+    rounds: int = flag(7, "Timed calls of a method, and rounds of those that take turns.")
+    seconds: float = flag(8.0, "No further call or round after so long, but one at least.")
     memory_limit: float = flag(12.0, "GB; a method that would need more is not started.")
     checked: int = flag(
         2 * 10**9, "Scores (labels x pixels) of the float64 reference; a random sample if there are more."
@@ -219,8 +219,10 @@ def check(label_map: Tensor, proposals: Proposals, most: int) -> dict[str, int]:
 def take_turns(args: LabelCountArgs, turns: list[tuple[Case, str]]) -> list[float]:
     """How many times as long as the first each takes: the median over rounds, in which all take turns."""
     steps = [label_stage(method, draw_proposals(case, args.queries), case.size) for case, method in turns]
-    rounds = [[seconds_of(step) for step in steps] for _ in range(args.rounds + 1)][1:]
-    ratios = [[seconds / row[0] for seconds in row] for row in rounds]
+    rounds = []  # the first is not counted
+    while len(rounds) < 2 or (len(rounds) <= args.rounds and sum(map(sum, rounds)) < args.seconds):
+        rounds.append([seconds_of(step) for step in steps])
+    ratios = [[seconds / row[0] for seconds in row] for row in rounds[1:]]
     return [statistics.median(column) for column in zip(*ratios, strict=True)]
 
 
