@@ -66,7 +66,8 @@ class VisualPart(nn.Module):
 def _padded(side: int) -> int:
     """The next multiple of 32. Its number of tiles is made a value of its own, of which all sizes are multiples:
     the tracer's formulas stay short, and so do the times of tracing and loading."""
-    tiles = torch.full((), -(-side // SIZE_DIVISOR), dtype=torch.int64).item()
+    tiles = 1 + (side - 1) // SIZE_DIVISOR  # not by a negative number: ONNX would round its quotient up
+    tiles = torch.full((), tiles, dtype=torch.int64).item()
     for fact in (tiles >= FEWEST_TILES, tiles <= MOST_TILES, tiles * SIZE_DIVISOR >= side):
         torch._check(fact)
     return tiles * SIZE_DIVISOR
