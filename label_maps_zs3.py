@@ -19,30 +19,36 @@ Axes: B image, Q query, C class name, H W output size, h w mask size; N tile, K 
 R query that matters there, X pixel of a tile.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import ModelOutput
 
+MASK_STRIDE = 4  # a mask pixel covers 4 x 4 pixels of the model's input
 EQUAL = 1e-12  # scores this close are equal: above the rounding of float64 sums over some hundred queries
 TILE = 4  # mask pixels along the side of a tile
 BLOCK = 4  # tiles along the side of the blocks with which the certificate begins
 CHUNK = 2**19  # numbers of one kind held at once in steps 3 and 4, beside those of the size of the masks or the output
-TAIL = 1e-6  # queries whose masks together matter less than this in a tile are not upsampled there
+TAIL = 1e-6  # queries that together matter less than this share of a tile's best score are not upsampled there
 RUNNER_UP = 0.05  # a runner-up is looked for among the classes that may have this share of the winner's score
 GUESSES = 3  # favourites looked at in a tile before the certificate, beyond the rank wanted
-TINY = 1e-30  # a floor below it is no floor
+TINY = 1e-30  # a floor below it is no floor; far above what float32 loses to underflow
+UNDECIDED = 1e-6  # the least weight of a query in a confidence, so that where all are undecided, they count alike
 
 # u, the relative error of one float32 rounding. A sum of n rounded terms >= 0 is off by at most (n + 1) u of itself, to
 # first order; the constants below are rounded up generously, which covers the higher orders.
 ROUNDING = 2.0**-24
 # M from logits of size at most L: two interpolations, each of two rounded weights, products and one sum, are off by
-# 6 u L, a quarter of that after the sigmoid, whose own rounding is at most 4 u; resizing M once more adds 6 u (M <= 1).
-LOGIT_ROUNDINGS, MASK_ROUNDINGS = 2, 12
+# 6 u L, and M by that times the slope of the sigmoid, M (1 - M), which is at most 1/4 and at most M; the sigmoid's own
+# rounding is at most 4 u M, that of resizing M once more 6 u M.
+LOGIT_ROUNDINGS, FAINT_LOGIT_ROUNDINGS, MASK_ROUNDINGS = 2, 7, 12
+HUGE_LOGIT = 1e5  # beyond it, 6 u L is no small step along the sigmoid
 
 
 def semantic_scores(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -61,8 +67,10 @@ class SemanticMap:
 
     label_map: int64, the winner. score: the winner's Eq. 4. margin: how much more that is than the runner-up's, 0 where
     C is 1; where no other class has RUNNER_UP of the winner's score, it may be too large, by at most that share.
-    common: what every class has at a pixel, sum_q min_c p_q(c) M_q. votes: the sum over all classes of what they have
-    beyond that: a query that knows no difference between the classes (Eq. 5 trains the unmatched ones to) has no vote.
+    confidence: in [0, 1], the mean over queries of the winner's probability p_q, weighted by their masks M_q and by how
+    decided they are, KL(p_q || U) / ln C, times the part of the pixel that masks cover at all, min(1, sum_q M_q). A
+    query that knows no difference between the classes, as Eq. 5 trains the unmatched ones, has no say.
+    confidence_margin: how much more that is than the runner-up's.
     seen_map, seen_score, unseen_map, unseen_score: the winner among the seen, and among the unseen classes, and its
     score; -1 and -inf where there is no such class; None unless asked for (`is_seen`).
     """
@@ -70,22 +78,12 @@ class SemanticMap:
     label_map: Tensor
     score: Tensor
     margin: Tensor
-    common: Tensor
-    votes: Tensor
+    confidence: Tensor
+    confidence_margin: Tensor
     seen_map: Tensor | None = None
     seen_score: Tensor | None = None
     unseen_map: Tensor | None = None
     unseen_score: Tensor | None = None
-
-    @property
-    def confidence(self) -> Tensor:
-        """(H, W) in [0, 1]: the winner's share of the votes; of one vote, where less than one was cast."""
-        return ((self.score - self.common) / self.votes.clamp(min=1)).clamp(0, 1)
-
-    @property
-    def confidence_margin(self) -> Tensor:
-        """(H, W) in [0, 1]: how much more that is than the runner-up's share."""
-        return (self.margin / self.votes.clamp(min=1)).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -98,27 +96,19 @@ def semantic_map(
     image_sizes: Sequence[tuple[int, int]] | None = None,
     return_scores: bool = False,
     is_seen: Tensor | None = None,
-    tile: int = TILE,
 ) -> Tensor | list[Tensor] | list[SemanticMap]:
-    """Eq. 4: the best class of every pixel, in O(H W + Q C) memory.
+    """Eq. 4: the best class of every pixel, in O(H W + Q C) memory as long as few classes compete in one place.
 
     class_probs: (B, Q, C), at least 0; mask_logits: (B, Q, h, w), finite. Mask logits go up to `size`, the (padded)
     input size, then sigmoid. With image_sizes the probabilities are cut to valid_sizes (the input without padding) and
     resized to the images' own sizes: Mask2Former's order, since Eq. 4 is linear in the masks.
     is_seen: (C,) bool, for the best seen and the best unseen class; implies return_scores.
-    tile: mask pixels along the side of a tile; the result does not depend on it.
 
     The winner's score, in float64, is within 1e-6 of the best; equal scores (to 1e-12) go to the lowest index. Returned
     scores are float32 numbers, within 1e-5 for up to some hundred queries.
     Returns (B, H, W) int64; with image_sizes a list, one (H, W) an image; with return_scores a list of SemanticMap.
     """
-    if class_probs.dim() != 3 or mask_logits.dim() != 4 or class_probs.shape[:2] != mask_logits.shape[:2]:
-        shapes = f"{tuple(class_probs.shape)} and {tuple(mask_logits.shape)}"
-        raise ValueError(f"class_probs must be (B, Q, C) and mask_logits (B, Q, h, w), got {shapes}")
-    if 0 in class_probs.shape[1:]:
-        raise ValueError(f"a label map needs at least one query and one class, got {tuple(class_probs.shape)}")
-    if is_seen is not None and tuple(is_seen.shape) != class_probs.shape[2:]:
-        raise ValueError(f"is_seen must be ({class_probs.shape[2]},), got {tuple(is_seen.shape)}")
+    _check_inputs(class_probs, mask_logits, size, valid_sizes, image_sizes, is_seen)
     device = mask_logits.device if mask_logits.device.type != "mps" else torch.device("cpu")  # mps has no float64
     groups = [] if is_seen is None else [is_seen.to(device).bool(), ~is_seen.to(device).bool()]
     groups = groups if return_scores or is_seen is not None else None
@@ -130,31 +120,32 @@ def semantic_map(
             valid = valid if valid_sizes is None else tuple(int(side) for side in valid_sizes[image])
             own = tuple(int(side) for side in image_sizes[image])
         axes = zip(mask_logits.shape[2:], size, valid, own, strict=True)
-        rows, columns = (_axis(*lengths, tile).to(device) for lengths in axes)
+        rows, columns = (_axis(*lengths, TILE).to(device) for lengths in axes)
         with torch.autocast(device.type, enabled=False):
             results.append(_map_image(_bounds(class_probs[image], mask_logits[image], rows, columns), groups))
-    return torch.stack(results) if image_sizes is None and groups is None else results
+    if image_sizes is not None or groups is not None:
+        return results
+    return torch.stack(results) if results else mask_logits.new_empty(0, *size, dtype=torch.int64)
 
 
-def explain(outputs, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None) -> "Explanation":
-    """Which proposals made pixel (y, x) what it is: Eq. 4 of its winner, summand by summand, in float64.
-
-    outputs: a Zs3Output. y, x: row and column in the image of `image_size` (height, width); None: the size without
-    padding at the model's input. image: its place in the batch.
-    """
-    height, width = (4 * side for side in outputs.mask_logits.shape[2:])
-    valid = tuple(outputs.valid_sizes[image].tolist())
-    own = valid if image_size is None else tuple(image_size)
-    if not (0 <= y < own[0] and 0 <= x < own[1]):
-        raise ValueError(f"pixel ({y}, {x}) lies outside the image of {own[0]} x {own[1]}")
-    logits = outputs.mask_logits[image]
-    rows = _axis(logits.shape[1], height, valid[0], own[0], TILE).to(logits.device)
-    columns = _axis(logits.shape[2], width, valid[1], own[1], TILE).to(logits.device)
-    place = torch.tensor([y], device=logits.device), torch.tensor([x], device=logits.device)
-    masks = _exact_masks(logits, rows, columns, *place)[0]  # (Q,)
-    contributions = outputs.class_probs[image].double() * masks[:, None]  # (Q, C)
-    winner = int(_first_of_best(contributions.sum(0)[None])[0])
-    return Explanation(winner, float(contributions[:, winner].sum()), contributions[:, winner], masks)
+def _check_inputs(class_probs, mask_logits, size, valid_sizes, image_sizes, is_seen) -> None:
+    if class_probs.dim() != 3 or mask_logits.dim() != 4 or class_probs.shape[:2] != mask_logits.shape[:2]:
+        shapes = f"{tuple(class_probs.shape)} and {tuple(mask_logits.shape)}"
+        raise ValueError(f"class_probs must be (B, Q, C) and mask_logits (B, Q, h, w), got {shapes}")
+    if 0 in class_probs.shape[1:] or 0 in mask_logits.shape[1:]:
+        raise ValueError(f"a label map needs queries, classes and mask pixels, got {tuple(class_probs.shape)}")
+    if is_seen is not None and tuple(is_seen.shape) != class_probs.shape[2:]:
+        raise ValueError(f"is_seen must be ({class_probs.shape[2]},), got {tuple(is_seen.shape)}")
+    if valid_sizes is not None and image_sizes is None:
+        raise ValueError("valid_sizes go with image_sizes: without them the whole padded input is labelled")
+    for name, sizes in {"valid_sizes": valid_sizes, "image_sizes": image_sizes}.items():
+        if sizes is not None and len(sizes) != len(class_probs):
+            raise ValueError(f"{name} must hold one size an image, got {len(sizes)} for {len(class_probs)} images")
+        if sizes is not None and any(int(side) < 1 for own in sizes for side in own):
+            raise ValueError(f"{name} must be 1 pixel or more on each side")
+    for own in () if valid_sizes is None else valid_sizes:
+        if any(int(side) > whole for side, whole in zip(own, size, strict=True)):
+            raise ValueError(f"valid_sizes must lie inside the padded input, got {tuple(own)} in {tuple(size)}")
 
 
 @dataclass
@@ -165,6 +156,30 @@ class Explanation:
     score: float
     contributions: Tensor
     mask_probs: Tensor
+
+
+@torch.no_grad()
+def explain(
+    outputs: ModelOutput, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None
+) -> Explanation:
+    """Which proposals made pixel (y, x) what it is: Eq. 4 of its winner, summand by summand, in float64.
+
+    outputs: a Zs3Output, whose method of this name does the same. y, x: row and column in the image of `image_size`
+    (height, width); None: the size without padding at the model's input. image: its place in the batch.
+    """
+    mask_logits, class_probs = (values[image].cpu().double() for values in (outputs.mask_logits, outputs.class_probs))
+    if not (torch.isfinite(mask_logits).all() and torch.isfinite(class_probs).all()):
+        raise ValueError("the outputs hold NaN or infinite values: they explain nothing")
+    valid = tuple(outputs.valid_sizes[image].tolist())
+    own = valid if image_size is None else tuple(image_size)
+    if not (0 <= y < own[0] and 0 <= x < own[1]):
+        raise ValueError(f"pixel ({y}, {x}) lies outside the image of {own[0]} x {own[1]}")
+    lengths = zip(mask_logits.shape[1:], valid, own, strict=True)
+    rows, columns = (_axis(mask, mask * MASK_STRIDE, *sides, TILE) for mask, *sides in lengths)
+    masks = _exact_masks(mask_logits, rows, columns, torch.tensor([y]), torch.tensor([x]))[0]  # (Q,)
+    contributions = class_probs * masks[:, None]  # (Q, C)
+    winner = int(_first_of_best(contributions.sum(0)[None])[0])
+    return Explanation(winner, float(contributions[:, winner].sum()), contributions[:, winner], masks)
 
 
 def ensemble_with_clip(class_probs: Tensor, clip_probs: Tensor, is_seen: Tensor, weight: float) -> Tensor:
@@ -259,7 +274,8 @@ class _Tiles(NamedTuple):
     """One image: its proposals, and what is known of every tile before anything is upsampled."""
 
     class_probs: Tensor  # (Q, C)
-    excess: Tensor  # (C, Q): class_probs without the smallest of each query
+    base: Tensor  # (Q,): the smallest of each query; 0 where C is 1
+    excess: Tensor  # (C, Q): class_probs without it
     mask_logits: Tensor  # (Q, h, w)
     rows: _Axis
     columns: _Axis
@@ -275,7 +291,7 @@ class _Race:
     members, favourites: (C,) bool. rank: 1, or 2 where the second best is wanted too; 0 without members.
     ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile, where floor(x) is at most what the class of this rank
     has at x; inf or NaN where there is no floor.
-    label_map, score, margin: (N, X); the last two None where they are not wanted.
+    label_map, score: (N, X), score None where it is not wanted.
     """
 
     members: Tensor
@@ -284,7 +300,6 @@ class _Race:
     ratio: Tensor
     label_map: Tensor
     score: Tensor | None
-    margin: Tensor | None
 
 
 def _map_image(tiles: _Tiles, groups: list[Tensor] | None) -> Tensor | SemanticMap:
@@ -292,18 +307,18 @@ def _map_image(tiles: _Tiles, groups: list[Tensor] | None) -> Tensor | SemanticM
     everyone = torch.ones(len(tiles.excess), dtype=torch.bool, device=tiles.excess.device)
     ranks = [(everyone, 1)] if groups is None else [(everyone, 2), *((members, 1) for members in groups)]
     races = [_start(tiles, members, rank, groups is not None) for members, rank in ranks]
-    every = None if groups is None else races[0].score.new_empty(2, *races[0].score.shape)
+    sure = None if groups is None else races[0].score.new_zeros(3, *races[0].score.shape)
 
     runners = torch.cat([_guess(tiles, race) for race in races]).unique()
-    _decide(tiles, runners, races, every)
+    _decide(tiles, runners, races, sure)
     for race in races:
         others = _others(tiles, race, runners)
         again = torch.isin(runners // len(everyone), others // len(everyone)) & race.members[runners % len(everyone)]
-        _decide(tiles, torch.cat([runners[again], others]).unique(), [race], every)
+        _decide(tiles, torch.cat([runners[again], others]).unique(), [race], sure)
 
     if groups is None:
         return _assemble(races[0].label_map, tiles)
-    parts = [races[0].label_map, races[0].score, races[0].margin, *every]
+    parts = [races[0].label_map, races[0].score, *sure]
     parts += [part for race in races[1:] for part in (race.label_map, race.score)]
     return SemanticMap(*(_assemble(part, tiles) for part in parts))
 
@@ -320,8 +335,8 @@ def _bounds(class_probs: Tensor, mask_logits: Tensor, rows: _Axis, columns: _Axi
     """Step 1."""
     kind = _working_dtype(class_probs, mask_logits)
     class_probs, mask_logits = class_probs.to(kind), mask_logits.to(kind)
-    excess = class_probs.T.clone(memory_format=torch.contiguous_format)
-    excess -= class_probs.amin(dim=1)
+    base = class_probs.amin(dim=1) * (class_probs.shape[1] > 1)
+    excess = class_probs.T.clone(memory_format=torch.contiguous_format).sub_(base)
     low, high = torch.aminmax(mask_logits[:, rows.mask_index], dim=2)  # (Q, tile rows, w)
     low, high = low[:, :, columns.mask_index].amin(3), high[:, :, columns.mask_index].amax(3)
     low, high = (bound.flatten(1).T.double() for bound in (low, high))  # (N, Q)
@@ -330,7 +345,7 @@ def _bounds(class_probs: Tensor, mask_logits: Tensor, rows: _Axis, columns: _Axi
         if not torch.isfinite(values).all():
             raise ValueError(f"{name} hold NaN or infinite values: no label map can be made of them")
     low, high, reach = (bound.to(kind).contiguous() for bound in (low.sigmoid(), high.sigmoid(), reach))
-    return _Tiles(class_probs, excess, mask_logits, rows, columns, low, high, reach)
+    return _Tiles(class_probs, base, excess, mask_logits, rows, columns, low, high, reach)
 
 
 def _start(tiles: _Tiles, members: Tensor, rank: int, scored: bool) -> _Race:
@@ -341,12 +356,13 @@ def _start(tiles: _Tiles, members: Tensor, rank: int, scored: bool) -> _Race:
     if rank:
         favourites[classes[tiles.class_probs[:, classes].topk(rank, dim=1).indices.flatten()]] = True
         floor = (tiles.low @ tiles.excess[favourites].T).topk(rank, dim=1).values  # (N, rank)
-        floor = torch.maximum(floor[:, -1:], (1 if rank < 2 else RUNNER_UP) * floor[:, :1])
+        if rank == 2:
+            least = RUNNER_UP * floor[:, :1] - (1 - RUNNER_UP) * (tiles.high @ tiles.base)[:, None]
+            floor = torch.maximum(floor[:, 1:], least)
         ratio = tiles.high / torch.where(floor > TINY, floor, 0)
     shape = len(tiles.low), tiles.rows.to_image.shape[1] * tiles.columns.to_image.shape[1]
-    score, margin = (torch.full(shape, v, device=ratio.device) if scored else None for v in (-torch.inf, 0.0))
-    label_map = torch.full(shape, -1, device=ratio.device)
-    return _Race(members, rank, favourites, ratio, label_map, score, margin)
+    score = ratio.new_full(shape, -torch.inf) if scored else None
+    return _Race(members, rank, favourites, ratio, torch.full(shape, -1, device=ratio.device), score)
 
 
 def _may_win(ratio: Tensor, excess: Tensor) -> Tensor:
@@ -389,19 +405,20 @@ def _others(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:
     return found[~torch.isin(found, runners)]
 
 
-def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], every: Tensor | None) -> None:
+def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], sure: Tensor | None) -> None:
     """Step 3, into the races: the winner of every pixel in the tiles that have several runners (sorted, no repeats).
 
-    every: (2, N, X), to be filled with what all classes have in common and with their votes, as are the races with
-    scores, in all tiles that have runners; or None.
+    sure: (3, N, X), to be filled with margin, confidence and its margin in the race of rank 2 (or where C is 1), as are
+    the scores of all races, in all tiles that have runners; or None.
     """
     classes_all, queries, pixels = *tiles.excess.shape, races[0].label_map.shape[1]
     counts = torch.bincount(runners // classes_all, minlength=len(tiles.low))
     first = counts.cumsum(0) - counts
     order = counts.argsort()
-    order = order[counts[order] > (1 if every is None else 0)]
-    sums = torch.stack([tiles.class_probs.amin(dim=1), tiles.excess.sum(dim=0)])  # (2, Q): of common and votes
+    order = order[counts[order] > (1 if sure is None else 0)]
+    decided = None if sure is None else _decidedness(tiles.class_probs)
     for tile, most in _chunks(order, counts[order].tolist(), queries, pixels):
+        low, high, reach = tiles.low[tile], tiles.high[tile], tiles.reach[tile]  # (n, Q)
         slot = torch.arange(most, device=order.device)
         here = slot < counts[tile, None]  # (n, K)
         classes = runners[first[tile, None] + torch.where(here, slot, 0)] % classes_all
@@ -409,40 +426,72 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], every: Tensor | 
         largest = excess.amax(dim=1)
 
         # Queries that matter; the others are given the middle of their bounds.
-        radius = (tiles.high[tile] - tiles.low[tile]) / 2  # (n, Q)
-        stake, query = (radius * (largest if every is None else sums.amax(dim=0).clamp(min=1))).sort(dim=1)
-        left_out = int((stake.cumsum(dim=1) <= TAIL).sum(dim=1).min())
+        radius = (high - low) / 2  # (n, Q)
+        stake, query = (radius * (largest if sure is None else 1)).sort(dim=1)
+        allowed = TAIL * (excess @ high[:, :, None]).amax(dim=1).clamp(max=1)  # (n, 1)
+        left_out = int((stake.cumsum(dim=1) <= allowed).sum(dim=1).min())
         left_out, taken = query[:, :left_out], query[:, left_out:]
-        middle = (tiles.low[tile] + radius).scatter(1, taken, 0)[:, :, None]  # (n, Q, 1)
+        middle = (low + radius).scatter(1, taken, 0)[:, :, None]  # (n, Q, 1)
         masks = _upsample(tiles, tile, taken)  # (n, R, X)
+        sums = partial(_weighted, taken, middle, masks)
 
-        # |score - what float64 gives| <= error: the masks' own, that of the sums, that of the middles.
-        off = ROUNDING * (LOGIT_ROUNDINGS * tiles.reach[tile] + MASK_ROUNDINGS).gather(1, taken)  # (n, R)
+        # |M - what float64 gives| <= off; of the scores <= error: by the masks, by the sums, by the middles.
+        slope = (FAINT_LOGIT_ROUNDINGS * high).clamp(max=LOGIT_ROUNDINGS).where(reach < HUGE_LOGIT, LOGIT_ROUNDINGS)
+        off = ROUNDING * (slope * reach + MASK_ROUNDINGS * high).gather(1, taken)  # (n, R)
         error = (off * largest.gather(1, taken)).sum(dim=1, keepdim=True)
-        error += (queries + 16) * ROUNDING * (largest * tiles.high[tile]).sum(dim=1, keepdim=True)
-        error += stake[:, : left_out.shape[1]].sum(dim=1, keepdim=True)
-        bias = (excess @ middle).masked_fill(~here[:, :, None], -torch.inf)
-        scores = torch.baddbmm(bias, excess.gather(2, taken[:, None].expand(-1, most, -1)), masks)  # (n, K, X)
-        if every is not None:
-            every[:, tile] = torch.baddbmm(sums @ middle, sums.T[taken].mT, masks).transpose(0, 1)
+        error += (queries + 16) * ROUNDING * (largest * high).sum(dim=1, keepdim=True)
+        error += (radius * largest).gather(1, left_out).sum(dim=1, keepdim=True)
+        scores = sums(excess).masked_fill_(~here[:, :, None], -torch.inf)  # (n, K, X)
+        common = None if sure is None else sums(tiles.base.expand(len(tile), 1, -1))[:, 0]  # (n, X)
 
         for race in filter(lambda race: race.rank, races):
             runs = race.members[classes] & here  # (n, K)
             own = scores if len(races) == 1 else scores.masked_fill(~runs[:, :, None], -torch.inf)
             best, place = own.max(dim=1)  # (n, X)
-            second = own.scatter_(1, place[:, None], -torch.inf).amax(dim=1)
-            winner = classes.gather(1, place)
-            _decide_exactly(tiles, tile, classes, runs, best - second <= 2 * error, winner)
-            race.label_map[tile] = winner
-            if every is not None:
-                race.score[tile] = best + every[0, tile]
-                race.margin[tile] = best - second.clamp(min=0) if race.rank == 2 else 0
+            own = own.scatter_(1, place[:, None], -torch.inf)
+            second = own.amax(dim=1).clamp(min=0)
+            _decide_exactly(tiles, tile, classes, runs, best - second <= 2 * error, place)
+            race.label_map[tile] = classes.gather(1, place)
+            floor = best
+            if sure is not None:
+                race.score[tile] = best + common
+            if race.rank == 2:
+                floor = torch.maximum(second, RUNNER_UP * best - (1 - RUNNER_UP) * common)
+            if sure is not None and race.rank == min(2, classes_all):
+                runner_up = torch.where(runs.sum(dim=1, keepdim=True) > 1, own.argmax(dim=1), -1)
+                sure[0, tile] = (best - second) * (classes_all > 1)
+                sure[1:, tile] = _confidence(sums, excess + tiles.base, decided, place, runner_up)
             # The floor, now by pixels, for the certificate.
-            floor = (best if race.rank < 2 else torch.maximum(second, RUNNER_UP * best)) - error
-            inverse = 1 / torch.where(floor > TINY, floor, 0)[:, None]  # (n, 1, X)
+            inverse = 1 / torch.where(floor - error > TINY, floor - error, 0)[:, None]  # (n, 1, X)
             most_inverse = inverse.amax(dim=2)
             ratio = (masks * inverse).amax(dim=2) + off * most_inverse
-            race.ratio[tile] = (tiles.high[tile] * most_inverse).scatter(1, taken, ratio)
+            ratio = (high * most_inverse).scatter(1, taken, ratio)
+            race.ratio[tile] = torch.fmin(race.ratio[tile], ratio)  # either is a bound, NaN is none
+
+
+def _weighted(taken: Tensor, middle: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
+    """sum_q weight_q M_q: weights (n, rows, Q) -> (n, rows, X); taken (n, R), middle (n, Q, 1), masks (n, R, X)."""
+    own = weights.gather(2, taken[:, None].expand(-1, weights.shape[1], -1))
+    return torch.baddbmm(weights @ middle, own, masks)
+
+
+def _confidence(sums: Callable, probs: Tensor, decided: Tensor, place: Tensor, runner_up: Tensor) -> Tensor:
+    """(2, n, X): confidence and its margin, see SemanticMap; probs (n, K, Q), place, runner_up (n, X) of K, or -1."""
+    voices = torch.stack([decided, torch.ones_like(decided)]).expand(len(probs), -1, -1)
+    voices, covered = sums(voices).unbind(1)  # (n, X)
+    shares = sums(probs * decided) * (covered.clamp(max=1) / voices.clamp(min=TINY))[:, None]  # (n, K, X)
+    mine, theirs = (shares.gather(1, which.clamp(min=0)[:, None])[:, 0] for which in (place, runner_up))
+    mine = mine.clamp(0, 1)
+    return torch.stack([mine, (mine - theirs * (runner_up >= 0)).clamp(0, 1)])
+
+
+def _decidedness(class_probs: Tensor) -> Tensor:
+    """(Q, C) -> (Q,): KL(p || U) / ln C, in [0, 1]; 1 where C is 1. At least UNDECIDED."""
+    if class_probs.shape[1] == 1:
+        return torch.ones_like(class_probs[:, 0])
+    probs = class_probs / class_probs.sum(dim=1, keepdim=True).clamp(min=TINY)
+    entropy = -torch.special.xlogy(probs, probs).sum(dim=1)
+    return (1 - entropy / math.log(class_probs.shape[1])).clamp(UNDECIDED, 1)
 
 
 def _chunks(order: Tensor, counts: list[int], queries: int, pixels: int):
@@ -476,19 +525,19 @@ def _resize(masks: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
     return masks.view(n, height, queries, to_columns.shape[1])
 
 
-def _decide_exactly(tiles: _Tiles, tile: Tensor, classes: Tensor, runs: Tensor, close: Tensor, winner: Tensor) -> None:
-    """Near-ties in float64, into winner (n, X): tile (n,), classes and runs (n, K), close (n, X) bool."""
+def _decide_exactly(tiles: _Tiles, tile: Tensor, classes: Tensor, runs: Tensor, close: Tensor, place: Tensor) -> None:
+    """Near-ties in float64: tile (n,), classes, runs (n, K), close (n, X) bool; into place (n, X), which of K won."""
     across = len(tiles.columns.mask_index)
-    height, width = tiles.rows.to_image.shape[1], tiles.columns.to_image.shape[1]
-    for part in close.nonzero().split(max(1, CHUNK // (classes.shape[1] * tiles.excess.shape[1]))):
-        own, pixel = part.unbind(1)
-        y = tile[own] // across * height + pixel // width
-        x = tile[own] % across * width + pixel % width
-        y, x = y.clamp(max=len(tiles.rows.image_taps.index) - 1), x.clamp(max=len(tiles.columns.image_taps.index) - 1)
-        masks = _exact_masks(tiles.mask_logits, tiles.rows, tiles.columns, y, x)
-        scores = (tiles.class_probs.T[classes[own]].double() @ masks[:, :, None])[:, :, 0]
-        place = _first_of_best(scores.masked_fill(~runs[own], -torch.inf))
-        winner[own, pixel] = classes[own, place]
+    width = tiles.columns.to_image.shape[1]
+    last_y, last_x = len(tiles.rows.image_taps.index) - 1, len(tiles.columns.image_taps.index) - 1
+    for own in close.any(dim=1).nonzero()[:, 0].tolist():
+        probs = tiles.class_probs[:, classes[own]].double()  # (Q, K)
+        for pixel in close[own].nonzero()[:, 0].split(max(1, CHUNK // max(16 * len(probs), probs.shape[1]))):
+            y = tile[own] // across * tiles.rows.to_image.shape[1] + pixel // width
+            x = tile[own] % across * width + pixel % width
+            y, x = y.clamp(max=last_y), x.clamp(max=last_x)  # beyond it lie copies of the last pixel
+            scores = _exact_masks(tiles.mask_logits, tiles.rows, tiles.columns, y, x) @ probs
+            place[own, pixel] = _first_of_best(scores.masked_fill(~runs[own], -torch.inf))
 
 
 def _first_of_best(scores: Tensor) -> Tensor:
@@ -500,7 +549,12 @@ def _assemble(values: Tensor, tiles: _Tiles) -> Tensor:
     """(N, X) -> (H, W)."""
     down, across = len(tiles.rows.mask_index), len(tiles.columns.mask_index)
     height, width = tiles.rows.to_image.shape[1], tiles.columns.to_image.shape[1]
-    whole = values.view(down, across, height, width).transpose(1, 2).reshape(down * height, across * width)
+    whole = (
+        (values.float() if values.is_floating_point() else values)
+        .view(down, across, height, width)
+        .transpose(1, 2)
+        .reshape(down * height, across * width)
+    )
     return whole[: len(tiles.rows.image_taps.index), : len(tiles.columns.image_taps.index)].contiguous()
 
 

@@ -35,16 +35,29 @@ from transformers.utils import ModelOutput
 
 try:
     from .configuration_zs3 import Zs3Config
-    from .label_maps_zs3 import ensemble_with_clip, semantic_map, semantic_scores
+    from .label_maps_zs3 import (
+        MASK_STRIDE,
+        Explanation,
+        ensemble_with_clip,
+        explain,
+        semantic_map,
+        semantic_scores,
+    )
     from .losses_zs3 import Losses, Targets, class_probabilities, mask_ids, zs3_losses
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import Zs3Config
-    from label_maps_zs3 import ensemble_with_clip, semantic_map, semantic_scores
+    from label_maps_zs3 import (
+        MASK_STRIDE,
+        Explanation,
+        ensemble_with_clip,
+        explain,
+        semantic_map,
+        semantic_scores,
+    )
     from losses_zs3 import Losses, Targets, class_probabilities, mask_ids, zs3_losses
 
-MASK_STRIDE = 4  # a proposal's pixel covers 4 x 4 input pixels
 SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
 TEXT_CHUNK = 256  # prompts embedded at once
 
@@ -91,6 +104,10 @@ class Zs3Output(ModelOutput):
     def class_probs(self) -> Tensor:
         """(B, Q, C), p_q of Eq. 2."""
         return class_probabilities(self.class_logits, self.background_logits)
+
+    def explain(self, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None) -> Explanation:
+        """Which proposals made pixel (y, x) what it is: see `explain` of label_maps_zs3."""
+        return explain(self, y, x, image=image, image_size=image_size)
 
 
 class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):

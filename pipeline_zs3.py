@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
@@ -89,9 +90,9 @@ class Zs3Pipeline(Pipeline):
         that fits it best: a further synonym then never takes a pixel from its label.
     background: None, every pixel gets its best label; "reject", it gets none where the confidence in that is below
         `threshold`; or a list of distractors, labels for what is not of interest: what they win gets none.
-    confidence: what the threshold is for: "probability", the winner's share of the queries' votes at a pixel, where an
-        undecided query has none (default threshold 0.5), or "margin", how much more that is than the runner-up's (0.1).
-        No guarantee goes with either.
+    confidence: what the threshold is for: "probability", what decided queries give the winner on average (SemanticMap
+        says it exactly; default threshold 0.5), or "margin", how much more that is than for the runner-up (0.1). No
+        guarantee goes with either.
     window, overlap: pixels; images larger than a window are seen in overlapping windows of this side, each at the size
         that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
     batch_size: views that the network sees at once. It does not change the results.
@@ -108,8 +109,6 @@ class Zs3Pipeline(Pipeline):
     _load_tokenizer = False
     _load_feature_extractor = False
 
-    draw = staticmethod(draw)
-
     def __init__(self, *args, **kwargs):
         self.text_cache = TextCache()
         super().__init__(*args, **kwargs)
@@ -120,8 +119,9 @@ class Zs3Pipeline(Pipeline):
         candidate_labels: Sequence[ClassName] | None = None,
         **options,
     ) -> dict | list[dict] | list[list[dict]] | Iterator:
-        options["candidate_labels"] = candidate_labels
-        if isinstance(images, str | Path) and Path(images).is_dir():
+        if candidate_labels is not None:
+            options["candidate_labels"] = candidate_labels
+        if isinstance(images, str | Path) and not _is_address(images) and Path(images).is_dir():
             images = _folder(Path(images))
         if isinstance(images, str | Path | Image.Image | Proposals) or getattr(images, "ndim", None) in (2, 3):
             return super().__call__([images], **options)[0]
@@ -129,13 +129,26 @@ class Zs3Pipeline(Pipeline):
             images = list(images)
         if isinstance(images, list) and not images:
             return []
+        if not isinstance(images, Iterable | Dataset):
+            raise ValueError(f"images must be an image, a folder, or several of them, got {images!r}")
         if not isinstance(images, list | Dataset):  # of what can be gone through once, transformers knows generators
             images = (image for image in images)
         return super().__call__(images, **options)
 
-    def propose(self, images: ImageLike | Iterable, **options) -> Proposals | list[Proposals] | Iterator[Proposals]:
-        """The network's part alone. options: window, overlap and batch_size."""
-        return self(images, propose=True, **options)
+    def propose(
+        self,
+        images: ImageLike | Iterable,
+        *,
+        window: int | None = None,
+        overlap: int | None = None,
+        batch_size: int | None = None,
+    ) -> Proposals | list[Proposals] | Iterator[Proposals]:
+        """The network's part alone: see the class, and Proposals."""
+        return self(images, propose=True, window=window, overlap=overlap, batch_size=batch_size)
+
+    def draw(self, image: ImageLike, result: dict | list[dict], **options) -> Image.Image:
+        """The result over its image, with a legend: see `draw` of drawing_zs3."""
+        return draw(_load(image), result, **options)
 
     def lint_labels(self, class_names: Sequence[ClassName]) -> LabelReport:
         """What to know of a label list before it is used: see `lint_labels` of text_zs3."""
@@ -152,17 +165,29 @@ class Zs3Pipeline(Pipeline):
         unknown = sorted(set(options) - {name for names in places.values() for name in names})
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no option of this pipeline; there are {sum(places.values(), ())}")
-        options = {name: value for name, value in options.items() if value is not None}
         choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
         if isinstance(options.get("background"), str):
             choices["background"] = ("reject",)
         for name, allowed in choices.items():
-            if options.get(name, allowed[0]) not in allowed:
+            if options.get(name) not in (None, *allowed):
                 raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {options[name]!r}")
-        if not 0 <= options.get("threshold", 0) <= 1:
-            raise ValueError(f"threshold must lie in [0, 1], got {options['threshold']}")
-        if options.get("window", 1) < 1 or options.get("overlap", 0) < 0:
-            raise ValueError("window must be 1 pixel or more, overlap 0 or more")
+        for name, kind, least, most in (
+            ("threshold", (int, float), 0, 1),
+            ("window", int, 1, None),
+            ("overlap", int, 0, None),
+        ):
+            value = options.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, kind) or value < least or (most is not None and value > most):
+                allowed = f"a number in [{least}, {most}]" if most else f"a whole number of pixels, {least} or more"
+                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        if not isinstance(options.get("background"), str | Sequence | None):
+            raise ValueError(f"background must be 'reject' or a list of labels, got {options['background']!r}")
+        if "background" in options:  # what was said of another background does not hold for this one
+            options = {"threshold": None, "confidence": None, **options}
+        if "window" in options:
+            options = {"overlap": None, **options}
         return tuple({name: options[name] for name in names if name in options} for names in places.values())
 
     # ----------------------------------------------------------------------------------------- from labels to vectors
@@ -170,7 +195,7 @@ class Zs3Pipeline(Pipeline):
     def _choose(
         self,
         candidate_labels: Sequence[ClassName] | None = None,
-        synonyms: str = "mean",
+        synonyms: str | None = None,
         background: str | Sequence[ClassName] | None = None,
         threshold: float | None = None,
         confidence: str | None = None,
@@ -183,19 +208,23 @@ class Zs3Pipeline(Pipeline):
         distractors = [] if background is None or background == "reject" else list(background)
         if candidate_labels is None and self.model.config.class_names is None:
             raise ValueError("no labels: pass candidate_labels=[...]; this checkpoint has no vocabulary of its own")
-        if candidate_labels is None and not distractors:
+        if isinstance(candidate_labels, str) or (candidate_labels is not None and not len(candidate_labels)):
+            raise ValueError(f"candidate_labels must be a list of at least one label, got {candidate_labels!r}")
+        if candidate_labels is not None:
+            names, vectors, owner = self._embed([*candidate_labels, *distractors], synonyms)
+        elif not distractors:
             names, vectors = list(self.model.config.class_names), self.model.vocabulary
-            owner = range(len(names))
-        else:
-            if isinstance(candidate_labels, str):
-                raise ValueError(f"candidate_labels must be a list, got {candidate_labels!r}")
-            entries = list(self.model.config.class_names if candidate_labels is None else candidate_labels)
-            read_labels(entries)  # not empty
-            names, vectors, owner = self._embed([*entries, *distractors], synonyms)
-        owner = vectors.new_tensor(list(owner), dtype=int)
+            owner = list(range(len(names)))
+        else:  # the stored vectors may be of other prompts, or from outside
+            stored = list(self.model.config.class_names)
+            read_labels([*stored, *distractors])  # no repeats
+            names, vectors, owner = self._embed(distractors, synonyms)
+            names, vectors = [*stored, *names], torch.cat([self.model.vocabulary, vectors.to(self.model.vocabulary)])
+            owner = [*range(len(stored)), *(len(stored) + place for place in owner)]
+        owner = torch.tensor(owner, device=vectors.device)
         return Choice(names, vectors, owner, len(names) - len(distractors), threshold, confidence)
 
-    def _embed(self, entries: list[ClassName], synonyms: str) -> tuple[list[str], Tensor, list[int]]:
+    def _embed(self, entries: list[ClassName], synonyms: str | None) -> tuple[list[str], Tensor, list[int]]:
         """Names, their text vectors, and which name each vector is of."""
         if self.model.text_model is not None:
             if self.processor is None:
@@ -205,7 +234,13 @@ class Zs3Pipeline(Pipeline):
             owner = [place for place, own in enumerate(rows) for _ in own]
             flat = [label for own in rows for label in own]
             return [label.name for label in labels], self.text_cache.embed(flat, self.model, self.processor), owner
-        names = [label.name for label in read_labels(entries)]
+        labels = read_labels(entries, ())
+        rich = [label.name for label in labels if len(label.words) > 1 or label.templates]
+        if rich or synonyms == "max":
+            raise ValueError(
+                f"this checkpoint has no text tower: no synonyms or templates ({(rich or ['synonyms'])[0]!r})"
+            )
+        names = [label.name for label in labels]
         stored = self.model.config.class_names or []
         missing = [name for name in names if name not in stored]
         if missing:
@@ -226,6 +261,8 @@ class Zs3Pipeline(Pipeline):
         postprocess_params: dict,
     ) -> Iterator:
         """transformers' loop would need images of one size, and one result for each that the network sees."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         propose = forward_params.get("propose", False)
         choice = None if propose else self._choose(**{k: v for k, v in forward_params.items() if k != "propose"})
         return self._results(inputs, batch_size, choice, preprocess_params, postprocess_params)
@@ -252,6 +289,10 @@ class Zs3Pipeline(Pipeline):
 
     def preprocess(self, image: ImageLike | Proposals, window: int | None = None, overlap: int | None = None) -> dict:
         if isinstance(image, Proposals):
+            if window is not None:
+                raise ValueError(
+                    "window goes with propose(...): these proposals were made without, or with another one"
+                )
             return {"image_size": image.image_size, "views": image.views, "outputs": image.outputs}
         image = _load(image)
         views = _views(image.width, image.height, window, overlap)
@@ -297,7 +338,7 @@ class Zs3Pipeline(Pipeline):
             nothing |= measures[choice.confidence] < choice.threshold
         return {"label_map": found.label_map.masked_fill(nothing, -1), "scores": found.confidence}
 
-    def postprocess(self, image: dict, output: str = "masks") -> dict | list[dict]:
+    def postprocess(self, image: dict, output: str | None = None) -> dict | list[dict]:
         names = image["choice"].names[: image["choice"].num_labels]
         label_map = np.empty(image["image_size"], dtype=np.int64)
         scores = np.empty(image["image_size"], dtype=np.float32)
@@ -346,18 +387,23 @@ def _load(image: ImageLike) -> Image.Image:
                 f"an image array must be uint8, (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}"
             )
         image = Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return load_image(image)
-    name = str(image)
-    if name.startswith(("http://", "https://")):
-        if constants.HF_HUB_OFFLINE:
+    name = "the image" if isinstance(image, Image.Image) else str(image)
+    if _is_address(name):
+        if not name.startswith("data:") and constants.HF_HUB_OFFLINE:
             raise ValueError(f"{name} is an address, but this process is offline (HF_HUB_OFFLINE): download it first")
-    elif not name.startswith("data:image/") and not Path(name).is_file():
+    elif not isinstance(image, Image.Image) and not Path(name).is_file():
         raise ValueError(f"{name}: no such image")
     try:
-        return load_image(name)
+        image = image if isinstance(image, Image.Image) or _is_address(name) else Image.open(name)
+        if isinstance(image, Image.Image) and (image.mode[0] in "IF"):
+            raise ValueError(f"mode {image.mode} holds more than 8 bits a channel; convert it to 8 first")
+        return load_image(name if isinstance(image, str) else image)
     except Exception as error:  # whatever decoders and downloads raise
         raise ValueError(f"{name[:200]} cannot be read as an image: {' '.join(str(error).split())[:200]}") from error
+
+
+def _is_address(image: str | Path) -> bool:
+    return str(image).startswith(("http://", "https://", "data:image/"))
 
 
 def _views(width: int, height: int, window: int | None, overlap: int | None) -> list[View]:

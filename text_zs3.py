@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class TextCache:
 
     folder: holds <text side>/<hash of the file>.safetensors; "{HF_HOME}" in it is Hugging Face's home as it is set when
     the cache is made; None: memory only. A damaged file is removed, with a warning; a folder that cannot be written
-    costs one warning, and the cache goes on in memory.
+    costs one warning, and the cache goes on in memory. Threads take turns.
     """
 
     def __init__(self, folder: str | Path | None = DEFAULT_FOLDER, max_bytes: int = 256 * 2**20):
@@ -88,11 +89,16 @@ class TextCache:
         self.max_bytes = max_bytes
         self._segments: dict[Place, Segment] = {}  # the longest unused first
         self._writable = True
+        self._lock = threading.RLock()
 
     def embed(self, labels: Sequence[Label], model: Zs3ForSemanticSegmentation, processor: Zs3Processor) -> Tensor:
         """(C, D) float32, unit length, on the model's device: `encode_text` of what is not there yet, in one call."""
         if model.text_model is None:
             raise ValueError("this checkpoint has no text tower: label lists cannot be embedded")
+        with self._lock:
+            return self._embed(labels, model, processor)
+
+    def _embed(self, labels: Sequence[Label], model: Zs3ForSemanticSegmentation, processor: Zs3Processor) -> Tensor:
         side = text_side(model.text_model, processor.tokenizer)
         keys = label_keys(labels, processor.tokenizer)
         found = self._recall(side, set(keys))

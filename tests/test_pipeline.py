@@ -1,5 +1,9 @@
 """The pipeline: one call, any label list. That it loads as a stranger is tests/test_hub.py's business."""
 
+import base64
+import io
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -244,16 +248,17 @@ def confidence_in_loops(segment, labels: list[str], y: int, x: int) -> tuple[flo
     inputs = segment.processor(images=IMAGE, class_names=labels, do_resize=False)
     with torch.no_grad():
         outputs = segment.model(**inputs)
-    probs = outputs.class_probs[0].double()
     logits = torch.nn.functional.interpolate(outputs.mask_logits.double(), scale_factor=4, mode="bilinear")
-    masks = [1 / (1 + float((-value).exp())) for value in logits[0, :, y, x]]
-    scores = sorted(sum(float(p[c]) * m for p, m in zip(probs, masks, strict=True)) for c in range(len(labels)))
-    common = sum(float(p.min()) * m for p, m in zip(probs, masks, strict=True))
-    votes = max(1.0, sum(scores) - len(labels) * common)
-    return (scores[-1] - common) / votes, (scores[-1] - scores[-2]) / votes
+    probs, masks = outputs.class_probs[0].tolist(), logits[0, :, y, x].sigmoid().tolist()
+    weights = [sum(v * math.log(v * len(labels)) for v in p) / math.log(len(labels)) for p in probs]  # KL(p, U) / ln C
+    score = [sum(p[c] * m for p, m in zip(probs, masks, strict=True)) for c in range(len(labels))]
+    mean = [sum(w * p[c] * m for w, p, m in zip(weights, probs, masks, strict=True)) for c in range(len(labels))]
+    whole = sum(w * m for w, m in zip(weights, masks, strict=True)) / min(1, sum(masks))
+    second, first = sorted(range(len(labels)), key=score.__getitem__)[-2:]
+    return mean[first] / whole, (mean[first] - mean[second]) / whole
 
 
-def test_confidence_is_the_winners_share_of_the_votes(folder):
+def test_confidence_is_what_the_decided_queries_say(folder):
     segment = pipeline(model=str(folder), trust_remote_code=True)
     segment.image_processor.do_resize = False
     result = segment(IMAGE, candidate_labels=CLASS_NAMES, output="map")
@@ -278,7 +283,11 @@ def test_confidence_is_the_winners_share_of_the_votes(folder):
         ({"synonyms": "min"}, "'mean' or 'max'"),
         ({"overlap": 8}, "overlap needs a window"),
         ({"window": 16, "overlap": 16}, "less than a window's side"),
-        ({"window": 0}, "1 pixel or more"),
+        ({"window": 0}, "1 or more"),
+        ({"window": 24.0}, "whole number"),
+        ({"threshold": "0.3", "background": "reject"}, "number in"),
+        ({"background": 3}, "list of labels"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
         ({"treshold": 0.5}, "treshold"),
     ],
 )
@@ -346,3 +355,81 @@ def test_the_picture_of_a_result_can_be_had_from_the_pipeline(segment):
     for output in ("masks", "map"):
         picture = segment.draw(IMAGE, segment(IMAGE, candidate_labels=CLASS_NAMES, background="reject", output=output))
         assert picture.mode == "RGB" and picture.width >= IMAGE.width
+
+
+# ---------------------------------------------------------------------------------------------- corners
+
+
+def test_what_was_set_at_the_making_can_be_undone(folder, segment):
+    made = pipeline(
+        model=str(folder), trust_remote_code=True, background="reject", threshold=0.99, window=32, output="map"
+    )
+    plain = segment(IMAGE, candidate_labels=CLASS_NAMES, output="map")["segmentation"]
+    assert (made(IMAGE, candidate_labels=CLASS_NAMES)["segmentation"] == -1).mean() > 0.5
+    found = made(IMAGE, candidate_labels=CLASS_NAMES, background=None, window=None)["segmentation"]
+    assert np.array_equal(found, plain)
+    distracted = made(IMAGE, candidate_labels=CLASS_NAMES[:2], background=CLASS_NAMES[2:], window=None)
+    assert np.array_equal(distracted["segmentation"], np.where(plain < 2, plain, -1))
+
+
+def test_distractors_leave_the_stored_vectors_alone(folder):
+    segment = pipeline(model=str(folder), trust_remote_code=True)
+    torch.manual_seed(0)
+    embeds = torch.randn(2, 12)
+    segment.model.set_vocabulary(["sky", "grass"], embeds)
+    choice = segment._choose(background=["red circle"])
+    torch.testing.assert_close(choice.text_embeds[:2], torch.nn.functional.normalize(embeds, dim=-1))
+    assert choice.names == ["sky", "grass", "red circle"] and choice.num_labels == 2
+
+
+def test_one_label_alone_is_everywhere_and_sure_where_masks_are(segment):
+    result = segment(IMAGE, candidate_labels=["sky"], output="map")
+    assert (result["segmentation"] == 0).all() and result["scores"].max() > 0.9
+
+
+def test_an_image_written_as_an_address_of_data(segment):
+    buffer = io.BytesIO()
+    IMAGE.save(buffer, format="PNG")
+    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    expected = segment(IMAGE, candidate_labels=CLASS_NAMES, output="map")["segmentation"]
+    assert np.array_equal(segment(address, candidate_labels=CLASS_NAMES, output="map")["segmentation"], expected)
+
+
+def test_sixteen_bits_are_refused_rather_than_cut(segment, tmp_path):
+    deep = Image.fromarray((np.arange(12).reshape(3, 4) * 5000).astype(np.uint16))
+    deep.save(tmp_path / "deep.png")
+    for image in (deep, tmp_path / "deep.png"):
+        with pytest.raises(ValueError, match="more than 8 bits"):
+            segment(image, candidate_labels=CLASS_NAMES)
+
+
+def test_without_a_text_tower_nothing_is_dropped_silently(tmp_path):
+    save_checkpoint(tmp_path, text=False)
+    segment = pipeline(model=str(tmp_path), trust_remote_code=True)
+    assert segment(IMAGE, candidate_labels=["grass", "sky"], background=["red circle"], output="map")["labels"]
+    for labels, options in (
+        ([["sky", "heaven"]], {}),
+        ([{"name": "sky", "templates": ["{}"]}], {}),
+        (["sky"], {"synonyms": "max"}),
+    ):
+        with pytest.raises(ValueError, match="no text tower"):
+            segment(IMAGE, candidate_labels=labels, **options)
+
+
+def test_proposals_keep_their_windows(segment):
+    with pytest.raises(ValueError, match="goes with propose"):
+        segment(segment.propose(IMAGE), candidate_labels=CLASS_NAMES, window=16)
+
+
+def test_less_precise_products_and_half_precision_proposals(folder, segment):
+    plain = segment(IMAGE, candidate_labels=CLASS_NAMES, output="map")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        result = segment(IMAGE, candidate_labels=CLASS_NAMES, output="map")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (result["segmentation"] == plain["segmentation"]).mean() > 0.999 and result["scores"].dtype == np.float32
+    half = pipeline(model=str(folder), trust_remote_code=True, dtype=torch.bfloat16)
+    alone = half(IMAGE, candidate_labels=CLASS_NAMES, output="map")["segmentation"]
+    assert np.array_equal(half(half.propose(IMAGE), candidate_labels=CLASS_NAMES, output="map")["segmentation"], alone)
