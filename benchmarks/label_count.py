@@ -227,9 +227,9 @@ def take_turns(args: LabelCountArgs, turns: list[tuple[Case, str]]) -> list[floa
 
 
 def in_fresh_process(function: Callable, *args: object):
-    """Forked from a process that has imported everything and computed nothing."""
+    """Forked from a process that has made the slow imports and computed nothing."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.label_count"])
+    context.set_forkserver_preload(["transformers", "label_maps_zs3", "zs3.command_line"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 

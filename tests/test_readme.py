@@ -84,5 +84,17 @@ def test_the_results_of_the_readme_are_those_of_the_result_files():
         assert row in README, f"{path.name}: {row}"
 
 
+def test_the_label_stage_of_the_readme_is_that_of_the_result_file():
+    rows = json.loads((ROOT / "docs" / "results" / "label_count.json").read_text(encoding="utf-8"))["rows"]
+    rows = {(row["labels"], row["size"], row["method"]): row for row in rows if row["kind"].startswith("like")}
+    told = re.findall(r"^\| (\d+), (\d+) x \d+ \| (.+) \| (.+) \|$", README, re.MULTILINE)
+    assert len(told) == 4
+    for labels, size, *cells in told:
+        for method, cell in zip(("transformers' Mask2Former post-processing", "semantic_map"), cells, strict=True):
+            row = rows[int(labels), int(size), method]
+            measured = f"{row['seconds'] or 0:.2f} s, {row['peak_mib'] or 0:.0f} MiB"
+            assert cell == (measured if row["calls"] else f"would need {row['bytes_needed'] / 1e9:.0f} GB")
+
+
 def test_no_placeholder_is_left():
     assert not re.findall(r"@[A-Z_]+@", README)
