@@ -172,7 +172,7 @@ def explain(
         raise ValueError("the outputs hold NaN or infinite values: they explain nothing")
     valid = tuple(outputs.valid_sizes[image].tolist())
     own = valid if image_size is None else tuple(image_size)
-    if not (0 <= y < own[0] and 0 <= x < own[1]):
+    if not (isinstance(y, int) and isinstance(x, int) and 0 <= y < own[0] and 0 <= x < own[1]):
         raise ValueError(f"pixel ({y}, {x}) lies outside the image of {own[0]} x {own[1]}")
     lengths = zip(mask_logits.shape[1:], valid, own, strict=True)
     rows, columns = (_axis(mask, mask * MASK_STRIDE, *sides, TILE) for mask, *sides in lengths)

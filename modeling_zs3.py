@@ -311,7 +311,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         whose mask is zero everywhere does not exist.
         """
         if self.text_model is None:
-            raise ValueError("this checkpoint has no text tower: pass text_embeds, or use its stored vocabulary")
+            raise ValueError(
+                "this checkpoint has no text tower: pass text_embeds, or no text at all to use its stored vocabulary"
+            )
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         if input_ids.dim() == 2:

@@ -166,8 +166,6 @@ class Zs3Pipeline(Pipeline):
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no option of this pipeline; there are {sum(places.values(), ())}")
         choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
-        if isinstance(options.get("background"), str):
-            choices["background"] = ("reject",)
         for name, allowed in choices.items():
             if options.get(name) not in (None, *allowed):
                 raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {options[name]!r}")
@@ -182,8 +180,9 @@ class Zs3Pipeline(Pipeline):
             if not isinstance(value, kind) or value < least or (most is not None and value > most):
                 allowed = f"a number in [{least}, {most}]" if most else f"a whole number of pixels, {least} or more"
                 raise ValueError(f"{name} must be {allowed}, got {value!r}")
-        if not isinstance(options.get("background"), str | Sequence | None):
-            raise ValueError(f"background must be 'reject' or a list of labels, got {options['background']!r}")
+        background = options.get("background")
+        if not isinstance(background, list | tuple | None) and background != "reject":
+            raise ValueError(f"background must be 'reject' or a list of labels, got {background!r}")
         if "background" in options:  # what was said of another background does not hold for this one
             options = {"threshold": None, "confidence": None, **options}
         if "window" in options:
@@ -208,7 +207,7 @@ class Zs3Pipeline(Pipeline):
         distractors = [] if background is None or background == "reject" else list(background)
         if candidate_labels is None and self.model.config.class_names is None:
             raise ValueError("no labels: pass candidate_labels=[...]; this checkpoint has no vocabulary of its own")
-        if isinstance(candidate_labels, str) or (candidate_labels is not None and not len(candidate_labels)):
+        if candidate_labels is not None and (not isinstance(candidate_labels, list | tuple) or not candidate_labels):
             raise ValueError(f"candidate_labels must be a list of at least one label, got {candidate_labels!r}")
         if candidate_labels is not None:
             names, vectors, owner = self._embed([*candidate_labels, *distractors], synonyms)
@@ -221,6 +220,10 @@ class Zs3Pipeline(Pipeline):
             names, vectors, owner = self._embed(distractors, synonyms)
             names, vectors = [*stored, *names], torch.cat([self.model.vocabulary, vectors.to(self.model.vocabulary)])
             owner = [*range(len(stored)), *(len(stored) + place for place in owner)]
+        if len(names) == 1 and background == "reject":
+            raise ValueError(
+                f"{names[0]!r} alone is compared with nothing: name what else may be there, background=[...]"
+            )
         owner = torch.tensor(owner, device=vectors.device)
         return Choice(names, vectors, owner, len(names) - len(distractors), threshold, confidence)
 
@@ -392,7 +395,9 @@ def _load(image: ImageLike) -> Image.Image:
         if not name.startswith("data:") and constants.HF_HUB_OFFLINE:
             raise ValueError(f"{name} is an address, but this process is offline (HF_HUB_OFFLINE): download it first")
     elif not isinstance(image, Image.Image) and not Path(name).is_file():
-        raise ValueError(f"{name}: no such image")
+        raise ValueError(
+            f"{name} is a folder: give it alone" if Path(name).is_dir() else f"{name[:200]}: no such image"
+        )
     try:
         image = image if isinstance(image, Image.Image) or _is_address(name) else Image.open(name)
         if isinstance(image, Image.Image) and (image.mode[0] in "IF"):

@@ -79,7 +79,9 @@ def test_half_precision_weights_work(folder):
     assert half(IMAGE, candidate_labels=CLASS_NAMES, output="map")["segmentation"].shape == (40, 56)
 
 
-@pytest.mark.parametrize("labels", [[], ["sky", "sky"], [""], "sky", [{"nam": "sky"}], [3]])
+@pytest.mark.parametrize(
+    "labels", [[], ["sky", "sky"], [""], "sky", [{"nam": "sky"}], [3], {"sky", "grass"}, {"sky": 1}]
+)
 def test_a_label_list_that_makes_no_sense_is_one_line(labels, segment):
     with pytest.raises(ValueError) as error:
         segment(IMAGE, candidate_labels=labels)
@@ -104,6 +106,8 @@ def test_an_image_that_is_not_there_or_unreadable_is_named(segment, tmp_path):
         with pytest.raises(ValueError, match=path.name) as error:
             segment(str(path), candidate_labels=CLASS_NAMES)
         assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="is a folder: give it alone"):
+        segment([str(tmp_path)], candidate_labels=CLASS_NAMES)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
         segment(tmp_path / "empty", candidate_labels=CLASS_NAMES)
@@ -385,6 +389,8 @@ def test_distractors_leave_the_stored_vectors_alone(folder):
 def test_one_label_alone_is_everywhere_and_sure_where_masks_are(segment):
     result = segment(IMAGE, candidate_labels=["sky"], output="map")
     assert (result["segmentation"] == 0).all() and result["scores"].max() > 0.9
+    with pytest.raises(ValueError, match="'sky' alone is compared with nothing"):
+        segment(IMAGE, candidate_labels=["sky"], background="reject")
 
 
 def test_an_image_written_as_an_address_of_data(segment):
