@@ -208,7 +208,7 @@ class Zs3Pipeline(Pipeline):
         if candidate_labels is None and self.model.config.class_names is None:
             raise ValueError("no labels: pass candidate_labels=[...]; this checkpoint has no vocabulary of its own")
         if candidate_labels is not None and (not isinstance(candidate_labels, list | tuple) or not candidate_labels):
-            raise ValueError(f"candidate_labels must be a list of at least one label, got {candidate_labels!r}")
+            raise ValueError(f"candidate_labels must be a list of labels, and not empty, got {candidate_labels!r}")
         if candidate_labels is not None:
             names, vectors, owner = self._embed([*candidate_labels, *distractors], synonyms)
         elif not distractors:
