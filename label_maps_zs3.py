@@ -128,7 +128,14 @@ def semantic_map(
     return torch.stack(results) if results else mask_logits.new_empty(0, *size, dtype=torch.int64)
 
 
-def _check_inputs(class_probs, mask_logits, size, valid_sizes, image_sizes, is_seen) -> None:
+def _check_inputs(
+    class_probs: Tensor,
+    mask_logits: Tensor,
+    size: tuple[int, int],
+    valid_sizes: Sequence[tuple[int, int]] | Tensor | None,
+    image_sizes: Sequence[tuple[int, int]] | None,
+    is_seen: Tensor | None,
+) -> None:
     if class_probs.dim() != 3 or mask_logits.dim() != 4 or class_probs.shape[:2] != mask_logits.shape[:2]:
         shapes = f"{tuple(class_probs.shape)} and {tuple(mask_logits.shape)}"
         raise ValueError(f"class_probs must be (B, Q, C) and mask_logits (B, Q, h, w), got {shapes}")
@@ -313,6 +320,8 @@ def _map_image(tiles: _Tiles, groups: list[Tensor] | None) -> Tensor | SemanticM
     _decide(tiles, runners, races, sure)
     for race in races:
         others = _others(tiles, race, runners)
+        if not len(others):
+            continue
         again = torch.isin(runners // len(everyone), others // len(everyone)) & race.members[runners % len(everyone)]
         _decide(tiles, torch.cat([runners[again], others]).unique(), [race], sure)
 
