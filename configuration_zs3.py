@@ -155,6 +155,11 @@ class Zs3Config(Mask2FormerConfig):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
+def plain(name: str) -> str:
+    """A class name without the differences that mean nothing; what was seen is compared in this form."""
+    return " ".join(name.casefold().split())
+
+
 Zs3Config.register_for_auto_class()
 
-__all__ = ["Zs3Config"]
+__all__ = ["Zs3Config", "plain"]

@@ -20,16 +20,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig
+from transformers import AutoProcessor, PreTrainedConfig
 
+from configuration_zs3 import plain
 from zs3.command_line import (
     CHECKPOINT_ERRORS,
     InputError,
     check_at_least,
-    check_checkpoint,
     check_required,
     finite_or_none,
     flag,
+    load_model,
     one_line,
     read_arguments,
     run,
@@ -37,7 +38,7 @@ from zs3.command_line import (
 )
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
-from zs3.label_space import LabelSpace, load_label_space, load_text_embeds, plain
+from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.pictures import draw_comparison
 
 
@@ -71,20 +72,12 @@ class EvalArgs:
 
 def load_checkpoint(path: str) -> tuple:
     """Model and processor through the public door, in float32."""
-    check_checkpoint("model", path, "zs3")
+    model = load_model(path)
     try:
-        model, loading = AutoModel.from_pretrained(
-            path, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-        )
-        if loading["missing_keys"] or loading["mismatched_keys"]:
-            lost = sorted(loading["missing_keys"]) or sorted(str(key[0]) for key in loading["mismatched_keys"])
-            raise InputError(f"checkpoint {path} is incomplete: it lacks {lost[0]} ({len(lost)} weights in all)")
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-    except InputError:
-        raise
     except CHECKPOINT_ERRORS as error:
         raise InputError(f"cannot load checkpoint {path}: {one_line(error)}") from error
-    return model.eval(), processor
+    return model, processor
 
 
 def candidate_embeds(model, processor, class_names: list[str], text_embeds: str | None) -> tuple[Tensor, list[str]]:

@@ -26,11 +26,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 try:
+    from .configuration_zs3 import plain
     from .modeling_zs3 import Zs3ForSemanticSegmentation
     from .processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels
 except ImportError:
     if __package__:
         raise
+    from configuration_zs3 import plain
     from modeling_zs3 import Zs3ForSemanticSegmentation
     from processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels
 
@@ -398,11 +400,6 @@ def lint_labels(
         kept = list(fitting.values())
         report.near_synonyms = near_synonyms(kept, cache.embed(kept, model, processor), similar) if kept else []
     return report
-
-
-def plain(name: str) -> str:
-    """A class name without the differences that mean nothing."""
-    return " ".join(name.casefold().split())
 
 
 def _duplicates(words: list[tuple[str, ...]]) -> dict[str, list[int]]:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
-from configuration_zs3 import Zs3Config
+from configuration_zs3 import Zs3Config, plain
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
 from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor
 from zs3.command_line import (
@@ -46,7 +46,7 @@ from zs3.command_line import (
     write_text,
 )
 from zs3.data import Augmentation, SegmentationDataset, StepSampler, collate, load_split
-from zs3.label_space import LabelSpace, load_label_space, load_text_embeds, plain
+from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")

@@ -18,10 +18,11 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, PreTrainedConfig
+from transformers import AutoModel, HfArgumentParser, PreTrainedConfig, PreTrainedModel
 
 Args = TypeVar("Args")
 
@@ -101,6 +102,21 @@ def check_checkpoint(flag_name: str, path: str, model_type: str) -> None:
         raise InputError(f"--{flag_name} {path} cannot be read: {one_line(error)}") from error
     if found != model_type:
         raise InputError(f"--{flag_name} {path} is a checkpoint of {found!r}, not of {model_type!r}")
+
+
+def load_model(path: str) -> PreTrainedModel:
+    """The model of a checkpoint through the public door, in float32, evaluating."""
+    check_checkpoint("model", path, "zs3")
+    try:
+        model, loading = AutoModel.from_pretrained(
+            path, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+        )
+    except CHECKPOINT_ERRORS as error:
+        raise InputError(f"cannot load checkpoint {path}: {one_line(error)}") from error
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        lost = sorted(loading["missing_keys"]) or sorted(str(key[0]) for key in loading["mismatched_keys"])
+        raise InputError(f"checkpoint {path} is incomplete: it lacks {lost[0]} ({len(lost)} weights in all)")
+    return model.eval()
 
 
 def one_line(error: Exception) -> str:

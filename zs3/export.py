@@ -22,17 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModel
 
 from losses_zs3 import class_probabilities
 from modeling_zs3 import SIZE_DIVISOR, Zs3ForSemanticSegmentation
 from zs3.command_line import (
-    CHECKPOINT_ERRORS,
     InputError,
-    check_checkpoint,
     check_required,
     flag,
-    one_line,
+    load_model,
     read_arguments,
     run,
 )
@@ -158,20 +155,6 @@ class ExportArgs:
             raise InputError(f"--output {self.output}: the suffix says the kind, .pt2 (torch.export) or .onnx")
         if suffix == ".onnx" and importlib.util.find_spec("onnxscript") is None:
             raise InputError(f"--output {self.output} needs onnxscript: pip install -c constraints.txt -e '.[export]'")
-
-
-def load_model(path: str) -> Zs3ForSemanticSegmentation:
-    """Through the public door, in float32."""
-    check_checkpoint("model", path, "zs3")
-    try:
-        model, loading = AutoModel.from_pretrained(
-            path, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-        )
-    except CHECKPOINT_ERRORS as error:
-        raise InputError(f"cannot load checkpoint {path}: {one_line(error)}") from error
-    if loading["missing_keys"]:
-        raise InputError(f"checkpoint {path} is incomplete: it lacks {min(loading['missing_keys'])}")
-    return model
 
 
 def main() -> None:

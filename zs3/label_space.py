@@ -106,11 +106,6 @@ def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None)
     return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1)
 
 
-def plain(name: str) -> str:
-    """A class name without the differences that mean nothing; what was seen is compared in this form."""
-    return " ".join(name.casefold().split())
-
-
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form owner/name."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
