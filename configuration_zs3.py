@@ -73,7 +73,8 @@ class Zs3Config(Mask2FormerConfig):
         use_auxiliary_loss: losses at every decoder output (deep supervision), or at the last one only.
 
     Inference and pseudo labels:
-        clip_ensemble_weight: w of section 4.6 (Xu et al. 2021), for `ensemble_with_clip`.
+        clip_ensemble_weight: w of section 4.6 (Xu et al. 2021), in [0, 1]; None: do not ensemble.
+        clip_logit_scale: multiplies CLIP's cosines before a softmax; 100 is what CLIP's training ended with.
         pseudo_label_threshold: tau of section 3.4.
 
     What the training saw:
@@ -112,7 +113,8 @@ class Zs3Config(Mask2FormerConfig):
     init_std: float | int = 0.02
     init_xavier_std: float | int = 1.0
 
-    clip_ensemble_weight: float | int = 0.8
+    clip_ensemble_weight: float | int | None = 0.8
+    clip_logit_scale: float | int = 100.0
     pseudo_label_threshold: float | int = 0.99
 
     seen_class_names: list[str] | None = None
@@ -148,6 +150,10 @@ class Zs3Config(Mask2FormerConfig):
             raise ValueError("train_num_points and oversample_ratio must be 1 or more")
         if not 0 <= self.importance_sample_ratio <= 1:
             raise ValueError(f"importance_sample_ratio must lie in [0, 1], got {self.importance_sample_ratio}")
+        if self.clip_ensemble_weight is not None and not 0 <= self.clip_ensemble_weight <= 1:
+            raise ValueError(f"clip_ensemble_weight must lie in [0, 1] or be None, got {self.clip_ensemble_weight}")
+        if not 0 < self.clip_logit_scale < math.inf:
+            raise ValueError(f"clip_logit_scale must be a positive number, got {self.clip_logit_scale}")
         if self.rank_scale <= 0:
             raise ValueError(f"rank_scale must be positive, got {self.rank_scale}")
         for name in ("class_weight", "mask_weight", "dice_weight", "rank_weight", "no_object_weight"):

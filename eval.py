@@ -18,27 +18,23 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from configuration_zs3 import plain
+from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, trained_on
 from zs3.command_line import (
-    CHECKPOINT_ERRORS,
     InputError,
     check_at_least,
     check_required,
     finite_or_none,
     flag,
-    load_model,
-    one_line,
     read_arguments,
     run,
     write_json,
 )
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
-from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
+from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
 
 
@@ -70,41 +66,12 @@ class EvalArgs:
         check_at_least(self, 0, "num_pictures", "seed")
 
 
-def load_checkpoint(path: str) -> tuple:
-    """Model and processor through the public door, in float32."""
-    model = load_model(path)
-    try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-    except CHECKPOINT_ERRORS as error:
-        raise InputError(f"cannot load checkpoint {path}: {one_line(error)}") from error
-    return model, processor
-
-
-def candidate_embeds(model, processor, class_names: list[str], text_embeds: str | None) -> tuple[Tensor, list[str]]:
-    """(C, D) text vectors of the label space's names, and the prompts behind them."""
-    if text_embeds is not None:
-        vectors = load_text_embeds(text_embeds, len(class_names), model.config.projection_dim)
-        return vectors, [f"vectors of {Path(text_embeds).name}"]
-    if model.text_model is not None:
-        return model.encode_text(**processor(class_names=class_names)), list(processor.prompt_templates)
-    stored = model.config.class_names or []
-    missing = [name for name in class_names if name not in stored]
-    if missing:
-        raise InputError(f"the checkpoint has no text tower and no vector for {missing[0]!r}: give --text_embeds")
-    return model.vocabulary[[stored.index(name) for name in class_names]], ["the checkpoint's vocabulary"]
-
-
-def check_leak(model, label_space: LabelSpace, setting: str) -> None:
+def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str) -> None:
     """A zero-shot number needs a model that saw no unseen mask."""
     if setting == "ovs":
         return
-    if model.config.seen_class_names is None:
-        raise InputError("the checkpoint does not say which classes it saw: only --setting ovs is open to it")
-    trained = {plain(name) for name in model.config.seen_class_names}
-    leaked = [name for name in label_space.unseen if plain(name) in trained]
-    if leaked:
-        raise InputError(f"the checkpoint was trained on masks of {leaked}: no {setting} result can be claimed")
-    missing = [name for name in label_space.seen if plain(name) not in trained]
+    check_no_unseen_masks(config, label_space, f"{setting} result can be claimed, --setting ovs is open to it")
+    missing = [name for name in label_space.seen if name not in trained_on(config, label_space.seen)]
     if missing and setting == "gzs3":
         raise InputError(f"the checkpoint saw no masks of {missing[:3]}, seen classes here: use --setting ovs")
 
@@ -122,9 +89,9 @@ def evaluate(args: EvalArgs) -> dict | None:
     records = load_split(args.dataset, args.split, label_space)
     with accelerator.local_main_process_first():
         model, processor = load_checkpoint(args.model)
-    check_leak(model, label_space, args.setting)
+    check_claim(model.config, label_space, args.setting)
     model.to(accelerator.device)
-    text_embeds, prompts = candidate_embeds(model, processor, label_space.class_names, args.text_embeds)
+    text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
 
     # Candidates: the class axis of this setting, and where each id of a label map lands on it
     is_seen = label_space.is_seen

@@ -1,7 +1,7 @@
 """Train Zs3ForSemanticSegmentation.
 
     accelerate launch train.py --config recipes/scenes_stage1.yaml --dataset DIR --output_dir runs/stage1
-    accelerate launch train.py --config recipes/scenes_stage2.yaml --dataset DIR --output_dir runs/stage2 \
+    accelerate launch train.py --config recipes/scenes_stage2_ground_truth.yaml --dataset DIR --output_dir runs/stage2 \
         --init_from runs/stage1/final
 
 A recipe is a YAML file of flags; the command line wins over it, the defaults below stand where both are silent.
@@ -27,14 +27,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
-from configuration_zs3 import Zs3Config, plain
+from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
 from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor
+from zs3.checkpoints import CHECKPOINT_ERRORS, check_checkpoint, trained_on
 from zs3.command_line import (
-    CHECKPOINT_ERRORS,
     InputError,
     check_at_least,
-    check_checkpoint,
     check_required,
     finite_or_none,
     flag,
@@ -67,7 +66,15 @@ class TrainArgs:
         "pseudo labels.",
     )
 
-    init_from: str | None = flag(None, "Checkpoint of this project to start from, whole (stage 2).")
+    pseudo_label_unknown_above: float | None = flag(
+        None,
+        "Pseudo labels with a score above this, and below --pseudo_label_threshold, are unknown; default: absent.",
+    )
+
+    init_from: str | None = flag(None, "Checkpoint of this project to start from (stage 2).")
+    init_parts: Literal["all", "backbone"] = flag(
+        "all", "What to take of --init_from: the whole model, or its backbone (CLIP towers in either case)."
+    )
     mask2former: str | None = flag(None, "Mask2Former checkpoint to start from (Hub id or folder).")
     backbone: str | None = flag(None, "ImageNet backbone to start from (Hub id or folder).")
     clip: str | None = flag(None, "CLIP checkpoint for text and image tower (Hub id or folder).")
@@ -113,6 +120,8 @@ class TrainArgs:
             raise InputError(f"--max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.init_from is None and self.clip is None and self.text_embeds is None:
             raise InputError("text comes from --clip (a checkpoint) or --text_embeds (a .npy), or with --init_from")
+        if self.init_from is None and self.init_parts != "all":
+            raise InputError("--init_parts says what to take of --init_from, which is missing")
         if self.init_from is not None and (self.mask2former or self.backbone or self.clip):
             raise InputError("--init_from brings the whole model: leave out mask2former, backbone and clip")
 
@@ -137,6 +146,8 @@ def make_model(
     except CHECKPOINT_ERRORS as error:
         start = args.init_from or args.mask2former or args.backbone or args.clip
         raise InputError(f"cannot make the model from {start}: {one_line(error)}") from error
+    if args.init_parts == "backbone":
+        model = keep_backbone(model)
     record_supervision(model, args, label_space)
     return model
 
@@ -157,14 +168,24 @@ def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
     return model
 
 
+def keep_backbone(model: Zs3ForSemanticSegmentation) -> Zs3ForSemanticSegmentation:
+    """A new model of random weights, but for the backbone and the frozen CLIP towers of this one."""
+    new = Zs3ForSemanticSegmentation(model.config)
+    kept = [(new.model.pixel_level_module.encoder, model.model.pixel_level_module.encoder)]
+    kept += [(new.text_model, model.text_model), (new.vision_model, model.vision_model)]
+    for mine, its in kept:
+        if its is not None:
+            mine.load_state_dict(its.state_dict())
+    return new
+
+
 def record_supervision(model: Zs3ForSemanticSegmentation, args: TrainArgs, label_space: LabelSpace) -> None:
     """Write into the checkpoint's config what all its training saw, so that no claim can be made beyond it.
 
     A Mask2Former from elsewhere saw masks nobody here knows of: its classes stay unknown (None).
     """
     before = model.config.seen_class_names if args.init_from is not None else []
-    seen_before = {plain(name) for name in before or []}
-    leaked = [name for name in label_space.unseen if plain(name) in seen_before]
+    leaked = trained_on(model.config, label_space.unseen)
     if leaked:
         raise InputError(f"{args.init_from} was trained on masks of {leaked}, which are unseen here")
     unknown = before is None or args.mask2former is not None

@@ -25,7 +25,7 @@ from zs3.data import StepSampler, collate
 from zs3.demo import train_stage
 from zs3.label_space import load_label_space
 
-RECIPE = "scenes_stage2.yaml"
+RECIPE = "scenes_stage2_ground_truth.yaml"
 
 
 @dataclass

@@ -24,7 +24,7 @@ def test_every_field_of_a_recipe_is_one_of_the_run_or_of_the_model(recipe):
 
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if "stage2" in path.stem], ids=lambda path: path.stem)
 def test_stage_two_says_every_loss_in_which_stage_one_differs_from_the_paper(recipe):
-    first = recipe.with_name(recipe.name.replace("stage2", "stage1"))
+    first = recipe.with_name(recipe.name.split("_stage2")[0] + "_stage1.yaml")
     losses = {"class_loss", "matching", "rank_weight", "mask_loss"}
     _, before = read_arguments(TrainArgs, ["--config", str(first)], config_class=Zs3Config)
     _, after = read_arguments(TrainArgs, ["--config", str(recipe)], config_class=Zs3Config)
@@ -37,7 +37,7 @@ def test_the_rows_of_tables_5_and_6_are_flags():
     assert len(rows) == 7
     read = {}
     for row, flags in rows.items():
-        argv = ["--config", str(ROOT / "recipes/scenes_stage2.yaml"), *shlex.split(flags)]
+        argv = ["--config", str(ROOT / "recipes/scenes_stage2_ground_truth.yaml"), *shlex.split(flags)]
         args, overrides = read_arguments(TrainArgs, argv, config_class=Zs3Config)
         config = Zs3Config(**overrides)
         read[row] = (args.unseen_labels, config.class_loss, config.rank_weight, args.prompt_templates)

@@ -18,17 +18,10 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoModel, HfArgumentParser, PreTrainedConfig, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedConfig
 
 Args = TypeVar("Args")
-
-
-# What loading a damaged checkpoint, or one of another architecture, raises.
-CHECKPOINT_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError)
 
 
 class InputError(ValueError):
@@ -90,33 +83,6 @@ def check_at_least(args: Any, least: float, *names: str) -> None:
 def looks_local(name: str) -> bool:
     """Whether `name` can only be meant as a path: it begins with a dot, slash or ~, or has several slashes."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def check_checkpoint(flag_name: str, path: str, model_type: str) -> None:
-    """Before anything is loaded, and without running code of the checkpoint: is it there, and of this model?"""
-    if looks_local(path) and not Path(path).is_dir():
-        raise InputError(f"--{flag_name} {path}: no such folder (relative paths start where the command does)")
-    try:
-        found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
-    except CHECKPOINT_ERRORS as error:
-        raise InputError(f"--{flag_name} {path} cannot be read: {one_line(error)}") from error
-    if found != model_type:
-        raise InputError(f"--{flag_name} {path} is a checkpoint of {found!r}, not of {model_type!r}")
-
-
-def load_model(path: str) -> PreTrainedModel:
-    """The model of a checkpoint through the public door, in float32, evaluating."""
-    check_checkpoint("model", path, "zs3")
-    try:
-        model, loading = AutoModel.from_pretrained(
-            path, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-        )
-    except CHECKPOINT_ERRORS as error:
-        raise InputError(f"cannot load checkpoint {path}: {one_line(error)}") from error
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        lost = sorted(loading["missing_keys"]) or sorted(str(key[0]) for key in loading["mismatched_keys"])
-        raise InputError(f"checkpoint {path} is incomplete: it lacks {lost[0]} ({len(lost)} weights in all)")
-    return model.eval()
 
 
 def one_line(error: Exception) -> str:

@@ -25,14 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from losses_zs3 import class_probabilities
 from modeling_zs3 import SIZE_DIVISOR, Zs3ForSemanticSegmentation
-from zs3.command_line import (
-    InputError,
-    check_required,
-    flag,
-    load_model,
-    read_arguments,
-    run,
-)
+from zs3.checkpoints import load_model
+from zs3.command_line import InputError, check_required, flag, read_arguments, run
 
 INPUTS, OUTPUTS = ["pixel_values", "text_embeds"], ["class_probs", "mask_logits"]
 SIZES = {"pixel_values": {0: "batch", 2: "height", 3: "width"}, "text_embeds": {0: "num_classes"}}  # free at run time

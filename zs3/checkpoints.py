@@ -1,0 +1,87 @@
+"""Checkpoints as the commands meet them: loaded through the public door, and asked what their training saw."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from configuration_zs3 import plain
+from zs3.command_line import InputError, looks_local, one_line
+from zs3.label_space import LabelSpace, load_text_embeds
+
+# What loading a damaged checkpoint, or one of another architecture, raises.
+CHECKPOINT_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError)
+
+
+def check_checkpoint(flag_name: str, path: str, model_type: str) -> None:
+    """Before anything is loaded, and without running code of the checkpoint: is it there, and of this model?"""
+    if looks_local(path) and not Path(path).is_dir():
+        raise InputError(f"--{flag_name} {path}: no such folder (relative paths start where the command does)")
+    try:
+        found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+    except CHECKPOINT_ERRORS as error:
+        raise InputError(f"--{flag_name} {path} cannot be read: {one_line(error)}") from error
+    if found != model_type:
+        raise InputError(f"--{flag_name} {path} is a checkpoint of {found!r}, not of {model_type!r}")
+
+
+def load_model(path: str) -> PreTrainedModel:
+    """The model of a checkpoint through the public door, in float32, evaluating."""
+    check_checkpoint("model", path, "zs3")
+    try:
+        model, loading = AutoModel.from_pretrained(
+            path, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
+        )
+    except CHECKPOINT_ERRORS as error:
+        raise InputError(f"cannot load checkpoint {path}: {one_line(error)}") from error
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        lost = sorted(loading["missing_keys"]) or sorted(str(key[0]) for key in loading["mismatched_keys"])
+        raise InputError(f"checkpoint {path} is incomplete: it lacks {lost[0]} ({len(lost)} weights in all)")
+    return model.eval()
+
+
+def load_checkpoint(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor through the public door."""
+    model = load_model(path)
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+    except CHECKPOINT_ERRORS as error:
+        raise InputError(f"cannot load checkpoint {path}: {one_line(error)}") from error
+    return model, processor
+
+
+def class_vectors(
+    model: PreTrainedModel, processor: ProcessorMixin, class_names: list[str], text_embeds: str | None
+) -> tuple[Tensor, list[str]]:
+    """(C, D) text vectors of names, and the prompts behind them.
+
+    text_embeds: a .npy of ready-made ones, for a checkpoint without a text tower; None: the tower's, or the stored.
+    """
+    if text_embeds is not None:
+        vectors = load_text_embeds(text_embeds, len(class_names), model.config.projection_dim)
+        return vectors, [f"vectors of {Path(text_embeds).name}"]
+    if model.text_model is not None:
+        return model.encode_text(**processor(class_names=class_names)), list(processor.prompt_templates)
+    stored = model.config.class_names or []
+    missing = [name for name in class_names if name not in stored]
+    if missing:
+        raise InputError(f"the checkpoint has no text tower and no vector for {missing[0]!r}: give --text_embeds")
+    return model.vocabulary[[stored.index(name) for name in class_names]], ["the checkpoint's vocabulary"]
+
+
+def trained_on(config: PreTrainedConfig, names: list[str]) -> list[str]:
+    """Those of the names whose masks the training saw; none where that is not known."""
+    trained = {plain(name) for name in config.seen_class_names or []}
+    return [name for name in names if plain(name) in trained]
+
+
+def check_no_unseen_masks(config: PreTrainedConfig, label_space: LabelSpace, claim: str) -> None:
+    """The leak guard. claim: what cannot be had otherwise, for the message."""
+    if config.seen_class_names is None:
+        raise InputError(f"the checkpoint does not say which classes its training saw masks of: no {claim}")
+    leaked = trained_on(config, label_space.unseen)
+    if leaked:
+        raise InputError(f"the checkpoint was trained on masks of {leaked}, which are unseen here: no {claim}")
