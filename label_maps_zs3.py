@@ -1,4 +1,4 @@
-"""From proposals to label maps: Eq. 4, its argmax in memory that label lists do not swell, the ensemble of 4.6.
+"""From proposals to label maps: Eq. 4, and its argmax in memory that label lists do not swell.
 
 semantic_map(x) = argmax_c sum_q p_q(c) M_q(x) for every pixel x and any number of classes, in four steps an image:
 
@@ -187,16 +187,6 @@ def explain(
     contributions = class_probs * masks[:, None]  # (Q, C)
     winner = int(_first_of_best(contributions.sum(0)[None])[0])
     return Explanation(winner, float(contributions[:, winner].sum()), contributions[:, winner], masks)
-
-
-def ensemble_with_clip(class_probs: Tensor, clip_probs: Tensor, is_seen: Tensor, weight: float) -> Tensor:
-    """Geometric ensemble with CLIP's view of the proposals (section 4.6; Xu et al. 2021).
-
-    class_probs, clip_probs: (B, Q, C); is_seen: (C,) bool; weight w in [0, 1].
-    Seen classes p^w s^(1-w), unseen p^(1-w) s^w; not renormalised.
-    """
-    exponent = torch.where(is_seen.to(class_probs.device), weight, 1 - weight).to(class_probs.dtype)
-    return class_probs**exponent * clip_probs ** (1 - exponent)
 
 
 # ------------------------------------------------------------------------------------- from mask pixels to the image
@@ -567,4 +557,4 @@ def _assemble(values: Tensor, tiles: _Tiles) -> Tensor:
     return whole[: len(tiles.rows.image_taps.index), : len(tiles.columns.image_taps.index)].contiguous()
 
 
-__all__ = ["Explanation", "SemanticMap", "ensemble_with_clip", "explain", "semantic_map", "semantic_scores"]
+__all__ = ["Explanation", "SemanticMap", "explain", "semantic_map", "semantic_scores"]

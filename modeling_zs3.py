@@ -5,7 +5,8 @@ Three values flow through the project:
         image_labels (B, C) int8: 1 present, 0 absent, -1 unknown; text_embeds (C, D), unit length.
     output (model -> anyone): Zs3Output.
     label map (processor -> user): (H, W) int64, indices into the class names given.
-What turns proposals into label maps (Eq. 4, section 4.6) is in label_maps_zs3, and can be had from here too.
+What turns proposals into label maps (Eq. 4) is in label_maps_zs3, what CLIP sees of them (sections 3.4 and 4.6) in
+clip_views_zs3; both can be had from here too.
 
 Axes: B image, Q query, C class name, D embedding, T template, L token, H W input size, h w mask size (H/4, W/4).
 """
@@ -14,6 +15,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,28 +36,38 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import ModelOutput
 
 try:
-    from .configuration_zs3 import Zs3Config
-    from .label_maps_zs3 import (
-        MASK_STRIDE,
-        Explanation,
+    from .clip_views_zs3 import (
+        MASK_THRESHOLD,
+        Fill,
+        LazyEnsemble,
+        ProposalEmbeds,
+        crop_proposals,
+        ensemble_lazily,
         ensemble_with_clip,
-        explain,
-        semantic_map,
-        semantic_scores,
+        proposal_masks,
+        single_pass,
+        visible_proposals,
     )
+    from .configuration_zs3 import Zs3Config, plain
+    from .label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from .losses_zs3 import Losses, Targets, class_probabilities, mask_ids, zs3_losses
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Zs3Config
-    from label_maps_zs3 import (
-        MASK_STRIDE,
-        Explanation,
+    from clip_views_zs3 import (
+        MASK_THRESHOLD,
+        Fill,
+        LazyEnsemble,
+        ProposalEmbeds,
+        crop_proposals,
+        ensemble_lazily,
         ensemble_with_clip,
-        explain,
-        semantic_map,
-        semantic_scores,
+        proposal_masks,
+        single_pass,
+        visible_proposals,
     )
+    from configuration_zs3 import Zs3Config, plain
+    from label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from losses_zs3 import Losses, Targets, class_probabilities, mask_ids, zs3_losses
 
 SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
@@ -89,6 +101,10 @@ class Zs3Output(ModelOutput):
     class_logits: (B, Q, C), cosine / temperature.
     background_logits: (B, Q), with the learned background embedding (class_loss "cross_entropy"), else None.
     valid_sizes: (B, 2) int64, height and width of each image without its padding; with `labels`, of the whole crop.
+    ensemble_probs: (B, Q, C), where CLIP was shown the proposals (`ensemble`); the label map is then made of these.
+    shown_to_clip: (B, Q) bool, which ones it was shown.
+    undecided: (B,), the share of pixels that CLIP's view of the others might still change; 0 but for view "lazy" with a
+        tolerance.
     """
 
     loss: Tensor | None = None
@@ -99,11 +115,14 @@ class Zs3Output(ModelOutput):
     class_logits: Tensor | None = None
     background_logits: Tensor | None = None
     valid_sizes: Tensor | None = None
+    ensemble_probs: Tensor | None = None
+    shown_to_clip: Tensor | None = None
+    undecided: Tensor | None = None
 
     @property
     def class_probs(self) -> Tensor:
-        """(B, Q, C), p_q of Eq. 2."""
-        return class_probabilities(self.class_logits, self.background_logits)
+        """(B, Q, C), what Eq. 4 weighs the masks with: the ensemble's where there is one, else p_q of Eq. 2."""
+        return final_probabilities(self)
 
     def explain(self, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None) -> Explanation:
         """Which proposals made pixel (y, x) what it is: see `explain` of label_maps_zs3."""
@@ -459,6 +478,157 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             "valid_sizes": valid_sizes,
         }
 
+    @torch.no_grad()
+    def embed_proposals(
+        self,
+        images: Tensor,
+        mask_logits: Tensor,
+        valid_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
+        *,
+        view: Literal["crops", "single_pass"] = "crops",
+        mask_threshold: float = MASK_THRESHOLD,
+        fill: Fill | None = "mean",
+        expansion: float = 1.0,
+        chosen: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 64,
+    ) -> ProposalEmbeds:
+        """CLIP's embeddings of proposals: of a crop each, or of one pass over each image (`single_pass`).
+
+        images: (B, 3, H, W) RGB in [0, 1], what `pixel_values` was made of (the image processor's `to_rgb`).
+        mask_logits: (B, Q, h, w); valid_sizes: (B, 2), as in Zs3Output; None: no padding.
+        mask_threshold: a proposal is where its mask is above it; one that is nowhere is not shown.
+        fill, expansion: how crops are cut, see `crop_proposals`.
+        chosen: (B, Q) bool, the proposals to look at; None: all.
+        dtype: the image tower runs under autocast in it. batch_size: crops that it sees at once, of one or more images.
+        """
+        tower = self._image_tower()
+        if valid_sizes is None:
+            valid_sizes = [images.shape[2:]] * len(images)
+        sizes = [tuple(int(side) for side in size) for size in valid_sizes]
+        images = [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
+        shown = visible_proposals(mask_logits, sizes, mask_threshold, chosen)
+        embeds = mask_logits.new_zeros(*shown.shape, self.config.projection_dim, dtype=torch.float32)
+        with torch.autocast(mask_logits.device.type, dtype=dtype, enabled=dtype is not None):
+            if view == "single_pass":
+                for image in shown.any(dim=1).nonzero()[:, 0].tolist():
+                    masks = proposal_masks(mask_logits[image, shown[image]], sizes[image], mask_threshold)
+                    embeds[image, shown[image]] = single_pass(tower, images[image], masks).float()
+            else:
+                for part in shown.nonzero().split(batch_size):
+                    crops = []
+                    for image in part[:, 0].unique().tolist():
+                        query = part[part[:, 0] == image, 1]
+                        masks = proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
+                        side = tower.config.image_size
+                        crops.append(crop_proposals(images[image], masks, side, fill=fill, expansion=expansion))
+                    embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops)).image_embeds.float()
+        return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
+
+    def _image_tower(self) -> CLIPVisionModelWithProjection:
+        if self.vision_model is None:
+            raise ValueError("this checkpoint has no CLIP image tower: it cannot be shown proposals")
+        return self.vision_model
+
+    def clip_probs(self, proposals: ProposalEmbeds, text_embeds: Tensor) -> Tensor:
+        """CLIP's own view of the proposals: (..., Q, C), softmax of scaled cosines; 1 for all classes of one not shown.
+
+        text_embeds: (C, D). The 1 is that of Xu et al. 2021 for empty masks.
+        """
+        logits = self.config.clip_logit_scale * cosine_similarity(proposals.embeds, text_embeds)
+        return logits.softmax(dim=-1).masked_fill(~proposals.shown[..., None], 1)
+
+    @torch.no_grad()
+    def ensemble(
+        self,
+        outputs: Zs3Output,
+        images: Tensor | ProposalEmbeds,
+        text_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        is_seen: Tensor | None = None,
+        weight: float | None = None,
+        view: Literal["crops", "lazy", "single_pass"] = "crops",
+        tolerance: float = 0.0,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        **crops,
+    ) -> Zs3Output:
+        """The outputs, with class probabilities to which CLIP's view of the proposals has been joined (section 4.6).
+
+        images: (B, 3, H, W) RGB in [0, 1] (the image processor's `to_rgb`), or what `embed_proposals` made of them.
+        text_embeds, or input_ids and attention_mask: the same label list as in `forward`.
+        is_seen: (C,) bool; None: which of the stored vocabulary the training saw masks of.
+        weight: w; None: the config's clip_ensemble_weight.
+        view: "crops" is exact. "lazy" leaves out crops that cannot change the label map at `image_sizes` (height and
+            width; None: those at the model's input), or no more than the share `tolerance` of its pixels.
+            "single_pass" is an approximation at about the cost of a few crops.
+        crops: mask_threshold, fill, expansion, dtype, batch_size of `embed_proposals`.
+        """
+        weight = self.config.clip_ensemble_weight if weight is None else weight
+        if weight is None:
+            raise ValueError("this checkpoint's clip_ensemble_weight is None, do not ensemble: pass weight to do it")
+        if not 0 <= weight <= 1:
+            raise ValueError(f"the ensemble's weight must lie in [0, 1], got {weight}")
+        text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
+        is_seen = self._is_seen(is_seen, len(text_embeds))
+        if view == "lazy" and isinstance(images, Tensor):
+            sizes = outputs.valid_sizes.tolist() if image_sizes is None else image_sizes
+            parts = self._ensemble_lazily(outputs, images, text_embeds, is_seen, weight, sizes, tolerance, crops)
+            probs, shown, undecided = (list(values) for values in zip(*parts, strict=True))
+            probs, shown, undecided = torch.stack(probs), torch.stack(shown), probs[0].new_tensor(undecided)
+        else:
+            if isinstance(images, Tensor):
+                views = {"view": view, **crops}
+                images = self.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes, **views)
+            probs, shown = self.clip_probs(images, text_embeds), images.shown
+            probs = ensemble_with_clip(final_probabilities(outputs), probs, is_seen, weight)
+            undecided = probs.new_zeros(len(probs))
+        return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": shown, "undecided": undecided})
+
+    def _ensemble_lazily(
+        self,
+        outputs: Zs3Output,
+        images: Tensor,
+        text_embeds: Tensor,
+        is_seen: Tensor,
+        weight: float,
+        image_sizes: Sequence[tuple[int, int]],
+        tolerance: float,
+        crops: dict,
+    ) -> list[LazyEnsemble]:
+        """One of each image."""
+        own, results = final_probabilities(outputs), []
+        for image, image_size in enumerate(image_sizes):
+            pixels, mask_logits = images[image : image + 1], outputs.mask_logits[image : image + 1]
+            size = tuple(outputs.valid_sizes[image].tolist())
+            visible = visible_proposals(mask_logits, [size], crops.get("mask_threshold", MASK_THRESHOLD))
+
+            def look(query: Tensor, pixels=pixels, mask_logits=mask_logits, size=size, visible=visible) -> Tensor:
+                chosen = torch.zeros_like(visible).index_fill(1, query, True)
+                proposals = self.embed_proposals(pixels, mask_logits, [size], chosen=chosen, **crops)
+                return self.clip_probs(proposals, text_embeds)[0, query]
+
+            sizes = {"valid_size": size, "image_size": tuple(image_size)}
+            results.append(
+                ensemble_lazily(
+                    own[image], mask_logits[0], visible[0], look, is_seen, weight, **sizes, tolerance=tolerance
+                )
+            )
+        return results
+
+    def _is_seen(self, is_seen: Tensor | None, num_classes: int) -> Tensor:
+        """(C,) bool: as given, or which names of the stored vocabulary the training saw masks of."""
+        if is_seen is None:
+            names, trained = self.config.class_names, self.config.seen_class_names
+            if names is None or trained is None or len(names) != num_classes:
+                raise ValueError("pass is_seen, which of the classes are seen ones: the checkpoint does not say it")
+            trained = {plain(name) for name in trained}
+            is_seen = torch.tensor([plain(name) in trained for name in names])
+        if tuple(is_seen.shape) != (num_classes,):
+            raise ValueError(f"is_seen must be ({num_classes},), got {tuple(is_seen.shape)}")
+        return is_seen.to(self.device).bool()
+
     def _background_similarity(self, class_embeds: Tensor) -> Tensor | None:
         if self.background_embed is None:
             return None
@@ -490,6 +660,13 @@ def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
         return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
 
 
+def final_probabilities(outputs: Zs3Output) -> Tensor:
+    """(B, Q, C), what Eq. 4 weighs the masks with; for copies of the output without properties, as pipelines make."""
+    if outputs.get("ensemble_probs") is not None:
+        return outputs["ensemble_probs"]
+    return class_probabilities(outputs["class_logits"], outputs.get("background_logits"))
+
+
 def default_image_labels(ids: list[Tensor], num_classes: int, is_seen: Tensor | None) -> Tensor:
     """Image labels from the ids of each image's label map, which index the class axis: B times (M,) -> (B, C) int8.
 
@@ -515,6 +692,7 @@ __all__ = [
     "Zs3Output",
     "Zs3PreTrainedModel",
     "cosine_similarity",
+    "crop_proposals",
     "ensemble_with_clip",
     "semantic_map",
     "semantic_scores",

@@ -23,11 +23,11 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 try:
-    from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, class_probabilities, semantic_map
+    from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 except ImportError:
     if __package__:
         raise
-    from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, class_probabilities, semantic_map
+    from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 
 # The 14 templates of Gu et al. 2022 (ViLD), as the paper's ancestors use them.
 PROMPT_TEMPLATES = (
@@ -118,6 +118,13 @@ class Zs3ImageProcessor(PilBackend):
             mask[row, : image.shape[1], : image.shape[2]] = 1
         return BatchFeature({"pixel_values": pixels, "pixel_mask": mask})
 
+    def to_rgb(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (B, 3, H, W) back to RGB in [0, 1], as CLIP's view of proposals wants it."""
+        if not self.do_normalize:
+            return pixel_values
+        mean, std = (pixel_values.new_tensor(value).view(3, 1, 1) for value in (self.image_mean, self.image_std))
+        return (pixel_values * std + mean).clamp(0, 1)
+
     @staticmethod
     def _label_maps(segmentation_maps, own_sizes, features: BatchFeature, ignore_index: int | None) -> np.ndarray:
         if not isinstance(segmentation_maps, (list, tuple)):
@@ -148,8 +155,7 @@ class Zs3ImageProcessor(PilBackend):
         if len(target_sizes) != len(outputs.mask_logits):
             raise ValueError(f"{len(outputs.mask_logits)} images, but {len(target_sizes)} target sizes")
         return semantic_map(
-            # Not outputs.class_probs: transformers' own pipeline hands over a copy without properties.
-            class_probabilities(outputs.class_logits, outputs.get("background_logits")),
+            final_probabilities(outputs),
             outputs.mask_logits,
             padded_size(outputs.mask_logits),
             valid_sizes=outputs.valid_sizes,
@@ -273,6 +279,10 @@ class Zs3Processor(ProcessorMixin):
     ) -> list[Tensor]:
         """See Zs3ImageProcessor.post_process_semantic_segmentation."""
         return self.image_processor.post_process_semantic_segmentation(outputs, target_sizes)
+
+    def to_rgb(self, pixel_values: Tensor) -> Tensor:
+        """See Zs3ImageProcessor.to_rgb."""
+        return self.image_processor.to_rgb(pixel_values)
 
 
 Zs3ImageProcessor.register_for_auto_class("AutoImageProcessor")

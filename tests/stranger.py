@@ -23,6 +23,7 @@ def forget_the_project() -> None:
     sys.path[:] = [place for place in sys.path if place not in ours]
     sys.path_importer_cache.clear()
     for name in (
+        "clip_views_zs3",
         "configuration_zs3",
         "drawing_zs3",
         "label_maps_zs3",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import label_maps_zs3
-from label_maps_zs3 import ensemble_with_clip, explain, semantic_map, semantic_scores
+from label_maps_zs3 import explain, semantic_map, semantic_scores
 from modeling_zs3 import Zs3Output
 
 
@@ -420,17 +420,3 @@ def test_an_explanation_adds_up_to_the_winners_score(image_size):
     assert outputs.explain(0, 0, image=1).contributions.requires_grad is False
     with pytest.raises(ValueError, match="outside the image"):
         explain(outputs, 40, 0, image=1, image_size=image_size)
-
-
-def test_the_ensemble_is_its_formula_in_loops():
-    ours, clip = torch.rand(2, 3, 4), torch.rand(2, 3, 4)
-    is_seen, weight = torch.tensor([True, False, False, True]), 0.8
-    result = ensemble_with_clip(ours, clip, is_seen, weight)
-    for image in range(2):
-        for query in range(3):
-            for label in range(4):
-                p, s = ours[image, query, label].item(), clip[image, query, label].item()
-                expected = p**0.8 * s**0.2 if is_seen[label] else p**0.2 * s**0.8
-                assert result[image, query, label].item() == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(ensemble_with_clip(ours, clip, torch.ones(4).bool(), 1.0), ours)
-    torch.testing.assert_close(ensemble_with_clip(ours, clip, torch.zeros(4).bool(), 1.0), clip)

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HUB_HALF = (
+    "clip_views_zs3",
     "configuration_zs3",
     "drawing_zs3",
     "label_maps_zs3",

@@ -1,0 +1,380 @@
+"""What CLIP sees of proposals, against literal loops: a box, a crop, a token, a class at a time."""
+
+import hypothesis
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+import clip_views_zs3
+from clip_views_zs3 import crop_proposals, ensemble_lazily, ensemble_with_clip, mask_boxes, proposal_masks, single_pass
+from label_maps_zs3 import semantic_map, semantic_scores
+from modeling_zs3 import Zs3Output
+from tests.tiny import tiny_model
+
+MEAN, STD = (torch.tensor(values, dtype=torch.float64) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+D, SIDE = 12, 16  # of the tiny image tower
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(vision=True)
+
+
+def random_masks(number: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Rectangles with holes, the first one pixel large, the second the whole picture."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(number, height, width, dtype=torch.bool)
+    for mask in masks:
+        top, left = (int(torch.randint(side, (), generator=generator)) for side in (height, width))
+        bottom = top + 1 + int(torch.randint(height - top, (), generator=generator))
+        right = left + 1 + int(torch.randint(width - left, (), generator=generator))
+        mask[top:bottom, left:right] = torch.rand(bottom - top, right - left, generator=generator) < 0.7
+        mask[top, left] = True  # no mask is empty
+    masks[0] = False
+    masks[0, height // 2, width // 3] = True
+    masks[1] = True
+    return masks
+
+
+def literal_box(mask: torch.Tensor, expansion: float) -> tuple[int, int, int, int]:
+    """left, top, right, bottom, by looking at every pixel of the mask."""
+    ys, xs = zip(*mask.nonzero().tolist(), strict=True)
+    box = []
+    for values, length in ((xs, mask.shape[1]), (ys, mask.shape[0])):
+        start, stop = min(values), max(values) + 1
+        middle, long = (start + stop) / 2, (stop - start) * expansion
+        box.append((int(max(0, middle - long / 2)), int(min(length, middle + long / 2))))
+    (left, right), (top, bottom) = box
+    return left, top, max(right, left + 1), max(bottom, top + 1)
+
+
+def literal_crop(image: torch.Tensor, mask: torch.Tensor, size: int, fill: str | None, expansion: float):
+    """As Xu et al. 2021 do it, one proposal after the other: box, fill, 0..255, normalise, resize; in float64."""
+    image = image.double()
+    left, top, right, bottom = literal_box(mask, expansion)
+    region = 255 * image[:, top:bottom, left:right]
+    if fill is not None:
+        colour = 255 * MEAN if fill == "mean" else torch.zeros(3, dtype=torch.float64)
+        inside = mask[top:bottom, left:right]
+        region = region * inside + colour.view(3, 1, 1) * ~inside
+    region = (region - 255 * MEAN.view(3, 1, 1)) / (255 * STD.view(3, 1, 1))
+    return F.interpolate(region[None], size=(size, size), mode="bicubic", align_corners=False)[0].float()
+
+
+@pytest.mark.parametrize("fill", ["mean", "zero", None])
+@pytest.mark.parametrize("expansion", [1.0, 1.5, 0.4])
+def test_crops_are_those_of_a_literal_loop_over_boxes(fill, expansion):
+    image, masks = torch.rand(3, 61, 90), random_masks(21, 61, 90)
+    crops = crop_proposals(image, masks, 24, fill=fill, expansion=expansion)
+    for crop, mask in zip(crops, masks, strict=True):
+        torch.testing.assert_close(crop, literal_crop(image, mask, 24, fill, expansion), atol=1e-5, rtol=0)
+
+
+def test_crops_of_a_large_picture_at_clips_size_are_those_of_the_loop():
+    image, masks = torch.rand(3, 480, 640), random_masks(4, 480, 640, seed=3)
+    crops = crop_proposals(image, masks, 224)
+    for crop, mask in zip(crops, masks, strict=True):
+        torch.testing.assert_close(crop, literal_crop(image, mask, 224, "mean", 1.0), atol=1e-5, rtol=0)
+
+
+def test_nothing_to_crop_gives_no_crops():
+    assert crop_proposals(torch.rand(3, 8, 8), torch.zeros(0, 8, 8, dtype=torch.bool), 16).shape == (0, 3, 16, 16)
+    assert mask_boxes(torch.zeros(0, 8, 8, dtype=torch.bool)).shape == (0, 4)
+
+
+def literal_embeds(model, images, mask_logits, valid_sizes, fill, threshold):
+    """(B, Q, D), a proposal at a time; None where its mask is empty."""
+    embeds = []
+    for image, logits, (height, width) in zip(images, mask_logits, valid_sizes, strict=True):
+        for one in logits:
+            whole = (4 * one.shape[0], 4 * one.shape[1])
+            probs = F.interpolate(one[None, None], size=whole, mode="bilinear", align_corners=False)[0, 0].sigmoid()
+            mask = probs[:height, :width] > threshold
+            if not mask.any():
+                embeds.append(None)
+                continue
+            crop = literal_crop(image[:, :height, :width], mask, SIDE, fill, 1.0)
+            with torch.no_grad():
+                embed = model.vision_model(pixel_values=crop[None]).image_embeds[0]
+            embeds.append(embed / embed.norm())
+    return embeds
+
+
+def proposals(seed: int = 0):
+    """Two padded pictures; the third query is nowhere."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(2, 5, 3, 4, generator=generator)
+    mask_logits = 4 * F.interpolate(coarse, size=(16, 24), mode="bilinear", align_corners=False)
+    mask_logits[:, 2] = -5
+    return torch.rand(2, 3, 64, 96, generator=generator), mask_logits, torch.tensor([[64, 70], [41, 96]])
+
+
+@pytest.mark.parametrize(("fill", "threshold"), [("mean", 0.5), (None, 0.3)])
+def test_embeds_are_those_of_a_loop_over_proposals_and_empty_ones_are_flagged(model, fill, threshold):
+    images, mask_logits, valid_sizes = proposals()
+    result = model.embed_proposals(images, mask_logits, valid_sizes, fill=fill, mask_threshold=threshold, batch_size=3)
+    expected = literal_embeds(model, images, mask_logits, valid_sizes.tolist(), fill, threshold)
+    assert result.shown.flatten().tolist() == [embed is not None for embed in expected]
+    assert not result.shown[:, 2].any() and result.shown.sum() >= 6
+    for embed, own in zip(result.embeds.flatten(0, 1), expected, strict=True):
+        torch.testing.assert_close(embed, torch.zeros(D) if own is None else own, atol=1e-5, rtol=0)
+
+
+def test_only_chosen_proposals_are_looked_at(model, monkeypatch):
+    images, mask_logits, valid_sizes = proposals()
+    chosen = torch.zeros(2, 5, dtype=torch.bool)
+    chosen[0, 1] = chosen[1, 4] = chosen[1, 2] = True
+    everything = model.embed_proposals(images, mask_logits, valid_sizes)
+    seen = []
+    forward = model.vision_model.forward
+    monkeypatch.setattr(model.vision_model, "forward", lambda pixels: seen.append(len(pixels)) or forward(pixels))
+    some = model.embed_proposals(images, mask_logits, valid_sizes, chosen=chosen)
+    assert some.shown.nonzero().tolist() == [[0, 1], [1, 4]] and seen == [2]
+    torch.testing.assert_close(some.embeds[some.shown], everything.embeds[some.shown])
+    assert (some.embeds[~some.shown] == 0).all()
+
+
+def test_half_precision_is_near(model):
+    images, mask_logits, valid_sizes = proposals()
+    exact = model.embed_proposals(images, mask_logits, valid_sizes)
+    half = model.embed_proposals(images, mask_logits, valid_sizes, dtype=torch.bfloat16)
+    assert half.embeds.dtype == torch.float32
+    assert not torch.equal(half.embeds, exact.embeds)
+    torch.testing.assert_close(half.embeds, exact.embeds, atol=0.05, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------- the ensemble
+
+
+def test_the_ensemble_is_its_formula_in_loops():
+    class_probs, clip_probs = torch.rand(2, 3, 4).softmax(-1), torch.rand(2, 3, 4).softmax(-1)
+    is_seen = torch.tensor([True, False, True, False])
+    result = ensemble_with_clip(class_probs, clip_probs, is_seen, 0.8)
+    for index in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).tolist():
+        p, s = float(class_probs[tuple(index)]), float(clip_probs[tuple(index)])
+        expected = p**0.8 * s**0.2 if is_seen[index[2]] else p**0.2 * s**0.8
+        assert float(result[tuple(index)]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_ensemble_is_a_table_worked_by_hand():
+    """w = 0.75: seen p^(3/4) s^(1/4), unseen p^(1/4) s^(3/4); numbers whose fourth roots are whole."""
+    #                      seen                    unseen
+    class_probs = torch.tensor([[[81.0, 16.0], [1.0, 625.0], [0.0, 256.0]]]) / 10_000  # roots 3, 2; 1, 5; 0, 4: / 10
+    clip_probs = torch.tensor([[[1.0, 256.0], [16.0, 1.0], [81.0, 10_000.0]]]) / 10_000  # roots 1, 4; 2, 1; 3, 10
+    by_hand = (
+        torch.tensor(
+            [
+                [
+                    [3 * 3 * 3 * 1, 2 * 4 * 4 * 4],
+                    [1 * 1 * 1 * 2, 5 * 1 * 1 * 1],
+                    [0, 4 * 10 * 10 * 10],  # an empty mask has s = 1
+                ]
+            ]
+        )
+        / 10_000
+    )
+    result = ensemble_with_clip(class_probs, clip_probs, torch.tensor([True, False]), 0.75)
+    torch.testing.assert_close(result, by_hand, atol=1e-6, rtol=1e-5)
+
+
+def test_the_models_ensemble_is_crops_softmax_and_formula_one_proposal_at_a_time(model):
+    images, mask_logits, valid_sizes = proposals()
+    text = F.normalize(torch.randn(6, D, generator=torch.Generator().manual_seed(5)), dim=-1)
+    is_seen = torch.tensor([True, True, False, True, False, True])
+    outputs = Zs3Output(
+        mask_logits=mask_logits,
+        valid_sizes=valid_sizes,
+        class_logits=torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(6)),
+    )
+    result = model.ensemble(outputs, images, text, is_seen=is_seen, weight=0.7)
+    embeds = literal_embeds(model, images, mask_logits, valid_sizes.tolist(), "mean", 0.5)
+    for place, embed in enumerate(embeds):
+        p = outputs.class_logits.flatten(0, 1)[place].softmax(-1)
+        s = torch.ones(6) if embed is None else (100 * text @ embed).softmax(-1)
+        expected = torch.where(is_seen, p**0.7 * s**0.3, p**0.3 * s**0.7)
+        torch.testing.assert_close(result.class_probs.flatten(0, 1)[place], expected, atol=1e-5, rtol=1e-3)
+    assert result.shown_to_clip.flatten().tolist() == [embed is not None for embed in embeds]
+    # The same from embeddings made before, and with the config's weight.
+    made = model.embed_proposals(images, mask_logits, valid_sizes)
+    again = model.ensemble(outputs, made, text, is_seen=is_seen, weight=0.7)
+    torch.testing.assert_close(again.class_probs, result.class_probs)
+    by_config = model.ensemble(outputs, made, text, is_seen=is_seen)
+    torch.testing.assert_close(
+        by_config.class_probs, model.ensemble(outputs, made, text, is_seen=is_seen, weight=0.8).class_probs
+    )
+
+
+def lazy_problem(seed: int, queries: int = 12, classes: int = 6, clear: bool = False):
+    """Smooth masks of any kind, the first nowhere; or clear ones: two halves and, over the left one, fainter masks of
+    the same class, which hardly any answer of CLIP's can turn."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(1, queries, 3, 3, generator=generator) - 0.5
+    masks = 10 * F.interpolate(coarse, size=(12, 16), mode="bilinear", align_corners=False)[0]
+    masks[0] -= 60
+    logits = 40 * torch.rand(queries, 1, generator=generator) * torch.randn(queries, classes, generator=generator)
+    if clear:
+        masks[1:] = -10.0
+        masks[1, :, :8], masks[2, :, 8:], masks[3:, 3:9, 1:6] = 10.0, 10.0, 0.3
+        logits[1:] = 0.0
+        logits[1, 0] = logits[2, 1] = logits[3:, 0] = 30.0
+        logits[-1] = 0.0  # undecided, and everywhere in the left half
+        masks[-1, :, :8] = 0.5
+    class_probs = logits.softmax(-1)
+    clip_probs = (3 * torch.randn(queries, classes, generator=generator)).softmax(-1)
+    is_seen = torch.rand(classes, generator=generator) < 0.6
+    shown = proposal_masks(masks, (45, 61), 0.5).flatten(1).any(1)
+    return masks, class_probs, torch.where(shown[:, None], clip_probs, 1.0), is_seen, shown
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), weight=st.sampled_from([0.5, 0.7, 0.8, 1.0]), size=st.sampled_from([(45, 61), (30, 97)])
+)
+def test_lazy_gives_the_label_map_of_all_crops_to_the_pixel(seed, weight, size):
+    masks, class_probs, clip_probs, is_seen, shown = lazy_problem(seed)
+    asked = []
+
+    def look(query):
+        asked.extend(query.tolist())
+        return clip_probs[query]
+
+    options = {"valid_size": (45, 61), "image_size": size}
+    lazy = ensemble_lazily(class_probs, masks, shown, look, is_seen, weight, **options)
+    full = ensemble_with_clip(class_probs[None], clip_probs[None], is_seen, weight)
+    sizes = {"size": (48, 64), "valid_sizes": [(45, 61)], "image_sizes": [size]}
+    (expected,) = semantic_map(full, masks[None], **sizes)
+    (found,) = semantic_map(lazy.probs[None], masks[None], **sizes)
+    assert torch.equal(found, expected)
+    assert len(asked) == len(set(asked)) and sorted(asked) == lazy.looked.nonzero()[:, 0].tolist()
+    assert not (lazy.looked & ~shown).any() and lazy.undecided == 0
+    torch.testing.assert_close(lazy.probs[lazy.looked | ~shown], full[0][lazy.looked | ~shown])
+    hypothesis.event(f"skipped {int((shown & ~lazy.looked).sum())} of {int(shown.sum())}")
+
+
+def test_lazy_does_skip_crops_and_whatever_clip_says_of_them_changes_nothing():
+    """Brute force: other answers for what was not looked at, the label map must stay."""
+    skipped = 0
+    for seed in range(5):
+        masks, class_probs, clip_probs, is_seen, shown = lazy_problem(seed, clear=True)
+        options = {"valid_size": (45, 61), "image_size": (45, 61)}
+        lazy = ensemble_lazily(class_probs, masks, shown, lambda query, s=clip_probs: s[query], is_seen, 0.8, **options)
+        left = shown & ~lazy.looked
+        skipped += int(left.sum())
+        sizes = {"size": (48, 64), "valid_sizes": [(45, 61)], "image_sizes": [(45, 61)]}
+        (expected,) = semantic_map(lazy.probs[None], masks[None], **sizes)
+        for answer in range(class_probs.shape[1]):  # CLIP is sure of one class, the worst it can do
+            other = clip_probs.clone()
+            other[left] = F.one_hot(torch.tensor(answer), class_probs.shape[1]).float()
+            probs = ensemble_with_clip(class_probs[None], other[None], is_seen, 0.8)
+            assert torch.equal(semantic_map(probs, masks[None], **sizes)[0], expected)
+    assert skipped >= 20
+
+
+@pytest.mark.parametrize("tolerance", [0.02, 0.1, 0.5])
+def test_lazy_with_a_tolerance_differs_in_no_more_pixels_than_it_says(tolerance):
+    fewer = 0
+    for seed in range(12):
+        masks, class_probs, clip_probs, is_seen, shown = lazy_problem(seed, queries=16)
+        options = {"valid_size": (45, 61), "image_size": (45, 61)}
+        look = clip_probs.__getitem__
+        exact = ensemble_lazily(class_probs, masks, shown, look, is_seen, 0.8, **options)
+        lazy = ensemble_lazily(class_probs, masks, shown, look, is_seen, 0.8, **options, tolerance=tolerance)
+        fewer += int(exact.looked.sum() - lazy.looked.sum())
+        full = ensemble_with_clip(class_probs[None], clip_probs[None], is_seen, 0.8)
+        maps = [semantic_scores(p, masks[None], (48, 64)).argmax(1)[:, :45, :61] for p in (full, lazy.probs[None])]
+        assert float((maps[0] != maps[1]).float().mean()) <= lazy.undecided <= tolerance
+    assert fewer > 0
+
+
+def test_the_models_lazy_view_is_its_crops_with_fewer_of_them(model):
+    images, mask_logits, valid_sizes = proposals()
+    mask_logits[:, 1] = mask_logits[:, 0]  # twice the same proposal, of which one is sure
+    text = F.normalize(torch.randn(3, D, generator=torch.Generator().manual_seed(5)), dim=-1)
+    logits = torch.zeros(2, 5, 3)
+    logits[:, :, 0] = 30
+    outputs = Zs3Output(mask_logits=mask_logits, valid_sizes=valid_sizes, class_logits=logits)
+    options = {"is_seen": torch.tensor([True, True, True]), "weight": 0.9}
+    crops = model.ensemble(outputs, images, text, **options)
+    lazy = model.ensemble(outputs, images, text, **options, view="lazy", image_sizes=[(64, 70), (80, 200)])
+    assert lazy.undecided.tolist() == [0, 0]
+    sizes = {"size": (64, 96), "valid_sizes": valid_sizes, "image_sizes": [(64, 70), (80, 200)]}
+    for ours, theirs in zip(
+        semantic_map(lazy.class_probs, mask_logits, **sizes),
+        semantic_map(crops.class_probs, mask_logits, **sizes),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+    assert lazy.shown_to_clip.sum() < crops.shown_to_clip.sum()
+
+
+def test_a_wrong_weight_a_missing_tower_and_an_unsaid_split_are_told(model):
+    images, mask_logits, valid_sizes = proposals()
+    outputs = Zs3Output(mask_logits=mask_logits, valid_sizes=valid_sizes, class_logits=torch.zeros(2, 5, 2))
+    text, is_seen = torch.eye(2, D), torch.tensor([True, False])
+    with pytest.raises(ValueError, match=r"weight must lie in \[0, 1\]"):
+        model.ensemble(outputs, images, text, is_seen=is_seen, weight=1.2)
+    with pytest.raises(ValueError, match="pass is_seen"):
+        model.ensemble(outputs, images, text)
+    with pytest.raises(ValueError, match="is_seen must be"):
+        model.ensemble(outputs, images, text, is_seen=torch.tensor([True]))
+    with pytest.raises(ValueError, match="no CLIP image tower"):
+        tiny_model().embed_proposals(images, mask_logits)
+    undecided = tiny_model(vision=True, clip_ensemble_weight=None)
+    with pytest.raises(ValueError, match="do not ensemble"):
+        undecided.ensemble(outputs, images, text, is_seen=is_seen)
+
+
+# ------------------------------------------------------------------------------------------------ one pass for all
+
+
+def test_one_pass_is_a_class_token_at_a_time_over_the_patches_under_its_mask(model):
+    """Each proposal alone: CLIP's own pass keeps its patches; one more class token reads them, weighed by coverage."""
+    tower, vision = model.vision_model, model.vision_model.vision_model
+    image, masks = torch.rand(3, 32, 64), random_masks(6, 32, 64, seed=1)
+    with torch.no_grad():
+        together = single_pass(tower, image, masks)
+    # geometric mean of the sides is twice CLIP's: scale 32 / sqrt(32 x 64), in patches of 8
+    rows, columns = (round(side * 32 / (32 * 64) ** 0.5 / 8) for side in (32, 64))
+    pixels = (image - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
+    pixels = F.interpolate(
+        pixels[None].float(), size=(8 * rows, 8 * columns), mode="bicubic", antialias=True, align_corners=False
+    )
+    with torch.no_grad():
+        whole = vision(pixel_values=pixels, interpolate_pos_encoding=True, output_hidden_states=True)
+        layers = whole.hidden_states
+        for mask, embed in zip(masks, together, strict=True):
+            covered = F.adaptive_avg_pool2d(mask[None, None].float(), (rows, columns)).flatten()
+            token = layers[0][:, :1]
+            for layer, hidden in zip(vision.encoder.layers, layers, strict=False):
+                token = literal_layer(layer, token, hidden[:, 1:], covered)
+            expected = tower.visual_projection(vision.post_layernorm(token))[0, 0]
+            torch.testing.assert_close(embed, expected, atol=1e-5, rtol=1e-4)
+
+
+def literal_layer(layer, token, patches, covered):
+    """One token (1, 1, width) of a CLIP layer: it reads itself (weight 1) and patches (1, P, width), weight covered."""
+    attention, heads = layer.self_attn, layer.self_attn.num_heads
+    keys = torch.cat([token, patches], dim=1)
+    normed = layer.layer_norm1(keys)
+    query, key, value = (
+        project(normed)[0].unflatten(-1, (heads, -1)).transpose(0, 1)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )  # (heads, 1 + P, d)
+    strength = (query[:, :1] @ key.mT / query.shape[-1] ** 0.5).exp() * torch.cat([torch.ones(1), covered])
+    read = (strength / strength.sum(-1, keepdim=True)) @ value
+    token = token + attention.out_proj(read.transpose(0, 1).flatten(1))[None]
+    return token + layer.mlp(layer.layer_norm2(token))
+
+
+def test_one_pass_sees_what_clip_sees_when_a_mask_is_everywhere(model, monkeypatch):
+    """At CLIP's own size, a mask over the whole picture is CLIP's class token."""
+    monkeypatch.setattr(clip_views_zs3, "SINGLE_PASS_SCALE", 1.0)
+    image = torch.rand(3, SIDE, SIDE)
+    with torch.no_grad():
+        (embed,) = single_pass(model.vision_model, image, torch.ones(1, SIDE, SIDE, dtype=torch.bool))
+        pixels = (image - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)
+        expected = model.vision_model(pixel_values=pixels[None].float()).image_embeds[0]
+    torch.testing.assert_close(embed, expected, atol=1e-5, rtol=1e-4)
