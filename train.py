@@ -62,8 +62,8 @@ class TrainArgs:
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     unseen_labels: str = flag(
         "none",
-        "Unseen image labels: 'none' (seen names only), 'ground_truth' (image-level, never masks), or a file of "
-        "pseudo labels.",
+        "Unseen image labels: 'none' (seen names only), 'ground_truth' (image-level, never masks), or a folder of "
+        "pseudo labels (the --output of zs3.pseudo_labels).",
     )
 
     pseudo_label_unknown_above: float | None = flag(
@@ -374,7 +374,12 @@ def describe(args: TrainArgs, label_space: LabelSpace, dataset: SegmentationData
     return "\n".join(lines)
 
 
-def make_dataset(args: TrainArgs, label_space: LabelSpace, image_processor: Zs3ImageProcessor) -> SegmentationDataset:
+def make_dataset(
+    args: TrainArgs,
+    label_space: LabelSpace,
+    image_processor: Zs3ImageProcessor,
+    pseudo_label_threshold: float = Zs3Config.pseudo_label_threshold,
+) -> SegmentationDataset:
     return SegmentationDataset(
         load_split(args.dataset, args.split, label_space),
         label_space,
@@ -389,6 +394,8 @@ def make_dataset(args: TrainArgs, label_space: LabelSpace, image_processor: Zs3I
         image_mean=image_processor.image_mean,
         image_std=image_processor.image_std,
         unseen_labels=args.unseen_labels,
+        pseudo_label_threshold=pseudo_label_threshold,
+        pseudo_label_unknown_above=args.pseudo_label_unknown_above,
         seed=args.seed,
     )
 
@@ -446,7 +453,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
             f"{args.text_embeds} has {all_embeds.shape[1]} columns, the model {model.config.projection_dim}"
         )
     model.set_vocabulary(label_space.class_names, all_embeds)
-    dataset = make_dataset(args, label_space, getattr(processor, "image_processor", processor))
+    image_processor = getattr(processor, "image_processor", processor)
+    dataset = make_dataset(args, label_space, image_processor, model.config.pseudo_label_threshold)
     on_axis = [label_space.class_names.index(name) for name in dataset.class_names]
     text_embeds = all_embeds[on_axis].to(accelerator.device)
     if accelerator.is_main_process:

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -70,6 +71,12 @@ def test_folder_is_read_pixel_by_pixel_in_the_order_of_its_stems(folder):
         np.testing.assert_array_equal(np.asarray(record.image), image)
         np.testing.assert_array_equal(record.label, label)
         assert record.image.mode == "RGB" and record.label.dtype == np.int32
+
+
+def test_label_maps_are_read_without_their_pictures(folder):
+    for seed in range(4):
+        (folder / "train" / "images" / f"p{seed}.png").write_bytes(b"no picture")
+        np.testing.assert_array_equal(load_split(folder, "train").label(seed), random_sample(seed)[1])
 
 
 def test_records_are_opened_only_when_asked_for(folder):
@@ -242,30 +249,93 @@ def test_seen_labels_come_from_the_crop(tmp_path):
     assert {(0,), (2,)} <= seen
 
 
-def test_pseudo_labels_decide_for_unseen_names(folder, tmp_path):
-    file = tmp_path / "pseudo.jsonl"
-    lines = [{"image_id": f"p{i}", "unseen": ["cat"] if i == 0 else [], "scores": {"cat": 0.995}} for i in range(4)]
-    file.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    data = dataset_of(folder, unseen_labels=str(file))
-    assert data[0, 0]["image_labels"][[1, 3]].tolist() == [0, 1]
-    assert data[0, 1]["image_labels"][[1, 3]].tolist() == [0, 0]
+def write_scores(file, scores):
+    """scores: {image_id: {name: score}}, written as JSON would be: each row a dict."""
+    import pyarrow
+    import pyarrow.parquet
+
+    file.parent.mkdir(exist_ok=True)
+    names = list(next(iter(scores.values())))
+    kind = pyarrow.struct([(name, pyarrow.float32()) for name in names])
+    columns = {"image_id": list(scores), "scores": pyarrow.array(list(scores.values()), kind)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file
+
+
+SCORES = {
+    "p3": {"cat": 0.2, "cow": 0.9},
+    "p1": {"cat": 0.99, "cow": 0.0},
+    "p0": {"cat": 0.5, "cow": 0.989},
+    "p2": {"cat": 0.51, "cow": 1.0},
+}
+
+
+@pytest.fixture
+def scores_folder(tmp_path):
+    """The four images of `folder` in two shards, in an order of their own."""
+    for shard, ids in enumerate((["p3", "p1"], ["p0", "p2"])):
+        name = f"scores-{shard:05d}-of-00002.parquet"
+        write_scores(tmp_path / "scores" / name, {image_id: SCORES[image_id] for image_id in ids})
+    return tmp_path / "scores"
+
+
+@pytest.mark.parametrize(("threshold", "unknown_above"), [(0.99, None), (0.99, 0.5), (0.9, 0.2), (0.5, None)])
+def test_scores_become_labels_where_they_are_read(folder, scores_folder, threshold, unknown_above):
+    data = dataset_of(
+        folder,
+        unseen_labels=str(scores_folder),
+        pseudo_label_threshold=threshold,
+        pseudo_label_unknown_above=unknown_above,
+    )
+    for index, image_id in enumerate(("p0", "p1", "p2", "p3")):
+        expected = []
+        for name in ("cow", "cat"):  # places 1 and 3 of the class axis
+            score = SCORES[image_id][name]
+            unknown = unknown_above is not None and unknown_above < score < threshold
+            expected.append(1 if score >= threshold else -1 if unknown else 0)
+        assert data[0, index]["image_labels"][[1, 3]].tolist() == expected
+        assert data[0, index]["image_id"] == image_id
+
+
+def test_the_threshold_of_the_paper_is_the_default(folder, scores_folder):
+    data = dataset_of(folder, unseen_labels=str(scores_folder))
+    assert data.pseudo_labels.tolist() == [[0] * 5, [0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5]
+    assert data.pseudo_labels.dtype == np.int8
+
+
+def test_one_file_of_scores_will_do(folder, tmp_path):
+    file = write_scores(tmp_path / "all" / "mine.parquet", {**SCORES, "of another split": SCORES["p0"]})
+    assert dataset_of(folder, unseen_labels=str(file)).pseudo_labels[2].tolist() == [0, 1, 0, 0, 0]
+
+
+def renamed(row):
+    return {"cow": row["cow"], "dog": row["cat"]}
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("spoil", "message"),
     [
-        ('{"image_id": "p0", "unseen": ["sky"]}', "line 1: 'sky' is no unseen name"),
-        ('{"image_id": "p0", "unseen": []}\n{"image": 1}', "line 2: expected"),
-        ('{"image_id": "p0", "unseen": []}', "no line for 3 images \\('p1'"),
-        (None, "cannot read pseudo labels"),
+        (lambda shard: shard.unlink(), "holds 1 shards, but not the 2 of one run"),
+        (lambda shard: write_scores(shard, {i: renamed(SCORES[i]) for i in ("p0", "p2")}), r"other .*names.*'cat'"),
+        (lambda shard: write_scores(shard, {"p0": SCORES["p0"]}), r"no row for 1 images \('p2'"),
+        (lambda shard: write_scores(shard, {"p0": SCORES["p0"], "p1": SCORES["p1"]}), "one row"),
+        (lambda shard: write_scores(shard, {i: {"cat": None, "cow": 1.0} for i in ("p0", "p2")}), "not finite"),
+        (lambda shard: shard.write_bytes(b"PAR1 no more"), "cannot read .*scores-00001-of-00002"),
+        (lambda shard: shutil.rmtree(shard.parent), "do not exist"),
+        (lambda shard: [file.unlink() for file in shard.parent.iterdir()], "holds no shards"),
+        (lambda shard: shard.rename(shard.with_name("scores-00001-of-00003.parquet")), "not the 2 of one run"),
     ],
 )
-def test_bad_pseudo_labels_are_named(folder, tmp_path, text, message):
-    file = tmp_path / "pseudo.jsonl"
-    if text is not None:
-        file.write_text(text)
+def test_bad_pseudo_labels_are_named(folder, scores_folder, spoil, message):
+    spoil(scores_folder / "scores-00001-of-00002.parquet")
     with pytest.raises(InputError, match=message):
-        dataset_of(folder, unseen_labels=str(file))
+        dataset_of(folder, unseen_labels=str(scores_folder))
+
+
+def test_unknown_scores_lie_below_the_threshold(folder, scores_folder):
+    for unknown_above in (0.99, 1.0):
+        with pytest.raises(InputError, match="must be below the threshold 0.99"):
+            dataset_of(folder, unseen_labels=str(scores_folder), pseudo_label_unknown_above=unknown_above)
 
 
 @pytest.mark.parametrize("unseen_labels", ["none", "ground_truth"])

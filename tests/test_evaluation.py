@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zs3.evaluation import ConfusionMatrix, GeneralizedScores, generalized_scores
+from zs3.evaluation import ConfusionMatrix, GeneralizedScores, average_precision, generalized_scores
 
 IGNORE = 255
 
@@ -183,3 +183,31 @@ def test_a_thousand_resamples_of_5000_images_of_171_classes_take_seconds():
     found = matrix.confidence_intervals(np.arange(171) < 156)
     assert time.perf_counter() - start < 10  # about 0.4 s on an idle core
     np.testing.assert_allclose(found["miou"], [0.25, 0.25])  # area / (2 area + 3 area - area), whatever is drawn
+
+
+def average_precision_by_thresholds(scores, truth):
+    """Every distinct score is a threshold: the recall it adds to that of the next higher, times its precision."""
+    total, recall_above = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        taken = [is_true for score, is_true in zip(scores, truth, strict=True) if score >= threshold]
+        recall = sum(taken) / sum(truth)
+        total += (recall - recall_above) * sum(taken) / len(taken)
+        recall_above = recall
+    return total
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.4, 0.9, 1.0]), st.booleans()), min_size=1, max_size=20))
+def test_average_precision_equals_its_definition_ties_included(rows):
+    scores, truth = np.array([row[0] for row in rows], np.float32), np.array([row[1] for row in rows])
+    found = average_precision(scores, truth)
+    if truth.any():
+        assert found == pytest.approx(average_precision_by_thresholds(scores.tolist(), truth.tolist()))
+        backwards = average_precision(scores[::-1], truth[::-1])
+        assert backwards == found
+    else:
+        assert math.isnan(found)
+
+
+def test_scores_that_are_all_equal_are_worth_the_share_of_true_ones():
+    assert average_precision(np.ones(4, np.float32), np.array([True, False, False, False])) == 0.25

@@ -8,11 +8,10 @@ picture's unseen ones become image labels. `StepSampler` says which samples make
 The leak rule: where the unseen classes lie never leaves `SegmentationDataset`, not even through the choice of
 the crop. What may leave, when asked for, is whether they are in the picture.
 
-Axes: H W pixels, C names on the class axis of the run.
+Axes: H W pixels, C names on the class axis of the run, N images, U unseen names.
 """
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from configuration_zs3 import Zs3Config
 from processing_zs3 import nearest_pixels
 from zs3.command_line import InputError
 from zs3.label_space import LabelSpace, is_hub_id, load_label_space
@@ -58,20 +58,27 @@ class Split(Sequence[Record]):
 
     def __getitem__(self, index: int) -> Record:
         image_id = self.image_ids[index]  # raises IndexError past the end, which ends a loop over records
-        row = self.rows[index % len(self)]
-        image_name, image = _opened(row["image"], f"image of {image_id!r}")
-        label_name, label_image = _opened(row["label"], f"label map of {image_id!r}")
-        if label_image.mode not in ("L", "P") and not label_image.mode.startswith("I"):
-            raise InputError(
-                f"{label_name} has mode {label_image.mode}: store one id a pixel, as PNG of mode L, P or I;16"
-            )
-        if label_image.size != image.size:
-            rotated = label_image.size == image.size[::-1]
+        image_name, image = _opened(self.rows[index % len(self)]["image"], f"image of {image_id!r}")
+        label_name, label = self._label(index)
+        size = label.shape[::-1]
+        if size != image.size:
+            rotated = size == image.size[::-1]
             mend = "rotate the image as its EXIF tag says and save it without" if rotated else "make them equal"
-            raise InputError(f"{label_name} is {_size(label_image)} pixels, but {image_name} is {_size(image)}: {mend}")
-        label = np.asarray(label_image).astype(np.int32)  # a palette's indices are the ids
-        self._check_ids(label, label_name)
+            raise InputError(f"{label_name} is {_size(size)} pixels, but {image_name} is {_size(image.size)}: {mend}")
         return Record(image.convert("RGB"), label, image_id)
+
+    def label(self, index: int) -> np.ndarray:
+        """(H, W) int32, a record's label map without its picture."""
+        return self._label(index)[1]
+
+    def _label(self, index: int) -> tuple[str, np.ndarray]:
+        """The name to call a label map by, and its ids."""
+        name, image = _opened(self.rows[index % len(self)]["label"], f"label map of {self.image_ids[index]!r}")
+        if image.mode not in ("L", "P") and not image.mode.startswith("I"):
+            raise InputError(f"{name} has mode {image.mode}: store one id a pixel, as PNG of mode L, P or I;16")
+        label = np.asarray(image).astype(np.int32)  # a palette's indices are the ids
+        self._check_ids(label, name)
+        return name, label
 
     def _check_ids(self, label: np.ndarray, name: str) -> None:
         num_classes, ignore_index = len(self.label_space.class_names), self.label_space.ignore_index
@@ -164,8 +171,8 @@ def _opened(source: Path | dict[str, Any], thing: str) -> tuple[str, Image.Image
         raise InputError(f"cannot read {name} ({reason}): replace it, or remove it with its partner") from error
 
 
-def _size(image: Image.Image) -> str:
-    return f"{image.width} x {image.height}"
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 # ---- label maps -> targets ---------------------------------------------------------------------------------
@@ -204,28 +211,90 @@ def to_image_labels(mask_labels: np.ndarray, is_seen: np.ndarray, unseen_labels:
     return np.where(is_seen, present, unseen_labels).astype(np.int8)
 
 
-def load_pseudo_labels(path: str | Path, label_space: LabelSpace) -> dict[str, list[str]]:
-    """Unseen names by image id, from JSON lines {"image_id": str, "unseen": [names]}; other keys are left alone."""
-    unseen_by_image = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+# ---- pseudo labels -----------------------------------------------------------------------------------------
+
+
+def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Sequence[str]) -> np.ndarray:
+    """(N, U) float32: what `python -m zs3.pseudo_labels` says of the unseen names, in the order of label_space.unseen.
+
+    path: its folder of shards `scores-00003-of-00047.parquet`, or one such file, with the columns image_id and scores
+        (a struct of one number for each unseen name).
+    image_ids: N, of the images that are wanted.
+    """
+    row_of, scores = {}, []
+    for file in _score_files(Path(path)):
+        ids, part = _read_scores(file, label_space.unseen)
+        row_of.update(zip(ids, range(len(row_of), len(row_of) + len(ids)), strict=True))
+        scores.append(part)
+        if len(row_of) != sum(map(len, scores)):
+            raise InputError(f"{file} has an image_id that was there before: an image has one row")
+    missing = [image_id for image_id in image_ids if image_id not in row_of]
+    if missing:
         raise InputError(
-            f"cannot read pseudo labels {path}: unseen_labels is 'none', 'ground_truth' or a JSON-lines file"
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            image_id, names = str(entry["image_id"]), list(entry["unseen"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f'{path}, line {number}: expected {{"image_id": ..., "unseen": [names]}}, found {line[:60]!r}'
-            ) from error
-        strangers = [name for name in names if name not in label_space.unseen]
-        if strangers:
-            raise InputError(f"{path}, line {number}: {strangers[0]!r} is no unseen name of the label space")
-        unseen_by_image[image_id] = names
-    return unseen_by_image
+            f"{path} has no row for {len(missing)} images ({missing[0]!r}, ...): make the pseudo labels from this split"
+        )
+    return np.concatenate(scores)[[row_of[image_id] for image_id in image_ids]]
+
+
+def _score_files(path: Path) -> list[Path]:
+    """The shards of a folder, all of them; or the one file."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputError(
+            f"pseudo labels {path} do not exist: unseen_labels is 'none', 'ground_truth', or a folder that "
+            "python -m zs3.pseudo_labels made"
+        )
+    found = sorted(path.glob("scores-[0-9]*-of-[0-9]*.parquet"))
+    if not found:
+        raise InputError(f"{path} holds no shards: give the --output of python -m zs3.pseudo_labels")
+    total = int(found[0].stem.rsplit("-", 1)[1])
+    if found != [path / shard_name(index, total) for index in range(total)]:
+        raise InputError(
+            f"{path} holds {len(found)} shards, but not the {total} of one run: "
+            "start python -m zs3.pseudo_labels again, or delete those of another run"
+        )
+    return found
+
+
+def shard_name(index: int, total: int) -> str:
+    return f"scores-{index:05d}-of-{total:05d}.parquet"
+
+
+def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
+    """Image ids, and their scores (N, U) float32 in the order of `unseen`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file, columns=["image_id", "scores"])
+        rows = table["scores"].combine_chunks()
+        names = [field.name for field in rows.type]
+        columns = dict(zip(names, rows.flatten(), strict=True))
+        image_ids = [str(image_id) for image_id in table["image_id"].to_pylist()]
+    except (OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"cannot read image_id and scores of pseudo labels {file}: {reason}") from error
+    if set(names) != set(unseen):
+        odd = sorted(set(names) ^ set(unseen))
+        raise InputError(f"{file} has scores of other unseen names than the label space ({odd[0]!r}): make them anew")
+    scores = np.stack([columns[name].to_numpy(zero_copy_only=False) for name in unseen], axis=1).astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise InputError(f"{file} has a score that is missing or not finite: make the pseudo labels anew")
+    return image_ids, scores
+
+
+def pseudo_labels(scores: np.ndarray, threshold: float, unknown_above: float | None = None) -> np.ndarray:
+    """Section 3.4: scores -> int8 of the same shape, 1 from the threshold on, else 0.
+
+    unknown_above: what lies above it, and below the threshold, is -1, unknown; None: nothing is.
+    """
+    labels = (scores >= threshold).astype(np.int8)
+    if unknown_above is not None:
+        if unknown_above >= threshold:
+            raise InputError(f"pseudo_label_unknown_above {unknown_above} must be below the threshold {threshold}")
+        labels[(scores > unknown_above) & (scores < threshold)] = -1
+    return labels
 
 
 # ---- augmentation ------------------------------------------------------------------------------------------
@@ -333,7 +402,8 @@ class SegmentationDataset(Dataset):
 
     unseen_labels: what training is told about unseen classes. "none": nothing, and their names are not on the
         class axis. "ground_truth": whether each is in the picture (the whole of it, not the crop). Otherwise a
-        file of pseudo labels, which says the same (`load_pseudo_labels`).
+        folder of scores (`load_unseen_scores`), which become labels by the next two (`pseudo_labels`).
+    pseudo_label_threshold, pseudo_label_unknown_above: in [0, 1].
     image_mean, image_std: (3,) of RGB in [0, 1].
 
     `class_names` are the names on the class axis, `is_seen` (C,) bool which of them are seen.
@@ -348,6 +418,8 @@ class SegmentationDataset(Dataset):
         image_mean: Sequence[float],
         image_std: Sequence[float],
         unseen_labels: str = "none",
+        pseudo_label_threshold: float = Zs3Config.pseudo_label_threshold,
+        pseudo_label_unknown_above: float | None = None,
         seed: int = 0,
     ):
         self.records = records
@@ -362,13 +434,10 @@ class SegmentationDataset(Dataset):
         self.positions = mask_positions(label_space, self.class_names)
         self.pseudo_labels = None
         if unseen_labels not in ("none", "ground_truth"):
-            self.pseudo_labels = load_pseudo_labels(unseen_labels, label_space)
-            missing = [image_id for image_id in records.image_ids if image_id not in self.pseudo_labels]
-            if missing:
-                raise InputError(
-                    f"{unseen_labels} has no line for {len(missing)} images ({missing[0]!r}, ...): "
-                    "make the pseudo labels from this split"
-                )
+            scores = load_unseen_scores(unseen_labels, label_space, records.image_ids)
+            self.pseudo_labels = np.zeros((len(records), len(self.class_names)), dtype=np.int8)
+            unseen = [self.class_names.index(name) for name in label_space.unseen]
+            self.pseudo_labels[:, unseen] = pseudo_labels(scores, pseudo_label_threshold, pseudo_label_unknown_above)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -377,7 +446,7 @@ class SegmentationDataset(Dataset):
         """pixel_values (3, S, S) float32 normalised, labels (S, S) int64, image_labels (C,) int8, image_id."""
         epoch, index = key
         image, label, image_id = self.records[index]
-        unseen_labels = self._unseen_labels(label, image_id)
+        unseen_labels = self._unseen_labels(label, index)
         # Unseen classes go before the crop is chosen: a choice that looked at them would tell where they are.
         label = to_mask_labels(label, self.positions, self.label_space.ignore_index)
         # index + 1, because a trailing 0 does not change numpy's seed, and (seed, epoch) is the sampler's.
@@ -390,16 +459,15 @@ class SegmentationDataset(Dataset):
             "image_id": image_id,
         }
 
-    def _unseen_labels(self, label: np.ndarray, image_id: str) -> np.ndarray:
-        """(C,) int8: 1 at the unseen names that the picture is said to show, else 0."""
+    def _unseen_labels(self, label: np.ndarray, index: int) -> np.ndarray:
+        """(C,) int8: at the unseen names 1 if the picture is said to show it, -1 if that is unknown; else 0."""
         if self.unseen_labels == "none":
             return np.zeros(len(self.class_names), dtype=np.int8)
-        if self.pseudo_labels is None:
-            ids = label[label != self.label_space.ignore_index]
-            present = np.bincount(ids, minlength=len(self.class_names)) > 0  # here the class axis is all ids
-            return (present & ~self.is_seen.numpy()).astype(np.int8)
-        named = self.pseudo_labels[image_id]
-        return np.array([name in named for name in self.class_names], dtype=np.int8)
+        if self.pseudo_labels is not None:
+            return self.pseudo_labels[index]
+        ids = label[label != self.label_space.ignore_index]
+        present = np.bincount(ids, minlength=len(self.class_names)) > 0  # here the class axis is all ids
+        return (present & ~self.is_seen.numpy()).astype(np.int8)
 
     def _padded_pixels(self, image: Image.Image) -> Tensor:
         """(3, S, S); right of and below the picture 0, the mean colour."""

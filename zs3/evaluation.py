@@ -145,6 +145,21 @@ def generalized_scores(
     return GeneralizedScores(*(float(score) for score in _generalized(iou, _mask(is_seen, len(iou)))))
 
 
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Area under the precision-recall curve in steps, in [0, 1]; NaN where nothing is true.
+
+    scores: (N,). truth: (N,) bool. Equal scores enter together, so their order makes no difference: each distinct
+    score adds the recall it brings, times the precision from there up.
+    """
+    if not np.any(truth):
+        return float("nan")
+    order = np.argsort(-scores)
+    scores, truth = scores[order], truth[order]
+    (last,) = np.nonzero(np.append(scores[1:] != scores[:-1], True))  # of each group of equal scores
+    hits = np.cumsum(truth)[last]
+    return float(np.sum(np.diff(hits, prepend=0) / hits[-1] * hits / (last + 1)))
+
+
 def _generalized(iou: np.ndarray, is_seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """iou (..., C) -> miou_seen, miou_unseen, hiou, each (...)."""
     seen, unseen = _nanmean(iou[..., is_seen]), _nanmean(iou[..., ~is_seen])
