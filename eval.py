@@ -52,6 +52,13 @@ class EvalArgs:
     )
     output: str | None = flag(None, "Result file (JSON).")
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
+    ensemble: Literal["off", "crops", "lazy", "single_pass"] | None = flag(
+        None,
+        "CLIP's view of the proposals joined in (section 4.6): of all their crops, of those that can change the label "
+        "map, or from one pass over the image; default: crops where the checkpoint has an image tower and a weight.",
+    )
+    ensemble_weight: float | None = flag(None, "w of the ensemble; default: the checkpoint's clip_ensemble_weight.")
+    ensemble_tolerance: float = flag(0.0, "Share of an image's pixels that 'lazy' may leave open.")
     absent: Literal["union", "truth"] = flag(
         "union", "A class is left out of means where truth and prediction (union) or truth alone lack it."
     )
@@ -63,7 +70,9 @@ class EvalArgs:
     def check(self) -> None:
         check_required(self, "model", "dataset")
         check_at_least(self, 1, "max_images")
-        check_at_least(self, 0, "num_pictures", "seed")
+        check_at_least(self, 0, "num_pictures", "seed", "ensemble_weight", "ensemble_tolerance")
+        if max(self.ensemble_weight or 0, self.ensemble_tolerance) > 1:
+            raise InputError("--ensemble_weight and --ensemble_tolerance are shares, at most 1")
 
 
 def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str) -> None:
@@ -74,6 +83,19 @@ def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str)
     missing = [name for name in label_space.seen if name not in trained_on(config, label_space.seen)]
     if missing and setting == "gzs3":
         raise InputError(f"the checkpoint saw no masks of {missing[:3]}, seen classes here: use --setting ovs")
+
+
+def chosen_ensemble(args: EvalArgs, config: PreTrainedConfig) -> tuple[str, float | None]:
+    """The view and the weight, of which one that is not given is the checkpoint's; ("off", None) for no ensemble."""
+    weight = config.clip_ensemble_weight if args.ensemble_weight is None else args.ensemble_weight
+    view = args.ensemble or ("off" if weight is None or config.vision_config is None else "crops")
+    if view == "off":
+        return "off", None
+    if config.vision_config is None:
+        raise InputError(f"--ensemble {view}: the checkpoint has no CLIP image tower")
+    if weight is None:
+        raise InputError(f"--ensemble {view}: the checkpoint says not to (its weight is None), give --ensemble_weight")
+    return view, weight
 
 
 def sha256(path: Path) -> str:
@@ -91,6 +113,7 @@ def evaluate(args: EvalArgs) -> dict | None:
         model, processor = load_checkpoint(args.model)
     check_claim(model.config, label_space, args.setting)
     model.to(accelerator.device)
+    view, weight = chosen_ensemble(args, model.config)
     text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
 
     # Candidates: the class axis of this setting, and where each id of a label map lands on it
@@ -104,7 +127,11 @@ def evaluate(args: EvalArgs) -> dict | None:
     place[candidates.numpy()] = np.arange(len(candidates))
     text_embeds = text_embeds[candidates].to(accelerator.device)
 
+    trained = trained_on(model.config, names)
+    is_trained = torch.tensor([name in trained for name in names])
+
     confusion = ConfusionMatrix(len(names), ignored)
+    shown = 0
     count = len(records) if args.max_images is None else min(args.max_images, len(records))
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     drawn = set(np.linspace(0, count - 1, min(args.num_pictures, count)).astype(int).tolist())
@@ -115,6 +142,18 @@ def evaluate(args: EvalArgs) -> dict | None:
             label = place[np.where(label == label_space.ignore_index, ignored, label)]
             inputs = processor(images=image).to(accelerator.device)
             outputs = model(**inputs, text_embeds=text_embeds)
+            if view != "off":
+                outputs = model.ensemble(
+                    outputs,
+                    processor.to_rgb(inputs["pixel_values"]),
+                    text_embeds,
+                    is_seen=is_trained,
+                    weight=weight,
+                    view=view,
+                    tolerance=args.ensemble_tolerance,
+                    image_sizes=[label.shape],
+                )
+                shown += int(outputs.shown_to_clip.sum())
             (prediction,) = processor.post_process_semantic_segmentation(outputs, [label.shape])
             confusion.update(prediction, label)
             if args.pictures is not None and index in drawn:
@@ -126,7 +165,7 @@ def evaluate(args: EvalArgs) -> dict | None:
                 draw_comparison(panels, names, Path(args.pictures) / f"{image_id}.png")
             bar.update()
 
-    parts = gather_object([confusion])
+    parts, shown = gather_object([confusion]), sum(gather_object([shown]))
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
@@ -134,6 +173,7 @@ def evaluate(args: EvalArgs) -> dict | None:
     for part in parts:
         total.merge(part)
     result = summary(args, label_space, model.config, total, names, prompts)
+    result |= {"clip_ensemble": view, "clip_ensemble_weight": weight, "proposals_shown_to_clip": shown / count}
     if args.output is not None:
         write_json(Path(args.output), result)
     return result
@@ -170,7 +210,6 @@ def summary(
         "trained_on_masks_of": config.seen_class_names,
         "unseen_labels_in_training": config.unseen_labels,
         "prompts": prompts,
-        "clip_ensemble_weight": None,
         "calibration": None,
         "absent": args.absent,
         "seed": args.seed,

@@ -13,8 +13,9 @@ Axes: B image, Q query, C class name, D embedding, T template, L token, H W inpu
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -530,12 +531,13 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             raise ValueError("this checkpoint has no CLIP image tower: it cannot be shown proposals")
         return self.vision_model
 
-    def clip_probs(self, proposals: ProposalEmbeds, text_embeds: Tensor) -> Tensor:
-        """CLIP's own view of the proposals: (..., Q, C), softmax of scaled cosines; 1 for all classes of one not shown.
+    def clip_probs(self, proposals: ProposalEmbeds, text_embeds: Tensor, owner: Tensor | None = None) -> Tensor:
+        """CLIP's own view of the proposals: (B, Q, C), softmax of scaled cosines; 1 for all classes of one not shown.
 
-        text_embeds: (C, D). The 1 is that of Xu et al. 2021 for empty masks.
+        text_embeds: (C, D), or with owner (S, D), see `best_synonyms`. The 1 is that of Xu et al. 2021 for empty masks.
         """
         logits = self.config.clip_logit_scale * cosine_similarity(proposals.embeds, text_embeds)
+        logits = logits if owner is None else best_synonyms(logits, owner)
         return logits.softmax(dim=-1).masked_fill(~proposals.shown[..., None], 1)
 
     @torch.no_grad()
@@ -547,6 +549,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        owner: Tensor | None = None,
         is_seen: Tensor | None = None,
         weight: float | None = None,
         view: Literal["crops", "lazy", "single_pass"] = "crops",
@@ -558,6 +561,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         images: (B, 3, H, W) RGB in [0, 1] (the image processor's `to_rgb`), or what `embed_proposals` made of them.
         text_embeds, or input_ids and attention_mask: the same label list as in `forward`.
+        owner: (S,) int64, where text_embeds has a row for each of S synonyms of C classes: see `best_synonyms`.
         is_seen: (C,) bool; None: which of the stored vocabulary the training saw masks of.
         weight: w; None: the config's clip_ensemble_weight.
         view: "crops" is exact. "lazy" leaves out crops that cannot change the label map at `image_sizes` (height and
@@ -571,18 +575,19 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         if not 0 <= weight <= 1:
             raise ValueError(f"the ensemble's weight must lie in [0, 1], got {weight}")
         text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
-        is_seen = self._is_seen(is_seen, len(text_embeds))
+        is_seen = self._is_seen(is_seen, outputs.class_logits.shape[2])
+        see = partial(self.clip_probs, text_embeds=text_embeds, owner=owner)
         if view == "lazy" and isinstance(images, Tensor):
             sizes = outputs.valid_sizes.tolist() if image_sizes is None else image_sizes
-            parts = self._ensemble_lazily(outputs, images, text_embeds, is_seen, weight, sizes, tolerance, crops)
+            parts = self._ensemble_lazily(outputs, images, see, is_seen, weight, sizes, tolerance, crops)
             probs, shown, undecided = (list(values) for values in zip(*parts, strict=True))
             probs, shown, undecided = torch.stack(probs), torch.stack(shown), probs[0].new_tensor(undecided)
         else:
             if isinstance(images, Tensor):
                 views = {"view": view, **crops}
                 images = self.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes, **views)
-            probs, shown = self.clip_probs(images, text_embeds), images.shown
-            probs = ensemble_with_clip(final_probabilities(outputs), probs, is_seen, weight)
+            probs = ensemble_with_clip(final_probabilities(outputs), see(images), is_seen, weight)
+            shown = images.shown
             undecided = probs.new_zeros(len(probs))
         return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": shown, "undecided": undecided})
 
@@ -590,7 +595,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self,
         outputs: Zs3Output,
         images: Tensor,
-        text_embeds: Tensor,
+        see: Callable[[ProposalEmbeds], Tensor],
         is_seen: Tensor,
         weight: float,
         image_sizes: Sequence[tuple[int, int]],
@@ -607,7 +612,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             def look(query: Tensor, pixels=pixels, mask_logits=mask_logits, size=size, visible=visible) -> Tensor:
                 chosen = torch.zeros_like(visible).index_fill(1, query, True)
                 proposals = self.embed_proposals(pixels, mask_logits, [size], chosen=chosen, **crops)
-                return self.clip_probs(proposals, text_embeds)[0, query]
+                return see(proposals)[0, query]
 
             sizes = {"valid_size": size, "image_size": tuple(image_size)}
             results.append(
@@ -658,6 +663,13 @@ def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """R of section 3.2: class_embeds (B, Q, D), text_embeds (C, D) -> (B, Q, C), cosine in [-1, 1]."""
     with torch.autocast(class_embeds.device.type, enabled=False):  # 0.4 % of a cosine is 0.4 of a logit at tau = 0.01
         return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
+
+
+def best_synonyms(logits: Tensor, owner: Tensor) -> Tensor:
+    """logits (B, Q, S), owner (S,) int64 -> (B, Q, C): of a class's synonyms, the one that is most like the query."""
+    owner = owner.expand_as(logits)
+    best = logits.new_empty(*logits.shape[:2], int(owner.max()) + 1)
+    return best.scatter_reduce(2, owner, logits, "amax", include_self=False)
 
 
 def final_probabilities(outputs: Zs3Output) -> Tensor:

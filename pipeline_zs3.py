@@ -20,21 +20,24 @@ from transformers import Pipeline
 from transformers.image_utils import load_image
 
 try:
+    from .configuration_zs3 import plain
     from .drawing_zs3 import NONE_OF_THESE, draw
     from .label_maps_zs3 import semantic_map
-    from .modeling_zs3 import Zs3Output
+    from .modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms
     from .processing_zs3 import ClassName, padded_size, read_labels
     from .text_zs3 import LabelReport, TextCache, lint_labels
 except ImportError:
     if __package__:
         raise
+    from configuration_zs3 import plain
     from drawing_zs3 import NONE_OF_THESE, draw
     from label_maps_zs3 import semantic_map
-    from modeling_zs3 import Zs3Output
+    from modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms
     from processing_zs3 import ClassName, padded_size, read_labels
     from text_zs3 import LabelReport, TextCache, lint_labels
 
 THRESHOLDS = {"probability": 0.5, "margin": 0.1}  # where `background="reject"` is given no threshold
+ENSEMBLE = ("ensemble", "ensemble_weight")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -52,7 +55,7 @@ class Proposals:
     """What the network made of one image; give it to the pipeline in the image's place, with any label list.
 
     image_size: (height, width). outputs: of each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
-    valid_sizes (1, 2), as in Zs3Output, on the CPU.
+    valid_sizes (1, 2), as in Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
     """
 
     image_size: tuple[int, int]
@@ -67,6 +70,7 @@ class Choice:
     names: C labels, after them the distractors. text_embeds: (S, D), a row for each name, or with synonyms="max" for
     each synonym. owner: (S,) int64, the name of each row. num_labels: C.
     threshold: of `confidence`, below which a pixel gets no label; None: off.
+    is_seen: (C,) bool, the names whose masks the training saw. ensemble, ensemble_weight: see the pipeline.
     """
 
     names: list[str]
@@ -75,6 +79,9 @@ class Choice:
     num_labels: int
     threshold: float | None
     confidence: str
+    is_seen: Tensor
+    ensemble: str
+    ensemble_weight: float | None
 
 
 class Zs3Pipeline(Pipeline):
@@ -93,6 +100,10 @@ class Zs3Pipeline(Pipeline):
     confidence: what the threshold is for: "probability", what decided queries give the winner on average (SemanticMap
         says it exactly; default threshold 0.5), or "margin", how much more that is than for the runner-up (0.1). No
         guarantee goes with either.
+    ensemble: CLIP's view of the proposals joined in (section 4.6): "crops", of a crop of each; "lazy", the same label
+        map from fewer crops where that is possible; "single_pass", an approximation from one pass over the image; or
+        "off". None: "crops" where the checkpoint has an image tower and a weight, else "off".
+    ensemble_weight: w, in [0, 1]; None: the checkpoint's.
     window, overlap: pixels; images larger than a window are seen in overlapping windows of this side, each at the size
         that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
     batch_size: views that the network sees at once. It does not change the results.
@@ -142,9 +153,11 @@ class Zs3Pipeline(Pipeline):
         window: int | None = None,
         overlap: int | None = None,
         batch_size: int | None = None,
+        ensemble: str | None = None,
     ) -> Proposals | list[Proposals] | Iterator[Proposals]:
-        """The network's part alone: see the class, and Proposals."""
-        return self(images, propose=True, window=window, overlap=overlap, batch_size=batch_size)
+        """The network's part alone: see the class, and Proposals. CLIP is shown all of them with any ensemble."""
+        options = {"window": window, "overlap": overlap, "batch_size": batch_size, "ensemble": ensemble}
+        return self(images, propose=True, **options)
 
     def draw(self, image: ImageLike, result: dict | list[dict], **options) -> Image.Image:
         """The result over its image, with a legend: see `draw` of drawing_zs3."""
@@ -159,18 +172,20 @@ class Zs3Pipeline(Pipeline):
         making, in `_choose`."""
         places = {
             "preprocess": ("window", "overlap"),
-            "forward": ("candidate_labels", "synonyms", "background", "threshold", "confidence", "propose"),
+            "forward": ("candidate_labels", "synonyms", "background", "threshold", "confidence", "propose", *ENSEMBLE),
             "postprocess": ("output",),
         }
         unknown = sorted(set(options) - {name for names in places.values() for name in names})
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no option of this pipeline; there are {sum(places.values(), ())}")
         choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
+        choices["ensemble"] = ("off", "crops", "lazy", "single_pass")
         for name, allowed in choices.items():
             if options.get(name) not in (None, *allowed):
                 raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {options[name]!r}")
         for name, kind, least, most in (
             ("threshold", (int, float), 0, 1),
+            ("ensemble_weight", (int, float), 0, 1),
             ("window", int, 1, None),
             ("overlap", int, 0, None),
         ):
@@ -198,6 +213,8 @@ class Zs3Pipeline(Pipeline):
         background: str | Sequence[ClassName] | None = None,
         threshold: float | None = None,
         confidence: str | None = None,
+        ensemble: str | None = None,
+        ensemble_weight: float | None = None,
     ) -> Choice:
         if (threshold is not None or confidence is not None) and background != "reject":
             raise ValueError('threshold and confidence say when to reject: they need background="reject"')
@@ -225,7 +242,23 @@ class Zs3Pipeline(Pipeline):
                 f"{names[0]!r} alone is compared with nothing: name what else may be there, background=[...]"
             )
         owner = torch.tensor(owner, device=vectors.device)
-        return Choice(names, vectors, owner, len(names) - len(distractors), threshold, confidence)
+        trained = {plain(name) for name in self.model.config.seen_class_names or []}
+        is_seen = torch.tensor([plain(name) in trained for name in names])
+        view = self._ensemble_view(ensemble, ensemble_weight)
+        num_labels = len(names) - len(distractors)
+        return Choice(names, vectors, owner, num_labels, threshold, confidence, is_seen, view, ensemble_weight)
+
+    def _ensemble_view(self, ensemble: str | None, weight: float | None) -> str:
+        """The checkpoint's own where none is given."""
+        config = self.model.config
+        weight = config.clip_ensemble_weight if weight is None else weight
+        if ensemble is None:
+            return "off" if weight is None or config.vision_config is None else "crops"
+        if ensemble != "off" and config.vision_config is None:
+            raise ValueError(f"this checkpoint has no CLIP image tower: no ensemble={ensemble!r}")
+        if ensemble != "off" and weight is None:
+            raise ValueError("this checkpoint says not to ensemble (its weight is None): pass ensemble_weight to do it")
+        return ensemble
 
     def _embed(self, entries: list[ClassName], synonyms: str | None) -> tuple[list[str], Tensor, list[int]]:
         """Names, their text vectors, and which name each vector is of."""
@@ -266,12 +299,23 @@ class Zs3Pipeline(Pipeline):
         """transformers' loop would need images of one size, and one result for each that the network sees."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        propose = forward_params.get("propose", False)
-        choice = None if propose else self._choose(**{k: v for k, v in forward_params.items() if k != "propose"})
-        return self._results(inputs, batch_size, choice, preprocess_params, postprocess_params)
+        if forward_params.get("propose", False):
+            ensemble = forward_params.get("ensemble")
+            choice, view = None, "off" if ensemble in (None, "off") else self._ensemble_view(ensemble, weight=1.0)
+            view = "crops" if view == "lazy" else view  # which crops a label list wants is not known yet
+        else:
+            choice = self._choose(**{name: value for name, value in forward_params.items() if name != "propose"})
+            view = choice.ensemble
+        return self._results(inputs, batch_size, choice, view, preprocess_params, postprocess_params)
 
     def _results(
-        self, images: Iterable, batch_size: int, choice: Choice | None, preprocess: dict, postprocess: dict
+        self,
+        images: Iterable,
+        batch_size: int,
+        choice: Choice | None,
+        ensemble: str,
+        preprocess: dict,
+        postprocess: dict,
     ) -> Iterator:
         """Without a choice, Proposals."""
         images = iter(images)
@@ -281,7 +325,9 @@ class Zs3Pipeline(Pipeline):
             waiting = [(place, view) for place, image in enumerate(inputs) for view in range(len(image["views"]))]
             for start in range(0, len(waiting), batch_size):
                 part = waiting[start : start + batch_size]
-                made = self.forward([self._look(inputs[place], view) for place, view in part], choice=choice)
+                made = self.forward(
+                    [self._look(inputs[place], view) for place, view in part], choice=choice, ensemble=ensemble
+                )
                 for (place, _), result in zip(part, made, strict=True):
                     seen[place].append(result)
             for image, results in zip(inputs, seen, strict=True):
@@ -308,25 +354,51 @@ class Zs3Pipeline(Pipeline):
             return {"size": (bottom - top, right - left), "outputs": image["outputs"][view]}
         return {"size": (bottom - top, right - left), "image": image["image"].crop((left, top, right, bottom))}
 
-    def _forward(self, views: list[dict], choice: Choice | None) -> list[dict[str, Tensor]]:
+    def _forward(self, views: list[dict], choice: Choice | None, ensemble: str) -> list[dict[str, Tensor]]:
         fresh = [view for view in views if "image" in view]
         if fresh:
             inputs = self.image_processor([view["image"] for view in fresh]).to(self.device)
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
             outputs = self.model.propose(**inputs)
+            images = self.image_processor.to_rgb(inputs["pixel_values"])
+            if ensemble in ("crops", "single_pass"):
+                embeds = self.model.embed_proposals(
+                    images, outputs["mask_logits"], outputs["valid_sizes"], view=ensemble
+                )
+                outputs |= {"clip_embeds": embeds.embeds, "shown_to_clip": embeds.shown}
             for row, view in enumerate(fresh):
                 view["outputs"] = {name: value[row : row + 1] for name, value in outputs.items()}
+                view["rgb"] = images[row : row + 1]
         if choice is None:
             return [view["outputs"] for view in views]
-        return [self._decide(view["outputs"], view["size"], choice) for view in views]
+        return [self._decide(view["outputs"], view.get("rgb"), view["size"], choice) for view in views]
 
-    def _decide(self, outputs: dict[str, Tensor], size: tuple[int, int], choice: Choice) -> dict[str, Tensor]:
-        """Label map (H, W), -1 where none of the labels applies, and confidence, of one view."""
-        outputs = Zs3Output(**outputs, **self.model.classify(outputs["class_embeds"], choice.text_embeds))
-        if len(choice.owner) > len(choice.names):  # of a name's synonyms, the one that is most like the query
-            logits = outputs.class_logits
-            owner, best = choice.owner.expand_as(logits), logits.new_empty(*logits.shape[:2], len(choice.names))
-            outputs.class_logits = best.scatter_reduce(2, owner, logits, "amax", include_self=False)
+    def _decide(
+        self, proposals: dict[str, Tensor], rgb: Tensor | None, size: tuple[int, int], choice: Choice
+    ) -> dict[str, Tensor]:
+        """Label map (H, W), -1 where none of the labels applies, and confidence, of one view.
+
+        rgb: (1, 3, h, w), the view at the model's input; None where proposals were made before.
+        """
+        seen_by_clip = proposals.get("clip_embeds"), proposals.get("shown_to_clip")
+        proposals = {name: value for name, value in proposals.items() if name not in ("clip_embeds", "shown_to_clip")}
+        outputs = Zs3Output(**proposals, **self.model.classify(proposals["class_embeds"], choice.text_embeds))
+        owner = choice.owner if len(choice.owner) > len(choice.names) else None
+        if owner is not None:
+            outputs.class_logits = best_synonyms(outputs.class_logits, owner)
+        if choice.ensemble != "off":
+            if rgb is None and seen_by_clip[0] is None:
+                raise ValueError(f"CLIP was not shown these proposals: propose(..., ensemble={choice.ensemble!r})")
+            outputs = self.model.ensemble(
+                outputs,
+                rgb if seen_by_clip[0] is None else ProposalEmbeds(*seen_by_clip),
+                choice.text_embeds,
+                owner=owner,
+                is_seen=choice.is_seen,
+                weight=choice.ensemble_weight,
+                view=choice.ensemble,
+                image_sizes=[size],
+            )
         (found,) = semantic_map(
             outputs.class_probs,
             outputs.mask_logits,
