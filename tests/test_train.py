@@ -22,6 +22,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
 from train import Progress, StepMean, TrainArgs, main, make_scheduler, parameter_groups
 from zs3.command_line import InputError, run
+from zs3.pseudo_labels import write_shard
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +143,31 @@ def test_unseen_names_are_on_the_class_axis_only_when_something_is_told_of_them(
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     main()
     assert given == {"text_embeds": names, "image_labels": names}
+
+
+def test_pseudo_labels_reach_the_model_by_image_and_threshold(data, tmp_path, monkeypatch):
+    image_ids = [f"{index:05d}" for index in range(6)]
+    scores = np.random.default_rng(0).random((6, len(UNSEEN))).astype(np.float32)
+    (tmp_path / "scores").mkdir()
+    write_shard(tmp_path / "scores" / "scores-00000-of-00001.parquet", image_ids, scores, UNSEEN)
+    overrides = {"pseudo_label_threshold": 0.7, "pseudo_label_unknown_above": 0.3, "batch_size": 6, "max_steps": 1}
+    told = []
+    forward = Zs3ForSemanticSegmentation.forward
+
+    def recorded(self, *args, **kwargs):
+        told.append(kwargs["image_labels"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
+    arguments = flags(data, tmp_path / "run", unseen_labels=tmp_path / "scores", **overrides)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    main()
+    (image_labels,) = told
+    columns = [CLASS_NAMES.index(name) for name in UNSEEN]
+    expected = [[1 if score >= 0.7 else -1 if score > 0.3 else 0 for score in row] for row in scores.tolist()]
+    assert sorted(image_labels[:, columns].tolist()) == sorted(expected)  # the step took all images, in some order
+    saved = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert saved["unseen_labels"] == "pseudo" and saved["pseudo_label_threshold"] == 0.7
 
 
 def test_the_record_of_what_was_seen_cannot_be_written_by_hand(data, tmp_path, monkeypatch, capsys):

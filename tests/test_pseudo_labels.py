@@ -1,0 +1,403 @@
+"""Pseudo labels: the scores against loops, the same bytes whoever makes them, and no way for unseen truth to get in."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny import save_checkpoint
+from transformers import AutoModel, AutoProcessor
+
+from zs3.command_line import InputError, run
+from zs3.data import load_split, load_unseen_scores
+from zs3.label_space import load_label_space
+from zs3.pseudo_labels import (
+    PseudoLabelArgs,
+    main,
+    make_pseudo_labels,
+    precision_and_recall,
+    report,
+    summary,
+    unseen_scores,
+    usable_proposals,
+)
+from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
+
+ROOT = Path(__file__).parent.parent
+NUM_IMAGES = 11
+SEEN_IDS = [index for index, name in enumerate(CLASS_NAMES) if name not in UNSEEN]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_dataset(folder, num_train=NUM_IMAGES, num_validation=1, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stage1")
+    model = save_checkpoint(folder, vision=True)
+    model.config.seen_class_names = [name for name in CLASS_NAMES if name not in UNSEEN]
+    model.config.unseen_labels = "none"
+    model.config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def arguments(stage1, data, tmp_path) -> PseudoLabelArgs:
+    """Three shards of 4, 4 and 3 images, none of whole batches."""
+    return PseudoLabelArgs(
+        model=str(stage1), dataset=str(data), output=str(tmp_path / "out"), shard_size=4, batch_size=3, measure=False
+    )
+
+
+def command(args: PseudoLabelArgs, processes: int = 1, **overrides) -> list[str]:
+    """The command line of args; `processes` of them share the work."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words = [sys.executable, *(launcher if processes > 1 else []), "-m", "zs3.pseudo_labels", "--no_measure"]
+    names = ("model", "dataset", "output", "shard_size", "batch_size", "unannotated_share")
+    for name, value in ({name: getattr(args, name) for name in names} | overrides).items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+
+
+def shards(folder: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("scores-*.parquet"))}
+
+
+def shards_of(args: PseudoLabelArgs) -> dict[str, bytes]:
+    make_pseudo_labels(args)
+    return shards(args.output)
+
+
+def rows_of(args: PseudoLabelArgs) -> list[dict]:
+    """[{"image_id": str, "scores": {name: float}}, ...] of all shards in order."""
+    tables = [pyarrow.parquet.read_table(f"{args.output}/{name}") for name in shards(args.output)]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+# ---- Eq. 9 and 10 ----
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_scores_equal_eq_9_and_10_written_as_loops(scale):
+    torch.manual_seed(0)
+    proposals, texts = torch.randn(6, 8), torch.randn(4, 8)
+
+    def cosine(one, other):
+        return float(one @ other) / math.sqrt(float(one @ one) * float(other @ other))
+
+    expected = []
+    for j in range(4):
+        best = 0.0
+        for i in range(6):
+            exponentials = [math.exp(scale * cosine(proposals[i], text)) for text in texts]
+            best = max(best, exponentials[j] / sum(exponentials))
+        expected.append(best)
+    torch.testing.assert_close(unseen_scores(proposals, texts, scale), torch.tensor(expected), atol=2e-5, rtol=1e-4)
+
+
+def test_the_scale_is_that_of_clip_unless_said():
+    torch.manual_seed(0)
+    proposals, texts = torch.randn(6, 8), torch.randn(4, 8)
+    assert torch.equal(unseen_scores(proposals, texts), unseen_scores(proposals, texts, 100.0))
+
+
+def test_an_image_without_proposals_scores_nothing():
+    assert unseen_scores(torch.zeros(0, 8), torch.randn(4, 8)).tolist() == [0.0] * 4
+
+
+def scores_by_hand(args: PseudoLabelArgs) -> list[list[float]]:
+    """Image by image, proposal by proposal, pixel by pixel where a filter is on."""
+    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    texts = model.encode_text(**processor(class_names=CLASS_NAMES))
+    columns = [CLASS_NAMES.index(name) for name in UNSEEN]
+    softmax_over = range(len(CLASS_NAMES)) if args.seen_names else columns
+    rows = []
+    for image, label, _ in load_split(args.dataset, "train"):
+        small = np.asarray(image.resize((48, 48), Image.Resampling.BILINEAR)) / 255  # 96 x 96, short edge 48
+        rgb = torch.from_numpy(small).permute(2, 0, 1).float()
+        with torch.inference_mode():
+            proposals = model.propose(**processor(images=image))
+        masks = F.interpolate(proposals["mask_logits"], scale_factor=4, mode="bilinear")[0, :, :48, :48].sigmoid() > 0.5
+        best = [0.0] * len(UNSEEN)
+        for mask in masks:
+            places = mask.nonzero().tolist()
+            hidden = [label[2 * y + 1, 2 * x + 1] not in SEEN_IDS for y, x in places]
+            if not places or sum(hidden) < args.unannotated_share * len(places):
+                continue
+            picture = rgb if args.fill == "none" else rgb * mask
+            (top, left), (bottom, right) = (
+                tuple(end(axis) for axis in zip(*places, strict=True)) for end in (min, max)
+            )
+            crop = picture[:, top : bottom + 1, left : right + 1]
+            mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+            std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+            crop = F.interpolate(((crop - mean) / std)[None], size=(16, 16), mode="bicubic")
+            with torch.inference_mode():
+                embeds = F.normalize(model.vision_model(crop).image_embeds[0], dim=0)
+            exponentials = {index: math.exp(100 * float(embeds @ texts[index])) for index in softmax_over}
+            for place, index in enumerate(columns):
+                best[place] = max(best[place], exponentials[index] / sum(exponentials.values()))
+        rows.append(best)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"unannotated_share": 0.5}, {"unannotated_share": 0.1, "seen_names": True}, {"fill": "zero"}]
+)
+def test_a_run_stores_the_scores_made_by_hand(arguments, data, options):
+    args = replace(arguments, **options)
+    make_pseudo_labels(args)
+    rows = rows_of(args)
+    assert [row["image_id"] for row in rows] == [f"{index:05d}" for index in range(NUM_IMAGES)]
+    assert all(list(row["scores"]) == UNSEEN for row in rows)
+    expected = scores_by_hand(args)
+    np.testing.assert_allclose([list(row["scores"].values()) for row in rows], expected, atol=2e-3)
+    if options.get("unannotated_share"):
+        assert 0 < sum(row == [0.0] * len(UNSEEN) for row in expected) < NUM_IMAGES, "too easy: all or nothing filtered"
+
+
+def test_the_other_options_change_the_scores(arguments, tmp_path):
+    args = replace(arguments, max_images=2)
+    runs = [{}, {"expansion": 2.0}, {"mask_threshold": 0.9}, {"mixed_precision": "bf16"}, {"fill": "mean"}]
+    found = [shards_of(replace(args, output=str(tmp_path / str(n)), **options)) for n, options in enumerate(runs)]
+    assert len({tuple(files.values()) for files in found}) == len(runs)
+
+
+def test_images_whose_proposals_are_nowhere_score_nothing(arguments):
+    args = replace(arguments, mask_threshold=0.999999, max_images=4)
+    make_pseudo_labels(args)
+    assert [list(row["scores"].values()) for row in rows_of(args)] == [[0.0] * len(UNSEEN)] * 4
+
+
+def test_the_filter_counts_pixels_as_a_loop_does():
+    torch.manual_seed(0)
+    mask_logits = 3 * torch.randn(20, 5, 6) - 1
+    mask_logits[3] = -9  # nowhere
+    annotated = torch.rand(17, 22) < 0.55  # of a padded input of 20 x 24
+    probs = F.interpolate(mask_logits[None], size=(20, 24), mode="bilinear")[0].sigmoid()
+    for share in (0.3, 0.5):
+        expected = []
+        for query in range(20):
+            inside = unannotated = 0
+            for y in range(17):
+                for x in range(22):
+                    if probs[query, y, x] > 0.4:
+                        inside += 1
+                        unannotated += not annotated[y, x]
+            expected.append(inside > 0 and unannotated / inside >= share)
+        assert usable_proposals(mask_logits, annotated, 0.4, share).tolist() == expected
+    assert 0 < sum(expected) < 20
+
+
+# ---- the same bytes, whoever makes them ----
+
+
+def test_two_processes_write_the_bytes_of_one(arguments, tmp_path):
+    expected = shards_of(arguments)
+    assert list(expected) == [f"scores-{index:05d}-of-00003.parquet" for index in range(3)]
+    two = command(arguments, processes=2, output=tmp_path / "two", num_workers=1)
+    done = subprocess.run(two, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert shards(tmp_path / "two") == expected
+    assert "7/7" in done.stderr  # the share of the main process: shards 0 and 2, of 4 and 3 images
+    assert (tmp_path / "two" / "summary.json").exists() and "labels of 5 unseen names" in done.stdout
+
+
+def test_a_killed_run_goes_on_to_the_bytes_of_an_uninterrupted_one(arguments, tmp_path, capsys):
+    expected = shards_of(replace(arguments, shard_size=1, output=str(tmp_path / "straight")))
+    args = replace(arguments, shard_size=1)
+    killed = subprocess.Popen(command(args), cwd=ROOT, env=environment())
+    deadline = time.monotonic() + 120
+    while not shards(args.output) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    done = {path: path.stat().st_mtime_ns for path in Path(args.output).glob("scores-*.parquet")}
+    assert 0 < len(done) < NUM_IMAGES
+    with pytest.raises(InputError, match="shards, but not the 11 of one run"):
+        load_unseen_scores(args.output, load_label_space("scenes"), [])
+    (Path(args.output) / f"scores-00010-of-{NUM_IMAGES:05d}.parquet.partial").write_bytes(b"half a shard")
+    capsys.readouterr()
+    assert shards_of(args) == expected
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "shards that were there were made again"
+    assert f"{NUM_IMAGES}/{NUM_IMAGES}" in capsys.readouterr().err  # the resumed ones are in the count
+    assert not list(Path(args.output).glob("*.partial"))
+
+
+def test_the_same_command_again_changes_nothing(arguments):
+    args = replace(arguments, max_images=2)
+    make_pseudo_labels(args)
+    before = {path.name: path.read_bytes() for path in Path(args.output).iterdir()}
+    make_pseudo_labels(args)
+    assert {path.name: path.read_bytes() for path in Path(args.output).iterdir()} == before
+
+
+# ---- no way for unseen truth to get in ----
+
+
+def relabelled(data: Path, folder: Path, change: dict[str, int]) -> Path:
+    """A copy of the data with other ids where these classes were."""
+    copy = shutil.copytree(data, folder / "scenes")
+    table = np.arange(256, dtype=np.uint8)
+    for name, other in change.items():
+        table[CLASS_NAMES.index(name)] = other
+    for path in (copy / "train" / "labels").iterdir():
+        Image.fromarray(table[np.asarray(Image.open(path))]).save(path)
+    return copy
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_unseen_truth_cannot_reach_the_scores(arguments, data, tmp_path, share):
+    args = replace(arguments, unannotated_share=share)
+    ids = [CLASS_NAMES.index(name) for name in UNSEEN]
+    permuted = relabelled(data, tmp_path / "permuted", dict(zip(UNSEEN, ids[1:] + ids[:1], strict=True)))
+    void = relabelled(data, tmp_path / "void", dict.fromkeys(UNSEEN, 255))
+    expected = shards_of(args)
+    for number, other in enumerate((permuted, void)):
+        assert shards_of(replace(args, dataset=str(other), output=str(tmp_path / f"out{number}"))) == expected
+    settings = [json.loads((Path(f) / "settings.json").read_text()) for f in (args.output, tmp_path / "out1")]
+    assert settings[0] == settings[1]
+    # The filter does look at the seen ones
+    seen = relabelled(data, tmp_path / "seen", dict.fromkeys([n for n in CLASS_NAMES if n not in UNSEEN], 255))
+    changed = shards_of(replace(args, dataset=str(seen), output=str(tmp_path / "seen_out")))
+    assert (changed == expected) == (share == 0)
+
+
+def with_config(stage1: Path, folder: Path, **changes) -> str:
+    copy = shutil.copytree(stage1, folder / "other")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seen_class_names": None}, "does not say which classes"),
+        ({"seen_class_names": ["grass", "Red  Square"]}, "trained on masks of .'red square'"),
+        ({"unseen_labels": "ground_truth"}, "told ground-truth image labels"),
+        ({"vision_config": None}, "no CLIP image tower"),
+    ],
+)
+def test_a_model_that_knows_unseen_classes_or_cannot_look_is_refused(arguments, stage1, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        make_pseudo_labels(replace(arguments, model=with_config(stage1, tmp_path, **changes)))
+    assert not Path(arguments.output).exists()
+
+
+# ---- other refusals ----
+
+
+def test_a_folder_of_other_settings_is_refused_by_the_field(arguments, stage1, tmp_path):
+    args = replace(arguments, max_images=2)
+    make_pseudo_labels(args)
+    before = shards(args.output)
+    others = {
+        "expansion": {"expansion": 1.5},
+        "shard_size": {"shard_size": 2},
+        "num_images, image_ids_sha256": {"max_images": 3},
+        "seen_names": {"seen_names": True},
+        "checkpoint_sha256, model": {"model": with_config(stage1, tmp_path, pseudo_label_threshold=0.9)},
+    }
+    for fields, change in others.items():
+        with pytest.raises(InputError, match="shards made with another") as refused:
+            make_pseudo_labels(replace(args, **change))
+        assert all(field in str(refused.value) for field in fields.split(", "))
+    assert shards(args.output) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "./nowhere"], "--model ./nowhere: no such folder"),
+        (["--dataset", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+        (["--unannotated_share", "50"], "--unannotated_share must be at most 1"),
+        (["--threshold_sweep", "0.5", "99"], "--threshold_sweep"),
+        (["--shard_size", "0"], "--shard_size must be 1 or more, got 0"),
+        (["--expansion", "0"], "--expansion must be positive"),
+        (["--output", str(ROOT / "LICENSE")], "is a file"),
+        (["--fil", "mean"], "did you mean --fill"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(sys, "argv", [*command(arguments)[2:], *flags])
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert words in line
+
+
+# ---- the summary ----
+
+
+def test_precision_and_recall_equal_their_definition_on_sets():
+    rng = np.random.default_rng(0)
+    labels, truth = rng.random((30, 5)) < 0.4, rng.random((30, 5)) < 0.3
+    labels[:, 1] = truth[:, 2] = False  # never labelled; never true
+    found = precision_and_recall(labels, truth)
+    said, true = ({(n, u) for n, u in zip(*np.nonzero(table), strict=True)} for table in (labels, truth))
+    for name, of in (("precision", said), ("recall", true)):
+        per_class = []
+        for u in range(5):
+            own = {pair for pair in of if pair[1] == u}
+            per_class.append(len(own & said & true) / len(own) if own else math.nan)
+        np.testing.assert_allclose(found[name]["per_class"], per_class)
+        assert found[name]["micro"] == pytest.approx(len(said & true) / len(of))
+        known = [value for value in per_class if not math.isnan(value)]
+        assert len(known) == 4 and found[name]["macro"] == pytest.approx(sum(known) / 4)
+
+
+def test_the_summary_counts_labels_and_compares_with_the_label_maps(arguments, data, capsys):
+    args = replace(arguments, measure=True, threshold_sweep=[0.6, 0.9])
+    result = make_pseudo_labels(args)
+    assert json.loads((Path(args.output) / "summary.json").read_text()).keys() == result.keys()
+    rows = [row["scores"] for row in rows_of(args)]
+    present = [{CLASS_NAMES[i] for i in np.unique(record.label) if i != 255} for record in load_split(data, "train")]
+    assert result["images_with_class"] == [sum(name in names for names in present) for name in UNSEEN]
+    assert [row["threshold"] for row in result["thresholds"]] == [0.6, 0.9, 0.99]  # the model's own is among them
+    for row in result["thresholds"]:
+        said = [[values[name] >= row["threshold"] for values in rows] for name in UNSEEN]
+        assert row["labels"] == [sum(column) for column in said]
+        hits = [sum(s and n in p for s, p in zip(c, present, strict=True)) for c, n in zip(said, UNSEEN, strict=True)]
+        assert row["recall"]["micro"] == pytest.approx(sum(hits) / sum(result["images_with_class"]))
+    assert sum(result["thresholds"][0]["labels"]) > 0, "too easy: no label at all"
+    text = report(result)
+    assert all(name in text for name in UNSEEN) and "AP" in text
+
+
+def test_without_unseen_classes_in_the_label_maps_labels_are_only_counted(arguments, data, tmp_path):
+    void = relabelled(data, tmp_path, dict.fromkeys(UNSEEN, 255))
+    result = make_pseudo_labels(replace(arguments, dataset=str(void), measure=True, max_images=2))
+    assert "average_precision" not in result and "precision" not in result["thresholds"][0]
+    assert "AP" not in report(result)
+
+
+def test_average_precision_of_a_class_that_is_never_there_is_left_out_of_the_mean():
+    scores = np.array([[0.9, 0.1], [0.8, 1.0], [0.1, 0.2]], np.float32)
+    truth = np.array([[True, False], [False, False], [True, False]])
+    result = summary(scores, truth, ["cow", "cat"], 0.99, [])
+    np.testing.assert_allclose(result["average_precision"]["per_class"], [(1 + 2 / 3) / 2, math.nan])
+    assert result["average_precision"]["macro"] == pytest.approx((1 + 2 / 3) / 2)
+    assert result["thresholds"][0]["labels"] == [0, 1]

@@ -1,0 +1,466 @@
+"""Pseudo labels (section 3.4): which unseen classes CLIP finds in the pictures of a split.
+
+    accelerate launch -m zs3.pseudo_labels --model runs/stage1/final --dataset DIR --output runs/pseudo_labels
+    accelerate launch train.py ... --init_from runs/stage1/final --unseen_labels runs/pseudo_labels
+
+The stage-1 model proposes masks, its CLIP image tower sees the box around each (Eq. 9), and the best proposal gives
+an image's score of a name (Eq. 10). The folder gets `settings.json`, all that decides the scores; shards of so many
+images, `scores-00003-of-00047.parquet`, with columns image_id and scores; and `summary.json`. Thresholds are applied
+where the scores are read (`zs3.data.pseudo_labels`), so another one needs no other run.
+
+A shard is made in the same batches whoever makes it: neither the number of processes nor a restart, which goes on
+with the shards that are missing, changes a byte.
+
+The leak rule: scores come from pictures and seen classes. Where unseen ones are only `unseen_truth` knows, for the
+summary.
+
+Axes: B image of a batch, N image, Q query, U unseen name, C name in the softmax, D embedding, H W input size, h w
+mask size.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from clip_views_zs3 import proposal_masks
+from modeling_zs3 import cosine_similarity
+from processing_zs3 import Zs3ImageProcessor, resize_nearest
+from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
+from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run, write_json
+from zs3.data import (
+    IGNORED,
+    Split,
+    load_split,
+    load_unseen_scores,
+    mask_positions,
+    pseudo_labels,
+    shard_name,
+    to_mask_labels,
+)
+from zs3.evaluation import average_precision, percent
+from zs3.label_space import LabelSpace, load_label_space
+
+DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class PseudoLabelArgs:
+    """Pseudo labels of one split, from the proposals of a stage-1 model."""
+
+    model: str | None = flag(None, "Stage-1 checkpoint with a CLIP image tower: a folder or a Hub id.")
+    dataset: str | None = flag(None, "Folder or Hub id of the data.")
+    output: str | None = flag(None, "Folder for the scores; the same command again goes on where it stopped.")
+    split: str = flag("train", "Split of the dataset to make pseudo labels for.")
+    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
+    max_images: int | None = flag(None, "Score the first N images only.")
+
+    seen_names: bool = flag(False, "Seen names take part in the softmax of Eq. 9 too, so that they can win.")
+    unannotated_share: float = flag(
+        0.0, "Use only proposals with this share of their pixels or more on no seen class (unseen and void alike)."
+    )
+    fill: Literal["none", "mean", "zero"] = flag(
+        "none", "What CLIP sees outside a mask: the picture (none), its mean colour (mean), or black (zero)."
+    )
+    expansion: float = flag(1.0, "Sides of the boxes, in those of the tight box.")
+    mask_threshold: float = flag(0.5, "A proposal is where its mask is above this.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the CLIP image tower.")
+
+    batch_size: int = flag(8, "Images at once.")
+    shard_size: int = flag(256, "Images a shard.")
+    num_threads: int = flag(1, "Threads of each process.")
+    num_workers: int = flag(0, "Data loading processes of each process; 0 loads in the process itself.")
+
+    threshold_sweep: list[float] = flag(
+        [0.5, 0.7, 0.9, 0.95, 0.99, 0.999], "Thresholds of the summary, beside the model's own."
+    )
+    measure: bool = flag(True, "Compare with the image labels of unseen classes, where the label maps hold them.")
+
+    def check(self) -> None:
+        check_required(self, "model", "dataset", "output")
+        check_at_least(self, 1, "max_images", "batch_size", "shard_size", "num_threads")
+        check_at_least(self, 0, "num_workers", "mask_threshold", "unannotated_share")
+        if self.unannotated_share > 1 or self.mask_threshold >= 1:
+            raise InputError("--unannotated_share must be at most 1, and --mask_threshold below 1")
+        if not self.expansion > 0:
+            raise InputError(f"--expansion must be positive, got {self.expansion}")
+        outside = [threshold for threshold in self.threshold_sweep if not 0 < threshold <= 1]
+        if outside:
+            raise InputError(f"--threshold_sweep must lie above 0 and be at most 1, got {outside[0]}")
+
+
+# ---- scores ------------------------------------------------------------------------------------------------
+
+
+def unseen_scores(proposal_embeds: Tensor, text_embeds: Tensor, logit_scale: float = 100.0) -> Tensor:
+    """Scores of the unseen names for one image (Eq. 9, 10): (U,) in [0, 1]; 0 without proposals.
+
+    proposal_embeds: (Q, D), CLIP's of the proposals. text_embeds: (U, D).
+    Reading: the softmax carries CLIP's own scale. Of plain cosines none of 3 names or more could ever reach 0.99.
+    """
+    if len(proposal_embeds) == 0:
+        return text_embeds.new_zeros(len(text_embeds), dtype=torch.float32)
+    probs = (logit_scale * cosine_similarity(proposal_embeds, text_embeds)).softmax(dim=-1)  # Eq. 9
+    return probs.amax(dim=0)  # Eq. 10
+
+
+def usable_proposals(mask_logits: Tensor, annotated: Tensor, mask_threshold: float, share: float) -> Tensor:
+    """(Q,) bool: the proposals that are somewhere, with at least this share of their pixels on unannotated ones.
+
+    mask_logits: (Q, h, w). annotated: (H, W) bool, pixels of seen classes at the model's input, without padding.
+    """
+    usable = []
+    for part in mask_logits.split(16):  # at the size of the input, all masks at once are big
+        masks = proposal_masks(part, tuple(annotated.shape), mask_threshold)
+        area = masks.flatten(1).sum(1)
+        usable.append((area > 0) & ((masks & ~annotated).flatten(1).sum(1) >= share * area))
+    return torch.cat(usable)
+
+
+class Batch(NamedTuple):
+    """annotated: B of (H, W) bool, see `usable_proposals`; the rest is the model's input."""
+
+    pixel_values: Tensor
+    pixel_mask: Tensor
+    annotated: list[Tensor]
+
+
+class ScoredImages(Dataset):
+    """What the scoring sees of each image: its picture, and where seen classes are, (H, W) bool."""
+
+    def __init__(self, records: Split, label_space: LabelSpace):
+        self.records = records
+        self.positions = mask_positions(label_space, label_space.seen)
+        self.ignore_index = label_space.ignore_index
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        image, label, _ = self.records[index]
+        return image, to_mask_labels(label, self.positions, self.ignore_index) != IGNORED
+
+
+def collate(image_processor: Zs3ImageProcessor, samples: list[tuple[Image.Image, np.ndarray]]) -> Batch:
+    images, annotated = zip(*samples, strict=True)
+    inputs = image_processor(images=list(images))
+    sizes = [(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in inputs["pixel_mask"]]
+    annotated = [torch.from_numpy(resize_nearest(a, size)) for a, size in zip(annotated, sizes, strict=True)]
+    return Batch(inputs["pixel_values"], inputs["pixel_mask"], annotated)
+
+
+def score_batch(
+    model: PreTrainedModel,
+    image_processor: Zs3ImageProcessor,
+    text_embeds: Tensor,
+    batch: Batch,
+    args: PseudoLabelArgs,
+) -> Tensor:
+    """(B, C): scores of each image. text_embeds: (C, D)."""
+    device = model.device
+    proposals = model.propose(batch.pixel_values.to(device), batch.pixel_mask.to(device))
+    mask_logits = proposals["mask_logits"]
+    usable = torch.stack(
+        [
+            usable_proposals(logits, annotated.to(device), args.mask_threshold, args.unannotated_share)
+            for logits, annotated in zip(mask_logits, batch.annotated, strict=True)
+        ]
+    )  # (B, Q)
+    scores = torch.zeros(len(usable), len(text_embeds), device=device)
+    (images,) = usable.any(dim=1).nonzero(as_tuple=True)  # CLIP is shown nothing of the others
+    if len(images) == 0:
+        return scores
+    views = model.embed_proposals(
+        image_processor.to_rgb(batch.pixel_values.to(device))[images],
+        mask_logits[images],
+        proposals["valid_sizes"][images],
+        view="crops",
+        fill=None if args.fill == "none" else args.fill,
+        mask_threshold=args.mask_threshold,
+        expansion=args.expansion,
+        chosen=usable[images],
+        dtype=DTYPES[args.mixed_precision],
+    )
+    for image, embeds, shown in zip(images.tolist(), views.embeds, views.shown, strict=True):
+        scores[image] = unseen_scores(embeds[shown], text_embeds, model.config.clip_logit_scale)
+    return scores
+
+
+def cut(indices: range, size: int) -> list[range]:
+    """In order, into parts of `size`; the last may be shorter."""
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def write_shard(path: Path, image_ids: list[str], scores: np.ndarray, unseen: list[str]) -> None:
+    """Written beside and renamed. scores: (N, U) float32."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array(np.ascontiguousarray(column)) for column in scores.T]
+    table = pyarrow.table({"image_id": image_ids, "scores": pyarrow.StructArray.from_arrays(columns, names=unseen)})
+    partial = path.with_name(path.name + ".partial")
+    pyarrow.parquet.write_table(table, partial)
+    os.replace(partial, path)
+
+
+# ---- what decides the scores -------------------------------------------------------------------------------
+
+
+def check_source(config: PreTrainedConfig, label_space: LabelSpace) -> None:
+    """The labels are to be made without knowing the unseen classes."""
+    if not label_space.unseen:
+        raise InputError("the label space has no unseen class: there is nothing to make pseudo labels for")
+    check_no_unseen_masks(config, label_space, "pseudo labels can come from it, take the stage-1 model")
+    if config.unseen_labels == "ground_truth":
+        raise InputError(
+            "the checkpoint was told ground-truth image labels of unseen classes: take the stage-1 model for pseudo "
+            "labels"
+        )
+    if config.vision_config is None:
+        raise InputError("the checkpoint has no CLIP image tower to see proposals: train stage 1 with --clip")
+
+
+def resolved_settings(
+    args: PseudoLabelArgs,
+    model: PreTrainedModel,
+    label_space: LabelSpace,
+    image_ids: list[str],
+    prompts: list[str],
+    text_embeds: Tensor,
+) -> dict:
+    """All that decides the scores, for settings.json; text_embeds: (C, D) of the names in the softmax."""
+    label_space_json = json.dumps([label_space.class_names, label_space.unseen, label_space.ignore_index])
+    return {
+        "model": args.model,
+        "checkpoint_sha256": checkpoint_sha256(args.model),
+        "checkpoint_commit": getattr(model.config, "_commit_hash", None),
+        "dataset": Path(args.dataset).name if Path(args.dataset).is_dir() else args.dataset,
+        "split": args.split,
+        "num_images": len(image_ids),
+        "image_ids_sha256": sha256("\n".join(image_ids).encode()),
+        "label_space_sha256": sha256(label_space_json.encode()),
+        "unseen": label_space.unseen,
+        "prompts": prompts,
+        "text_embeds_sha256": sha256(text_embeds.cpu().numpy().tobytes()),
+        "logit_scale": model.config.clip_logit_scale,
+        "seen_names": args.seen_names,
+        "unannotated_share": args.unannotated_share,
+        "fill": args.fill,
+        "expansion": args.expansion,
+        "mask_threshold": args.mask_threshold,
+        "mixed_precision": args.mixed_precision,
+        "batch_size": args.batch_size,
+        "shard_size": args.shard_size,
+        "num_threads": args.num_threads,
+        "device": model.device.type,
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "pillow", "pyarrow")},
+    }
+
+
+def checkpoint_sha256(path: str) -> dict[str, str]:
+    """Of each file of a local checkpoint that its outputs hang on; one from the Hub has its commit."""
+    files = sorted(file for kind in ("*.safetensors", "*.json", "*.py") for file in Path(path).glob(kind))
+    found = {}
+    for file in files:
+        with file.open("rb") as opened:
+            found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """A folder holds one run: its settings are written at the start and must be the same when it goes on.
+
+    One that left no shard never was: its folder is free.
+    """
+    if folder.is_file():
+        raise InputError(f"--output {folder} is a file: choose a folder")
+    path = folder / "settings.json"
+    if any(folder.glob("scores-*.parquet")):
+        if not path.exists():
+            raise InputError(f"{folder} holds shards without settings.json: choose another --output or delete it")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
+        if changed:
+            raise InputError(
+                f"{folder} holds shards made with another {', '.join(changed)}: choose another --output or delete it"
+            )
+    write_json(path, settings)
+
+
+# ---- the summary -------------------------------------------------------------------------------------------
+
+
+def unseen_truth(records: Split, label_space: LabelSpace, count: int) -> np.ndarray:
+    """(N, U) bool: which unseen classes the label maps of the first `count` images hold; for measuring alone."""
+    ids = [label_space.class_names.index(name) for name in label_space.unseen]
+    truth = np.zeros((count, len(ids)), dtype=bool)
+    for index in tqdm(range(count), desc="truth", unit="image", mininterval=1):
+        label = records.label(index)
+        label = label[label != label_space.ignore_index]
+        truth[index] = np.bincount(label, minlength=len(label_space.class_names))[ids] > 0
+    return truth
+
+
+def precision_and_recall(labels: np.ndarray, truth: np.ndarray) -> dict[str, dict[str, list[float] | float]]:
+    """Image-level precision and recall of labels (N, U) bool: of each name, over all (micro), mean of names (macro).
+
+    NaN where nothing is labelled, or nothing true; names without a value are left out of the mean.
+    """
+    hits = (labels & truth).sum(0)
+    measures = {}
+    for name, of in (("precision", labels.sum(0)), ("recall", truth.sum(0))):
+        per_class = np.divide(hits, of, out=np.full(len(of), np.nan), where=of > 0)
+        known = per_class[of > 0]
+        measures[name] = {
+            "per_class": per_class.tolist(),
+            "micro": float(hits.sum() / of.sum()) if len(known) else float("nan"),
+            "macro": float(known.mean()) if len(known) else float("nan"),
+        }
+    return measures
+
+
+def summary(scores: np.ndarray, truth: np.ndarray | None, unseen: list[str], own: float, sweep: list[float]) -> dict:
+    """How many labels each threshold gives, and how good they are. Lists go along `unseen`.
+
+    scores: (N, U). truth: (N, U) bool, or None: not known. own: the model's threshold; sweep: others to look at.
+    """
+    thresholds = []
+    for threshold in sorted({own, *sweep}):
+        labels = pseudo_labels(scores, threshold) == 1
+        measures = {} if truth is None else precision_and_recall(labels, truth)
+        thresholds.append({"threshold": threshold, "labels": labels.sum(0).tolist(), **measures})
+    result = {"num_images": len(scores), "unseen": unseen, "pseudo_label_threshold": own, "thresholds": thresholds}
+    if truth is not None:
+        found = np.array([average_precision(*columns) for columns in zip(scores.T, truth.T, strict=True)])
+        known = found[~np.isnan(found)]
+        result["images_with_class"] = truth.sum(0).tolist()
+        result["average_precision"] = {"per_class": found.tolist(), "macro": float(known.mean())}
+    return result
+
+
+def report(result: dict) -> str:
+    """The tables for the terminal; precision, recall and AP in percent."""
+    measured = "average_precision" in result
+    lines = [f"labels of {len(result['unseen'])} unseen names in {result['num_images']} images"]
+    lines.append("  threshold   labels" + ("   precision, recall (micro)   (macro)" if measured else ""))
+    for row in result["thresholds"]:
+        line = f"  {row['threshold']:<9g} {sum(row['labels']):8d}"
+        if measured:
+            micro, macro = ([row[name][kind] for name in ("precision", "recall")] for kind in ("micro", "macro"))
+            line += f"   {_percents(micro)}                {_percents(macro)}"
+        lines.append(line)
+    (own,) = [row for row in result["thresholds"] if row["threshold"] == result["pseudo_label_threshold"]]
+    lines.append(f"at {own['threshold']:g}, by name" + (": labels, images with it, precision, recall, AP" * measured))
+    for index, name in enumerate(result["unseen"]):
+        line = f"  {own['labels'][index]:8d}"
+        if measured:
+            values = [own[kind]["per_class"][index] for kind in ("precision", "recall")]
+            values.append(result["average_precision"]["per_class"][index])
+            line += f" {result['images_with_class'][index]:8d}   {_percents(values)}"
+        lines.append(f"{line}   {name}")
+    return "\n".join(lines)
+
+
+def _percents(values: list[float]) -> str:
+    return " ".join(percent(None if np.isnan(value) else value) for value in values)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
+    """The summary, as it is written to the output folder; None on processes other than the main one."""
+    args.check()
+    # A process that is done waits for the others, who may be a whole shard behind.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
+    torch.set_num_threads(args.num_threads)
+    label_space = load_label_space(args.label_space or args.dataset)
+    records = load_split(args.dataset, args.split, label_space)
+    if len(set(records.image_ids)) < len(records):
+        raise InputError(f"image_id repeats in split {args.split!r}: pseudo labels are told apart by it")
+    with accelerator.local_main_process_first():
+        model, processor = load_checkpoint(args.model)
+    check_source(model.config, label_space)
+    model.to(accelerator.device)
+    image_processor = getattr(processor, "image_processor", processor)
+    text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
+    in_softmax = [*label_space.unseen, *(label_space.seen if args.seen_names else [])]  # the unseen ones come first
+    text_embeds = text_embeds[[label_space.class_names.index(name) for name in in_softmax]].to(accelerator.device)
+
+    # Shards: which are there, and who makes the others
+    folder, num_unseen = Path(args.output), len(label_space.unseen)
+    image_ids = records.image_ids[: args.max_images]
+    shards = cut(range(len(image_ids)), args.shard_size)
+    if accelerator.is_main_process:
+        check_settings(folder, resolved_settings(args, model, label_space, image_ids, prompts, text_embeds))
+    accelerator.wait_for_everyone()
+    paths = [folder / shard_name(number, len(shards)) for number in range(len(shards))]
+    remaining = [number for number, path in enumerate(paths) if not path.exists()]
+    accelerator.wait_for_everyone()  # nobody writes while another still looks
+    mine = remaining[accelerator.process_index :: accelerator.num_processes]
+
+    # Scores
+    batches = iter(
+        DataLoader(
+            ScoredImages(records, label_space),
+            batch_sampler=[batch for number in mine for batch in cut(shards[number], args.batch_size)],
+            collate_fn=partial(collate, image_processor),
+            num_workers=args.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+    )
+    resumed = len(image_ids) - sum(len(shards[number]) for number in remaining)
+    total = resumed + sum(len(shards[number]) for number in mine)
+    quiet = not accelerator.is_local_main_process
+    with tqdm(total=total, initial=resumed, unit="image", mininterval=1, disable=quiet) as bar:
+        for number in mine:
+            scores = []
+            for batch in islice(batches, len(cut(shards[number], args.batch_size))):
+                scores.append(score_batch(model, image_processor, text_embeds, batch, args)[:, :num_unseen].cpu())
+                bar.update(len(batch.pixel_values))
+            shard_ids = [image_ids[index] for index in shards[number]]
+            write_shard(paths[number], shard_ids, torch.cat(scores).numpy(), label_space.unseen)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return None
+
+    # Summary
+    scores = load_unseen_scores(folder, label_space, image_ids)
+    truth = unseen_truth(records, label_space, len(image_ids)) if args.measure else None
+    if truth is not None and not truth.any():
+        truth = None  # the label maps do not hold unseen classes
+    own = model.config.pseudo_label_threshold
+    result = summary(scores, truth, label_space.unseen, own, args.threshold_sweep)
+    write_json(folder / "summary.json", result)
+    return result
+
+
+def main() -> None:
+    args, _ = read_arguments(PseudoLabelArgs)
+    result = make_pseudo_labels(args)
+    if result is not None:
+        print(report(result))
+
+
+if __name__ == "__main__":
+    run(main)
