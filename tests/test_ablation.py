@@ -1,0 +1,337 @@
+"""The ablation command: its statistics against scipy's, its runner with small jobs, its commands against their parsers.
+
+Nothing is trained here: result files are made up, and what the command then has to run is asked or is nothing.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy import stats
+
+from configuration_zs3 import Zs3Config
+from eval import EvalArgs
+from train import TrainArgs
+from zs3 import ablation
+from zs3.ablation import ROWS, TABLES, AblationArgs, Job, make_jobs, run_jobs, t_interval, verdict
+from zs3.command_line import InputError, read_arguments, run
+from zs3.pseudo_labels import PseudoLabelArgs
+from zs3.scenes import write_dataset
+
+ROOT = Path(__file__).parent.parent
+LINES = [line for table in TABLES.values() for line in table.lines]
+SCORES = ("miou_seen", "miou_unseen", "hiou")
+
+
+# ---- the statistics ----------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_scipys():
+    rng = random.Random(0)
+    for count in (2, 3, 5):
+        values = [rng.gauss(40, 3) for _ in range(count)]
+        expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert t_interval(values) == pytest.approx(tuple(expected))
+    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484, 2 + 2.484), abs=1e-3)  # 4.303 / sqrt(3), by table
+
+
+@pytest.mark.parametrize(
+    ("differences", "paper", "expected"),
+    [
+        ([5.0, 6.0, 7.0], 16.7, "same sign as the paper"),
+        ([-5.0, -6.0, -7.0], -1.5, "same sign as the paper"),
+        ([5.0, 6.0, 7.0], -1.5, "opposite"),
+        ([-5.0, -6.0, -7.0], 16.7, "opposite"),
+        ([-1.0, 6.0, 7.0], 16.7, "no difference"),  # the mean has the paper's sign, its interval holds 0
+        ([0.0, 0.0, 0.0], 16.7, "no difference"),
+        ([5.0], 16.7, "no interval"),  # of one seed nothing is known
+    ],
+)
+def test_verdicts(differences, paper, expected):
+    assert verdict(list(t_interval(differences)), paper) == expected
+
+
+def test_the_papers_numbers_are_those_of_the_paper():
+    ours = {tuple(scores) for table in TABLES.values() for scores in table.paper.values()}
+    assert ours == {(40.1, 25.3, 31.0), (38.6, 42.0, 40.2), (39.0, 52.2, 44.7), (37.2, 35.5, 36.4)}
+    ensemble, (pseudo, truth) = TABLES["table4"].differences, TABLES["table5"].differences
+    assert all(difference.paper == pytest.approx((1.4, 6.5, 3.8)) for difference in ensemble)
+    assert pseudo.paper == pytest.approx((-1.5, 16.7, 9.2)) and truth.paper == pytest.approx((-1.1, 26.9, 13.7))
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch) -> AblationArgs:
+    """An ablation of 3 seeds that has run, with made-up weights and scores; 0 on unseen classes without labels."""
+    args = AblationArgs(output_dir=str(tmp_path / "runs"), num_train=2, num_validation=1)
+    monkeypatch.chdir(ROOT)
+    write_dataset(args.data, 2, 1, seed=0)
+    rng = random.Random(0)
+    for seed in args.seeds:
+        for row in ROWS:
+            (args.run_folder(seed, row) / "final").mkdir(parents=True)
+            weights = f"{seed} {row}".encode()
+            (args.run_folder(seed, row) / "final" / "model.safetensors").write_bytes(weights)
+            for view in ablation.VIEWS:
+                result = {name: rng.uniform(0.2, 0.6) for name in SCORES}
+                result |= {"miou_unseen": 0.0, "hiou": 0.0} if row == "none" else {}
+                result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "clip_ensemble": view}
+                result |= {"clip_ensemble_weight": None if view == "off" else 0.8}
+                (args.run_folder(seed, row) / f"gzs3_{view}.json").write_text(json.dumps(result))
+        args.run_folder(seed, "pseudo_labels").mkdir()
+        (args.run_folder(seed, "pseudo_labels") / "summary.json").write_text("{}")
+    return args
+
+
+def call(monkeypatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["ablation", *map(str, words)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    ablation.main()
+
+
+def flags(args: AblationArgs) -> list[object]:
+    return ["--output_dir", args.output_dir, "--num_train", args.num_train, "--num_validation", args.num_validation]
+
+
+def test_both_tables_of_a_finished_ablation_without_running_anything(finished, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    call(monkeypatch, "table4", "table5", *flags(finished), "--seeds", 0, 1, 2, "--result", tmp_path / "tables.json")
+    result = json.loads((tmp_path / "tables.json").read_text())
+    text = (tmp_path / "tables.md").read_text()
+    assert text in capsys.readouterr().out
+    assert result["command"].startswith("python -m zs3.ablation table4 table5 --output_dir")
+    assert result["steps"] == {"stage1": 1400, "none": 500, "pseudo": 500, "ground_truth": 500}
+    assert len(result["tables"]["table4"]["lines"]) == 16 and len(result["tables"]["table5"]["lines"]) == 3
+    assert "synthetic" in text and "stage 1 1400" in text and result["versions"]["torch"] in text
+
+    def seeds_of(row: str, view: str, name: str) -> list[float]:
+        paths = [finished.run_folder(seed, row) / f"gzs3_{view}.json" for seed in (0, 1, 2)]
+        return [100 * json.loads(path.read_text())[name] for path in paths]
+
+    for line in result["tables"]["table4"]["lines"]:
+        for name in SCORES:
+            values = seeds_of(line["training"], line["ensemble"], name)
+            assert line["scores"][name]["seeds"] == pytest.approx(values)
+            assert line["scores"][name]["mean"] == pytest.approx(sum(values) / 3)
+            if any(values):
+                expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+                assert line["scores"][name]["interval"] == pytest.approx(list(expected))
+    pseudo, truth = result["tables"]["table5"]["differences"]
+    for difference, row in ((pseudo, "pseudo"), (truth, "ground_truth")):
+        for name in SCORES:
+            score = difference["scores"][name]
+            above, below = seeds_of(row, "off", name), seeds_of("none", "off", name)
+            assert score["seeds"] == pytest.approx([a - b for a, b in zip(above, below, strict=True)])
+            test = stats.ttest_rel(above, below)  # the interval holds 0 where the paired test has p >= 0.05
+            same_sign = test.statistic * score["paper"] > 0
+            told = ("same sign as the paper" if same_sign else "opposite") if test.pvalue < 0.05 else "no difference"
+            assert score["verdict"] == told
+            assert f"{score['mean']:+.1f} ± " in text and f"| {score['paper']:+.1f} | {told} |" in text
+    assert truth["scores"]["miou_unseen"]["verdict"] == "same sign as the paper"
+
+
+def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkeypatch):
+    path = finished.run_folder(0, "pseudo") / "gzs3_off.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"miou_unseen": None}))
+    call(monkeypatch, "table5", *flags(finished), "--seeds", 0)
+    result = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]
+    assert result["lines"][1]["scores"]["miou_unseen"] == {"mean": None, "interval": [None, None], "seeds": [None]}
+    assert {score["verdict"] for d in result["differences"] for score in d["scores"].values()} == {"no interval"}
+    assert "± - (" in Path(finished.output_dir, "tables.md").read_text()
+
+
+# ---- what has to be run ------------------------------------------------------------------------------------
+
+
+def undone(args: AblationArgs) -> list[str]:
+    return [job.name for job in make_jobs(args, LINES) if not job.is_done()]
+
+
+def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another(finished):
+    assert undone(finished) == []
+    (finished.run_folder(1, "none") / "final" / "model.safetensors").write_bytes(b"trained anew")
+    path = finished.run_folder(2, "pseudo") / "gzs3_crops.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_ensemble_weight": 0.7}))
+    repeated = [f"seed1/none/gzs3_{view}" for view in ("off", "crops", "lazy", "single_pass")]
+    assert undone(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
+
+
+def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch, capsys):
+    recipe = {"max_steps": 500, "learning_rate": 5e-4, "class_loss": "background_aware", "seed": 0, "of_old": 1}
+    path = finished.run_folder(0, "none") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert ablation.check_trained(finished, 0, "none") == 500
+    with pytest.raises(InputError, match="seed0/none holds a run with another max_steps: delete it"):
+        call(monkeypatch, "table5", *flags(finished), "--stage2_steps", 20)
+    path.write_text(yaml.safe_dump(recipe | {"class_loss": "cross_entropy"}))
+    with pytest.raises(InputError, match="another class_loss"):
+        call(monkeypatch, "table5", *flags(finished))
+
+
+def test_the_commands_are_those_that_made_the_first_runs():
+    """Runs that are there are found by these folders, and go on only under these flags."""
+    jobs = {job.name: job.command for job in make_jobs(AblationArgs(), LINES)}
+    assert len(jobs) == 3 * (4 + 1 + 16)
+    folder = "runs/ablation/seed1"
+    stage1 = f"train.py --config recipes/scenes_stage1.yaml --dataset runs/ablation/scenes --output_dir {folder}/stage1"
+    assert jobs["seed1/stage1"][1:] == [*stage1.split(), "--seed", "1"]
+    pseudo = f"train.py --config recipes/scenes_stage2_pseudo.yaml --dataset runs/ablation/scenes --output_dir {folder}"
+    pseudo += f"/pseudo --seed 1 --init_from {folder}/stage1/final --unseen_labels {folder}/pseudo_labels"
+    assert jobs["seed1/pseudo"][1:] == pseudo.split()
+    labels = f"-m zs3.pseudo_labels --model {folder}/stage1/final --dataset runs/ablation/scenes --output {folder}"
+    assert jobs["seed1/pseudo_labels"][1:] == f"{labels}/pseudo_labels".split()
+
+
+def test_every_command_is_understood_by_its_own_parser(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = AblationArgs(stage1_steps=30, stage2_steps=20)
+    for job in make_jobs(args, LINES):
+        if job.command[1] == "train.py":
+            training, _ = read_arguments(TrainArgs, job.command[2:], Zs3Config)
+            training.check()
+            row = job.name.split("/")[1]
+            told = f"runs/ablation/{job.name}_labels" if row == "pseudo" else {"stage1": "none"}.get(row, row)
+            assert training.unseen_labels == told
+            assert training.max_steps == (30 if row == "stage1" else 20) and f"seed{training.seed}" in job.name
+        elif job.command[1] == "eval.py":
+            evaluation, _ = read_arguments(EvalArgs, job.command[2:])
+            evaluation.check()
+            assert evaluation.ensemble_weight == 0.8 and evaluation.setting == "gzs3"
+            assert job.name.endswith(f"gzs3_{evaluation.ensemble}")
+        else:
+            assert job.command[1:3] == ["-m", "zs3.pseudo_labels"]
+            read_arguments(PseudoLabelArgs, job.command[3:])[0].check()
+
+
+def test_what_a_job_reads_another_before_it_makes():
+    args, made = AblationArgs(), {}
+    for job in make_jobs(args, LINES):
+        words = job.command
+        for name in ("--init_from", "--unseen_labels", "--model"):
+            if name in words:
+                folder = words[words.index(name) + 1].removesuffix("/final")
+                assert made[folder] in job.after
+        made[words[words.index("--output" if "--output" in words else "--output_dir") + 1]] = job.name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["table7"], "no table is called 'table7': the names are table4, table5"),
+        (["table5", "--seeds", "1", "1"], "--seeds must be distinct"),
+        (["table5", "--processes", "0"], "--processes must be 1 or more"),
+        (["--benchmark", "photographs"], "invalid choice: 'photographs'"),
+        (["table5", "--seed", "1"], "did you mean --seeds"),
+    ],
+)
+def test_bad_flags_are_refused(words, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: call(monkeypatch, *words))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_scenes_of_another_number_are_refused(finished, monkeypatch):
+    with pytest.raises(InputError, match="scenes holds 2 and 1 scenes: delete it"):
+        call(monkeypatch, "table5", *flags(replace(finished, num_train=3)))
+
+
+# ---- the runner --------------------------------------------------------------------------------------------
+
+
+class Fakes:
+    """Jobs that note when they begin and end, and make a file."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.notes = folder, folder / "notes"
+        self.notes.touch()
+
+    def job(self, name: str, *after: str, seconds: float = 0.15, then: str = "") -> Job:
+        note = f"print(time.time(), {name!r}, {{!r}}, file=open({str(self.notes)!r}, 'a'), flush=True)"
+        code = ["import sys, time", note.format("begins"), f"time.sleep({seconds})", then, note.format("ends")]
+        code.append(f"open({str(self.folder / name)!r}, 'w')")
+        command = [sys.executable, "-S", "-c", "\n".join(code)]
+        return Job(name, command, self.folder / "logs" / f"{name}.log", (self.folder / name).exists, list(after))
+
+    def events(self) -> list[tuple[str, str]]:
+        rows = sorted(line.split() for line in self.notes.read_text().splitlines())
+        return [(name, what) for _, name, what in rows]
+
+
+@pytest.fixture
+def fakes(tmp_path) -> Fakes:
+    return Fakes(tmp_path)
+
+
+def test_jobs_come_after_those_they_wait_for_and_never_more_than_asked(fakes):
+    jobs = [fakes.job("a"), fakes.job("b", "a"), fakes.job("c", "a"), fakes.job("d", "a"), fakes.job("e", "b", "d")]
+    jobs += [fakes.job("f", "of another table")]
+    run_jobs(jobs, processes=2)
+    events = fakes.events()
+    assert sorted(events) == sorted((name, what) for name in "abcdef" for what in ("begins", "ends"))
+    for job in jobs:
+        for other in set(job.after) & set("abcdef"):
+            assert events.index((other, "ends")) < events.index((job.name, "begins"))
+    at_once = [sum(1 if what == "begins" else -1 for _, what in events[: end + 1]) for end in range(len(events))]
+    assert max(at_once) == 2
+
+
+def test_nothing_is_repeated(fakes):
+    (fakes.folder / "a").touch()
+    run_jobs([fakes.job("a"), fakes.job("b", "a")], processes=1)
+    run_jobs([fakes.job("a"), fakes.job("b", "a")], processes=1)
+    assert fakes.events() == [("b", "begins"), ("b", "ends")]
+
+
+def test_a_failure_names_the_log_ends_the_others_and_is_mended(fakes, capsys):
+    slow = fakes.job("slow", seconds=60)
+    bad = fakes.job("bad", then="sys.exit('error: no such thing')")
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: run_jobs([slow, fakes.job("fine", seconds=0), bad, fakes.job("last", "bad")], processes=3))
+    assert stopped.value.code == 2 and time.monotonic() - began < 30
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == (
+        f"error: bad failed with exit code 1, see {bad.log} (error: no such thing); once mended, the same command "
+        "goes on from here"
+    )
+    began_once = [name for name, what in fakes.events() if what == "begins"]
+    assert sorted(began_once) == ["bad", "fine", "slow"] and not (fakes.folder / "slow").exists()
+    run_jobs([fakes.job("slow"), fakes.job("fine"), fakes.job("bad"), fakes.job("last", "bad")], processes=2)
+    assert [name for name, what in fakes.events() if what == "begins"].count("fine") == 1
+    assert (fakes.folder / "last").exists() and "no such thing" in bad.log.read_text()  # logs go on
+
+
+def test_a_job_without_a_result_has_failed(fakes):
+    job = replace(fakes.job("a"), is_done=lambda: False)
+    with pytest.raises(InputError, match="a ended without its result, see .*a.log"):
+        run_jobs([job], processes=1)
+
+
+def test_a_job_left_by_a_killed_command_is_not_started_twice(fakes):
+    """kill -9 gives the command no time to end its jobs."""
+    job = fakes.job("a", seconds=60)
+    orphan = ablation.start(job)
+    try:
+        with pytest.raises(InputError, match="a is running already, it writes .*a.log"):
+            run_jobs([job], processes=1)
+        assert orphan.poll() is None
+    finally:
+        orphan.kill()
+        orphan.wait()
+    run_jobs([fakes.job("a")], processes=1)
+    assert (fakes.folder / "a").exists()
+
+
+def test_a_job_has_one_thread(fakes, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    then = f"import os; open({str(fakes.folder / 'threads')!r}, 'w').write(os.environ['OMP_NUM_THREADS'])"
+    run_jobs([fakes.job("a", seconds=0, then=then)], processes=1)
+    assert (fakes.folder / "threads").read_text() == "1" and os.environ["OMP_NUM_THREADS"] == "7"
