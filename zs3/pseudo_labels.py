@@ -113,7 +113,7 @@ def unseen_scores(proposal_embeds: Tensor, text_embeds: Tensor, logit_scale: flo
     """Scores of the unseen names for one image (Eq. 9, 10): (U,) in [0, 1]; 0 without proposals.
 
     proposal_embeds: (Q, D), CLIP's of the proposals. text_embeds: (U, D).
-    Reading: the softmax carries CLIP's own scale. Of plain cosines none of 3 names or more could ever reach 0.99.
+    Reading: the softmax carries CLIP's own scale. With plain cosines even the better of two names is at most 0.88.
     """
     if len(proposal_embeds) == 0:
         return text_embeds.new_zeros(len(text_embeds), dtype=torch.float32)
@@ -357,24 +357,25 @@ def summary(scores: np.ndarray, truth: np.ndarray | None, unseen: list[str], own
 
 
 def report(result: dict) -> str:
-    """The tables for the terminal; precision, recall and AP in percent."""
+    """The tables for the terminal; precision (P), recall (R) and AP in percent."""
     measured = "average_precision" in result
     lines = [f"labels of {len(result['unseen'])} unseen names in {result['num_images']} images"]
-    lines.append("  threshold   labels" + ("   precision, recall (micro)   (macro)" if measured else ""))
+    lines.append("  threshold   labels" + "   P micro     R   P macro     R" * measured)
     for row in result["thresholds"]:
         line = f"  {row['threshold']:<9g} {sum(row['labels']):8d}"
         if measured:
-            micro, macro = ([row[name][kind] for name in ("precision", "recall")] for kind in ("micro", "macro"))
-            line += f"   {_percents(micro)}                {_percents(macro)}"
+            for kind in ("micro", "macro"):
+                line += f"     {_percents([row['precision'][kind], row['recall'][kind]])}"
         lines.append(line)
     (own,) = [row for row in result["thresholds"] if row["threshold"] == result["pseudo_label_threshold"]]
-    lines.append(f"at {own['threshold']:g}, by name" + (": labels, images with it, precision, recall, AP" * measured))
+    lines.append(f"at {own['threshold']:g}, name by name")
+    lines.append("              labels" + "   present     P     R    AP" * measured)
     for index, name in enumerate(result["unseen"]):
-        line = f"  {own['labels'][index]:8d}"
+        line = f"  {own['labels'][index]:18d}"
         if measured:
             values = [own[kind]["per_class"][index] for kind in ("precision", "recall")]
             values.append(result["average_precision"]["per_class"][index])
-            line += f" {result['images_with_class'][index]:8d}   {_percents(values)}"
+            line += f"  {result['images_with_class'][index]:8d} {_percents(values)}"
         lines.append(f"{line}   {name}")
     return "\n".join(lines)
 
