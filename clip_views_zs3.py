@@ -216,12 +216,11 @@ def ensemble_lazily(
         undecided = float((~certain).float().mean())
         if undecided <= tolerance:
             return LazyEnsemble(probs, shown & ~unknown, undecided)
-        # The open pixels, as mask pixels: each names the query with most to say among those not looked at.
-        # Only a mean over some image pixels, so it may miss an open one; the largest keeps every round going.
+        # The open pixels, as mask pixels: each names the query with most to say there among those not looked at.
         part = [-(-side // MASK_STRIDE) for side in valid_size]
         where = F.adaptive_max_pool2d((~certain)[None].float(), part)[0] > 0
-        left = say[:, : part[0], : part[1]].masked_fill(~unknown[:, None, None], 0) * where
-        wanted = torch.cat([left[:, where].argmax(dim=0), left.flatten(1).amax(dim=1).argmax()[None]]).unique()
+        left = say[:, : part[0], : part[1]][:, where].masked_fill(~unknown[:, None], -1)
+        wanted = left.argmax(dim=0).unique()
 
 
 __all__ = [

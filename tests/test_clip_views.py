@@ -254,6 +254,16 @@ def test_lazy_gives_the_label_map_of_all_crops_to_the_pixel(seed, weight, size):
     hypothesis.event(f"skipped {int((shown & ~lazy.looked).sum())} of {int(shown.sum())}")
 
 
+def test_lazy_comes_to_an_end_where_masks_vanish_in_float32():
+    masks, class_probs, clip_probs, is_seen, shown = lazy_problem(3)
+    masks = torch.where(masks > 0, masks, -200.0)  # in places no proposal says anything at all
+    masks[:, :, :4] = -200.0
+    shown = proposal_masks(masks, (45, 61), 0.5).flatten(1).any(1)
+    options = {"valid_size": (45, 61), "image_size": (45, 61)}
+    lazy = ensemble_lazily(class_probs, masks, shown, clip_probs.__getitem__, is_seen, 0.8, **options)
+    assert shown.sum() > 3 and torch.equal(lazy.looked, shown)  # nothing is certain where nothing is
+
+
 def test_lazy_does_skip_crops_and_whatever_clip_says_of_them_changes_nothing():
     """Brute force: other answers for what was not looked at, the label map must stay."""
     skipped = 0
