@@ -1,0 +1,300 @@
+"""CLIP's view of the proposals: a loop over crops beside batched crops, lazy crops and one pass for all.
+
+    python -m benchmarks.clip_views --model CHECKPOINT --dataset runs/scenes --output docs/results/clip_views.json
+
+Cost: an image tower of the size of CLIP ViT-B/16 (random weights) and 100 proposals of one image, none of them empty.
+The loop is the ancestors' way: proposals that are nowhere are skipped, every other one is cut out, resized and embedded
+by itself. Ways take turns, the ratios are of medians.
+
+Trained: a checkpoint of the embedded benchmark with its own tiny CLIP, on the validation scenes: how many crops the
+lazy view leaves out, in how many pixels each view differs from all crops, the scores, and the seconds, again beside the
+loop. "At ViT-B/16's cost" the large tower embeds every crop too, and what it says is thrown away: the answers are the
+tiny CLIP's.
+"""
+
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
+
+from clip_views_zs3 import ProposalEmbeds, crop_proposals, proposal_masks, single_pass
+from modeling_zs3 import Zs3Output
+from zs3.checkpoints import class_vectors, load_checkpoint
+from zs3.command_line import (
+    InputError,
+    check_at_least,
+    check_required,
+    flag,
+    read_arguments,
+    run,
+    write_json,
+    write_text,
+)
+from zs3.data import load_split
+from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
+
+OFF = "no ensemble"
+LOOP, CROPS, LAZY, SINGLE = "loop over crops", "batched crops", "lazy crops", "single pass"
+SAME = 1e-4  # embeddings of loop and batch differ by no more
+
+
+@dataclass
+class ClipViewsArgs:
+    """Sizes of the comparison."""
+
+    model: str | None = flag(None, "Checkpoint with an image tower, trained on the embedded benchmark.")
+    dataset: str | None = flag(None, "The benchmark's folder.")
+    images: int = flag(200, "Validation scenes.")
+    weight: float = flag(0.8, "w of the ensemble.")
+    tolerances: list[float] = flag([0.0, 0.01, 0.05], "Shares of the pixels that lazy crops may leave open.")
+    proposals: int = flag(100, "Proposals of the image for the cost.")
+    size: int = flag(640, "Side of that image, pixels.")
+    rounds: int = flag(3, "Rounds of the cost; times are medians.")
+    large_images: int = flag(20, "Of the scenes, those looked at with the large tower too.")
+    layers: int = flag(12, "Layers of the large tower.")
+    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+
+    def check(self) -> None:
+        check_required(self, "model", "dataset")
+        check_at_least(self, 1, "images", "proposals", "size", "rounds", "layers", "large_images")
+
+
+def crop_loop(
+    tower: CLIPVisionModelWithProjection, image: Tensor, mask_logits: Tensor, size: tuple[int, int]
+) -> ProposalEmbeds:
+    """One proposal after the other: image (3, H, W) in [0, 1], mask_logits (Q, h, w); empty masks are skipped."""
+    side, dim = tower.config.image_size, tower.config.projection_dim
+    embeds, shown = torch.zeros(len(mask_logits), dim), torch.zeros(len(mask_logits), dtype=torch.bool)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    masks = proposal_masks(mask_logits, size, 0.5)
+    for query, mask in enumerate(masks):
+        if not mask.any():
+            continue
+        rows, columns = (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
+        box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+        region = image[:, *box] * 255
+        region = torch.where(mask[box], region, 255 * mean)
+        region = (region - 255 * mean) / (255 * std)
+        crop = F.interpolate(region[None], size=(side, side), mode="bicubic", align_corners=False)
+        embeds[query] = F.normalize(tower(crop).image_embeds[0], dim=-1)
+        shown[query] = True
+    return ProposalEmbeds(embeds[None], shown[None])
+
+
+def large_tower(layers: int) -> CLIPVisionModelWithProjection:
+    """The size of CLIP ViT-B/16's, random weights."""
+    config = CLIPVisionConfig(patch_size=16, num_hidden_layers=layers, projection_dim=512)
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def draw_image(args: ClipViewsArgs) -> tuple[Tensor, Tensor]:
+    """(3, S, S) noise and mask logits (Q, S/4, S/4): smooth blobs over 2 to 50 % of the image, none of them empty."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, args.proposals, 5, 5, generator=generator)
+    masks = F.interpolate(coarse, size=[args.size // 4] * 2, mode="bicubic", align_corners=False)[0]
+    shares = (0.5 + 0.48 * torch.rand(args.proposals, generator=generator)).tolist()
+    masks = torch.stack([mask - mask.quantile(share) for mask, share in zip(masks, shares, strict=True)])
+    return torch.rand(3, args.size, args.size, generator=generator), 8 * masks
+
+
+def timed(ways: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], dict[str, object]]:
+    """Median seconds of each, in turns, and what they returned."""
+    seconds, results = {name: [] for name in ways}, {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            results[name] = way()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}, results
+
+
+def batched(tower: CLIPVisionModelWithProjection, image: Tensor, masks: Tensor) -> Tensor:
+    """(N, D) of crops, in batches of 64."""
+    crops = [crop_proposals(image, part, tower.config.image_size) for part in masks.split(64)]
+    return F.normalize(torch.cat([tower(part).image_embeds for part in crops]), dim=-1)
+
+
+def measure_cost(args: ClipViewsArgs) -> list[dict]:
+    tower, (image, mask_logits) = large_tower(args.layers), draw_image(args)
+    size = (args.size, args.size)
+    ways = {
+        LOOP: lambda: crop_loop(tower, image, mask_logits, size).embeds[0],
+        CROPS: lambda: batched(tower, image, proposal_masks(mask_logits, size, 0.5)),
+        SINGLE: lambda: single_pass(tower, image, proposal_masks(mask_logits, size, 0.5)),
+    }
+    with torch.inference_mode():
+        seconds, results = timed(ways, args.rounds)
+    far = float((results[LOOP] - results[CROPS]).abs().max())
+    if far > SAME:
+        raise ValueError(f"loop and batch give embeddings that differ by {far}: no comparison of speed")
+    return [
+        {"way": way, "seconds": seconds[way], "times_faster_than_loop": seconds[LOOP] / seconds[way]} for way in ways
+    ]
+
+
+class Costly(nn.Module):
+    """A tower that takes as long as a large one besides, and gives its own answers."""
+
+    def __init__(self, tower: CLIPVisionModelWithProjection, large: CLIPVisionModelWithProjection):
+        super().__init__()
+        self.tower, self.large, self.config = tower, large, tower.config
+
+    def forward(self, pixel_values: Tensor) -> CLIPVisionModelOutput:
+        self.large(F.interpolate(pixel_values, size=self.large.config.image_size))
+        return self.tower(pixel_values)
+
+
+def look_ways(args: ClipViewsArgs) -> dict[str, dict]:
+    """What `model.ensemble` is asked for, by the name of the row."""
+    ways = {CROPS: {"view": "crops"}, SINGLE: {"view": "single_pass"}}
+    for tolerance in args.tolerances:
+        name = LAZY if tolerance == 0 else f"{LAZY}, {100 * tolerance:g} % of the pixels open"
+        ways[name] = {"view": "lazy", "tolerance": tolerance}
+    return ways
+
+
+def looks(model, outputs: Zs3Output, rgb: Tensor, ways: dict[str, dict], options: dict) -> dict[str, Callable]:
+    """The calls to be timed for one image, the loop first."""
+    size = tuple(outputs.valid_sizes[0].tolist())
+
+    def loop() -> Zs3Output:
+        seen = crop_loop(model.vision_model, rgb[0], outputs.mask_logits[0], size)
+        return model.ensemble(outputs, seen, **options)
+
+    return {LOOP: loop} | {name: partial(model.ensemble, outputs, rgb, **options, **way) for name, way in ways.items()}
+
+
+def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
+    """Every view on the validation scenes: a row each, and what is true of all of them."""
+    model, processor = load_checkpoint(args.model)
+    if model.vision_model is None:
+        raise InputError(f"{args.model} has no CLIP image tower")
+    records = load_split(args.dataset, "validation")
+    space = records.label_space
+    text_embeds, _ = class_vectors(model, processor, space.class_names, None)
+    options = {"text_embeds": text_embeds, "is_seen": space.is_seen, "weight": args.weight}
+    own, costly = model.vision_model, Costly(model.vision_model, large_tower(args.layers))
+    ways, count = look_ways(args), min(args.images, len(records))
+    names = [OFF, LOOP, *ways]
+    confusion = {name: ConfusionMatrix(len(space.class_names), space.ignore_index) for name in names}
+    seconds, large_seconds, looked, differing = (dict.fromkeys(names, 0.0) for _ in range(4))
+    pixels = 0
+    with torch.inference_mode():
+        for index in tqdm(range(count), unit="image", mininterval=1):
+            image, label, _ = records[index]
+            inputs = processor(images=image)
+            rgb, outputs = processor.to_rgb(inputs["pixel_values"]), model(**inputs, text_embeds=text_embeds)
+            at_size = {name: way | {"image_sizes": [label.shape]} for name, way in ways.items()}
+            spent, made = timed(looks(model, outputs, rgb, at_size, options), 1)
+            if index < args.large_images:
+                model.vision_model = costly
+                without = {name: way for name, way in at_size.items() if name != SINGLE}
+                large_spent, _ = timed(looks(model, outputs, rgb, without, options), 1)
+                model.vision_model = own
+                for name, value in large_spent.items():
+                    large_seconds[name] += value / min(args.large_images, count)
+            maps = {OFF: outputs, **made}
+            for name, result in maps.items():
+                (found,) = processor.post_process_semantic_segmentation(result, [label.shape])
+                maps[name] = found.numpy()
+                if name != OFF:
+                    seconds[name] += spent[name] / count
+                    looked[name] += int(result.shown_to_clip.sum()) / count
+            pixels += label.size
+            for name, found in maps.items():
+                confusion[name].update(found, label)
+                differing[name] += int((found != maps[CROPS]).sum())
+    if differing[LAZY]:
+        raise ValueError(f"lazy crops changed {differing[LAZY]} pixels: that is a defect")
+    rows = []
+    for name in names:
+        scores = generalized_scores(confusion[name].iou(), space.is_seen)
+        row = {"way": name, **scores._asdict(), "differing_share": differing[name] / pixels}
+        if name != OFF:
+            row |= {"crops_per_image": looked[name] if name != SINGLE else 0.0, "seconds": seconds[name]}
+            row |= {"times_faster_than_loop": seconds[LOOP] / seconds[name]}
+        if large_seconds[name]:
+            row |= {"large_seconds": large_seconds[name]}
+            row |= {"large_times_faster_than_loop": large_seconds[LOOP] / large_seconds[name]}
+        rows.append(row)
+    return rows, {"images": count, "queries": outputs.mask_logits.shape[1]}
+
+
+def report(result: dict) -> str:
+    args, trained = result["arguments"], result["trained"]
+    lines = [
+        "# CLIP's view of the proposals",
+        "",
+        f"Made by `{result['command']}` with {result['threads']} CPU threads, torch {result['torch']}.",
+        "",
+        f"## Cost: an image tower of {result['tower_parameters'] / 1e6:.0f} M parameters (CLIP ViT-B/16's size), "
+        f"{args['proposals']} proposals, {args['size']} x {args['size']} pixels",
+        "",
+        "| way | seconds an image | times faster than the loop |",
+        "|---|---|---|",
+        *(f"| {r['way']} | {r['seconds']:.2f} | {r['times_faster_than_loop']:.2f} |" for r in result["cost"]),
+        "",
+        f"## A trained model of the embedded synthetic benchmark: {trained['images']} validation scenes, "
+        f"{trained['queries']} queries, w = {args['weight']}",
+        "",
+        f'Model {args["model"]}. Seconds with its tiny CLIP; "at ViT-B/16\'s cost" on the first '
+        f"{min(args['large_images'], trained['images'])} scenes.",
+        "",
+        "| way | crops an image | other pixels than batched crops | mIoU(S) | mIoU(U) | hIoU | seconds | x faster | "
+        "seconds at ViT-B/16's cost | x faster |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["trained"]["rows"]:
+        scores = " | ".join(percent(row[name]) for name in ("miou_seen", "miou_unseen", "hiou"))
+        crops, seconds, times, large, large_times = (
+            f"{row[name]:{form}}" if name in row else ""
+            for name, form in (
+                ("crops_per_image", ".1f"),
+                ("seconds", ".3f"),
+                ("times_faster_than_loop", ".2f"),
+                ("large_seconds", ".2f"),
+                ("large_times_faster_than_loop", ".2f"),
+            )
+        )
+        differing = f"{100 * row['differing_share']:.2f} %"
+        lines.append(
+            f"| {row['way']} | {crops} | {differing} | {scores} | {seconds} | {times} | {large} | {large_times} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args, _ = read_arguments(ClipViewsArgs)
+    args.check()
+    rows, facts = measure_trained(args)
+    cost = measure_cost(args)
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.clip_views", *sys.argv[1:]]),
+        "arguments": asdict(args),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "tower_parameters": sum(p.numel() for p in large_tower(args.layers).parameters()),
+        "cost": cost,
+        "trained": {**facts, "rows": rows},
+    }
+    table = report(result)
+    print(table, end="")
+    if args.output is not None:
+        write_json(Path(args.output), result)
+        write_text(Path(args.output).with_suffix(".md"), table)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,217 @@
+"""Choose the weight of the CLIP ensemble (section 4.6) without unseen masks and without the test set, or none at all.
+
+    python -m zs3.ensemble_weight --model runs/stage2/final --dataset DIR --unseen_labels runs/pseudo_labels
+
+Label maps of training pictures are compared with what training may know. Seen classes: IoU on annotated pixels. Unseen
+classes: F1 of "the picture shows it", as its label map says and as its image labels say (pseudo or ground truth). The
+score is the harmonic mean of the two means. The answer is "do not ensemble" unless a weight is better in nearly all
+bootstrap resamples of the pictures: the ensemble costs a look at every proposal, and hurts a model that knows the
+unseen classes better than CLIP does.
+
+Pseudo labels come from the same CLIP, and so speak for it; and the model was trained on these pictures, which speaks
+for the model. Pictures of its own (`--split`) that training left out avoid the second.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
+from zs3.command_line import (
+    InputError,
+    check_at_least,
+    check_required,
+    flag,
+    read_arguments,
+    run,
+    write_json,
+)
+from zs3.data import load_split, load_unseen_scores, mask_positions, pseudo_labels, to_mask_labels
+from zs3.label_space import load_label_space
+
+OFF = "off"
+RESAMPLES = 1000
+SURE = 0.975  # share of the resamples in which a weight must beat no ensemble
+
+
+@dataclass
+class WeightArgs:
+    """One choice for one checkpoint."""
+
+    model: str | None = flag(None, "Checkpoint with an image tower: a folder or a Hub id.")
+    dataset: str | None = flag(None, "Folder or Hub id of the data.")
+    split: str = flag("train", "Split to choose on; not the one to report on.")
+    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    unseen_labels: str | None = flag(
+        None, "Unseen image labels: a folder of python -m zs3.pseudo_labels, or 'ground_truth' (image-level)."
+    )
+    weights: list[float] = flag([0.5, 0.6, 0.7, 0.8, 0.9], "Weights to compare with no ensemble.")
+    ensemble: Literal["crops", "single_pass"] = flag("crops", "How CLIP sees the proposals.")
+    num_images: int = flag(300, "Pictures, spread evenly over the split.")
+    min_share: float = flag(0.01, "Share of its label map from which a picture shows a class.")
+    text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
+    output: str | None = flag(None, "Result file (JSON).")
+    write: bool = flag(False, "Write the answer into the checkpoint's config.json, where evaluation and pipeline look.")
+    seed: int = flag(0, "Of the bootstrap.")
+
+    def check(self) -> None:
+        check_required(self, "model", "dataset", "unseen_labels")
+        check_at_least(self, 1, "num_images")
+        check_at_least(self, 0, "min_share", "seed")
+        if self.write and not Path(self.model, "config.json").is_file():
+            raise InputError(f"--write needs a checkpoint's folder, and {self.model} is none")
+        if not self.weights or not all(0 <= weight <= 1 for weight in self.weights):
+            raise InputError(f"--weights must lie in [0, 1], got {self.weights}")
+
+
+class Counts:
+    """What is counted of each picture under one weight. areas: N x (3, S) pixels: intersection, truth, prediction of
+    seen classes, where they are annotated. shown: N x (3, U) 0 or 1: hits, false alarms, misses of unseen classes."""
+
+    def __init__(self) -> None:
+        self.areas: list[np.ndarray] = []
+        self.shown: list[np.ndarray] = []
+
+    def add(self, prediction: np.ndarray, label: np.ndarray, present: np.ndarray, is_seen: np.ndarray, least: float):
+        """prediction, label: (H, W), the latter -1 where no seen class is annotated; present: (U,) bool."""
+        classes = len(is_seen)
+        annotated = label >= 0
+        truth, predicted, both = (
+            np.bincount(values, minlength=classes)[is_seen]
+            for values in (label[annotated], prediction[annotated], label[annotated & (label == prediction)])
+        )
+        self.areas.append(np.stack([both, truth, predicted]))
+        found = (np.bincount(prediction.ravel(), minlength=classes) >= least * prediction.size)[~is_seen]
+        self.shown.append(np.stack([found & present, found & ~present, ~found & present]))
+
+    def scores(self, drawn: np.ndarray) -> np.ndarray:
+        """(R, 3): mIoU(S), mean F1(U) and their harmonic mean, of R resamples: drawn (R, N), how often each picture."""
+        both, truth, predicted = np.einsum("rn,nkc->krc", drawn, np.stack(self.areas))
+        hits, alarms, misses = np.einsum("rn,nkc->krc", drawn, np.stack(self.shown).astype(np.int64))
+        seen = _mean_ratio(both, truth + predicted - both)
+        unseen = _mean_ratio(2 * hits, 2 * hits + alarms + misses)
+        total = np.where(seen + unseen > 0, seen + unseen, 1)
+        return np.stack([seen, unseen, 2 * seen * unseen / total], axis=1)
+
+
+def _mean_ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """(R, K) each -> (R,): the mean over the classes that occur, 0 where none does."""
+    occurs = whole > 0
+    return np.where(occurs, part / np.where(occurs, whole, 1), 0).sum(1) / np.maximum(occurs.sum(1), 1)
+
+
+@torch.inference_mode()
+def choose(args: WeightArgs) -> dict:
+    """The result, as it is written to args.output."""
+    args.check()
+    label_space = load_label_space(args.label_space or args.dataset)
+    if not label_space.unseen:
+        raise InputError("the label space has no unseen class: there is nothing to choose the weight for")
+    records = load_split(args.dataset, args.split, label_space)
+    model, processor = load_checkpoint(args.model)
+    check_no_unseen_masks(model.config, label_space, "weight can be chosen without unseen masks")
+    if model.vision_model is None:
+        raise InputError(f"{args.model} has no CLIP image tower: there is nothing to ensemble with")
+    present = None
+    if args.unseen_labels != "ground_truth":
+        scores = load_unseen_scores(args.unseen_labels, label_space, records.image_ids)
+        present = pseudo_labels(scores, model.config.pseudo_label_threshold) == 1  # (all of the split, U)
+    text_embeds, _ = class_vectors(model, processor, label_space.class_names, args.text_embeds)
+    is_seen = label_space.is_seen
+    unseen_ids = np.flatnonzero(~is_seen.numpy())
+    positions = mask_positions(label_space, label_space.class_names)
+
+    counts = {weight: Counts() for weight in (OFF, *args.weights)}
+    indices = np.unique(np.linspace(0, len(records) - 1, min(args.num_images, len(records))).astype(int)).tolist()
+    for index in tqdm(indices, unit="image", mininterval=1):
+        image, label, _ = records[index]
+        here = np.isin(unseen_ids, label) if present is None else present[index]
+        label = to_mask_labels(label, positions, label_space.ignore_index)
+        for weight, prediction in label_maps(model, processor, image, text_embeds, is_seen, args).items():
+            counts[weight].add(prediction, label, here, is_seen.numpy(), args.min_share)
+    result = decide(counts, len(indices), args.seed)
+    result = {
+        "model": args.model,
+        "dataset": Path(args.dataset).name,
+        "split": args.split,
+        "num_images": len(indices),
+        "unseen_labels": args.unseen_labels,
+        "ensemble": args.ensemble,
+        "min_share": args.min_share,
+        "seed": args.seed,
+        **result,
+    }
+    if args.output is not None:
+        write_json(Path(args.output), result)
+    if args.write:
+        path = Path(args.model, "config.json")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, config | {"clip_ensemble_weight": result["clip_ensemble_weight"]})
+    return result
+
+
+def label_maps(
+    model, processor, image, text_embeds: Tensor, is_seen: Tensor, args: WeightArgs
+) -> dict[str | float, np.ndarray]:
+    """(H, W) by weight, from one pass of the network and one look of CLIP's."""
+    inputs = processor(images=image)
+    outputs = model(**inputs, text_embeds=text_embeds)
+    rgb = processor.to_rgb(inputs["pixel_values"])
+    embeds = model.embed_proposals(rgb, outputs.mask_logits, outputs.valid_sizes, view=args.ensemble)
+    maps = {}
+    for weight in (OFF, *args.weights):
+        made = outputs
+        if weight != OFF:
+            made = model.ensemble(outputs, embeds, text_embeds, is_seen=is_seen, weight=weight)
+        (found,) = processor.post_process_semantic_segmentation(made, [(image.height, image.width)])
+        maps[weight] = found.numpy()
+    return maps
+
+
+def decide(counts: dict[str | float, Counts], num_images: int, seed: int) -> dict:
+    """The scores of every weight, how sure each is to beat no ensemble, and the weight to take, or None."""
+    whole = np.ones((1, num_images), dtype=np.int64)
+    shares = np.full(num_images, 1 / num_images)
+    drawn = np.random.default_rng(seed).multinomial(num_images, shares, size=RESAMPLES)
+    resampled = {weight: own.scores(drawn)[:, 2] for weight, own in counts.items()}
+    rows = {}
+    for weight, own in counts.items():
+        seen, unseen, both = own.scores(whole)[0].tolist()
+        better = float((resampled[weight] > resampled[OFF]).mean())
+        rows[str(weight)] = {"miou_seen": seen, "f1_unseen": unseen, "score": both, "better_than_off": better}
+    sure = [weight for weight in counts if weight != OFF and rows[str(weight)]["better_than_off"] >= SURE]
+    best = max(sure, key=lambda weight: rows[str(weight)]["score"], default=None)
+    return {"weights": rows, "clip_ensemble_weight": best}
+
+
+def report(result: dict) -> str:
+    lines = [f"{result['num_images']} pictures of {result['dataset']} ({result['split']}), percent"]
+    lines.append("  weight   mIoU(S)   F1(U)   both   better than off in")
+    for weight, row in result["weights"].items():
+        numbers = [100 * row[name] for name in ("miou_seen", "f1_unseen", "score")]
+        share = "" if weight == OFF else f"{100 * row['better_than_off']:8.1f} % of resamples"
+        lines.append(f"  {weight:>6s}   {numbers[0]:7.1f} {numbers[1]:7.1f} {numbers[2]:6.1f}   {share}".rstrip())
+    best = result["clip_ensemble_weight"]
+    if best is None:
+        lines.append("do not ensemble: no weight is surely better than none (--clip_ensemble_weight null in training,")
+        lines.append("--ensemble off in evaluation)")
+    else:
+        lines.append(
+            f"take w = {best}: --clip_ensemble_weight {best} in training, --ensemble_weight {best} in evaluation"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args, _ = read_arguments(WeightArgs)
+    print(report(choose(args)))
+
+
+if __name__ == "__main__":
+    run(main)
