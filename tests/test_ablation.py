@@ -110,7 +110,9 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     assert result["command"].startswith("python -m zs3.ablation table4 table5 --output_dir")
     assert result["steps"] == {"stage1": 1400, "none": 500, "pseudo": 500, "ground_truth": 500}
     assert len(result["tables"]["table4"]["lines"]) == 16 and len(result["tables"]["table5"]["lines"]) == 3
-    assert "synthetic" in text and "stage 1 1400" in text and result["versions"]["torch"] in text
+    assert (
+        "synthetic" in text and "stage 1: 1400, no unseen labels: 500" in text and result["versions"]["torch"] in text
+    )
 
     def seeds_of(row: str, view: str, name: str) -> list[float]:
         paths = [finished.run_folder(seed, row) / f"gzs3_{view}.json" for seed in (0, 1, 2)]
@@ -136,6 +138,12 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
             assert score["verdict"] == told
             assert f"{score['mean']:+.1f} ± " in text and f"| {score['paper']:+.1f} | {told} |" in text
     assert truth["scores"]["miou_unseen"]["verdict"] == "same sign as the paper"
+    titles = [difference["title"] for table in result["tables"].values() for difference in table["differences"]]
+    assert titles[2:5] == [
+        "pseudo unseen labels: ensemble on, crops − off",
+        "ground-truth unseen labels: ensemble on, crops − off",
+        "pseudo unseen labels − no unseen labels",
+    ]
 
 
 def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkeypatch):

@@ -38,15 +38,7 @@ from tqdm.auto import tqdm
 from configuration_zs3 import Zs3Config
 from eval import sha256
 from train import TrainArgs
-from zs3.command_line import (
-    InputError,
-    check_at_least,
-    flag,
-    read_arguments,
-    run,
-    write_json,
-    write_text,
-)
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_json, write_text
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores
 from zs3.scenes import write_dataset
@@ -117,10 +109,6 @@ class Line(NamedTuple):
     row: str  # of ROWS
     view: str  # of VIEWS
 
-    @property
-    def title(self) -> str:
-        return f"{ROWS[self.row].title}, ensemble {VIEWS[self.view]}"
-
 
 class Difference(NamedTuple):
     """line - minus, paired by seed."""
@@ -128,6 +116,13 @@ class Difference(NamedTuple):
     line: Line
     minus: Line
     paper: GeneralizedScores  # the paper's difference, in percentage points
+
+    @property
+    def title(self) -> str:
+        row, other = ROWS[self.line.row].title, ROWS[self.minus.row].title
+        if row == other:
+            return f"{row}: ensemble {VIEWS[self.line.view]} − {VIEWS[self.minus.view]}"
+        return f"{row} − {other}"
 
 
 @dataclass(frozen=True)
@@ -306,6 +301,7 @@ def run_jobs(jobs: list[Job], processes: int) -> None:
     with tqdm(total=len(jobs), unit="job") as bar:
         try:
             while waiting or running:
+                before = list(running)
                 for name, (job, process) in list(running.items()):
                     if process.poll() is not None:
                         del running[name]
@@ -321,7 +317,8 @@ def run_jobs(jobs: list[Job], processes: int) -> None:
                     else:
                         running[name] = (job, start(job))
                     del waiting[name]
-                bar.set_postfix_str(", ".join(running))
+                if list(running) != before:
+                    bar.set_postfix_str(", ".join(running))
                 if running:
                     time.sleep(POLL_SECONDS)
         finally:
@@ -400,13 +397,13 @@ def summarise(args: AblationArgs, table: Table) -> dict:
         for line in table.lines
     ]
     differences = []
-    for line, minus, paper in table.differences:
+    for difference in table.differences:
         found = {}
-        for name, its in paper._asdict().items():
-            pairs = zip(scores[line][name], scores[minus][name], strict=True)
+        for name, its in difference.paper._asdict().items():
+            pairs = zip(scores[difference.line][name], scores[difference.minus][name], strict=True)
             found[name] = over_seeds([a - b for a, b in pairs])
             found[name] |= {"paper": round(its, 1), "verdict": verdict(found[name]["interval"], its)}
-        differences.append({"of": line.title, "minus": minus.title, "scores": found})
+        differences.append({"title": difference.title, "scores": found})
     return {"title": table.title, "note": table.note, "lines": lines, "differences": differences}
 
 
@@ -440,7 +437,7 @@ def table_text(table: dict) -> str:
     for difference in table["differences"]:
         for name, title in SCORE_TITLES.items():
             score = difference["scores"][name]
-            cells = [f"{difference['of']} − {difference['minus']}", title, plus_minus(score, "+")]
+            cells = [difference["title"], title, plus_minus(score, "+")]
             cells += [each_seed(score, "+"), f"{score['paper']:+.1f}", score["verdict"]]
             text.append(f"| {' | '.join(cells)} |")
     return "\n".join([*text, ""])
@@ -448,7 +445,7 @@ def table_text(table: dict) -> str:
 
 def report(result: dict) -> str:
     """The Markdown file."""
-    steps = ", ".join(f"{ROWS[name].title} {count}" for name, count in result["steps"].items())
+    steps = ", ".join(f"{ROWS[name].title}: {count}" for name, count in result["steps"].items())
     seeds = ", ".join(map(str, result["seeds"]))
     head = f"""# Tables of the paper in miniature
 
