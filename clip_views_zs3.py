@@ -56,7 +56,8 @@ def visible_proposals(
     """(B, Q) bool: the proposals, of those chosen (None: all), that are somewhere; mask_logits (B, Q, h, w)."""
     visible = torch.ones(mask_logits.shape[:2], dtype=torch.bool, device=mask_logits.device)
     visible = visible if chosen is None else chosen.to(visible.device).clone()
-    for image, size in enumerate(valid_sizes):
+    for image in visible.any(dim=1).nonzero()[:, 0].tolist():
+        size = valid_sizes[image]
         for part in visible[image].nonzero()[:, 0].split(CROPS_AT_ONCE):
             visible[image, part] = proposal_masks(mask_logits[image, part], size, threshold).flatten(1).any(dim=1)
     return visible

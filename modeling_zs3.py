@@ -511,7 +511,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         shown = visible_proposals(mask_logits, sizes, mask_threshold, chosen)
         embeds = mask_logits.new_zeros(*shown.shape, self.config.projection_dim, dtype=torch.float32)
         with torch.autocast(mask_logits.device.type, dtype=dtype, enabled=dtype is not None):
-            if view == "single_pass":
+            if not shown.any():
+                pass  # nothing to look at
+            elif view == "single_pass":
                 for image in shown.any(dim=1).nonzero()[:, 0].tolist():
                     masks = proposal_masks(mask_logits[image, shown[image]], sizes[image], mask_threshold)
                     embeds[image, shown[image]] = single_pass(tower, images[image], masks).float()

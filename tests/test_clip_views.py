@@ -137,6 +137,16 @@ def test_only_chosen_proposals_are_looked_at(model, monkeypatch):
     assert (some.embeds[~some.shown] == 0).all()
 
 
+@pytest.mark.parametrize("view", ["crops", "single_pass"])
+def test_pictures_without_a_proposal_to_look_at_are_no_error(model, view):
+    images, mask_logits, valid_sizes = proposals()
+    one = torch.zeros(2, 5, dtype=torch.bool)
+    one[1, 0] = True
+    assert model.embed_proposals(images, mask_logits, valid_sizes, view=view, chosen=one).shown.sum() == 1
+    nothing = model.embed_proposals(images, torch.full_like(mask_logits, -9), valid_sizes, view=view)
+    assert not nothing.shown.any() and (nothing.embeds == 0).all()
+
+
 def test_half_precision_is_near(model):
     images, mask_logits, valid_sizes = proposals()
     exact = model.embed_proposals(images, mask_logits, valid_sizes)
