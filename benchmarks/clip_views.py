@@ -72,9 +72,16 @@ class ClipViewsArgs:
 
 
 def crop_loop(
-    tower: CLIPVisionModelWithProjection, image: Tensor, mask_logits: Tensor, size: tuple[int, int]
+    tower: CLIPVisionModelWithProjection,
+    image: Tensor,
+    mask_logits: Tensor,
+    size: tuple[int, int],
+    masked: bool = True,
 ) -> ProposalEmbeds:
-    """One proposal after the other: image (3, H, W) in [0, 1], mask_logits (Q, h, w); empty masks are skipped."""
+    """One proposal after the other: image (3, H, W) in [0, 1], mask_logits (Q, h, w); empty masks are skipped.
+
+    masked: pixels outside the mask get the mean colour.
+    """
     side, dim = tower.config.image_size, tower.config.projection_dim
     embeds, shown = torch.zeros(len(mask_logits), dim), torch.zeros(len(mask_logits), dtype=torch.bool)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
@@ -85,7 +92,7 @@ def crop_loop(
         rows, columns = (mask.any(axis).nonzero()[:, 0] for axis in (1, 0))
         box = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
         region = image[:, *box] * 255
-        region = torch.where(mask[box], region, 255 * mean)
+        region = torch.where(mask[box], region, 255 * mean) if masked else region
         region = (region - 255 * mean) / (255 * std)
         crop = F.interpolate(region[None], size=(side, side), mode="bicubic", align_corners=False)
         embeds[query] = F.normalize(tower(crop).image_embeds[0], dim=-1)

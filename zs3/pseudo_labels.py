@@ -171,33 +171,26 @@ def score_batch(
     args: PseudoLabelArgs,
 ) -> Tensor:
     """(B, C): scores of each image. text_embeds: (C, D)."""
-    device = model.device
-    proposals = model.propose(batch.pixel_values.to(device), batch.pixel_mask.to(device))
-    mask_logits = proposals["mask_logits"]
-    usable = torch.stack(
-        [
-            usable_proposals(logits, annotated.to(device), args.mask_threshold, args.unannotated_share)
-            for logits, annotated in zip(mask_logits, batch.annotated, strict=True)
-        ]
-    )  # (B, Q)
-    scores = torch.zeros(len(usable), len(text_embeds), device=device)
-    (images,) = usable.any(dim=1).nonzero(as_tuple=True)  # CLIP is shown nothing of the others
-    if len(images) == 0:
-        return scores
+    pixel_values = batch.pixel_values.to(model.device)
+    proposals = model.propose(pixel_values, batch.pixel_mask.to(model.device))
+    usable = None
+    if args.unannotated_share > 0:
+        pairs = zip(proposals["mask_logits"], batch.annotated, strict=True)
+        options = (args.mask_threshold, args.unannotated_share)
+        usable = torch.stack([usable_proposals(logits, a.to(model.device), *options) for logits, a in pairs])  # (B, Q)
     views = model.embed_proposals(
-        image_processor.to_rgb(batch.pixel_values.to(device))[images],
-        mask_logits[images],
-        proposals["valid_sizes"][images],
+        image_processor.to_rgb(pixel_values),
+        proposals["mask_logits"],
+        proposals["valid_sizes"],
         view="crops",
         fill=None if args.fill == "none" else args.fill,
         mask_threshold=args.mask_threshold,
         expansion=args.expansion,
-        chosen=usable[images],
+        chosen=usable,
         dtype=DTYPES[args.mixed_precision],
     )
-    for image, embeds, shown in zip(images.tolist(), views.embeds, views.shown, strict=True):
-        scores[image] = unseen_scores(embeds[shown], text_embeds, model.config.clip_logit_scale)
-    return scores
+    pairs, scale = zip(views.embeds, views.shown, strict=True), model.config.clip_logit_scale
+    return torch.stack([unseen_scores(embeds[shown], text_embeds, scale) for embeds, shown in pairs])
 
 
 def cut(indices: range, size: int) -> list[range]:

@@ -1,0 +1,157 @@
+"""Throughput of pseudo labels: a loop over crops beside `zs3.pseudo_labels` with one process and with two.
+
+    python -m benchmarks.pseudo_labels --model CHECKPOINT --dataset DIR --output docs/results/pseudo_labels.json
+
+The loop scores one proposal after the other, as the ancestors do, in this process with one thread; its scores must be
+those of the command. The command runs as users start it, by `accelerate launch`, each process with one thread; what a
+run of few images takes, start and end, is taken off a run of many.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from benchmarks.clip_views import crop_loop
+from zs3.checkpoints import class_vectors, load_checkpoint
+from zs3.command_line import (
+    InputError,
+    check_at_least,
+    check_required,
+    flag,
+    read_arguments,
+    run,
+    write_json,
+    write_text,
+)
+from zs3.data import load_split, load_unseen_scores
+from zs3.pseudo_labels import unseen_scores
+
+SAME = 1e-3  # a score of the loop and one of the command differ by no more
+LOOP = "loop over crops, 1 thread"
+
+
+@dataclass
+class PseudoLabelBenchArgs:
+    """Sizes of the comparison."""
+
+    model: str | None = flag(None, "Stage-1 checkpoint with an image tower.")
+    dataset: str | None = flag(None, "Folder of its data.")
+    few: int = flag(64, "Images of the short run; of the loop too.")
+    many: int = flag(1088, "Images of the long run.")
+    shard_size: int = flag(32, "Images a shard.")
+    processes: list[int] = flag([1, 2], "Numbers of processes; the first is what the others are compared with.")
+    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+
+    def check(self) -> None:
+        check_required(self, "model", "dataset")
+        check_at_least(self, 1, "few", "shard_size")
+        if not self.few < self.many:
+            raise InputError(f"--many must be more than --few, got {self.many} and {self.few}")
+
+
+def command_seconds(args: PseudoLabelBenchArgs, processes: int, images: int, folder: Path) -> float:
+    """Of the whole command, one thread a process."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--num_processes", str(processes)]
+    command += ["--multi_gpu"] if processes > 1 else []  # the launcher's word for several processes, CPU ones too
+    command += ["-m", "zs3.pseudo_labels", "--model", args.model, "--dataset", args.dataset, "--no_measure"]
+    command += ["--output", str(folder), "--max_images", str(images), "--shard_size", str(args.shard_size)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", TOKENIZERS_PARALLELISM="false")
+    start = time.perf_counter()
+    ended = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
+    if ended.returncode != 0:
+        raise InputError("zs3.pseudo_labels failed, its error is above")
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def loop(args: PseudoLabelBenchArgs) -> tuple[float, np.ndarray]:
+    """Images a second, and the scores (N, U) of the first images."""
+    model, processor = load_checkpoint(args.model)
+    records = load_split(args.dataset, "train")
+    text_embeds, _ = class_vectors(model, processor, records.label_space.unseen, None)
+    scores, spent = [], 0.0
+    for index in tqdm(range(args.few), unit="image", mininterval=1):
+        start = time.perf_counter()
+        inputs = processor(images=records[index].image)
+        proposals = model.propose(**inputs)
+        size, rgb = tuple(proposals["valid_sizes"][0].tolist()), processor.to_rgb(inputs["pixel_values"])[0]
+        views = crop_loop(model.vision_model, rgb, proposals["mask_logits"][0], size, masked=False)
+        scores.append(unseen_scores(views.embeds[views.shown], text_embeds, model.config.clip_logit_scale))
+        spent += time.perf_counter() - start
+    return args.few / spent, torch.stack(scores).numpy()
+
+
+def measure(args: PseudoLabelBenchArgs) -> list[dict]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rate, expected = loop(args)
+    torch.set_num_threads(threads)
+    rows = [{"way": LOOP, "images_per_second": rate}]
+    records, written = load_split(args.dataset, "train"), set()
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in args.processes:
+            name = f"zs3.pseudo_labels, {processes} process" + "es" * (processes > 1)
+            outputs = [Path(folder, f"{processes}_{images}") for images in (args.few, args.many)]
+            short, long = (
+                command_seconds(args, processes, images, output)
+                for images, output in zip((args.few, args.many), outputs, strict=True)
+            )
+            found = load_unseen_scores(outputs[0], records.label_space, records.image_ids[: args.few])
+            far = float(np.abs(found - expected).max())
+            if far > SAME:
+                raise ValueError(f"loop and command give scores that differ by {far}: no comparison of speed")
+            rows.append({"way": name, "images_per_second": (args.many - args.few) / (long - short)})
+            written.add(tuple(file.read_bytes() for file in sorted(outputs[1].glob("*.parquet"))))
+    if len(written) > 1:
+        raise ValueError("the numbers of processes gave different bytes: that is a defect")
+    for row in rows:
+        row["times_faster_than_loop"] = row["images_per_second"] / rate
+        row["times_faster_than_first"] = row["images_per_second"] / rows[1]["images_per_second"]
+    return rows
+
+
+def report(result: dict) -> str:
+    lines = [
+        "# Throughput of pseudo labels",
+        "",
+        f"Made by `{result['command']}`, torch {result['torch']}, {result['cores']} CPU cores. One thread a process; all "
+        "numbers of processes wrote the same bytes.",
+        "",
+        "| way | images a second | times faster than the loop | times faster than the first |",
+        "|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        numbers = (row["images_per_second"], row["times_faster_than_loop"], row["times_faster_than_first"])
+        lines.append(f"| {row['way']} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args, _ = read_arguments(PseudoLabelBenchArgs)
+    args.check()
+    result = {
+        "command": shlex.join(["python", "-m", "benchmarks.pseudo_labels", *sys.argv[1:]]),
+        "arguments": asdict(args),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "rows": measure(args),
+    }
+    table = report(result)
+    print(table, end="")
+    if args.output is not None:
+        write_json(Path(args.output), result)
+        write_text(Path(args.output).with_suffix(".md"), table)
+
+
+if __name__ == "__main__":
+    run(main)
