@@ -124,8 +124,8 @@ def report(result: dict) -> str:
     lines = [
         "# Throughput of pseudo labels",
         "",
-        f"Made by `{result['command']}`, torch {result['torch']}, {result['cores']} CPU cores. One thread a process; all "
-        "numbers of processes wrote the same bytes.",
+        f"Made by `{result['command']}`, torch {result['torch']}, {result['cores']} CPU cores. One thread a process; "
+        "all numbers of processes wrote the same bytes.",
         "",
         "| way | images a second | times faster than the loop | times faster than the first |",
         "|---|---|---|---|",

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from tiny import save_checkpoint, tiny_model
 
-from benchmarks import criterion, gradient_sizes, label_count, text_side
-from zs3.scenes import write_dataset
+from benchmarks import clip_views, criterion, gradient_sizes, label_count, pseudo_labels, text_side
+from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
+from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
 
 @pytest.fixture
@@ -163,3 +164,54 @@ def test_resident_memory_is_what_is_held_at_once():
         second * 2
 
     assert label_count.peak_memory(step) == pytest.approx(64, abs=4)
+
+
+@pytest.fixture(scope="module")
+def scenes_model(tmp_path_factory):
+    """A folder of scenes and an untrained checkpoint with both towers."""
+    folder = tmp_path_factory.mktemp("scenes_model")
+    write_dataset(folder / "scenes", num_train=3, num_validation=2, seed=0)
+    seen = [name for name in CLASS_NAMES if name not in UNSEEN]
+    save_checkpoint(folder / "model", vision=True, seen_class_names=seen)
+    return folder
+
+
+LITTLE = {"images": 2, "proposals": 3, "size": 64, "rounds": 1, "layers": 1, "large_images": 1}
+
+
+def test_views_are_measured_beside_the_loop(call, scenes_model, tmp_path, capsys):
+    places = {"model": scenes_model / "model", "dataset": scenes_model / "scenes", "output": tmp_path / "views.json"}
+    call(clip_views, **places, **LITTLE, tolerances="0 0.5")
+    result = json.loads((tmp_path / "views.json").read_text())
+    assert [row["way"] for row in result["cost"]] == [clip_views.LOOP, clip_views.CROPS, clip_views.SINGLE]
+    rows = {row["way"]: row for row in result["trained"]["rows"]}
+    assert len(rows) == 6 and rows[clip_views.LAZY]["differing_share"] == 0
+    assert rows[clip_views.LOOP]["differing_share"] < 0.01 and rows[clip_views.LOOP]["times_faster_than_loop"] == 1
+    assert rows[clip_views.LAZY]["crops_per_image"] <= rows[clip_views.CROPS]["crops_per_image"]
+    assert "large_seconds" in rows[clip_views.CROPS] and "large_seconds" not in rows[clip_views.SINGLE]
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "views.md").read_text() and "lazy crops, 50 % of the pixels open" in printed
+
+
+def test_embeddings_that_differ_are_no_comparison(monkeypatch):
+    monkeypatch.setattr(clip_views, "batched", lambda tower, image, masks: torch.ones(len(masks), 512))
+    with pytest.raises(ValueError, match="embeddings that differ"):
+        clip_views.measure_cost(clip_views.ClipViewsArgs(**{**LITTLE, "images": 1}))
+
+
+def test_pseudo_labels_are_measured_beside_the_loop(call, scenes_model, tmp_path, monkeypatch, capsys):
+    def in_this_process(args, processes, images, folder):
+        settings = {"max_images": images, "shard_size": args.shard_size, "measure": False}
+        make_pseudo_labels(PseudoLabelArgs(model=args.model, dataset=args.dataset, output=str(folder), **settings))
+        return float(images)
+
+    monkeypatch.setattr(pseudo_labels, "command_seconds", in_this_process)
+    places = {"model": scenes_model / "model", "dataset": scenes_model / "scenes", "output": tmp_path / "p.json"}
+    call(pseudo_labels, **places, few=1, many=3, shard_size=1)
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert [row["images_per_second"] for row in rows[1:]] == [1.0, 1.0]
+    assert rows[0]["times_faster_than_loop"] == 1 and rows[2]["times_faster_than_first"] == 1
+    assert capsys.readouterr().out == (tmp_path / "p.md").read_text()
+    monkeypatch.setattr(pseudo_labels, "SAME", -1)
+    with pytest.raises(ValueError, match="scores that differ"):
+        call(pseudo_labels, **places, few=1, many=3, shard_size=1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import AutoModel, AutoProcessor
@@ -32,9 +33,18 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def with_clip(tmp_path_factory) -> Path:
+    """The same with an image tower, whose weight in the ensemble is that of Zs3Config."""
+    return make_checkpoint(tmp_path_factory.mktemp("with_clip"), vision=True)
+
+
+def make_checkpoint(folder: Path, **kwargs) -> Path:
     """An untrained model whose masks are sharpened, with text vectors near its queries: many classes occur."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model(text=False)
+    model = tiny_model(text=False, **kwargs)
     for parameter in model.model.transformer_module.decoder.mask_predictor.parameters():
         parameter.data *= 4
     with torch.no_grad():
@@ -77,6 +87,66 @@ def test_iou_is_that_of_pixel_sets(checkpoint, data, setting, tmp_path):
     unseen = [value for name, value in expected.items() if name in UNSEEN and value is not None]
     assert result["miou_unseen"] == pytest.approx(sum(unseen) / len(unseen))
     assert json.loads((tmp_path / "r.json").read_text()) == result
+
+
+def confusion_by_hand(checkpoint: Path, data: Path, weight: float) -> dict[str, float | None]:
+    """IoU with the ensemble, image by image: dense scores of the formula of section 4.6."""
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    seen = torch.tensor([name not in UNSEEN for name in CLASS_NAMES])
+    both, either = np.zeros(len(CLASS_NAMES)), np.zeros(len(CLASS_NAMES))
+    for image, label, _ in load_split(data, "validation"):
+        inputs = processor(images=image)
+        with torch.inference_mode():
+            outputs = model(**inputs)
+            clip = model.embed_proposals(processor.to_rgb(inputs["pixel_values"]), outputs.mask_logits)
+        p = outputs.class_logits.softmax(-1)
+        s = (100 * clip.embeds @ model.vocabulary.T).softmax(-1)
+        s = torch.where(clip.shown[..., None], s, 1)
+        probs = torch.where(seen, p**weight * s ** (1 - weight), p ** (1 - weight) * s**weight)
+        masks = F.interpolate(outputs.mask_logits, scale_factor=4, mode="bilinear").sigmoid()
+        masks = F.interpolate(masks, size=label.shape, mode="bilinear")
+        found = torch.einsum("bqc,bqhw->bchw", probs, masks).argmax(1)[0].numpy()
+        for place in range(len(CLASS_NAMES)):
+            here, there = (label == place), (found == place) & (label != 255)
+            both[place] += (here & there).sum()
+            either[place] += (here | there).sum()
+    return {n: b / e if e else None for n, b, e in zip(CLASS_NAMES, both, either, strict=True)}
+
+
+@pytest.mark.parametrize("view", ["crops", "lazy"])
+def test_the_ensemble_is_that_of_section_4_6(with_clip, data, view):
+    args = EvalArgs(model=str(with_clip), dataset=str(data), ensemble=view, ensemble_weight=0.6)
+    result = evaluate(args)
+    assert result["per_class"] == pytest.approx(
+        confusion_by_hand(with_clip, data, 0.6), abs=2e-3
+    )  # ties may fall apart
+    assert (result["clip_ensemble"], result["clip_ensemble_weight"]) == (view, 0.6)
+    assert 0 < result["proposals_shown_to_clip"] <= 5
+    assert (
+        result["per_class"] != evaluate(EvalArgs(model=str(with_clip), dataset=str(data), ensemble="off"))["per_class"]
+    )
+
+
+def test_the_checkpoint_says_whether_to_ensemble(checkpoint, with_clip, data, tmp_path):
+    def asked(model: Path, **options) -> tuple:
+        result = evaluate(EvalArgs(model=str(model), dataset=str(data), max_images=1, **options))
+        return result["clip_ensemble"], result["clip_ensemble_weight"]
+
+    assert asked(checkpoint) == ("off", None)  # no image tower
+    assert asked(with_clip) == ("crops", 0.8)
+    assert asked(with_clip, ensemble_weight=0.7, ensemble="single_pass") == ("single_pass", 0.7)
+    with pytest.raises(InputError, match="no CLIP image tower"):
+        asked(checkpoint, ensemble="crops")
+    shutil.copytree(with_clip, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"clip_ensemble_weight": None}))
+    assert asked(tmp_path / "copy") == ("off", None)
+    assert asked(tmp_path / "copy", ensemble_weight=0.5) == ("crops", 0.5)
+    with pytest.raises(InputError, match="says not to"):
+        asked(tmp_path / "copy", ensemble="crops")
+    with pytest.raises(InputError, match="at most 1"):
+        asked(with_clip, ensemble_weight=1.5)
 
 
 def test_two_processes_give_the_result_of_one(checkpoint, data, tmp_path):

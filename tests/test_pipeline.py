@@ -439,3 +439,69 @@ def test_less_precise_products_and_half_precision_proposals(folder, segment):
     half = pipeline(model=str(folder), trust_remote_code=True, dtype=torch.bfloat16)
     alone = half(IMAGE, candidate_labels=CLASS_NAMES, output="map")["segmentation"]
     assert np.array_equal(half(half.propose(IMAGE), candidate_labels=CLASS_NAMES, output="map")["segmentation"], alone)
+
+
+# ------------------------------------------------------------------------------------------------ the ensemble
+
+
+@pytest.fixture(scope="module")
+def with_clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("with_clip")
+    save_checkpoint(folder, seed=1, vision=True, seen_class_names=CLASS_NAMES[:2])
+    return pipeline(model=str(folder), trust_remote_code=True)
+
+
+def test_the_ensemble_is_the_models_and_names_decide_what_is_seen(with_clip):
+    labels = ["Sky", "grass ", "red circle", "blue square", "zebra"]  # two seen, two not, one never heard of
+    result = with_clip(IMAGE, labels, ensemble="crops", ensemble_weight=0.6, output="map")
+    model, processor = with_clip.model, with_clip.processor
+    inputs = processor(images=IMAGE, class_names=labels)
+    images, text = inputs.pop("pixel_values"), {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    outputs = model(images, inputs["pixel_mask"], **text)
+    seen = torch.tensor([True, True, False, False, False])
+    outputs = model.ensemble(outputs, processor.to_rgb(images), **text, is_seen=seen, weight=0.6)
+    (expected,) = processor.post_process_semantic_segmentation(outputs, [(40, 56)])
+    assert np.array_equal(result["segmentation"], expected.numpy())
+    off = with_clip(IMAGE, labels, ensemble="off", output="map")
+    assert not np.array_equal(off["segmentation"], result["segmentation"]), "too easy: the ensemble changes nothing"
+
+
+def test_a_checkpoint_with_an_image_tower_and_a_weight_ensembles_by_itself(with_clip, segment):
+    by_itself = with_clip(IMAGE, CLASS_NAMES, output="map")
+    asked = with_clip(IMAGE, CLASS_NAMES, ensemble="crops", ensemble_weight=0.8, output="map")
+    assert np.array_equal(by_itself["scores"], asked["scores"])
+    lazy = with_clip(IMAGE, CLASS_NAMES, ensemble="lazy", output="map")
+    assert np.array_equal(lazy["segmentation"], asked["segmentation"])
+    one_pass = with_clip(IMAGE, CLASS_NAMES, ensemble="single_pass", output="map")
+    assert not np.array_equal(one_pass["scores"], asked["scores"])
+    with pytest.raises(ValueError, match="no CLIP image tower"):
+        segment(IMAGE, CLASS_NAMES, ensemble="crops")
+
+
+@pytest.mark.parametrize("view", ["crops", "single_pass"])
+def test_kept_proposals_keep_what_clip_saw(with_clip, view):
+    proposals = with_clip.propose([IMAGE, IMAGE.rotate(90, expand=True)], ensemble=view, batch_size=2, window=32)
+    for image, kept in zip([IMAGE, IMAGE.rotate(90, expand=True)], proposals, strict=True):
+        direct = with_clip(image, CLASS_NAMES, ensemble=view, window=32, output="map")
+        again = with_clip(kept, CLASS_NAMES, ensemble=view, output="map")
+        assert np.array_equal(direct["segmentation"], again["segmentation"])
+    with pytest.raises(ValueError, match="not shown these proposals"):
+        with_clip(with_clip.propose(IMAGE), CLASS_NAMES, ensemble=view)
+
+
+def test_the_ensemble_goes_with_synonyms_and_distractors(with_clip):
+    labels = [["sky", "heaven"], "grass"]
+    options = {"synonyms": "max", "background": ["red circle", "blue square"], "output": "map"}
+    result = with_clip(IMAGE, labels, ensemble="crops", **options)
+    assert set(np.unique(result["segmentation"])) <= {-1, 0, 1}
+    # A synonym that is a label's own name changes nothing.
+    single = with_clip(IMAGE, ["sky", "grass"], ensemble="crops", **options)
+    twice = with_clip(IMAGE, [["sky", "sky"], "grass"], ensemble="crops", **options)
+    np.testing.assert_allclose(single["scores"], twice["scores"], atol=1e-5)
+
+
+def test_wrong_words_for_the_ensemble_are_told(with_clip):
+    with pytest.raises(ValueError, match="ensemble must be 'off' or 'crops'"):
+        with_clip(IMAGE, CLASS_NAMES, ensemble="yes")
+    with pytest.raises(ValueError, match="ensemble_weight must be a number"):
+        with_clip(IMAGE, CLASS_NAMES, ensemble_weight=2)

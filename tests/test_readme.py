@@ -16,6 +16,7 @@ SHORT = {
     "train.py": ["--max_steps", "2"],
     "eval.py": ["--max_images", "1"],
     "zs3.scenes": ["--train", "12", "--validation", "1"],
+    "zs3.ensemble_weight": ["--num_images", "2"],
 }
 
 

@@ -43,7 +43,7 @@ def test_the_rows_of_tables_5_and_6_are_flags():
         read[row] = (args.unseen_labels, config.class_loss, config.rank_weight, args.prompt_templates)
     assert read == {
         "Table 5, no unseen labels": ("none", "background_aware", 1.0, None),
-        "Table 5, pseudo labels": ("FILE", "background_aware", 1.0, None),
+        "Table 5, pseudo labels": ("runs/pseudo_labels", "background_aware", 1.0, None),
         "Table 5, ground truth": ("ground_truth", "background_aware", 1.0, None),
         "Table 6, CE with background": ("ground_truth", "cross_entropy", 0, ["{}"]),
         "Table 6, + KL": ("ground_truth", "background_aware", 0, ["{}"]),

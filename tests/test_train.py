@@ -333,6 +333,24 @@ def seen_after(data: Path, folder: Path, seen_before: list[str] | None, monkeypa
     return json.loads((folder / "out" / "final" / "config.json").read_text())["seen_class_names"]
 
 
+def test_of_a_start_the_backbone_and_the_frozen_tower_can_be_kept_alone(data, tmp_path, monkeypatch):
+    start = save_checkpoint(
+        tmp_path / "start", seed=5, text=False, vision=True, seen_class_names=[], unseen_labels="none"
+    )
+    arguments = plain_flags(data, tmp_path / "run", tmp_path / "start", init_parts="backbone", max_steps=1)
+    arguments += ["--learning_rate", "0"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    main()
+    after = Zs3ForSemanticSegmentation.from_pretrained(tmp_path / "run" / "final").state_dict()
+    kept = ("model.pixel_level_module.encoder.", "vision_model.")
+    running = ("running_mean", "running_var", "num_batches_tracked")  # batch norms look at the data
+    for name, tensor in start.state_dict().items():
+        if name.startswith(kept) and not name.endswith(running):
+            assert torch.equal(after[name], tensor), name
+    for name in ("class_projection.0.weight", "model.transformer_module.queries_features.weight"):
+        assert not torch.equal(after[name], start.state_dict()[name]), name
+
+
 def test_what_an_earlier_stage_saw_is_not_forgotten(data, tmp_path, monkeypatch):
     seen = seen_after(data, tmp_path, ["zebra"], monkeypatch)
     assert set(seen) == {"zebra", *CLASS_NAMES} - set(UNSEEN)

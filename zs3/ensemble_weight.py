@@ -198,13 +198,7 @@ def report(result: dict) -> str:
         share = "" if weight == OFF else f"{100 * row['better_than_off']:8.1f} % of resamples"
         lines.append(f"  {weight:>6s}   {numbers[0]:7.1f} {numbers[1]:7.1f} {numbers[2]:6.1f}   {share}".rstrip())
     best = result["clip_ensemble_weight"]
-    if best is None:
-        lines.append("do not ensemble: no weight is surely better than none (--clip_ensemble_weight null in training,")
-        lines.append("--ensemble off in evaluation)")
-    else:
-        lines.append(
-            f"take w = {best}: --clip_ensemble_weight {best} in training, --ensemble_weight {best} in evaluation"
-        )
+    lines.append("do not ensemble: no weight is surely better than none" if best is None else f"take the weight {best}")
     return "\n".join(lines)
 
 
