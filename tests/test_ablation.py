@@ -109,7 +109,7 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     assert text in capsys.readouterr().out
     assert result["command"].startswith("python -m zs3.ablation table4 table5 --output_dir")
     assert result["steps"] == {"stage1": 1400, "none": 500, "pseudo": 500, "ground_truth": 500}
-    assert len(result["tables"]["table4"]["lines"]) == 16 and len(result["tables"]["table5"]["lines"]) == 3
+    assert len(result["tables"]["table4"]["lines"]) == 12 and len(result["tables"]["table5"]["lines"]) == 3
     assert (
         "synthetic" in text and "stage 1: 1400, no unseen labels: 500" in text and result["versions"]["torch"] in text
     )
@@ -139,9 +139,9 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
             assert f"{score['mean']:+.1f} ± " in text and f"| {score['paper']:+.1f} | {told} |" in text
     assert truth["scores"]["miou_unseen"]["verdict"] == "same sign as the paper"
     titles = [difference["title"] for table in result["tables"].values() for difference in table["differences"]]
-    assert titles[2:5] == [
-        "pseudo unseen labels: ensemble on, crops − off",
+    assert titles[6:9] == [
         "ground-truth unseen labels: ensemble on, crops − off",
+        "ground-truth unseen labels: ensemble on, single pass − off",
         "pseudo unseen labels − no unseen labels",
     ]
 
@@ -168,7 +168,7 @@ def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another
     (finished.run_folder(1, "none") / "final" / "model.safetensors").write_bytes(b"trained anew")
     path = finished.run_folder(2, "pseudo") / "gzs3_crops.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_ensemble_weight": 0.7}))
-    repeated = [f"seed1/none/gzs3_{view}" for view in ("off", "crops", "lazy", "single_pass")]
+    repeated = [f"seed1/none/gzs3_{view}" for view in ("off", "crops", "single_pass")]
     assert undone(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
 
 
@@ -187,7 +187,7 @@ def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch,
 def test_the_commands_are_those_that_made_the_first_runs():
     """Runs that are there are found by these folders, and go on only under these flags."""
     jobs = {job.name: job.command for job in make_jobs(AblationArgs(), LINES)}
-    assert len(jobs) == 3 * (4 + 1 + 16)
+    assert len(jobs) == 3 * (4 + 1 + 12)
     folder = "runs/ablation/seed1"
     stage1 = f"train.py --config recipes/scenes_stage1.yaml --dataset runs/ablation/scenes --output_dir {folder}/stage1"
     assert jobs["seed1/stage1"][1:] == [*stage1.split(), "--seed", "1"]
