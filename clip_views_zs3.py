@@ -30,7 +30,8 @@ MASK_THRESHOLD = 0.5  # a proposal is where its mask is above it (Xu et al. 2021
 BICUBIC = -0.75  # the constant of PyTorch's bicubic kernel
 CROPS_AT_ONCE = 16  # crops cut out at once: each needs a copy of its image
 SINGLE_PASS_SCALE = 2.0  # sides of the image in `single_pass`, in those of CLIP's training (geometric mean)
-SCORE_ROUNDING = 2e-5  # twice the error of a score of semantic_map
+SCORE_ROUNDING = 4 * 2.0**-24  # share of itself that a float64 score and its margin lose when they become float32
+EQUAL = 1e-9  # scores closer than this are not told apart
 
 
 class ProposalEmbeds(NamedTuple):
@@ -90,17 +91,29 @@ def crop_proposals(
     fill: what stands for pixels outside the mask, CLIP's "mean" colour (0 after normalisation) or "zero", black; None:
         they are shown as they are. The box is stretched to S x S (bicubic, no antialias), as in Xu et al. 2021.
     """
-    mean, std = (image.new_tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    pixels = (image.float() - mean) / std
-    blank = {"mean": torch.zeros_like(mean), "zero": -mean / std}.get(fill)
+    if fill not in ("mean", "zero", None):
+        raise ValueError(f"fill must be 'mean', 'zero' or None, got {fill!r}")
+    pixels, blank = _normalised(image), None
+    if fill is not None:
+        blank = (
+            torch.zeros_like(pixels[:, :1, :1]) if fill == "mean" else _normalised(torch.zeros_like(image[:, :1, :1]))
+        )
     left, top, right, bottom = mask_boxes(masks, expansion).unbind(1)
     rows = _bicubic(top, bottom, image.shape[1], size)  # (N, S, H)
     columns = _bicubic(left, right, image.shape[2], size)  # (N, S, W)
     crops = []
-    for part in torch.arange(len(masks), device=masks.device).split(CROPS_AT_ONCE):
-        shown = pixels if fill is None else torch.where(masks[part, None], pixels, blank)  # (n, 3, H, W)
-        crops.append(rows[part, None] @ shown @ columns[part, None].mT)
+    with torch.autocast(image.device.type, enabled=False):
+        for part in torch.arange(len(masks), device=masks.device).split(CROPS_AT_ONCE):
+            shown = pixels if fill is None else torch.where(masks[part, None], pixels, blank)  # (n, 3, H, W)
+            crops.append(rows[part, None] @ shown @ columns[part, None].mT)
     return torch.cat(crops) if crops else pixels.new_empty(0, 3, size, size)
+
+
+def _normalised(image: Tensor) -> Tensor:
+    """(3, H, W) RGB in [0, 1] -> as CLIP takes it, float32."""
+    image = image.float()
+    mean, std = (image.new_tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (image - mean) / std
 
 
 def _bicubic(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
@@ -119,7 +132,10 @@ def _bicubic(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
     weight = torch.stack([far[..., 0], near[..., 0], near[..., 1], far[..., 1]], dim=-1).float()  # (N, size, 4)
     taps = low.long()[..., None] + torch.arange(-1, 3, device=start.device)
     index = start[:, None, None] + taps.clamp(min=0).minimum(extent[..., None] - 1)
-    return weight.new_zeros(len(start), size, length).scatter_add_(2, index, weight)
+    matrix = weight.new_zeros(len(start), size, length)
+    for tap in range(4):  # one by one: at a border they meet, and the order of a sum must not be left to chance
+        matrix.scatter_add_(2, index[..., tap, None], weight[..., tap, None])
+    return matrix
 
 
 # ------------------------------------------------------------------------------------------------- one pass for all
@@ -137,8 +153,7 @@ def single_pass(tower: CLIPVisionModelWithProjection, image: Tensor, masks: Tens
     side, patch = tower.config.image_size, tower.config.patch_size
     scale = SINGLE_PASS_SCALE * side / (image.shape[1] * image.shape[2]) ** 0.5
     grid = [max(1, round(length * scale / patch)) for length in image.shape[1:]]
-    mean, std = (image.new_tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    pixels = ((image.float() - mean) / std)[None]
+    pixels = _normalised(image)[None]
     pixels = F.interpolate(pixels, size=[n * patch for n in grid], mode="bicubic", antialias=True, align_corners=False)
     covered = F.adaptive_avg_pool2d(masks.float(), grid).flatten(1)  # (N, P), share of each patch
     hidden = vision.embeddings(pixels, interpolate_pos_encoding=True)  # (1, 1 + P, width)
@@ -185,7 +200,7 @@ def ensemble_lazily(
     image_size: tuple[int, int],
     tolerance: float = 0.0,
 ) -> LazyEnsemble:
-    """The ensemble of one image with as few looks at its proposals as its label map allows.
+    """The ensemble of one image without looks at proposals that cannot change its label map.
 
     class_probs (Q, C); mask_logits (Q, h, w); shown (Q,) bool: what CLIP could be shown. look(queries (n,) int64) gives
     CLIP's probabilities (n, C). valid_size, image_size: as in `semantic_map`, of the label map that matters.
@@ -194,12 +209,15 @@ def ensemble_lazily(
     most 1. So the winner of a pixel is certain when what it surely has beats what any other class may have. Queries are
     looked at, those first that may have most to say where no winner is certain, until at most the share `tolerance` of
     the pixels is open: 0 gives the label map of looking at all to the pixel, otherwise at most so many pixels differ.
-    A query that was not looked at keeps p_q, as if CLIP agreed.
+    A query that was not looked at keeps p_q, as if CLIP agreed: scores are not those of looking at all.
     """
+    if class_probs.shape[1] == 1:
+        return LazyEnsemble(class_probs, torch.zeros_like(shown), 0.0)
     exponent = torch.where(is_seen.to(class_probs.device), weight, 1 - weight).to(class_probs.dtype)
     most = class_probs**exponent  # (Q, C), with s = 1, which is what an empty mask gets
     probs, unknown, undecided = torch.where(shown[:, None], class_probs, most), shown.clone(), 1.0
-    say = mask_logits.float().sigmoid() * most.amax(dim=1)[:, None, None]  # (Q, h, w)
+    part = [-(-side // MASK_STRIDE) for side in valid_size]
+    say = mask_logits[:, : part[0], : part[1]].float().sigmoid() * most.amax(dim=1)[:, None, None]  # (Q, h, w)
     wanted = say.flatten(1).argmax(dim=0).unique()  # those with most to say somewhere
     while True:
         wanted = wanted[unknown[wanted]]
@@ -211,16 +229,17 @@ def ensemble_lazily(
         bounds = torch.stack([probs.masked_fill(unknown[:, None], 0), torch.where(unknown[:, None], most, probs)])
         size = tuple(side * MASK_STRIDE for side in mask_logits.shape[1:])
         sizes = {"valid_sizes": [valid_size] * 2, "image_sizes": [image_size] * 2}
-        least, largest = semantic_map(bounds, mask_logits.expand(2, -1, -1, -1), size, **sizes, return_scores=True)
-        rival = torch.maximum(largest.score - largest.margin, RUNNER_UP * largest.score)  # not far below, never above
-        certain = (least.label_map == largest.label_map) & (least.score - rival > SCORE_ROUNDING)
+        masks = mask_logits.expand(2, -1, -1, -1)
+        least, largest = semantic_map(bounds.double(), masks, size, **sizes, return_scores=True)
+        rival = torch.maximum(largest.score - largest.margin, RUNNER_UP * largest.score)  # no other class has more
+        slack = EQUAL + SCORE_ROUNDING * largest.score
+        certain = (least.label_map == largest.label_map) & (least.score - rival > slack)
         undecided = float((~certain).float().mean())
         if undecided <= tolerance:
             return LazyEnsemble(probs, shown & ~unknown, undecided)
         # The open pixels, as mask pixels: each names the query with most to say there among those not looked at.
-        part = [-(-side // MASK_STRIDE) for side in valid_size]
         where = F.adaptive_max_pool2d((~certain)[None].float(), part)[0] > 0
-        left = say[:, : part[0], : part[1]][:, where].masked_fill(~unknown[:, None], -1)
+        left = say[:, where].masked_fill(~unknown[:, None], -1)
         wanted = left.argmax(dim=0).unique()
 
 

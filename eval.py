@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
-from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, trained_on
+from zs3.checkpoints import check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint, trained_on
 from zs3.command_line import (
     InputError,
     check_at_least,
@@ -73,6 +73,8 @@ class EvalArgs:
         check_at_least(self, 0, "num_pictures", "seed", "ensemble_weight", "ensemble_tolerance")
         if max(self.ensemble_weight or 0, self.ensemble_tolerance) > 1:
             raise InputError("--ensemble_weight and --ensemble_tolerance are shares, at most 1")
+        if self.ensemble_tolerance > 0 and self.ensemble != "lazy":
+            raise InputError("--ensemble_tolerance goes with --ensemble lazy")
 
 
 def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str) -> None:
@@ -88,18 +90,18 @@ def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str)
 def chosen_ensemble(args: EvalArgs, config: PreTrainedConfig) -> tuple[str, float | None]:
     """The view and the weight, of which one that is not given is the checkpoint's; ("off", None) for no ensemble."""
     weight = config.clip_ensemble_weight if args.ensemble_weight is None else args.ensemble_weight
-    view = args.ensemble or ("off" if weight is None or config.vision_config is None else "crops")
-    if view == "off":
-        return "off", None
+    lacks = None
     if config.vision_config is None:
-        raise InputError(f"--ensemble {view}: the checkpoint has no CLIP image tower")
-    if weight is None:
-        raise InputError(f"--ensemble {view}: the checkpoint says not to (its weight is None), give --ensemble_weight")
-    return view, weight
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        lacks = "the checkpoint has no CLIP image tower"
+    elif config.seen_class_names is None:
+        lacks = "the checkpoint does not say which classes its training saw masks of"
+    elif weight is None:
+        lacks = "the checkpoint says not to (its weight is None), give --ensemble_weight"
+    if args.ensemble == "off" or (args.ensemble is None and args.ensemble_weight is None and lacks):
+        return "off", None
+    if lacks:
+        raise InputError(f"no ensemble: {lacks}")
+    return args.ensemble or "crops", weight
 
 
 @torch.inference_mode()
@@ -131,7 +133,7 @@ def evaluate(args: EvalArgs) -> dict | None:
     is_trained = torch.tensor([name in trained for name in names])
 
     confusion = ConfusionMatrix(len(names), ignored)
-    shown = 0
+    shown, undecided = 0, 0.0
     count = len(records) if args.max_images is None else min(args.max_images, len(records))
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     drawn = set(np.linspace(0, count - 1, min(args.num_pictures, count)).astype(int).tolist())
@@ -154,6 +156,7 @@ def evaluate(args: EvalArgs) -> dict | None:
                     image_sizes=[label.shape],
                 )
                 shown += int(outputs.shown_to_clip.sum())
+                undecided += float(outputs.undecided.sum())
             (prediction,) = processor.post_process_semantic_segmentation(outputs, [label.shape])
             confusion.update(prediction, label)
             if args.pictures is not None and index in drawn:
@@ -165,7 +168,7 @@ def evaluate(args: EvalArgs) -> dict | None:
                 draw_comparison(panels, names, Path(args.pictures) / f"{image_id}.png")
             bar.update()
 
-    parts, shown = gather_object([confusion]), sum(gather_object([shown]))
+    parts, looks = gather_object([confusion]), np.sum(gather_object([(shown, undecided)]), axis=0) / count
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
@@ -173,7 +176,8 @@ def evaluate(args: EvalArgs) -> dict | None:
     for part in parts:
         total.merge(part)
     result = summary(args, label_space, model.config, total, names, prompts)
-    result |= {"clip_ensemble": view, "clip_ensemble_weight": weight, "proposals_shown_to_clip": shown / count}
+    result |= {"clip_ensemble": view, "clip_ensemble_weight": weight, "ensemble_tolerance": args.ensemble_tolerance}
+    result |= {"proposals_shown_to_clip": float(looks[0]), "undecided_share": float(looks[1])}  # means over images
     if args.output is not None:
         write_json(Path(args.output), result)
     return result
@@ -204,7 +208,7 @@ def summary(
         "split": args.split,
         "label_space": args.label_space or "the dataset's own",
         "label_space_sha256": hashlib.sha256(label_space_json.encode()).hexdigest(),
-        "checkpoint_sha256": sha256(weights) if weights.exists() else None,
+        "checkpoint_sha256": file_sha256(weights) if weights.exists() else None,
         "seen": [name for name in names if name not in label_space.unseen],
         "unseen": [name for name in names if name in label_space.unseen],
         "trained_on_masks_of": config.seen_class_names,

@@ -504,6 +504,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         dtype: the image tower runs under autocast in it. batch_size: crops that it sees at once, of one or more images.
         """
         tower = self._image_tower()
+        if view not in ("crops", "single_pass"):
+            raise ValueError(f"view must be 'crops' or 'single_pass', got {view!r}")
         if valid_sizes is None:
             valid_sizes = [images.shape[2:]] * len(images)
         sizes = [tuple(int(side) for side in size) for size in valid_sizes]
@@ -557,27 +559,36 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         view: Literal["crops", "lazy", "single_pass"] = "crops",
         tolerance: float = 0.0,
         image_sizes: Sequence[tuple[int, int]] | None = None,
-        **crops,
+        mask_threshold: float = MASK_THRESHOLD,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 64,
     ) -> Zs3Output:
         """The outputs, with class probabilities to which CLIP's view of the proposals has been joined (section 4.6).
 
         images: (B, 3, H, W) RGB in [0, 1] (the image processor's `to_rgb`), or what `embed_proposals` made of them.
         text_embeds, or input_ids and attention_mask: the same label list as in `forward`.
         owner: (S,) int64, where text_embeds has a row for each of S synonyms of C classes: see `best_synonyms`.
-        is_seen: (C,) bool; None: which of the stored vocabulary the training saw masks of.
+        is_seen: (C,) bool; None, with the stored vocabulary: which of it the training saw masks of.
         weight: w; None: the config's clip_ensemble_weight.
         view: "crops" is exact. "lazy" leaves out crops that cannot change the label map at `image_sizes` (height and
-            width; None: those at the model's input), or no more than the share `tolerance` of its pixels.
-            "single_pass" is an approximation at about the cost of a few crops.
-        crops: mask_threshold, fill, expansion, dtype, batch_size of `embed_proposals`.
+            width; None: those at the model's input), or no more than the share `tolerance` of its pixels; scores
+            differ. "single_pass" is an approximation at about the cost of a few crops.
+        mask_threshold, dtype, batch_size: see `embed_proposals`. With a dtype, CLIP's answers hang on how many crops it
+            sees at once, in their last digits, and so may lazy pixels.
         """
+        if view not in ("crops", "lazy", "single_pass"):
+            raise ValueError(f"view must be 'crops', 'lazy' or 'single_pass', got {view!r}")
+        if not 0 <= tolerance <= 1:
+            raise ValueError(f"tolerance must lie in [0, 1], got {tolerance}")
+        crops = {"mask_threshold": mask_threshold, "dtype": dtype, "batch_size": batch_size}
+        stored = text_embeds is None and input_ids is None
         weight = self.config.clip_ensemble_weight if weight is None else weight
         if weight is None:
             raise ValueError("this checkpoint's clip_ensemble_weight is None, do not ensemble: pass weight to do it")
         if not 0 <= weight <= 1:
             raise ValueError(f"the ensemble's weight must lie in [0, 1], got {weight}")
         text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
-        is_seen = self._is_seen(is_seen, outputs.class_logits.shape[2])
+        is_seen = self._is_seen(is_seen, outputs.class_logits.shape[2], stored)
         see = partial(self.clip_probs, text_embeds=text_embeds, owner=owner)
         if view == "lazy" and isinstance(images, Tensor):
             sizes = outputs.valid_sizes.tolist() if image_sizes is None else image_sizes
@@ -588,7 +599,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             if isinstance(images, Tensor):
                 views = {"view": view, **crops}
                 images = self.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes, **views)
-            probs = ensemble_with_clip(final_probabilities(outputs), see(images), is_seen, weight)
+            own = class_probabilities(outputs.class_logits, outputs.background_logits)
+            probs = ensemble_with_clip(own, see(images), is_seen, weight)
             shown = images.shown
             undecided = probs.new_zeros(len(probs))
         return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": shown, "undecided": undecided})
@@ -605,11 +617,13 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         crops: dict,
     ) -> list[LazyEnsemble]:
         """One of each image."""
-        own, results = final_probabilities(outputs), []
+        if len(image_sizes) != len(images):
+            raise ValueError(f"{len(images)} images, but {len(image_sizes)} image_sizes")
+        own, results = class_probabilities(outputs.class_logits, outputs.background_logits), []
         for image, image_size in enumerate(image_sizes):
             pixels, mask_logits = images[image : image + 1], outputs.mask_logits[image : image + 1]
             size = tuple(outputs.valid_sizes[image].tolist())
-            visible = visible_proposals(mask_logits, [size], crops.get("mask_threshold", MASK_THRESHOLD))
+            visible = visible_proposals(mask_logits, [size], crops["mask_threshold"])
 
             def look(query: Tensor, pixels=pixels, mask_logits=mask_logits, size=size, visible=visible) -> Tensor:
                 chosen = torch.zeros_like(visible).index_fill(1, query, True)
@@ -624,11 +638,11 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             )
         return results
 
-    def _is_seen(self, is_seen: Tensor | None, num_classes: int) -> Tensor:
+    def _is_seen(self, is_seen: Tensor | None, num_classes: int, stored: bool) -> Tensor:
         """(C,) bool: as given, or which names of the stored vocabulary the training saw masks of."""
         if is_seen is None:
             names, trained = self.config.class_names, self.config.seen_class_names
-            if names is None or trained is None or len(names) != num_classes:
+            if names is None or trained is None or not stored:
                 raise ValueError("pass is_seen, which of the classes are seen ones: the checkpoint does not say it")
             trained = {plain(name) for name in trained}
             is_seen = torch.tensor([plain(name) in trained for name in names])

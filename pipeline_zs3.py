@@ -56,11 +56,13 @@ class Proposals:
 
     image_size: (height, width). outputs: of each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
     valid_sizes (1, 2), as in Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
+    ensemble: how CLIP saw them, "crops" or "single_pass", or "off".
     """
 
     image_size: tuple[int, int]
     views: list[View]
     outputs: list[dict[str, Tensor]]
+    ensemble: str
 
 
 @dataclass
@@ -101,8 +103,9 @@ class Zs3Pipeline(Pipeline):
         says it exactly; default threshold 0.5), or "margin", how much more that is than for the runner-up (0.1). No
         guarantee goes with either.
     ensemble: CLIP's view of the proposals joined in (section 4.6): "crops", of a crop of each; "lazy", the same label
-        map from fewer crops where that is possible; "single_pass", an approximation from one pass over the image; or
-        "off". None: "crops" where the checkpoint has an image tower and a weight, else "off".
+        map from fewer crops where that is possible (scores differ); "single_pass", an approximation from one pass over
+        the image; or "off". None: "crops" where the checkpoint has an image tower and a weight and says which masks its
+        training saw, else "off". Scores are then of products of probabilities, which do not sum to 1.
     ensemble_weight: w, in [0, 1]; None: the checkpoint's.
     window, overlap: pixels; images larger than a window are seen in overlapping windows of this side, each at the size
         that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
@@ -156,8 +159,8 @@ class Zs3Pipeline(Pipeline):
         ensemble: str | None = None,
     ) -> Proposals | list[Proposals] | Iterator[Proposals]:
         """The network's part alone: see the class, and Proposals. CLIP is shown all of them with any ensemble."""
-        options = {"window": window, "overlap": overlap, "batch_size": batch_size, "ensemble": ensemble}
-        return self(images, propose=True, **options)
+        options = {"window": window, "overlap": overlap, "batch_size": batch_size}
+        return self(images, propose=True, **options, **({} if ensemble is None else {"ensemble": ensemble}))
 
     def draw(self, image: ImageLike, result: dict | list[dict], **options) -> Image.Image:
         """The result over its image, with a legend: see `draw` of drawing_zs3."""
@@ -245,20 +248,26 @@ class Zs3Pipeline(Pipeline):
         trained = {plain(name) for name in self.model.config.seen_class_names or []}
         is_seen = torch.tensor([plain(name) in trained for name in names])
         view = self._ensemble_view(ensemble, ensemble_weight)
+        if view == "lazy" and background == "reject":
+            raise ValueError('"lazy" keeps the label map, not the scores that "reject" looks at: use ensemble="crops"')
         num_labels = len(names) - len(distractors)
         return Choice(names, vectors, owner, num_labels, threshold, confidence, is_seen, view, ensemble_weight)
 
     def _ensemble_view(self, ensemble: str | None, weight: float | None) -> str:
         """The checkpoint's own where none is given."""
         config = self.model.config
-        weight = config.clip_ensemble_weight if weight is None else weight
-        if ensemble is None:
-            return "off" if weight is None or config.vision_config is None else "crops"
-        if ensemble != "off" and config.vision_config is None:
-            raise ValueError(f"this checkpoint has no CLIP image tower: no ensemble={ensemble!r}")
-        if ensemble != "off" and weight is None:
-            raise ValueError("this checkpoint says not to ensemble (its weight is None): pass ensemble_weight to do it")
-        return ensemble
+        lacks = None
+        if config.vision_config is None:
+            lacks = "this checkpoint has no CLIP image tower"
+        elif config.seen_class_names is None:
+            lacks = "this checkpoint does not say which classes its training saw masks of"
+        elif config.clip_ensemble_weight is None and weight is None:
+            lacks = "this checkpoint says not to ensemble (its weight is None): pass ensemble_weight to do it"
+        if ensemble == "off" or (ensemble is None and weight is None and lacks):
+            return "off"
+        if lacks:
+            raise ValueError(f"no ensemble: {lacks}")
+        return ensemble or "crops"
 
     def _embed(self, entries: list[ClassName], synonyms: str | None) -> tuple[list[str], Tensor, list[int]]:
         """Names, their text vectors, and which name each vector is of."""
@@ -300,8 +309,10 @@ class Zs3Pipeline(Pipeline):
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         if forward_params.get("propose", False):
-            ensemble = forward_params.get("ensemble")
-            choice, view = None, "off" if ensemble in (None, "off") else self._ensemble_view(ensemble, weight=1.0)
+            asked = {name: forward_params.get(name) for name in ENSEMBLE}
+            if asked["ensemble"] is not None and asked["ensemble_weight"] is None:
+                asked["ensemble_weight"] = 1.0  # any: which one is said with the labels
+            choice, view = None, self._ensemble_view(asked["ensemble"], asked["ensemble_weight"])
             view = "crops" if view == "lazy" else view  # which crops a label list wants is not known yet
         else:
             choice = self._choose(**{name: value for name, value in forward_params.items() if name != "propose"})
@@ -332,7 +343,7 @@ class Zs3Pipeline(Pipeline):
                     seen[place].append(result)
             for image, results in zip(inputs, seen, strict=True):
                 if choice is None:
-                    yield Proposals(image["image_size"], image["views"], results)
+                    yield Proposals(image["image_size"], image["views"], results, ensemble)
                 else:
                     yield self.postprocess({**image, "results": results, "choice": choice}, **postprocess)
 
@@ -342,7 +353,8 @@ class Zs3Pipeline(Pipeline):
                 raise ValueError(
                     "window goes with propose(...): these proposals were made without, or with another one"
                 )
-            return {"image_size": image.image_size, "views": image.views, "outputs": image.outputs}
+            kept = {"outputs": image.outputs, "kept_ensemble": image.ensemble}
+            return {"image_size": image.image_size, "views": image.views, **kept}
         image = _load(image)
         views = _views(image.width, image.height, window, overlap)
         return {"image_size": (image.height, image.width), "views": views, "image": image}
@@ -351,16 +363,17 @@ class Zs3Pipeline(Pipeline):
         """What `_forward` takes of a view: its part of the image, or what was made of it before."""
         left, top, right, bottom = image["views"][view].box
         if "outputs" in image:
-            return {"size": (bottom - top, right - left), "outputs": image["outputs"][view]}
+            kept = {"outputs": image["outputs"][view], "kept_ensemble": image["kept_ensemble"]}
+            return {"size": (bottom - top, right - left), **kept}
         return {"size": (bottom - top, right - left), "image": image["image"].crop((left, top, right, bottom))}
 
     def _forward(self, views: list[dict], choice: Choice | None, ensemble: str) -> list[dict[str, Tensor]]:
         fresh = [view for view in views if "image" in view]
         if fresh:
             inputs = self.image_processor([view["image"] for view in fresh]).to(self.device)
+            images = None if ensemble == "off" else self.image_processor.to_rgb(inputs["pixel_values"])
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
             outputs = self.model.propose(**inputs)
-            images = self.image_processor.to_rgb(inputs["pixel_values"])
             if ensemble in ("crops", "single_pass"):
                 embeds = self.model.embed_proposals(
                     images, outputs["mask_logits"], outputs["valid_sizes"], view=ensemble
@@ -368,9 +381,13 @@ class Zs3Pipeline(Pipeline):
                 outputs |= {"clip_embeds": embeds.embeds, "shown_to_clip": embeds.shown}
             for row, view in enumerate(fresh):
                 view["outputs"] = {name: value[row : row + 1] for name, value in outputs.items()}
-                view["rgb"] = images[row : row + 1]
+                view["rgb"] = None if images is None else images[row : row + 1]
         if choice is None:
             return [view["outputs"] for view in views]
+        for view in views:
+            wanted, kept = "crops" if choice.ensemble == "lazy" else choice.ensemble, view.get("kept_ensemble")
+            if kept is not None and wanted not in ("off", kept):
+                raise ValueError(f"CLIP was not shown these proposals so: propose(..., ensemble={wanted!r})")
         return [self._decide(view["outputs"], view.get("rgb"), view["size"], choice) for view in views]
 
     def _decide(
@@ -387,8 +404,6 @@ class Zs3Pipeline(Pipeline):
         if owner is not None:
             outputs.class_logits = best_synonyms(outputs.class_logits, owner)
         if choice.ensemble != "off":
-            if rgb is None and seen_by_clip[0] is None:
-                raise ValueError(f"CLIP was not shown these proposals: propose(..., ensemble={choice.ensemble!r})")
             outputs = self.model.ensemble(
                 outputs,
                 rgb if seen_by_clip[0] is None else ProposalEmbeds(*seen_by_clip),

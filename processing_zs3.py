@@ -119,11 +119,14 @@ class Zs3ImageProcessor(PilBackend):
         return BatchFeature({"pixel_values": pixels, "pixel_mask": mask})
 
     def to_rgb(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (B, 3, H, W) back to RGB in [0, 1], as CLIP's view of proposals wants it."""
-        if not self.do_normalize:
-            return pixel_values
-        mean, std = (pixel_values.new_tensor(value).view(3, 1, 1) for value in (self.image_mean, self.image_std))
-        return (pixel_values * std + mean).clamp(0, 1)
+        """pixel_values (B, 3, H, W), as this processor made them, back to RGB in [0, 1], as CLIP's view wants it."""
+        if not self.do_rescale:
+            raise ValueError("without do_rescale the range of pixel_values is not known: make RGB in [0, 1] yourself")
+        pixels = pixel_values.float()
+        if self.do_normalize:
+            mean, std = (pixels.new_tensor(value).view(3, 1, 1) for value in (self.image_mean, self.image_std))
+            pixels = pixels * std + mean
+        return (pixels / (255 * self.rescale_factor)).clamp(0, 1)
 
     @staticmethod
     def _label_maps(segmentation_maps, own_sizes, features: BatchFeature, ignore_index: int | None) -> np.ndarray:

@@ -84,10 +84,12 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
                 result = {name: rng.uniform(0.2, 0.6) for name in SCORES}
                 result |= {"miou_unseen": 0.0, "hiou": 0.0} if row == "none" else {}
                 result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "clip_ensemble": view}
-                result |= {"clip_ensemble_weight": None if view == "off" else 0.8}
+                result |= {"clip_ensemble_weight": None if view == "off" else 0.8, "num_images": 1}
                 (args.run_folder(seed, row) / f"gzs3_{view}.json").write_text(json.dumps(result))
         args.run_folder(seed, "pseudo_labels").mkdir()
         (args.run_folder(seed, "pseudo_labels") / "summary.json").write_text("{}")
+        made_by = {"checkpoint_sha256": {"model.safetensors": hashlib.sha256(f"{seed} stage1".encode()).hexdigest()}}
+        (args.run_folder(seed, "pseudo_labels") / "settings.json").write_text(json.dumps(made_by))
     return args
 
 
@@ -170,6 +172,15 @@ def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_ensemble_weight": 0.7}))
     repeated = [f"seed1/none/gzs3_{view}" for view in ("off", "crops", "single_pass")]
     assert undone(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_ensemble_weight": 0.8, "num_images": 2}))
+    assert undone(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
+
+
+def test_pseudo_labels_of_another_stage_1_are_made_again(finished):
+    (finished.run_folder(0, "stage1") / "final" / "model.safetensors").write_bytes(b"trained anew")
+    assert undone(finished) == [f"seed0/stage1/gzs3_{view}" for view in ("off", "crops", "single_pass")] + [
+        "seed0/pseudo_labels"
+    ]
 
 
 def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch, capsys):
@@ -177,7 +188,7 @@ def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch,
     path = finished.run_folder(0, "none") / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     assert ablation.check_trained(finished, 0, "none") == 500
-    with pytest.raises(InputError, match="seed0/none holds a run with another max_steps: delete it"):
+    with pytest.raises(InputError, match="seed0/none holds a run with another max_steps: delete .*none"):
         call(monkeypatch, "table5", *flags(finished), "--stage2_steps", 20)
     path.write_text(yaml.safe_dump(recipe | {"class_loss": "cross_entropy"}))
     with pytest.raises(InputError, match="another class_loss"):
@@ -247,7 +258,7 @@ def test_bad_flags_are_refused(words, message, monkeypatch, capsys):
 
 
 def test_scenes_of_another_number_are_refused(finished, monkeypatch):
-    with pytest.raises(InputError, match="scenes holds 2 and 1 scenes: delete it"):
+    with pytest.raises(InputError, match="scenes holds 2 and 1 scenes: choose"):
         call(monkeypatch, "table5", *flags(replace(finished, num_train=3)))
 
 

@@ -147,10 +147,18 @@ def test_pictures_without_a_proposal_to_look_at_are_no_error(model, view):
     assert not nothing.shown.any() and (nothing.embeds == 0).all()
 
 
-def test_half_precision_is_near(model):
+def test_crops_are_cut_in_float32_whatever_is_asked_of_the_tower():
+    image, masks = torch.rand(3, 61, 90).bfloat16(), random_masks(5, 61, 90)
+    exact = crop_proposals(image.float(), masks, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(crop_proposals(image, masks, 24), exact)
+
+
+@pytest.mark.parametrize("view", ["crops", "single_pass"])
+def test_half_precision_is_near(model, view):
     images, mask_logits, valid_sizes = proposals()
-    exact = model.embed_proposals(images, mask_logits, valid_sizes)
-    half = model.embed_proposals(images, mask_logits, valid_sizes, dtype=torch.bfloat16)
+    exact = model.embed_proposals(images, mask_logits, valid_sizes, view=view)
+    half = model.embed_proposals(images, mask_logits, valid_sizes, view=view, dtype=torch.bfloat16)
     assert half.embeds.dtype == torch.float32
     assert not torch.equal(half.embeds, exact.embeds)
     torch.testing.assert_close(half.embeds, exact.embeds, atol=0.05, rtol=0)
@@ -209,7 +217,7 @@ def test_the_models_ensemble_is_crops_softmax_and_formula_one_proposal_at_a_time
     assert result.shown_to_clip.flatten().tolist() == [embed is not None for embed in embeds]
     # The same from embeddings made before, and with the config's weight.
     made = model.embed_proposals(images, mask_logits, valid_sizes)
-    again = model.ensemble(outputs, made, text, is_seen=is_seen, weight=0.7)
+    again = model.ensemble(result, made, text, is_seen=is_seen, weight=0.7)  # an ensemble of an ensemble is none
     torch.testing.assert_close(again.class_probs, result.class_probs)
     by_config = model.ensemble(outputs, made, text, is_seen=is_seen)
     torch.testing.assert_close(
@@ -262,6 +270,28 @@ def test_lazy_gives_the_label_map_of_all_crops_to_the_pixel(seed, weight, size):
     assert not (lazy.looked & ~shown).any() and lazy.undecided == 0
     torch.testing.assert_close(lazy.probs[lazy.looked | ~shown], full[0][lazy.looked | ~shown])
     hypothesis.event(f"skipped {int((shown & ~lazy.looked).sum())} of {int(shown.sum())}")
+
+
+def test_lazy_is_exact_where_hundreds_of_proposals_make_large_scores():
+    """Scores far above 1: the products of the ensemble are not normalised."""
+    generator = torch.Generator().manual_seed(0)
+    masks = 4 + torch.randn(300, 12, 16, generator=generator)
+    class_probs = (0.1 * torch.randn(300, 6, generator=generator)).softmax(-1)
+    clip_probs, is_seen = torch.ones(300, 6), torch.zeros(6, dtype=torch.bool)
+    shown = torch.zeros(300, dtype=torch.bool)
+    shown[:3], clip_probs[:3] = True, 1 / 6
+    options = {"valid_size": (48, 64), "image_size": (48, 64)}
+    lazy = ensemble_lazily(class_probs, masks, shown, clip_probs.__getitem__, is_seen, 0.8, **options)
+    full = ensemble_with_clip(class_probs[None], clip_probs[None], is_seen, 0.8)
+    found, expected = (semantic_map(probs, masks[None], (48, 64)) for probs in (lazy.probs[None], full))
+    assert torch.equal(found, expected)
+    assert semantic_scores(full, masks[None], (48, 64)).max() > 100
+
+
+def test_one_class_needs_no_look():
+    masks, shown = torch.ones(2, 12, 16), torch.ones(2, dtype=torch.bool)
+    options = {"valid_size": (45, 61), "image_size": (45, 61)}
+    assert not ensemble_lazily(torch.ones(2, 1), masks, shown, None, torch.tensor([True]), 0.8, **options).looked.any()
 
 
 def test_lazy_comes_to_an_end_where_masks_vanish_in_float32():
@@ -342,6 +372,14 @@ def test_a_wrong_weight_a_missing_tower_and_an_unsaid_split_are_told(model):
         model.ensemble(outputs, images, text, is_seen=torch.tensor([True]))
     with pytest.raises(ValueError, match="no CLIP image tower"):
         tiny_model().embed_proposals(images, mask_logits)
+    for options in ({"tolerance": -0.1}, {"view": "singlepass"}):
+        with pytest.raises(ValueError, match="must"):
+            model.ensemble(outputs, images, text, is_seen=is_seen, **options)
+    for options in ({"view": "lazy"}, {"fill": "none"}):
+        with pytest.raises(ValueError, match="must be"):
+            model.embed_proposals(images, mask_logits, valid_sizes, **options)
+    with pytest.raises(ValueError, match="2 images, but 1 image_sizes"):
+        model.ensemble(outputs, images, text, is_seen=is_seen, view="lazy", image_sizes=[(64, 70)])
     undecided = tiny_model(vision=True, clip_ensemble_weight=None)
     with pytest.raises(ValueError, match="do not ensemble"):
         undecided.ensemble(outputs, images, text, is_seen=is_seen)

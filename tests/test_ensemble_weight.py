@@ -28,7 +28,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return save(tmp_path_factory.mktemp("checkpoint"), vision=True)
+    return save(tmp_path_factory.mktemp("checkpoint"), vision=True, unseen_labels="ground_truth")
 
 
 def save(folder: Path, seen: list[str] | None = SEEN, **kwargs) -> Path:
@@ -140,6 +140,12 @@ def test_wrong_flags_are_one_line(checkpoint, data, changes, words):
     args = WeightArgs(**{"model": str(checkpoint), "dataset": str(data), "unseen_labels": "ground_truth", **changes})
     with pytest.raises(InputError, match=words):
         choose(args)
+
+
+def test_ground_truth_is_for_models_that_were_told_it(data, tmp_path):
+    model = save(tmp_path, vision=True, unseen_labels="pseudo")
+    with pytest.raises(InputError, match="was not told ground-truth"):
+        choose(WeightArgs(model=str(model), dataset=str(data), unseen_labels="ground_truth"))
 
 
 def test_a_checkpoint_without_image_tower_or_with_unseen_masks_is_refused(data, tmp_path, monkeypatch, capsys):

@@ -485,19 +485,30 @@ def test_kept_proposals_keep_what_clip_saw(with_clip, view):
         direct = with_clip(image, CLASS_NAMES, ensemble=view, window=32, output="map")
         again = with_clip(kept, CLASS_NAMES, ensemble=view, output="map")
         assert np.array_equal(direct["segmentation"], again["segmentation"])
-    with pytest.raises(ValueError, match="not shown these proposals"):
-        with_clip(with_clip.propose(IMAGE), CLASS_NAMES, ensemble=view)
+    other = {"crops": "single_pass", "single_pass": "crops"}[view]
+    for kept in (with_clip.propose(IMAGE, ensemble="off"), with_clip.propose(IMAGE, ensemble=other)):
+        with pytest.raises(ValueError, match="not shown these proposals so"):
+            with_clip(kept, CLASS_NAMES, ensemble=view)
+
+
+def test_kept_proposals_follow_the_checkpoint_as_a_direct_call_does(with_clip, segment):
+    direct = with_clip(IMAGE, CLASS_NAMES, output="map")
+    assert np.array_equal(with_clip(with_clip.propose(IMAGE), CLASS_NAMES, output="map")["scores"], direct["scores"])
+    assert with_clip.propose(IMAGE).ensemble == "crops" and segment.propose(IMAGE).ensemble == "off"
+
+
+def test_lazy_and_rejection_do_not_go_together(with_clip):
+    with pytest.raises(ValueError, match='keeps the label map, not the scores that "reject"'):
+        with_clip(IMAGE, CLASS_NAMES, ensemble="lazy", background="reject")
 
 
 def test_the_ensemble_goes_with_synonyms_and_distractors(with_clip):
     labels = [["sky", "heaven"], "grass"]
-    options = {"synonyms": "max", "background": ["red circle", "blue square"], "output": "map"}
-    result = with_clip(IMAGE, labels, ensemble="crops", **options)
-    assert set(np.unique(result["segmentation"])) <= {-1, 0, 1}
-    # A synonym that is a label's own name changes nothing.
-    single = with_clip(IMAGE, ["sky", "grass"], ensemble="crops", **options)
-    twice = with_clip(IMAGE, [["sky", "sky"], "grass"], ensemble="crops", **options)
-    np.testing.assert_allclose(single["scores"], twice["scores"], atol=1e-5)
+    options = {"synonyms": "max", "background": ["red circle", "blue square"], "output": "map", "ensemble": "crops"}
+    single, twice = (with_clip(IMAGE, [first, "grass"], **options) for first in ("sky", ["sky", "sky"]))
+    np.testing.assert_allclose(single["scores"], twice["scores"], atol=1e-5)  # the label's own name once more
+    other = with_clip(IMAGE, labels, **options)
+    assert not np.allclose(other["scores"], single["scores"], atol=1e-5)
 
 
 def test_wrong_words_for_the_ensemble_are_told(with_clip):

@@ -304,3 +304,13 @@ def test_the_pipeline_refuses_wrong_labels_and_outputs(segment):
             segment(picture(50, 70), candidate_labels=labels)
     with pytest.raises(ValueError, match="'picture'"):
         segment(picture(50, 70), output="picture")
+
+
+@pytest.mark.parametrize("options", [{}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5}])
+def test_pixel_values_go_back_to_the_picture(options):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    processor = Zs3ImageProcessor(size={"shortest_edge": 40, "longest_edge": 56}, **options)
+    rgb = processor.to_rgb(processor(images=Image.fromarray(pixels))["pixel_values"])[0, :, :40, :56]
+    torch.testing.assert_close(rgb, torch.from_numpy(pixels).permute(2, 0, 1) / 255, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="without do_rescale"):
+        Zs3ImageProcessor(do_rescale=False).to_rgb(torch.zeros(1, 3, 4, 4))

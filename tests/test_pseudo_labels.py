@@ -309,7 +309,7 @@ def test_a_model_that_knows_unseen_classes_or_cannot_look_is_refused(arguments, 
 # ---- other refusals ----
 
 
-def test_a_folder_of_other_settings_is_refused_by_the_field(arguments, stage1, tmp_path):
+def test_a_folder_of_other_settings_is_refused_by_the_field(arguments, stage1, data, tmp_path):
     args = replace(arguments, max_images=2)
     make_pseudo_labels(args)
     before = shards(args.output)
@@ -318,12 +318,17 @@ def test_a_folder_of_other_settings_is_refused_by_the_field(arguments, stage1, t
         "shard_size": {"shard_size": 2},
         "num_images, image_ids_sha256": {"max_images": 3},
         "seen_names": {"seen_names": True},
-        "checkpoint_sha256, model": {"model": with_config(stage1, tmp_path, pseudo_label_threshold=0.9)},
+        "checkpoint_sha256": {"model": with_config(stage1, tmp_path, pseudo_label_threshold=0.9)},
     }
     for fields, change in others.items():
         with pytest.raises(InputError, match="shards made with another") as refused:
             make_pseudo_labels(replace(args, **change))
         assert all(field in str(refused.value) for field in fields.split(", "))
+    other = shutil.copytree(data, tmp_path / "data")
+    image = other / "train" / "images" / f"{load_split(data, 'train').image_ids[0]}.png"
+    Image.open(image).rotate(180).save(image)
+    with pytest.raises(InputError, match="picture_sizes_sha256"):
+        make_pseudo_labels(replace(args, dataset=str(other)))
     assert shards(args.output) == before
 
 

@@ -36,8 +36,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from configuration_zs3 import Zs3Config
-from eval import sha256
-from train import TrainArgs
+from zs3.checkpoints import file_sha256
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_json, write_text
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores
@@ -46,6 +45,7 @@ from zs3.scenes import write_dataset
 LEVEL = 0.95  # of the intervals over seeds
 ENSEMBLE_WEIGHT = Zs3Config.clip_ensemble_weight  # the paper's for COCO-Stuff; the recipes' models have none
 POLL_SECONDS = 0.1
+WEIGHTS = "model.safetensors"
 VIEWS = {"off": "off", "crops": "on, crops", "single_pass": "on, single pass"}  # lazy is crops, to the pixel
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy")
 
@@ -233,12 +233,20 @@ def training_job(args: AblationArgs, seed: int, name: str) -> Job:
 def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
     folder = args.run_folder(seed, "pseudo_labels")
     model = args.run_folder(seed, "stage1") / "final"
+
+    def is_done() -> bool:
+        """The summary is there, and the scores are of this checkpoint."""
+        if not (folder / "summary.json").exists():
+            return False
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        return settings["checkpoint_sha256"].get(WEIGHTS) == file_sha256(model / WEIGHTS)
+
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(folder)]
     return Job(
         name=f"seed{seed}/pseudo_labels",
         command=[sys.executable, "-m", "zs3.pseudo_labels", *flags],
         log=folder / "pseudo_labels.log",
-        is_done=(folder / "summary.json").exists,
+        is_done=is_done,
         after=[f"seed{seed}/stage1"],
     )
 
@@ -259,7 +267,8 @@ def evaluation_job(args: AblationArgs, seed: int, line: Line) -> Job:
             return False
         result = json.loads(path.read_text(encoding="utf-8"))
         wanted = {
-            "checkpoint_sha256": sha256(model / "model.safetensors"),
+            "checkpoint_sha256": file_sha256(model / WEIGHTS),
+            "num_images": args.num_validation,
             "clip_ensemble": line.view,
             "clip_ensemble_weight": None if line.view == "off" else ENSEMBLE_WEIGHT,
         }
@@ -276,6 +285,8 @@ def evaluation_job(args: AblationArgs, seed: int, line: Line) -> Job:
 
 def check_trained(args: AblationArgs, seed: int, name: str) -> int:
     """Steps of this training. One that is there must have been made with the flags of today."""
+    from train import TrainArgs  # a script of the repository's root
+
     training, overrides = read_arguments(TrainArgs, training_flags(args, seed, name), Zs3Config)
     folder = args.run_folder(seed, name)
     if (folder / "final").exists() and (folder / "recipe.yaml").exists():
@@ -283,8 +294,9 @@ def check_trained(args: AblationArgs, seed: int, name: str) -> int:
         wanted = asdict(training) | {key: value for key, value in overrides.items() if not isinstance(value, dict)}
         changed = sorted(key for key, value in wanted.items() if key in before and before[key] != value)
         if changed:
+            old = folder.parent if name == "stage1" else folder  # all of a seed starts from its stage 1
             raise InputError(
-                f"{folder} holds a run with another {', '.join(changed)}: delete it, or choose another --output_dir"
+                f"{folder} holds a run with another {', '.join(changed)}: delete {old}, or choose another --output_dir"
             )
     return training.max_steps
 
@@ -473,9 +485,7 @@ def prepare_data(args: AblationArgs) -> None:
         write_dataset(args.data, args.num_train, args.num_validation, seed=0)
     counts = (len(load_split(args.data, "train")), len(load_split(args.data, "validation")))
     if counts != (args.num_train, args.num_validation):
-        raise InputError(
-            f"{args.data} holds {counts[0]} and {counts[1]} scenes: delete it, or choose another --output_dir"
-        )
+        raise InputError(f"{args.data} holds {counts[0]} and {counts[1]} scenes: choose another --output_dir")
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints as the commands meet them: loaded through the public door, and asked what their training saw."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -70,6 +71,11 @@ def class_vectors(
     if missing:
         raise InputError(f"the checkpoint has no text tower and no vector for {missing[0]!r}: give --text_embeds")
     return model.vocabulary[[stored.index(name) for name in class_names]], ["the checkpoint's vocabulary"]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def trained_on(config: PreTrainedConfig, names: list[str]) -> list[str]:

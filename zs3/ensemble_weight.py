@@ -15,7 +15,6 @@ for the model. Pictures of its own (`--split`) that training left out avoid the 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -49,10 +48,11 @@ class WeightArgs:
     split: str = flag("train", "Split to choose on; not the one to report on.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     unseen_labels: str | None = flag(
-        None, "Unseen image labels: a folder of python -m zs3.pseudo_labels, or 'ground_truth' (image-level)."
+        None,
+        "Unseen image labels: a folder of python -m zs3.pseudo_labels; or 'ground_truth' (image-level), for a model "
+        "whose training was told them.",
     )
     weights: list[float] = flag([0.5, 0.6, 0.7, 0.8, 0.9], "Weights to compare with no ensemble.")
-    ensemble: Literal["crops", "single_pass"] = flag("crops", "How CLIP sees the proposals.")
     num_images: int = flag(300, "Pictures, spread evenly over the split.")
     min_share: float = flag(0.01, "Share of its label map from which a picture shows a class.")
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
@@ -118,6 +118,12 @@ def choose(args: WeightArgs) -> dict:
     check_no_unseen_masks(model.config, label_space, "weight can be chosen without unseen masks")
     if model.vision_model is None:
         raise InputError(f"{args.model} has no CLIP image tower: there is nothing to ensemble with")
+    if args.unseen_labels == "ground_truth" and model.config.unseen_labels != "ground_truth":
+        raise InputError(
+            f"the training of {args.model} was not told ground-truth image labels, so its weight must not be chosen by "
+            "them: give a folder of pseudo labels"
+        )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     present = None
     if args.unseen_labels != "ground_truth":
         scores = load_unseen_scores(args.unseen_labels, label_space, records.image_ids)
@@ -138,11 +144,10 @@ def choose(args: WeightArgs) -> dict:
     result = decide(counts, len(indices), args.seed)
     result = {
         "model": args.model,
-        "dataset": Path(args.dataset).name,
+        "dataset": Path(args.dataset).name if Path(args.dataset).is_dir() else args.dataset,
         "split": args.split,
         "num_images": len(indices),
         "unseen_labels": args.unseen_labels,
-        "ensemble": args.ensemble,
         "min_share": args.min_share,
         "seed": args.seed,
         **result,
@@ -160,17 +165,17 @@ def label_maps(
     model, processor, image, text_embeds: Tensor, is_seen: Tensor, args: WeightArgs
 ) -> dict[str | float, np.ndarray]:
     """(H, W) by weight, from one pass of the network and one look of CLIP's."""
-    inputs = processor(images=image)
+    inputs = processor(images=image).to(model.device)
     outputs = model(**inputs, text_embeds=text_embeds)
     rgb = processor.to_rgb(inputs["pixel_values"])
-    embeds = model.embed_proposals(rgb, outputs.mask_logits, outputs.valid_sizes, view=args.ensemble)
+    embeds = model.embed_proposals(rgb, outputs.mask_logits, outputs.valid_sizes)
     maps = {}
     for weight in (OFF, *args.weights):
         made = outputs
         if weight != OFF:
             made = model.ensemble(outputs, embeds, text_embeds, is_seen=is_seen, weight=weight)
         (found,) = processor.post_process_semantic_segmentation(made, [(image.height, image.width)])
-        maps[weight] = found.numpy()
+        maps[weight] = found.cpu().numpy()
     return maps
 
 

@@ -42,7 +42,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from clip_views_zs3 import proposal_masks
 from modeling_zs3 import cosine_similarity
 from processing_zs3 import Zs3ImageProcessor, resize_nearest
-from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
+from zs3.checkpoints import check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint
 from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run, write_json
 from zs3.data import (
     IGNORED,
@@ -231,20 +231,24 @@ def resolved_settings(
     args: PseudoLabelArgs,
     model: PreTrainedModel,
     label_space: LabelSpace,
+    records: Split,
     image_ids: list[str],
     prompts: list[str],
     text_embeds: Tensor,
 ) -> dict:
-    """All that decides the scores, for settings.json; text_embeds: (C, D) of the names in the softmax."""
+    """What decides the scores, for settings.json; text_embeds: (C, D) of the names in the softmax.
+
+    Pictures are known by their ids, and those of a folder by the sizes of their files: nobody reads them all again.
+    """
     label_space_json = json.dumps([label_space.class_names, label_space.unseen, label_space.ignore_index])
     return {
-        "model": args.model,
         "checkpoint_sha256": checkpoint_sha256(args.model),
         "checkpoint_commit": getattr(model.config, "_commit_hash", None),
         "dataset": Path(args.dataset).name if Path(args.dataset).is_dir() else args.dataset,
         "split": args.split,
         "num_images": len(image_ids),
         "image_ids_sha256": sha256("\n".join(image_ids).encode()),
+        "picture_sizes_sha256": picture_sizes(records, len(image_ids)),
         "label_space_sha256": sha256(label_space_json.encode()),
         "unseen": label_space.unseen,
         "prompts": prompts,
@@ -259,19 +263,26 @@ def resolved_settings(
         "batch_size": args.batch_size,
         "shard_size": args.shard_size,
         "num_threads": args.num_threads,
-        "device": model.device.type,
+        "device": device_name(model.device),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "pillow", "pyarrow")},
     }
+
+
+def device_name(device: torch.device) -> str:
+    """Kernels differ between kinds of them, and so may last digits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def checkpoint_sha256(path: str) -> dict[str, str]:
     """Of each file of a local checkpoint that its outputs hang on; one from the Hub has its commit."""
     files = sorted(file for kind in ("*.safetensors", "*.json", "*.py") for file in Path(path).glob(kind))
-    found = {}
-    for file in files:
-        with file.open("rb") as opened:
-            found[file.name] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return found
+    return {file.name: file_sha256(file) for file in files}
+
+
+def picture_sizes(records: Split, count: int) -> str | None:
+    """Of a folder's first pictures, sha256 of the sizes of their files: other pictures have others."""
+    rows = [records.rows[index] for index in range(count)] if isinstance(records.rows, list) else []
+    return sha256(str([row["image"].stat().st_size for row in rows]).encode()) if rows else None
 
 
 def sha256(content: bytes) -> str:
@@ -405,7 +416,7 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     image_ids = records.image_ids[: args.max_images]
     shards = cut(range(len(image_ids)), args.shard_size)
     if accelerator.is_main_process:
-        check_settings(folder, resolved_settings(args, model, label_space, image_ids, prompts, text_embeds))
+        check_settings(folder, resolved_settings(args, model, label_space, records, image_ids, prompts, text_embeds))
     accelerator.wait_for_everyone()
     paths = [folder / shard_name(number, len(shards)) for number in range(len(shards))]
     remaining = [number for number, path in enumerate(paths) if not path.exists()]
