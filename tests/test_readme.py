@@ -85,6 +85,17 @@ def test_the_results_of_the_readme_are_those_of_the_result_files():
         assert row in README, f"{path.name}: {row}"
 
 
+def test_the_tables_of_the_readme_are_those_of_the_result_file():
+    result = json.loads((ROOT / "docs" / "results" / "scenes_tables.json").read_text(encoding="utf-8"))
+    lines = {(line["training"], line["ensemble"]): line["scores"] for line in result["tables"]["table4"]["lines"]}
+    told = re.findall(r"^\| (\w[\w-]*) unseen labels \| (off|on) \| (.+) \|$", README, re.MULTILINE)
+    assert len(told) == 6
+    trainings = {"no": "none", "pseudo": "pseudo", "ground-truth": "ground_truth"}
+    for training, ensemble, cells in told:
+        scores = lines[trainings[training], {"off": "off", "on": "crops"}[ensemble]]
+        assert cells == " | ".join(f"{scores[name]['mean']:.1f}" for name in ("miou_seen", "miou_unseen", "hiou"))
+
+
 def test_the_label_stage_of_the_readme_is_that_of_the_result_file():
     rows = json.loads((ROOT / "docs" / "results" / "label_count.json").read_text(encoding="utf-8"))["rows"]
     rows = {(row["labels"], row["size"], row["method"]): row for row in rows if row["kind"].startswith("like")}
