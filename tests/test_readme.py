@@ -96,6 +96,17 @@ def test_the_tables_of_the_readme_are_those_of_the_result_file():
         assert cells == " | ".join(f"{scores[name]['mean']:.1f}" for name in ("miou_seen", "miou_unseen", "hiou"))
 
 
+def test_the_ratios_of_the_readme_are_those_of_the_result_files():
+    results = ROOT / "docs" / "results"
+    cost = json.loads((results / "clip_views.json").read_text(encoding="utf-8"))["cost"]
+    seconds = {row["way"]: row["seconds"] for row in cost}
+    one_pass, loop = seconds["single pass"], seconds["loop over crops"]
+    assert f"took {one_pass:.2f} s where a loop over 100 crops took {loop:.2f} s" in README
+    _, one, two = json.loads((results / "pseudo_labels.json").read_text(encoding="utf-8"))["rows"]
+    told = f"made {one['times_faster_than_loop']:.2f} times as fast as by a loop over crops, and two\nprocesses were "
+    assert told + f"{two['times_faster_than_first']:.2f} times as fast as one" in README
+
+
 def test_the_label_stage_of_the_readme_is_that_of_the_result_file():
     rows = json.loads((ROOT / "docs" / "results" / "label_count.json").read_text(encoding="utf-8"))["rows"]
     rows = {(row["labels"], row["size"], row["method"]): row for row in rows if row["kind"].startswith("like")}
