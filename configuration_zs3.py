@@ -152,6 +152,8 @@ class Zs3Config(Mask2FormerConfig):
             raise ValueError(f"importance_sample_ratio must lie in [0, 1], got {self.importance_sample_ratio}")
         if self.clip_ensemble_weight is not None and not 0 <= self.clip_ensemble_weight <= 1:
             raise ValueError(f"clip_ensemble_weight must lie in [0, 1] or be None, got {self.clip_ensemble_weight}")
+        if not 0 < self.pseudo_label_threshold <= 1:
+            raise ValueError(f"pseudo_label_threshold must lie in (0, 1], got {self.pseudo_label_threshold}")
         if not 0 < self.clip_logit_scale < math.inf:
             raise ValueError(f"clip_logit_scale must be a positive number, got {self.clip_logit_scale}")
         if self.rank_scale <= 0:

@@ -387,7 +387,7 @@ class Zs3Pipeline(Pipeline):
         for view in views:
             wanted, kept = "crops" if choice.ensemble == "lazy" else choice.ensemble, view.get("kept_ensemble")
             if kept is not None and wanted not in ("off", kept):
-                raise ValueError(f"CLIP was not shown these proposals so: propose(..., ensemble={wanted!r})")
+                raise ValueError(f"these proposals were kept with ensemble={kept!r}: propose(..., ensemble={wanted!r})")
         return [self._decide(view["outputs"], view.get("rgb"), view["size"], choice) for view in views]
 
     def _decide(

@@ -143,3 +143,13 @@ def test_a_checkpoints_config_survives_json(tmp_path):
     (custom_pipeline,) = config.custom_pipelines.values()
     assert custom_pipeline["impl"] == "pipeline_zs3.Zs3Pipeline"
     assert list(custom_pipeline["pt"]) == ["AutoModel"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("pseudo_label_threshold", 1.5), ("clip_ensemble_weight", -0.1), ("clip_logit_scale", 0.0)],
+)
+def test_numbers_of_pseudo_labels_and_ensemble_have_a_range(field, value):
+    with pytest.raises(Exception, match=field):
+        Zs3Config(**{field: value})
+    assert Zs3Config(clip_ensemble_weight=None).clip_ensemble_weight is None

@@ -487,7 +487,7 @@ def test_kept_proposals_keep_what_clip_saw(with_clip, view):
         assert np.array_equal(direct["segmentation"], again["segmentation"])
     other = {"crops": "single_pass", "single_pass": "crops"}[view]
     for kept in (with_clip.propose(IMAGE, ensemble="off"), with_clip.propose(IMAGE, ensemble=other)):
-        with pytest.raises(ValueError, match="not shown these proposals so"):
+        with pytest.raises(ValueError, match="these proposals were kept with"):
             with_clip(kept, CLASS_NAMES, ensemble=view)
 
 

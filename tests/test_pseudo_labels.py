@@ -21,7 +21,7 @@ from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 from zs3.command_line import InputError, run
-from zs3.data import load_split, load_unseen_scores
+from zs3.data import check_scored_pictures, load_split, load_unseen_scores
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import (
     PseudoLabelArgs,
@@ -329,6 +329,9 @@ def test_a_folder_of_other_settings_is_refused_by_the_field(arguments, stage1, d
     Image.open(image).rotate(180).save(image)
     with pytest.raises(InputError, match="picture_sizes_sha256"):
         make_pseudo_labels(replace(args, dataset=str(other)))
+    check_scored_pictures(Path(args.output), load_split(data, "train"))
+    with pytest.raises(InputError, match="other pictures of the same names"):  # in training
+        check_scored_pictures(Path(args.output), load_split(other, "train"))
     assert shards(args.output) == before
 
 

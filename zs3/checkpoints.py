@@ -14,7 +14,7 @@ from zs3.command_line import InputError, looks_local, one_line
 from zs3.label_space import LabelSpace, load_text_embeds
 
 # What loading a damaged checkpoint, or one of another architecture, raises.
-CHECKPOINT_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError, SafetensorError)
+CHECKPOINT_ERRORS = (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
 
 
 def check_checkpoint(flag_name: str, path: str, model_type: str) -> None:

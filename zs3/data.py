@@ -11,7 +11,9 @@ the crop. What may leave, when asked for, is whether they are in the picture.
 Axes: H W pixels, C names on the class axis of the run, N images, U unseen names.
 """
 
+import hashlib
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +81,13 @@ class Split(Sequence[Record]):
         label = np.asarray(image).astype(np.int32)  # a palette's indices are the ids
         self._check_ids(label, name)
         return name, label
+
+    def picture_sizes_sha256(self, count: int) -> str | None:
+        """Of the first pictures of a folder, the sizes of their files: other pictures have others. None for tables."""
+        if not isinstance(self.rows, list):
+            return None
+        sizes = [row["image"].stat().st_size for row in self.rows[:count]]
+        return hashlib.sha256(str(sizes).encode()).hexdigest()
 
     def _check_ids(self, label: np.ndarray, name: str) -> None:
         num_classes, ignore_index = len(self.label_space.class_names), self.label_space.ignore_index
@@ -234,6 +243,16 @@ def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Seq
             f"{path} has no row for {len(missing)} images ({missing[0]!r}, ...): make the pseudo labels from this split"
         )
     return np.concatenate(scores)[[row_of[image_id] for image_id in image_ids]]
+
+
+def check_scored_pictures(path: Path, records: Split) -> None:
+    """Refuses scores of a folder's pictures for another folder whose image ids are the same."""
+    settings = path / "settings.json"
+    made_of = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    known, count = made_of.get("picture_sizes_sha256"), made_of.get("num_images", 0)
+    own = records.picture_sizes_sha256(count)
+    if None not in (known, own) and known != own:
+        raise InputError(f"{path} was made of other pictures of the same names: make the pseudo labels of this dataset")
 
 
 def _score_files(path: Path) -> list[Path]:
@@ -434,6 +453,7 @@ class SegmentationDataset(Dataset):
         self.positions = mask_positions(label_space, self.class_names)
         self.pseudo_labels = None
         if unseen_labels not in ("none", "ground_truth"):
+            check_scored_pictures(Path(unseen_labels), records)
             scores = load_unseen_scores(unseen_labels, label_space, records.image_ids)
             self.pseudo_labels = np.zeros((len(records), len(self.class_names)), dtype=np.int8)
             unseen = [self.class_names.index(name) for name in label_space.unseen]

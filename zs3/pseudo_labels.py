@@ -248,7 +248,7 @@ def resolved_settings(
         "split": args.split,
         "num_images": len(image_ids),
         "image_ids_sha256": sha256("\n".join(image_ids).encode()),
-        "picture_sizes_sha256": picture_sizes(records, len(image_ids)),
+        "picture_sizes_sha256": records.picture_sizes_sha256(len(image_ids)),
         "label_space_sha256": sha256(label_space_json.encode()),
         "unseen": label_space.unseen,
         "prompts": prompts,
@@ -277,12 +277,6 @@ def checkpoint_sha256(path: str) -> dict[str, str]:
     """Of each file of a local checkpoint that its outputs hang on; one from the Hub has its commit."""
     files = sorted(file for kind in ("*.safetensors", "*.json", "*.py") for file in Path(path).glob(kind))
     return {file.name: file_sha256(file) for file in files}
-
-
-def picture_sizes(records: Split, count: int) -> str | None:
-    """Of a folder's first pictures, sha256 of the sizes of their files: other pictures have others."""
-    rows = [records.rows[index] for index in range(count)] if isinstance(records.rows, list) else []
-    return sha256(str([row["image"].stat().st_size for row in rows]).encode()) if rows else None
 
 
 def sha256(content: bytes) -> str:
