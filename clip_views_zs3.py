@@ -93,11 +93,8 @@ def crop_proposals(
     """
     if fill not in ("mean", "zero", None):
         raise ValueError(f"fill must be 'mean', 'zero' or None, got {fill!r}")
-    pixels, blank = _normalised(image), None
-    if fill is not None:
-        blank = (
-            torch.zeros_like(pixels[:, :1, :1]) if fill == "mean" else _normalised(torch.zeros_like(image[:, :1, :1]))
-        )
+    pixels = _normalised(image)
+    blank = _normalised(torch.zeros_like(image[:, :1, :1])) if fill == "zero" else pixels.new_zeros(3, 1, 1)
     left, top, right, bottom = mask_boxes(masks, expansion).unbind(1)
     rows = _bicubic(top, bottom, image.shape[1], size)  # (N, S, H)
     columns = _bicubic(left, right, image.shape[2], size)  # (N, S, W)
@@ -173,7 +170,7 @@ def single_pass(tower: CLIPVisionModelWithProjection, image: Tensor, masks: Tens
 def ensemble_with_clip(class_probs: Tensor, clip_probs: Tensor, is_seen: Tensor, weight: float) -> Tensor:
     """Geometric ensemble with CLIP's view of the proposals (section 4.6; Xu et al. 2021).
 
-    class_probs, clip_probs: (B, Q, C); is_seen: (C,) bool; weight w in [0, 1].
+    class_probs, clip_probs: (B, Q, C), or without B; is_seen: (C,) bool; weight w in [0, 1].
     Seen classes p^w s^(1-w), unseen p^(1-w) s^w; not renormalised.
     """
     exponent = torch.where(is_seen.to(class_probs.device), weight, 1 - weight).to(class_probs.dtype)
@@ -213,17 +210,16 @@ def ensemble_lazily(
     """
     if class_probs.shape[1] == 1:
         return LazyEnsemble(class_probs, torch.zeros_like(shown), 0.0)
-    exponent = torch.where(is_seen.to(class_probs.device), weight, 1 - weight).to(class_probs.dtype)
-    most = class_probs**exponent  # (Q, C), with s = 1, which is what an empty mask gets
-    probs, unknown, undecided = torch.where(shown[:, None], class_probs, most), shown.clone(), 1.0
+    most = ensemble_with_clip(class_probs, torch.ones_like(class_probs), is_seen, weight)  # also what empty masks get
+    probs, unknown = torch.where(shown[:, None], class_probs, most), shown.clone()
     part = [-(-side // MASK_STRIDE) for side in valid_size]
     say = mask_logits[:, : part[0], : part[1]].float().sigmoid() * most.amax(dim=1)[:, None, None]  # (Q, h, w)
     wanted = say.flatten(1).argmax(dim=0).unique()  # those with most to say somewhere
     while True:
         wanted = wanted[unknown[wanted]]
         if len(wanted):
-            own = ensemble_with_clip(class_probs[None, wanted], look(wanted)[None], is_seen, weight)[0]
-            probs[wanted], unknown[wanted] = own, False
+            probs[wanted] = ensemble_with_clip(class_probs[wanted], look(wanted), is_seen, weight)
+            unknown[wanted] = False
         if not unknown.any():
             return LazyEnsemble(probs, shown, 0.0)
         bounds = torch.stack([probs.masked_fill(unknown[:, None], 0), torch.where(unknown[:, None], most, probs)])

@@ -6,8 +6,6 @@ Settings (section 3.1): gzs3, candidates and pixels of all classes; zs3, of the 
 label space than that of the training. The checkpoint is loaded through AutoModel and AutoProcessor only.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,7 +30,7 @@ from zs3.command_line import (
     run,
     write_json,
 )
-from zs3.data import load_split
+from zs3.data import dataset_name, load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
@@ -200,14 +198,13 @@ def summary(
         scores = dict.fromkeys(scores)
         intervals |= dict.fromkeys(scores, (None, None))
     weights = Path(args.model) / "model.safetensors"
-    label_space_json = json.dumps([label_space.class_names, label_space.unseen, label_space.ignore_index])
     result = {
         "setting": args.setting,
         "model": args.model,
-        "dataset": Path(args.dataset).name if Path(args.dataset).is_dir() else args.dataset,
+        "dataset": dataset_name(args.dataset),
         "split": args.split,
         "label_space": args.label_space or "the dataset's own",
-        "label_space_sha256": hashlib.sha256(label_space_json.encode()).hexdigest(),
+        "label_space_sha256": label_space.sha256,
         "checkpoint_sha256": file_sha256(weights) if weights.exists() else None,
         "seen": [name for name in names if name not in label_space.unseen],
         "unseen": [name for name in names if name in label_space.unseen],

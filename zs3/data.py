@@ -121,6 +121,11 @@ def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None =
     return _table_split(str(dataset), {}, split, dataset, label_space)
 
 
+def dataset_name(dataset: str) -> str:
+    """What results call it: a Hub id, or a folder's name without the way to it."""
+    return Path(dataset).name if Path(dataset).is_dir() else dataset
+
+
 def _folder_split(folder: Path, label_space: LabelSpace) -> Split:
     images, labels = _by_stem(folder / "images", IMAGE_SUFFIXES), _by_stem(folder / "labels", LABEL_SUFFIXES)
     for ours, others, missing in ((images, labels, "labels"), (labels, images, "images")):

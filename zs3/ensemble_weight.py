@@ -31,7 +31,7 @@ from zs3.command_line import (
     run,
     write_json,
 )
-from zs3.data import load_split, load_unseen_scores, mask_positions, pseudo_labels, to_mask_labels
+from zs3.data import dataset_name, load_split, load_unseen_scores, mask_positions, pseudo_labels, to_mask_labels
 from zs3.label_space import load_label_space
 
 OFF = "off"
@@ -144,7 +144,7 @@ def choose(args: WeightArgs) -> dict:
     result = decide(counts, len(indices), args.seed)
     result = {
         "model": args.model,
-        "dataset": Path(args.dataset).name if Path(args.dataset).is_dir() else args.dataset,
+        "dataset": dataset_name(args.dataset),
         "split": args.split,
         "num_images": len(indices),
         "unseen_labels": args.unseen_labels,

@@ -5,6 +5,7 @@ A label space comes from a `classes.json` with the keys "classes" (names in the 
 keys hold the id maps of the original archives and lists of synonyms.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -58,6 +59,12 @@ class LabelSpace:
     def is_seen(self) -> Tensor:
         """(C,) bool tensor."""
         return torch.tensor([name not in self.unseen for name in self.class_names])
+
+    @property
+    def sha256(self) -> str:
+        """Of names, unseen names and ignored id: what results and scores are stamped with."""
+        content = json.dumps([self.class_names, self.unseen, self.ignore_index])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def seen(self) -> list[str]:

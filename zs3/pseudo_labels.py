@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from clip_views_zs3 import proposal_masks
+from clip_views_zs3 import CROPS_AT_ONCE, proposal_masks
 from modeling_zs3 import cosine_similarity
 from processing_zs3 import Zs3ImageProcessor, resize_nearest
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint
@@ -47,6 +47,7 @@ from zs3.command_line import InputError, check_at_least, check_required, flag, r
 from zs3.data import (
     IGNORED,
     Split,
+    dataset_name,
     load_split,
     load_unseen_scores,
     mask_positions,
@@ -127,7 +128,7 @@ def usable_proposals(mask_logits: Tensor, annotated: Tensor, mask_threshold: flo
     mask_logits: (Q, h, w). annotated: (H, W) bool, pixels of seen classes at the model's input, without padding.
     """
     usable = []
-    for part in mask_logits.split(16):  # at the size of the input, all masks at once are big
+    for part in mask_logits.split(CROPS_AT_ONCE):  # at the size of the input, all masks at once are big
         masks = proposal_masks(part, tuple(annotated.shape), mask_threshold)
         area = masks.flatten(1).sum(1)
         usable.append((area > 0) & ((masks & ~annotated).flatten(1).sum(1) >= share * area))
@@ -240,16 +241,15 @@ def resolved_settings(
 
     Pictures are known by their ids, and those of a folder by the sizes of their files: nobody reads them all again.
     """
-    label_space_json = json.dumps([label_space.class_names, label_space.unseen, label_space.ignore_index])
     return {
         "checkpoint_sha256": checkpoint_sha256(args.model),
         "checkpoint_commit": getattr(model.config, "_commit_hash", None),
-        "dataset": Path(args.dataset).name if Path(args.dataset).is_dir() else args.dataset,
+        "dataset": dataset_name(args.dataset),
         "split": args.split,
         "num_images": len(image_ids),
         "image_ids_sha256": sha256("\n".join(image_ids).encode()),
         "picture_sizes_sha256": records.picture_sizes_sha256(len(image_ids)),
-        "label_space_sha256": sha256(label_space_json.encode()),
+        "label_space_sha256": label_space.sha256,
         "unseen": label_space.unseen,
         "prompts": prompts,
         "text_embeds_sha256": sha256(text_embeds.cpu().numpy().tobytes()),
