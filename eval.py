@@ -17,7 +17,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint, trained_on
 from zs3.command_line import (
@@ -85,21 +85,14 @@ def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str)
         raise InputError(f"the checkpoint saw no masks of {missing[:3]}, seen classes here: use --setting ovs")
 
 
-def chosen_ensemble(args: EvalArgs, config: PreTrainedConfig) -> tuple[str, float | None]:
+def chosen_ensemble(args: EvalArgs, model: PreTrainedModel) -> tuple[str, float | None]:
     """The view and the weight, of which one that is not given is the checkpoint's; ("off", None) for no ensemble."""
-    weight = config.clip_ensemble_weight if args.ensemble_weight is None else args.ensemble_weight
-    lacks = None
-    if config.vision_config is None:
-        lacks = "the checkpoint has no CLIP image tower"
-    elif config.seen_class_names is None:
-        lacks = "the checkpoint does not say which classes its training saw masks of"
-    elif weight is None:
-        lacks = "the checkpoint says not to (its weight is None), give --ensemble_weight"
-    if args.ensemble == "off" or (args.ensemble is None and args.ensemble_weight is None and lacks):
-        return "off", None
-    if lacks:
-        raise InputError(f"no ensemble: {lacks}")
-    return args.ensemble or "crops", weight
+    try:
+        view = model.ensemble_view(args.ensemble, args.ensemble_weight)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    weight = model.config.clip_ensemble_weight if args.ensemble_weight is None else args.ensemble_weight
+    return view, None if view == "off" else weight
 
 
 @torch.inference_mode()
@@ -113,7 +106,7 @@ def evaluate(args: EvalArgs) -> dict | None:
         model, processor = load_checkpoint(args.model)
     check_claim(model.config, label_space, args.setting)
     model.to(accelerator.device)
-    view, weight = chosen_ensemble(args, model.config)
+    view, weight = chosen_ensemble(args, model)
     text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
 
     # Candidates: the class axis of this setting, and where each id of a label map lands on it

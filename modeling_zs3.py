@@ -605,6 +605,22 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             undecided = probs.new_zeros(len(probs))
         return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": shown, "undecided": undecided})
 
+    def ensemble_view(self, view: str | None = None, weight: float | None = None) -> str:
+        """The view to ensemble with, or "off": as given, else "crops" where a weight is given or the checkpoint has an
+        image tower, a weight and a record of what its training saw. Raises where an ensemble is asked for in vain."""
+        lacks = None
+        if self.config.vision_config is None:
+            lacks = "the checkpoint has no CLIP image tower"
+        elif self.config.seen_class_names is None:
+            lacks = "the checkpoint does not say which classes its training saw masks of"
+        elif self.config.clip_ensemble_weight is None and weight is None:
+            lacks = "the checkpoint says not to (its clip_ensemble_weight is None), give ensemble_weight to do it"
+        if view == "off" or (view is None and weight is None and lacks):
+            return "off"
+        if lacks:
+            raise ValueError(f"no ensemble: {lacks}")
+        return view or "crops"
+
     def _ensemble_lazily(
         self,
         outputs: Zs3Output,

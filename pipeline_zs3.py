@@ -247,27 +247,11 @@ class Zs3Pipeline(Pipeline):
         owner = torch.tensor(owner, device=vectors.device)
         trained = {plain(name) for name in self.model.config.seen_class_names or []}
         is_seen = torch.tensor([plain(name) in trained for name in names])
-        view = self._ensemble_view(ensemble, ensemble_weight)
+        view = self.model.ensemble_view(ensemble, ensemble_weight)
         if view == "lazy" and background == "reject":
             raise ValueError('"lazy" keeps the label map, not the scores that "reject" looks at: use ensemble="crops"')
         num_labels = len(names) - len(distractors)
         return Choice(names, vectors, owner, num_labels, threshold, confidence, is_seen, view, ensemble_weight)
-
-    def _ensemble_view(self, ensemble: str | None, weight: float | None) -> str:
-        """The checkpoint's own where none is given."""
-        config = self.model.config
-        lacks = None
-        if config.vision_config is None:
-            lacks = "this checkpoint has no CLIP image tower"
-        elif config.seen_class_names is None:
-            lacks = "this checkpoint does not say which classes its training saw masks of"
-        elif config.clip_ensemble_weight is None and weight is None:
-            lacks = "this checkpoint says not to ensemble (its weight is None): pass ensemble_weight to do it"
-        if ensemble == "off" or (ensemble is None and weight is None and lacks):
-            return "off"
-        if lacks:
-            raise ValueError(f"no ensemble: {lacks}")
-        return ensemble or "crops"
 
     def _embed(self, entries: list[ClassName], synonyms: str | None) -> tuple[list[str], Tensor, list[int]]:
         """Names, their text vectors, and which name each vector is of."""
@@ -312,7 +296,7 @@ class Zs3Pipeline(Pipeline):
             asked = {name: forward_params.get(name) for name in ENSEMBLE}
             if asked["ensemble"] is not None and asked["ensemble_weight"] is None:
                 asked["ensemble_weight"] = 1.0  # any: which one is said with the labels
-            choice, view = None, self._ensemble_view(asked["ensemble"], asked["ensemble_weight"])
+            choice, view = None, self.model.ensemble_view(asked["ensemble"], asked["ensemble_weight"])
             view = "crops" if view == "lazy" else view  # which crops a label list wants is not known yet
         else:
             choice = self._choose(**{name: value for name, value in forward_params.items() if name != "propose"})

@@ -29,7 +29,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from configuration_zs3 import Zs3Config
 from losses_zs3 import Targets, mask_ids, zs3_losses
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_json, write_text
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 
 SAME_LOSSES = {"matching": "joint", "class_loss": "cross_entropy", "mask_loss": "bce", "match_points": "random"}
 PEER = "transformers' Mask2FormerLoss"
@@ -274,10 +274,9 @@ def main() -> None:
         raise InputError(f"the two criteria differ by {worst:.1e}: no comparison of speed means anything then")
     print(text, end="")
     if args.output is not None:
-        write_json(
-            Path(args.output), {**vars(args), "machine": machine, "torch": torch.__version__, "results": results}
+        write_report(
+            Path(args.output), {**vars(args), "machine": machine, "torch": torch.__version__, "results": results}, text
         )
-        write_text(Path(args.output).with_suffix(".md"), text)
 
 
 if __name__ == "__main__":

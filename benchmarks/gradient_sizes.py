@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 import train as training
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import check_at_least, check_required, flag, read_arguments, run, write_json, write_text
+from zs3.command_line import check_at_least, check_required, flag, read_arguments, run, write_report
 from zs3.data import StepSampler, collate
 from zs3.demo import train_stage
 from zs3.label_space import load_label_space
@@ -98,8 +98,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if args.output is not None:
-        write_json(Path(args.output), {**vars(args), "recipe": RECIPE, "norms": columns})
-        write_text(Path(args.output).with_suffix(".md"), text)
+        write_report(Path(args.output), {**vars(args), "recipe": RECIPE, "norms": columns}, text)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import Mask2FormerImageProcessorPil
 
 from label_maps_zs3 import semantic_map, semantic_scores
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_json, write_text
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 
 PEER, DENSE, CHUNKED = "transformers' Mask2Former post-processing", "dense einsum", "running maximum over chunks"
 OURS, SCORED = "semantic_map", "semantic_map with scores"
@@ -339,8 +339,9 @@ def main() -> None:
     print(text, end="")
     if args.output is not None:
         result = {**vars(args), "machine": machine, "torch": torch.__version__, "rows": rows}
-        write_json(Path(args.output), {**result, "goals": {k: [g._asdict() for g in v] for k, v in goals.items()}})
-        write_text(Path(args.output).with_suffix(".md"), text)
+        write_report(
+            Path(args.output), {**result, "goals": {k: [g._asdict() for g in v] for k, v in goals.items()}}, text
+        )
 
 
 if __name__ == "__main__":

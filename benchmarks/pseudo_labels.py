@@ -29,8 +29,7 @@ from zs3.command_line import (
     flag,
     read_arguments,
     run,
-    write_json,
-    write_text,
+    write_report,
 )
 from zs3.data import load_split, load_unseen_scores
 from zs3.pseudo_labels import unseen_scores
@@ -149,8 +148,7 @@ def main() -> None:
     table = report(result)
     print(table, end="")
     if args.output is not None:
-        write_json(Path(args.output), result)
-        write_text(Path(args.output).with_suffix(".md"), table)
+        write_report(Path(args.output), result, table)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import PROMPT_TEMPLATES, Label, Zs3ImageProcessor, Zs3Processor, read_labels
 from text_zs3 import TextCache
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_json, write_text
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.label_space import load_label_space
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -183,8 +183,7 @@ def main() -> None:
     if args.output is not None:
         facts = {"mean_tokens": statistics.mean(lengths), "longest": max(lengths), "machine": machine}
         result = {**vars(args), "tokenizer": kind, **facts, "torch": torch.__version__, "seconds": seconds}
-        write_json(Path(args.output), result)
-        write_text(Path(args.output).with_suffix(".md"), text)
+        write_report(Path(args.output), result, text)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from configuration_zs3 import Zs3Config
 from zs3.checkpoints import file_sha256
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_json, write_text
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores
 from zs3.scenes import write_dataset
@@ -521,8 +521,7 @@ def main() -> None:
     }
     path = Path(args.result or Path(args.output_dir, "tables.json"))
     text = report(result)
-    write_json(path, result)
-    write_text(path.with_suffix(".md"), text)
+    write_report(path, result, text)
     print(text)
     print(f"tables    {path}, {path.with_suffix('.md')}")
 

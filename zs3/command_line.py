@@ -103,6 +103,12 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     write_text(path, json.dumps(finite_or_none(result), indent=2) + "\n")
 
 
+def write_report(path: Path, result: dict[str, Any], text: str) -> None:
+    """The result, and what was printed of it beside it as .md."""
+    write_json(path, result)
+    write_text(path.with_suffix(".md"), text)
+
+
 def finite_or_none(value: Any) -> Any:
     """The value with None for every NaN or infinity in it."""
     if isinstance(value, dict):
