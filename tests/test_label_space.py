@@ -1,9 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from zs3.command_line import InputError
-from zs3.label_space import BENCHMARKS, CLASSES_FOLDER, LabelSpace, load_label_space
+from zs3.label_space import BENCHMARKS, CLASSES_FOLDER, LabelSpace, load_label_space, source_ids
 
 SIZES = {
     "ade20k_150": (150, 0, 255),
@@ -13,7 +14,9 @@ SIZES = {
     "pascal_context_59": (59, 0, 255),
     "scenes": (20, 5, 255),
     "voc_20": (20, 5, 255),
+    "voc_21": (21, 5, 255),
 }
+SHARED = Path(__file__).parents[2] / "shared" / "classes"
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -37,7 +40,60 @@ def test_voc_holds_its_names_in_the_order_of_its_ids():
 def test_coco_unseen_names_stand_at_the_published_ids():
     space = load_label_space("coco_stuff_171")
     ids = [space.class_names.index(name) for name in space.unseen]
-    assert ids == json.loads((CLASSES_FOLDER / "coco_stuff_171.json").read_text())["unseen_contiguous_ids"]
+    assert ids == [19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160]
+    values = [source_ids("coco_stuff_171")[index] for index in ids]
+    assert values == [20, 24, 32, 33, 40, 56, 86, 99, 105, 123, 144, 147, 148, 168, 171]
+
+
+def test_coco_values_are_all_182_but_those_of_the_11_removed_labels():
+    removed = [12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91]  # label ids from 1; a map holds one less
+    assert source_ids("coco_stuff_171") == [label - 1 for label in range(1, 183) if label not in removed]
+
+
+def test_voc_21_is_the_background_and_voc_20():
+    assert load_label_space("voc_21").class_names == ["background", *load_label_space("voc_20").class_names]
+    assert load_label_space("voc_21").unseen == load_label_space("voc_20").unseen
+    assert (source_ids("voc_20"), source_ids("voc_21")) == (list(range(1, 21)), list(range(21)))
+
+
+def test_the_59_of_pascal_context_are_among_the_459():
+    of_value = dict(
+        zip(source_ids("pascal_context_459"), load_label_space("pascal_context_459").class_names, strict=True)
+    )
+    names = load_label_space("pascal_context_59").class_names
+    renamed = {name: of_value[value] for name, value in zip(names, source_ids("pascal_context_59"), strict=True)}
+    assert {name: other for name, other in renamed.items() if other != name} == {"diningtable": "table"}
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "scenes"])
+def test_every_class_has_one_value_in_the_archive_and_its_synonyms(name):
+    content = json.loads((CLASSES_FOLDER / f"{name}.json").read_text())
+    assert content.keys() >= {"name", "source", "source_commit", "source_ids", "source_ids_meaning", "notes"}
+    assert len(set(source_ids(name))) == len(content["classes"])
+    if "synonyms" in content:
+        assert len(content["synonyms"]) == len(content["classes"]) and all(content["synonyms"])
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/classes is not here")
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("ade20k_150", None),
+        ("ade20k_847", "ade20k_full_ids"),
+        ("coco_stuff_171", "stuffthingmaps_ids"),
+        ("pascal_context_459", "pascal_context_459_ids"),
+        ("pascal_context_59", "pascal_context_459_ids"),
+        ("voc_20", "voc_ids"),
+    ],
+)
+def test_classes_are_those_of_the_published_lists_entry_by_entry(name, key):
+    theirs, space = json.loads((SHARED / f"{name}.json").read_text()), load_label_space(name)
+    for ours, published in ((space.class_names, theirs["classes"]), (space.unseen, theirs["unseen"])):
+        assert len(ours) == len(published)
+        for index, (mine, published_name) in enumerate(zip(ours, published, strict=True)):
+            assert mine == published_name, index
+    assert space.ignore_index == theirs["ignore_label"]
+    assert source_ids(name) == (theirs[key] if key else list(range(1, 151)))
 
 
 def test_is_seen_follows_the_names_wherever_the_unseen_stand():

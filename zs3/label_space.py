@@ -1,8 +1,8 @@
 """Label spaces: which names the ids of a label map stand for, which of them are unseen, which id is ignored.
 
 A label space comes from a `classes.json` with the keys "classes" (names in the order of their ids), "unseen"
-(names; [] if there are none) and "ignore_label". Those of the benchmarks lie in `zs3/classes/`; their further
-keys hold the id maps of the original archives and lists of synonyms.
+(names; [] if there are none) and "ignore_label". Those of the benchmarks lie in `zs3/classes/`; there "source_ids"
+is the value that each class has in the label files of the original archive, and "synonyms" a list of names for each.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +100,11 @@ def load_label_space(name_or_path: str | Path) -> LabelSpace:
     raise InputError(f"label space {name!r} is no known name, and no such file exists; {hint}")
 
 
+def source_ids(benchmark: str) -> list[int]:
+    """C values, all different: what stands for each class in the label files of the benchmark's official archive."""
+    return _content(CLASSES_FOLDER / f"{benchmark}.json")["source_ids"]
+
+
 def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None) -> Tensor:
     """(C, D) float32, unit length: ready-made text vectors, a .npy with one row a class name in the order of ids."""
     try:
@@ -118,7 +124,7 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
-def _read_classes(path: Path) -> LabelSpace:
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -126,6 +132,11 @@ def _read_classes(path: Path) -> LabelSpace:
     missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else list(KEYS)
     if missing:  # no default: a misspelled "unseen" would train on the masks of unseen classes
         raise InputError(f"{path} lacks {', '.join(missing)}: it needs the keys {', '.join(KEYS)}")
+    return content
+
+
+def _read_classes(path: Path) -> LabelSpace:
+    content = _content(path)
     try:
         return LabelSpace(content["classes"], content["unseen"], content["ignore_label"])
     except InputError as error:
