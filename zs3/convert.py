@@ -1,0 +1,593 @@
+"""Official archives -> a dataset of parquet shards, which `zs3.data.load_split` and `datasets.load_dataset` read.
+
+    python -m zs3.convert ade20k_150 --source ADEChallengeData2016 --output data/ade20k_150 --num_proc 8
+
+The names and layouts are those of `zs3.archives`; docs/data.md tells them. Columns: image (the file's bytes as they
+are), label (a PNG of ids: 8 bits where the ignored id is 255, 16 where it is 65535), image_id, class_ids (the sorted
+ids in the label map, without the ignored one). coco_captions has image_id and captions alone: its pictures are those
+of coco_stuff_171.
+
+Everything is checked on the way. A shard, `data/train-00003-of-00016.parquet`, is there whole or not at all, and what
+was measured of it lies in `.progress/`: the same command again makes the shards that are missing, to the same bytes.
+`classes.json`, the card and `conversion.json` come last.
+
+Axes: H W pixels.
+"""
+
+import difflib
+import functools
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+from tqdm.auto import tqdm
+
+from zs3.archives import ARCHIVES, NUM_CAPTIONS, SPLITS, BadFile, Captioned, Pair, opened
+from zs3.command_line import (
+    InputError,
+    check_at_least,
+    check_required,
+    flag,
+    one_line,
+    read_arguments,
+    run,
+    write_json,
+    write_text,
+)
+from zs3.label_space import CLASSES_FOLDER, is_hub_id, load_label_space, source_ids
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ROW_GROUP = 64  # pictures that are read, and held in memory, at once
+SHOWN = 5  # problems in the terminal
+OUTSIDE = -1  # in the table of ids: no value of the archive's
+
+
+@dataclass
+class ConvertArgs:
+    """A benchmark's official archive becomes a dataset: python -m zs3.convert NAME --source DIR --output DIR."""
+
+    name: str | None = flag(None, f"The benchmark: {', '.join(ARCHIVES)}.")
+    source: str | None = flag(None, "Folder of the unpacked archive, or the one above.")
+    output: str | None = flag(None, "Folder for the dataset; the same command again goes on where it stopped.")
+    splits: list[str] = flag(list(SPLITS), "Splits to convert.")
+    num_proc: int = flag(1, "Processes that read pictures.")
+    on_problem: Literal["stop", "skip"] = flag(
+        "stop",
+        "What a picture that cannot be used does: nothing is finished around it (stop), or it is left out (skip).",
+    )
+    push_to_hub: str | None = flag(None, "Hub id, owner/name, of the dataset to upload to when all is done.")
+    private: bool = flag(False, "A dataset that --push_to_hub makes is private.")
+
+    def check(self) -> None:
+        check_required(self, "name", "source", "output")
+        check_at_least(self, 1, "num_proc")
+        if self.name not in ARCHIVES:
+            closest = difflib.get_close_matches(self.name, ARCHIVES, n=1, cutoff=0.0)[0]
+            raise InputError(f"no archive is called {self.name!r}: did you mean {closest}?")
+        if not self.splits or not set(self.splits) <= set(SPLITS):
+            raise InputError(f"--splits takes {' and '.join(SPLITS)}, got {' '.join(self.splits) or 'none'}")
+        if not Path(self.source).is_dir():
+            raise InputError(f"--source {self.source} is no folder: give that of the unpacked archive")
+        if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
+            raise InputError(f"--push_to_hub {self.push_to_hub} is no Hub id of the form owner/name")
+
+
+# ---- one picture -------------------------------------------------------------------------------------------
+
+
+class Converted(NamedTuple):
+    """What became of an item. row: of the table; None if there is a problem."""
+
+    row: dict | None
+    problems: list[dict[str, str]]  # kind, image_id, message
+    notes: list[dict[str, str]]  # the same, of what is no fault
+    pixels: dict[int, int]  # id -> how many, the ignored id among them
+
+
+@functools.cache
+def lookup_table(name: str) -> tuple[np.ndarray, int]:
+    """(65536,) int32: the id of each value of the archive's label files, or OUTSIDE; and the ignored id."""
+    ignore_index = load_label_space(CLASSES_FOLDER / f"{name}.json").ignore_index
+    table = np.full(65536, OUTSIDE, dtype=np.int32)
+    table[list(ARCHIVES[name].ignored)] = ignore_index
+    values = source_ids(name)
+    table[values] = np.arange(len(values))
+    return table, ignore_index
+
+
+def convert_item(item: Pair | Captioned, name: str) -> Converted:
+    if item.repeats:
+        where = f": the second is {item.image}" if isinstance(item, Pair) else ""
+        return Converted(None, [_remark(item, "repeated_id", f"{item.image_id} is there twice{where}")], [], {})
+    if isinstance(item, Pair):
+        return convert_pair(item, name)
+    if not item.captions:
+        return Converted(None, [_remark(item, "missing_captions", f"{item.image_id} has no caption")], [], {})
+    return Converted({"image_id": item.image_id, "captions": item.captions}, [], [], {})
+
+
+def convert_pair(pair: Pair, name: str) -> Converted:
+    problems, image, ids = [], None, None
+    ignore_index = lookup_table(name)[1]
+    try:
+        content, image = opened(pair.image, "picture")
+    except BadFile as error:
+        problems.append(_remark(pair, error.kind, str(error)))
+    try:
+        ids = read_ids(pair, name)
+    except BadFile as error:
+        problems.append(_remark(pair, error.kind, str(error)))
+    if image is None or ids is None:
+        return Converted(None, problems, [], {})
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    if ids.shape != (image.height, image.width):
+        return Converted(None, [_remark(pair, "size_mismatch", mismatch(pair, image, ids))], [], {})
+    counts = np.bincount(ids.ravel())
+    pixels = {int(i): int(counts[i]) for i in np.nonzero(counts)[0]}
+    row = {
+        "image": {"bytes": content, "path": pair.image.name},
+        "label": {"bytes": label_png(ids, ignore_index), "path": f"{pair.image_id}.png"},
+        "image_id": pair.image_id,
+        "class_ids": [i for i in pixels if i != ignore_index],
+    }
+    message = f"{pair.image} has an EXIF orientation tag; its map fits it as stored, and so both are read"
+    return Converted(row, [], [_remark(pair, "exif_orientation", message)] if turned else [], pixels)
+
+
+def read_ids(pair: Pair, name: str) -> np.ndarray:
+    """(H, W) int32 of the label space."""
+    values = pair.values(pair.label)
+    ids = lookup_table(name)[0][values]
+    if (ids == OUTSIDE).any():
+        value = values[ids == OUTSIDE][0]
+        raise BadFile("ids_outside", f"{pair.label} holds value {value}, which the release of {name} does not have")
+    return ids
+
+
+def mismatch(pair: Pair, image: Image.Image, ids: np.ndarray) -> str:
+    sizes = f"{pair.label} is {ids.shape[1]} x {ids.shape[0]} pixels, {pair.image} {image.width} x {image.height}"
+    if image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9) and ids.shape == image.size:
+        return (
+            f"{sizes}: the map was drawn on the picture turned as its EXIF tag says; save it turned and without the tag"
+        )
+    return sizes
+
+
+def label_png(ids: np.ndarray, ignore_index: int) -> bytes:
+    """A grey PNG of 8 bits where 255 is the ignored id, of 16 where it is above."""
+    file = io.BytesIO()
+    Image.fromarray(ids.astype(np.uint8 if ignore_index <= 255 else np.uint16)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _remark(item: Pair | Captioned, kind: str, message: str) -> dict[str, str]:
+    return {"kind": kind, "image_id": item.image_id, "message": message}
+
+
+def convert_all(items: list[Pair | Captioned], name: str, num_proc: int) -> Iterator[Converted]:
+    """In order; a few items for each process are under way or done, never more."""
+    convert = functools.partial(convert_item, name=name)
+    if num_proc == 1 or isinstance(next(iter(items), None), Captioned):
+        yield from map(convert, items)
+        return
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to hear
+    spawn = multiprocessing.get_context("spawn")
+    remaining = iter(items)
+    with ProcessPoolExecutor(num_proc, spawn, signal.signal, ignore_interrupts) as pool:
+        waiting = deque(pool.submit(convert, item) for item in islice(remaining, 8 * num_proc))
+        while waiting:
+            try:
+                yield waiting.popleft().result()
+            except BrokenProcessPool as error:
+                mend = "start again with a smaller --num_proc"
+                raise InputError(f"a process was ended from outside, perhaps for want of memory: {mend}") from error
+            waiting.extend(pool.submit(convert, item) for item in islice(remaining, 1))
+
+
+# ---- one shard ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shard:
+    split: str
+    path: Path
+    items: list[Pair | Captioned] = field(repr=False)
+
+    @property
+    def record(self) -> Path:
+        """Where its measurements lie when it is finished."""
+        return self.path.parents[1] / ".progress" / f"{self.path.stem}.json"
+
+    @property
+    def items_sha256(self) -> str:
+        """Of image ids and the sizes of their files."""
+        lines = [item.image_id for item in self.items]
+        if isinstance(self.items[0], Pair):
+            lines = [f"{item.image_id} {_file_size(item.image)} {_file_size(item.label)}" for item in self.items]
+        else:
+            lines = [json.dumps(item) for item in self.items]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def cut(output: Path, split: str, items: list[Pair | Captioned]) -> list[Shard]:
+    """The shards of a split: a multiple of 8, so that 2, 4 or 8 processes get equal shares of a stream."""
+    count = 8 * math.ceil(len(items) / 16000) if len(items) >= 8 else 1
+    bounds = [number * len(items) // count for number in range(count + 1)]
+    paths = [output / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
+    return [Shard(split, path, items[bounds[n] : bounds[n + 1]]) for n, path in enumerate(paths)]
+
+
+def finished(shard: Shard) -> dict | None:
+    """The measurements of a shard that is there, whole, and of the items it should have."""
+    if not (shard.path.is_file() and shard.record.is_file()):
+        return None
+    measures = json.loads(shard.record.read_text(encoding="utf-8"))
+    same = measures["bytes"] == shard.path.stat().st_size and measures["items_sha256"] == shard.items_sha256
+    return measures if same else None
+
+
+def write_shard(shard: Shard, results: Iterable[Converted], schema: "pyarrow.Schema", args: ConvertArgs) -> dict:
+    """Its measurements. Written beside and renamed; with a problem and --on_problem stop, only examined."""
+    import pyarrow.parquet
+
+    partial = shard.path.with_name(f".{shard.path.name}.partial")
+    measures = {"num_images": 0, "num_captions": 0, "all_ignored": 0, "problems": [], "notes": []}
+    pixels, images, rows = Counter(), Counter(), []
+    strict = args.on_problem == "stop"
+    try:
+        with pyarrow.parquet.ParquetWriter(partial, schema, compression="none", use_dictionary=False) as writer:
+            for result in results:
+                measures["problems"] += [_of_source(remark, args.source) for remark in result.problems]
+                measures["notes"] += [_of_source(remark, args.source) for remark in result.notes]
+                if result.row is None or (strict and measures["problems"]):
+                    continue
+                rows.append(result.row)
+                measures["num_images"] += 1
+                measures["num_captions"] += len(result.row.get("captions", []))
+                measures["all_ignored"] += result.row.get("class_ids") == []
+                pixels.update(result.pixels)
+                images.update(result.row.get("class_ids", []))
+                if len(rows) == ROW_GROUP:
+                    writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+                    rows = []
+            if rows:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+        if strict and measures["problems"]:
+            return measures
+        with partial.open("rb") as file:
+            measures["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        measures |= {"bytes": partial.stat().st_size, "items_sha256": shard.items_sha256}
+        measures |= {"pixels": _by_id(pixels), "images": _by_id(images)}
+        os.replace(partial, shard.path)
+    finally:
+        partial.unlink(missing_ok=True)
+    write_json(shard.record, measures)
+    return measures
+
+
+def schema_of(name: str) -> "pyarrow.Schema":
+    from datasets import Features, Image, List, Value
+
+    if name == "coco_captions":
+        return Features({"image_id": Value("string"), "captions": List(Value("string"))}).arrow_schema
+    columns = {"image": Image(), "label": Image(), "image_id": Value("string"), "class_ids": List(Value("int32"))}
+    return Features(columns).arrow_schema
+
+
+def _file_size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _of_source(remark: dict[str, str], source: str) -> dict[str, str]:
+    """With paths in the source, wherever that is."""
+    return remark | {"message": remark["message"].replace(f"{Path(source)}{os.sep}", "")}
+
+
+def _by_id(counts: Counter) -> dict[str, int]:
+    return {str(i): counts[i] for i in sorted(counts)}
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------
+
+
+def list_items(args: ConvertArgs) -> dict[str, list[Pair | Captioned]]:
+    """Of each split, in the order of image ids; those whose id was there before are marked.
+
+    A split whose size is not the release's is refused, unless problems are skipped.
+    """
+    archive, items = ARCHIVES[args.name], {}
+    for split in args.splits:
+        found = sorted(archive.items(Path(args.source), split), key=lambda item: item[:2])
+        if not found:
+            raise InputError(f"{split} of {args.name} in {args.source} is empty: copy it from the archive")
+        ids = [None, *(item.image_id for item in found)]
+        items[split] = [item._replace(repeats=item.image_id == ids[n]) for n, item in enumerate(found)]
+        for what, (count, known) in counts(args.name, split, items[split]).items():
+            if count not in known and args.on_problem == "stop":
+                raise InputError(
+                    f"{split} of {args.name} in {args.source} holds {count:,} {what}, the release {known[0]:,}: "
+                    "copy the rest, or --on_problem skip"
+                )
+    return items
+
+
+def counts(name: str, split: str, items: list[Pair | Captioned]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """What was found and what the release has, or may have, by kind."""
+    found = {"pictures": (len(items), ARCHIVES[name].counts[split])}
+    if name == "coco_captions":
+        found["captions"] = (sum(len(item.captions) for item in items), (NUM_CAPTIONS[split],))
+    return found
+
+
+def check_output(args: ConvertArgs) -> None:
+    """A folder holds one conversion: its settings are written at the start and must be the same when it goes on."""
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file: choose a folder")
+    settings = {
+        "name": args.name,
+        "source": str(Path(args.source).resolve()),
+        "splits": args.splits,
+        "classes_sha256": hashlib.sha256(classes_text(args.name).encode()).hexdigest(),
+        "versions": versions(),
+    }
+    path = output / ".progress" / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            raise InputError(
+                f"{output} was made with another {', '.join(changed)}: choose another --output, or delete it"
+            )
+    elif output.exists() and any(file.name != ".progress" for file in output.iterdir()):
+        raise InputError(f"--output {output} holds other files: choose a new folder")
+    write_json(path, settings)
+    (output / "data").mkdir(exist_ok=True)
+
+
+def classes_text(name: str) -> str:
+    """The label space's file; captions have none."""
+    path = CLASSES_FOLDER / f"{name}.json"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("datasets", "numpy", "pillow", "pyarrow", "scipy")}
+
+
+def conversion(args: ConvertArgs, items: dict[str, list], shards: list[tuple[Shard, dict]]) -> dict:
+    """What was measured, for conversion.json."""
+    label_space = None if args.name == "coco_captions" else load_label_space(CLASSES_FOLDER / f"{args.name}.json")
+    splits, problems, notes = {}, [], []
+    for split in args.splits:
+        own = [(shard, measures) for shard, measures in shards if shard.split == split]
+        problems += [{"split": split, **remark} for _, measures in own for remark in measures["problems"]]
+        notes += [{"split": split, **remark} for _, measures in own for remark in measures["notes"]]
+        known = counts(args.name, split, items[split])
+        splits[split] = {
+            "num_images": sum(measures["num_images"] for _, measures in own),
+            "bytes": sum(measures["bytes"] for _, measures in own),
+            "in_source": {what: found for what, (found, _) in known.items()},
+            "in_release": {what: list(release) for what, (_, release) in known.items()},
+            "as_released": all(found in release for found, release in known.values()),
+            "shards": [
+                {"file": f"data/{shard.path.name}"} | {key: measures[key] for key in ("num_images", "bytes", "sha256")}
+                for shard, measures in own
+            ],
+        }
+        if label_space is None:
+            splits[split]["num_captions"] = sum(measures["num_captions"] for _, measures in own)
+        else:
+            pixels, images = (sum((Counter(m[key]) for _, m in own), Counter()) for key in ("pixels", "images"))
+            names = label_space.class_names
+            splits[split] |= {
+                "pixels": {name: pixels[str(i)] for i, name in enumerate(names)},
+                "images": {name: images[str(i)] for i, name in enumerate(names)},
+                "ignored_pixels": pixels[str(label_space.ignore_index)],
+                "images_ignored_everywhere": sum(measures["all_ignored"] for _, measures in own),
+                "never": [name for i, name in enumerate(names) if not images[str(i)]],
+            }
+    return {
+        "name": args.name,
+        "source": Path(args.source).resolve().name,
+        "on_problem": args.on_problem,
+        "label_space_sha256": label_space and label_space.sha256,
+        "splits": splits,
+        "problems": problems,
+        "notes": notes,
+        "versions": versions(),
+    }
+
+
+def card(result: dict) -> str:
+    """README.md of the dataset: front matter which tells the Hub and `load_dataset` the splits, then what it is."""
+    archive, splits = ARCHIVES[result["name"]], result["splits"]
+    captions = result["name"] == "coco_captions"
+    files = "".join(f"      - split: {split}\n        path: data/{split}-*.parquet\n" for split in splits)
+    counted = {"images": "num_images"} | ({"captions": "num_captions"} if captions else {})
+    counted |= {} if captions else {"ignored everywhere": "images_ignored_everywhere"}
+    lines = [
+        "---",
+        f"pretty_name: {json.dumps(archive.title)}",
+        "license: other",
+        f"task_categories:\n  - {'image-to-text' if captions else 'image-segmentation'}",
+        f"configs:\n  - config_name: default\n    data_files:\n{files}---",
+        f"\n# {archive.title}\n",
+        f"Made from the official archive by `python -m zs3.convert {result['name']}`; what was measured is in",
+        "`conversion.json`.\n",
+        f"| split | {' | '.join(counted)} |",
+        f"|---|{'---|' * len(counted)}",
+        *(f"| {split} | {' | '.join(f'{row[key]:,}' for key in counted.values())} |" for split, row in splits.items()),
+        "",
+        *(_about_captions() if captions else _about_maps(result)),
+        f"\nLicences of the originals: {archive.licence}\n",
+    ]
+    return "\n".join(lines)
+
+
+def _about_captions() -> list[str]:
+    return [
+        "Columns: image_id and captions, a list. The pictures are those of coco_stuff_171 with the same image_id; they",
+        "are not repeated here. Load it with `datasets.load_dataset(FOLDER)`.",
+    ]
+
+
+def _about_maps(result: dict) -> list[str]:
+    label_space = load_label_space(CLASSES_FOLDER / f"{result['name']}.json")
+    bits, last = (8 if label_space.ignore_index == 255 else 16), len(label_space.class_names) - 1
+    lines = [
+        f"Columns: image, the file as released; label, a PNG of {bits} bits with ids, 0 to {last}, or "
+        f"{label_space.ignore_index}: ignored;",
+        "image_id; class_ids, the ids in the label map. The names of the ids are in `classes.json`.\n",
+        f"Unseen names of the zero-shot split: {', '.join(label_space.unseen) or 'none'}.\n",
+        'Load it with `zs3.data.load_split(FOLDER, "validation")` or `datasets.load_dataset(FOLDER)`.',
+    ]
+    if any(note["kind"] == "exif_orientation" for note in result["notes"]):
+        lines += [
+            "\nSome pictures have an EXIF orientation tag, and maps that fit the picture as stored. `load_split` reads",
+            "them so; `load_dataset` turns what it decodes (`datasets.Image(decode=False)` gives the bytes).",
+        ]
+    return lines
+
+
+def report(result: dict) -> str:
+    """The lines for the terminal."""
+    lines = []
+    for split, row in result["splits"].items():
+        amount = f"{row['num_images']:,} pictures" if "pixels" in row else f"{row['num_captions']:,} captions"
+        release = "as released" if row["as_released"] else f"the release has {max(row['in_release']['pictures']):,}"
+        lines.append(f"{split:<12}{amount} ({release}), {len(row['shards'])} shards, {row['bytes'] / 1e6:,.1f} MB")
+        if row.get("images_ignored_everywhere"):
+            lines.append(f"{'':<12}{row['images_ignored_everywhere']:,} pictures are ignored everywhere")
+        if row.get("never"):
+            shown = ", ".join(row["never"][:SHOWN]) + (", ..." if len(row["never"]) > SHOWN else "")
+            lines.append(f"{'':<12}{len(row['never'])} classes never occur: {shown}")
+    if result["notes"]:
+        lines.append(f"{'notes':<12}{tally(result['notes'])}")
+    if result["problems"]:
+        lines.append(f"{'left out':<12}{tally(result['problems'])}")
+    return "\n".join(lines)
+
+
+def tally(remarks: list[dict[str, str]]) -> str:
+    """How many of each kind, and the first few."""
+    kinds = Counter(remark["kind"] for remark in remarks)
+    lines = [", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())]
+    lines += [f"  {remark['message']}" for remark in remarks[:SHOWN]]
+    if len(remarks) > SHOWN:
+        lines.append("  ...")
+    return "\n".join(lines)
+
+
+def push(args: ConvertArgs) -> None:
+    """Uploads the dataset; what an earlier one left in its data/ goes."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The bases of HfHubHTTPError: OSError, and all errors of the HTTP library, which changes with huggingface_hub.
+    try:
+        HfApi().create_repo(args.push_to_hub, repo_type="dataset", private=args.private, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=args.push_to_hub,
+            repo_type="dataset",
+            folder_path=args.output,
+            ignore_patterns=[".progress/*", "*.partial"],
+            delete_patterns="data/*.parquet",
+            commit_message=f"{args.name}, converted from the official archive",
+        )
+    except (*HfHubHTTPError.__bases__, ValueError) as error:
+        raise InputError(
+            f"cannot upload to {args.push_to_hub} ({one_line(error)}): the dataset in {args.output} is whole, and the "
+            "same command tries again"
+        ) from error
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def convert(args: ConvertArgs) -> dict:
+    """What was measured, as conversion.json holds it."""
+    args.check()
+    args = replace(args, splits=[split for split in SPLITS if split in args.splits])
+    output = Path(args.output)
+    items = list_items(args)
+    check_output(args)
+    shards = [shard for split in args.splits for shard in cut(output, split, items[split])]
+    done = [(shard, finished(shard)) for shard in shards]
+    if args.on_problem == "stop" and any(measures and measures["problems"] for _, measures in done):
+        raise InputError(
+            f"{output} holds shards from which --on_problem skip left pictures out: "
+            "choose another --output, or skip again"
+        )
+    remaining = [item for shard, measures in done if measures is None for item in shard.items]
+    total = sum(len(shard.items) for shard in shards)
+    schema = schema_of(args.name)
+    measured = []
+    results = convert_all(remaining, args.name, args.num_proc)
+    with closing(results), tqdm(total=total, initial=total - len(remaining), unit="picture", mininterval=1) as bar:
+        for shard, measures in done:
+            if measures is None:
+                own = _counted(islice(results, len(shard.items)), bar)
+                measures = write_shard(shard, own, schema, args)
+            measured.append((shard, measures))
+
+    problems = [{"split": shard.split, **remark} for shard, m in measured for remark in m["problems"]]
+    if problems and args.on_problem == "stop":
+        write_json(output / "problems.json", {"problems": problems})
+        print(f"problems    {tally(problems)}", file=sys.stderr)
+        raise InputError(
+            f"{len(problems):,} problems, all in {output / 'problems.json'}: mend them and run the same command again, "
+            "which redoes only what is missing, or --on_problem skip"
+        )
+    (output / "problems.json").unlink(missing_ok=True)
+    result = conversion(args, items, measured)
+    if not remaining and (output / "conversion.json").exists():
+        print(f"there already: nothing was left to do in {output}")
+    else:
+        if args.name != "coco_captions":
+            write_text(output / "classes.json", classes_text(args.name))
+        write_text(output / "README.md", card(result))
+        write_json(output / "conversion.json", result)
+    return result
+
+
+def _counted(results: Iterable[Converted], bar: tqdm) -> Iterator[Converted]:
+    for result in results:
+        bar.update()
+        yield result
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv = ["--name", *argv]
+    args, _ = read_arguments(ConvertArgs, argv)
+    result = convert(args)
+    print(report(result))
+    if args.push_to_hub is not None:
+        push(args)
+        print(f"uploaded    https://huggingface.co/datasets/{args.push_to_hub}")
+    print(f"dataset     {args.output}")
+
+
+if __name__ == "__main__":
+    run(main)
