@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -189,10 +190,9 @@ def convert_all(items: list[Pair | Captioned], name: str, num_proc: int) -> Iter
     if num_proc == 1 or isinstance(next(iter(items), None), Captioned):
         yield from map(convert, items)
         return
-    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to hear
     spawn = multiprocessing.get_context("spawn")
     remaining = iter(items)
-    with ProcessPoolExecutor(num_proc, spawn, signal.signal, ignore_interrupts) as pool:
+    with ProcessPoolExecutor(num_proc, spawn, _begin_process) as pool:
         waiting = deque(pool.submit(convert, item) for item in islice(remaining, 8 * num_proc))
         while waiting:
             try:
@@ -201,6 +201,17 @@ def convert_all(items: list[Pair | Captioned], name: str, num_proc: int) -> Iter
                 mend = "start again with a smaller --num_proc"
                 raise InputError(f"a process was ended from outside, perhaps for want of memory: {mend}") from error
             waiting.extend(pool.submit(convert, item) for item in islice(remaining, 1))
+
+
+def _begin_process() -> None:
+    """Of the pool. Ctrl-C is for the main process to hear; when that is gone, however it went, so is this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 # ---- one shard ---------------------------------------------------------------------------------------------
