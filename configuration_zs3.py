@@ -76,10 +76,12 @@ class Zs3Config(Mask2FormerConfig):
         clip_ensemble_weight: w of section 4.6 (Xu et al. 2021), in [0, 1]; None: do not ensemble.
         clip_logit_scale: multiplies CLIP's cosines before a softmax; 100 is what CLIP's training ended with.
         pseudo_label_threshold: tau of section 3.4.
+        word_drop_probability: with which a word of an image's captions is left out, section 4.5.
 
     What the training saw:
         seen_class_names: S, all classes whose masks any stage of the training saw; None: not known.
-        unseen_labels: what was told about unseen classes, "none", "ground_truth" (image labels) or "pseudo".
+        unseen_labels: the most that was told about unseen classes, "none", "pseudo" labels, "captions" that say their
+            names, or "ground_truth" (image labels).
         class_names: the vocabulary stored in the checkpoint by `set_vocabulary`, or None.
     """
 
@@ -116,9 +118,10 @@ class Zs3Config(Mask2FormerConfig):
     clip_ensemble_weight: float | int | None = 0.8
     clip_logit_scale: float | int = 100.0
     pseudo_label_threshold: float | int = 0.99
+    word_drop_probability: float | int = 0.25
 
     seen_class_names: list[str] | None = None
-    unseen_labels: Literal["none", "ground_truth", "pseudo"] | None = None
+    unseen_labels: Literal["none", "pseudo", "captions", "ground_truth"] | None = None
     class_names: list[str] | None = None
 
     def __post_init__(self, **kwargs):

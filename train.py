@@ -10,10 +10,12 @@ checkpoint's own values are their defaults. The same command again resumes from 
 folder.
 """
 
+import itertools
 import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,6 +32,7 @@ from transformers import CLIPTokenizer
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
 from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor
+from zs3.augmentation import Augmentation
 from zs3.checkpoints import CHECKPOINT_ERRORS, check_checkpoint, trained_on
 from zs3.command_line import (
     InputError,
@@ -44,8 +47,19 @@ from zs3.command_line import (
     write_json,
     write_text,
 )
-from zs3.data import Augmentation, SegmentationDataset, StepSampler, collate, load_split
+from zs3.data import (
+    SegmentationDataset,
+    StepSampler,
+    StreamedBatches,
+    check_scored_pictures,
+    collate,
+    load_split,
+    part_size,
+    stream_split,
+)
+from zs3.image_labels import GroundTruthLabels, PseudoLabels, Setting, training_space
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
+from zs3.nouns import CaptionLabels, load_caption_nouns
 
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")
@@ -60,15 +74,24 @@ class TrainArgs:
     output_dir: str | None = flag(None, "Folder for checkpoints, metrics and the final model.")
     split: str = flag("train", "Split of the dataset to train on.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    streaming: bool = flag(False, "Read shard after shard, from the disk or the Hub, without a copy in the cache.")
+    shuffle_buffer: int = flag(1000, "Pictures, not decoded, that each reader of a stream shuffles among.")
     unseen_labels: str = flag(
         "none",
-        "Unseen image labels: 'none' (seen names only), 'ground_truth' (image-level, never masks), or a folder of "
-        "pseudo labels (the --output of zs3.pseudo_labels).",
+        "What training is told of unseen classes: 'none', and their names are not on the class axis (inductive); "
+        "image labels, from a folder of pseudo labels (the --output of zs3.pseudo_labels) or 'ground_truth', never "
+        "masks (transductive); or their 'masks' (supervised: no zero-shot training).",
     )
-
     pseudo_label_unknown_above: float | None = flag(
         None,
         "Pseudo labels with a score above this, and below --pseudo_label_threshold, are unknown; default: absent.",
+    )
+
+    caption_nouns: str | None = flag(
+        None, "Further class names, from captions (the --output of zs3.nouns), told with their images (section 4.5)."
+    )
+    dropped_words: Literal["unknown", "negative"] = flag(
+        "unknown", "What a word of a caption is where it is dropped (--word_drop_probability)."
     )
 
     init_from: str | None = flag(None, "Checkpoint of this project to start from (stage 2).")
@@ -110,12 +133,22 @@ class TrainArgs:
     checkpoints_kept: int = flag(2, "Checkpoints kept; older ones are deleted.")
     seed: int = flag(0, "Of weights, data order, augmentation and point sampling.")
 
+    @property
+    def setting(self) -> Setting:
+        return {"none": "inductive", "masks": "supervised"}.get(self.unseen_labels, "transductive")
+
     def check(self) -> None:
         """What the parser cannot check."""
         check_required(self, "dataset", "output_dir")
         check_at_least(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps")
-        check_at_least(self, 1, "checkpointing_steps", "checkpoints_kept", "test_short_edge", "max_size")
+        check_at_least(
+            self, 1, "checkpointing_steps", "checkpoints_kept", "test_short_edge", "max_size", "shuffle_buffer"
+        )
         check_at_least(self, 0, "learning_rate", "weight_decay", "backbone_multiplier", "num_workers", "seed")
+        if self.caption_nouns is not None and self.unseen_labels != "none":
+            raise InputError("--caption_nouns are names beside the seen ones: leave out --unseen_labels")
+        if self.caption_nouns is not None and self.text_embeds is not None:
+            raise InputError("--caption_nouns need a text tower for their names: give --clip, not --text_embeds")
         if self.max_grad_norm <= 0:
             raise InputError(f"--max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.init_from is None and self.clip is None and self.text_embeds is None:
@@ -190,9 +223,11 @@ def record_supervision(model: Zs3ForSemanticSegmentation, args: TrainArgs, label
         raise InputError(f"{args.init_from} was trained on masks of {leaked}, which are unseen here")
     unknown = before is None or args.mask2former is not None
     model.config.seen_class_names = None if unknown else list(dict.fromkeys([*before, *label_space.seen]))
-    named = args.unseen_labels in ("none", "ground_truth")
-    order = ["none", "pseudo", "ground_truth"]  # the strongest of all stages counts
-    now = args.unseen_labels if named else "pseudo"
+    order = ["none", "pseudo", "captions", "ground_truth"]  # the strongest of all stages counts
+    now = {"none": "none", "masks": "none", "ground_truth": "ground_truth"}.get(args.unseen_labels, "pseudo")
+    if args.caption_nouns is not None:
+        listed = load_caption_nouns(args.caption_nouns, label_space).class_names
+        now = "captions" if set(listed) & set(label_space.unseen) else "none"
     told = model.config.unseen_labels if args.init_from is not None else "none"
     model.config.unseen_labels = None if unknown or told is None else max(told, now, key=order.index)
 
@@ -356,13 +391,19 @@ def describe(args: TrainArgs, label_space: LabelSpace, dataset: SegmentationData
     """What is about to happen, for the reader of the log."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    unseen = {"none": "not used", "ground_truth": "GROUND-TRUTH image labels"}.get(
-        args.unseen_labels, f"pseudo labels of {args.unseen_labels}"
-    )
+    unseen = {
+        "none": "not used",
+        "masks": "but their MASKS are trained on: no zero-shot claim",
+        "ground_truth": "GROUND-TRUTH image labels",
+    }.get(args.unseen_labels, f"pseudo labels of {args.unseen_labels}")
+    names = ", ".join(label_space.unseen)
+    count = "streamed" if args.streaming else f"{len(dataset)} images"
+    nouns = f", {len(dataset.class_names)} names with nouns of {args.caption_nouns}" if args.caption_nouns else ""
     lines = [
-        f"data      {args.dataset} ({args.split}): {len(dataset)} images",
-        f"seen      {len(label_space.seen)} classes with masks",
-        f"unseen    {len(label_space.unseen)} classes, no masks, {unseen}: {', '.join(label_space.unseen)}",
+        f"data      {args.dataset} ({args.split}): {count}",
+        f"setting   {args.setting}",
+        f"seen      {len(label_space.seen)} classes with masks{nouns}",
+        f"unseen    {len(label_space.unseen)} classes, no masks, {unseen}{': ' if names else ''}{names}",
         f"model     {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
         f"losses    class {model.config.class_loss}, mask {model.config.mask_loss}, matching {model.config.matching}",
         f"steps     {args.max_steps} of {args.batch_size} images",
@@ -378,10 +419,24 @@ def make_dataset(
     args: TrainArgs,
     label_space: LabelSpace,
     image_processor: Zs3ImageProcessor,
-    pseudo_label_threshold: float = Zs3Config.pseudo_label_threshold,
+    config: Zs3Config,
 ) -> SegmentationDataset:
+    records = (stream_split if args.streaming else load_split)(args.dataset, args.split, label_space)
+    image_ids = None if args.streaming else records.image_ids
+    told = None
+    if args.caption_nouns is not None:
+        nouns = load_caption_nouns(args.caption_nouns, label_space)
+        dropped_as = {"unknown": -1, "negative": 0}[args.dropped_words]
+        told = CaptionLabels(nouns, image_ids, config.word_drop_probability, dropped_as)
+    elif args.unseen_labels == "ground_truth":
+        told = GroundTruthLabels(label_space)
+    elif args.setting == "transductive":
+        unknown_above = args.pseudo_label_unknown_above
+        told = PseudoLabels(args.unseen_labels, label_space, image_ids, config.pseudo_label_threshold, unknown_above)
+        if not args.streaming:
+            check_scored_pictures(Path(args.unseen_labels), records)
     return SegmentationDataset(
-        load_split(args.dataset, args.split, label_space),
+        records,
         label_space,
         Augmentation(
             crop_size=args.crop_size,
@@ -393,33 +448,39 @@ def make_dataset(
         ),
         image_mean=image_processor.image_mean,
         image_std=image_processor.image_std,
-        unseen_labels=args.unseen_labels,
-        pseudo_label_threshold=pseudo_label_threshold,
-        pseudo_label_unknown_above=args.pseudo_label_unknown_above,
+        told=told,
         seed=args.seed,
     )
 
 
-def make_loader(args: TrainArgs, dataset: SegmentationDataset, accelerator: Accelerator, start_step: int) -> DataLoader:
-    """The micro-batches of this process from start_step on; not prepared, since the sampler cuts them already."""
-    sampler = StepSampler(
-        len(dataset),
-        args.batch_size,
-        args.max_steps,
-        start_step=start_step,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        micro_batches=args.gradient_accumulation_steps,
-        seed=args.seed,
-    )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),  # its own: starting the loader must not move the state that a resume restores
-    )
+def make_loader(
+    args: TrainArgs, dataset: SegmentationDataset, accelerator: Accelerator, start_step: int
+) -> Iterator[dict]:
+    """The micro-batches of this process from start_step on; not prepared, since they are dealt out already."""
+    place = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+    options = {
+        "pin_memory": accelerator.device.type == "cuda",
+        "generator": torch.Generator(),  # its own: starting the loader must not move the state that a resume restores
+    }
+    micro_batches = args.gradient_accumulation_steps
+    if not args.streaming:
+        sampler = StepSampler(
+            len(dataset),
+            args.batch_size,
+            args.max_steps,
+            start_step=start_step,
+            micro_batches=micro_batches,
+            seed=args.seed,
+            **place,
+        )
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers, **options)
+    size = part_size(args.batch_size, accelerator.num_processes, micro_batches)
+    batches = StreamedBatches(dataset, size, args.shuffle_buffer, **place)
+    workers = min(args.num_workers, batches.max_workers)
+    odd = start_step * micro_batches % max(workers, 1)  # workers take turns, from the first one on
+    batches.start = start_step * micro_batches - odd
+    loader = DataLoader(batches, batch_size=None, num_workers=workers, **options)
+    return itertools.islice(loader, odd, odd + (args.max_steps - start_step) * micro_batches)
 
 
 def train(args: TrainArgs, overrides: dict) -> None:
@@ -428,7 +489,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
         if name in overrides:
             raise InputError(f"{name} is written by the training itself: leave it out")
     output_dir = Path(args.output_dir)
-    label_space = load_label_space(args.label_space or args.dataset)
+    label_space = training_space(load_label_space(args.label_space or args.dataset), args.setting)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
     )
@@ -454,9 +515,12 @@ def train(args: TrainArgs, overrides: dict) -> None:
         )
     model.set_vocabulary(label_space.class_names, all_embeds)
     image_processor = getattr(processor, "image_processor", processor)
-    dataset = make_dataset(args, label_space, image_processor, model.config.pseudo_label_threshold)
-    on_axis = [label_space.class_names.index(name) for name in dataset.class_names]
-    text_embeds = all_embeds[on_axis].to(accelerator.device)
+    dataset = make_dataset(args, label_space, image_processor, model.config)
+    if args.caption_nouns is None:
+        text_embeds = all_embeds[[label_space.class_names.index(name) for name in dataset.class_names]]
+    else:
+        text_embeds = model.encode_text(**processor(class_names=dataset.class_names))
+    text_embeds = text_embeds.to(accelerator.device)
     if accelerator.is_main_process:
         check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config))
     accelerator.wait_for_everyone()
@@ -523,6 +587,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
         results = {
             "images_per_second": round(progress.step * args.batch_size / max(progress.seconds, 1e-9), 2),
             "num_processes": accelerator.num_processes,
+            "setting": args.setting,
             "unseen_labels": args.unseen_labels,
             **log.last,
         }

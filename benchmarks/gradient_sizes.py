@@ -69,7 +69,7 @@ def main() -> None:
     label_space = load_label_space(args.dataset)
     start = training.make_model(train_args, overrides, label_space, None)
     processor = training.make_processor(train_args, start, label_space)
-    dataset = training.make_dataset(train_args, label_space, processor.image_processor)
+    dataset = training.make_dataset(train_args, label_space, processor.image_processor, start.config)
     on_axis = [label_space.class_names.index(name) for name in dataset.class_names]
     text_embeds = start.encode_text(**processor(class_names=label_space.class_names))[on_axis]
     sampler = StepSampler(len(dataset), train_args.batch_size, args.batches, seed=1)

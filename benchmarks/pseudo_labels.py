@@ -31,7 +31,8 @@ from zs3.command_line import (
     run,
     write_report,
 )
-from zs3.data import load_split, load_unseen_scores
+from zs3.data import load_split
+from zs3.image_labels import load_unseen_scores
 from zs3.pseudo_labels import unseen_scores
 
 SAME = 1e-3  # a score of the loop and one of the command differ by no more

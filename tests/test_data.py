@@ -1,7 +1,7 @@
 import io
 import json
 import shutil
-from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -9,20 +9,21 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from zs3.augmentation import IGNORED, Augmentation
 from zs3.command_line import InputError
 from zs3.data import (
-    IGNORED,
-    Augmentation,
     SegmentationDataset,
     Split,
     StepSampler,
-    augment,
+    StreamedBatches,
     collate,
     load_split,
     mask_positions,
+    stream_split,
     to_image_labels,
     to_mask_labels,
 )
+from zs3.image_labels import GroundTruthLabels, NothingTold, PseudoLabels
 from zs3.label_space import LabelSpace
 
 SPACE = LabelSpace(["sky", "cow", "road", "cat", "sea"], ["cow", "cat"], 255)
@@ -53,6 +54,10 @@ def dataset_of(root, augmentation=PLAIN, **options):
     return SegmentationDataset(
         load_split(root, "train"), SPACE, augmentation, image_mean=MEAN, image_std=STD, **options
     )
+
+
+def scored(folder, path, *options):
+    return PseudoLabels(path, SPACE, load_split(folder, "train").image_ids, *options)
 
 
 @pytest.fixture
@@ -108,29 +113,6 @@ def test_sixteen_bit_labels_keep_ids_beyond_255(tmp_path):
     label = np.array([[0, 255, 256], [300, 846, 65535]], dtype=np.uint16)
     write_folder(tmp_path, {"a": (np.zeros((2, 3, 3), np.uint8), label)}, space)
     np.testing.assert_array_equal(load_split(tmp_path, "train")[0].label, label)
-
-
-def test_parquet_shards_are_read_as_the_folder_is(folder, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "parquet" / "data").mkdir(parents=True)
-    (tmp_path / "parquet" / "classes.json").write_bytes((folder / "classes.json").read_bytes())
-    for shard, stems in enumerate((["p0", "p1"], ["p2", "p3"])):
-        cells = {
-            column: [{"bytes": (folder / "train" / part / f"{s}.png").read_bytes(), "path": None} for s in stems]
-            for column, part in (("image", "images"), ("label", "labels"))
-        }
-        picture = datasets.Image()
-        features = datasets.Features(image=picture, label=picture, image_id=datasets.Value("string"))
-        table = datasets.Dataset.from_dict({**cells, "image_id": stems}, features=features)
-        table.to_parquet(tmp_path / "parquet" / "data" / f"train-{shard:05d}-of-00002.parquet")
-    ours, theirs = load_split(tmp_path / "parquet", "train"), load_split(folder, "train")
-    assert ours.image_ids == theirs.image_ids
-    for one, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(np.asarray(one.image), np.asarray(other.image))
-        np.testing.assert_array_equal(one.label, other.label)
-    with pytest.raises(InputError, match="no split 'validation'"):
-        load_split(tmp_path / "parquet", "validation")
 
 
 def test_missing_partners_are_listed(folder):
@@ -203,11 +185,10 @@ def test_mask_labels_hold_places_of_seen_classes_only():
     np.testing.assert_array_equal(all_names, [[0, -1, 2], [-1, 4, -1]])
 
 
-def test_image_labels_take_seen_from_the_map_and_unseen_from_what_is_told():
-    is_seen = np.array([True, False, True, False, False])
-    told = np.array([1, 1, 1, 0, -1], dtype=np.int8)
-    labels = to_image_labels(np.array([[2, IGNORED], [2, 2]]), is_seen, told)
-    assert labels.tolist() == [0, 1, 1, 0, -1] and labels.dtype == np.int8
+def test_image_labels_are_what_has_a_mask_and_what_is_told():
+    told = np.array([0, 1, -1, 0, -1], dtype=np.int8)
+    labels = to_image_labels(np.array([[2, IGNORED], [2, 3]]), told)
+    assert labels.tolist() == [0, 1, 1, 1, -1] and labels.dtype == np.int8
 
 
 def test_sample_without_augmentation_is_the_picture_normalised_and_its_map(folder):
@@ -227,10 +208,9 @@ def test_ground_truth_tells_of_unseen_classes_outside_the_crop(tmp_path):
     label = np.zeros((32, 32), np.uint8)
     label[0, 0] = 3  # one pixel of cat, in a corner
     write_folder(tmp_path, {"a": (np.zeros((32, 32, 3), np.uint8), label)})
-    data = dataset_of(
-        tmp_path, Augmentation(crop_size=4, max_size=2048, short_edges=[32], flip=False), unseen_labels="ground_truth"
-    )
-    assert data.class_names == SPACE.class_names and data.is_seen.tolist() == [True, False, True, False, True]
+    recipe = Augmentation(crop_size=4, max_size=2048, short_edges=[32], flip=False)
+    data = dataset_of(tmp_path, recipe, told=GroundTruthLabels(SPACE))
+    assert data.class_names == SPACE.class_names
     for epoch in range(5):
         assert data[epoch, 0]["image_labels"].tolist() == [1, 0, 0, 1, 0]
 
@@ -249,195 +229,6 @@ def test_seen_labels_come_from_the_crop(tmp_path):
     assert {(0,), (2,)} <= seen
 
 
-def write_scores(file, scores):
-    """scores: {image_id: {name: score}}, written as JSON would be: each row a dict."""
-    import pyarrow
-    import pyarrow.parquet
-
-    file.parent.mkdir(exist_ok=True)
-    names = list(next(iter(scores.values())))
-    kind = pyarrow.struct([(name, pyarrow.float32()) for name in names])
-    columns = {"image_id": list(scores), "scores": pyarrow.array(list(scores.values()), kind)}
-    pyarrow.parquet.write_table(pyarrow.table(columns), file)
-    return file
-
-
-SCORES = {
-    "p3": {"cat": 0.2, "cow": 0.9},
-    "p1": {"cat": 0.99, "cow": 0.0},
-    "p0": {"cat": 0.5, "cow": 0.989},
-    "p2": {"cat": 0.51, "cow": 1.0},
-}
-
-
-@pytest.fixture
-def scores_folder(tmp_path):
-    """The four images of `folder` in two shards, in an order of their own."""
-    for shard, ids in enumerate((["p3", "p1"], ["p0", "p2"])):
-        name = f"scores-{shard:05d}-of-00002.parquet"
-        write_scores(tmp_path / "scores" / name, {image_id: SCORES[image_id] for image_id in ids})
-    return tmp_path / "scores"
-
-
-@pytest.mark.parametrize(("threshold", "unknown_above"), [(0.99, None), (0.99, 0.5), (0.9, 0.2), (0.5, None)])
-def test_scores_become_labels_where_they_are_read(folder, scores_folder, threshold, unknown_above):
-    data = dataset_of(
-        folder,
-        unseen_labels=str(scores_folder),
-        pseudo_label_threshold=threshold,
-        pseudo_label_unknown_above=unknown_above,
-    )
-    for index, image_id in enumerate(("p0", "p1", "p2", "p3")):
-        expected = []
-        for name in ("cow", "cat"):  # places 1 and 3 of the class axis
-            score = SCORES[image_id][name]
-            unknown = unknown_above is not None and unknown_above < score < threshold
-            expected.append(1 if score >= threshold else -1 if unknown else 0)
-        assert data[0, index]["image_labels"][[1, 3]].tolist() == expected
-        assert data[0, index]["image_id"] == image_id
-
-
-def test_the_threshold_of_the_paper_is_the_default(folder, scores_folder):
-    data = dataset_of(folder, unseen_labels=str(scores_folder))
-    assert data.pseudo_labels.tolist() == [[0] * 5, [0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5]
-    assert data.pseudo_labels.dtype == np.int8
-
-
-def test_one_file_of_scores_will_do(folder, tmp_path):
-    file = write_scores(tmp_path / "all" / "mine.parquet", {**SCORES, "of another split": SCORES["p0"]})
-    assert dataset_of(folder, unseen_labels=str(file)).pseudo_labels[2].tolist() == [0, 1, 0, 0, 0]
-
-
-def renamed(row):
-    return {"cow": row["cow"], "dog": row["cat"]}
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda shard: shard.unlink(), "holds 1 shards, but not the 2 of one run"),
-        (lambda shard: write_scores(shard, {i: renamed(SCORES[i]) for i in ("p0", "p2")}), r"other .*names.*'cat'"),
-        (lambda shard: write_scores(shard, {"p0": SCORES["p0"]}), r"no row for 1 images \('p2'"),
-        (lambda shard: write_scores(shard, {"p0": SCORES["p0"], "p1": SCORES["p1"]}), "one row"),
-        (lambda shard: write_scores(shard, {i: {"cat": None, "cow": 1.0} for i in ("p0", "p2")}), "not finite"),
-        (lambda shard: shard.write_bytes(b"PAR1 no more"), "cannot read .*scores-00001-of-00002"),
-        (lambda shard: shutil.rmtree(shard.parent), "do not exist"),
-        (lambda shard: [file.unlink() for file in shard.parent.iterdir()], "holds no shards"),
-        (lambda shard: shard.rename(shard.with_name("scores-00001-of-00003.parquet")), "not the 2 of one run"),
-    ],
-)
-def test_bad_pseudo_labels_are_named(folder, scores_folder, spoil, message):
-    spoil(scores_folder / "scores-00001-of-00002.parquet")
-    with pytest.raises(InputError, match=message):
-        dataset_of(folder, unseen_labels=str(scores_folder))
-
-
-def test_unknown_scores_lie_below_the_threshold(folder, scores_folder):
-    for unknown_above in (0.99, 1.0):
-        with pytest.raises(InputError, match="must be below the threshold 0.99"):
-            dataset_of(folder, unseen_labels=str(scores_folder), pseudo_label_unknown_above=unknown_above)
-
-
-@pytest.mark.parametrize("unseen_labels", ["none", "ground_truth"])
-@pytest.mark.parametrize("change", [{1: 3, 3: 1}, {1: 3}, {1: 255, 3: 255}], ids=str)
-def test_where_unseen_classes_lie_never_reaches_a_sample(tmp_path, unseen_labels, change):
-    # Unseen classes cover much, and the single-class limit looks at the map: both could leak through the crop.
-    image, label = random_sample(5, (48, 40), ids=(0, 1, 1, 1, 2, 3, 3, 4, 255))
-    label[:24] = np.where(label[:24] == 255, 255, 1)
-    changed = np.vectorize(lambda value: change.get(value, value))(label).astype(np.uint8)
-    assert (changed != label).any()
-    recipe = Augmentation(crop_size=16, max_size=2048, short_edges=[20, 30], single_class_max_area=0.4)
-    kept, other = (
-        dataset_of(write_folder(tmp_path / name, {"a": (image, ids)}), recipe, unseen_labels=unseen_labels)
-        for name, ids in (("kept", label), ("changed", changed))
-    )
-    is_seen = kept.is_seen
-    for epoch in range(6):
-        one, two = kept[epoch, 0], other[epoch, 0]
-        assert torch.equal(one["pixel_values"], two["pixel_values"])
-        assert torch.equal(one["labels"], two["labels"])
-        assert torch.equal(one["image_labels"][is_seen], two["image_labels"][is_seen])
-        assert not set(one["labels"].unique().tolist()) & set(torch.where(~is_seen)[0].tolist())
-        if unseen_labels == "ground_truth":
-            assert two["image_labels"][[1, 3]].tolist() == [int(value in changed) for value in (1, 3)]
-
-
-# ---- augmentation ----
-
-
-def coordinates(height, width):
-    """A picture and a map which say of every pixel where it came from; ids up to 65535."""
-    rows, columns = np.mgrid[:height, :width]
-    image = np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
-    return Image.fromarray(image), (rows * width + columns).astype(np.int32)
-
-
-def test_crop_takes_one_window_of_picture_and_map_ids_beyond_255_included():
-    image, label = coordinates(200, 250)
-    recipe = Augmentation(crop_size=64, max_size=2048, short_edges=[200], color_jitter=False)
-    corners, flips = set(), Counter()
-    for seed in range(40):
-        cropped, ids = augment(image, label, np.random.default_rng(seed), recipe)
-        pixels = np.asarray(cropped).astype(int)
-        np.testing.assert_array_equal(pixels[..., 0] * 250 + pixels[..., 1], ids)
-        assert ids.shape == (64, 64)
-        corners.add(int(ids.min()))
-        flips[bool(ids[0, 0] > ids[0, 1])] += 1
-    assert len(corners) > 30 and min(flips.values()) > 8
-
-
-def test_map_scales_with_the_picture_by_nearest_pixel():
-    image, label = coordinates(10, 20)
-    recipe = Augmentation(crop_size=100, max_size=2048, short_edges=[20], flip=False, color_jitter=False)
-    doubled, ids = augment(image, label, np.random.default_rng(0), recipe)
-    assert doubled.size == (40, 20)
-    np.testing.assert_array_equal(ids, label.repeat(2, axis=0).repeat(2, axis=1))
-    # PIL's own nearest-neighbour resize, where it can say the ids
-    recipe = Augmentation(crop_size=9, max_size=2048, short_edges=[7], flip=False)
-    smaller, ids = augment(image, label, np.random.default_rng(0), recipe)
-    whole = np.asarray(Image.fromarray(label.astype(np.uint8)).resize((14, 7), Image.Resampling.NEAREST))
-    assert any(np.array_equal(whole[:, x : x + 9], ids) for x in range(6)) and smaller.size == (9, 7)
-
-
-def test_crop_equals_resizing_the_whole_picture_first():
-    image = Image.fromarray(random_sample(0, (60, 90))[0])
-    label = np.arange(60 * 90).reshape(60, 90)
-    recipe = Augmentation(crop_size=32, max_size=2048, short_edges=[45], flip=False, color_jitter=False)
-    cropped, _ = augment(image, label, np.random.default_rng(3), recipe)
-    whole = np.asarray(image.resize((68, 45), Image.Resampling.BILINEAR)).astype(int)
-    gaps = [np.abs(whole[y : y + 32, x : x + 32] - np.asarray(cropped)).max() for y in range(14) for x in range(37)]
-    assert sorted(gaps)[0] <= 1 < sorted(gaps)[1]
-
-
-def test_longer_edge_is_bounded():
-    image, label = coordinates(10, 100)
-    recipe = Augmentation(crop_size=100, short_edges=[20], max_size=50, flip=False)
-    assert augment(image, label, np.random.default_rng(0), recipe)[0].size == (50, 5)
-
-
-def test_single_class_limit_finds_a_mixed_crop():
-    label = np.zeros((64, 64), np.int64)
-    label[:, 40:] = 1
-    image = Image.new("RGB", (64, 64))
-    shares = {}
-    for limit in (1.0, 0.75):
-        recipe = Augmentation(crop_size=16, max_size=2048, short_edges=[64], single_class_max_area=limit)
-        crops = [augment(image, label, np.random.default_rng(seed), recipe)[1] for seed in range(30)]
-        shares[limit] = sum(0.25 < crop.mean() < 0.75 for crop in crops)
-    assert shares[0.75] > 20 > shares[1.0]
-
-
-def test_color_jitter_changes_colours_but_no_place():
-    image = Image.new("RGB", (20, 10), (200, 80, 40))
-    recipe = Augmentation(crop_size=10, max_size=2048, short_edges=[10], flip=False)
-    colours = set()
-    for seed in range(20):
-        jittered = np.asarray(augment(image, np.zeros((10, 20)), np.random.default_rng(seed), recipe)[0])
-        assert (jittered == jittered[0, 0]).all()
-        colours.add(tuple(jittered[0, 0].tolist()))
-    assert len(colours) > 12
-
-
 def test_padding_is_the_mean_colour_and_ignored(tmp_path):
     write_folder(tmp_path, {"a": (np.full((8, 12, 3), 9, np.uint8), np.zeros((8, 12), np.uint8))})
     sample = dataset_of(tmp_path, Augmentation(crop_size=16, max_size=2048, short_edges=[8], flip=False))[0, 0]
@@ -447,16 +238,28 @@ def test_padding_is_the_mean_colour_and_ignored(tmp_path):
     assert (sample["pixel_values"] == 0).all(dim=0).equal(padding)
 
 
-def test_default_short_edges_are_those_of_mask2former():
-    assert Augmentation(512, 2048).short_edges == tuple(int(x * 0.1 * 512) for x in range(5, 21))
-
-
-@pytest.mark.parametrize(
-    "options", [{"crop_size": 0}, {"short_edges": []}, {"short_edges": [0]}, {"single_class_max_area": 0}]
-)
-def test_impossible_augmentations_are_refused(options):
-    with pytest.raises(InputError):
-        Augmentation(**{"crop_size": 16, "max_size": 64, **options})
+@pytest.mark.parametrize("told", [NothingTold(SPACE), GroundTruthLabels(SPACE)])
+@pytest.mark.parametrize("change", [{1: 3, 3: 1}, {1: 3}, {1: 255, 3: 255}], ids=str)
+def test_where_unseen_classes_lie_never_reaches_a_sample(tmp_path, told, change):
+    # Unseen classes cover much, and the single-class limit looks at the map: both could leak through the crop.
+    image, label = random_sample(5, (48, 40), ids=(0, 1, 1, 1, 2, 3, 3, 4, 255))
+    label[:24] = np.where(label[:24] == 255, 255, 1)
+    changed = np.vectorize(lambda value: change.get(value, value))(label).astype(np.uint8)
+    assert (changed != label).any()
+    recipe = Augmentation(crop_size=16, max_size=2048, short_edges=[20, 30], single_class_max_area=0.4)
+    kept, other = (
+        dataset_of(write_folder(tmp_path / name, {"a": (image, ids)}), recipe, told=told)
+        for name, ids in (("kept", label), ("changed", changed))
+    )
+    is_seen = torch.tensor([name not in SPACE.unseen for name in kept.class_names])
+    for epoch in range(6):
+        one, two = kept[epoch, 0], other[epoch, 0]
+        assert torch.equal(one["pixel_values"], two["pixel_values"])
+        assert torch.equal(one["labels"], two["labels"])
+        assert torch.equal(one["image_labels"][is_seen], two["image_labels"][is_seen])
+        assert not set(one["labels"].unique().tolist()) & set(torch.where(~is_seen)[0].tolist())
+        if isinstance(told, GroundTruthLabels):
+            assert two["image_labels"][[1, 3]].tolist() == [int(value in changed) for value in (1, 3)]
 
 
 # ---- which sample when ----
@@ -520,7 +323,7 @@ def test_total_batch_that_cannot_be_cut_is_refused():
 
 def test_loader_gives_the_same_batches_with_and_without_workers(folder):
     recipe = Augmentation(crop_size=12, max_size=2048, short_edges=[12, 20])
-    data = dataset_of(folder, recipe, unseen_labels="ground_truth")
+    data = dataset_of(folder, recipe, told=GroundTruthLabels(SPACE))
     batches = [
         list(DataLoader(data, batch_sampler=StepSampler(4, 3, 2), collate_fn=collate, num_workers=workers))
         for workers in (0, 2)
@@ -546,3 +349,163 @@ def test_an_image_in_memory_is_named_by_its_id():
     rows = [{"image": {"bytes": b"broken", "path": None}, "label": {"bytes": good.getvalue(), "path": None}}]
     with pytest.raises(InputError, match="image of '000123'"):
         Split(rows, ["000123"], SPACE)[0]
+
+
+# ---- streams ----
+
+
+def write_parquet(folder, root, shards=2):
+    """A folder's train split again as `data/train-*.parquet`."""
+    datasets = pytest.importorskip("datasets")
+    (root / "data").mkdir(parents=True)
+    (root / "classes.json").write_bytes((folder / "classes.json").read_bytes())
+    stems = sorted(file.stem for file in (folder / "train" / "images").iterdir())
+    features = datasets.Features(image=datasets.Image(), label=datasets.Image(), image_id=datasets.Value("string"))
+    for shard, part in enumerate(np.array_split(stems, shards)):
+        cells = {
+            column: [{"bytes": (folder / "train" / kind / f"{s}.png").read_bytes(), "path": None} for s in part]
+            for column, kind in (("image", "images"), ("label", "labels"))
+        }
+        table = datasets.Dataset.from_dict({**cells, "image_id": list(part)}, features=features)
+        table.to_parquet(root / "data" / f"train-{shard:05d}-of-{shards:05d}.parquet")
+    return root
+
+
+def write_listed(folder, root):
+    """A folder's train split again with a metadata.jsonl, in files of other names."""
+    (root / "train" / "a").mkdir(parents=True)
+    (root / "classes.json").write_bytes((folder / "classes.json").read_bytes())
+    lines = []
+    for stem in sorted(file.stem for file in (folder / "train" / "images").iterdir()):
+        entry = {"image_file_name": f"a/{stem}.png", "label_file_name": f"a/{stem}_ids.png"}
+        lines.append(json.dumps(entry))
+        for kind, name in zip(("images", "labels"), entry.values(), strict=True):
+            shutil.copy(folder / "train" / kind / f"{stem}.png", root / "train" / name)
+    (root / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+def test_every_way_of_loading_gives_the_same_records_and_samples(folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    parquet, listed = write_parquet(folder, tmp_path / "parquet"), write_listed(folder, tmp_path / "listed")
+    monkeypatch.setattr(datasets, "load_dataset", hub_of({"me/pictures": parquet}, datasets.load_dataset))
+    monkeypatch.setattr("zs3.label_space._downloaded_classes", lambda _: folder / "classes.json")
+    recipe = Augmentation(crop_size=12, max_size=2048, short_edges=[12, 20])
+    expected = [dataset_of(folder, recipe)[3, index] for index in range(4)]
+    for source in (folder, parquet, listed, "me/pictures"):
+        mapped, stream = load_split(source, "train"), stream_split(source, "train")
+        for index, (one, other) in enumerate(zip(mapped, stream, strict=True)):
+            picture, label = random_sample(index)
+            for record in (one, other):
+                assert record.image_id == f"p{index}" and record.image.mode == "RGB"
+                np.testing.assert_array_equal(np.asarray(record.image), picture)
+                np.testing.assert_array_equal(record.label, label)
+        data = SegmentationDataset(stream, SPACE, recipe, image_mean=MEAN, image_std=STD)
+        for row, sample in zip(stream.table, expected, strict=True):
+            same = data.sample(stream.stored(row), epoch=3)
+            assert same.keys() == sample.keys() and same["image_id"] == sample["image_id"]
+            assert all(torch.equal(same[name], sample[name]) for name in ("pixel_values", "labels", "image_labels"))
+
+
+def hub_of(folders, load):
+    """datasets.load_dataset with a Hub that holds these: there is none in a test."""
+
+    def load_dataset(source, *, split, **options):
+        if source in folders:
+            files = [str(file) for file in sorted(folders[source].glob(f"data/{split}-*.parquet"))]
+            source, options["data_files"] = "parquet", {split: files}
+        return load(source, split=split, **options)
+
+    return load_dataset
+
+
+def streamed(root, batch_size=2, workers=0, **options):
+    data = SegmentationDataset(stream_split(root, "train"), SPACE, PLAIN, image_mean=MEAN, image_std=STD)
+    batches = StreamedBatches(data, batch_size, 8, **options)
+    loader = DataLoader(batches, batch_size=None, num_workers=workers)
+    return (batch["image_ids"] for batch in loader)
+
+
+@pytest.mark.parametrize("shards", [None, 4])
+def test_processes_and_workers_share_every_epoch_of_a_stream(tmp_path, monkeypatch, shards):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = write_folder(tmp_path / "folder", {f"p{index:02d}": random_sample(index) for index in range(16)})
+    root = folder if shards is None else write_parquet(folder, tmp_path / "parquet", shards)
+    orders = []
+    for workers in (0, 2):
+        parts = [streamed(root, workers=workers, num_processes=2, process_index=index) for index in range(2)]
+        for _ in range(2):  # epochs: 16 pictures are 4 batches of 2 in each of 2 processes
+            ids = [image_id for part in parts for batch in islice(part, 4) for image_id in batch]
+            assert sorted(ids) == [f"p{index:02d}" for index in range(16)]
+            orders.append(ids)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_where_it_stopped(tmp_path, workers):
+    folder = write_folder(tmp_path, {f"p{index:02d}": random_sample(index) for index in range(7)})
+    whole = list(islice(streamed(folder, workers=workers), 14))
+    assert list(islice(streamed(folder, workers=workers, start=6), 8)) == whole[6:]
+    assert list(islice(streamed(folder, workers=workers), 14)) == whole
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{}"], "line 1: a line is"),
+        (["no JSON"], "line 1: a line is"),
+        (["[1]"], "line 1: a line is"),
+        ([], "is empty"),
+        (['{"image_file_name": "a/p0.png", "label_file_name": "a/none.png"}'], "line 1: .*a/none.png does not exist"),
+        (['{"image_file_name": "a/p0.png", "label_file_name": "a/p0_ids.png"}'] * 2, "line 2: 'p0' was there before"),
+    ],
+)
+def test_bad_lines_of_a_list_are_named(folder, tmp_path, lines, message):
+    listed = write_listed(folder, tmp_path / "listed")
+    (listed / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=message):
+        load_split(listed, "train")
+
+
+def test_a_list_may_give_ids_of_its_own(folder, tmp_path):
+    listed = write_listed(folder, tmp_path / "listed")
+    entry = {"image_file_name": "a/p1.png", "label_file_name": "a/p1_ids.png", "image_id": 17}
+    (listed / "train" / "metadata.jsonl").write_text(json.dumps(entry))
+    assert load_split(listed, "train").image_ids == ["17"]
+
+
+def test_shards_that_are_missing_are_missed(folder, tmp_path):
+    parquet = write_parquet(folder, tmp_path / "parquet")
+    (parquet / "data" / "train-00001-of-00002.parquet").unlink()
+    for load in (load_split, stream_split):
+        with pytest.raises(InputError, match="holds 1 shards of 'train', of 00002: .* not complete"):
+            load(parquet, "train")
+
+
+def test_one_id_of_two_pictures_is_refused(folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    parquet = write_parquet(folder, tmp_path / "parquet", shards=1)
+    shutil.copy(parquet / "data" / "train-00000-of-00001.parquet", parquet / "data" / "train-00001-of-00002.parquet")
+    (parquet / "data" / "train-00000-of-00001.parquet").rename(parquet / "data" / "train-00000-of-00002.parquet")
+    with pytest.raises(InputError, match="image_id 'p0' twice"):
+        load_split(parquet, "train")
+
+
+def test_large_jpegs_are_decoded_at_a_size_that_will_do(tmp_path):
+    rows, columns = np.mgrid[:480, :640] / 40
+    picture = (127 + 120 * np.stack([np.sin(rows), np.cos(columns), np.sin(rows + columns)], axis=-1)).astype(np.uint8)
+    label = (rows > 6).astype(np.uint8)
+    write_folder(tmp_path, {"a": (picture, label)}, suffix=".jpg")
+    stored = load_split(tmp_path, "train").stored(0)
+    assert stored.image.size == (640, 480) and stored.decoded((150, 112)).size == (160, 120)
+    assert load_split(tmp_path, "train").stored(0).decoded((161, 120)).size == (320, 240)
+    recipe = Augmentation(crop_size=96, max_size=2048, short_edges=[112, 128], flip=False, color_jitter=False)
+    sample = dataset_of(tmp_path, recipe)[0, 0]
+    write_folder(tmp_path / "png", {"a": (np.asarray(Image.open(tmp_path / "train/images/a.jpg")), label)})
+    whole = dataset_of(tmp_path / "png", recipe)[0, 0]  # a PNG is decoded whole
+    assert torch.equal(sample["labels"], whole["labels"])
+    gap = (sample["pixel_values"] - whole["pixel_values"]).abs().max() * max(STD) * 255
+    assert 0 < gap < 6  # of 255

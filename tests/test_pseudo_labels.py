@@ -21,7 +21,8 @@ from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 from zs3.command_line import InputError, run
-from zs3.data import check_scored_pictures, load_split, load_unseen_scores
+from zs3.data import check_scored_pictures, load_split
+from zs3.image_labels import load_unseen_scores
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import (
     PseudoLabelArgs,

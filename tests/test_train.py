@@ -22,6 +22,9 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
 from train import Progress, StepMean, TrainArgs, main, make_scheduler, parameter_groups
 from zs3.command_line import InputError, run
+from zs3.data import load_split
+from zs3.label_space import load_label_space
+from zs3.nouns import write_nouns
 from zs3.pseudo_labels import write_shard
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
@@ -125,6 +128,91 @@ def test_two_processes_train_one_model(data, tmp_path):
     assert process.wait() == 0
     assert json.loads((tmp_path / "two" / "all_results.json").read_text())["num_processes"] == 2
     assert (tmp_path / "two" / "final" / "pipeline_zs3.py").exists()
+
+
+@pytest.mark.parametrize(("workers", "steps_before"), [(0, 3), (2, 3)])
+def test_a_streamed_run_goes_on_with_the_pictures_it_would_have_met(data, tmp_path, monkeypatch, workers, steps_before):
+    met = []
+    forward = Zs3ForSemanticSegmentation.forward
+
+    def recorded(self, *args, **kwargs):
+        met.append(kwargs["labels"].sum().item())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
+    options = {"streaming": "true", "shuffle_buffer": 3, "num_workers": workers, "max_steps": 5}
+    arguments = flags(data, tmp_path / "run", checkpointing_steps=steps_before, **options)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    main()
+    whole, expected = list(met), load_file(tmp_path / "run" / "final" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "final")
+    met.clear()
+    main()
+    assert len(whole) == 5 and met == whole[steps_before:]
+    resumed = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_supervised_training_sees_all_masks_and_says_so(data, tmp_path, monkeypatch):
+    targets = []
+    forward = Zs3ForSemanticSegmentation.forward
+
+    def recorded(self, *args, **kwargs):
+        targets.append(kwargs["labels"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
+    found = {}
+    for unseen_labels in ("masks", "ground_truth"):
+        options = {"unseen_labels": unseen_labels, "max_steps": 2, "batch_size": 6, "crop_size": 96, "short_edges": 96}
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / unseen_labels, **options)])
+        targets.clear()
+        main()
+        found[unseen_labels] = set(torch.cat(targets).unique().tolist()) - {-1}
+    unseen = {CLASS_NAMES.index(name) for name in UNSEEN}
+    present = set(np.unique([record.label for record in load_split(data, "train")]).tolist()) - {255}
+    assert found == {"masks": present, "ground_truth": present - unseen} and present & unseen
+    saved = json.loads((tmp_path / "masks" / "final" / "config.json").read_text())
+    assert set(saved["seen_class_names"]) == set(CLASS_NAMES)  # what the leak guard goes by
+    assert json.loads((tmp_path / "masks" / "all_results.json").read_text())["setting"] == "supervised"
+
+
+@pytest.mark.parametrize("listed", [[], [UNSEEN[0]]])
+def test_caption_nouns_are_further_names_told_with_their_pictures(data, tmp_path, monkeypatch, listed):
+    seen = [name for name in CLASS_NAMES if name not in UNSEEN]
+    names = [*seen, "lawn", "horizon", *listed]
+    (tmp_path / "nouns").mkdir()
+    said = {f"{index:05d}": [0, len(seen) + index % 2] for index in range(6)}
+    write_nouns(tmp_path / "nouns" / "nouns-train.parquet", list(said), list(said.values()))
+    settings = {"label_space": "scenes", "label_space_sha256": load_label_space(data).sha256}
+    (tmp_path / "nouns" / "settings.json").write_text(json.dumps(settings))
+    content = {"classes": names, "unseen": [], "ignore_label": 255}
+    (tmp_path / "nouns" / "classes.json").write_text(json.dumps(content))
+    model = save_checkpoint(tmp_path / "start")
+    model.config.seen_class_names, model.config.unseen_labels = [], "none"
+    model.save_pretrained(tmp_path / "start")
+    given = []
+    forward = Zs3ForSemanticSegmentation.forward
+
+    def recorded(self, *args, **kwargs):
+        given.append((len(kwargs["text_embeds"]), kwargs["image_labels"]))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
+    options = {"caption_nouns": tmp_path / "nouns", "batch_size": 6, "max_steps": 1, "word_drop_probability": 0}
+    arguments = plain_flags(data, tmp_path / "run", tmp_path / "start", **options)
+    arguments = [word for word in arguments if not word.startswith("--text_embeds")]
+    del arguments[arguments.index(str(data.parent / "text.npy"))]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    main()
+    ((axis, image_labels),) = given
+    assert axis == image_labels.shape[1] == len(names)
+    assert image_labels[:, 0].tolist() == [1] * 6
+    assert sorted(image_labels[:, len(seen) :].tolist()) == sorted(
+        [[1, 0, *[0] * len(listed)]] * 3 + [[0, 1, *[0] * len(listed)]] * 3
+    )
+    saved = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert saved["unseen_labels"] == ("captions" if listed else "none")
 
 
 @pytest.mark.parametrize(("unseen_labels", "names"), [("none", 15), ("ground_truth", 20)])
@@ -281,6 +369,8 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
         ({"lr_schedule": "cosine"}, "cosine"),
         ({"batch_size": 3, "gradient_accumulation_steps": 2}, "total batch size 3"),
         ({"dataset": "nowhere"}, "nowhere"),
+        ({"caption_nouns": "nouns"}, "--caption_nouns need a text tower"),
+        ({"caption_nouns": "nouns", "unseen_labels": "ground_truth"}, "leave out --unseen_labels"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(overrides, words, data, tmp_path, monkeypatch, capsys):

@@ -1,38 +1,46 @@
 """Datasets: pictures with label maps, and the training samples made of them.
 
-`load_split` reads records (picture, label map, id) and checks them at the door. `SegmentationDataset` turns a
-record into a training sample in three steps: the label map is rewritten to the class axis of the run, which
-takes the unseen classes out of it; picture and map are augmented together; the crop's seen classes and the
-picture's unseen ones become image labels. `StepSampler` says which samples make up which step.
+`load_split` reads records (picture, label map, id) and checks them at the door; `stream_split` reads the same ones
+one after the other, without a copy on the disk. `SegmentationDataset` turns a record into a training sample in three
+steps: the label map is rewritten to the class axis of the run, which takes the unseen classes out of it; picture and
+map are augmented together; the crop's seen classes and what is told of the other names become image labels.
+`StepSampler` says which samples make up which step, `StreamedBatches` does so for a stream.
 
 The leak rule: where the unseen classes lie never leaves `SegmentationDataset`, not even through the choice of
 the crop. What may leave, when asked for, is whether they are in the picture.
 
-Axes: H W pixels, C names on the class axis of the run, N images, U unseen names.
+Axes: H W pixels, C names on the class axis of the run, S side of the crop.
 """
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
-from configuration_zs3 import Zs3Config
-from processing_zs3 import nearest_pixels
-from zs3.command_line import InputError
+from zs3.augmentation import IGNORED, Augmentation, augment
+from zs3.command_line import InputError, one_line
+from zs3.image_labels import NothingTold, Told
 from zs3.label_space import LabelSpace, is_hub_id, load_label_space
 
-IGNORED = -1  # in the model's `labels`: no target here
+if TYPE_CHECKING:
+    import datasets
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LABEL_SUFFIXES = (".png",)
+COLUMNS = ("image", "label", "image_id")
+READING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, of a damaged file
+
+Sample = dict[str, Any]
+Row = dict[str, Any]  # "image" and "label": a path, or {"bytes": ..., "path": ...}; "image_id"
 
 
 # ---- records -----------------------------------------------------------------------------------------------
@@ -44,13 +52,35 @@ class Record(NamedTuple):
     image_id: str
 
 
+class StoredRecord(NamedTuple):
+    """A record whose picture has been opened, but not decoded."""
+
+    name: str  # what to call the picture
+    image: Image.Image
+    label: np.ndarray
+    image_id: str
+
+    def decoded(self, size: tuple[int, int] | None = None) -> Image.Image:
+        """The picture in RGB.
+
+        size: width and height that will do: a JPEG is then decoded at a half, quarter or eighth of its size, as long
+            as that is no less, which costs less time and memory.
+        """
+        try:
+            if size is not None:
+                self.image.draft("RGB", size)
+            return self.image.convert("RGB")
+        except READING_ERRORS as error:
+            raise _unreadable(self.name, error) from error
+
+    def record(self) -> Record:
+        return Record(self.decoded(), self.label, self.image_id)
+
+
 class Split(Sequence[Record]):
-    """The records of one split, read when asked for.
+    """The records of one split, read when asked for."""
 
-    rows: each a mapping with "image" and "label", a path or {"bytes": ..., "path": ...} each.
-    """
-
-    def __init__(self, rows: Sequence[dict[str, Any]], image_ids: list[str], label_space: LabelSpace):
+    def __init__(self, rows: Sequence[Row], image_ids: list[str], label_space: LabelSpace):
         self.rows = rows
         self.image_ids = image_ids
         self.label_space = label_space
@@ -59,28 +89,15 @@ class Split(Sequence[Record]):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> Record:
+        return self.stored(index).record()
+
+    def stored(self, index: int) -> StoredRecord:
         image_id = self.image_ids[index]  # raises IndexError past the end, which ends a loop over records
-        image_name, image = _opened(self.rows[index % len(self)]["image"], f"image of {image_id!r}")
-        label_name, label = self._label(index)
-        size = label.shape[::-1]
-        if size != image.size:
-            rotated = size == image.size[::-1]
-            mend = "rotate the image as its EXIF tag says and save it without" if rotated else "make them equal"
-            raise InputError(f"{label_name} is {_size(size)} pixels, but {image_name} is {_size(image.size)}: {mend}")
-        return Record(image.convert("RGB"), label, image_id)
+        return _stored(self.rows[index % len(self)], image_id, self.label_space)
 
     def label(self, index: int) -> np.ndarray:
         """(H, W) int32, a record's label map without its picture."""
-        return self._label(index)[1]
-
-    def _label(self, index: int) -> tuple[str, np.ndarray]:
-        """The name to call a label map by, and its ids."""
-        name, image = _opened(self.rows[index % len(self)]["label"], f"label map of {self.image_ids[index]!r}")
-        if image.mode not in ("L", "P") and not image.mode.startswith("I"):
-            raise InputError(f"{name} has mode {image.mode}: store one id a pixel, as PNG of mode L, P or I;16")
-        label = np.asarray(image).astype(np.int32)  # a palette's indices are the ids
-        self._check_ids(label, name)
-        return name, label
+        return _read_label(self.rows[index % len(self)]["label"], self.image_ids[index], self.label_space)[1]
 
     def picture_sizes_sha256(self, count: int) -> str | None:
         """Of the first pictures of a folder, the sizes of their files: other pictures have others. None for tables."""
@@ -89,36 +106,69 @@ class Split(Sequence[Record]):
         sizes = [row["image"].stat().st_size for row in self.rows[:count]]
         return hashlib.sha256(str(sizes).encode()).hexdigest()
 
-    def _check_ids(self, label: np.ndarray, name: str) -> None:
-        num_classes, ignore_index = len(self.label_space.class_names), self.label_space.ignore_index
-        outside = ((label < 0) | (label >= num_classes)) & (label != ignore_index)
-        if outside.any():
-            raise InputError(
-                f"{name} holds id {label[outside][0]}; ids are 0 to {num_classes - 1}, and {ignore_index} for ignored: "
-                "correct the map, or the label space"
-            )
+
+class StreamedSplit:
+    """The records of one split, one after the other: a shard is read (or downloaded) when its turn comes.
+
+    table: rows as `Row`, its pictures not decoded.
+    """
+
+    def __init__(self, table: "datasets.IterableDataset", label_space: LabelSpace):
+        self.table = table
+        self.label_space = label_space
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self.stored(row).record() for row in self.table)
+
+    def stored(self, row: Row) -> StoredRecord:
+        return _stored(row, str(row["image_id"]), self.label_space)
 
 
 def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None = None) -> Split:
     """The records of `split` ("train", "validation", ...).
 
-    dataset: a folder with `{split}/images` and `{split}/labels` (pairs of one stem; jpg or png, labels png), a
-        folder with `data/{split}-*.parquet`, or a Hub id; the last two with columns image, label, image_id.
+    dataset: a folder with `{split}/images` and `{split}/labels` (pairs of one stem; jpg or png, labels png) or with
+        `{split}/metadata.jsonl`, a folder with `data/{split}-*.parquet`, or a Hub id; the last two with columns image,
+        label, image_id.
     label_space: what the ids of the label maps mean; None reads the dataset's own classes.json.
     """
-    folder = Path(dataset)
     if label_space is None:
         label_space = load_label_space(dataset)
-    if (folder / split).is_dir():
-        return _folder_split(folder / split, label_space)
-    if folder.is_dir():
-        shards = sorted(str(file) for file in folder.glob(f"data/{split}-*.parquet"))
-        if not shards:
-            raise InputError(f"{folder} has no split {split!r}: neither {split}/images nor data/{split}-*.parquet")
-        return _table_split("parquet", {"data_files": {split: shards}}, split, folder, label_space)
-    if not is_hub_id(str(dataset)):
-        raise InputError(f"dataset {dataset} is no folder, and no Hub id of the form owner/name")
-    return _table_split(str(dataset), {}, split, dataset, label_space)
+    if (Path(dataset) / split).is_dir():
+        rows = _folder_rows(Path(dataset) / split)
+        return Split(rows, [row["image_id"] for row in rows], label_space)
+    table = _table(dataset, split, streaming=False)
+    image_ids = [str(image_id) for image_id in table["image_id"]]
+    if len(set(image_ids)) != len(image_ids):
+        repeated = next(image_id for image_id in image_ids if image_ids.count(image_id) > 1)
+        raise InputError(f"split {split!r} of {dataset} has image_id {repeated!r} twice: give every picture its own")
+    return Split(table, image_ids, label_space)
+
+
+def stream_split(dataset: str | Path, split: str, label_space: LabelSpace | None = None) -> StreamedSplit:
+    """The records of `load_split`, of the same datasets, in a stream."""
+    import datasets
+
+    if label_space is None:
+        label_space = load_label_space(dataset)
+    if (Path(dataset) / split).is_dir():
+        rows = _folder_rows(Path(dataset) / split)  # a list is dealt out to readers, and shuffled, entry by entry
+        return StreamedSplit(datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": rows}), label_space)
+    return StreamedSplit(_table(dataset, split, streaming=True), label_space)
+
+
+def _each(rows: list[Row]) -> Iterator[Row]:
+    yield from rows
+
+
+def check_scored_pictures(path: Path, records: Split) -> None:
+    """Refuses scores of a folder's pictures for another folder whose image ids are the same."""
+    settings = path / "settings.json"
+    made_of = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    known, count = made_of.get("picture_sizes_sha256"), made_of.get("num_images", 0)
+    own = records.picture_sizes_sha256(count)
+    if None not in (known, own) and known != own:
+        raise InputError(f"{path} was made of other pictures of the same names: make the pseudo labels of this dataset")
 
 
 def dataset_name(dataset: str) -> str:
@@ -126,7 +176,9 @@ def dataset_name(dataset: str) -> str:
     return Path(dataset).name if Path(dataset).is_dir() else dataset
 
 
-def _folder_split(folder: Path, label_space: LabelSpace) -> Split:
+def _folder_rows(folder: Path) -> list[Row]:
+    if (folder / "metadata.jsonl").is_file():
+        return _listed_rows(folder / "metadata.jsonl")
     images, labels = _by_stem(folder / "images", IMAGE_SUFFIXES), _by_stem(folder / "labels", LABEL_SUFFIXES)
     for ours, others, missing in ((images, labels, "labels"), (labels, images, "images")):
         alone = sorted(ours.keys() - others.keys())
@@ -135,13 +187,12 @@ def _folder_split(folder: Path, label_space: LabelSpace) -> Split:
             raise InputError(f"{folder / missing} lacks the partner of {len(alone)} files ({shown}): add or remove")
     if not images:
         raise InputError(f"{folder / 'images'} has no picture ({', '.join(IMAGE_SUFFIXES)})")
-    stems = sorted(images)
-    return Split([{"image": images[stem], "label": labels[stem]} for stem in stems], stems, label_space)
+    return [{"image": images[stem], "label": labels[stem], "image_id": stem} for stem in sorted(images)]
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     if not folder.is_dir():
-        raise InputError(f"folder {folder} is missing: a split holds images and labels")
+        raise InputError(f"folder {folder} is missing: a split holds images and labels, or a metadata.jsonl")
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in suffixes and not file.name.startswith("."):
@@ -151,38 +202,122 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def _table_split(source: str, options: dict[str, Any], split: str, shown: str | Path, label_space: LabelSpace) -> Split:
+def _listed_rows(metadata: Path) -> list[Row]:
+    """The lines of a metadata.jsonl in their order; datasets' own "imagefolder" reads the same file."""
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            image, label = (metadata.parent / entry[key] for key in ("image_file_name", "label_file_name"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f'{metadata}, line {number}: a line is {{"image_file_name": "...", "label_file_name": "..."}}, '
+                "paths from the file's own folder"
+            ) from error
+        for file in (image, label):
+            if not file.is_file():
+                raise InputError(f"{metadata}, line {number}: {file} does not exist")
+        image_id = str(entry.get("image_id", image.stem))
+        if image_id in rows:
+            raise InputError(f"{metadata}, line {number}: {image_id!r} was there before: add an image_id to each line")
+        rows[image_id] = {"image": image, "label": label, "image_id": image_id}
+    if not rows:
+        raise InputError(f"{metadata} is empty: a line for each picture")
+    return list(rows.values())
+
+
+def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Dataset | datasets.IterableDataset":
+    """A split in parquet, of a folder or from the Hub, its pictures as bytes."""
     import datasets
 
+    folder = Path(dataset)
+    if folder.is_dir():
+        source, options = "parquet", {"data_files": {split: _shards(folder, split)}}
+    elif is_hub_id(str(dataset)):
+        source, options = str(dataset), {}
+    else:
+        raise InputError(f"dataset {dataset} is no folder, and no Hub id of the form owner/name")
     try:
-        table = datasets.load_dataset(source, split=split, **options)
-        missing = [name for name in ("image", "label", "image_id") if name not in table.column_names]
+        table = datasets.load_dataset(source, split=split, streaming=streaming, **options)
+        if table.column_names is None:  # a stream whose columns are not known before its first rows are read
+            table = table._resolve_features()
+        missing = [name for name in COLUMNS if name not in table.column_names]
         if missing:
-            raise InputError(f"{shown} has no column {', '.join(missing)}; its columns are {table.column_names}")
+            raise InputError(f"{dataset} has no column {', '.join(missing)}; its columns are {table.column_names}")
+        table = table.select_columns(list(COLUMNS))
         for name in ("image", "label"):
             table = table.cast_column(name, datasets.Image(decode=False))
     except InputError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"cannot load split {split!r} of {shown}: {reason}") from error
-    return Split(table, [str(image_id) for image_id in table["image_id"]], label_space)
+        reason = one_line(error) or type(error).__name__
+        raise InputError(f"cannot load split {split!r} of {dataset}: {reason}") from error
+    return table
 
 
-def _opened(source: Path | dict[str, Any], thing: str) -> tuple[str, Image.Image]:
-    """The decoded picture behind a path or a table's cell, with the name to call it by."""
+def _shards(folder: Path, split: str) -> list[str]:
+    """The split's parquet files, all of those that their names promise."""
+    shards = sorted(folder.glob(f"data/{split}-*.parquet"))
+    if not shards:
+        raise InputError(
+            f"{folder} has no split {split!r}: neither {split}/images nor {split}/metadata.jsonl nor "
+            f"data/{split}-*.parquet"
+        )
+    promised = {shard.stem.rpartition("-of-")[2] for shard in shards if "-of-" in shard.stem}
+    if promised and promised != {f"{len(shards):05d}"}:
+        raise InputError(
+            f"{folder}/data holds {len(shards)} shards of {split!r}, of {' and '.join(sorted(promised))}: "
+            "the conversion or the copy is not complete, go on with it"
+        )
+    return [str(shard) for shard in shards]
+
+
+def _stored(row: Row, image_id: str, label_space: LabelSpace) -> StoredRecord:
+    image_name, image = _opened(row["image"], f"image of {image_id!r}")
+    label_name, label = _read_label(row["label"], image_id, label_space)
+    size = label.shape[::-1]
+    if size != image.size:
+        rotated = size == image.size[::-1]
+        mend = "rotate the image as its EXIF tag says and save it without" if rotated else "make them equal"
+        raise InputError(f"{label_name} is {_size(size)} pixels, but {image_name} is {_size(image.size)}: {mend}")
+    return StoredRecord(image_name, image, label, image_id)
+
+
+def _read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> tuple[str, np.ndarray]:
+    """The name to call a label map by, and its ids (H, W) int32."""
+    name, image = _opened(source, f"label map of {image_id!r}")
+    if image.mode not in ("L", "P") and not image.mode.startswith("I"):
+        raise InputError(f"{name} has mode {image.mode}: store one id a pixel, as PNG of mode L, P or I;16")
+    try:
+        label = np.asarray(image).astype(np.int32)  # a palette's indices are the ids
+    except READING_ERRORS as error:
+        raise _unreadable(name, error) from error
+    num_classes, ignore_index = len(label_space.class_names), label_space.ignore_index
+    outside = ((label < 0) | (label >= num_classes)) & (label != ignore_index)
+    if outside.any():
+        raise InputError(
+            f"{name} holds id {label[outside][0]}; ids are 0 to {num_classes - 1}, and {ignore_index} for ignored: "
+            "correct the map, or the label space"
+        )
+    return name, label
+
+
+def _opened(source: Path | Row, thing: str) -> tuple[str, Image.Image]:
+    """The picture behind a path or a table's cell, its header read, with the name to call it by."""
     if isinstance(source, dict):
         file = io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]
         name = thing
     else:
         file, name = source, str(source)
     try:
-        with Image.open(file) as image:
-            image.load()
-            return name, image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot read {name} ({reason}): replace it, or remove it with its partner") from error
+        return name, Image.open(file)
+    except READING_ERRORS as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(f"cannot read {name} ({reason}): replace it, or remove it with its partner")
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -190,13 +325,6 @@ def _size(size: tuple[int, int]) -> str:
 
 
 # ---- label maps -> targets ---------------------------------------------------------------------------------
-
-
-def class_axis(label_space: LabelSpace, unseen_labels: str) -> list[str]:
-    """Names on the class axis of a training run: all of them in label-space order if something is told about
-    the unseen ones, else the seen ones alone (as names that are never positive they would only be pushed down).
-    """
-    return label_space.seen if unseen_labels == "none" else label_space.class_names
 
 
 def mask_positions(label_space: LabelSpace, class_names: list[str]) -> np.ndarray:
@@ -215,235 +343,38 @@ def to_mask_labels(label: np.ndarray, positions: np.ndarray, ignore_index: int) 
     return np.where(ignored, IGNORED, positions[np.where(ignored, 0, label)])
 
 
-def to_image_labels(mask_labels: np.ndarray, is_seen: np.ndarray, unseen_labels: np.ndarray) -> np.ndarray:
+def to_image_labels(mask_labels: np.ndarray, told: np.ndarray) -> np.ndarray:
     """The model's `image_labels` (C,) int8: 1 present, 0 absent, -1 unknown.
 
-    mask_labels: (H, W) of the crop; it decides for the seen names.
-    is_seen: (C,) bool. unseen_labels: (C,) int8, which decides for the other names.
+    mask_labels: (H, W) of the crop; a name that has a mask there is present.
+    told: (C,) int8, what else is known of the picture; it decides for all other names.
     """
-    present = np.bincount(mask_labels[mask_labels != IGNORED], minlength=len(is_seen)) > 0
-    return np.where(is_seen, present, unseen_labels).astype(np.int8)
-
-
-# ---- pseudo labels -----------------------------------------------------------------------------------------
-
-
-def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Sequence[str]) -> np.ndarray:
-    """(N, U) float32: what `python -m zs3.pseudo_labels` says of the unseen names, in the order of label_space.unseen.
-
-    path: its folder of shards `scores-00003-of-00047.parquet`, or one such file, with the columns image_id and scores
-        (a struct of one number for each unseen name).
-    image_ids: N, of the images that are wanted.
-    """
-    row_of, scores = {}, []
-    for file in _score_files(Path(path)):
-        ids, part = _read_scores(file, label_space.unseen)
-        row_of.update(zip(ids, range(len(row_of), len(row_of) + len(ids)), strict=True))
-        scores.append(part)
-        if len(row_of) != sum(map(len, scores)):
-            raise InputError(f"{file} has an image_id that was there before: an image has one row")
-    missing = [image_id for image_id in image_ids if image_id not in row_of]
-    if missing:
-        raise InputError(
-            f"{path} has no row for {len(missing)} images ({missing[0]!r}, ...): make the pseudo labels from this split"
-        )
-    return np.concatenate(scores)[[row_of[image_id] for image_id in image_ids]]
-
-
-def check_scored_pictures(path: Path, records: Split) -> None:
-    """Refuses scores of a folder's pictures for another folder whose image ids are the same."""
-    settings = path / "settings.json"
-    made_of = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    known, count = made_of.get("picture_sizes_sha256"), made_of.get("num_images", 0)
-    own = records.picture_sizes_sha256(count)
-    if None not in (known, own) and known != own:
-        raise InputError(f"{path} was made of other pictures of the same names: make the pseudo labels of this dataset")
-
-
-def _score_files(path: Path) -> list[Path]:
-    """The shards of a folder, all of them; or the one file."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise InputError(
-            f"pseudo labels {path} do not exist: unseen_labels is 'none', 'ground_truth', or a folder that "
-            "python -m zs3.pseudo_labels made"
-        )
-    found = sorted(path.glob("scores-[0-9]*-of-[0-9]*.parquet"))
-    if not found:
-        raise InputError(f"{path} holds no shards: give the --output of python -m zs3.pseudo_labels")
-    total = int(found[0].stem.rsplit("-", 1)[1])
-    if found != [path / shard_name(index, total) for index in range(total)]:
-        raise InputError(
-            f"{path} holds {len(found)} shards, but not the {total} of one run: "
-            "start python -m zs3.pseudo_labels again, or delete those of another run"
-        )
-    return found
-
-
-def shard_name(index: int, total: int) -> str:
-    return f"scores-{index:05d}-of-{total:05d}.parquet"
-
-
-def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
-    """Image ids, and their scores (N, U) float32 in the order of `unseen`."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file, columns=["image_id", "scores"])
-        rows = table["scores"].combine_chunks()
-        names = [field.name for field in rows.type]
-        columns = dict(zip(names, rows.flatten(), strict=True))
-        image_ids = [str(image_id) for image_id in table["image_id"].to_pylist()]
-    except (OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot read image_id and scores of pseudo labels {file}: {reason}") from error
-    if set(names) != set(unseen):
-        odd = sorted(set(names) ^ set(unseen))
-        raise InputError(f"{file} has scores of other unseen names than the label space ({odd[0]!r}): make them anew")
-    scores = np.stack([columns[name].to_numpy(zero_copy_only=False) for name in unseen], axis=1).astype(np.float32)
-    if not np.isfinite(scores).all():
-        raise InputError(f"{file} has a score that is missing or not finite: make the pseudo labels anew")
-    return image_ids, scores
-
-
-def pseudo_labels(scores: np.ndarray, threshold: float, unknown_above: float | None = None) -> np.ndarray:
-    """Section 3.4: scores -> int8 of the same shape, 1 from the threshold on, else 0.
-
-    unknown_above: what lies above it, and below the threshold, is -1, unknown; None: nothing is.
-    """
-    labels = (scores >= threshold).astype(np.int8)
-    if unknown_above is not None:
-        if unknown_above >= threshold:
-            raise InputError(f"pseudo_label_unknown_above {unknown_above} must be below the threshold {threshold}")
-        labels[(scores > unknown_above) & (scores < threshold)] = -1
-    return labels
-
-
-# ---- augmentation ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Mask2Former's recipe for semantic segmentation. Lengths in pixels.
-
-    crop_size: side of the square crop, and of the sample.
-    short_edges: lengths of the image's shorter edge, one drawn for each sample; None stands for 0.5 to 2.0
-        times crop_size in steps of a tenth.
-    max_size: upper bound of the longer edge.
-    flip: mirror left and right, half of the time.
-    color_jitter: SSD's changes of brightness, contrast, saturation and hue, each half of the time.
-    single_class_max_area: largest share of the labelled pixels of a crop that one class should have, in (0, 1];
-        ten draws are tried. 1 takes the first.
-    """
-
-    crop_size: int
-    max_size: int
-    short_edges: Sequence[int] | None = None
-    flip: bool = True
-    color_jitter: bool = True
-    single_class_max_area: float = 1.0
-
-    def __post_init__(self) -> None:
-        edges = self.short_edges
-        if edges is None:
-            edges = [max(1, self.crop_size * tenth // 10) for tenth in range(5, 21)]
-        object.__setattr__(self, "short_edges", tuple(edges))
-        if not edges or min(self.crop_size, self.max_size, *edges) < 1:
-            raise InputError("crop_size, max_size and every one of short_edges must be 1 pixel or more")
-        if not 0 < self.single_class_max_area <= 1:
-            raise InputError(f"single_class_max_area {self.single_class_max_area} must be above 0 and at most 1")
-
-
-def augment(
-    image: Image.Image, label: np.ndarray, rng: np.random.Generator, augmentation: Augmentation
-) -> tuple[Image.Image, np.ndarray]:
-    """Scaled, cropped, jittered, mirrored: an RGB picture and its (h, w) map, both at most crop_size a side.
-
-    label: (H, W) integers of any range, IGNORED where there is no label.
-    """
-    width, height = _scaled_size(image, rng.choice(augmentation.short_edges), augmentation.max_size)
-    rows = nearest_pixels(height, image.height)
-    columns = nearest_pixels(width, image.width)
-    for _ in range(10):
-        w, h = min(width, augmentation.crop_size), min(height, augmentation.crop_size)
-        x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-        cropped = label[rows[y : y + h, None], columns[None, x : x + w]]
-        if augmentation.single_class_max_area == 1 or _is_mixed(cropped, augmentation.single_class_max_area):
-            break
-    scale_x, scale_y = image.width / width, image.height / height
-    box = (x * scale_x, y * scale_y, min((x + w) * scale_x, image.width), min((y + h) * scale_y, image.height))
-    image = image.resize((w, h), Image.Resampling.BILINEAR, box=box)  # the crop of the resized picture
-    if augmentation.color_jitter:
-        image = _jittered(image, rng)
-    if augmentation.flip and rng.random() < 0.5:
-        image, cropped = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), cropped[:, ::-1]
-    return image, cropped
-
-
-def _scaled_size(image: Image.Image, short_edge: int, max_size: int) -> tuple[int, int]:
-    scale = min(short_edge / min(image.size), max_size / max(image.size))
-    return max(1, int(image.width * scale + 0.5)), max(1, int(image.height * scale + 0.5))
-
-
-def _is_mixed(label: np.ndarray, max_area: float) -> bool:
-    counts = np.unique(label[label != IGNORED], return_counts=True)[1]
-    return len(counts) > 1 and counts.max() < max_area * counts.sum()
-
-
-def _jittered(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """SSD's photometric distortion; contrast stands before or after saturation and hue, half of the time each."""
-    brightness, contrast, saturation, hue = rng.random(4) < 0.5
-    contrast_first = rng.random() < 0.5
-    if brightness:
-        image = _linear(image, 1, rng.uniform(-32, 32))
-    if contrast and contrast_first:
-        image = _linear(image, rng.uniform(0.5, 1.5), 0)
-    if saturation or hue:
-        hsv = np.array(image.convert("HSV"))
-        if saturation:
-            hsv[..., 1] = (hsv[..., 1] * np.float32(rng.uniform(0.5, 1.5))).clip(0, 255)
-        if hue:  # 18 of OpenCV's units of 2 degrees; here a turn is 256
-            hsv[..., 0] += np.uint8(round(rng.uniform(-36, 36) * 256 / 360) % 256)
-        image = Image.fromarray(hsv, "HSV").convert("RGB")
-    if contrast and not contrast_first:
-        image = _linear(image, rng.uniform(0.5, 1.5), 0)
-    return image
-
-
-def _linear(image: Image.Image, factor: float, offset: float) -> Image.Image:
-    """Every channel's value v in [0, 255] becomes factor * v + offset, cut back to that range."""
-    table = (np.arange(256) * factor + offset).clip(0, 255).round().astype(int)
-    return image.point(table.tolist() * 3)
+    present = np.bincount(mask_labels[mask_labels != IGNORED], minlength=len(told)) > 0
+    return np.where(present, 1, told).astype(np.int8)
 
 
 # ---- training samples --------------------------------------------------------------------------------------
 
 
 class SegmentationDataset(Dataset):
-    """Training samples by (epoch, index); the same pair gives the same sample, whoever asks for it.
+    """Training samples by (epoch, index); an epoch and an image_id give one sample, whoever asks, from whatever source.
 
-    unseen_labels: what training is told about unseen classes. "none": nothing, and their names are not on the
-        class axis. "ground_truth": whether each is in the picture (the whole of it, not the crop). Otherwise a
-        folder of scores (`load_unseen_scores`), which become labels by the next two (`pseudo_labels`).
-    pseudo_label_threshold, pseudo_label_unknown_above: in [0, 1].
+    records: a Split; or a StreamedSplit, which knows no index: `StreamedBatches` goes through its samples.
     image_mean, image_std: (3,) of RGB in [0, 1].
+    told: what is told of pictures as a whole; None: nothing of unseen classes (the inductive setting).
 
-    `class_names` are the names on the class axis, `is_seen` (C,) bool which of them are seen.
+    `class_names` are the names on the class axis.
     """
 
     def __init__(
         self,
-        records: Split,
+        records: Split | StreamedSplit,
         label_space: LabelSpace,
         augmentation: Augmentation,
         *,
         image_mean: Sequence[float],
         image_std: Sequence[float],
-        unseen_labels: str = "none",
-        pseudo_label_threshold: float = Zs3Config.pseudo_label_threshold,
-        pseudo_label_unknown_above: float | None = None,
+        told: Told | None = None,
         seed: int = 0,
     ):
         self.records = records
@@ -451,48 +382,35 @@ class SegmentationDataset(Dataset):
         self.augmentation = augmentation
         self.image_mean = np.array(image_mean, dtype=np.float32)
         self.image_std = np.array(image_std, dtype=np.float32)
-        self.unseen_labels = unseen_labels
+        self.told = NothingTold(label_space) if told is None else told
         self.seed = seed
-        self.class_names = class_axis(label_space, unseen_labels)
-        self.is_seen = torch.tensor([name not in label_space.unseen for name in self.class_names])
+        self.class_names = self.told.class_names
         self.positions = mask_positions(label_space, self.class_names)
-        self.pseudo_labels = None
-        if unseen_labels not in ("none", "ground_truth"):
-            check_scored_pictures(Path(unseen_labels), records)
-            scores = load_unseen_scores(unseen_labels, label_space, records.image_ids)
-            self.pseudo_labels = np.zeros((len(records), len(self.class_names)), dtype=np.int8)
-            unseen = [self.class_names.index(name) for name in label_space.unseen]
-            self.pseudo_labels[:, unseen] = pseudo_labels(scores, pseudo_label_threshold, pseudo_label_unknown_above)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        """pixel_values (3, S, S) float32 normalised, labels (S, S) int64, image_labels (C,) int8, image_id."""
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of (epoch, index)."""
         epoch, index = key
-        image, label, image_id = self.records[index]
-        unseen_labels = self._unseen_labels(label, index)
+        return self.sample(self.records.stored(index), epoch)
+
+    def sample(self, stored: StoredRecord, epoch: int) -> Sample:
+        """pixel_values (3, S, S) float32 normalised, labels (S, S) int64, image_labels (C,) int8, image_id."""
+        # Keyed by the id, so that a sample does not depend on the order or the way in which pictures are read.
+        key = int.from_bytes(hashlib.sha256(stored.image_id.encode()).digest()[:8])
+        rng, words = np.random.default_rng((self.seed, epoch, key)).spawn(2)
+        told = self.told(stored.image_id, stored.label, words)
         # Unseen classes go before the crop is chosen: a choice that looked at them would tell where they are.
-        label = to_mask_labels(label, self.positions, self.label_space.ignore_index)
-        # index + 1, because a trailing 0 does not change numpy's seed, and (seed, epoch) is the sampler's.
-        rng = np.random.default_rng((self.seed, epoch, index + 1))
-        image, label = augment(image, label, rng, self.augmentation)
+        label = to_mask_labels(stored.label, self.positions, self.label_space.ignore_index)
+        size = self.augmentation.draw_size(stored.image.size, rng)
+        image, label = augment(stored.decoded(size), label, size, rng, self.augmentation)
         return {
             "pixel_values": self._padded_pixels(image),
             "labels": self._padded_labels(label),
-            "image_labels": torch.from_numpy(to_image_labels(label, self.is_seen.numpy(), unseen_labels)),
-            "image_id": image_id,
+            "image_labels": torch.from_numpy(to_image_labels(label, told)),
+            "image_id": stored.image_id,
         }
-
-    def _unseen_labels(self, label: np.ndarray, index: int) -> np.ndarray:
-        """(C,) int8: at the unseen names 1 if the picture is said to show it, -1 if that is unknown; else 0."""
-        if self.unseen_labels == "none":
-            return np.zeros(len(self.class_names), dtype=np.int8)
-        if self.pseudo_labels is not None:
-            return self.pseudo_labels[index]
-        ids = label[label != self.label_space.ignore_index]
-        present = np.bincount(ids, minlength=len(self.class_names)) > 0  # here the class axis is all ids
-        return (present & ~self.is_seen.numpy()).astype(np.int8)
 
     def _padded_pixels(self, image: Image.Image) -> Tensor:
         """(3, S, S); right of and below the picture 0, the mean colour."""
@@ -507,6 +425,17 @@ class SegmentationDataset(Dataset):
         padded = torch.full((size, size), IGNORED)
         padded[: label.shape[0], : label.shape[1]] = torch.from_numpy(np.ascontiguousarray(label))
         return padded
+
+
+def part_size(total_batch_size: int, num_processes: int, micro_batches: int) -> int:
+    """Samples of one micro-batch of one process."""
+    parts = num_processes * micro_batches
+    if total_batch_size < 1 or total_batch_size % parts:
+        raise InputError(
+            f"total batch size {total_batch_size} cannot be cut into {parts} equal parts "
+            f"({num_processes} processes x {micro_batches} micro-batches): change one of them"
+        )
+    return total_batch_size // parts
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -533,18 +462,12 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         micro_batches: int = 1,
         seed: int = 0,
     ):
-        parts = num_processes * micro_batches
-        if total_batch_size < 1 or total_batch_size % parts:
-            raise InputError(
-                f"total batch size {total_batch_size} cannot be cut into {parts} equal parts "
-                f"({num_processes} processes x {micro_batches} micro-batches): change one of them"
-            )
         self.num_samples = num_samples
         self.total_batch_size = total_batch_size
         self.steps = range(start_step, max_steps)
         self.first_part = process_index * micro_batches
         self.micro_batches = micro_batches
-        self.part_size = total_batch_size // parts
+        self.part_size = part_size(total_batch_size, num_processes, micro_batches)
         self.seed = seed
 
     def __len__(self) -> int:
@@ -564,7 +487,58 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 yield samples
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+class StreamedBatches(IterableDataset):
+    """The micro-batches of this process from a stream, without an end: a DataLoader's dataset, with batch_size=None.
+
+    Shards are dealt out to the processes, and within one to the DataLoader's workers; every reader goes through its own
+    again and again, each epoch in another order, rows shuffled in a buffer. So a step's pictures depend on the numbers
+    of processes and of workers, other than with `StepSampler`; a restart at `start` goes on with the same ones.
+
+    dataset: its records are a StreamedSplit.
+    buffer_size: rows, not decoded, that a reader holds to shuffle among.
+    start: micro-batches of this process to leave out, a multiple of the number of workers.
+    """
+
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        batch_size: int,
+        buffer_size: int,
+        *,
+        num_processes: int = 1,
+        process_index: int = 0,
+        start: int = 0,
+    ):
+        from datasets.distributed import split_dataset_by_node
+
+        self.dataset = dataset
+        self.batch_size = batch_size
+        # One shard at a time: the rows of a converted training split are mixed already.
+        table = dataset.records.table.shuffle(seed=dataset.seed, buffer_size=buffer_size, max_buffer_input_shards=1)
+        self.table = split_dataset_by_node(table, rank=process_index, world_size=num_processes)
+        self.start = start
+
+    @property
+    def max_workers(self) -> int:
+        """More workers than this find no shard of their own."""
+        return self.table.num_shards
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        passed = self.start // (worker.num_workers if worker else 1) * self.batch_size
+        rows = itertools.islice(self._rows(), passed, None)
+        while True:
+            batch = itertools.islice(rows, self.batch_size)
+            yield collate([self.dataset.sample(self.dataset.records.stored(row), epoch) for epoch, row in batch])
+
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        """(epoch, row) of this reader, epoch after epoch; in a worker, datasets itself takes the worker's shards."""
+        for epoch in itertools.count():
+            self.table.set_epoch(epoch)
+            yield from ((epoch, row) for row in self.table)
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
     """Samples -> the model's batch: pixel_values (B,3,S,S), pixel_mask (B,S,S), labels (B,S,S), image_labels (B,C).
 
     `image_ids`, a list of B, is for the reader. The mask is 1 throughout: in training, padding is told by labels.

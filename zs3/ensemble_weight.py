@@ -31,7 +31,8 @@ from zs3.command_line import (
     run,
     write_json,
 )
-from zs3.data import dataset_name, load_split, load_unseen_scores, mask_positions, pseudo_labels, to_mask_labels
+from zs3.data import dataset_name, load_split, mask_positions, to_mask_labels
+from zs3.image_labels import load_unseen_scores, pseudo_labels
 from zs3.label_space import load_label_space
 
 OFF = "off"

@@ -184,7 +184,7 @@ class NameFinder:
         self.names = {}  # without spaces and hyphens -> the name
         self.longest = 2  # words; two may be a name that is written in one
         plain_first = sorted(class_names, key=lambda name: "-" in name)
-        for form in (str, noun_lemma):  # as written wins: "clothes" before the plural of "cloth"
+        for form in (noun_lemma, str):  # as written wins: "clothes" before the plural of "cloth"
             for name in plain_first:
                 for spelling in spellings(name):
                     words = WORDS.findall(spelling)
@@ -275,6 +275,22 @@ def write_nouns(path: Path, image_ids: list[str], positions: list[np.ndarray]) -
     pyarrow.parquet.write_table(pyarrow.table({"image_id": image_ids, "nouns": column}), path)
 
 
+def write_folder(
+    folder: Path, class_names: list[str], positions: dict[str, dict[str, np.ndarray]], settings: dict
+) -> None:
+    """Written beside and renamed. positions: split -> image_id -> those of its nouns."""
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # of a run that was killed
+    partial.mkdir(parents=True)
+    ignored = 255 if len(class_names) <= 255 else 65535
+    write_json(partial / "classes.json", {"classes": class_names, "unseen": [], "ignore_label": ignored})
+    for split, found in positions.items():
+        write_nouns(partial / f"nouns-{split}.parquet", list(found), list(found.values()))
+    write_json(partial / "settings.json", settings)
+    partial.rename(folder)
+
+
 class CaptionNouns(NamedTuple):
     class_names: list[str]  # C, the seen names of the label space first
     positions: dict[str, np.ndarray]  # image_id -> int32, ascending: those of its nouns on the class axis
@@ -325,6 +341,32 @@ def dropped(
     return np.where(drop, np.int8(dropped_as), labels)
 
 
+class CaptionLabels:
+    """A `zs3.image_labels.Told`: the class axis is that of the nouns; a word the captions do not say is absent.
+
+    image_ids: of the pictures to come, all of which must have captions; None, of a stream: they are missed when met.
+    """
+
+    def __init__(
+        self, nouns: CaptionNouns, image_ids: Sequence[str] | None, drop_probability: float, dropped_as: int = -1
+    ):
+        self.class_names, self.positions = nouns
+        self.drop_probability, self.dropped_as = drop_probability, dropped_as
+        self.droppable = np.ones(len(self.class_names), dtype=bool)
+        for image_id in image_ids or []:
+            self._nouns(image_id)
+
+    def __call__(self, image_id: str, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        labels = np.zeros(len(self.class_names), dtype=np.int8)
+        labels[self._nouns(image_id)] = 1
+        return dropped(labels, rng, self.drop_probability, self.droppable, self.dropped_as)
+
+    def _nouns(self, image_id: str) -> np.ndarray:
+        if image_id not in self.positions:
+            raise InputError(f"image {image_id!r} has no captions: make the nouns from the captions of this dataset")
+        return self.positions[image_id]
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 
@@ -361,7 +403,7 @@ def make_nouns(args: NounArgs) -> dict:
         collate_fn=list,
         num_workers=args.num_proc if args.num_proc > 1 else 0,
     )
-    numbers, words = {}, []  # a word's number is when it was met first: one object for all images that say it
+    numbers, words = {}, []  # a word is kept once, and known by the number of words met before it
     with tqdm(total=len(captions), unit="image", mininterval=1) as bar:
         for batch in loader:
             words += [[numbers.setdefault(word, len(numbers)) for word in found] for found in batch]
@@ -387,18 +429,10 @@ def make_nouns(args: NounArgs) -> dict:
         "unseen_listed": [name for name in class_names if name in unseen],
         "images_with": {name: frequency[name] for name in class_names},
     }
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a run that was killed
-    partial.mkdir(parents=True)
-    ignored = 255 if len(class_names) <= 255 else 65535
-    write_json(partial / "classes.json", {"classes": class_names, "unseen": [], "ignore_label": ignored})
-    start = 0
-    for split, found in splits.items():
-        write_nouns(partial / f"nouns-{split}.parquet", list(found), positions[start : start + len(found)])
-        start += len(found)
-    write_json(partial / "settings.json", settings)
-    partial.rename(folder)
+    by_id = dict(zip(image_ids, positions, strict=True))
+    write_folder(
+        folder, class_names, {split: {i: by_id[i] for i in found} for split, found in splits.items()}, settings
+    )
     return settings
 
 
@@ -407,6 +441,7 @@ def report(settings: dict) -> str:
     images, count = settings["images_with"], settings["num_seen"]
     seen, others = list(images)[:count], list(images)[count:]
     silent = [name for name in seen if not images[name]]
+    missing = settings["num_words"] - len(images)
     lines = [
         f"{len(images)} class names from {sum(settings['num_images'].values())} images with "
         f"{settings['num_captions']} captions: {len(seen)} seen names, {len(others)} other nouns",
@@ -414,11 +449,11 @@ def report(settings: dict) -> str:
     ]
     if others:
         lines.append(f"  least frequent: {others[-1]}, in {images[others[-1]]} images")
-    if len(images) < settings["num_words"]:
-        lines.append(
-            f"  the captions have no more nouns: {settings['num_words'] - len(images)} of num_words are missing"
-        )
-    lines.append(f"  seen names no caption says: {len(silent)}{': ' if silent else ''}{', '.join(silent[:20])}")
+    if missing > 0:
+        lines.append(f"  the captions have no more nouns: {missing} of num_words are missing")
+    if silent:
+        shown = ", ".join(silent[:20]) + ", ..." * (len(silent) > 20)
+        lines.append(f"  {len(silent)} seen names are in no caption: {shown}")
     return "\n".join(lines)
 
 

@@ -42,20 +42,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from clip_views_zs3 import CROPS_AT_ONCE, proposal_masks
 from modeling_zs3 import cosine_similarity
 from processing_zs3 import Zs3ImageProcessor, resize_nearest
+from zs3.augmentation import IGNORED
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint
 from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run, write_json
-from zs3.data import (
-    IGNORED,
-    Split,
-    dataset_name,
-    load_split,
-    load_unseen_scores,
-    mask_positions,
-    pseudo_labels,
-    shard_name,
-    to_mask_labels,
-)
+from zs3.data import Split, dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.evaluation import average_precision, percent
+from zs3.image_labels import load_unseen_scores, pseudo_labels, shard_name
 from zs3.label_space import LabelSpace, load_label_space
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}

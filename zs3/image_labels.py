@@ -1,0 +1,182 @@
+"""Image-level labels: what a training is told of its pictures as a whole, beside the masks of the seen classes.
+
+Nothing of the unseen classes (inductive); or whether each is in the picture, by the truth or by the scores of
+`python -m zs3.pseudo_labels` (transductive, section 3.4). `zs3.nouns` tells what captions say (section 4.5).
+
+Axes: C names on the class axis of the run, N images, U unseen names, H W pixels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from configuration_zs3 import Zs3Config
+from zs3.command_line import InputError
+from zs3.label_space import LabelSpace
+
+# What a training may see of the unseen classes. "inductive": nothing, and their names are not on the class axis;
+# "transductive": their names, and whether they are in a picture, but never where; "supervised": their masks, as if they
+# were seen, which leaves no zero-shot claim (the upper bound).
+Setting = Literal["inductive", "transductive", "supervised"]
+
+
+def training_space(label_space: LabelSpace, setting: Setting) -> LabelSpace:
+    """The label space as a training knows it: fully supervised, no class is unseen."""
+    if setting == "supervised":
+        return LabelSpace(label_space.class_names, [], label_space.ignore_index)
+    return label_space
+
+
+class Told(Protocol):
+    """What is told of pictures. `class_names`: the C names on the class axis of the run."""
+
+    class_names: list[str]
+
+    def __call__(self, image_id: str, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(C,) int8: 1 present, 0 absent, -1 unknown; names with a mask in the crop will be present in any case.
+
+        label: (H, W) ids of the whole picture, those of unseen classes included. rng: of this sample.
+        """
+
+
+class NothingTold:
+    """The seen names alone are on the class axis: names that are never positive would only be pushed down."""
+
+    def __init__(self, label_space: LabelSpace):
+        self.class_names = label_space.seen
+
+    def __call__(self, image_id: str, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return np.zeros(len(self.class_names), dtype=np.int8)
+
+
+class GroundTruthLabels:
+    """Whether each unseen class is in the picture, the whole of it and not the crop: Table 5's "GT Unseen"."""
+
+    def __init__(self, label_space: LabelSpace):
+        self.class_names = label_space.class_names
+        self.ignore_index = label_space.ignore_index
+        self.is_unseen = ~label_space.is_seen.numpy()
+
+    def __call__(self, image_id: str, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        present = np.bincount(label[label != self.ignore_index], minlength=len(self.class_names)) > 0
+        return (present & self.is_unseen).astype(np.int8)
+
+
+class PseudoLabels:
+    """Section 3.4: the scores of a folder (`load_unseen_scores`) made into labels (`pseudo_labels`).
+
+    image_ids: of the pictures to come, all of which must have scores; None, of a stream: they are missed when met.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        label_space: LabelSpace,
+        image_ids: Sequence[str] | None,
+        threshold: float = Zs3Config.pseudo_label_threshold,
+        unknown_above: float | None = None,
+    ):
+        self.path = path
+        self.class_names = label_space.class_names
+        self.row_of, scores = read_scores(path, label_space)
+        _rows_of(image_ids or [], self.row_of, path)
+        self.labels = np.zeros((len(scores), len(self.class_names)), dtype=np.int8)
+        self.labels[:, ~label_space.is_seen.numpy()] = pseudo_labels(scores, threshold, unknown_above)
+
+    def __call__(self, image_id: str, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self.labels[_rows_of([image_id], self.row_of, self.path)[0]]
+
+
+def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Sequence[str]) -> np.ndarray:
+    """(N, U) float32: what `python -m zs3.pseudo_labels` says of the unseen names, in the order of label_space.unseen.
+
+    path: its folder of shards `scores-00003-of-00047.parquet`, or one such file, with the columns image_id and scores
+        (a struct of one number for each unseen name).
+    image_ids: N, of the images that are wanted.
+    """
+    row_of, scores = read_scores(path, label_space)
+    return scores[_rows_of(image_ids, row_of, path)]
+
+
+def read_scores(path: str | Path, label_space: LabelSpace) -> tuple[dict[str, int], np.ndarray]:
+    """The row of each image_id, and all the scores (N, U)."""
+    row_of, scores = {}, []
+    for file in _score_files(Path(path)):
+        ids, part = _read_scores(file, label_space.unseen)
+        row_of.update(zip(ids, range(len(row_of), len(row_of) + len(ids)), strict=True))
+        scores.append(part)
+        if len(row_of) != sum(map(len, scores)):
+            raise InputError(f"{file} has an image_id that was there before: an image has one row")
+    return row_of, np.concatenate(scores)
+
+
+def _rows_of(image_ids: Sequence[str], row_of: dict[str, int], path: str | Path) -> list[int]:
+    missing = [image_id for image_id in image_ids if image_id not in row_of]
+    if missing:
+        raise InputError(
+            f"{path} has no row for {len(missing)} images ({missing[0]!r}, ...): make the pseudo labels from this split"
+        )
+    return [row_of[image_id] for image_id in image_ids]
+
+
+def _score_files(path: Path) -> list[Path]:
+    """The shards of a folder, all of them; or the one file."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InputError(
+            f"pseudo labels {path} do not exist: unseen_labels is 'none', 'ground_truth', 'masks', or a "
+            "folder that python -m zs3.pseudo_labels made"
+        )
+    found = sorted(path.glob("scores-[0-9]*-of-[0-9]*.parquet"))
+    if not found:
+        raise InputError(f"{path} holds no shards: give the --output of python -m zs3.pseudo_labels")
+    total = int(found[0].stem.rsplit("-", 1)[1])
+    if found != [path / shard_name(index, total) for index in range(total)]:
+        raise InputError(
+            f"{path} holds {len(found)} shards, but not the {total} of one run: "
+            "start python -m zs3.pseudo_labels again, or delete those of another run"
+        )
+    return found
+
+
+def shard_name(index: int, total: int) -> str:
+    return f"scores-{index:05d}-of-{total:05d}.parquet"
+
+
+def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
+    """Image ids, and their scores (N, U) float32 in the order of `unseen`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file, columns=["image_id", "scores"])
+        rows = table["scores"].combine_chunks()
+        names = [field.name for field in rows.type]
+        columns = dict(zip(names, rows.flatten(), strict=True))
+        image_ids = [str(image_id) for image_id in table["image_id"].to_pylist()]
+    except (OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"cannot read image_id and scores of pseudo labels {file}: {reason}") from error
+    if set(names) != set(unseen):
+        odd = sorted(set(names) ^ set(unseen))
+        raise InputError(f"{file} has scores of other unseen names than the label space ({odd[0]!r}): make them anew")
+    scores = np.stack([columns[name].to_numpy(zero_copy_only=False) for name in unseen], axis=1).astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise InputError(f"{file} has a score that is missing or not finite: make the pseudo labels anew")
+    return image_ids, scores
+
+
+def pseudo_labels(scores: np.ndarray, threshold: float, unknown_above: float | None = None) -> np.ndarray:
+    """Section 3.4: scores -> int8 of the same shape, 1 from the threshold on, else 0.
+
+    unknown_above: what lies above it, and below the threshold, is -1, unknown; None: nothing is.
+    """
+    labels = (scores >= threshold).astype(np.int8)
+    if unknown_above is not None:
+        if unknown_above >= threshold:
+            raise InputError(f"pseudo_label_unknown_above {unknown_above} must be below the threshold {threshold}")
+        labels[(scores > unknown_above) & (scores < threshold)] = -1
+    return labels
