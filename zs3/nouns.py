@@ -184,7 +184,7 @@ class NameFinder:
         self.names = {}  # without spaces and hyphens -> the name
         self.longest = 2  # words; two may be a name that is written in one
         plain_first = sorted(class_names, key=lambda name: "-" in name)
-        for form in (noun_lemma, str):  # as written wins: "clothes" before the plural of "cloth"
+        for form in (str, noun_lemma):  # as written wins: "clothes" before the plural of "cloth"
             for name in plain_first:
                 for spelling in spellings(name):
                     words = WORDS.findall(spelling)
