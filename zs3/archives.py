@@ -121,11 +121,13 @@ def _of_mode(path: Path, modes: Sequence[str], otherwise: str) -> Image.Image:
 
 def _from_mat(path: Path, name: str, part: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     try:
-        stored = part(scipy.io.loadmat(path, appendmat=False, variable_names=[name])[name])
+        stored = part(scipy.io.loadmat(io.BytesIO(path.read_bytes()), variable_names=[name])[name])
     except FileNotFoundError as error:
         raise BadFile("missing_map", f"{path} is missing") from error
     except (OSError, ValueError, TypeError, LookupError, NotImplementedError, zlib.error, MatReadError) as error:
-        raise BadFile("unreadable_map", f"cannot read {name} of {path}: {one_line(error)}") from error
+        raise BadFile(
+            "unreadable_map", f"cannot read {name} of {path}: {one_line(error) or type(error).__name__}"
+        ) from error
     if stored.ndim != 2 or stored.dtype.kind not in "uif":
         raise BadFile("unreadable_map", f"{name} of {path} is no map: {stored.ndim} axes of type {stored.dtype}")
     with np.errstate(invalid="ignore"):

@@ -7,9 +7,10 @@ are), label (a PNG of ids: 8 bits where the ignored id is 255, 16 where it is 65
 ids in the label map, without the ignored one). coco_captions has image_id and captions alone: its pictures are those
 of coco_stuff_171.
 
-Everything is checked on the way. A shard, `data/train-00003-of-00016.parquet`, is there whole or not at all, and what
-was measured of it lies in `.progress/`: the same command again makes the shards that are missing, to the same bytes.
-`classes.json`, the card and `conversion.json` come last.
+Everything is checked on the way. A shard, `train-00003-of-00016.parquet`, is there whole or not at all, and waits with
+what was measured of it in `.progress/`: the same command again makes the shards that are missing, to the same bytes.
+When all are there, `classes.json`, the card and `conversion.json` are written, and the shards become `data/`, so that
+nobody loads the half of a dataset.
 
 Axes: H W pixels.
 """
@@ -30,13 +31,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+import yaml
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
@@ -79,11 +81,12 @@ class ConvertArgs:
     private: bool = flag(False, "A dataset that --push_to_hub makes is private.")
 
     def check(self) -> None:
-        check_required(self, "name", "source", "output")
-        check_at_least(self, 1, "num_proc")
+        check_required(self, "name")
         if self.name not in ARCHIVES:
             closest = difflib.get_close_matches(self.name, ARCHIVES, n=1, cutoff=0.0)[0]
             raise InputError(f"no archive is called {self.name!r}: did you mean {closest}?")
+        check_required(self, "source", "output")
+        check_at_least(self, 1, "num_proc")
         if not self.splits or not set(self.splits) <= set(SPLITS):
             raise InputError(f"--splits takes {' and '.join(SPLITS)}, got {' '.join(self.splits) or 'none'}")
         if not Path(self.source).is_dir():
@@ -193,14 +196,17 @@ def convert_all(items: list[Pair | Captioned], name: str, num_proc: int) -> Iter
     spawn = multiprocessing.get_context("spawn")
     remaining = iter(items)
     with ProcessPoolExecutor(num_proc, spawn, _begin_process) as pool:
-        waiting = deque(pool.submit(convert, item) for item in islice(remaining, 8 * num_proc))
+        waiting = deque((item, pool.submit(convert, item)) for item in islice(remaining, 8 * num_proc))
         while waiting:
+            item, result = waiting.popleft()
             try:
-                yield waiting.popleft().result()
+                yield result.result()
             except BrokenProcessPool as error:
-                mend = "start again with a smaller --num_proc"
-                raise InputError(f"a process was ended from outside, perhaps for want of memory: {mend}") from error
-            waiting.extend(pool.submit(convert, item) for item in islice(remaining, 1))
+                raise InputError(
+                    f"a process ended at {item.image_id} or soon after, for want of memory or at a broken .mat file: "
+                    "start again with a smaller --num_proc, or replace the file"
+                ) from error
+            waiting.extend((item, pool.submit(convert, item)) for item in islice(remaining, 1))
 
 
 def _begin_process() -> None:
@@ -217,21 +223,14 @@ def _end_with_parent() -> None:
 # ---- one shard ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Shard:
+class Shard(NamedTuple):
     split: str
-    path: Path
-    items: list[Pair | Captioned] = field(repr=False)
-
-    @property
-    def record(self) -> Path:
-        """Where its measurements lie when it is finished."""
-        return self.path.parents[1] / ".progress" / f"{self.path.stem}.json"
+    name: str
+    items: list[Pair | Captioned]
 
     @property
     def items_sha256(self) -> str:
-        """Of image ids and the sizes of their files."""
-        lines = [item.image_id for item in self.items]
+        """Of captions, or of image ids and the sizes of their files."""
         if isinstance(self.items[0], Pair):
             lines = [f"{item.image_id} {_file_size(item.image)} {_file_size(item.label)}" for item in self.items]
         else:
@@ -239,28 +238,34 @@ class Shard:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def cut(output: Path, split: str, items: list[Pair | Captioned]) -> list[Shard]:
+def cut(split: str, items: list[Pair | Captioned]) -> list[Shard]:
     """The shards of a split: a multiple of 8, so that 2, 4 or 8 processes get equal shares of a stream."""
-    count = 8 * math.ceil(len(items) / 16000) if len(items) >= 8 else 1
-    bounds = [number * len(items) // count for number in range(count + 1)]
-    paths = [output / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
-    return [Shard(split, path, items[bounds[n] : bounds[n + 1]]) for n, path in enumerate(paths)]
+    total = 8 * math.ceil(len(items) / 16000) if len(items) >= 8 else 1
+    bounds = [number * len(items) // total for number in range(total + 1)]
+    names = [f"{split}-{number:05d}-of-{total:05d}.parquet" for number in range(total)]
+    return [Shard(split, name, items[bounds[n] : bounds[n + 1]]) for n, name in enumerate(names)]
 
 
-def finished(shard: Shard) -> dict | None:
-    """The measurements of a shard that is there, whole, and of the items it should have."""
-    if not (shard.path.is_file() and shard.record.is_file()):
+def record(output: Path, shard: Shard) -> Path:
+    """Where the measurements of a shard lie."""
+    return output / ".progress" / f"{shard.name}.json"
+
+
+def finished(output: Path, folder: Path, shard: Shard) -> dict | None:
+    """The measurements of a shard that is in the folder, whole, and made of the items it should have."""
+    path, measured = folder / shard.name, record(output, shard)
+    if not (path.is_file() and measured.is_file()):
         return None
-    measures = json.loads(shard.record.read_text(encoding="utf-8"))
-    same = measures["bytes"] == shard.path.stat().st_size and measures["items_sha256"] == shard.items_sha256
+    measures = json.loads(measured.read_text(encoding="utf-8"))
+    same = measures["bytes"] == path.stat().st_size and measures["items_sha256"] == shard.items_sha256
     return measures if same else None
 
 
-def write_shard(shard: Shard, results: Iterable[Converted], schema: "pyarrow.Schema", args: ConvertArgs) -> dict:
+def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schema", args: ConvertArgs) -> dict:
     """Its measurements. Written beside and renamed; with a problem and --on_problem stop, only examined."""
     import pyarrow.parquet
 
-    partial = shard.path.with_name(f".{shard.path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     measures = {"num_images": 0, "num_captions": 0, "all_ignored": 0, "problems": [], "notes": []}
     pixels, images, rows = Counter(), Counter(), []
     strict = args.on_problem == "stop"
@@ -286,12 +291,10 @@ def write_shard(shard: Shard, results: Iterable[Converted], schema: "pyarrow.Sch
             return measures
         with partial.open("rb") as file:
             measures["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        measures |= {"bytes": partial.stat().st_size, "items_sha256": shard.items_sha256}
-        measures |= {"pixels": _by_id(pixels), "images": _by_id(images)}
-        os.replace(partial, shard.path)
+        measures |= {"bytes": partial.stat().st_size, "pixels": _by_id(pixels), "images": _by_id(images)}
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    write_json(shard.record, measures)
     return measures
 
 
@@ -372,7 +375,6 @@ def check_output(args: ConvertArgs) -> None:
     elif output.exists() and any(file.name != ".progress" for file in output.iterdir()):
         raise InputError(f"--output {output} holds other files: choose a new folder")
     write_json(path, settings)
-    (output / "data").mkdir(exist_ok=True)
 
 
 def classes_text(name: str) -> str:
@@ -401,7 +403,7 @@ def conversion(args: ConvertArgs, items: dict[str, list], shards: list[tuple[Sha
             "in_release": {what: list(release) for what, (_, release) in known.items()},
             "as_released": all(found in release for found, release in known.values()),
             "shards": [
-                {"file": f"data/{shard.path.name}"} | {key: measures[key] for key in ("num_images", "bytes", "sha256")}
+                {"file": f"data/{shard.name}"} | {key: measures[key] for key in ("num_images", "bytes", "sha256")}
                 for shard, measures in own
             ],
         }
@@ -430,18 +432,14 @@ def conversion(args: ConvertArgs, items: dict[str, list], shards: list[tuple[Sha
 
 
 def card(result: dict) -> str:
-    """README.md of the dataset: front matter which tells the Hub and `load_dataset` the splits, then what it is."""
+    """README.md of the dataset: front matter for the Hub and `load_dataset`, then what it is."""
     archive, splits = ARCHIVES[result["name"]], result["splits"]
     captions = result["name"] == "coco_captions"
-    files = "".join(f"      - split: {split}\n        path: data/{split}-*.parquet\n" for split in splits)
     counted = {"images": "num_images"} | ({"captions": "num_captions"} if captions else {})
     counted |= {} if captions else {"ignored everywhere": "images_ignored_everywhere"}
     lines = [
         "---",
-        f"pretty_name: {json.dumps(archive.title)}",
-        "license: other",
-        f"task_categories:\n  - {'image-to-text' if captions else 'image-segmentation'}",
-        f"configs:\n  - config_name: default\n    data_files:\n{files}---",
+        yaml.safe_dump(front_matter(result), sort_keys=False) + "---",
         f"\n# {archive.title}\n",
         f"Made from the official archive by `python -m zs3.convert {result['name']}`; what was measured is in",
         "`conversion.json`.\n",
@@ -453,6 +451,26 @@ def card(result: dict) -> str:
         f"\nLicences of the originals: {archive.licence}\n",
     ]
     return "\n".join(lines)
+
+
+def front_matter(result: dict) -> dict:
+    """Which files are which split, and how many rows `load_dataset` has to find in them.
+
+    It keeps a copy of what it loads, by the folder's name and this front matter: the digest of the shards is there to
+    tell one dataset from another, or from itself as it was before.
+    """
+    splits = result["splits"]
+    shards = [shard["sha256"] for row in splits.values() for shard in row["shards"]]
+    digest = hashlib.sha256("".join(shards).encode()).hexdigest()
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+    sizes = [{"name": s, "num_bytes": row["bytes"], "num_examples": row["num_images"]} for s, row in splits.items()]
+    return {
+        "pretty_name": ARCHIVES[result["name"]].title,
+        "license": "other",
+        "task_categories": ["image-to-text" if result["name"] == "coco_captions" else "image-segmentation"],
+        "configs": [{"config_name": "default", "description": f"sha256 {digest}", "data_files": files}],
+        "dataset_info": [{"config_name": "default", "splits": sizes}],
+    }
 
 
 def _about_captions() -> list[str]:
@@ -540,17 +558,42 @@ def convert(args: ConvertArgs) -> dict:
     args.check()
     args = replace(args, splits=[split for split in SPLITS if split in args.splits])
     output = Path(args.output)
+    whole, begun = output / "data", output / ".progress" / "data"
     items = list_items(args)
     check_output(args)
-    shards = [shard for split in args.splits for shard in cut(output, split, items[split])]
-    done = [(shard, finished(shard)) for shard in shards]
+
+    folder = whole if whole.is_dir() else begun
+    shards = [shard for split in args.splits for shard in cut(split, items[split])]
+    done = [(shard, finished(output, folder, shard)) for shard in shards]
     if args.on_problem == "stop" and any(measures and measures["problems"] for _, measures in done):
         raise InputError(
             f"{output} holds shards from which --on_problem skip left pictures out: "
             "choose another --output, or skip again"
         )
+    if folder == whole and None not in (measures for _, measures in done):
+        print(f"there already: nothing was left to do in {output}")
+        return conversion(args, items, done)
+    if folder == whole:
+        whole.rename(begun)
+
+    measured = make_shards(args, begun, done)
+    check_problems(args, measured)
+    for file in {*begun.iterdir()} - {begun / shard.name for shard in shards}:
+        file.unlink()  # of a copy of the archive that had fewer pictures, or half a shard
+    result = conversion(args, items, measured)
+    if args.name != "coco_captions":
+        write_text(output / "classes.json", classes_text(args.name))
+    write_text(output / "README.md", card(result))
+    write_json(output / "conversion.json", result)
+    begun.rename(whole)
+    return result
+
+
+def make_shards(args: ConvertArgs, folder: Path, done: list[tuple[Shard, dict | None]]) -> list[tuple[Shard, dict]]:
+    """Those without measurements, and the measurements of all."""
+    folder.mkdir(exist_ok=True)
+    total = sum(len(shard.items) for shard, _ in done)
     remaining = [item for shard, measures in done if measures is None for item in shard.items]
-    total = sum(len(shard.items) for shard in shards)
     schema = schema_of(args.name)
     measured = []
     results = convert_all(remaining, args.name, args.num_proc)
@@ -558,27 +601,25 @@ def convert(args: ConvertArgs) -> dict:
         for shard, measures in done:
             if measures is None:
                 own = _counted(islice(results, len(shard.items)), bar)
-                measures = write_shard(shard, own, schema, args)
+                measures = write_shard(folder / shard.name, own, schema, args) | {"items_sha256": shard.items_sha256}
+                if "sha256" in measures:
+                    write_json(record(Path(args.output), shard), measures)
             measured.append((shard, measures))
+    return measured
 
-    problems = [{"split": shard.split, **remark} for shard, m in measured for remark in m["problems"]]
+
+def check_problems(args: ConvertArgs, measured: list[tuple[Shard, dict]]) -> None:
+    """With --on_problem stop, all problems are written down and the first few shown."""
+    path = Path(args.output) / "problems.json"
+    problems = [{"split": shard.split, **remark} for shard, measures in measured for remark in measures["problems"]]
     if problems and args.on_problem == "stop":
-        write_json(output / "problems.json", {"problems": problems})
+        write_json(path, {"problems": problems})
         print(f"problems    {tally(problems)}", file=sys.stderr)
         raise InputError(
-            f"{len(problems):,} problems, all in {output / 'problems.json'}: mend them and run the same command again, "
-            "which redoes only what is missing, or --on_problem skip"
+            f"{len(problems):,} problem{'s' * (len(problems) > 1)}, all in {path}: mend them and run the same command "
+            "again, which redoes only what is missing, or --on_problem skip"
         )
-    (output / "problems.json").unlink(missing_ok=True)
-    result = conversion(args, items, measured)
-    if not remaining and (output / "conversion.json").exists():
-        print(f"there already: nothing was left to do in {output}")
-    else:
-        if args.name != "coco_captions":
-            write_text(output / "classes.json", classes_text(args.name))
-        write_text(output / "README.md", card(result))
-        write_json(output / "conversion.json", result)
-    return result
+    path.unlink(missing_ok=True)
 
 
 def _counted(results: Iterable[Converted], bar: tqdm) -> Iterator[Converted]:
