@@ -270,7 +270,9 @@ def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schem
     pixels, images, rows = Counter(), Counter(), []
     strict = args.on_problem == "stop"
     try:
-        with pyarrow.parquet.ParquetWriter(partial, schema, compression="none", use_dictionary=False) as writer:
+        # Pictures are compressed already, and no use in dictionaries and statistics.
+        options = {"compression": "none", "use_dictionary": False, "write_statistics": ["image_id"]}
+        with pyarrow.parquet.ParquetWriter(partial, schema, **options) as writer:
             for result in results:
                 measures["problems"] += [_of_source(remark, args.source) for remark in result.problems]
                 measures["notes"] += [_of_source(remark, args.source) for remark in result.notes]
