@@ -11,21 +11,21 @@ SPACE = LabelSpace(["sky", "cow", "road", "cat", "sea"], ["cow", "cat"], 255)
 IDS = ["p0", "p1", "p2", "p3"]
 
 
-def told_of(told, image_id="a", label=((0,),)):
-    labels = told(image_id, np.array(label), np.random.default_rng(0))
+def told_of(told, image_id="a", ids=(0,)):
+    labels = told(image_id, np.array(ids, dtype=int), np.random.default_rng(0))
     assert labels.dtype == np.int8
     return labels.tolist()
 
 
 def test_inductive_training_is_told_nothing_and_knows_seen_names_alone():
     told = NothingTold(SPACE)
-    assert told.class_names == ["sky", "road", "sea"] and told_of(told, label=[[1, 3]]) == [0, 0, 0]
+    assert told.class_names == ["sky", "road", "sea"] and told_of(told, ids=[1, 3]) == [0, 0, 0]
 
 
 def test_ground_truth_tells_of_unseen_names_in_the_picture():
     told = GroundTruthLabels(SPACE)
     assert told.class_names == SPACE.class_names
-    assert told_of(told, label=[[0, 3, 255]]) == [0, 0, 0, 1, 0] and told_of(told, label=[[255]]) == [0] * 5
+    assert told_of(told, ids=[0, 3]) == [0, 0, 0, 1, 0] and told_of(told, ids=[]) == [0] * 5
 
 
 def test_supervised_training_has_no_unseen_class():

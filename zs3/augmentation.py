@@ -3,7 +3,7 @@
 Axes: H W pixels of the stored map, h w of the crop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,12 +58,15 @@ def augment(
     size: tuple[int, int],
     rng: np.random.Generator,
     augmentation: Augmentation,
+    relabel: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[Image.Image, np.ndarray]:
     """Scaled, cropped, jittered, mirrored: an RGB picture and its (h, w) map, both at most crop_size a side.
 
     image: RGB, of the map's size, or decoded at a reduced one that is no less than `size`.
-    label: (H, W) integers of any range, IGNORED where there is no label.
+    label: (H, W) integers.
     size: from `Augmentation.draw_size`.
+    relabel: of every crop of the map, before anything looks at it: integers of any range, IGNORED where there is no
+        label. What it takes out of a map cannot be seen in the choice of the crop.
     """
     width, height = size
     rows = nearest_pixels(height, label.shape[0])
@@ -71,7 +74,7 @@ def augment(
     for _ in range(10):
         w, h = min(width, augmentation.crop_size), min(height, augmentation.crop_size)
         x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-        cropped = label[rows[y : y + h, None], columns[None, x : x + w]]
+        cropped = relabel(label[rows[y : y + h, None], columns[None, x : x + w]])
         if augmentation.single_class_max_area == 1 or _is_mixed(cropped, augmentation.single_class_max_area):
             break
     scale_x, scale_y = image.width / width, image.height / height

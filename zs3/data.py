@@ -1,9 +1,9 @@
 """Datasets: pictures with label maps, and the training samples made of them.
 
 `load_split` reads records (picture, label map, id) and checks them at the door; `stream_split` reads the same ones
-one after the other, without a copy on the disk. `SegmentationDataset` turns a record into a training sample in three
-steps: the label map is rewritten to the class axis of the run, which takes the unseen classes out of it; picture and
-map are augmented together; the crop's seen classes and what is told of the other names become image labels.
+one after the other, without a copy on the disk. `SegmentationDataset` turns a record into a training sample: picture
+and map are augmented together; every crop of the map is rewritten to the class axis of the run before anything looks at
+it, which takes the unseen classes out; the crop's seen classes and what is told of the other names become image labels.
 `StepSampler` says which samples make up which step, `StreamedBatches` does so for a stream.
 
 The leak rule: where the unseen classes lie never leaves `SegmentationDataset`, not even through the choice of
@@ -57,7 +57,8 @@ class StoredRecord(NamedTuple):
 
     name: str  # what to call the picture
     image: Image.Image
-    label: np.ndarray
+    label: np.ndarray  # (H, W), as many bits a pixel as in its file
+    ids: np.ndarray  # of the label space, those in the label map
     image_id: str
 
     def decoded(self, size: tuple[int, int] | None = None) -> Image.Image:
@@ -74,7 +75,7 @@ class StoredRecord(NamedTuple):
             raise _unreadable(self.name, error) from error
 
     def record(self) -> Record:
-        return Record(self.decoded(), self.label, self.image_id)
+        return Record(self.decoded(), self.label.astype(np.int32), self.image_id)
 
 
 class Split(Sequence[Record]):
@@ -97,7 +98,8 @@ class Split(Sequence[Record]):
 
     def label(self, index: int) -> np.ndarray:
         """(H, W) int32, a record's label map without its picture."""
-        return _read_label(self.rows[index % len(self)]["label"], self.image_ids[index], self.label_space)[1]
+        row, image_id = self.rows[index % len(self)], self.image_ids[index]
+        return _read_label(row["label"], image_id, self.label_space)[1].astype(np.int32)
 
     def picture_sizes_sha256(self, count: int) -> str | None:
         """Of the first pictures of a folder, the sizes of their files: other pictures have others. None for tables."""
@@ -274,32 +276,34 @@ def _shards(folder: Path, split: str) -> list[str]:
 
 def _stored(row: Row, image_id: str, label_space: LabelSpace) -> StoredRecord:
     image_name, image = _opened(row["image"], f"image of {image_id!r}")
-    label_name, label = _read_label(row["label"], image_id, label_space)
+    label_name, label, ids = _read_label(row["label"], image_id, label_space)
     size = label.shape[::-1]
     if size != image.size:
         rotated = size == image.size[::-1]
         mend = "rotate the image as its EXIF tag says and save it without" if rotated else "make them equal"
         raise InputError(f"{label_name} is {_size(size)} pixels, but {image_name} is {_size(image.size)}: {mend}")
-    return StoredRecord(image_name, image, label, image_id)
+    return StoredRecord(image_name, image, label, ids, image_id)
 
 
-def _read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> tuple[str, np.ndarray]:
-    """The name to call a label map by, and its ids (H, W) int32."""
+def _read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> tuple[str, np.ndarray, np.ndarray]:
+    """The name to call a label map by, the map (H, W), and the ids that are in it, the ignored one aside."""
     name, image = _opened(source, f"label map of {image_id!r}")
     if image.mode not in ("L", "P") and not image.mode.startswith("I"):
         raise InputError(f"{name} has mode {image.mode}: store one id a pixel, as PNG of mode L, P or I;16")
     try:
-        label = np.asarray(image).astype(np.int32)  # a palette's indices are the ids
+        label = np.asarray(image)  # a palette's indices are the ids
     except READING_ERRORS as error:
         raise _unreadable(name, error) from error
-    num_classes, ignore_index = len(label_space.class_names), label_space.ignore_index
-    outside = ((label < 0) | (label >= num_classes)) & (label != ignore_index)
-    if outside.any():
+    found = np.flatnonzero(image.histogram()) if label.dtype == np.uint8 else np.unique(label)
+    ids = found[found != label_space.ignore_index]
+    num_classes = len(label_space.class_names)
+    outside = ids[(ids < 0) | (ids >= num_classes)]
+    if len(outside):
         raise InputError(
-            f"{name} holds id {label[outside][0]}; ids are 0 to {num_classes - 1}, and {ignore_index} for ignored: "
-            "correct the map, or the label space"
+            f"{name} holds id {outside[0]}; ids are 0 to {num_classes - 1}, and {label_space.ignore_index} for "
+            "ignored: correct the map, or the label space"
         )
-    return name, label
+    return name, label, ids
 
 
 def _opened(source: Path | Row, thing: str) -> tuple[str, Image.Image]:
@@ -380,8 +384,8 @@ class SegmentationDataset(Dataset):
         self.records = records
         self.label_space = label_space
         self.augmentation = augmentation
-        self.image_mean = np.array(image_mean, dtype=np.float32)
-        self.image_std = np.array(image_std, dtype=np.float32)
+        mean, std = (torch.tensor(list(values))[:, None, None] for values in (image_mean, image_std))
+        self.scale, self.shift = 1 / (255 * std), mean / std
         self.told = NothingTold(label_space) if told is None else told
         self.seed = seed
         self.class_names = self.told.class_names
@@ -400,11 +404,10 @@ class SegmentationDataset(Dataset):
         # Keyed by the id, so that a sample does not depend on the order or the way in which pictures are read.
         key = int.from_bytes(hashlib.sha256(stored.image_id.encode()).digest()[:8])
         rng, words = np.random.default_rng((self.seed, epoch, key)).spawn(2)
-        told = self.told(stored.image_id, stored.label, words)
-        # Unseen classes go before the crop is chosen: a choice that looked at them would tell where they are.
-        label = to_mask_labels(stored.label, self.positions, self.label_space.ignore_index)
+        told = self.told(stored.image_id, stored.ids, words)
         size = self.augmentation.draw_size(stored.image.size, rng)
-        image, label = augment(stored.decoded(size), label, size, rng, self.augmentation)
+        image = stored.decoded(size)
+        image, label = augment(image, stored.label, size, rng, self.augmentation, self._mask_labels)
         return {
             "pixel_values": self._padded_pixels(image),
             "labels": self._padded_labels(label),
@@ -412,11 +415,16 @@ class SegmentationDataset(Dataset):
             "image_id": stored.image_id,
         }
 
+    def _mask_labels(self, label: np.ndarray) -> np.ndarray:
+        """Here the unseen classes go out of a map: a crop that was chosen by them would tell where they are."""
+        return to_mask_labels(label, self.positions, self.label_space.ignore_index)
+
     def _padded_pixels(self, image: Image.Image) -> Tensor:
         """(3, S, S); right of and below the picture 0, the mean colour."""
-        pixels = np.asarray(image) * (1 / (255 * self.image_std)) - self.image_mean / self.image_std
         padded = torch.zeros(3, self.augmentation.crop_size, self.augmentation.crop_size)
-        padded[:, : image.height, : image.width] = torch.from_numpy(pixels).permute(2, 0, 1)
+        pixels = padded[:, : image.height, : image.width]
+        pixels.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        pixels.mul_(self.scale).sub_(self.shift)
         return padded
 
     def _padded_labels(self, label: np.ndarray) -> Tensor:

@@ -3,7 +3,7 @@
 Nothing of the unseen classes (inductive); or whether each is in the picture, by the truth or by the scores of
 `python -m zs3.pseudo_labels` (transductive, section 3.4). `zs3.nouns` tells what captions say (section 4.5).
 
-Axes: C names on the class axis of the run, N images, U unseen names, H W pixels.
+Axes: C names on the class axis of the run, N images, U unseen names.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,10 @@ class Told(Protocol):
 
     class_names: list[str]
 
-    def __call__(self, image_id: str, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """(C,) int8: 1 present, 0 absent, -1 unknown; names with a mask in the crop will be present in any case.
 
-        label: (H, W) ids of the whole picture, those of unseen classes included. rng: of this sample.
+        ids: of the label space, those in the whole picture, unseen classes included. rng: of this sample.
         """
 
 
@@ -47,7 +47,7 @@ class NothingTold:
     def __init__(self, label_space: LabelSpace):
         self.class_names = label_space.seen
 
-    def __call__(self, image_id: str, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return np.zeros(len(self.class_names), dtype=np.int8)
 
 
@@ -56,12 +56,12 @@ class GroundTruthLabels:
 
     def __init__(self, label_space: LabelSpace):
         self.class_names = label_space.class_names
-        self.ignore_index = label_space.ignore_index
         self.is_unseen = ~label_space.is_seen.numpy()
 
-    def __call__(self, image_id: str, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        present = np.bincount(label[label != self.ignore_index], minlength=len(self.class_names)) > 0
-        return (present & self.is_unseen).astype(np.int8)
+    def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        labels = np.zeros(len(self.class_names), dtype=np.int8)
+        labels[ids] = self.is_unseen[ids]
+        return labels
 
 
 class PseudoLabels:
@@ -85,7 +85,7 @@ class PseudoLabels:
         self.labels = np.zeros((len(scores), len(self.class_names)), dtype=np.int8)
         self.labels[:, ~label_space.is_seen.numpy()] = pseudo_labels(scores, threshold, unknown_above)
 
-    def __call__(self, image_id: str, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self.labels[_rows_of([image_id], self.row_of, self.path)[0]]
 
 

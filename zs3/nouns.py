@@ -356,7 +356,7 @@ class CaptionLabels:
         for image_id in image_ids or []:
             self._nouns(image_id)
 
-    def __call__(self, image_id: str, label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         labels = np.zeros(len(self.class_names), dtype=np.int8)
         labels[self._nouns(image_id)] = 1
         return dropped(labels, rng, self.drop_probability, self.droppable, self.dropped_as)

@@ -1,0 +1,291 @@
+"""The training loader beside the model it feeds, and beside the ancestors' order of work.
+
+    python -m benchmarks.loader --output docs/results/loader.json
+    python -m benchmarks.loader --dataset DIR --label_space coco_stuff_171 --device cuda --batch_size 8
+
+Samples are made by one process (one core), by several workers map-style, and from a stream; the ancestors decode
+pictures whole, resize them whole and crop then. The model is Mask2Former with a ResNet-50 of random weights, one
+training step with all losses, on the device. Without --dataset the pictures are synthetic: noise with the spectrum of
+photographs, as JPEGs of 640 x 480 and of 3200 x 2400 pixels in parquet. Memory is that of the loader's processes
+together (PSS), after a tenth of the first epoch and at the end of the last.
+"""
+
+import gc
+import io
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from configuration_zs3 import Zs3Config
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from zs3.augmentation import Augmentation, augment
+from zs3.command_line import check_at_least, flag, read_arguments, run, write_report
+from zs3.data import SegmentationDataset, StepSampler, StoredRecord, StreamedBatches, collate, load_split, stream_split
+from zs3.label_space import LabelSpace, load_label_space
+
+PEER = "1 process, resize and crop"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass
+class LoaderBenchArgs:
+    """Sizes of the comparison."""
+
+    dataset: str | None = flag(None, "Dataset to load; default: synthetic pictures.")
+    split: str = flag("train", "Its split.")
+    label_space: str = flag("coco_stuff_171", "Benchmark name or classes.json.")
+    crop_size: int = flag(640, "Side of the crop, pixels.")
+    short_edges: list[int] = flag([64 * x for x in range(5, 16)], "Short edges; zsseg's of COCO-Stuff.")
+    images: int = flag(128, "Synthetic pictures of 640 x 480; an eighth as many are large.")
+    samples: int = flag(256, "Samples of each measurement.")
+    epochs: int = flag(3, "Epochs of the measurement of memory.")
+    workers: list[int] = flag([2], "Numbers of workers.")
+    batch_size: int = flag(1, "Of the model's step.")
+    steps: int = flag(2, "Steps of the model, after one that is not counted.")
+    device: str = flag("cpu", "Of the model.")
+    seed: int = flag(0, "Of pictures, weights and draws.")
+    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+
+    def check(self) -> None:
+        check_at_least(self, 1, "crop_size", "images", "samples", "epochs", "batch_size", "steps")
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+
+
+def noise_picture(rng: np.random.Generator, width: int, height: int) -> bytes:
+    """A JPEG whose amplitudes fall with the frequency, as those of photographs do."""
+    rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    amplitude = 1 / np.maximum(np.hypot(rows, columns), 1 / max(width, height))
+    phases = np.exp(2j * np.pi * rng.random((3, *amplitude.shape)))
+    bands = np.fft.irfft2(amplitude * phases, s=(height, width))
+    bands = 127 + 60 * bands / bands.std(axis=(1, 2), keepdims=True)
+    file = io.BytesIO()
+    Image.fromarray(bands.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def blocks(rng: np.random.Generator, num_classes: int, width: int, height: int) -> bytes:
+    """A label map of rectangles."""
+    coarse = rng.integers(0, num_classes, (6, 8)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_pictures(folder: Path, split: str, space: LabelSpace, size: tuple[int, int], count: int, seed: int) -> None:
+    """A dataset of `count` synthetic pictures, in 8 shards."""
+    import datasets
+
+    rng = np.random.default_rng(seed)
+    (folder / "data").mkdir(parents=True)
+    content = {"classes": space.class_names, "unseen": space.unseen, "ignore_label": space.ignore_index}
+    (folder / "classes.json").write_text(json.dumps(content))
+    features = datasets.Features(image=datasets.Image(), label=datasets.Image(), image_id=datasets.Value("string"))
+    shards = np.array_split(np.arange(count), 8)
+    for index, numbers in enumerate(shards):
+        rows = {
+            "image": [{"bytes": noise_picture(rng, *size), "path": None} for _ in numbers],
+            "label": [{"bytes": blocks(rng, len(space.class_names), *size), "path": None} for _ in numbers],
+            "image_id": [f"{number:06d}" for number in numbers],
+        }
+        file = folder / "data" / f"{split}-{index:05d}-of-{len(shards):05d}.parquet"
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+
+
+# ---- loaders -----------------------------------------------------------------------------------------------
+
+
+class WholeFirst(SegmentationDataset):
+    """The same samples in the ancestors' order: the picture is decoded whole, resized whole, and cropped then."""
+
+    def sample(self, stored: StoredRecord, epoch: int) -> dict:
+        whole, size = stored.decoded(), self.augmentation.draw_size(stored.image.size, np.random.default_rng(epoch))
+        resized = whole.resize(size, Image.Resampling.BILINEAR)
+        labels = Image.fromarray(stored.label).resize(size, Image.Resampling.NEAREST)
+        rng = np.random.default_rng(epoch)
+        image, label = augment(resized, np.asarray(labels), size, rng, self.augmentation, self._mask_labels)
+        return {
+            "pixel_values": self._padded_pixels(image),
+            "labels": self._padded_labels(label),
+            "image_labels": torch.zeros(len(self.class_names), dtype=torch.int8),
+            "image_id": stored.image_id,
+        }
+
+
+def make_dataset(args: LoaderBenchArgs, folder: str, streaming: bool, kind: type = SegmentationDataset):
+    space = load_label_space(args.label_space)
+    records = (stream_split if streaming else load_split)(folder, args.split, space)
+    augmentation = Augmentation(args.crop_size, 2560, args.short_edges)
+    return kind(records, space, augmentation, image_mean=MEAN, image_std=STD, seed=args.seed)
+
+
+def batches_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int, samples: int) -> Iterator[dict]:
+    """Micro-batches of 1, so that all loaders are measured alike."""
+    dataset = make_dataset(args, folder, streaming)
+    if streaming:
+        loader = DataLoader(StreamedBatches(dataset, 1, 64), batch_size=None, num_workers=workers)
+        return itertools.islice(loader, samples)
+    sampler = StepSampler(len(dataset), 1, samples, seed=args.seed)
+    return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
+
+
+def rate(batches: Iterator[dict], samples: int) -> float:
+    """Samples a second, after the first tenth."""
+    for _ in range(samples // 10):
+        next(batches)
+    start, count = time.perf_counter(), 0
+    for _ in batches:
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def whole_first(args: LoaderBenchArgs, folder: str) -> Iterator[dict]:
+    dataset = make_dataset(args, folder, False, WholeFirst)
+    return (dataset[0, index % len(dataset)] for index in range(args.samples))
+
+
+def memory_mib() -> float:
+    """Of this process and its children; what they share is counted once."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(process.memory_full_info().pss for process in processes) / 2**20
+
+
+def memory_over_epochs(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int) -> dict[str, float]:
+    """MiB after a tenth of the first epoch and at the end of the last."""
+    gc.collect()
+    count = len(load_split(folder, args.split, load_label_space(args.label_space))) * args.epochs
+    found = {}
+    for number, _ in enumerate(batches_of(args, folder, streaming, workers, count), start=1):
+        if number == max(1, count // args.epochs // 10):
+            found["early"] = memory_mib()
+        if number == count:
+            found["late"] = memory_mib()
+    return found
+
+
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+def model_rate(args: LoaderBenchArgs) -> float:
+    """Images a second of training steps: forward, backward, AdamW."""
+    torch.manual_seed(args.seed)
+    space = load_label_space(args.label_space)
+    model = Zs3ForSemanticSegmentation(Zs3Config()).train().to(args.device)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-5)
+    shape = (args.batch_size, args.crop_size, args.crop_size)
+    pixels = torch.randn(args.batch_size, 3, *shape[1:], device=args.device)
+    side = args.crop_size // 4
+    labels = torch.arange(16, device=args.device).reshape(4, 4).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    labels = labels.expand(args.batch_size, -1, -1)
+    image_labels = (torch.arange(len(space.seen), device=args.device) < 16).to(torch.int8).expand(args.batch_size, -1)
+    text = torch.nn.functional.normalize(torch.randn(len(space.seen), model.config.projection_dim), dim=-1)
+    pixels, labels = pixels[..., : 4 * side, : 4 * side], labels.contiguous()
+    for step in range(args.steps + 1):
+        if step == 1:
+            _wait(args.device)
+            start = time.perf_counter()
+        inputs = {"pixel_values": pixels, "labels": labels, "image_labels": image_labels.contiguous()}
+        model(**inputs, text_embeds=text.to(args.device)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    _wait(args.device)
+    return args.steps * args.batch_size / (time.perf_counter() - start)
+
+
+def _wait(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def measure(args: LoaderBenchArgs, folder: str, name: str, bar: tqdm) -> list[dict]:
+    """One row a loader."""
+    rows = []
+
+    def row(loader: str, per_second: float, **more: float) -> None:
+        peer = rows[0]["samples_per_second"] if rows else per_second
+        rows.append({"pictures": name, "loader": loader, "samples_per_second": per_second} | more)
+        rows[-1]["times_faster"] = per_second / peer
+        bar.update()
+
+    row(PEER, rate(whole_first(args, folder), args.samples))
+    for streaming, workers in itertools.product((False, True), (0, *args.workers)):
+        loader = f"{'1 process' if workers == 0 else f'{workers} workers'}, {'stream' if streaming else 'map-style'}"
+        per_second = rate(batches_of(args, folder, streaming, workers, args.samples), args.samples)
+        row(loader, per_second, **memory_over_epochs(args, folder, streaming, workers))
+    return rows
+
+
+def compare(args: LoaderBenchArgs) -> dict:
+    args.check()
+    space, rows = load_label_space(args.label_space), []
+    torch.set_num_threads(1)  # a sample is made on one core
+    with tempfile.TemporaryDirectory() as root, tqdm(unit="measurement") as bar:
+        folders = {"the dataset's": args.dataset} if args.dataset is not None else {}
+        if args.dataset is None:
+            for (width, height), count in {(640, 480): args.images, (3200, 2400): max(args.images // 8, 8)}.items():
+                folder = Path(root, f"{width}x{height}")
+                write_pictures(folder, args.split, space, (width, height), count, args.seed)
+                folders[f"{width} x {height}"] = str(folder)
+        for name, folder in folders.items():
+            rows += measure(args, folder, name, bar)
+    torch.set_num_threads(psutil.cpu_count() or 1)
+    appetite = model_rate(args)
+    for row in rows:
+        row["times_the_model"] = row["samples_per_second"] / appetite
+    device = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else "CPU"
+    return {
+        "pictures": args.dataset or "synthetic",
+        "crop_size": args.crop_size,
+        "device": device,
+        "cores": psutil.cpu_count(),
+        "torch": torch.__version__,
+        "model_images_per_second": appetite,
+        "settings": {k: v for k, v in asdict(args).items() if k not in ("output", "dataset")},
+        "results": rows,
+    }
+
+
+def report(result: dict) -> str:
+    """The table, in Markdown."""
+    lines = [
+        f"Samples of {result['crop_size']} x {result['crop_size']} from {result['pictures']} pictures. The model "
+        f"({result['device']}, {result['cores']} cores) takes {result['model_images_per_second']:.2f} images/s.",
+        "",
+        "| pictures | loader | samples/s | times faster | times the model | MiB early | MiB late |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["results"]:
+        memory = [f"{row[name]:.0f}" if name in row else "" for name in ("early", "late")]
+        lines.append(
+            f"| {row['pictures']} | {row['loader']} | {row['samples_per_second']:.1f} | {row['times_faster']:.2f} | "
+            f"{row['times_the_model']:.0f} | {memory[0]} | {memory[1]} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args, _ = read_arguments(LoaderBenchArgs)
+    result = compare(args)
+    text = report(result)
+    print(text, end="")
+    if args.output is not None:
+        write_report(Path(args.output), result, text)
+
+
+if __name__ == "__main__":
+    run(main)
