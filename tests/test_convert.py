@@ -392,7 +392,7 @@ def test_a_repeated_image_id_is_a_fault(tmp_path):
     training = tmp_path / "source" / "ADE20K_2021_17_01" / "images" / "ADE" / "training"
     shutil.copytree(training / "cultural" / "scene0", training / "urban" / "street")
     assert (
-        "ADE_train_00000000 is there twice: the second is ADE20K_2021_17_01/images"
+        "ADE_train_00000000 is there twice: the second is ADE20K_2021_17_01/images/ADE/training/urban"
         in kinds(tmp_path, "ade20k_847")["repeated_id"]
     )
     assert load_split(tmp_path / "out", "train").image_ids == [f"ADE_train_{n:08d}" for n in range(4)]
@@ -404,7 +404,7 @@ def test_exif_orientation_is_noted_and_a_map_of_the_turned_picture_refused(tmp_p
     write_picture(images / "ADE_train_00000001.jpg", 1, orientation=6)
     write_picture(images / "ADE_train_00000002.jpg", 2, orientation=6, size=size_of(2)[::-1])
     write_picture(images / "ADE_train_00000003.jpg", 3, orientation=1)
-    write_picture(images / "ADE_train_00000004.jpg", 4, size=size_of(4)[::-1])
+    write_picture(images / "ADE_train_00000004.jpg", 4, orientation=3, size=size_of(4)[::-1])
     result = convert(arguments(tmp_path, "ade20k_150", on_problem="skip"))
     (note,) = result["notes"]
     assert (note["kind"], note["image_id"]) == ("exif_orientation", "ADE_train_00000001")

@@ -268,7 +268,6 @@ def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schem
     partial = path.with_name(f".{path.name}.partial")
     measures = {"num_images": 0, "num_captions": 0, "all_ignored": 0, "problems": [], "notes": []}
     pixels, images, rows = Counter(), Counter(), []
-    strict = args.on_problem == "stop"
     try:
         # Pictures are compressed already, and no use in dictionaries and statistics.
         options = {"compression": "none", "use_dictionary": False, "write_statistics": ["image_id"]}
@@ -276,7 +275,7 @@ def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schem
             for result in results:
                 measures["problems"] += [_of_source(remark, args.source) for remark in result.problems]
                 measures["notes"] += [_of_source(remark, args.source) for remark in result.notes]
-                if result.row is None or (strict and measures["problems"]):
+                if result.row is None:
                     continue
                 rows.append(result.row)
                 measures["num_images"] += 1
@@ -289,7 +288,7 @@ def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schem
                     rows = []
             if rows:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-        if strict and measures["problems"]:
+        if args.on_problem == "stop" and measures["problems"]:
             return measures
         with partial.open("rb") as file:
             measures["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
