@@ -1,0 +1,51 @@
+"""zs3.check: what it counts, and that no problem of a dataset escapes it."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data import SPACE, random_sample, write_folder
+
+from zs3.check import main
+from zs3.command_line import run
+
+
+def check(monkeypatch, capsys, folder, *words, code=0):
+    monkeypatch.setattr(sys, "argv", ["check", "--dataset", str(folder), "--splits", "train", *words])
+    if code:
+        with pytest.raises(SystemExit) as stopped:
+            run(main)
+        assert stopped.value.code == code
+    else:
+        run(main)
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_counts_are_those_of_the_maps(tmp_path, monkeypatch, capsys, workers):
+    samples = {f"p{index}": random_sample(index, (9, 7), ids) for index, ids in enumerate([(0, 4, 255), (255,), (2,)])}
+    write_folder(tmp_path / "data", samples)
+    words = ["--output", str(tmp_path / "check.json"), "--num_workers", str(workers)]
+    printed = check(monkeypatch, capsys, tmp_path / "data", *words).out
+    found = json.loads((tmp_path / "check.json").read_text())["splits"]["train"]
+    labels = np.stack([label for _, label in samples.values()])
+    for index, name in enumerate(SPACE.class_names):
+        assert found["pixels"][name] == (labels == index).sum()
+        assert found["images"][name] == (labels == index).any(axis=(1, 2)).sum()
+    assert (found["num_images"], found["images_without_labels"], found["problems"]) == (3, 1, [])
+    assert "3 images, 1 of them without a label" in printed and "cow (unseen)" in printed
+
+
+def test_every_problem_is_a_line_and_the_exit_code_is_2(tmp_path, monkeypatch, capsys):
+    write_folder(tmp_path, {f"p{index}": random_sample(index) for index in range(4)})
+    (tmp_path / "train" / "images" / "p0.png").write_bytes(b"no picture")
+    Image.new("L", (16, 16), 77).save(tmp_path / "train" / "labels" / "p1.png")
+    Image.new("L", (8, 16)).save(tmp_path / "train" / "labels" / "p3.png")
+    printed = check(monkeypatch, capsys, tmp_path, code=2)
+    problems = [line for line in printed.out.splitlines() if line.startswith("problem: ")]
+    assert len(problems) == 3
+    for line, words in zip(problems, ("p0.png", "p1.png holds id 77", "p3.png is 8 x 16"), strict=True):
+        assert words in line
+    assert printed.err.splitlines()[-1].startswith("error: 3 problems in ")

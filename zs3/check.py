@@ -1,0 +1,121 @@
+"""Reads every picture and label map of a dataset before a long run does, and lists all that cannot be used.
+
+    python -m zs3.check --dataset DIR --num_workers 8
+
+For folders, parquet and Hub ids alike (docs/data.md). Each problem is one line; with one the exit code is 2. The table
+says which classes are in how many pictures, and on how many of the labelled pixels.
+
+Axes: C class name.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run, write_json
+from zs3.data import Split, dataset_name, load_split
+from zs3.label_space import LabelSpace, load_label_space
+
+SHOWN = 20  # problems in the terminal
+
+
+@dataclass
+class CheckArgs:
+    """Is every picture of a dataset fit to be trained and evaluated on?"""
+
+    dataset: str | None = flag(None, "Folder or Hub id of the data.")
+    splits: list[str] = flag(["train", "validation"], "Splits to read.")
+    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    num_workers: int = flag(0, "Processes that read pictures; 0 reads in the main one.")
+    output: str | None = flag(None, "Result file (JSON), with all problems and counts.")
+
+    def check(self) -> None:
+        check_required(self, "dataset")
+        check_at_least(self, 0, "num_workers")
+
+
+class Read(NamedTuple):
+    """What reading a record gave. pixels: (C,) int64 of each class; problem: why there are none."""
+
+    pixels: np.ndarray | None
+    problem: str | None
+
+
+class Reading(Dataset):
+    def __init__(self, records: Split):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Read:
+        space = self.records.label_space
+        try:
+            record = self.records[index]
+        except InputError as error:
+            return Read(None, str(error))
+        labelled = record.label[record.label != space.ignore_index]
+        return Read(np.bincount(labelled, minlength=len(space.class_names)), None)
+
+
+def read_split(records: Split, num_workers: int) -> dict:
+    """num_images, problems, and of each class its pixels and the images it is in."""
+    loader = DataLoader(Reading(records), batch_size=1, collate_fn=list, num_workers=num_workers)
+    pixels = np.zeros(len(records.label_space.class_names), dtype=np.int64)
+    images, problems, unlabelled = pixels.copy(), [], 0
+    for (read,) in tqdm(loader, unit="image", mininterval=1):
+        if read.problem is not None:
+            problems.append(read.problem)
+            continue
+        pixels += read.pixels
+        images += read.pixels > 0
+        unlabelled += not read.pixels.any()
+    names = records.label_space.class_names
+    return {
+        "num_images": len(records),
+        "images_without_labels": unlabelled,
+        "pixels": dict(zip(names, pixels.tolist(), strict=True)),
+        "images": dict(zip(names, images.tolist(), strict=True)),
+        "problems": problems,
+    }
+
+
+def report(splits: dict[str, dict], label_space: LabelSpace) -> str:
+    """A line for each class: images it is in, and percent of the labelled pixels, in each split."""
+    lines = []
+    for split, found in splits.items():
+        lines.append(f"{split}: {found['num_images']} images, {found['images_without_labels']} of them without a label")
+    lines.append("  ".join(f"{split + ' images':>17} {'pixels':>7}" for split in splits) + "  class")
+    for name in label_space.class_names:
+        cells = []
+        for found in splits.values():
+            share = found["pixels"][name] / max(sum(found["pixels"].values()), 1)
+            cells.append(f"{found['images'][name]:17d} {100 * share:6.2f}%")
+        lines.append("  ".join(cells) + f"  {name}{' (unseen)' if name in label_space.unseen else ''}")
+    problems = [problem for found in splits.values() for problem in found["problems"]]
+    lines += [f"problem: {problem}" for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        lines.append(f"... and {len(problems) - SHOWN} more (--output has them all)")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args, _ = read_arguments(CheckArgs)
+    args.check()
+    label_space = load_label_space(args.label_space or args.dataset)
+    records = {split: load_split(args.dataset, split, label_space) for split in args.splits}
+    splits = {split: read_split(part, args.num_workers) for split, part in records.items()}
+    print(report(splits, label_space))
+    if args.output is not None:
+        write_json(Path(args.output), {"dataset": dataset_name(args.dataset), "splits": splits})
+    count = sum(len(found["problems"]) for found in splits.values())
+    if count:
+        raise InputError(f"{count} problem{'s' * (count > 1)} in {args.dataset}, listed above: mend or remove each")
+
+
+if __name__ == "__main__":
+    run(main)
