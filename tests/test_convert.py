@@ -17,17 +17,24 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import scipy.io
+import torch
 import yaml
 from archives import TREES, size_of, spread, write_grey, write_palette, write_picture, write_tree
 from PIL import Image
+from tiny import save_checkpoint
+from transformers import AutoModel, AutoProcessor
 
+import train
 import zs3.convert
+from configuration_zs3 import Zs3Config
+from eval import EvalArgs, evaluate
 from zs3.archives import ARCHIVES, NUM_CAPTIONS, Pair, grey_values
-from zs3.command_line import InputError, run
+from zs3.command_line import InputError, read_arguments, run
 from zs3.convert import ConvertArgs, convert, convert_all, cut, main
 from zs3.data import load_split
 from zs3.label_space import load_label_space
 
+MIXED = zs3.convert.mixed  # as it is outside of the tests
 SAMPLES = Path(__file__).parents[2] / "shared" / "data" / "samples"
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the real samples are not there")
 
@@ -38,6 +45,12 @@ def small_releases(monkeypatch):
     for name, archive in ARCHIVES.items():
         sizes = {"train": (4, 9), "validation": (2,)}
         monkeypatch.setitem(ARCHIVES, name, archive._replace(counts=sizes))
+
+
+@pytest.fixture(autouse=True)
+def sorted_training(monkeypatch):
+    """The shards of the small trees hold what their names say; how training rows are mixed is a test of its own."""
+    monkeypatch.setattr(zs3.convert, "mixed", list)
 
 
 def arguments(folder: Path, name: str, **options) -> ConvertArgs:
@@ -83,6 +96,16 @@ def command(monkeypatch, *words: str) -> int:
     return 0
 
 
+def test_every_shard_of_training_is_a_fair_sample_of_it():
+    ids = [f"ADE_train_{number:08d}" for number in range(20210)]  # sorted by scene in the archive
+    pairs = [Pair(image_id, Path(image_id), Path(image_id), grey_values) for image_id in ids]
+    rows = cut("train", MIXED(pairs))
+    assert sorted(pair for shard in rows for pair in shard.items) == pairs and MIXED(pairs[::-1]) == MIXED(pairs)
+    for shard in rows:
+        early = np.mean([pair.image_id < ids[20210 // 4] for pair in shard.items])
+        assert 0.2 < early < 0.3  # of the first quarter; 1263 pictures make 0.25 +- 0.012
+
+
 # ---- every archive ----
 
 
@@ -102,10 +125,43 @@ def converted(request, tmp_path_factory):
 def test_load_split_gives_the_ids_written_by_hand(converted):
     for split, expected in converted.expected.items():
         records = load_split(converted.out, split)
-        assert records.image_ids == sorted(expected)
+        assert sorted(records.image_ids) == sorted(expected)
         assert records.label_space == load_label_space(converted.name)
         for record in records:
             np.testing.assert_array_equal(record.label, expected[record.image_id])
+
+
+def test_it_is_trained_on_and_evaluated(converted, tmp_path, monkeypatch, capsys):
+    """Two steps of a tiny model, from a stream, and the scores of its label maps by hand."""
+    space = load_label_space(converted.name)
+    model = save_checkpoint(tmp_path / "start", text=False, class_loss="background_aware")
+    model.config.seen_class_names, model.config.unseen_labels = [], "none"
+    model.save_pretrained(tmp_path / "start")
+    vectors = np.random.default_rng(0).normal(size=(len(space.class_names), 12)).astype(np.float32)
+    np.save(tmp_path / "text.npy", vectors)
+    sizes = {"crop_size": 32, "max_size": 64, "test_short_edge": 32, "batch_size": 2, "max_steps": 2, "num_workers": 0}
+    words = ["--dataset", str(converted.out), "--text_embeds", str(tmp_path / "text.npy")]
+    flags = [f"--{name}={value}" for name, value in sizes.items()]
+    flags += ["--init_from", str(tmp_path / "start"), "--output_dir", str(tmp_path / "run"), "--streaming", "true"]
+    train.train(*read_arguments(train.TrainArgs, [*words, *flags], Zs3Config))
+    saved = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert saved["seen_class_names"] == space.seen and saved["class_names"] == space.class_names
+
+    setting = "gzs3" if space.unseen else "ovs"
+    flags = ["--model", str(tmp_path / "run" / "final"), "--setting", setting, "--pictures", str(tmp_path / "pictures")]
+    result = evaluate(read_arguments(EvalArgs, [*words, *flags])[0])
+    assert result["label_space_sha256"] == space.sha256 and result["num_images"] == 2
+    trained, processor = AutoModel.from_pretrained(tmp_path / "run" / "final", trust_remote_code=True), AutoProcessor
+    processor = processor.from_pretrained(tmp_path / "run" / "final", trust_remote_code=True)
+    right = total = 0
+    for record in load_split(converted.out, "validation"):
+        with torch.inference_mode():
+            outputs = trained.eval()(**processor(images=record.image))
+        (found,) = processor.post_process_semantic_segmentation(outputs, [record.label.shape])
+        truth = converted.expected["validation"][record.image_id]
+        right += (found.numpy() == truth).sum()
+        total += (truth != space.ignore_index).sum()
+    assert result["pixel_accuracy"] == pytest.approx(right / total)
 
 
 def test_load_dataset_gives_the_same_and_streams_it(converted):
@@ -428,8 +484,9 @@ def test_pictures_that_are_ignored_everywhere_are_kept_and_counted(tmp_path):
 # ---- the same bytes, however it went ----
 
 
-def test_the_command_with_two_processes_writes_the_bytes_of_one(tmp_path):
+def test_the_command_with_two_processes_writes_the_bytes_of_one(tmp_path, monkeypatch):
     """Run as users do: what the processes get has to be found in the main script."""
+    monkeypatch.setattr(zs3.convert, "mixed", MIXED)
     write_tree(tmp_path / "source", "voc_20", train=21)  # maps as PNG and as .mat
     words = ["voc_20", "--source", tmp_path / "source", "--output", tmp_path / "two", "--num_proc", "2"]
     done = subprocess.run(

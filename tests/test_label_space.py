@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -173,3 +174,15 @@ def test_unknown_name_meets_the_closest_one(tmp_path):
         load_label_space("voc20")
     with pytest.raises(InputError, match="classes.json is missing"):
         load_label_space(tmp_path)
+
+
+def test_the_docs_name_every_label_space_with_its_stamp():
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `") and line.count("|") == 6]
+    stamps = {cells[0].strip(" `"): [cell.strip(" `") for cell in cells[1:]] for cells in rows}
+    assert stamps.keys() == set(BENCHMARKS)
+    for name, cells in stamps.items():
+        space = load_label_space(name)
+        content = json.dumps([space.class_names, space.unseen, space.ignore_index])
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        assert cells == [str(len(space.class_names)), str(len(space.unseen)), str(space.ignore_index), digest]

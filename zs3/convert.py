@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import yaml
 from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
@@ -54,6 +53,7 @@ from zs3.command_line import (
     write_json,
     write_text,
 )
+from zs3.dataset_card import card
 from zs3.label_space import CLASSES_FOLDER, is_hub_id, load_label_space, source_ids
 
 if TYPE_CHECKING:
@@ -325,9 +325,10 @@ def _by_id(counts: Counter) -> dict[str, int]:
 
 
 def list_items(args: ConvertArgs) -> dict[str, list[Pair | Captioned]]:
-    """Of each split, in the order of image ids; those whose id was there before are marked.
+    """Of each split; those whose id was there before are marked.
 
-    A split whose size is not the release's is refused, unless problems are skipped.
+    The training split is mixed, the others are in the order of the ids. A split whose size is not the release's is
+    refused, unless problems are skipped.
     """
     archive, items = ARCHIVES[args.name], {}
     for split in args.splits:
@@ -335,7 +336,8 @@ def list_items(args: ConvertArgs) -> dict[str, list[Pair | Captioned]]:
         if not found:
             raise InputError(f"{split} of {args.name} in {args.source} is empty: copy it from the archive")
         ids = [None, *(item.image_id for item in found)]
-        items[split] = [item._replace(repeats=item.image_id == ids[n]) for n, item in enumerate(found)]
+        found = [item._replace(repeats=item.image_id == ids[n]) for n, item in enumerate(found)]
+        items[split] = mixed(found) if split == "train" else found
         for what, (count, known) in counts(args.name, split, items[split]).items():
             if count not in known and args.on_problem == "stop":
                 raise InputError(
@@ -343,6 +345,14 @@ def list_items(args: ConvertArgs) -> dict[str, list[Pair | Captioned]]:
                     "copy the rest, or --on_problem skip"
                 )
     return items
+
+
+def mixed(items: list[Pair | Captioned]) -> list[Pair | Captioned]:
+    """In the order of the digests of the image ids: every shard is then a fair sample of the split.
+
+    A stream shuffles no more than its buffer, and some archives are sorted by scene.
+    """
+    return sorted(items, key=lambda item: hashlib.sha256(item.image_id.encode()).digest())
 
 
 def counts(name: str, split: str, items: list[Pair | Captioned]) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -430,73 +440,6 @@ def conversion(args: ConvertArgs, items: dict[str, list], shards: list[tuple[Sha
         "notes": notes,
         "versions": versions(),
     }
-
-
-def card(result: dict) -> str:
-    """README.md of the dataset: front matter for the Hub and `load_dataset`, then what it is."""
-    archive, splits = ARCHIVES[result["name"]], result["splits"]
-    captions = result["name"] == "coco_captions"
-    counted = {"images": "num_images"} | ({"captions": "num_captions"} if captions else {})
-    counted |= {} if captions else {"ignored everywhere": "images_ignored_everywhere"}
-    lines = [
-        "---",
-        yaml.safe_dump(front_matter(result), sort_keys=False) + "---",
-        f"\n# {archive.title}\n",
-        f"Made from the official archive by `python -m zs3.convert {result['name']}`; what was measured is in",
-        "`conversion.json`.\n",
-        f"| split | {' | '.join(counted)} |",
-        f"|---|{'---|' * len(counted)}",
-        *(f"| {split} | {' | '.join(f'{row[key]:,}' for key in counted.values())} |" for split, row in splits.items()),
-        "",
-        *(_about_captions() if captions else _about_maps(result)),
-        f"\nLicences of the originals: {archive.licence}\n",
-    ]
-    return "\n".join(lines)
-
-
-def front_matter(result: dict) -> dict:
-    """Which files are which split, and how many rows `load_dataset` has to find in them.
-
-    It keeps a copy of what it loads, by the folder's name and this front matter: the digest of the shards is there to
-    tell one dataset from another, or from itself as it was before.
-    """
-    splits = result["splits"]
-    shards = [shard["sha256"] for row in splits.values() for shard in row["shards"]]
-    digest = hashlib.sha256("".join(shards).encode()).hexdigest()
-    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
-    sizes = [{"name": s, "num_bytes": row["bytes"], "num_examples": row["num_images"]} for s, row in splits.items()]
-    return {
-        "pretty_name": ARCHIVES[result["name"]].title,
-        "license": "other",
-        "task_categories": ["image-to-text" if result["name"] == "coco_captions" else "image-segmentation"],
-        "configs": [{"config_name": "default", "description": f"sha256 {digest}", "data_files": files}],
-        "dataset_info": [{"config_name": "default", "splits": sizes}],
-    }
-
-
-def _about_captions() -> list[str]:
-    return [
-        "Columns: image_id and captions, a list. The pictures are those of coco_stuff_171 with the same image_id; they",
-        "are not repeated here. Load it with `datasets.load_dataset(FOLDER)`.",
-    ]
-
-
-def _about_maps(result: dict) -> list[str]:
-    label_space = load_label_space(CLASSES_FOLDER / f"{result['name']}.json")
-    bits, last = (8 if label_space.ignore_index == 255 else 16), len(label_space.class_names) - 1
-    lines = [
-        f"Columns: image, the file as released; label, a PNG of {bits} bits with ids, 0 to {last}, or "
-        f"{label_space.ignore_index}: ignored;",
-        "image_id; class_ids, the ids in the label map. The names of the ids are in `classes.json`.\n",
-        f"Unseen names of the zero-shot split: {', '.join(label_space.unseen) or 'none'}.\n",
-        'Load it with `zs3.data.load_split(FOLDER, "validation")` or `datasets.load_dataset(FOLDER)`.',
-    ]
-    if any(note["kind"] == "exif_orientation" for note in result["notes"]):
-        lines += [
-            "\nSome pictures have an EXIF orientation tag, and maps that fit the picture as stored. `load_split` reads",
-            "them so; `load_dataset` turns what it decodes (`datasets.Image(decode=False)` gives the bytes).",
-        ]
-    return lines
 
 
 def report(result: dict) -> str:
