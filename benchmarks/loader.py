@@ -6,14 +6,15 @@
 Samples are made by one process (one core), by several workers map-style, and from a stream; the ancestors decode
 pictures whole, resize them whole and crop then. The model is Mask2Former with a ResNet-50 of random weights, one
 training step with all losses, on the device. Without --dataset the pictures are synthetic: noise with the spectrum of
-photographs, as JPEGs of 640 x 480 and of 3200 x 2400 pixels in parquet. Memory is that of the loader's processes
-together (PSS), after a tenth of the first epoch and at the end of the last.
+photographs, as JPEGs of 640 x 480 and of 3200 x 2400 pixels in parquet. Memory is that of a fresh process and its
+workers together (PSS), after half of the samples and after all.
 """
 
-import gc
 import io
 import itertools
 import json
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,11 +28,21 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from benchmarks.criterion import in_fresh_process
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.augmentation import Augmentation, augment
-from zs3.command_line import check_at_least, flag, read_arguments, run, write_report
-from zs3.data import SegmentationDataset, StepSampler, StoredRecord, StreamedBatches, collate, load_split, stream_split
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.data import (
+    SegmentationDataset,
+    StepSampler,
+    StoredRecord,
+    StreamedBatches,
+    collate,
+    dataset_name,
+    load_split,
+    stream_split,
+)
 from zs3.label_space import LabelSpace, load_label_space
 
 PEER = "1 process, resize and crop"
@@ -47,9 +58,10 @@ class LoaderBenchArgs:
     label_space: str = flag("coco_stuff_171", "Benchmark name or classes.json.")
     crop_size: int = flag(640, "Side of the crop, pixels.")
     short_edges: list[int] = flag([64 * x for x in range(5, 16)], "Short edges; zsseg's of COCO-Stuff.")
-    images: int = flag(128, "Synthetic pictures of 640 x 480; an eighth as many are large.")
-    samples: int = flag(256, "Samples of each measurement.")
-    epochs: int = flag(3, "Epochs of the measurement of memory.")
+    images: int = flag(128, "Synthetic pictures of the first size; an eighth as many of the second.")
+    sizes: list[int] = flag([640, 480, 3200, 2400], "Width and height of the synthetic pictures, twice.")
+    samples: int = flag(256, "Samples of each measurement of speed.")
+    memory_samples: int = flag(400, "Samples of each measurement of memory.")
     workers: list[int] = flag([2], "Numbers of workers.")
     batch_size: int = flag(1, "Of the model's step.")
     steps: int = flag(2, "Steps of the model, after one that is not counted.")
@@ -58,7 +70,9 @@ class LoaderBenchArgs:
     output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
-        check_at_least(self, 1, "crop_size", "images", "samples", "epochs", "batch_size", "steps")
+        if len(self.sizes) != 4:
+            raise InputError("--sizes takes four numbers: width and height, twice")
+        check_at_least(self, 1, "crop_size", "images", "samples", "memory_samples", "batch_size", "steps")
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -162,16 +176,15 @@ def memory_mib() -> float:
     return sum(process.memory_full_info().pss for process in processes) / 2**20
 
 
-def memory_over_epochs(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int) -> dict[str, float]:
-    """MiB after a tenth of the first epoch and at the end of the last."""
-    gc.collect()
-    count = len(load_split(folder, args.split, load_label_space(args.label_space))) * args.epochs
+def memory_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int) -> dict[str, float]:
+    """MiB after half of the samples and after all. To be called in a process of its own."""
+    torch.set_num_threads(1)
     found = {}
-    for number, _ in enumerate(batches_of(args, folder, streaming, workers, count), start=1):
-        if number == max(1, count // args.epochs // 10):
-            found["early"] = memory_mib()
-        if number == count:
-            found["late"] = memory_mib()
+    for number, _ in enumerate(batches_of(args, folder, streaming, workers, args.memory_samples), start=1):
+        if number == args.memory_samples // 2:
+            found["mib_half"] = memory_mib()
+        if number == args.memory_samples:
+            found["mib_end"] = memory_mib()
     return found
 
 
@@ -226,30 +239,31 @@ def measure(args: LoaderBenchArgs, folder: str, name: str, bar: tqdm) -> list[di
     for streaming, workers in itertools.product((False, True), (0, *args.workers)):
         loader = f"{'1 process' if workers == 0 else f'{workers} workers'}, {'stream' if streaming else 'map-style'}"
         per_second = rate(batches_of(args, folder, streaming, workers, args.samples), args.samples)
-        row(loader, per_second, **memory_over_epochs(args, folder, streaming, workers))
+        row(loader, per_second, **in_fresh_process(memory_of, args, folder, streaming, workers))
     return rows
 
 
 def compare(args: LoaderBenchArgs) -> dict:
     args.check()
-    space, rows = load_label_space(args.label_space), []
+    space, rows, threads = load_label_space(args.label_space), [], torch.get_num_threads()
     torch.set_num_threads(1)  # a sample is made on one core
     with tempfile.TemporaryDirectory() as root, tqdm(unit="measurement") as bar:
         folders = {"the dataset's": args.dataset} if args.dataset is not None else {}
         if args.dataset is None:
-            for (width, height), count in {(640, 480): args.images, (3200, 2400): max(args.images // 8, 8)}.items():
+            for width, height, count in ((*args.sizes[:2], args.images), (*args.sizes[2:], max(args.images // 8, 8))):
                 folder = Path(root, f"{width}x{height}")
                 write_pictures(folder, args.split, space, (width, height), count, args.seed)
                 folders[f"{width} x {height}"] = str(folder)
         for name, folder in folders.items():
             rows += measure(args, folder, name, bar)
-    torch.set_num_threads(psutil.cpu_count() or 1)
+    torch.set_num_threads(threads)
     appetite = model_rate(args)
     for row in rows:
         row["times_the_model"] = row["samples_per_second"] / appetite
     device = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else "CPU"
     return {
-        "pictures": args.dataset or "synthetic",
+        "command": shlex.join(["python", "-m", "benchmarks.loader", *sys.argv[1:]]),
+        "pictures": dataset_name(args.dataset) if args.dataset is not None else "synthetic",
         "crop_size": args.crop_size,
         "device": device,
         "cores": psutil.cpu_count(),
@@ -263,14 +277,18 @@ def compare(args: LoaderBenchArgs) -> dict:
 def report(result: dict) -> str:
     """The table, in Markdown."""
     lines = [
-        f"Samples of {result['crop_size']} x {result['crop_size']} from {result['pictures']} pictures. The model "
-        f"({result['device']}, {result['cores']} cores) takes {result['model_images_per_second']:.2f} images/s.",
+        "# The training loader",
         "",
-        "| pictures | loader | samples/s | times faster | times the model | MiB early | MiB late |",
+        f"Made by `{result['command']}`, torch {result['torch']}, {result['cores']} CPU cores. "
+        f"Samples of {result['crop_size']} x {result['crop_size']} from {result['pictures']} pictures, one thread a "
+        f"process. The model (Mask2Former, ResNet-50, {result['device']}) trains on "
+        f"{result['model_images_per_second']:.2f} images/s.",
+        "",
+        "| pictures | loader | samples/s | times faster | times the model | MiB half-way | MiB at the end |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["results"]:
-        memory = [f"{row[name]:.0f}" if name in row else "" for name in ("early", "late")]
+        memory = [f"{row[name]:.0f}" if name in row else "" for name in ("mib_half", "mib_end")]
         lines.append(
             f"| {row['pictures']} | {row['loader']} | {row['samples_per_second']:.1f} | {row['times_faster']:.2f} | "
             f"{row['times_the_model']:.0f} | {memory[0]} | {memory[1]} |"

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from tiny import save_checkpoint, tiny_model
 
-from benchmarks import clip_views, criterion, gradient_sizes, label_count, pseudo_labels, text_side
+from benchmarks import clip_views, criterion, gradient_sizes, label_count, loader, pseudo_labels, text_side
+from zs3.label_space import load_label_space
 from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
@@ -215,3 +216,28 @@ def test_pseudo_labels_are_measured_beside_the_loop(call, scenes_model, tmp_path
     monkeypatch.setattr(pseudo_labels, "SAME", -1)
     with pytest.raises(ValueError, match="scores that differ"):
         call(pseudo_labels, **places, few=1, many=3, shard_size=1)
+
+
+def test_the_loader_is_measured_on_the_same_samples_however_they_come(call, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loader, "in_fresh_process", lambda function, *args: function(*args))
+    sizes = {"crop_size": 64, "short_edges": "64 96", "images": 8, "samples": 10, "workers": 1}
+    sizes |= {"memory_samples": 4, "steps": 1, "sizes": "160 120 320 240"}
+    call(loader, **sizes, output=tmp_path / "loader.json")
+    result = json.loads((tmp_path / "loader.json").read_text())
+    rows = {(row["pictures"], row["loader"]): row for row in result["results"]}
+    assert len(rows) == 2 * (1 + 4) and result["model_images_per_second"] > 0
+    for (pictures, name), row in rows.items():
+        assert row["times_faster"] == row["samples_per_second"] / rows[pictures, loader.PEER]["samples_per_second"]
+        assert (name == loader.PEER) or row["mib_end"] > 0
+    assert (tmp_path / "loader.md").read_text() in capsys.readouterr().out
+
+
+def test_the_order_of_the_ancestors_gives_samples_of_the_same_picture(tmp_path):
+    args = loader.LoaderBenchArgs(crop_size=48, short_edges=[64])
+    loader.write_pictures(tmp_path / "data", "train", load_label_space(args.label_space), (160, 120), 8, 0)
+    theirs = loader.make_dataset(args, str(tmp_path / "data"), False, loader.WholeFirst)
+    places = {name: index for index, name in enumerate(theirs.label_space.class_names)}
+    for index in range(8):
+        sample, record = theirs[0, index], theirs.records[index]
+        present = {theirs.class_names[place] for place in sample["labels"].unique().tolist() if place >= 0}
+        assert present and {places[name] for name in present} <= set(record.label.ravel().tolist())

@@ -14,7 +14,18 @@ import pytest
 import zs3.nouns
 from zs3.command_line import InputError, run
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.nouns import NameFinder, NounArgs, dropped, load_caption_nouns, load_tagger, main, make_nouns, noun_lemma
+from zs3.nouns import (
+    CaptionLabels,
+    CaptionNouns,
+    NameFinder,
+    NounArgs,
+    dropped,
+    load_caption_nouns,
+    load_tagger,
+    main,
+    make_nouns,
+    noun_lemma,
+)
 
 # 100 captions in the manner of COCO, and their nouns as a reader marks them; with "?" where readers may differ.
 # The last 30 were written after the tagger was chosen.
@@ -497,13 +508,12 @@ def test_nouns_of_another_label_space_or_of_no_run_are_refused(arguments, tmp_pa
 
 
 @pytest.mark.parametrize(("options", "becomes"), [({}, -1), ({"dropped_as": 0}, 0)])
-def test_present_droppable_words_are_dropped_with_the_probability_and_independently(options, becomes):
+def test_present_words_are_dropped_with_the_probability_and_independently(options, becomes):
     labels = np.array([1, 1, 1, 0, -1, 1], dtype=np.int8)
-    droppable = np.array([True, True, False, True, True, True])
     rng = np.random.default_rng(0)
-    draws = np.stack([dropped(labels, rng, 0.25, droppable, **options) for _ in range(20_000)])
+    draws = np.stack([dropped(labels, rng, 0.25, **options) for _ in range(20_000)])
     assert draws.dtype == np.int8
-    fixed = [2, 3, 4]
+    fixed = [3, 4]
     assert (draws[:, fixed] == labels[fixed]).all()
     fell = draws[:, [0, 1, 5]] != 1
     assert set(np.unique(draws[:, [0, 1, 5]])) == {1, becomes}
@@ -516,6 +526,19 @@ def test_present_droppable_words_are_dropped_with_the_probability_and_independen
 
 def test_probability_0_drops_nothing_and_1_everything():
     labels = np.array([1, 0, -1, 1], dtype=np.int8)
-    everything = np.ones(4, dtype=bool)
-    assert dropped(labels, np.random.default_rng(0), 0.0, everything).tolist() == [1, 0, -1, 1]
-    assert dropped(labels, np.random.default_rng(0), 1.0, everything).tolist() == [-1, 0, -1, -1]
+    assert dropped(labels, np.random.default_rng(0), 0.0).tolist() == [1, 0, -1, 1]
+    assert dropped(labels, np.random.default_rng(0), 1.0).tolist() == [-1, 0, -1, -1]
+
+
+def test_pictures_are_told_the_words_of_their_captions():
+    nouns = CaptionNouns(["cat", "lawn", "horizon"], {"a": np.array([0, 2], np.int32), "b": np.array([], np.int32)})
+    told = CaptionLabels(nouns, ["a", "b"], drop_probability=0)
+    rng = np.random.default_rng(0)
+    assert told.class_names == nouns.class_names
+    assert told("a", None, rng).tolist() == [1, 0, 1] and told("b", None, rng).tolist() == [0, 0, 0]
+    assert CaptionLabels(nouns, None, drop_probability=1)("a", None, rng).tolist() == [-1, 0, -1]
+    assert CaptionLabels(nouns, None, 1, dropped_as=0)("a", None, rng).tolist() == [0, 0, 0]
+    with pytest.raises(InputError, match="'c' has no captions"):
+        CaptionLabels(nouns, ["a", "c"], 0.25)
+    with pytest.raises(InputError, match="'c' has no captions"):
+        told("c", None, rng)

@@ -327,17 +327,15 @@ def load_caption_nouns(path: str | Path, label_space: LabelSpace) -> CaptionNoun
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def dropped(
-    labels: np.ndarray, rng: np.random.Generator, probability: float, droppable: np.ndarray, dropped_as: int = -1
-) -> np.ndarray:
-    """(C,) int8: image labels after each droppable word that is present was dropped with this probability.
+def dropped(labels: np.ndarray, rng: np.random.Generator, probability: float, dropped_as: int = -1) -> np.ndarray:
+    """(C,) int8: image labels after each word that is present was dropped with this probability.
 
-    labels: (C,) int8, 1 present, 0 absent, -1 unknown. droppable: (C,) bool.
+    labels: (C,) int8, 1 present, 0 absent, -1 unknown.
     dropped_as: what a dropped word becomes. Reading: -1, neither positive nor negative; with 0 the ranking loss would
         push a word away that the captions do say.
     The paper drops with probability 0.25.
     """
-    drop = (labels == 1) & droppable & (rng.random(len(labels)) < probability)
+    drop = (labels == 1) & (rng.random(len(labels)) < probability)
     return np.where(drop, np.int8(dropped_as), labels)
 
 
@@ -352,14 +350,13 @@ class CaptionLabels:
     ):
         self.class_names, self.positions = nouns
         self.drop_probability, self.dropped_as = drop_probability, dropped_as
-        self.droppable = np.ones(len(self.class_names), dtype=bool)
         for image_id in image_ids or []:
             self._nouns(image_id)
 
     def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         labels = np.zeros(len(self.class_names), dtype=np.int8)
         labels[self._nouns(image_id)] = 1
-        return dropped(labels, rng, self.drop_probability, self.droppable, self.dropped_as)
+        return dropped(labels, rng, self.drop_probability, self.dropped_as)
 
     def _nouns(self, image_id: str) -> np.ndarray:
         if image_id not in self.positions:
