@@ -7,7 +7,7 @@ Samples are made by one process (one core), by several workers map-style, and fr
 pictures whole, resize them whole and crop then. The model is Mask2Former with a ResNet-50 of random weights, one
 training step with all losses, on the device. Without --dataset the pictures are synthetic: noise with the spectrum of
 photographs, as JPEGs of 640 x 480 and of 3200 x 2400 pixels in parquet. Memory is that of a fresh process and its
-workers together (PSS), after half of the samples and after all.
+workers (which are spawned, not forked) together, PSS, after half of the samples and after all.
 """
 
 import io

@@ -107,6 +107,17 @@ def test_the_ratios_of_the_readme_are_those_of_the_result_files():
     assert told + f"{two['times_faster_than_first']:.2f} times as fast as one" in README
 
 
+def test_the_loader_of_the_readme_is_that_of_the_result_file():
+    rows = json.loads((ROOT / "docs" / "results" / "loader.json").read_text(encoding="utf-8"))["results"]
+    small, large = [row for row in rows if row["loader"] == "1 process, map-style"]
+    assert f"makes {small['samples_per_second']:.1f} samples of 640 x 640 a second" in README
+    assert (
+        f"640 x 480, {small['times_faster']:.2f} times" in README and f"and {large['times_faster']:.2f} times" in README
+    )
+    memory = [row["mib_end"] / row["mib_half"] for row in rows if "mib_end" in row]
+    assert max(memory) < 1.1  # "flat"
+
+
 def test_the_label_stage_of_the_readme_is_that_of_the_result_file():
     rows = json.loads((ROOT / "docs" / "results" / "label_count.json").read_text(encoding="utf-8"))["rows"]
     rows = {(row["labels"], row["size"], row["method"]): row for row in rows if row["kind"].startswith("like")}
