@@ -78,7 +78,7 @@ def flags(data: Path, output_dir: Path, **overrides) -> list[str]:
         "text_embeds": data.parent / "text.npy",
         **overrides,
     }
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def train(*arguments: str, processes: int = 1, **kwargs) -> subprocess.Popen:
@@ -87,6 +87,19 @@ def train(*arguments: str, processes: int = 1, **kwargs) -> subprocess.Popen:
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen([*command, "train.py", *arguments], cwd=ROOT, env=environment, **kwargs)
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[dict]:
+    """What the model is given in training, batch by batch."""
+    given, forward = [], Zs3ForSemanticSegmentation.forward
+
+    def recorded(self, *args, **kwargs):
+        given.append(kwargs)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
+    return given
 
 
 def refused(monkeypatch, capsys, arguments: list[str]) -> str:
@@ -131,44 +144,34 @@ def test_two_processes_train_one_model(data, tmp_path):
 
 
 @pytest.mark.parametrize(("workers", "steps_before"), [(0, 3), (2, 3)])
-def test_a_streamed_run_goes_on_with_the_pictures_it_would_have_met(data, tmp_path, monkeypatch, workers, steps_before):
-    met = []
-    forward = Zs3ForSemanticSegmentation.forward
-
-    def recorded(self, *args, **kwargs):
-        met.append(kwargs["labels"].sum().item())
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
+def test_a_streamed_run_goes_on_with_the_pictures_it_would_have_met(
+    data, tmp_path, monkeypatch, batches, workers, steps_before
+):
     options = {"streaming": "true", "shuffle_buffer": 3, "num_workers": workers, "max_steps": 5}
     arguments = flags(data, tmp_path / "run", checkpointing_steps=steps_before, **options)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     main()
-    whole, expected = list(met), load_file(tmp_path / "run" / "final" / "model.safetensors")
+    whole = [batch["labels"] for batch in batches]
+    expected = load_file(tmp_path / "run" / "final" / "model.safetensors")
     shutil.rmtree(tmp_path / "run" / "final")
-    met.clear()
+    batches.clear()
     main()
-    assert len(whole) == 5 and met == whole[steps_before:]
+    assert len(whole) == 5 and len(batches) == 5 - steps_before
+    assert all(
+        torch.equal(batch["labels"], labels) for batch, labels in zip(batches, whole[steps_before:], strict=True)
+    )
     resumed = load_file(tmp_path / "run" / "final" / "model.safetensors")
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
-def test_a_supervised_training_sees_all_masks_and_says_so(data, tmp_path, monkeypatch):
-    targets = []
-    forward = Zs3ForSemanticSegmentation.forward
-
-    def recorded(self, *args, **kwargs):
-        targets.append(kwargs["labels"])
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
+def test_a_supervised_training_sees_all_masks_and_says_so(data, tmp_path, monkeypatch, batches):
     found = {}
     for unseen_labels in ("masks", "ground_truth"):
         options = {"unseen_labels": unseen_labels, "max_steps": 2, "batch_size": 6, "crop_size": 96, "short_edges": 96}
         monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / unseen_labels, **options)])
-        targets.clear()
+        batches.clear()
         main()
-        found[unseen_labels] = set(torch.cat(targets).unique().tolist()) - {-1}
+        found[unseen_labels] = set(torch.cat([batch["labels"] for batch in batches]).unique().tolist()) - {-1}
     unseen = {CLASS_NAMES.index(name) for name in UNSEEN}
     present = set(np.unique([record.label for record in load_split(data, "train")]).tolist()) - {255}
     assert found == {"masks": present, "ground_truth": present - unseen} and present & unseen
@@ -178,7 +181,7 @@ def test_a_supervised_training_sees_all_masks_and_says_so(data, tmp_path, monkey
 
 
 @pytest.mark.parametrize("listed", [[], [UNSEEN[0]]])
-def test_caption_nouns_are_further_names_told_with_their_pictures(data, tmp_path, monkeypatch, listed):
+def test_caption_nouns_are_further_names_told_with_their_pictures(data, tmp_path, monkeypatch, batches, listed):
     seen = [name for name in CLASS_NAMES if name not in UNSEEN]
     names = [*seen, "lawn", "horizon", *listed]
     (tmp_path / "nouns").mkdir()
@@ -191,66 +194,42 @@ def test_caption_nouns_are_further_names_told_with_their_pictures(data, tmp_path
     model = save_checkpoint(tmp_path / "start")
     model.config.seen_class_names, model.config.unseen_labels = [], "none"
     model.save_pretrained(tmp_path / "start")
-    given = []
-    forward = Zs3ForSemanticSegmentation.forward
-
-    def recorded(self, *args, **kwargs):
-        given.append((len(kwargs["text_embeds"]), kwargs["image_labels"]))
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
     options = {"caption_nouns": tmp_path / "nouns", "batch_size": 6, "max_steps": 1, "word_drop_probability": 0}
-    arguments = plain_flags(data, tmp_path / "run", tmp_path / "start", **options)
-    arguments = [word for word in arguments if not word.startswith("--text_embeds")]
-    del arguments[arguments.index(str(data.parent / "text.npy"))]
+    arguments = plain_flags(data, tmp_path / "run", tmp_path / "start", text_embeds=None, **options)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     main()
-    ((axis, image_labels),) = given
-    assert axis == image_labels.shape[1] == len(names)
+    (batch,) = batches
+    image_labels = batch["image_labels"]
+    assert len(batch["text_embeds"]) == image_labels.shape[1] == len(names)
     assert image_labels[:, 0].tolist() == [1] * 6
-    assert sorted(image_labels[:, len(seen) :].tolist()) == sorted(
-        [[1, 0, *[0] * len(listed)]] * 3 + [[0, 1, *[0] * len(listed)]] * 3
-    )
+    assert sorted(image_labels[:, len(seen) : len(seen) + 2].tolist()) == [[0, 1]] * 3 + [[1, 0]] * 3
+    assert not image_labels[:, len(seen) + 2 :].any()
     saved = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
     assert saved["unseen_labels"] == ("captions" if listed else "none")
 
 
 @pytest.mark.parametrize(("unseen_labels", "names"), [("none", 15), ("ground_truth", 20)])
 def test_unseen_names_are_on_the_class_axis_only_when_something_is_told_of_them(
-    unseen_labels, names, data, tmp_path, monkeypatch
+    unseen_labels, names, data, tmp_path, monkeypatch, batches
 ):
-    given = {}
-    forward = Zs3ForSemanticSegmentation.forward
-
-    def recorded(self, *args, **kwargs):
-        given.update(text_embeds=len(kwargs["text_embeds"]), image_labels=kwargs["image_labels"].shape[1])
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
     arguments = flags(data, tmp_path / "run", max_steps=1, unseen_labels=unseen_labels)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     main()
-    assert given == {"text_embeds": names, "image_labels": names}
+    (batch,) = batches
+    assert len(batch["text_embeds"]) == batch["image_labels"].shape[1] == names
 
 
-def test_pseudo_labels_reach_the_model_by_image_and_threshold(data, tmp_path, monkeypatch):
+def test_pseudo_labels_reach_the_model_by_image_and_threshold(data, tmp_path, monkeypatch, batches):
     image_ids = [f"{index:05d}" for index in range(6)]
     scores = np.random.default_rng(0).random((6, len(UNSEEN))).astype(np.float32)
     (tmp_path / "scores").mkdir()
     write_shard(tmp_path / "scores" / "scores-00000-of-00001.parquet", image_ids, scores, UNSEEN)
     overrides = {"pseudo_label_threshold": 0.7, "pseudo_label_unknown_above": 0.3, "batch_size": 6, "max_steps": 1}
-    told = []
-    forward = Zs3ForSemanticSegmentation.forward
-
-    def recorded(self, *args, **kwargs):
-        told.append(kwargs["image_labels"])
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
     arguments = flags(data, tmp_path / "run", unseen_labels=tmp_path / "scores", **overrides)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     main()
-    (image_labels,) = told
+    (batch,) = batches
+    image_labels = batch["image_labels"]
     columns = [CLASS_NAMES.index(name) for name in UNSEEN]
     expected = [[1 if score >= 0.7 else -1 if score > 0.3 else 0 for score in row] for row in scores.tolist()]
     assert sorted(image_labels[:, columns].tolist()) == sorted(expected)  # the step took all images, in some order

@@ -21,6 +21,7 @@ from PIL import Image
 from scipy.io.matlab import MatReadError
 
 from zs3.command_line import InputError, one_line
+from zs3.data import READING_ERRORS
 
 SPLITS = ("train", "validation")
 _VOC_VALUES = 20  # the highest index of VOC's palette that is a class; 255 is void
@@ -75,7 +76,7 @@ def opened(path: Path, what: str) -> tuple[bytes, Image.Image]:
             image.load()
     except FileNotFoundError as error:
         raise BadFile(f"missing_{what}", f"{path} is missing") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except READING_ERRORS as error:
         raise BadFile(f"unreadable_{what}", f"cannot read {path}: {one_line(error) or type(error).__name__}") from error
     return content, image
 
