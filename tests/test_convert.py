@@ -378,6 +378,17 @@ def test_skip_leaves_out_what_has_a_fault_and_tells(tmp_path, capsys, monkeypatc
     assert "from which --on_problem skip left pictures out" in capsys.readouterr().err
 
 
+def test_a_split_of_which_nothing_is_left_is_no_dataset(tmp_path, capsys, monkeypatch):
+    root = ade20k(tmp_path)
+    for file in (root / "annotations" / "validation").iterdir():
+        Image.open(file).convert("RGB").save(file)
+    words = ["ade20k_150", "--source", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
+    assert command(monkeypatch, *words, "--on_problem", "skip") == 2
+    error = capsys.readouterr().err
+    assert "2 wrong_mode" in error and "not one picture of validation can be used" in error.splitlines()[-1]
+    unfinished(tmp_path / "out")
+
+
 def test_what_was_made_with_stop_goes_on_with_skip(tmp_path):
     root = ade20k(tmp_path)
     (root / "images" / "training" / "ADE_train_00000002.jpg").unlink()
@@ -406,16 +417,16 @@ def kinds(folder: Path, name: str) -> dict[str, str]:
 
 
 def test_a_palette_turned_into_grey_or_colours_is_called_so(tmp_path):
-    write_tree(tmp_path / "source", "voc_20")
+    write_tree(tmp_path / "source", "voc_20", train=6)
     maps = tmp_path / "source" / "VOCdevkit" / "VOC2012" / "SegmentationClass"
-    write_palette(maps / "2007_000004.png", spread([0, 15, 21], 4))
+    write_palette(maps / "2007_000006.png", spread([0, 15, 21], 6))
     Image.open(maps / "2007_000000.png").convert("RGB").save(maps / "2007_000000.png")
-    Image.open(maps / "2007_000005.png").convert("L").save(maps / "2007_000005.png")
+    Image.open(maps / "2007_000001.png").convert("L").save(maps / "2007_000001.png")
     result = convert(arguments(tmp_path, "voc_20", on_problem="skip"))
     said = {problem["image_id"][-1]: (problem["kind"], problem["message"]) for problem in result["problems"]}
     assert said["0"][0] == "wrong_mode" and "its palette was turned into colours" in said["0"][1]
-    assert said["5"][0] == "ids_outside" and "its palette was turned into grey" in said["5"][1]
-    assert said["4"][0] == "ids_outside" and "value 21" in said["4"][1] and "grey" not in said["4"][1]
+    assert said["1"][0] == "ids_outside" and "its palette was turned into grey" in said["1"][1]
+    assert said["6"][0] == "ids_outside" and "value 21" in said["6"][1] and "grey" not in said["6"][1]
 
 
 def test_values_that_a_release_does_not_have_are_outside(tmp_path):
@@ -430,7 +441,7 @@ def test_values_that_a_release_does_not_have_are_outside(tmp_path):
 
 
 def test_mat_files_without_a_map_in_them_are_unreadable(tmp_path):
-    write_tree(tmp_path / "source", "pascal_context_459")
+    write_tree(tmp_path / "source", "pascal_context_459", train=6)
     maps = tmp_path / "source" / "trainval"
     write_truncated(maps / "2008_000000.mat")
     scipy.io.savemat(maps / "2008_000001.mat", {"Other": np.zeros((3, 4), np.uint16)})
@@ -558,7 +569,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monke
     partial.parent.mkdir(parents=True)
     partial.symlink_to("/dev/full")
     assert command(monkeypatch, *words) == 2
-    assert "no space left on the disk" in capsys.readouterr().err.splitlines()[-1]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "no space left on the disk for" in line and "train-00002-of-00008.parquet" in line
     assert len(unfinished(tmp_path / "out")) == 2 and not partial.is_symlink()
     assert command(monkeypatch, *words) == 0
     assert len(load_split(tmp_path / "out", "train")) == 9

@@ -22,6 +22,11 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
 Args = TypeVar("Args")
+NO_SPACE = {
+    errno.ENOSPC: "no space left on the disk for {}; free some and start again",
+    errno.EDQUOT: "no space left in the disk quota for {}; free some and start again",
+    errno.EFBIG: "a limit on the size of files is too low for {}; raise it (ulimit -f) and start again",
+}
 
 
 class InputError(ValueError):
@@ -29,7 +34,7 @@ class InputError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls main. Bad input or a full disk becomes one line on stderr and exit code 2; Ctrl-C, exit code 130.
+    """Calls main. Bad input or a disk that takes no more becomes one line and exit code 2; Ctrl-C, exit code 130.
 
     Any other exception is a bug, and keeps its traceback.
     """
@@ -40,14 +45,19 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except Exception as error:
         # Each writer has its own exception for it: Python OSError, safetensors and torch theirs.
-        if getattr(error, "errno", None) != errno.ENOSPC and os.strerror(errno.ENOSPC) not in str(error):
+        reasons = [text for code, text in NO_SPACE.items() if _is(error, code)]
+        if not reasons:
             raise
         thing = getattr(error, "filename", None) or "a file"
-        print(f"error: no space left on the disk for {thing}; free some and start again", file=sys.stderr)
+        print(f"error: {reasons[0].format(thing)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _is(error: Exception, code: int) -> bool:
+    return getattr(error, "errno", None) == code or os.strerror(code) in str(error)
 
 
 def _own_message(error: InputError) -> str:

@@ -294,6 +294,9 @@ def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schem
             measures["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         measures |= {"bytes": partial.stat().st_size, "pixels": _by_id(pixels), "images": _by_id(images)}
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # pyarrow says none
+        raise
     finally:
         partial.unlink(missing_ok=True)
     return measures
@@ -553,7 +556,7 @@ def make_shards(args: ConvertArgs, folder: Path, done: list[tuple[Shard, dict | 
 
 
 def check_problems(args: ConvertArgs, measured: list[tuple[Shard, dict]]) -> None:
-    """With --on_problem stop, all problems are written down and the first few shown."""
+    """With --on_problem stop, all problems are written down and the first few shown; a split needs a picture."""
     path = Path(args.output) / "problems.json"
     problems = [{"split": shard.split, **remark} for shard, measures in measured for remark in measures["problems"]]
     if problems and args.on_problem == "stop":
@@ -564,6 +567,10 @@ def check_problems(args: ConvertArgs, measured: list[tuple[Shard, dict]]) -> Non
             "again, which redoes only what is missing, or --on_problem skip"
         )
     path.unlink(missing_ok=True)
+    for split in args.splits:
+        if not any(measures["num_images"] for shard, measures in measured if shard.split == split):
+            print(f"problems    {tally(problems)}", file=sys.stderr)
+            raise InputError(f"not one picture of {split} can be used: give the archive as it was released")
 
 
 def _counted(results: Iterable[Converted], bar: tqdm) -> Iterator[Converted]:
