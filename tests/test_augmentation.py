@@ -1,10 +1,11 @@
+import colorsys
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from zs3.augmentation import Augmentation, augment
+from zs3.augmentation import Augmentation, _jittered, augment
 from zs3.command_line import InputError
 
 
@@ -118,3 +119,51 @@ def test_a_picture_decoded_at_half_its_size_is_cut_at_the_same_place():
         other, same_ids = augment(half, label, size, rng, recipe, np.copy)
         np.testing.assert_array_equal(ids, same_ids)
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 3
+
+
+def test_the_limit_of_one_class_is_a_share_of_the_labelled_pixels():
+    label = np.full((32, 64), -1)
+    label[14:18] = 0
+    label[14:18, 32:] = 1  # most of any crop is ignored
+    image = Image.new("RGB", (64, 32))
+    recipe = Augmentation(crop_size=16, max_size=2048, short_edges=[32], single_class_max_area=0.75)
+    mixed = 0
+    for seed in range(100):
+        crop = drawn(image, label, seed, recipe)[1]
+        found = np.bincount(crop[crop != -1], minlength=2)
+        mixed += found.max() < 0.75 * found.sum()
+    assert mixed > 74  # 9 of 49 places are mixed enough, so 10 draws find one in 86 of 100
+
+
+class Scripted:
+    """A generator whose draws are told: which of brightness, contrast, saturation and hue; and the ends of ranges."""
+
+    def __init__(self, which, end):
+        self.which, self.end = which, end
+
+    def random(self, size=None):
+        if size is None:
+            return 0.9  # contrast comes last
+        return np.array(
+            [0.1 if name == self.which else 0.9 for name in ("brightness", "contrast", "saturation", "hue")]
+        )
+
+    def uniform(self, low, high):
+        return high if self.end else low
+
+
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize("which", ["brightness", "contrast", "saturation", "hue"])
+def test_each_jitter_is_that_of_ssd(which, end):
+    colour = (180, 90, 60)
+    (jittered,) = _jittered(Image.new("RGB", (1, 1), colour), Scripted(which, end)).getdata()
+    hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))
+    if which == "brightness":
+        expected = [channel + (-32, 32)[end] for channel in colour]
+    elif which == "contrast":
+        expected = [channel * (0.5, 1.5)[end] for channel in colour]
+    elif which == "saturation":
+        expected = [255 * c for c in colorsys.hsv_to_rgb(hue, min(saturation * (0.5, 1.5)[end], 1), value)]
+    else:  # 18 of OpenCV's 180 steps
+        expected = [255 * c for c in colorsys.hsv_to_rgb((hue + (-0.1, 0.1)[end]) % 1, saturation, value)]
+    np.testing.assert_allclose(jittered, np.clip(expected, 0, 255), atol=3)

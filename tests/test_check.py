@@ -49,3 +49,14 @@ def test_every_problem_is_a_line_and_the_exit_code_is_2(tmp_path, monkeypatch, c
     for line, words in zip(problems, ("p0.png", "p1.png holds id 77", "p3.png is 8 x 16"), strict=True):
         assert words in line
     assert printed.err.splitlines()[-1].startswith("error: 3 problems in ")
+
+
+def test_rotated_photographs_are_noted_and_a_split_without_labels_is_a_problem(tmp_path, monkeypatch, capsys):
+    write_folder(tmp_path, {f"p{index}": random_sample(index, ids=(255,)) for index in range(2)}, suffix=".jpg")
+    file = tmp_path / "train" / "images" / "p1.jpg"
+    turned = Image.Exif()
+    turned[274] = 3
+    Image.open(file).save(file, exif=turned)
+    printed = check(monkeypatch, capsys, tmp_path, code=2).out
+    assert "note: 1 pictures of train have an EXIF rotation (p1)" in printed
+    assert "problem: every pixel of every picture is ignored" in printed

@@ -365,7 +365,8 @@ def test_skip_leaves_out_what_has_a_fault_and_tells(tmp_path, capsys, monkeypatc
     result = json.loads((tmp_path / "out" / "conversion.json").read_text())
     check_faults(result["problems"])
     row = result["splits"]["train"]
-    assert (row["num_images"], row["in_source"], row["as_released"]) == (3, {"pictures": 9}, True)
+    assert (row["num_images"], row["in_source"], row["as_released"]) == (3, {"pictures": 9}, False)
+    assert "differs from the release" in (tmp_path / "out" / "README.md").read_text()
     assert [shard["num_images"] for shard in row["shards"]] == [0, 0, 0, 1, 0, 0, 0, 2]
     left = [f"ADE_train_{number:08d}" for number in (3, 7, 8)]
     assert load_split(tmp_path / "out", "train").image_ids == left
@@ -507,7 +508,8 @@ def test_the_command_with_two_processes_writes_the_bytes_of_one(tmp_path, monkey
     convert(arguments(tmp_path, "voc_20", on_problem="skip"))
     one, two = files_of(tmp_path / "out"), files_of(tmp_path / "two")
     assert len(two) == 8 + 1 + 3 and {n for n in one if one[n] != two.get(n)} <= {
-        "conversion.json"
+        "conversion.json",
+        "README.md",
     }  # other counts known
     assert "train       21 pictures (the release has 10,582)" in done.stdout and "23/23" in done.stderr
 
@@ -607,23 +609,42 @@ def test_another_source_benchmark_or_split_in_the_same_folder_is_refused(tmp_pat
     assert files_of(tmp_path / "out") == before
 
 
-def test_shards_of_files_that_changed_are_made_again(tmp_path):
+def test_shards_of_files_that_changed_are_made_again(tmp_path, monkeypatch):
+    root = ade20k(tmp_path)
+    interrupted = arguments(tmp_path, "ade20k_150")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupted_after(patched, 5, KeyboardInterrupt())
+        convert(interrupted)
+    before = unfinished(tmp_path / "out")
+    os.utime(root / "images" / "training" / "ADE_train_00000002.jpg", (1, 1))  # another file of the same size
+    convert(interrupted)
+    after = times(tmp_path / "out" / "data")
+    changed = {name for name in before if after[name] != before[name]}
+    assert len(before) == 5 and changed == {"train-00002-of-00008.parquet"}
+
+
+def test_a_finished_dataset_stays_as_it_is_when_the_archive_changes(tmp_path):
     root = ade20k(tmp_path)
     convert(arguments(tmp_path, "ade20k_150"))
+    before = files_of(tmp_path / "out")
     picture = root / "images" / "training" / "ADE_train_00000002.jpg"
-    picture.write_bytes(picture.read_bytes() + b"\0")
-    convert(arguments(tmp_path, "ade20k_150"))
-    assert rows_of(tmp_path / "out", "train")[2]["image"]["bytes"] == picture.read_bytes()
+    picture.write_bytes(picture.read_bytes()[:-40])
+    for on_problem in ("stop", "skip"):
+        with pytest.raises(InputError, match="finished dataset of other pictures .* stays as it is"):
+            convert(arguments(tmp_path, "ade20k_150", on_problem=on_problem))
+        assert files_of(tmp_path / "out") == before
 
 
-def test_pictures_that_are_copied_later_get_shards_of_their_own_number(tmp_path):
+def test_pictures_that_are_copied_later_get_shards_of_their_own_number(tmp_path, monkeypatch):
     root = ade20k(tmp_path)
     later = root / "images" / "training"
     for number in range(2, 9):
         (later / f"ADE_train_{number:08d}.jpg").rename(tmp_path / f"{number}.jpg")
         (root / "annotations" / "training" / f"ADE_train_{number:08d}.png").rename(tmp_path / f"{number}.png")
-    convert(arguments(tmp_path, "ade20k_150", on_problem="skip"))
-    assert load_split(tmp_path / "out", "train").image_ids == ["ADE_train_00000000", "ADE_train_00000001"]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupted_after(patched, 1, KeyboardInterrupt())
+        convert(arguments(tmp_path, "ade20k_150", on_problem="skip"))
+    assert list(unfinished(tmp_path / "out")) == ["train-00000-of-00001.parquet"]
     for number in range(2, 9):
         (tmp_path / f"{number}.jpg").rename(later / f"ADE_train_{number:08d}.jpg")
         (tmp_path / f"{number}.png").rename(root / "annotations" / "training" / f"ADE_train_{number:08d}.png")
@@ -715,6 +736,7 @@ def test_push_uploads_the_whole_dataset_without_its_progress(tmp_path, monkeypat
     assert create == ("create_repo", "me/ade", {"repo_type": "dataset", "private": True, "exist_ok": True})
     assert upload[:2] == ("upload_folder", "me/ade") and upload[2]["folder_path"] == str(tmp_path / "out")
     assert ".progress/*" in upload[2]["ignore_patterns"] and upload[2]["repo_type"] == "dataset"
+    assert upload[2]["delete_patterns"] == "data/*.parquet"  # of an earlier upload with other shards
     assert "datasets/me/ade" in capsys.readouterr().out
 
 
@@ -732,6 +754,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, capsys)
     [
         ([], "--name is missing"),
         (["ade20k_15"], "no archive is called 'ade20k_15': did you mean ade20k_150?"),
+        (["ade20k"], "did you mean ade20k_150 or ade20k_847?"),
+        (["ade20k150"], "did you mean ade20k_150?"),
         (["voc_20", "--source", "."], "--output is missing"),
         (["voc_20", "--source", "nowhere", "--output", "out"], "--source nowhere is no folder"),
         (
@@ -754,7 +778,7 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, fl
 def test_an_output_that_is_a_file_is_refused(tmp_path):
     ade20k(tmp_path)
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(InputError, match="is a file: choose a folder"):
+    with pytest.raises(InputError, match="cannot be made .*: choose another folder"):
         convert(arguments(tmp_path, "ade20k_150"))
 
 

@@ -1,6 +1,8 @@
 import io
 import json
 import shutil
+import struct
+import zlib
 from itertools import islice
 
 import numpy as np
@@ -118,7 +120,7 @@ def test_sixteen_bit_labels_keep_ids_beyond_255(tmp_path):
 def test_missing_partners_are_listed(folder):
     for stem in ("p0", "p2"):
         (folder / "train" / "labels" / f"{stem}.png").unlink()
-    with pytest.raises(InputError, match=r"labels lacks the partner of 2 files \(p0.png, p2.png\)"):
+    with pytest.raises(InputError, match=r"labels lacks the partner of 2 of 4 \(p0.png, p2.png\)"):
         load_split(folder, "train")
 
 
@@ -446,17 +448,17 @@ def test_processes_and_workers_share_every_epoch_of_a_stream(tmp_path, monkeypat
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_goes_on_where_it_stopped(tmp_path, workers):
     folder = write_folder(tmp_path, {f"p{index:02d}": random_sample(index) for index in range(7)})
-    whole = list(islice(streamed(folder, workers=workers), 14))
-    assert list(islice(streamed(folder, workers=workers, start=6), 8)) == whole[6:]
-    assert list(islice(streamed(folder, workers=workers), 14)) == whole
+    whole = list(islice(streamed(folder, workers=workers), 28))
+    for start in (0, 6, 14, 20):  # epochs end at different times in different workers
+        assert list(islice(streamed(folder, workers=workers, start=start), 28 - start)) == whole[start:]
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["{}"], "line 1: a line is"),
-        (["no JSON"], "line 1: a line is"),
-        (["[1]"], "line 1: a line is"),
+        (["{}"], "line 1 .'image_file_name' is missing.: a line is"),
+        (["", "no JSON"], "line 2 .*: a line is"),
+        (["[1]"], "line 1 .*: a line is"),
         ([], "is empty"),
         (['{"image_file_name": "a/p0.png", "label_file_name": "a/none.png"}'], "line 1: .*a/none.png does not exist"),
         (['{"image_file_name": "a/p0.png", "label_file_name": "a/p0_ids.png"}'] * 2, "line 2: 'p0' was there before"),
@@ -509,3 +511,95 @@ def test_large_jpegs_are_decoded_at_a_size_that_will_do(tmp_path):
     assert torch.equal(sample["labels"], whole["labels"])
     gap = (sample["pixel_values"] - whole["pixel_values"]).abs().max() * max(STD) * 255
     assert 0 < gap < 6  # of 255
+
+
+def test_a_reader_without_a_picture_says_so(folder):
+    with pytest.raises(InputError, match="got no picture: take fewer processes or workers than shards"):
+        next(streamed(folder, num_processes=5, process_index=4))  # of 4 pictures
+
+
+def test_a_broken_shard_is_one_line_when_its_turn_comes(folder, tmp_path):
+    parquet = write_parquet(folder, tmp_path / "parquet")
+    broken = parquet / "data" / "train-00001-of-00002.parquet"
+    broken.write_bytes(broken.read_bytes()[:300])
+    with pytest.raises(InputError, match="stream"):
+        list(stream_split(parquet, "train"))
+
+
+@pytest.mark.parametrize("column", ["image", "label", "image_id"])
+def test_empty_cells_are_named(folder, tmp_path, monkeypatch, column):
+    import pyarrow
+    import pyarrow.parquet
+
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    parquet = write_parquet(folder, tmp_path / "parquet", shards=1)
+    file = parquet / "data" / "train-00000-of-00001.parquet"
+    table = pyarrow.parquet.read_table(file)
+    cells = [*table[column].to_pylist()[:3], None]
+    place = table.column_names.index(column)
+    table = table.set_column(place, table.schema.field(column), pyarrow.array(cells, table.schema.field(column).type))
+    pyarrow.parquet.write_table(table, file)
+    message = {"image": "image of 'p3' is empty", "label": "label map of 'p3' is empty", "image_id": "has no image_id"}
+    for load in (load_split, stream_split):
+        with pytest.raises(InputError, match=message[column]):
+            list(load(parquet, "train"))
+
+
+def test_files_that_would_be_read_as_other_values_are_refused(folder):
+    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 256).save(folder / "train" / "images" / "p1.png")
+    with pytest.raises(InputError, match=r"images/p1.png has more than 8 bits a channel"):
+        load_split(folder, "train")[1]
+    label = Image.fromarray(random_sample(2, ids=(0, 1))[1])
+    label.save(folder / "train" / "labels" / "p2.png", bits=4)
+    palette = Image.fromarray(random_sample(2, ids=(0, 1))[1], "P")
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.save(folder / "train" / "labels" / "p3.png", bits=4)
+    write_grey_png(folder / "train" / "labels" / "p2.png", random_sample(2, ids=(0, 1))[1], bits=4)
+    with pytest.raises(InputError, match=r"labels/p2.png has less than 8 bits a pixel"):
+        load_split(folder, "train")[2]
+    np.testing.assert_array_equal(
+        load_split(folder, "train")[3].label, random_sample(2, ids=(0, 1))[1]
+    )  # a palette may
+
+
+def write_grey_png(path, values, bits):
+    """A grey PNG of less than 8 bits a pixel, by the format's own description; Pillow writes none."""
+    height, width = values.shape
+    weights = 1 << np.arange(bits)[::-1]
+    digits = (values[..., None] & weights > 0).astype(np.uint8).reshape(height, width * bits)
+    lines = b"".join(b"\0" + row.tobytes() for row in np.packbits(digits, axis=1))
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(lines), b"IEND": b""}
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks.items():
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(content)
+
+
+def test_folders_in_folders_are_no_pictures_to_be_passed_over(folder):
+    (folder / "train" / "images" / "camera1").mkdir()
+    with pytest.raises(InputError, match="images/camera1 is a folder: .* metadata.jsonl"):
+        load_split(folder, "train")
+
+
+def test_lists_may_have_a_byte_order_mark_but_not_another_encoding(folder, tmp_path):
+    listed = write_listed(folder, tmp_path / "listed") / "train" / "metadata.jsonl"
+    text = listed.read_text()
+    listed.write_text("\ufeff" + text, encoding="utf-8")
+    assert load_split(tmp_path / "listed", "train").image_ids == ["p0", "p1", "p2", "p3"]
+    listed.write_text(text, encoding="utf-16")
+    with pytest.raises(InputError, match="is no UTF-8 text"):
+        load_split(tmp_path / "listed", "train")
+
+
+def test_words_that_are_dropped_do_not_move_the_crop(folder):
+    class Drawing(NothingTold):
+        def __call__(self, image_id, ids, rng):
+            rng.random(5)
+            return super().__call__(image_id, ids, rng)
+
+    recipe = Augmentation(crop_size=12, max_size=2048, short_edges=[12, 16, 20])
+    plain, drawing = dataset_of(folder, recipe), dataset_of(folder, recipe, told=Drawing(SPACE))
+    for index in range(4):
+        assert torch.equal(plain[0, index]["pixel_values"], drawing[0, index]["pixel_values"])

@@ -158,7 +158,7 @@ def test_256_classes_need_an_ignored_id_beyond_255():
     ("content", "message"),
     [
         ('{"classes": ["a"], "unsen": [], "ignore_label": 255}', "classes.json lacks unseen"),
-        ('{"classes": ["a", "a"], "unseen": [], "ignore_label": 255}', "classes.json: class_names repeats"),
+        ('{"classes": ["a", "a"], "unseen": [], "ignore_label": 255}', "classes.json: classes repeats"),
         ('["a"]', "lacks classes, unseen, ignore_label"),
         ("{", "cannot read .*classes.json as JSON"),
     ],

@@ -489,7 +489,7 @@ def test_the_command_says_what_it_made(arguments, monkeypatch, capsys):
 
 
 def test_nouns_of_another_label_space_or_of_no_run_are_refused(arguments, tmp_path):
-    with pytest.raises(InputError, match="holds no caption nouns: make them with python -m zs3.nouns"):
+    with pytest.raises(InputError, match="holds no caption nouns: give the --output of python -m zs3.nouns"):
         load_caption_nouns(arguments.captions, SPACE)
     make_nouns(arguments)
     other = LabelSpace(SPACE.class_names, ["cow"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import ExifTags
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -39,10 +40,12 @@ class CheckArgs:
 
 
 class Read(NamedTuple):
-    """What reading a record gave. pixels: (C,) int64 of each class; problem: why there are none."""
+    """What reading a record gave. pixels: (C,) int64 of each class; problem: why there are none; turned: by EXIF."""
 
+    image_id: str
     pixels: np.ndarray | None
     problem: str | None
+    turned: bool = False
 
 
 class Reading(Dataset):
@@ -53,20 +56,22 @@ class Reading(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Read:
-        space = self.records.label_space
+        space, image_id = self.records.label_space, self.records.image_ids[index]
         try:
-            record = self.records[index]
+            stored = self.records.stored(index)
+            turned = stored.image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+            label = stored.record().label
         except InputError as error:
-            return Read(None, str(error))
-        labelled = record.label[record.label != space.ignore_index]
-        return Read(np.bincount(labelled, minlength=len(space.class_names)), None)
+            return Read(image_id, None, str(error))
+        labelled = label[label != space.ignore_index]
+        return Read(image_id, np.bincount(labelled, minlength=len(space.class_names)), None, turned)
 
 
 def read_split(records: Split, num_workers: int) -> dict:
-    """num_images, problems, and of each class its pixels and the images it is in."""
+    """num_images, problems, image ids with an EXIF rotation, and of each class its pixels and the images it is in."""
     loader = DataLoader(Reading(records), batch_size=1, collate_fn=list, num_workers=num_workers)
     pixels = np.zeros(len(records.label_space.class_names), dtype=np.int64)
-    images, problems, unlabelled = pixels.copy(), [], 0
+    images, problems, turned, unlabelled = pixels.copy(), [], [], 0
     for (read,) in tqdm(loader, unit="image", mininterval=1):
         if read.problem is not None:
             problems.append(read.problem)
@@ -74,12 +79,16 @@ def read_split(records: Split, num_workers: int) -> dict:
         pixels += read.pixels
         images += read.pixels > 0
         unlabelled += not read.pixels.any()
+        turned += [read.image_id] * read.turned
+    if unlabelled == len(records):
+        problems.append("every pixel of every picture is ignored: there is nothing to train on")
     names = records.label_space.class_names
     return {
         "num_images": len(records),
         "images_without_labels": unlabelled,
         "pixels": dict(zip(names, pixels.tolist(), strict=True)),
         "images": dict(zip(names, images.tolist(), strict=True)),
+        "exif_orientation": turned,
         "problems": problems,
     }
 
@@ -96,6 +105,13 @@ def report(splits: dict[str, dict], label_space: LabelSpace) -> str:
             share = found["pixels"][name] / max(sum(found["pixels"].values()), 1)
             cells.append(f"{found['images'][name]:17d} {100 * share:6.2f}%")
         lines.append("  ".join(cells) + f"  {name}{' (unseen)' if name in label_space.unseen else ''}")
+    for split, found in splits.items():
+        if found["exif_orientation"]:
+            shown = ", ".join(found["exif_orientation"][:3]) + (", ..." if len(found["exif_orientation"]) > 3 else "")
+            lines.append(
+                f"note: {len(found['exif_orientation'])} pictures of {split} have an EXIF rotation ({shown}), which is "
+                "not applied: their maps must fit them as stored"
+            )
     problems = [problem for found in splits.values() for problem in found["problems"]]
     lines += [f"problem: {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:

@@ -96,15 +96,18 @@ def looks_local(name: str) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The beginning of a library's message, which may go over many lines."""
-    return " ".join(str(error).split())[:400]
+    """The beginning of a library's message, which may go over many lines, or have none."""
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def write_text(path: Path, text: str) -> None:
     """Written beside and renamed, so that a file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # its name must not come to the disk before it
     os.replace(partial, path)
 
 

@@ -30,7 +30,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
@@ -43,6 +43,7 @@ from tqdm.auto import tqdm
 
 from zs3.archives import ARCHIVES, NUM_CAPTIONS, SPLITS, BadFile, Captioned, Pair, opened
 from zs3.command_line import (
+    NO_SPACE,
     InputError,
     check_at_least,
     check_required,
@@ -83,8 +84,9 @@ class ConvertArgs:
     def check(self) -> None:
         check_required(self, "name")
         if self.name not in ARCHIVES:
-            closest = difflib.get_close_matches(self.name, ARCHIVES, n=1, cutoff=0.0)[0]
-            raise InputError(f"no archive is called {self.name!r}: did you mean {closest}?")
+            alike = [name for name in ARCHIVES if name.startswith(self.name)]
+            alike = alike or difflib.get_close_matches(self.name, ARCHIVES, n=1, cutoff=0.0)
+            raise InputError(f"no archive is called {self.name!r}: did you mean {' or '.join(alike)}?")
         check_required(self, "source", "output")
         check_at_least(self, 1, "num_proc")
         if not self.splits or not set(self.splits) <= set(SPLITS):
@@ -196,7 +198,8 @@ def convert_all(items: list[Pair | Captioned], name: str, num_proc: int) -> Iter
     spawn = multiprocessing.get_context("spawn")
     remaining = iter(items)
     with ProcessPoolExecutor(num_proc, spawn, _begin_process) as pool:
-        waiting = deque((item, pool.submit(convert, item)) for item in islice(remaining, 8 * num_proc))
+        with _deaf_to_ctrl_c():  # processes that are started in it are so from their first line on
+            waiting = deque((item, pool.submit(convert, item)) for item in islice(remaining, 8 * num_proc))
         while waiting:
             item, result = waiting.popleft()
             try:
@@ -209,9 +212,18 @@ def convert_all(items: list[Pair | Captioned], name: str, num_proc: int) -> Iter
             waiting.extend((item, pool.submit(convert, item)) for item in islice(remaining, 1))
 
 
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal, and is for the main one to hear."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _begin_process() -> None:
-    """Of the pool. Ctrl-C is for the main process to hear; when that is gone, however it went, so is this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Of the pool: when the main process is gone, however it went, so is this one."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -230,9 +242,9 @@ class Shard(NamedTuple):
 
     @property
     def items_sha256(self) -> str:
-        """Of captions, or of image ids and the sizes of their files."""
+        """Of captions, or of image ids and the sizes and times of their files."""
         if isinstance(self.items[0], Pair):
-            lines = [f"{item.image_id} {_file_size(item.image)} {_file_size(item.label)}" for item in self.items]
+            lines = [f"{item.image_id} {_stamp(item.image)} {_stamp(item.label)}" for item in self.items]
         else:
             lines = [json.dumps(item) for item in self.items]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -251,14 +263,17 @@ def record(output: Path, shard: Shard) -> Path:
     return output / ".progress" / f"{shard.name}.json"
 
 
+def recorded(output: Path, shard: Shard) -> dict | None:
+    """The measurements of a shard, if they are of the items it should have."""
+    path = record(output, shard)
+    measures = _read_json(path) if path.is_file() else None
+    return measures if measures is not None and measures["items_sha256"] == shard.items_sha256 else None
+
+
 def finished(output: Path, folder: Path, shard: Shard) -> dict | None:
-    """The measurements of a shard that is in the folder, whole, and made of the items it should have."""
-    path, measured = folder / shard.name, record(output, shard)
-    if not (path.is_file() and measured.is_file()):
-        return None
-    measures = json.loads(measured.read_text(encoding="utf-8"))
-    same = measures["bytes"] == path.stat().st_size and measures["items_sha256"] == shard.items_sha256
-    return measures if same else None
+    """As `recorded`, of a shard that is in the folder, and whole."""
+    path, measures = folder / shard.name, recorded(output, shard)
+    return measures if measures is not None and path.is_file() and path.stat().st_size == measures["bytes"] else None
 
 
 def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schema", args: ConvertArgs) -> dict:
@@ -292,6 +307,7 @@ def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schem
             return measures
         with partial.open("rb") as file:
             measures["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())  # its name must not come to the disk before it
         measures |= {"bytes": partial.stat().st_size, "pixels": _by_id(pixels), "images": _by_id(images)}
         os.replace(partial, path)
     except OSError as error:
@@ -311,8 +327,8 @@ def schema_of(name: str) -> "pyarrow.Schema":
     return Features(columns).arrow_schema
 
 
-def _file_size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _stamp(path: Path) -> str:
+    return f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else "missing"
 
 
 def _of_source(remark: dict[str, str], source: str) -> dict[str, str]:
@@ -369,8 +385,6 @@ def counts(name: str, split: str, items: list[Pair | Captioned]) -> dict[str, tu
 def check_output(args: ConvertArgs) -> None:
     """A folder holds one conversion: its settings are written at the start and must be the same when it goes on."""
     output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file: choose a folder")
     settings = {
         "name": args.name,
         "source": str(Path(args.source).resolve()),
@@ -379,16 +393,32 @@ def check_output(args: ConvertArgs) -> None:
         "versions": versions(),
     }
     path = output / ".progress" / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in settings if before.get(key) != settings[key]]
+    before = _read_json(path) if path.exists() else None
+    if before is not None:
+        whole = (output / "data").is_dir()  # no shard of another version will join it
+        changed = [key for key in settings if before.get(key) != settings[key] and not (whole and key == "versions")]
         if changed:
             raise InputError(
                 f"{output} was made with another {', '.join(changed)}: choose another --output, or delete it"
             )
-    elif output.exists() and any(file.name != ".progress" for file in output.iterdir()):
+        return
+    if output.is_dir() and any(file.name != ".progress" for file in output.iterdir()):
         raise InputError(f"--output {output} holds other files: choose a new folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise InputError(f"--output {output} cannot be made ({one_line(error)}): choose another folder") from error
     write_json(path, settings)
+
+
+def _read_json(path: Path) -> dict | None:
+    """None of a file that a power cut left empty or in pieces."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def classes_text(name: str) -> str:
@@ -415,7 +445,8 @@ def conversion(args: ConvertArgs, items: dict[str, list], shards: list[tuple[Sha
             "bytes": sum(measures["bytes"] for _, measures in own),
             "in_source": {what: found for what, (found, _) in known.items()},
             "in_release": {what: list(release) for what, (_, release) in known.items()},
-            "as_released": all(found in release for found, release in known.values()),
+            "as_released": all(found in release for found, release in known.values())
+            and not any(measures["problems"] for _, measures in own),
             "shards": [
                 {"file": f"data/{shard.name}"} | {key: measures[key] for key in ("num_images", "bytes", "sha256")}
                 for shard, measures in own
@@ -449,8 +480,9 @@ def report(result: dict) -> str:
     """The lines for the terminal."""
     lines = []
     for split, row in result["splits"].items():
-        amount = f"{row['num_images']:,} pictures" if "pixels" in row else f"{row['num_captions']:,} captions"
-        release = "as released" if row["as_released"] else f"the release has {max(row['in_release']['pictures']):,}"
+        what, number = ("pictures", "num_images") if "pixels" in row else ("captions", "num_captions")
+        amount = f"{row[number]:,} {what}"
+        release = "as released" if row["as_released"] else f"the release has {max(row['in_release'][what]):,}"
         lines.append(f"{split:<12}{amount} ({release}), {len(row['shards'])} shards, {row['bytes'] / 1e6:,.1f} MB")
         if row.get("images_ignored_everywhere"):
             lines.append(f"{'':<12}{row['images_ignored_everywhere']:,} pictures are ignored everywhere")
@@ -520,19 +552,23 @@ def convert(args: ConvertArgs) -> dict:
     if folder == whole and None not in (measures for _, measures in done):
         print(f"there already: nothing was left to do in {output}")
         return conversion(args, items, done)
-    if folder == whole:
-        whole.rename(begun)
+    if folder == whole and None in (recorded(output, shard) for shard in shards):
+        raise InputError(
+            f"{output} is a finished dataset of other pictures than {args.source} holds now, and stays as it is: "
+            "choose another --output, or delete it"
+        )
 
-    measured = make_shards(args, begun, done)
+    measured = make_shards(args, folder, done)  # of a finished dataset, those that were lost
     check_problems(args, measured)
-    for file in {*begun.iterdir()} - {begun / shard.name for shard in shards}:
+    for file in {*folder.iterdir()} - {folder / shard.name for shard in shards}:
         file.unlink()  # of a copy of the archive that had fewer pictures, or half a shard
     result = conversion(args, items, measured)
     if args.name != "coco_captions":
         write_text(output / "classes.json", classes_text(args.name))
     write_text(output / "README.md", card(result))
     write_json(output / "conversion.json", result)
-    begun.rename(whole)
+    if folder == begun:
+        begun.rename(whole)
     return result
 
 

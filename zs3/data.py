@@ -16,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -120,10 +121,20 @@ class StreamedSplit:
         self.label_space = label_space
 
     def __iter__(self) -> Iterator[Record]:
-        return (self.stored(row).record() for row in self.table)
+        return (self.stored(row).record() for row in read_rows(self.table))
 
     def stored(self, row: Row) -> StoredRecord:
-        return _stored(row, str(row["image_id"]), self.label_space)
+        return _stored(row, _image_id(row["image_id"]), self.label_space)
+
+
+def read_rows(table: "datasets.IterableDataset") -> Iterator[Row]:
+    """The rows of a stream; what is wrong with a shard, or with the way to it, is an InputError."""
+    import datasets
+
+    try:
+        yield from table
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"cannot read on in the stream: {one_line(error)}") from error
 
 
 def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None = None) -> Split:
@@ -140,10 +151,10 @@ def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None =
         rows = _folder_rows(Path(dataset) / split)
         return Split(rows, [row["image_id"] for row in rows], label_space)
     table = _table(dataset, split, streaming=False)
-    image_ids = [str(image_id) for image_id in table["image_id"]]
-    if len(set(image_ids)) != len(image_ids):
-        repeated = next(image_id for image_id in image_ids if image_ids.count(image_id) > 1)
-        raise InputError(f"split {split!r} of {dataset} has image_id {repeated!r} twice: give every picture its own")
+    image_ids = [_image_id(image_id) for image_id in table["image_id"]]
+    repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
+    if repeated:
+        raise InputError(f"split {split!r} of {dataset} has image_id {repeated[0]!r} twice: give every picture its own")
     return Split(table, image_ids, label_space)
 
 
@@ -186,7 +197,10 @@ def _folder_rows(folder: Path) -> list[Row]:
         alone = sorted(ours.keys() - others.keys())
         if alone:
             shown = ", ".join(ours[stem].name for stem in alone[:3]) + (", ..." if len(alone) > 3 else "")
-            raise InputError(f"{folder / missing} lacks the partner of {len(alone)} files ({shown}): add or remove")
+            raise InputError(
+                f"{folder / missing} lacks the partner of {len(alone)} of {len(ours)} ({shown}): partners have "
+                f"one name, pictures end in {', '.join(IMAGE_SUFFIXES)}, label maps in {', '.join(LABEL_SUFFIXES)}"
+            )
     if not images:
         raise InputError(f"{folder / 'images'} has no picture ({', '.join(IMAGE_SUFFIXES)})")
     return [{"image": images[stem], "label": labels[stem], "image_id": stem} for stem in sorted(images)]
@@ -197,6 +211,8 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
         raise InputError(f"folder {folder} is missing: a split holds images and labels, or a metadata.jsonl")
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
+        if file.is_dir() and not file.name.startswith("."):
+            raise InputError(f"{file} is a folder: put all files side by side, or list them in a metadata.jsonl")
         if file.suffix.lower() in suffixes and not file.name.startswith("."):
             if file.stem in found:
                 raise InputError(f"{found[file.stem]} and {file.name} have one name: rename one of them")
@@ -207,21 +223,30 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 def _listed_rows(metadata: Path) -> list[Row]:
     """The lines of a metadata.jsonl in their order; datasets' own "imagefolder" reads the same file."""
     rows: dict[str, Row] = {}
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = metadata.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{metadata} is no UTF-8 text: save it as such") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             image, label = (metadata.parent / entry[key] for key in ("image_file_name", "label_file_name"))
         except (ValueError, KeyError, TypeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
             raise InputError(
-                f'{metadata}, line {number}: a line is {{"image_file_name": "...", "label_file_name": "..."}}, '
-                "paths from the file's own folder"
+                f'{metadata}, line {number} ({reason}): a line is {{"image_file_name": "...", "label_file_name": '
+                '"..."}, paths from the file\'s own folder'
             ) from error
         for file in (image, label):
             if not file.is_file():
                 raise InputError(f"{metadata}, line {number}: {file} does not exist")
         image_id = str(entry.get("image_id", image.stem))
         if image_id in rows:
-            raise InputError(f"{metadata}, line {number}: {image_id!r} was there before: add an image_id to each line")
+            raise InputError(
+                f"{metadata}, line {number}: {image_id!r} was there before: give each line another image_id"
+            )
         rows[image_id] = {"image": image, "label": label, "image_id": image_id}
     if not rows:
         raise InputError(f"{metadata} is empty: a line for each picture")
@@ -252,7 +277,7 @@ def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Datase
     except InputError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = one_line(error) or type(error).__name__
+        reason = one_line(error)
         raise InputError(f"cannot load split {split!r} of {dataset}: {reason}") from error
     return table
 
@@ -274,8 +299,17 @@ def _shards(folder: Path, split: str) -> list[str]:
     return [str(shard) for shard in shards]
 
 
+def _image_id(cell: object) -> str:
+    if cell is None:
+        raise InputError("a row has no image_id: give every picture its own")
+    return str(cell)
+
+
 def _stored(row: Row, image_id: str, label_space: LabelSpace) -> StoredRecord:
     image_name, image = _opened(row["image"], f"image of {image_id!r}")
+    fault = unfit_depth(image, "picture")
+    if fault is not None:
+        raise InputError(f"{image_name} {fault}")
     label_name, label, ids = _read_label(row["label"], image_id, label_space)
     size = label.shape[::-1]
     if size != image.size:
@@ -290,6 +324,9 @@ def _read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> t
     name, image = _opened(source, f"label map of {image_id!r}")
     if image.mode not in ("L", "P") and not image.mode.startswith("I"):
         raise InputError(f"{name} has mode {image.mode}: store one id a pixel, as PNG of mode L, P or I;16")
+    fault = unfit_depth(image, "map")
+    if fault is not None:
+        raise InputError(f"{name} {fault}")
     try:
         label = np.asarray(image)  # a palette's indices are the ids
     except READING_ERRORS as error:
@@ -306,22 +343,35 @@ def _read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> t
     return name, label, ids
 
 
-def _opened(source: Path | Row, thing: str) -> tuple[str, Image.Image]:
+def _opened(source: Path | Row | None, thing: str) -> tuple[str, Image.Image]:
     """The picture behind a path or a table's cell, its header read, with the name to call it by."""
-    if isinstance(source, dict):
-        file = io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"]
-        name = thing
-    else:
+    if isinstance(source, Path):
         file, name = source, str(source)
+    else:
+        cell = source or {"bytes": None, "path": None}
+        file, name = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]), thing
+    if file is None:
+        raise InputError(f"the {name} is empty: give the row a picture and a map, or remove it")
     try:
         return name, Image.open(file)
     except READING_ERRORS as error:
         raise _unreadable(name, error) from error
 
 
+def unfit_depth(image: Image.Image, what: str) -> str | None:
+    """Why an image that is not decoded yet would be decoded to other values than it holds; None if it would not.
+
+    what: "picture" or "map".
+    """
+    if what == "picture":
+        wide = image.mode.startswith("I") or image.mode == "F"
+        return "has more than 8 bits a channel: save it with 8" if wide else None
+    stretched = bool(image.tile) and image.tile[0].args in ("L;2", "L;4")  # Pillow fills 8 bits with them
+    return "has less than 8 bits a pixel: save it with 8" if stretched else None
+
+
 def _unreadable(name: str, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return InputError(f"cannot read {name} ({reason}): replace it, or remove it with its partner")
+    return InputError(f"cannot read {name} ({one_line(error)}): replace it, or remove it with its partner")
 
 
 def _size(size: tuple[int, int]) -> str:
@@ -517,19 +567,16 @@ class StreamedBatches(IterableDataset):
         process_index: int = 0,
         start: int = 0,
     ):
-        from datasets.distributed import split_dataset_by_node
-
         self.dataset = dataset
         self.batch_size = batch_size
-        # One shard at a time: the rows of a converted training split are mixed already.
-        table = dataset.records.table.shuffle(seed=dataset.seed, buffer_size=buffer_size, max_buffer_input_shards=1)
-        self.table = split_dataset_by_node(table, rank=process_index, world_size=num_processes)
+        self.buffer_size = buffer_size
+        self.node = {"rank": process_index, "world_size": num_processes}
         self.start = start
 
     @property
     def max_workers(self) -> int:
         """More workers than this find no shard of their own."""
-        return self.table.num_shards
+        return self._table(0).num_shards
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -542,8 +589,20 @@ class StreamedBatches(IterableDataset):
     def _rows(self) -> Iterator[tuple[int, Row]]:
         """(epoch, row) of this reader, epoch after epoch; in a worker, datasets itself takes the worker's shards."""
         for epoch in itertools.count():
-            self.table.set_epoch(epoch)
-            yield from ((epoch, row) for row in self.table)
+            row = None
+            for row in read_rows(self._table(epoch)):
+                yield epoch, row
+            if row is None:
+                raise InputError("a reader of the stream got no picture: take fewer processes or workers than shards")
+
+    def _table(self, epoch: int) -> "datasets.IterableDataset":
+        """The rows of this process in an epoch. (All workers share the epoch that a datasets stream has: not used.)"""
+        from datasets.distributed import split_dataset_by_node
+
+        order = np.random.default_rng((self.dataset.seed, epoch))
+        # One shard at a time: the rows of a converted training split are mixed already.
+        options = {"buffer_size": self.buffer_size, "max_buffer_input_shards": 1}
+        return split_dataset_by_node(self.dataset.records.table.shuffle(generator=order, **options), **self.node)
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def card(result: dict) -> str:
         f"|---|{'---|' * len(counted)}",
         *(f"| {split} | {' | '.join(f'{row[key]:,}' for key in counted.values())} |" for split, row in splits.items()),
         "",
+        *(_departure(split, row) for split, row in splits.items() if not row["as_released"]),
         *(_about_captions() if captions else _about_maps(result)),
         f"\nLicences of the originals: {archive.licence}\n",
     ]
@@ -51,6 +52,14 @@ def front_matter(result: dict) -> dict:
         "configs": [{"config_name": "default", "description": f"sha256 {digest}", "data_files": files}],
         "dataset_info": [{"config_name": "default", "splits": sizes}],
     }
+
+
+def _departure(split: str, row: dict) -> str:
+    """What a split lacks of the release."""
+    release = " and ".join(f"{max(numbers):,} {what}" for what, numbers in row["in_release"].items())
+    source = " and ".join(f"{number:,} {what}" for what, number in row["in_source"].items())
+    here = f"{row['num_images']:,} are here"
+    return f"**{split} differs from the release**: that has {release}, the copy {source}; {here}.\n"
 
 
 def _about_captions() -> list[str]:

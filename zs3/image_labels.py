@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from configuration_zs3 import Zs3Config
-from zs3.command_line import InputError
+from zs3.command_line import InputError, one_line
 from zs3.label_space import LabelSpace
 
 # What a training may see of the unseen classes. "inductive": nothing, and their names are not on the class axis;
@@ -158,8 +158,7 @@ def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
         columns = dict(zip(names, rows.flatten(), strict=True))
         image_ids = [str(image_id) for image_id in table["image_id"].to_pylist()]
     except (OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot read image_id and scores of pseudo labels {file}: {reason}") from error
+        raise InputError(f"cannot read image_id and scores of pseudo labels {file}: {one_line(error)}") from error
     if set(names) != set(unseen):
         odd = sorted(set(names) ^ set(unseen))
         raise InputError(f"{file} has scores of other unseen names than the label space ({odd[0]!r}): make them anew")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zs3.command_line import InputError, looks_local
+from zs3.command_line import InputError, looks_local, one_line
 
 CLASSES_FOLDER = Path(__file__).parent / "classes"
 BENCHMARKS = (*sorted(file.stem for file in CLASSES_FOLDER.glob("*.json")), "scenes")
@@ -126,7 +126,7 @@ def is_hub_id(name: str) -> bool:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} as JSON: {error}") from error
     missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else list(KEYS)
@@ -140,7 +140,10 @@ def _read_classes(path: Path) -> LabelSpace:
     try:
         return LabelSpace(content["classes"], content["unseen"], content["ignore_label"])
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        message = (
+            str(error).replace("class_names", "classes").replace("ignore_index", "ignore_label")
+        )  # the file's keys
+        raise InputError(f"{path}: {message}") from error
 
 
 def _downloaded_classes(repo_id: str) -> Path:
@@ -149,8 +152,7 @@ def _downloaded_classes(repo_id: str) -> Path:
     try:
         return Path(hf_hub_download(repo_id, "classes.json", repo_type="dataset"))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"no folder {repo_id}, and no Hub dataset's classes.json: {reason}") from error
+        raise InputError(f"no folder {repo_id}, and no Hub dataset's classes.json: {one_line(error)}") from error
 
 
 def _shortened(value: object) -> str:

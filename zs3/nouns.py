@@ -304,7 +304,7 @@ def load_caption_nouns(path: str | Path, label_space: LabelSpace) -> CaptionNoun
     folder = Path(path)
     files = sorted(folder.glob("nouns-*.parquet"))
     if not files or not (folder / "settings.json").is_file():
-        raise InputError(f"{folder} holds no caption nouns: make them with python -m zs3.nouns --output {folder}")
+        raise InputError(f"{folder} holds no caption nouns: give the --output of python -m zs3.nouns")
     class_names = load_label_space(folder).class_names
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
