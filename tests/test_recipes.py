@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 from configuration_zs3 import Zs3Config
+from eval import EvalArgs
 from train import TrainArgs
+from zs3.check import CheckArgs
 from zs3.command_line import read_arguments
+from zs3.convert import ConvertArgs
+from zs3.nouns import NounArgs
+from zs3.pseudo_labels import PseudoLabelArgs
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -50,3 +55,31 @@ def test_the_rows_of_tables_5_and_6_are_flags():
         "Table 6, + ranking": ("ground_truth", "background_aware", 1.0, ["{}"]),
         "Table 6, + prompts": ("ground_truth", "background_aware", 1.0, None),
     }
+
+
+def test_the_commands_of_the_docs_of_data_are_understood():
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").replace("RECIPE", "recipes/photographs_stage1.yaml")
+    kinds = {
+        "train.py": TrainArgs,
+        "eval.py": EvalArgs,
+        "zs3.pseudo_labels": PseudoLabelArgs,
+        "zs3.nouns": NounArgs,
+        "zs3.check": CheckArgs,
+        "zs3.convert": ConvertArgs,
+    }
+    understood = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.strip().splitlines():
+            words = shlex.split(line)
+            found = [name for name in kinds if name in words]
+            if not found:
+                assert line.startswith("pip install -c constraints.txt")
+                continue
+            words = words[words.index(found[0]) + 1 :]
+            words = words if words[0].startswith("--") else ["--name", *words]
+            words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words]
+            args, _ = read_arguments(kinds[found[0]], words, config_class=Zs3Config if found == ["train.py"] else None)
+            if kinds[found[0]] in (TrainArgs, EvalArgs):
+                args.check()
+            understood.append(found[0])
+    assert set(understood) == set(kinds)
