@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run, write_json
-from zs3.data import Split, dataset_name, load_split
+from zs3.data import Split, dataset_name, exif_orientation, load_split
 from zs3.label_space import LabelSpace, load_label_space
 
 SHOWN = 20  # problems in the terminal
@@ -59,7 +58,7 @@ class Reading(Dataset):
         space, image_id = self.records.label_space, self.records.image_ids[index]
         try:
             stored = self.records.stored(index)
-            turned = stored.image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+            turned = exif_orientation(stored.image) in range(2, 9)
             label = stored.record().label
         except InputError as error:
             return Read(image_id, None, str(error))

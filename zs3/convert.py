@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm.auto import tqdm
 
 from zs3.archives import ARCHIVES, NUM_CAPTIONS, SPLITS, BadFile, Captioned, Pair, opened
@@ -54,6 +54,7 @@ from zs3.command_line import (
     write_json,
     write_text,
 )
+from zs3.data import exif_orientation
 from zs3.dataset_card import card
 from zs3.label_space import CLASSES_FOLDER, is_hub_id, load_label_space, source_ids
 
@@ -144,7 +145,7 @@ def convert_pair(pair: Pair, name: str) -> Converted:
         problems.append(_remark(pair, error.kind, str(error)))
     if image is None or ids is None:
         return Converted(None, problems, [], {})
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    turned = exif_orientation(image) in range(2, 9)
     if ids.shape != (image.height, image.width):
         return Converted(None, [_remark(pair, "size_mismatch", mismatch(pair, image, ids))], [], {})
     counts = np.bincount(ids.ravel())
@@ -171,7 +172,7 @@ def read_ids(pair: Pair, name: str) -> np.ndarray:
 
 def mismatch(pair: Pair, image: Image.Image, ids: np.ndarray) -> str:
     sizes = f"{pair.label} is {ids.shape[1]} x {ids.shape[0]} pixels, {pair.image} {image.width} x {image.height}"
-    if image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9) and ids.shape == image.size:
+    if exif_orientation(image) in range(5, 9) and ids.shape == image.size:
         return (
             f"{sizes}: the map was drawn on the picture turned as its EXIF tag says; save it turned and without the tag"
         )
@@ -560,14 +561,14 @@ def convert(args: ConvertArgs) -> dict:
 
     measured = make_shards(args, folder, done)  # of a finished dataset, those that were lost
     check_problems(args, measured)
-    for file in {*folder.iterdir()} - {folder / shard.name for shard in shards}:
-        file.unlink()  # of a copy of the archive that had fewer pictures, or half a shard
     result = conversion(args, items, measured)
     if args.name != "coco_captions":
         write_text(output / "classes.json", classes_text(args.name))
     write_text(output / "README.md", card(result))
     write_json(output / "conversion.json", result)
     if folder == begun:
+        for file in {*begun.iterdir()} - {begun / shard.name for shard in shards}:
+            file.unlink()  # of a copy of the archive that had fewer pictures, or half a shard
         begun.rename(whole)
     return result
 

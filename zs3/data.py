@@ -19,11 +19,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
@@ -306,10 +306,7 @@ def _image_id(cell: object) -> str:
 
 
 def _stored(row: Row, image_id: str, label_space: LabelSpace) -> StoredRecord:
-    image_name, image = _opened(row["image"], f"image of {image_id!r}")
-    fault = unfit_depth(image, "picture")
-    if fault is not None:
-        raise InputError(f"{image_name} {fault}")
+    image_name, image = _opened(row["image"], "picture", image_id)
     label_name, label, ids = _read_label(row["label"], image_id, label_space)
     size = label.shape[::-1]
     if size != image.size:
@@ -321,12 +318,9 @@ def _stored(row: Row, image_id: str, label_space: LabelSpace) -> StoredRecord:
 
 def _read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> tuple[str, np.ndarray, np.ndarray]:
     """The name to call a label map by, the map (H, W), and the ids that are in it, the ignored one aside."""
-    name, image = _opened(source, f"label map of {image_id!r}")
+    name, image = _opened(source, "map", image_id)
     if image.mode not in ("L", "P") and not image.mode.startswith("I"):
         raise InputError(f"{name} has mode {image.mode}: store one id a pixel, as PNG of mode L, P or I;16")
-    fault = unfit_depth(image, "map")
-    if fault is not None:
-        raise InputError(f"{name} {fault}")
     try:
         label = np.asarray(image)  # a palette's indices are the ids
     except READING_ERRORS as error:
@@ -343,26 +337,33 @@ def _read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> t
     return name, label, ids
 
 
-def _opened(source: Path | Row | None, thing: str) -> tuple[str, Image.Image]:
-    """The picture behind a path or a table's cell, its header read, with the name to call it by."""
+def _opened(source: Path | Row | None, what: Literal["picture", "map"], image_id: str) -> tuple[str, Image.Image]:
+    """What lies behind a path or a table's cell, its header read, with the name to call it by."""
     if isinstance(source, Path):
         file, name = source, str(source)
     else:
         cell = source or {"bytes": None, "path": None}
-        file, name = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]), thing
+        file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        name = f"{'image' if what == 'picture' else 'label map'} of {image_id!r}"
     if file is None:
         raise InputError(f"the {name} is empty: give the row a picture and a map, or remove it")
     try:
-        return name, Image.open(file)
+        image = Image.open(file)
     except READING_ERRORS as error:
         raise _unreadable(name, error) from error
+    fault = unfit_depth(image, what)
+    if fault is not None:
+        raise InputError(f"{name} {fault}")
+    return name, image
 
 
-def unfit_depth(image: Image.Image, what: str) -> str | None:
-    """Why an image that is not decoded yet would be decoded to other values than it holds; None if it would not.
+def exif_orientation(image: Image.Image) -> int:
+    """1 as stored, 2 to 8 turned or mirrored, from 5 on with the edges exchanged; nothing here applies it."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
-    what: "picture" or "map".
-    """
+
+def unfit_depth(image: Image.Image, what: Literal["picture", "map"]) -> str | None:
+    """Why an image that is not decoded yet would be decoded to other values than it holds; None if it would not."""
     if what == "picture":
         wide = image.mode.startswith("I") or image.mode == "F"
         return "has more than 8 bits a channel: save it with 8" if wide else None

@@ -140,9 +140,8 @@ def _read_classes(path: Path) -> LabelSpace:
     try:
         return LabelSpace(content["classes"], content["unseen"], content["ignore_label"])
     except InputError as error:
-        message = (
-            str(error).replace("class_names", "classes").replace("ignore_index", "ignore_label")
-        )  # the file's keys
+        # In the words of the file, not of the class.
+        message = str(error).replace("class_names", "classes").replace("ignore_index", "ignore_label")
         raise InputError(f"{path}: {message}") from error
 
 
