@@ -478,11 +478,8 @@ def make_loader(
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers, **options)
     size = part_size(args.batch_size, accelerator.num_processes, micro_batches)
     batches = StreamedBatches(dataset, size, args.shuffle_buffer, **place)
-    workers = min(args.num_workers, batches.max_workers)
-    odd = start_step * micro_batches % max(workers, 1)  # workers take turns, from the first one on
-    batches.start = start_step * micro_batches - odd
-    loader = DataLoader(batches, batch_size=None, num_workers=workers, **options)
-    return itertools.islice(loader, odd, odd + (args.max_steps - start_step) * micro_batches)
+    loader = batches.loader(args.num_workers, start_step * micro_batches, **options)
+    return itertools.islice(loader, (args.max_steps - start_step) * micro_batches)
 
 
 def train(args: TrainArgs, overrides: dict) -> None:

@@ -149,9 +149,7 @@ def batches_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int
     """Micro-batches of 1, so that all loaders are measured alike."""
     dataset = make_dataset(args, folder, streaming)
     if streaming:
-        batches = StreamedBatches(dataset, 1, 64)
-        loader = DataLoader(batches, batch_size=None, num_workers=min(workers, batches.max_workers))
-        return itertools.islice(loader, samples)
+        return itertools.islice(StreamedBatches(dataset, 1, 64).loader(workers), samples)
     sampler = StepSampler(len(dataset), 1, samples, seed=args.seed)
     return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
 

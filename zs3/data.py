@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from zs3.augmentation import IGNORED, Augmentation, augment
 from zs3.command_line import InputError, one_line
@@ -547,7 +547,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 class StreamedBatches(IterableDataset):
-    """The micro-batches of this process from a stream, without an end: a DataLoader's dataset, with batch_size=None.
+    """The micro-batches of this process from a stream, without an end: the dataset of its own `loader`.
 
     Shards are dealt out to the processes, and within one to the DataLoader's workers; every reader goes through its own
     again and again, each epoch in another order, rows shuffled in a buffer. So a step's pictures depend on the numbers
@@ -574,10 +574,15 @@ class StreamedBatches(IterableDataset):
         self.node = {"rank": process_index, "world_size": num_processes}
         self.start = start
 
-    @property
-    def max_workers(self) -> int:
-        """More workers than this find no shard of their own."""
-        return self._table(0).num_shards
+    def loader(self, num_workers: int, start: int = 0, **options: Any) -> Iterator[dict[str, Any]]:
+        """The micro-batches from any `start` on, read by at most so many workers as there are shards for.
+
+        options: of the DataLoader.
+        """
+        workers = min(num_workers, self._table(0).num_shards)
+        odd = start % max(workers, 1)  # workers take turns, from the first one on
+        self.start = start - odd
+        return itertools.islice(DataLoader(self, batch_size=None, num_workers=workers, **options), odd, None)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
