@@ -11,9 +11,6 @@ folder.
 """
 
 import itertools
-import json
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -38,14 +34,12 @@ from zs3.command_line import (
     InputError,
     check_at_least,
     check_required,
-    finite_or_none,
     flag,
     model_fields,
     one_line,
     read_arguments,
     run,
     write_json,
-    write_text,
 )
 from zs3.data import (
     SegmentationDataset,
@@ -60,6 +54,7 @@ from zs3.data import (
 from zs3.image_labels import GroundTruthLabels, PseudoLabels, Setting, training_space
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.nouns import CaptionLabels, load_caption_nouns
+from zs3.run_folder import MetricsLog, Progress, check_recipe, complete_checkpoints, save_checkpoint, save_final
 
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")
@@ -279,72 +274,6 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: TrainArgs) -> torch.o
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=milestones, gamma=0.1)
 
 
-class Progress:
-    """Optimizer steps done and seconds spent; saved with every checkpoint."""
-
-    def __init__(self, num_processes: int) -> None:
-        self.step = 0
-        self.seconds = 0.0
-        self.num_processes = num_processes
-
-    def state_dict(self) -> dict:
-        return {"step": self.step, "seconds": self.seconds, "num_processes": self.num_processes}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state["num_processes"] != self.num_processes:
-            raise InputError(
-                f"the run was started with {state['num_processes']} processes: resume it with as many, not "
-                f"{self.num_processes}, or choose another --output_dir"
-            )
-        self.step, self.seconds = state["step"], state["seconds"]
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in order of their steps. A folder still being written has another name."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix != ".partial")
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, kept: int) -> None:
-    """Written beside and renamed; older ones go only when the new one is complete."""
-    final = folder / f"step_{step:08d}"
-    partial = final.with_suffix(".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(partial, final)
-        for old in complete_checkpoints(folder)[:-kept]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def save_final(model: Zs3ForSemanticSegmentation, processor, folder: Path) -> None:
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    os.replace(partial, folder)
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON a logged step. Lines past the step a run resumes at are dropped."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self.last: dict = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        # A killed run may leave its last line half written.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
-
-    def write(self, progress: Progress, values: dict[str, float]) -> None:
-        self.last = finite_or_none({"step": progress.step, **values, "seconds": round(progress.seconds, 2)})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.last) + "\n")
-
-
 class StepMean:
     """The mean of a step's values over its micro-batches and over all processes."""
 
@@ -362,23 +291,6 @@ class StepMean:
         parts = self.accelerator.gather(torch.stack(self.micro_batches))  # (processes x micro-batches, values)
         mean = parts.nanmean(0)  # a micro-batch without masks has no same_label_rate; a NaN loss has stopped the run
         return dict(zip(self.names, mean.tolist(), strict=True))
-
-
-def check_recipe(path: Path, recipe: dict) -> None:
-    """A folder holds one run: its recipe is written at the start and must be the same when the run resumes.
-
-    A run that left neither a checkpoint nor a final model never was: its folder is free.
-    """
-    if path.parent.is_file():
-        raise InputError(f"--output_dir {path.parent} is a file: choose a folder")
-    if path.exists() and (complete_checkpoints(path.parent / "checkpoints") or (path.parent / "final").exists()):
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = sorted(name for name in before.keys() | recipe.keys() if before.get(name) != recipe.get(name))
-        if changed:
-            raise InputError(
-                f"{path.parent} holds a run with another {', '.join(changed)}: choose another --output_dir or delete it"
-            )
-    write_text(path, yaml.safe_dump(recipe, sort_keys=False))
 
 
 def resolved_recipe(args: TrainArgs, config: Zs3Config) -> dict:
