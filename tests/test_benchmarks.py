@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import save_checkpoint, tiny_model
+from tiny import save_checkpoint, tiny_config, tiny_model
 
-from benchmarks import clip_views, criterion, gradient_sizes, label_count, loader, pseudo_labels, text_side
+from benchmarks import clip_views, criterion, gradient_sizes, label_count, loader, network, pseudo_labels, text_side
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
@@ -241,3 +241,83 @@ def test_the_order_of_the_ancestors_gives_samples_of_the_same_picture(tmp_path):
         sample, record = theirs[0, index], theirs.records[index]
         present = {theirs.class_names[place] for place in sample["labels"].unique().tolist() if place >= 0}
         assert present and {places[name] for name in present} <= set(record.label.ravel().tolist())
+
+
+@pytest.fixture
+def tiny_networks(monkeypatch):
+    """The benchmarks of the network at toy size, in this process."""
+    config = tiny_config(text=False)
+    sizes = {"hidden_dim", "feature_size", "mask_feature_size", "encoder_feedforward_dim", "encoder_layers"}
+    sizes |= {"dim_feedforward", "decoder_layers", "num_attention_heads", "num_queries", "train_num_points"}
+    monkeypatch.setattr(network, "ARCHITECTURE", {name: getattr(config, name) for name in sizes})
+    monkeypatch.setitem(network.BACKBONES, "resnet50", lambda: tiny_config(text=False).backbone_config)
+    monkeypatch.setattr(network, "in_fresh_process", lambda function, *args: function(*args))
+
+
+FORWARD = {"backbones": "resnet50", "sizes": 64, "class_names": 5, "rounds": 2, "gemm_size": 64, "device": "cpu"}
+
+
+def cells(printed: str, name: str) -> list[str]:
+    """Of the first row of the printed tables that has this cell."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if "|" in line]
+    return next(row for row in rows if name in row)
+
+
+def test_the_network_beside_transformers_with_ratio_and_floor_as_the_seconds_say(
+    call, tmp_path, capsys, monkeypatch, tiny_networks
+):
+    def turns(steps, rounds, device):
+        for step in steps.values():
+            step()
+        return {network.PEER: [3.0, 8.0, 10.0], network.OURS: [2.0, 2.0, 4.0], network.GEMM: [1.0, 0.5, 2.0]}
+
+    monkeypatch.setattr(network, "measure", turns)
+    places = {"output": tmp_path / "network.json", "profile": tmp_path / "operators.txt"}
+    call(network, **FORWARD, modes="eager", **places)
+    row = json.loads((tmp_path / "network.json").read_text())["results"][0]
+    ours, peer = row["networks"][network.OURS], row["networks"][network.PEER]
+    assert row["largest_difference"] < 1e-4 and peer["times_faster"] == 1
+    assert ours["seconds"] == 2 and ours["times_faster"] == 2.5  # of 1.5, 4 and 2.5
+    assert row["operations_per_second"] == 2 * 64**3 / 0.5
+    assert row["floor_seconds"] == row["operations"] / row["operations_per_second"] > 0
+    assert ours["times_the_floor"] == pytest.approx(2 / row["floor_seconds"])
+    assert ours["peak_mib"] > 0 and ours["peak_share"] == ours["peak_mib"] / peer["peak_mib"]
+    assert list(ours["parts"]) == list(peer["parts"]) == [*network.PARTS.values(), network.REST]
+    assert min(peer["parts"].values()) > 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "network.md").read_text()
+    assert cells(printed, network.OURS)[:6] == ["resnet50", "64", "eager", network.OURS, "2.0000", "2.50"]
+    assert (tmp_path / "operators.txt").read_text().count("aten::addmm") == 2
+
+
+def test_networks_that_differ_are_no_comparison(call, monkeypatch, tiny_networks):
+    make_peer = network.make_peer
+
+    def wrong_peer(*args):
+        model = make_peer(*args)
+        model.model.pixel_level_module.decoder.mask_projection.bias.data[0] += 1
+        return model
+
+    monkeypatch.setattr(network, "make_peer", wrong_peer)
+    with pytest.raises(ValueError, match="resnet50, 64, eager: mask logits differ"):
+        call(network, **FORWARD, modes="eager")
+
+
+def test_operations_of_every_kind_of_product_are_counted():
+    image, rows = torch.randn(2, 3, 10, 10), torch.randn(2, 7, 8)
+    with torch.inference_mode():
+        assert network.operations(lambda: torch.nn.Conv2d(3, 5, 3)(image)) == 2 * (2 * 64) * (9 * 3) * 5
+        assert network.operations(lambda: torch.nn.Linear(8, 6)(rows)) == 2 * 14 * 8 * 6
+        assert network.operations(lambda: rows @ rows.mT) == 2 * 2 * 7 * 8 * 7
+        attention = network.operations(lambda: F.scaled_dot_product_attention(rows, rows, rows))
+        assert attention == 2 * (2 * 2 * 7 * 8 * 7)
+
+
+def test_seconds_of_parts_are_those_of_a_part_without_the_parts_inside(monkeypatch, tiny_networks):
+    clock = iter([0, 1, 3, 7, 15, 31, 63, 127, 255, 511])
+    monkeypatch.setattr(network.time, "perf_counter", lambda: float(next(clock)))
+    peer = network.make_peer("resnet50", 5, network.make_zs3("resnet50"))
+    images = torch.randn(1, 3, 64, 64)
+    seconds = network.seconds_of_parts(peer, lambda: peer(images), 1, torch.device("cpu"))
+    # Backbone from 1 to 3, pixel decoder from 7 to 63 with its encoder from 15 to 31, transformer from 127 to 255.
+    assert list(seconds.values()) == [2, 16, 40, 128, 325]

@@ -1,0 +1,338 @@
+"""The network's forward beside transformers' Mask2Former at the same weights, and beside what the operations allow.
+
+    python -m benchmarks.network --output docs/results/network.json
+    python -m benchmarks.network --device cuda --dtype bfloat16 --backbones resnet50 --sizes 512 --modes eager
+
+Both networks are in eval mode and under inference_mode; "compiled" is torch.compile of what they share, everything but
+the class heads. Weights are random, statistics and weights of batch norms too; before anything is measured the mask
+logits of both must be equal, in float32, to 1e-4 of the largest. Each backbone, size and mode has a process of its own,
+in which the networks and a large matrix product take turns: time is the median over rounds, a ratio the median of the
+rounds' ratios. Memory is the peak of what a forward allocates beyond the weights.
+
+The floor is the time that the forward's convolutions and matrix products (attention included) would take at the rate of
+the large matrix product's best round.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    PreTrainedConfig,
+    ResNetConfig,
+    SwinConfig,
+)
+
+from benchmarks.criterion import in_fresh_process, measure, peak_memory
+from configuration_zs3 import Zs3Config
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report, write_text
+
+PEER, OURS, GEMM = "transformers' Mask2Former", "zs3", "matrix product"
+EQUAL = 1e-4  # of the largest mask logit
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+BACKBONES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "resnet50": lambda: ResNetConfig(out_features=STAGES),
+    "swin_tiny": lambda: SwinConfig(
+        embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, out_features=STAGES
+    ),
+}
+ARCHITECTURE: dict[str, int] = {}  # what differs from Mask2Former's own
+PARTS = {
+    "model.pixel_level_module.encoder": "backbone",
+    "model.pixel_level_module.decoder.encoder": "deformable encoder",
+    "model.pixel_level_module.decoder": "rest of the pixel decoder",
+    "model.transformer_module": "transformer decoder",
+}
+REST = "rest"
+
+
+@dataclass
+class NetworkArgs:
+    """Sizes of the comparison."""
+
+    backbones: list[str] = flag(list(BACKBONES), f"Backbones, of {', '.join(BACKBONES)}.")
+    sizes: list[int] = flag([512, 640], "Sides of the images, pixels.")
+    modes: list[str] = flag(["eager", "compiled"], "'eager', 'compiled'.")
+    batch_size: int = flag(1, "Images at once.")
+    class_names: int = flag(171, "Names on the class axis.")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "'bfloat16': the forwards run under autocast in it.")
+    rounds: int = flag(7, "Rounds; the first is not counted.")
+    gemm_size: int = flag(2048, "Side of the matrices whose product gives the machine's rate; 8192 suits a GPU.")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
+    profile: str | None = flag(None, "Text file for the operators that took longest.")
+    output: str | None = flag(None, "Result file; the printed tables go beside it as .md.")
+
+    def check(self) -> None:
+        check_at_least(self, 1, "batch_size", "class_names", "rounds", "gemm_size")
+        check_choices("backbones", self.backbones, list(BACKBONES))
+        check_choices("modes", self.modes, ["eager", "compiled"])
+        check_sizes(self.sizes)
+
+
+def check_choices(name: str, given: list[str], known: list[str]) -> None:
+    for word in given:
+        if word not in known:
+            raise InputError(f"--{name} takes some of {', '.join(known)}, got {word!r}")
+
+
+def check_sizes(sizes: list[int]) -> None:
+    for size in sizes:
+        if size < 64 or size % 32:
+            raise InputError(f"a side must be 64 or more and a multiple of 32, got {size}")
+
+
+def device_named(name: str) -> torch.device:
+    """'auto' is CUDA where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no CUDA device here")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+# ---- the two networks --------------------------------------------------------------------------------------
+
+
+def make_zs3(backbone: str, **losses: object) -> Zs3ForSemanticSegmentation:
+    """Random weights, batch norms with weights and statistics that do something."""
+    config = Zs3Config(
+        backbone_config=BACKBONES[backbone](), **ARCHITECTURE, **losses, text_config=None, vision_config=None
+    )
+    model = Zs3ForSemanticSegmentation(config)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def make_peer(
+    backbone: str, class_names: int, weights: Zs3ForSemanticSegmentation
+) -> Mask2FormerForUniversalSegmentation:
+    """transformers' network with the weights of this project's; its class head is its own."""
+    config = Mask2FormerConfig(backbone_config=BACKBONES[backbone](), **ARCHITECTURE, num_labels=class_names)
+    model = Mask2FormerForUniversalSegmentation(config)
+    model.model.load_state_dict(weights.model.state_dict())
+    return model
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference, of the largest size; NaN where either has one."""
+    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+
+
+# ---- what a forward costs ----------------------------------------------------------------------------------
+
+
+def operations(step: Callable[[], object]) -> int:
+    """Floating-point operations of the convolutions and matrix products of a step, two a multiplication."""
+    # Fused attention on the CPU is no operation that the counter knows; taken apart, its products are counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def graph_breaks(network: nn.Module, pixel_values: Tensor) -> int:
+    """Of torch.compile."""
+    explanation = torch._dynamo.explain(network)(pixel_values, output_hidden_states=True)
+    torch._dynamo.reset()
+    return explanation.graph_break_count
+
+
+def seconds_of_parts(
+    model: nn.Module, step: Callable[[], object], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Mean seconds of a step by part of the network; what is not called as a module counts for what is around it."""
+    seconds = dict.fromkeys([*PARTS.values(), REST], 0.0)
+    running, since = [REST], 0.0
+
+    def charge() -> None:
+        nonlocal since
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        seconds[running[-1]] += now - since
+        since = now
+
+    def enter(part: str) -> Callable:
+        def hook(*_: object) -> None:
+            charge()
+            running.append(part)
+
+        return hook
+
+    def leave(*_: object) -> None:
+        charge()
+        running.pop()
+
+    hooks = []
+    for path, part in PARTS.items():
+        module = model.get_submodule(path)
+        hooks += [module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave)]
+    since = time.perf_counter()
+    for _ in range(rounds):
+        step()
+    charge()
+    for hook in hooks:
+        hook.remove()
+    return {part: total / rounds for part, total in seconds.items()}
+
+
+def operator_table(step: Callable[[], object], device: torch.device) -> str:
+    """The operators of a step that took longest."""
+    with profile() as profiler:
+        step()
+    kind = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=kind, row_limit=25)
+
+
+def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torch.device) -> dict:
+    """Both networks at the same weights and images."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 for everyone, the matrix product included
+    ours = make_zs3(backbone).eval().to(device)
+    peer = make_peer(backbone, args.class_names, ours).eval().to(device)
+    pixel_values = torch.randn(args.batch_size, 3, size, size, device=device)
+    text_embeds = F.normalize(torch.randn(args.class_names, ours.config.projection_dim, device=device), dim=-1)
+    row = {"backbone": backbone, "size": size, "mode": mode}
+    with torch.inference_mode():
+        steps = {PEER: lambda: peer(pixel_values), OURS: lambda: ours(pixel_values, text_embeds=text_embeds)}
+        expected = steps[PEER]().masks_queries_logits
+        if mode == "compiled":
+            row["graph_breaks"] = {OURS: graph_breaks(ours.model, pixel_values)}
+            row["graph_breaks"][PEER] = graph_breaks(peer.model, pixel_values)
+            ours.model.compile()
+            peer.model.compile()
+        difference = relative_difference(steps[OURS]().mask_logits, expected)
+        if not difference <= EQUAL:
+            raise InputError(
+                f"{backbone}, {size}, {mode}: mask logits differ from transformers' by {difference:.1e}: no comparison "
+                "of speed means anything then"
+            )
+        row["largest_difference"] = difference
+        if mode == "eager":
+            row["operations"] = operations(steps[OURS])
+        dtype = getattr(torch, args.dtype)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            row |= measure_all(args, steps, device)
+            if mode == "eager":
+                for name, model in ((PEER, peer), (OURS, ours)):
+                    row["networks"][name]["parts"] = seconds_of_parts(model, steps[name], args.rounds, device)
+            if args.profile is not None:
+                row["operators"] = {name: operator_table(step, device) for name, step in steps.items()}
+    return row
+
+
+def measure_all(args: NetworkArgs, steps: dict[str, Callable[[], object]], device: torch.device) -> dict:
+    """Times of both and of the matrix product in turns, memory of both."""
+    matrix = torch.randn(args.gemm_size, args.gemm_size, device=device, dtype=getattr(torch, args.dtype))
+    seconds = measure({**steps, GEMM: lambda: matrix @ matrix}, args.rounds, device)
+    networks = {}
+    for name, step in steps.items():
+        ratios = [theirs / own for theirs, own in zip(seconds[PEER], seconds[name], strict=True)]
+        networks[name] = {
+            "seconds": statistics.median(seconds[name]),
+            "times_faster": statistics.median(ratios),
+            "peak_mib": peak_memory(step, device),
+        }
+    return {"operations_per_second": 2 * args.gemm_size**3 / min(seconds[GEMM]), "networks": networks}
+
+
+def add_floor(rows: list[dict]) -> None:
+    """Counting does not see into compiled code, whose operations are those of eager mode."""
+    counted = {(row["backbone"], row["size"]): row["operations"] for row in rows if "operations" in row}
+    for row in rows:
+        count = counted.get((row["backbone"], row["size"]))
+        row["floor_seconds"] = float("nan") if count is None else count / row["operations_per_second"]
+        for network in row["networks"].values():
+            network["times_the_floor"] = network["seconds"] / row["floor_seconds"]
+            network["peak_share"] = network["peak_mib"] / row["networks"][PEER]["peak_mib"]
+
+
+# ---- result ------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| backbone | size | mode | network | seconds | times faster | floor, seconds | times the floor | peak MiB | "
+        "share of the peer's | graph breaks | largest difference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for name, network in row["networks"].items():
+            breaks = row["graph_breaks"][name] if "graph_breaks" in row else "-"
+            lines.append(
+                f"| {row['backbone']} | {row['size']} | {row['mode']} | {name} | {network['seconds']:.4f} | "
+                f"{network['times_faster']:.2f} | {row['floor_seconds']:.4f} | {network['times_the_floor']:.2f} | "
+                f"{network['peak_mib']:.0f} | {network['peak_share']:.2f} | {breaks} | "
+                f"{row['largest_difference']:.1e} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def parts_table(rows: list[dict]) -> str:
+    """Markdown: where the time of one eager forward goes."""
+    parts = [*PARTS.values(), REST]
+    lines = [
+        f"| backbone | size | network | {' | '.join(parts)} |",
+        f"|---|---|---|{'---|' * len(parts)}",
+    ]
+    for row in rows:
+        for name, network in row["networks"].items():
+            if "parts" in network:
+                whole = sum(network["parts"].values())
+                cells = [f"{network['parts'][part]:.4f} s, {network['parts'][part] / whole:.0%}" for part in parts]
+                lines.append(f"| {row['backbone']} | {row['size']} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine_name(device: torch.device) -> str:
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name()
+
+
+def pop_operators(rows: list[dict]) -> str:
+    """The operator tables of all rows, taken out of them: a text file of their own."""
+    texts = []
+    for row in rows:
+        title = ", ".join(str(value) for value in row.values() if isinstance(value, str | int))
+        texts += [f"{title}: {name}\n{text}\n" for name, text in row.pop("operators", {}).items()]
+    return "\n".join(texts)
+
+
+def main() -> None:
+    args, _ = read_arguments(NetworkArgs)
+    args.check()
+    device = device_named(args.device)
+    cases = [(backbone, size, mode) for backbone in args.backbones for size in args.sizes for mode in args.modes]
+    rows = [in_fresh_process(compare, args, *case, device) for case in cases]
+    add_floor(rows)
+    operators = pop_operators(rows)
+    machine = machine_name(device)
+    rate = max(row["operations_per_second"] for row in rows)
+    text = f"Forward of {args.batch_size} image(s), {args.dtype}, torch {torch.__version__}, {machine}; matrix product "
+    text += f"of {args.gemm_size} x {args.gemm_size}: {rate:.3g} operations a second.\n\n{table(rows)}"
+    if "eager" in args.modes:
+        text += f"\nOne eager forward by part of the network:\n\n{parts_table(rows)}"
+    print(text, end="")
+    if args.profile is not None:
+        write_text(Path(args.profile), operators)
+    if args.output is not None:
+        result = {**asdict(args), "machine": machine, "torch": torch.__version__, "results": rows}
+        write_report(Path(args.output), result, text)
+
+
+if __name__ == "__main__":
+    run(main)
