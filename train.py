@@ -11,15 +11,14 @@ folder.
 """
 
 import itertools
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -48,13 +47,13 @@ from zs3.data import (
     check_scored_pictures,
     collate,
     load_split,
-    part_size,
     stream_split,
 )
 from zs3.image_labels import GroundTruthLabels, PseudoLabels, Setting, training_space
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.nouns import CaptionLabels, load_caption_nouns
 from zs3.run_folder import MetricsLog, Progress, check_recipe, complete_checkpoints, save_checkpoint, save_final
+from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, describe
 
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")
@@ -104,8 +103,10 @@ class TrainArgs:
     )
 
     max_steps: int = flag(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
-    batch_size: int = flag(8, "Images a step, over all processes and accumulation (section 4.3).")
-    gradient_accumulation_steps: int = flag(1, "Micro-batches a step and process.")
+    batch_size: int = flag(8, "Images a step, over all processes (section 4.3).")
+    device_batch_size: int | None = flag(
+        None, "The most images a process takes at once; a larger share of the batch goes in equal parts, one by one."
+    )
     learning_rate: float = flag(5e-5, "AdamW's initial rate (section 4.3).")
     weight_decay: float = flag(1e-4, "AdamW's weight decay (section 4.3); 0 on norms and embeddings.")
     backbone_multiplier: float = flag(0.1, "Learning rate factor of the backbone (section 4.3).")
@@ -114,7 +115,7 @@ class TrainArgs:
         "multistep", "'multistep' (section 4.3) or 'poly' (power 0.9, the ancestors')."
     )
     lr_milestones: list[int] = flag([5_000, 80_000], "Steps at which multistep divides the rate by 10.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the forward pass.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the forward pass; fp16 on a GPU only.")
 
     crop_size: int = flag(640, "Side of the square training crop, pixels (640 COCO-Stuff, 512 VOC).")
     short_edges: list[int] | None = flag(None, "Short edges to resize to; default: 0.5 to 2 times crop_size.")
@@ -128,6 +129,7 @@ class TrainArgs:
     logging_steps: int = flag(50, "Steps between lines of metrics.jsonl.")
     checkpointing_steps: int = flag(5_000, "Steps between checkpoints.")
     checkpoints_kept: int = flag(2, "Checkpoints kept; older ones are deleted.")
+    trackers: list[str] = flag([], "Where metrics.jsonl goes too, by accelerate's names: tensorboard, wandb, ...")
     seed: int = flag(0, "Of weights, data order, augmentation and point sampling.")
 
     @property
@@ -137,7 +139,7 @@ class TrainArgs:
     def check(self) -> None:
         """What the parser cannot check."""
         check_required(self, "dataset", "output_dir")
-        check_at_least(self, 1, "max_steps", "batch_size", "gradient_accumulation_steps", "logging_steps")
+        check_at_least(self, 1, "max_steps", "batch_size", "device_batch_size", "logging_steps")
         check_at_least(
             self, 1, "checkpointing_steps", "checkpoints_kept", "test_short_edge", "max_size", "shuffle_buffer"
         )
@@ -154,6 +156,7 @@ class TrainArgs:
             raise InputError("--init_parts says what to take of --init_from, which is missing")
         if self.init_from is not None and (self.mask2former or self.backbone or self.clip):
             raise InputError("--init_from brings the whole model: leave out mask2former, backbone and clip")
+        check_trackers(self.trackers)
 
 
 def make_model(
@@ -301,34 +304,6 @@ def resolved_recipe(args: TrainArgs, config: Zs3Config) -> dict:
     return {**{name: saved[name] for name in [*names, *left_out]}, **asdict(args)}
 
 
-def describe(args: TrainArgs, label_space: LabelSpace, dataset: SegmentationDataset, model: nn.Module) -> str:
-    """What is about to happen, for the reader of the log."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    unseen = {"none": "not used", "ground_truth": "GROUND-TRUTH image labels"}.get(
-        args.unseen_labels, f"pseudo labels of {args.unseen_labels}"
-    )
-    told = f"{len(label_space.unseen)} classes, no masks, {unseen}: {', '.join(label_space.unseen)}"
-    if args.setting == "supervised":
-        told = "none: the MASKS of all classes are trained on, and no zero-shot result can be claimed"
-    count = "streamed" if args.streaming else f"{len(dataset)} images"
-    nouns = f", {len(dataset.class_names)} names with nouns of {args.caption_nouns}" if args.caption_nouns else ""
-    lines = [
-        f"data      {args.dataset} ({args.split}): {count}",
-        f"setting   {args.setting}",
-        f"seen      {len(label_space.seen)} classes with masks{nouns}",
-        f"unseen    {told}",
-        f"model     {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
-        f"losses    class {model.config.class_loss}, mask {model.config.mask_loss}, matching {model.config.matching}",
-        f"steps     {args.max_steps} of {args.batch_size} images",
-        f"output    {args.output_dir}",
-    ]
-    late = [step for step in args.lr_milestones if step >= args.max_steps]
-    if args.lr_schedule == "multistep" and late:
-        lines.append(f"note      learning rate steps {late} lie beyond the end and are ignored")
-    return "\n".join(lines)
-
-
 def make_dataset(
     args: TrainArgs,
     label_space: LabelSpace,
@@ -368,7 +343,7 @@ def make_dataset(
 
 
 def make_loader(
-    args: TrainArgs, dataset: SegmentationDataset, accelerator: Accelerator, start_step: int
+    args: TrainArgs, dataset: SegmentationDataset, accelerator: Accelerator, parts: BatchParts, start_step: int
 ) -> Iterator[dict]:
     """The micro-batches of this process from start_step on; not prepared, since they are dealt out already."""
     place = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
@@ -376,22 +351,35 @@ def make_loader(
         "pin_memory": accelerator.device.type == "cuda",
         "generator": torch.Generator(),  # its own: starting the loader must not move the state that a resume restores
     }
-    micro_batches = args.gradient_accumulation_steps
     if not args.streaming:
         sampler = StepSampler(
             len(dataset),
             args.batch_size,
             args.max_steps,
             start_step=start_step,
-            micro_batches=micro_batches,
+            micro_batches=parts.micro_batches,
             seed=args.seed,
             **place,
         )
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers, **options)
-    size = part_size(args.batch_size, accelerator.num_processes, micro_batches)
-    batches = StreamedBatches(dataset, size, args.shuffle_buffer, **place)
-    loader = batches.loader(args.num_workers, start_step * micro_batches, **options)
-    return itertools.islice(loader, (args.max_steps - start_step) * micro_batches)
+    batches = StreamedBatches(dataset, parts.images, args.shuffle_buffer, **place)
+    loader = batches.loader(args.num_workers, start_step * parts.micro_batches, **options)
+    return itertools.islice(loader, (args.max_steps - start_step) * parts.micro_batches)
+
+
+def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
+    """How the run is spread over processes and devices; what cannot be is refused before anything is loaded."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if args.mixed_precision == "fp16" and state.device.type == "cpu":
+        raise InputError("--mixed_precision fp16 needs a GPU: on CPU cores give bf16 or no")
+    parts = cut_batch(args.batch_size, state.num_processes, args.device_batch_size)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=parts.micro_batches,
+        log_with=args.trackers or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(args.output_dir) / "trackers")),
+    )
+    return accelerator, parts
 
 
 def train(args: TrainArgs, overrides: dict) -> None:
@@ -401,9 +389,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
             raise InputError(f"{name} is written by the training itself: leave it out")
     output_dir = Path(args.output_dir)
     label_space = training_space(load_label_space(args.label_space or args.dataset), args.setting)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
-    )
+    accelerator, parts = make_accelerator(args)
     set_seed(args.seed)
 
     # Text vectors, model, data; nothing is written before they are known to be good
@@ -439,7 +425,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
         accelerator.print(f"{output_dir / 'final'} is there already: nothing to do")
         accelerator.end_training()
         return
-    accelerator.print(describe(args, label_space, dataset, model))
+    accelerator.print(describe(args, label_space, dataset, model, parts, accelerator.device))
 
     # Optimizer, schedule, state
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate)
@@ -452,15 +438,17 @@ def train(args: TrainArgs, overrides: dict) -> None:
     if complete_checkpoints(checkpoints):
         accelerator.load_state(str(complete_checkpoints(checkpoints)[-1]))
         accelerator.print(f"resumed   at step {progress.step}")
-    loader = make_loader(args, dataset, accelerator, progress.step)
+    loader = make_loader(args, dataset, accelerator, parts, progress.step)
     log = MetricsLog(output_dir / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
+    # tensorboard drops what a killed run wrote after its last checkpoint.
+    accelerator.init_trackers("zs3", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
 
     # Loop
     quiet = not accelerator.is_local_main_process
-    started, seconds_before = time.perf_counter(), progress.seconds
+    pace, seconds_before = Pace(accelerator), progress.seconds
     mean = StepMean(accelerator)
     with tqdm(total=args.max_steps, initial=progress.step, unit="step", mininterval=1, disable=quiet) as bar:
-        for batch in loader:
+        for batch in pace.timed(loader):
             image_ids = batch.pop("image_ids")
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(model):
@@ -480,13 +468,18 @@ def train(args: TrainArgs, overrides: dict) -> None:
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
                 scheduler.step()
             progress.step += 1
-            progress.seconds = seconds_before + time.perf_counter() - started
+            progress.seconds = seconds_before + pace.seconds
             bar.update()
+            forecast = pace.forecast(progress.step, args.max_steps)
+            if forecast and accelerator.is_main_process:
+                bar.write(forecast)
             if progress.step % args.logging_steps == 0 or progress.step == args.max_steps:
                 values = mean.values() | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+                values |= {"data_wait": round(pace.data_wait(), 4)}
                 bar.set_postfix(loss=f"{values['loss']:.2f}", same=f"{values['same_label_rate']:.2f}")
                 if log is not None:
                     log.write(progress, values)
+                accelerator.log(values, step=progress.step)
             mean = StepMean(accelerator)
             if progress.step % args.checkpointing_steps == 0 and progress.step < args.max_steps:
                 save_checkpoint(accelerator, checkpoints, progress.step, args.checkpoints_kept)
@@ -501,6 +494,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
             "setting": args.setting,
             "unseen_labels": args.unseen_labels,
             **log.last,
+            "data_wait": round(pace.waited / pace.seconds, 4),
         }
         write_json(output_dir / "all_results.json", results)
         save_final(model, processor, output_dir / "final")  # last: where it is, the run is complete

@@ -340,7 +340,9 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
         ({"max_steps": 0}, "--max_steps must be 1 or more, got 0"),
         ({"learning_rate": -1}, "--learning_rate must be 0 or more, got -1"),
         ({"lr_schedule": "cosine"}, "cosine"),
-        ({"batch_size": 3, "gradient_accumulation_steps": 2}, "total batch size 3"),
+        ({"device_batch_size": 0}, "--device_batch_size must be 1 or more, got 0"),
+        ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
+        ({"trackers": "tensorbord"}, "accelerate knows aim, clearml"),
         ({"dataset": "nowhere"}, "nowhere"),
         ({"caption_nouns": "nouns"}, "--caption_nouns need a text tower"),
         ({"caption_nouns": "nouns", "unseen_labels": "ground_truth"}, "leave out --unseen_labels"),
@@ -436,7 +438,7 @@ def test_a_mask2former_from_elsewhere_makes_the_seen_classes_unknown(data, tmp_p
 
 
 def test_the_log_holds_the_mean_of_a_step_and_the_rate_it_used(data, tmp_path, monkeypatch):
-    overrides = {"gradient_accumulation_steps": 2, "batch_size": 4, "max_steps": 2, "logging_steps": 1}
+    overrides = {"device_batch_size": 2, "batch_size": 4, "max_steps": 2, "logging_steps": 1}
     schedule = {"lr_milestones": 1, "lr_schedule": "multistep"}
     arguments = flags(data, tmp_path / "out", **overrides, **schedule)
     losses = []
@@ -455,6 +457,21 @@ def test_the_log_holds_the_mean_of_a_step_and_the_rate_it_used(data, tmp_path, m
     assert lines[0]["loss"] == pytest.approx((losses[0] + losses[1]) / 2)
     assert lines[1]["loss"] == pytest.approx((losses[2] + losses[3]) / 2)
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3, 1e-4])
+
+
+def test_a_tracker_gets_what_metrics_jsonl_gets_and_goes_on_at_its_step(data, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_steps = {"checkpointing_steps": 3, "logging_steps": 1, "trackers": "tensorboard", "max_steps": 5}
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "run", **run_steps)])
+    main()
+    shutil.rmtree(tmp_path / "run" / "final")
+    main()  # from the checkpoint of step 3 on
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "zs3")).Reload().Scalars("loss")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5]
+    assert [event.value for event in events] == pytest.approx([line["loss"] for line in lines])
 
 
 def test_the_resolved_recipe_is_a_recipe(data, tmp_path, monkeypatch):

@@ -1,0 +1,85 @@
+"""How a run's batch is cut, what it says before it starts, and how it measures itself."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from accelerate import Accelerator
+
+from zs3.command_line import InputError
+from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, duration, names_lines
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("device_batch_size", [None, 1, 2, 3, 5])
+def test_the_batch_is_what_was_asked_for_in_the_fewest_parts_that_fit(processes, device_batch_size):
+    for share in range(1, 13):
+        parts = cut_batch(share * processes, processes, device_batch_size)
+        assert parts.processes == processes and parts.micro_batches * parts.images == share
+        fitting = [n for n in range(1, 13) if share % n == 0 and share / n <= (device_batch_size or share)]
+        assert parts.micro_batches == min(fitting)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "processes", "mend"),
+    [
+        (8, 3, "give --batch_size 6 or 9, or start 2 processes"),
+        (7, 4, "give --batch_size 4 or 8, or start 1 process"),
+        (2, 8, "give --batch_size 8, or start 2 processes"),
+        (9, 6, "give --batch_size 6 or 12, or start 3 processes"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_names_what_can(batch_size, processes, mend):
+    with pytest.raises(InputError, match=f"{mend}$"):
+        cut_batch(batch_size, processes, None)
+
+
+def test_a_tracker_is_refused_where_accelerate_would_leave_it_out(monkeypatch):
+    monkeypatch.setattr("zs3.run_plan.get_available_trackers", lambda: ["wandb"])
+    check_trackers(["wandb"])
+    with pytest.raises(InputError, match=re.escape("pip install 'zs3[tensorboard]'")):
+        check_trackers(["wandb", "tensorboard"])
+
+
+def test_all_names_are_told_and_none_is_broken():
+    names = [f"kind-of thing {n}" for n in range(60)]
+    lines = names_lines(names)
+    assert len(lines) > 5 and max(map(len, lines)) <= 120
+    assert [name for line in lines for name in line.strip().rstrip(",").split(", ")] == names
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """Its `now` is the time that Pace sees."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("zs3.run_plan.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_the_share_of_time_that_batches_took_is_told_since_it_was_last_asked(clock):
+    def batches():
+        for seconds in (3, 1):
+            clock.now += seconds
+            yield {}
+
+    pace = Pace(Accelerator(cpu=True))
+    shares = []
+    for _ in pace.timed(batches()):
+        clock.now += 1
+        shares.append(pace.data_wait())
+    assert shares == [0.75, 0.5]
+    assert pace.waited == 4 and pace.seconds == 6
+
+
+def test_the_end_is_foretold_once_from_the_second_to_the_sixth_step(clock):
+    pace = Pace(Accelerator(cpu=True))
+    lines = []
+    for step in range(41, 50):  # a run that goes on at step 40
+        clock.now += 500 if step == 41 else 12
+        lines.append(pace.forecast(step, max_steps=1006))
+    (line,) = [line for line in lines if line]
+    assert lines.index(line) == 5 and "expected  3 h 12 min to step 1006" in line
+
+
+def test_time_is_told_as_people_say_it():
+    assert [duration(seconds) for seconds in (41, 125, 11_520)] == ["41 s", "2 min", "3 h 12 min"]
