@@ -7,7 +7,7 @@ import pytest
 from accelerate import Accelerator
 
 from zs3.command_line import InputError
-from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, duration, names_lines
+from zs3.run_plan import Pace, check_trackers, cut_batch, duration, names_lines
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
