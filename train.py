@@ -11,6 +11,8 @@ folder.
 """
 
 import itertools
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -52,8 +54,9 @@ from zs3.data import (
 from zs3.image_labels import GroundTruthLabels, PseudoLabels, Setting, training_space
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.nouns import CaptionLabels, load_caption_nouns
-from zs3.run_folder import MetricsLog, Progress, check_recipe, complete_checkpoints, save_checkpoint, save_final
+from zs3.run_folder import Checkpoints, MetricsLog, Progress, check_recipe, save_final
 from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, describe
+from zs3.stopping import EXIT_CODE, Termination, agree, outlive_first_sigterm
 
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")
@@ -350,6 +353,7 @@ def make_loader(
     options = {
         "pin_memory": accelerator.device.type == "cuda",
         "generator": torch.Generator(),  # its own: starting the loader must not move the state that a resume restores
+        "worker_init_fn": outlive_first_sigterm,
     }
     if not args.streaming:
         sampler = StepSampler(
@@ -380,6 +384,21 @@ def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
         project_config=ProjectConfiguration(logging_dir=str(Path(args.output_dir) / "trackers")),
     )
     return accelerator, parts
+
+
+def go_on_after(saved_by: int, args: TrainArgs, accelerator: Accelerator, step: int) -> None:
+    """Another number of processes than saved_by takes up a run: what of it is kept, in words."""
+    here = accelerator.num_processes
+    if args.streaming:
+        raise InputError(
+            f"a stream's shards are dealt out to processes, and this run was saved by {saved_by}: resume it with as "
+            f"many, not {here}, or it would meet some pictures twice and miss others"
+        )
+    set_seed(args.seed + 1 + accelerator.process_index + here * step)  # nor those of the run's beginning again
+    accelerator.print(
+        f"note      saved by {saved_by} processes, resumed by {here}: each step's images and their augmentation stay; "
+        "the sampled points and the images that batch norm averages over do not"
+    )
 
 
 def train(args: TrainArgs, overrides: dict) -> None:
@@ -430,14 +449,16 @@ def train(args: TrainArgs, overrides: dict) -> None:
     # Optimizer, schedule, state
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate)
     scheduler = make_scheduler(optimizer, args)
-    progress = Progress(accelerator.num_processes)
+    progress = Progress()
+    folder = output_dir / "checkpoints"
+    checkpoints = Checkpoints(accelerator, folder, model, scheduler, progress, kept=args.checkpoints_kept)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
-    accelerator.register_for_checkpointing(scheduler, progress)
-    checkpoints = output_dir / "checkpoints"
     set_seed(args.seed + 1 + accelerator.process_index)  # point sampling differs between processes
-    if complete_checkpoints(checkpoints):
-        accelerator.load_state(str(complete_checkpoints(checkpoints)[-1]))
+    saved_by = checkpoints.resume()
+    if saved_by is not None:
         accelerator.print(f"resumed   at step {progress.step}")
+        if saved_by != accelerator.num_processes:
+            go_on_after(saved_by, args, accelerator, progress.step)
     loader = make_loader(args, dataset, accelerator, parts, progress.step)
     log = MetricsLog(output_dir / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
     # tensorboard drops what a killed run wrote after its last checkpoint.
@@ -447,19 +468,29 @@ def train(args: TrainArgs, overrides: dict) -> None:
     quiet = not accelerator.is_local_main_process
     pace, seconds_before = Pace(accelerator), progress.seconds
     mean = StepMean(accelerator)
-    with tqdm(total=args.max_steps, initial=progress.step, unit="step", mininterval=1, disable=quiet) as bar:
+    bar = tqdm(total=args.max_steps, initial=progress.step, unit="step", mininterval=1, disable=quiet)
+    step_ids, fault = [], None
+    with Termination() as termination, bar:
         for batch in pace.timed(loader):
             image_ids = batch.pop("image_ids")
+            step_ids += image_ids
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(model):
                 outputs = model(**batch, text_embeds=text_embeds)
                 if not torch.isfinite(outputs.loss):
                     loss = float(outputs.loss.detach())
-                    raise InputError(f"the loss is {loss} at step {progress.step}, images {image_ids}: stopped")
+                    fault = f"the loss is {loss} at step {progress.step}, images {image_ids}: stopped"
                 mean.add(outputs)
                 accelerator.backward(outputs.loss)
                 if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    terminated = agree(accelerator, termination.received, fault)
+                    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                    if accelerator.scaler is None and not math.isfinite(grad_norm):  # fp16's scaler skips such a step
+                        step_ids = gather_object(step_ids)
+                        raise InputError(
+                            f"the gradients' norm is {grad_norm} at step {progress.step} although the loss is finite, "
+                            f"images {step_ids}: stopped"
+                        )
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
@@ -474,19 +505,23 @@ def train(args: TrainArgs, overrides: dict) -> None:
             if forecast and accelerator.is_main_process:
                 bar.write(forecast)
             if progress.step % args.logging_steps == 0 or progress.step == args.max_steps:
-                values = mean.values() | {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+                values = mean.values() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
                 values |= {"data_wait": round(pace.data_wait(), 4)}
                 bar.set_postfix(loss=f"{values['loss']:.2f}", same=f"{values['same_label_rate']:.2f}")
                 if log is not None:
                     log.write(progress, values)
                 accelerator.log(values, step=progress.step)
             mean = StepMean(accelerator)
-            if progress.step % args.checkpointing_steps == 0 and progress.step < args.max_steps:
-                save_checkpoint(accelerator, checkpoints, progress.step, args.checkpoints_kept)
+            step_ids = []
+            if terminated or progress.step % args.checkpointing_steps == 0 or progress.step == args.max_steps:
+                checkpoints.save()
+            if terminated:
+                break
 
     # Save
+    complete = progress.step == args.max_steps
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if complete and accelerator.is_main_process:
         model = accelerator.unwrap_model(model)
         results = {
             "images_per_second": round(progress.step * args.batch_size / max(progress.seconds, 1e-9), 2),
@@ -498,12 +533,17 @@ def train(args: TrainArgs, overrides: dict) -> None:
         }
         write_json(output_dir / "all_results.json", results)
         save_final(model, processor, output_dir / "final")  # last: where it is, the run is complete
-    accelerator.print(f"trained in {progress.seconds:.0f} s; the model is in {output_dir / 'final'}")
+    if complete:
+        accelerator.print(f"trained in {progress.seconds:.0f} s; the model is in {output_dir / 'final'}")
+    else:
+        accelerator.print(f"SIGTERM: stopped after step {progress.step}, which is saved; the same command goes on")
     # The model goes before its process group: the other way round, freeing DDP's reducer can wait for ever for a
     # thread of gloo that waits for Python's lock.
     del model, optimizer
     accelerator.free_memory()
     accelerator.end_training()
+    if not complete:
+        sys.exit(EXIT_CODE)
 
 
 def main() -> None:

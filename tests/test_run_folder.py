@@ -1,12 +1,396 @@
-"""zs3/run_folder.py: what a run leaves in its output folder, and what it takes up again."""
+"""What a run leaves in its output folder, and that it goes on from there whatever stopped it.
+
+A run is a process of its own, forked from one that has imported everything, so that a kill costs a second.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import pkgutil
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import count
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
+from runs import flags, write_data
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import save_checkpoint
 
-from zs3.command_line import InputError
-from zs3.run_folder import Progress
+import train
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from train import TrainArgs, go_on_after
+from zs3.command_line import InputError, run
+from zs3.run_folder import MetricsLog, Progress, complete_checkpoints, damage
+
+SETTINGS = {"max_steps": 12, "checkpointing_steps": 3, "logging_steps": 1}
+KILLS = int(os.environ.get("ZS3_KILLS", 2))
+SEED = int(os.environ.get("ZS3_KILL_SEED", time.time()))
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["train", "test_run_folder"])
 
 
-def test_a_run_is_resumed_with_as_many_processes_as_it_began_with():
-    state = Progress(1).state_dict()
-    with pytest.raises(InputError, match="started with 1 processes"):
-        Progress(2).load_state_dict(state)
+# ---- runs --------------------------------------------------------------------------------------------------
+
+
+def start(arguments: list[str], log: Path, *changes: Callable[[], None], **environment: str) -> BaseProcess:
+    """A run of train.py; its output goes to log. changes: called in its process, before it begins."""
+    environment = {"ACCELERATE_USE_CPU": "true", **environment}
+    process = processes.Process(target=train_in_process, args=(arguments, log, changes, environment))
+    process.start()
+    return process
+
+
+def train_in_process(arguments: list[str], log: Path, changes: tuple, environment: dict[str, str]) -> None:
+    os.setsid()  # a process group of its own, with its loader's workers
+    multiprocessing.set_start_method("fork", force=True)  # of those workers, as in a run from the command line
+    os.environ.update(environment)
+    with log.open("ab", buffering=0) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    for change in changes:
+        change()
+    sys.argv = ["train.py", *arguments]
+    run(train.main)
+
+
+def start_two(arguments: list[str], log: Path, *changes: Callable[[], None]) -> list[BaseProcess]:
+    """A run of two processes, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(arguments, log, *changes, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
+
+
+def ended(process: BaseProcess) -> int:
+    process.join(timeout=120)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError("the run hangs")
+    return process.exitcode
+
+
+def wait_for(happened: Callable[[], bool], process: BaseProcess) -> None:
+    while not happened():
+        assert process.is_alive(), "the run ended too early"
+        time.sleep(0.005)
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "final" / "model.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def logged(output_dir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+# Changes to a run
+
+
+def kill_at(function_name: str, call: int) -> None:
+    """SIGKILL in place of the so manieth call of a function, "module:name"."""
+    owner, _, name = function_name.replace(":", ".").rpartition(".")
+    calls, place, function = count(1), pkgutil.resolve_name(owner), pkgutil.resolve_name(function_name)
+
+    def counted(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(place, name, counted)
+
+
+def record_images(folder: Path) -> None:
+    """The image ids of each step, a line a step, in a file for each process."""
+    collate = train.collate
+
+    def recorded(samples):
+        batch = collate(samples)
+        with (folder / f"images{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
+            file.write(json.dumps(batch["image_ids"]) + "\n")
+        return batch
+
+    train.collate = recorded
+
+
+def spoil_loss(term: Callable[[torch.Tensor], torch.Tensor], step: int, rank: str) -> None:
+    """In one process, from a step on, the loss has one more term, of a weight."""
+    forward, calls = Zs3ForSemanticSegmentation.forward, count()
+
+    def spoiled(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        if next(calls) >= step and os.environ.get("RANK", "0") == rank:
+            outputs.loss = outputs.loss + term(next(self.parameters()).sum())
+        return outputs
+
+    Zs3ForSemanticSegmentation.forward = spoiled
+
+
+def infinite(weight: torch.Tensor) -> torch.Tensor:
+    return weight * math.inf
+
+
+def flat_but_steep(weight: torch.Tensor) -> torch.Tensor:
+    """0, with an infinite gradient."""
+    return (weight - weight.detach()).abs().sqrt()
+
+
+def limit_file_size(bytes_: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> Path:
+    """The output folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("straight")
+    first = processes.Process(target=int)
+    first.start()
+    first.join()  # it has waited for all imports
+    began = time.monotonic()
+    assert ended(start(flags(data, folder, **SETTINGS), folder / "log", partial(record_images, folder))) == 0
+    (folder / "seconds").write_text(str(time.monotonic() - began))
+    return folder
+
+
+@pytest.fixture
+def stopped(data, straight, tmp_path) -> tuple[Path, list[str]]:
+    """A run with two checkpoints that has not ended, and its command."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    shutil.rmtree(folder / "final")
+    command = flags(data, folder, **SETTINGS)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(straight), str(folder)))
+    (folder / "log").unlink()
+    return folder, command
+
+
+# ---- killed ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_undisturbed_one(data, straight, tmp_path):
+    moments, expected = random.Random(SEED), weights(straight)
+    print(f"ZS3_KILL_SEED={SEED}, {KILLS} kills")
+    folder, kills = tmp_path / "run", 0
+    while kills < KILLS:
+        process = start(flags(data, folder, **SETTINGS), tmp_path / "log")
+        moment = moments.uniform(0, float((straight / "seconds").read_text()))
+        process.join(timeout=moment)
+        if process.exitcode is None:
+            process.kill()
+            kills += 1
+            found = complete_checkpoints(folder / "checkpoints")
+            print(f"killed after {moment:.3f} s; newest checkpoint: {found[-1].name if found else None}")
+        assert ended(process) in (0, -signal.SIGKILL)
+        if (folder / "final").exists():  # it was faster
+            assert equal(weights(folder), expected)
+            shutil.rmtree(folder)
+    assert ended(start(flags(data, folder, **SETTINGS), tmp_path / "log")) == 0
+    assert equal(weights(folder), expected)
+    assert logged(folder) == logged(straight) == list(range(1, 13))
+
+
+# The function that is killed, at which call, and the checkpoints that are left
+PLACES = {
+    "while a checkpoint is written": ("zs3.run_folder:write_manifest", 2, ["step_00000003", "step_00000006.partial"]),
+    "before old checkpoints go": ("shutil:rmtree", 1, ["step_00000003", "step_00000006", "step_00000009"]),
+    "while the final model is written": (
+        "processing_zs3:Zs3ImageProcessor.save_pretrained",
+        1,
+        ["step_00000009", "step_00000012"],
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_killed(place, data, straight, tmp_path):
+    *at, left = PLACES[place]
+    command = flags(data, tmp_path / "run", **SETTINGS)
+    assert ended(start(command, tmp_path / "log", partial(kill_at, *at))) == -signal.SIGKILL
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == left
+    assert not (tmp_path / "run" / "final").exists()
+    assert ended(start(command, tmp_path / "log")) == 0
+    assert equal(weights(tmp_path / "run"), weights(straight))
+    assert logged(tmp_path / "run") == logged(straight)
+    assert {path.suffix for path in tmp_path.rglob("*")}.isdisjoint({".partial"})
+
+
+def test_a_run_of_two_processes_outlives_the_death_of_one(data, tmp_path):
+    command = flags(data, tmp_path / "run", **{**SETTINGS, "max_steps": 20})
+    two = start_two(command, tmp_path / "log")
+    wait_for(lambda: bool(complete_checkpoints(tmp_path / "run" / "checkpoints")), two[0])
+    two[1].kill()
+    assert ended(two[0]) != 0 and not (tmp_path / "run" / "final").exists()
+    assert [ended(process) for process in start_two(command, tmp_path / "log")] == [0, 0]
+    assert logged(tmp_path / "run") == list(range(1, 21))
+
+
+# ---- damaged -----------------------------------------------------------------------------------------------
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "optimizer.bin is missing": lambda folder: (folder / "optimizer.bin").unlink(),
+    "model.safetensors has 1000 bytes": lambda folder: os.truncate(folder / "model.safetensors", 1000),
+    "the contents of random_states_0.pkl have changed": lambda folder: flip_bit(folder / "random_states_0.pkl"),
+    "manifest.json is missing": lambda folder: (folder / "manifest.json").unlink(),
+    "": lambda folder: flip_bit(folder / "manifest.json"),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_a_damaged_checkpoint_is_recognised(words, straight, tmp_path):
+    whole = shutil.copytree(complete_checkpoints(straight / "checkpoints")[-1], tmp_path / "copy")
+    assert damage(whole) is None
+    DAMAGES[words](whole)
+    assert words in damage(whole)
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(straight, stopped):
+    folder, command = stopped
+    flip_bit(folder / "checkpoints" / "step_00000012" / "optimizer.bin")
+    assert ended(start(command, folder / "log")) == 0
+    log = (folder / "log").read_text()
+    assert "step_00000012 is damaged (the contents of optimizer.bin have changed)" in log and "at step 9" in log
+    assert equal(weights(folder), weights(straight)) and logged(folder) == logged(straight)
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_lost_and_the_folder_named(stopped):
+    folder, command = stopped
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / "model.safetensors").unlink()
+    before = sorted((folder / "checkpoints").rglob("*"))
+    assert ended(start(command, folder / "log")) == 2
+    assert f"error: no checkpoint in {folder / 'checkpoints'} is whole" in (folder / "log").read_text()
+    assert sorted((folder / "checkpoints").rglob("*")) == before
+
+
+def test_a_half_written_line_of_metrics_is_written_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 0.25}\n{"step": 2, "loss": 0.5}\n{"step": 3, "loss": 0.7')
+    log = MetricsLog(path, 2)
+    assert log.last["loss"] == 0.5
+    log.write(Progress(3, 9.0), {"loss": 0.75})
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin"])
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(file, stopped):
+    folder, command = stopped
+    last, newest = complete_checkpoints(folder / "checkpoints")
+    size = (newest / file).stat().st_size
+    shutil.rmtree(newest)
+    assert ended(start(command, folder / "log", partial(limit_file_size, size - 1))) == 2
+    errors = [line for line in (folder / "log").read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "ulimit -f" in errors[0]
+    assert complete_checkpoints(folder / "checkpoints") == [last] and damage(last) is None
+
+
+# ---- frozen towers -----------------------------------------------------------------------------------------
+
+
+def test_frozen_towers_are_in_no_checkpoint_and_must_be_the_same_again(data, tmp_path):
+    options = {"config": None, "max_steps": 2, "checkpointing_steps": 1, "batch_size": 2, "crop_size": 64}
+    command = flags(data, tmp_path / "run", init_from=tmp_path / "start", num_workers=0, **options)
+    record = {"text": False, "vision": True, "seen_class_names": [], "unseen_labels": "none"}
+    save_checkpoint(tmp_path / "start", seed=1, **record)
+    assert ended(start(command, tmp_path / "log")) == 0
+    expected = weights(tmp_path / "run")
+    towers = {name for name in expected if name.startswith("vision_model.")}
+    first, last = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    with safe_open(first / "model.safetensors", "pt") as file:
+        assert towers and set(file.keys()) == expected.keys() - towers
+    shutil.rmtree(last)
+    shutil.rmtree(tmp_path / "run" / "final")
+    assert ended(start(command, tmp_path / "log")) == 0
+    assert equal(weights(tmp_path / "run"), expected)
+    shutil.rmtree(tmp_path / "run" / "final")
+    save_checkpoint(tmp_path / "start", seed=2, **record)
+    assert ended(start(command, tmp_path / "log")) == 2
+    assert "other CLIP towers" in (tmp_path / "log").read_text()
+
+
+# ---- stopped -----------------------------------------------------------------------------------------------
+
+
+def test_sigterm_to_a_run_and_its_workers_saves_the_step(data, straight, tmp_path):
+    rare = {**SETTINGS, "checkpointing_steps": 12, "num_workers": 2}
+    command, metrics = flags(data, tmp_path / "run", **rare), tmp_path / "run" / "metrics.jsonl"
+    process = start(command, tmp_path / "log")
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert ended(process) == 143
+    (saved,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert f"stopped after step {int(saved.name[5:])}, which is saved" in (tmp_path / "log").read_text()
+    assert ended(start(command, tmp_path / "log")) == 0
+    assert equal(weights(tmp_path / "run"), weights(straight)) and logged(tmp_path / "run") == logged(straight)
+
+
+def test_one_process_goes_on_with_the_images_of_two_that_sigterm_stopped(data, straight, tmp_path):
+    command, metrics = flags(data, tmp_path / "run", **SETTINGS), tmp_path / "run" / "metrics.jsonl"
+    two = start_two(command, tmp_path / "log", partial(record_images, tmp_path))
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, two[0])
+    os.kill(two[1].pid, signal.SIGTERM)  # the other one hears of it
+    assert [ended(process) for process in two] == [143, 143]
+    halves = [read_lines(tmp_path / f"images{rank}.jsonl") for rank in (0, 1)]
+    steps = [mine + others for mine, others in zip(*halves, strict=True)]
+    assert 2 <= len(steps) < 12
+    (tmp_path / "images0.jsonl").unlink()
+    assert ended(start(command, tmp_path / "log", partial(record_images, tmp_path))) == 0
+    steps += read_lines(tmp_path / "images0.jsonl")
+    assert steps == read_lines(straight / "images0.jsonl")
+    assert "saved by 2 processes, resumed by 1" in (tmp_path / "log").read_text()
+
+
+def read_lines(path: Path) -> list[list[str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_stream_is_not_dealt_out_to_another_number_of_processes():
+    with pytest.raises(InputError, match="saved by 2: resume it with as many, not 1"):
+        go_on_after(2, TrainArgs(streaming=True), Accelerator(cpu=True), step=7)
+
+
+def test_an_infinite_loss_in_one_process_stops_all_and_names_its_images(data, tmp_path):
+    command = flags(data, tmp_path / "run", **SETTINGS)
+    changes = [partial(record_images, tmp_path), partial(spoil_loss, infinite, 4, "1")]
+    assert [ended(process) for process in start_two(command, tmp_path / "log", *changes)] == [2, 2]
+    (line,) = {line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")}
+    assert f"at step 4, images {read_lines(tmp_path / 'images1.jsonl')[-1]}" in line
+    assert len(read_lines(tmp_path / "images1.jsonl")) == 5
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
+
+
+def test_infinite_gradients_of_a_finite_loss_stop_the_run(data, tmp_path):
+    command = flags(data, tmp_path / "run", **SETTINGS)
+    assert ended(start(command, tmp_path / "log", partial(spoil_loss, flat_but_steep, 4, "0"))) == 2
+    assert "at step 4 although the loss is finite" in (tmp_path / "log").read_text()
+    assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]

@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from PIL import Image
+from runs import RECIPE, flags, write_data
 from safetensors.torch import load_file
 from tiny import save_checkpoint, tiny_model
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
@@ -26,59 +25,14 @@ from zs3.data import load_split
 from zs3.label_space import load_label_space
 from zs3.nouns import write_nouns
 from zs3.pseudo_labels import write_shard
-from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
+from zs3.scenes import CLASS_NAMES, UNSEEN
 
 ROOT = Path(__file__).parent.parent
-RECIPE = {
-    "hidden_dim": 32,
-    "feature_size": 32,
-    "mask_feature_size": 32,
-    "num_queries": 8,
-    "decoder_layers": 2,
-    "encoder_layers": 1,
-    "num_attention_heads": 2,
-    "dim_feedforward": 32,
-    "encoder_feedforward_dim": 32,
-    "train_num_points": 64,
-    "backbone_config": {
-        "model_type": "resnet",
-        "layer_type": "basic",
-        "depths": [1, 1, 1, 1],
-        "hidden_sizes": [8, 8, 16, 16],
-        "embedding_size": 8,
-        "out_features": ["stage1", "stage2", "stage3", "stage4"],
-    },
-    "batch_size": 2,
-    "crop_size": 64,
-    "max_size": 96,
-    "test_short_edge": 64,
-    "num_workers": 0,
-    "learning_rate": 1e-3,
-    "max_grad_norm": 1.0,
-    "logging_steps": 2,
-    "max_steps": 4,
-}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "scenes"
-    write_dataset(folder, num_train=6, num_validation=3, seed=0)
-    rng = np.random.default_rng(0)
-    np.save(folder.parent / "text.npy", rng.normal(size=(len(CLASS_NAMES), 12)).astype(np.float32))
-    (folder.parent / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    return folder
-
-
-def flags(data: Path, output_dir: Path, **overrides) -> list[str]:
-    values = {
-        "config": data.parent / "recipe.yaml",
-        "dataset": data,
-        "output_dir": output_dir,
-        "text_embeds": data.parent / "text.npy",
-        **overrides,
-    }
-    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))]
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def train(*arguments: str, processes: int = 1, **kwargs) -> subprocess.Popen:
@@ -112,30 +66,6 @@ def refused(monkeypatch, capsys, arguments: list[str]) -> str:
     return line
 
 
-def test_a_killed_run_resumes_to_the_weights_of_an_uninterrupted_one(data, tmp_path):
-    straight = train(*flags(data, tmp_path / "straight", max_steps=40, checkpointing_steps=4))
-    killed = train(*flags(data, tmp_path / "killed", max_steps=40, checkpointing_steps=4))
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step_*[0-9]")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "final").exists()
-    again = train(
-        *flags(data, tmp_path / "killed", max_steps=40, checkpointing_steps=4), stdout=subprocess.PIPE, text=True
-    )
-    printed = again.communicate()[0]
-    assert again.returncode == 0 and "resumed" in printed
-    assert straight.wait() == 0
-    expected = load_file(tmp_path / "straight" / "final" / "model.safetensors")
-    resumed = load_file(tmp_path / "killed" / "final" / "model.safetensors")
-    assert expected.keys() == resumed.keys()
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(2, 41, 2))
-
-
 def test_two_processes_train_one_model(data, tmp_path):
     process = train(*flags(data, tmp_path / "two"), processes=2)
     assert process.wait() == 0
@@ -154,6 +84,7 @@ def test_a_streamed_run_goes_on_with_the_pictures_it_would_have_met(
     whole = [batch["labels"] for batch in batches]
     expected = load_file(tmp_path / "run" / "final" / "model.safetensors")
     shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000005")
     batches.clear()
     main()
     assert len(whole) == 5 and len(batches) == 5 - steps_before
@@ -467,6 +398,7 @@ def test_a_tracker_gets_what_metrics_jsonl_gets_and_goes_on_at_its_step(data, tm
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "run", **run_steps)])
     main()
     shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000005")
     main()  # from the checkpoint of step 3 on
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(tmp_path / "run" / "trackers" / "zs3")).Reload().Scalars("loss")

@@ -1,15 +1,39 @@
-"""The output folder of a training run: its recipe, checkpoints, metrics and the final model."""
+"""The output folder of a training run: its recipe, checkpoints, metrics and the final model.
 
+Whatever is there under its own name is whole: files and folders are written beside, brought to the disk and renamed.
+So a run may be killed at any moment. What happens to a checkpoint later (a truncated file, a flipped bit) its manifest
+shows, and the run goes on from the one before.
+
+Weights are read from safetensors alone. The states of optimizer, scaler and random numbers are accelerate's files, the
+schedule's and the counts are in progress.bin: pickles, all read with torch's `weights_only`, which runs no code of the
+file. (Objects given to `register_for_checkpointing` would be read without it, hence none is.)
+"""
+
+import hashlib
 import json
 import os
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import ProcessorMixin
 
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import InputError, finite_or_none, write_text
+from processing_zs3 import Zs3ImageProcessor
+from zs3.checkpoints import file_sha256
+from zs3.command_line import InputError, finite_or_none, one_line, write_json, write_text
+
+TOWERS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
+MANIFEST = "manifest.json"
+# What torch.save says when the disk takes no more: the system's reason is lost in its C++.
+TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter")
 
 
 def check_recipe(path: Path, recipe: dict) -> None:
@@ -29,53 +53,211 @@ def check_recipe(path: Path, recipe: dict) -> None:
     write_text(path, yaml.safe_dump(recipe, sort_keys=False))
 
 
+# ---- checkpoints -------------------------------------------------------------------------------------------
+
+
+@dataclass
 class Progress:
-    """Optimizer steps done and seconds spent; saved with every checkpoint."""
+    """How far a run is: optimizer steps done, seconds spent."""
 
-    def __init__(self, num_processes: int) -> None:
-        self.step = 0
-        self.seconds = 0.0
-        self.num_processes = num_processes
+    step: int = 0
+    seconds: float = 0.0
 
-    def state_dict(self) -> dict:
-        return {"step": self.step, "seconds": self.seconds, "num_processes": self.num_processes}
 
-    def load_state_dict(self, state: dict) -> None:
-        if state["num_processes"] != self.num_processes:
+class Checkpoints:
+    """The checkpoints of a run: folders `step_*` with all that it needs to go on, but for the frozen CLIP towers.
+
+    folder: seen by all processes, those on other machines too.
+    model: not prepared yet.
+    kept: how many stay when a new one is complete.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        model: Zs3ForSemanticSegmentation,
+        scheduler: LRScheduler,
+        progress: Progress,
+        kept: int,
+    ):
+        self.accelerator = accelerator
+        self.folder = folder
+        self.model = model
+        self.scheduler = scheduler
+        self.progress = progress
+        self.kept = kept
+        self.towers_sha256 = towers_sha256(model)
+        accelerator.register_save_state_pre_hook(self._leave_towers_out)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+
+    def save(self) -> None:
+        """By all processes together. Older checkpoints go only when the new one is complete."""
+        final = self.folder / f"step_{self.progress.step:08d}"
+        partial = final.with_suffix(".partial")
+        try:
+            self._write(partial)
+        except RuntimeError as error:
+            if any(words in str(error) for words in TORCH_CANNOT_WRITE):
+                raise InputError(
+                    f"cannot write {partial}: no space left on the disk, or a limit (ulimit -f) is too low; the "
+                    "checkpoint before is whole, make room and start again"
+                ) from error
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_manifest(partial)
+            rename(partial, final)
+            for old in complete_checkpoints(self.folder)[: -self.kept]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        if self.accelerator.is_main_process:
+            state = {
+                **asdict(self.progress),
+                "num_processes": self.accelerator.num_processes,
+                "towers_sha256": self.towers_sha256,
+                "scheduler": self.scheduler.state_dict(),
+            }
+            torch.save(state, folder / "progress.bin")
+
+    def resume(self) -> int | None:
+        """Takes up the newest checkpoint that is whole. The number of processes that saved it; None: there is none."""
+        answer: list = [None, None]  # of the main process, for all
+        if self.accelerator.is_main_process:
+            try:
+                answer[0] = self._newest_whole()
+            except InputError as error:
+                answer[1] = str(error)
+        path, fault = broadcast_object_list(answer)
+        if fault is not None:
+            raise InputError(fault)
+        if path is None:
+            return None
+        state = torch.load(path / "progress.bin", weights_only=True)
+        if state["towers_sha256"] != self.towers_sha256:
             raise InputError(
-                f"the run was started with {state['num_processes']} processes: resume it with as many, not "
-                f"{self.num_processes}, or choose another --output_dir"
+                f"{path} was trained with other CLIP towers: start from the same --clip or --init_from as before"
             )
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.accelerator.load_state(str(path))
+        # accelerate counts micro-batches. A checkpoint lies between two steps, on any number of micro-batches a step.
+        self.accelerator.step = 0
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.progress.step, self.progress.seconds = state["step"], state["seconds"]
+        return state["num_processes"]
+
+    def _newest_whole(self) -> Path | None:
+        """Damaged ones after it are put aside; what a killed run left half written is deleted."""
+        for partial in self.folder.glob("*.partial"):
+            shutil.rmtree(partial)
+        damaged = []
+        found = complete_checkpoints(self.folder)
+        for path in reversed(found):
+            fault = damage(path)
+            if fault is None:
+                break
+            print(f"warning: checkpoint {path} is damaged ({fault}): it is not used")
+            damaged.append(path)
+        else:
+            if found:
+                # Starting over by itself could throw away days of work that the user may still rescue: a copy of the
+                # folder, a disk that is back tomorrow.
+                raise InputError(
+                    f"no checkpoint in {self.folder} is whole: put one back, or delete this folder to train from the "
+                    "beginning"
+                )
+            return None
+        for other in damaged:
+            aside = other.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(other, aside)
+        return path
+
+    def _leave_towers_out(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        """accelerate's hook before it writes the weights; sharded ones (FSDP) it has written already, whole."""
+        if weights:
+            state = self.model.state_dict()
+            weights[:] = [{name: tensor for name, tensor in state.items() if not name.startswith(TOWERS)}]
+
+    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
+        """accelerate's hook before it reads the weights; those that it is to read itself (FSDP's) are not listed."""
+        if models:
+            models.clear()
+            missing, unexpected = load_model(self.model, Path(folder) / "model.safetensors", strict=False)
+            lost = sorted(name for name in missing if not name.startswith(TOWERS)) + unexpected
+            if lost:
+                raise InputError(f"{folder} is of another architecture: {lost[0]} and {len(lost) - 1} other weights")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in order of their steps. A folder still being written has another name."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix != ".partial")
+    """Checkpoints in order of their steps. One still being written, or put aside as damaged, has another name."""
+    return sorted(path for path in folder.glob("step_*") if not path.suffix)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, kept: int) -> None:
-    """Written beside and renamed; older ones go only when the new one is complete."""
-    final = folder / f"step_{step:08d}"
-    partial = final.with_suffix(".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(partial, final)
-        for old in complete_checkpoints(folder)[:-kept]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def towers_sha256(model: nn.Module) -> str:
+    """Of the weights that checkpoints leave out."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(TOWERS):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def save_final(model: Zs3ForSemanticSegmentation, processor, folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
+    """The size and hash of every file of a folder, in a file of its own."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in files
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint by its manifest; None if it is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, written in manifest.items():
+            size = (folder / name).stat().st_size
+            if size != written["bytes"]:
+                return f"{name} has {size} bytes, not {written['bytes']}"
+            if file_sha256(folder / name) != written["sha256"]:
+                return f"the contents of {name} have changed"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # unreadable, or a damaged manifest
+        return one_line(error)
+    return None
+
+
+def rename(partial: Path, final: Path) -> None:
+    """A folder takes its name when all of it is on the disk."""
+    for path in [*partial.rglob("*"), partial]:
+        _to_disk(path)
+    os.replace(partial, final)
+    _to_disk(final.parent)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- results -----------------------------------------------------------------------------------------------
+
+
+def save_final(model: Zs3ForSemanticSegmentation, processor: ProcessorMixin | Zs3ImageProcessor, folder: Path) -> None:
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
-    os.replace(partial, folder)
+    rename(partial, folder)
 
 
 class MetricsLog:
@@ -83,13 +265,15 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        self.last: dict = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        # A killed run may leave its last line half written.
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        written = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        kept = [values for values in written if values["step"] <= step]
+        self.last: dict = kept[-1] if kept else {}
+        write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
 
     def write(self, progress: Progress, values: dict[str, float]) -> None:
         self.last = finite_or_none({"step": progress.step, **values, "seconds": round(progress.seconds, 2)})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.last) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # no later than the checkpoint after which it is not written again
