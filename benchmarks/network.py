@@ -44,8 +44,13 @@ EQUAL = 1e-4  # of the largest mask logit
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 BACKBONES: dict[str, Callable[[], PreTrainedConfig]] = {
     "resnet50": lambda: ResNetConfig(out_features=STAGES),
-    "swin_tiny": lambda: SwinConfig(
-        embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, out_features=STAGES
+    "swin_tiny": lambda: SwinConfig(  # no stochastic depth, so that outputs can be compared in training
+        embed_dim=96,
+        depths=[2, 2, 6, 2],
+        num_heads=[3, 6, 12, 24],
+        window_size=7,
+        drop_path_rate=0.0,
+        out_features=STAGES,
     ),
 }
 ARCHITECTURE: dict[str, int] = {}  # what differs from Mask2Former's own
@@ -119,10 +124,10 @@ def make_zs3(backbone: str, **losses: object) -> Zs3ForSemanticSegmentation:
 
 
 def make_peer(
-    backbone: str, class_names: int, weights: Zs3ForSemanticSegmentation
+    backbone: str, class_names: int, weights: Zs3ForSemanticSegmentation, **losses: object
 ) -> Mask2FormerForUniversalSegmentation:
     """transformers' network with the weights of this project's; its class head is its own."""
-    config = Mask2FormerConfig(backbone_config=BACKBONES[backbone](), **ARCHITECTURE, num_labels=class_names)
+    config = Mask2FormerConfig(backbone_config=BACKBONES[backbone](), **ARCHITECTURE, **losses, num_labels=class_names)
     model = Mask2FormerForUniversalSegmentation(config)
     model.model.load_state_dict(weights.model.state_dict())
     return model
@@ -226,7 +231,7 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
             row["operations"] = operations(steps[OURS])
         dtype = getattr(torch, args.dtype)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            row |= measure_all(args, steps, device)
+            row |= measure_all(steps, args.rounds, args.gemm_size, dtype, device)
             if mode == "eager":
                 for name, model in ((PEER, peer), (OURS, ours)):
                     row["networks"][name]["parts"] = seconds_of_parts(model, steps[name], args.rounds, device)
@@ -235,10 +240,12 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
     return row
 
 
-def measure_all(args: NetworkArgs, steps: dict[str, Callable[[], object]], device: torch.device) -> dict:
-    """Times of both and of the matrix product in turns, memory of both."""
-    matrix = torch.randn(args.gemm_size, args.gemm_size, device=device, dtype=getattr(torch, args.dtype))
-    seconds = measure({**steps, GEMM: lambda: matrix @ matrix}, args.rounds, device)
+def measure_all(
+    steps: dict[str, Callable[[], object]], rounds: int, gemm_size: int, dtype: torch.dtype, device: torch.device
+) -> dict:
+    """Times of all steps and of the matrix product in turns, memory of the steps."""
+    matrix = torch.randn(gemm_size, gemm_size, device=device, dtype=dtype)
+    seconds = measure({**steps, GEMM: lambda: matrix @ matrix}, rounds, device)
     networks = {}
     for name, step in steps.items():
         ratios = [theirs / own for theirs, own in zip(seconds[PEER], seconds[name], strict=True)]
@@ -247,7 +254,7 @@ def measure_all(args: NetworkArgs, steps: dict[str, Callable[[], object]], devic
             "times_faster": statistics.median(ratios),
             "peak_mib": peak_memory(step, device),
         }
-    return {"operations_per_second": 2 * args.gemm_size**3 / min(seconds[GEMM]), "networks": networks}
+    return {"operations_per_second": 2 * gemm_size**3 / min(seconds[GEMM]), "networks": networks}
 
 
 def add_floor(rows: list[dict]) -> None:

@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from tiny import save_checkpoint, tiny_config, tiny_model
 
-from benchmarks import clip_views, criterion, gradient_sizes, label_count, loader, network, pseudo_labels, text_side
+from benchmarks import (
+    clip_views,
+    criterion,
+    gradient_sizes,
+    label_count,
+    loader,
+    network,
+    pseudo_labels,
+    text_side,
+    train_step,
+)
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
@@ -248,10 +258,11 @@ def tiny_networks(monkeypatch):
     """The benchmarks of the network at toy size, in this process."""
     config = tiny_config(text=False)
     sizes = {"hidden_dim", "feature_size", "mask_feature_size", "encoder_feedforward_dim", "encoder_layers"}
-    sizes |= {"dim_feedforward", "decoder_layers", "num_attention_heads", "num_queries", "train_num_points"}
+    sizes |= {"dim_feedforward", "decoder_layers", "num_attention_heads", "num_queries"}
     monkeypatch.setattr(network, "ARCHITECTURE", {name: getattr(config, name) for name in sizes})
     monkeypatch.setitem(network.BACKBONES, "resnet50", lambda: tiny_config(text=False).backbone_config)
-    monkeypatch.setattr(network, "in_fresh_process", lambda function, *args: function(*args))
+    for module in (network, train_step):
+        monkeypatch.setattr(module, "in_fresh_process", lambda function, *args: function(*args))
 
 
 FORWARD = {"backbones": "resnet50", "sizes": 64, "class_names": 5, "rounds": 2, "gemm_size": 64, "device": "cpu"}
@@ -266,12 +277,8 @@ def cells(printed: str, name: str) -> list[str]:
 def test_the_network_beside_transformers_with_ratio_and_floor_as_the_seconds_say(
     call, tmp_path, capsys, monkeypatch, tiny_networks
 ):
-    def turns(steps, rounds, device):
-        for step in steps.values():
-            step()
-        return {network.PEER: [3.0, 8.0, 10.0], network.OURS: [2.0, 2.0, 4.0], network.GEMM: [1.0, 0.5, 2.0]}
-
-    monkeypatch.setattr(network, "measure", turns)
+    seconds = {network.PEER: [3.0, 8.0, 10.0], network.OURS: [2.0, 2.0, 4.0], network.GEMM: [1.0, 0.5, 2.0]}
+    monkeypatch.setattr(network, "measure", lambda steps, rounds, device: {name: seconds[name] for name in steps})
     places = {"output": tmp_path / "network.json", "profile": tmp_path / "operators.txt"}
     call(network, **FORWARD, modes="eager", **places)
     row = json.loads((tmp_path / "network.json").read_text())["results"][0]
@@ -290,17 +297,18 @@ def test_the_network_beside_transformers_with_ratio_and_floor_as_the_seconds_say
     assert (tmp_path / "operators.txt").read_text().count("aten::addmm") == 2
 
 
-def test_networks_that_differ_are_no_comparison(call, monkeypatch, tiny_networks):
+@pytest.mark.parametrize("module", [network, train_step])
+def test_networks_that_differ_are_no_comparison(call, monkeypatch, tiny_networks, module):
     make_peer = network.make_peer
 
-    def wrong_peer(*args):
-        model = make_peer(*args)
+    def wrong_peer(*args, **losses):
+        model = make_peer(*args, **losses)
         model.model.pixel_level_module.decoder.mask_projection.bias.data[0] += 1
         return model
 
-    monkeypatch.setattr(network, "make_peer", wrong_peer)
-    with pytest.raises(ValueError, match="resnet50, 64, eager: mask logits differ"):
-        call(network, **FORWARD, modes="eager")
+    monkeypatch.setattr(module, "make_peer", wrong_peer)
+    with pytest.raises(ValueError, match="resnet50, 64, .*eager: mask logits differ"):
+        call(module, **(FORWARD if module is network else STEP), modes="eager")
 
 
 def test_operations_of_every_kind_of_product_are_counted():
@@ -321,3 +329,71 @@ def test_seconds_of_parts_are_those_of_a_part_without_the_parts_inside(monkeypat
     seconds = network.seconds_of_parts(peer, lambda: peer(images), 1, torch.device("cpu"))
     # Backbone from 1 to 3, pixel decoder from 7 to 63 with its encoder from 15 to 31, transformer from 127 to 255.
     assert list(seconds.values()) == [2, 16, 40, 128, 325]
+
+
+STEP = {**FORWARD, "classes": 3, "points": 64}
+
+
+def test_a_training_step_beside_transformers_with_ratios_as_the_seconds_say(
+    call, tmp_path, capsys, monkeypatch, tiny_networks
+):
+    measure, taken = network.measure, []
+
+    def turns(steps, rounds, device):
+        taken.append(measure(steps, rounds, device))
+        return taken[-1]
+
+    monkeypatch.setattr(network, "measure", turns)
+    call(train_step, **STEP, norms="frozen live", output=tmp_path / "step.json", profile=tmp_path / "operators.txt")
+    rows = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert [row["norms"] for row in rows] == ["frozen", "live"]
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "step.md").read_text()
+    for row, seconds in zip(rows, taken, strict=True):
+        peer = row["networks"][train_step.PEER]
+        for name in (train_step.SAME, train_step.EQ8):
+            figures, ratios = (
+                row["networks"][name],
+                [a / b for a, b in zip(seconds[network.PEER], seconds[name], strict=True)],
+            )
+            assert figures["times_faster"] == pytest.approx(sum(ratios) / 2)
+            assert figures["times_the_floor"] == pytest.approx(figures["seconds"] / row["floor_seconds"])
+            assert figures["peak_share"] == pytest.approx(figures["peak_mib"] / peer["peak_mib"])
+            assert (
+                f"{row['norms']} | eager | {name} | {figures['seconds']:.3f} | {figures['times_faster']:.2f} |"
+                in printed
+            )
+        assert row["largest_difference"] < 1e-4 and row["gradient_difference"] < 1e-3
+    assert (tmp_path / "operators.txt").read_text().count("aten::convolution_backward") == 2 * 3
+
+
+def test_a_gradient_that_differs_is_no_comparison(call, monkeypatch, tiny_networks):
+    make_peer = network.make_peer
+
+    def half_detached(*args, **losses):
+        peer = make_peer(*args, **losses)
+        peer.model.transformer_module.queries_features.weight.register_hook(lambda grad: 2 * grad)
+        return peer
+
+    monkeypatch.setattr(train_step, "make_peer", half_detached)
+    with pytest.raises(ValueError, match="live, eager: .*their gradient by"):
+        call(train_step, **STEP, norms="live")
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("name", [train_step.PEER, train_step.SAME])
+def test_a_step_trains_all_weights_but_those_of_frozen_norms(tiny_networks, name, frozen):
+    zs3 = network.make_zs3("resnet50")
+    model = network.make_peer("resnet50", 5, zs3) if name == train_step.PEER else zs3
+    model.train()
+    if frozen:
+        train_step.freeze_norms(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    labels, text_embeds = torch.arange(64).expand(2, 64, 64) // 16, torch.randn(5, zs3.config.projection_dim)
+    args = train_step.TrainStepArgs(class_names=5)
+    train_step.make_steps(args, {name: model}, torch.randn(2, 3, 64, 64), text_embeds, labels)[name]()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    norms = {key for key, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    assert any(key.rpartition(".")[0] in norms for key in changed) is not frozen
+    assert "model.transformer_module.queries_features.weight" in changed
+    assert all(weight.grad is None for weight in model.parameters())
