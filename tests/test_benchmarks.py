@@ -344,6 +344,7 @@ def test_a_training_step_beside_transformers_with_ratios_as_the_seconds_say(
         return taken[-1]
 
     monkeypatch.setattr(network, "measure", turns)
+    monkeypatch.setattr(train_step, "operator_table", lambda step, device: "operators")  # takes the profiler seconds
     call(train_step, **STEP, norms="frozen live", output=tmp_path / "step.json", profile=tmp_path / "operators.txt")
     rows = json.loads((tmp_path / "step.json").read_text())["results"]
     assert [row["norms"] for row in rows] == ["frozen", "live"]
@@ -364,7 +365,7 @@ def test_a_training_step_beside_transformers_with_ratios_as_the_seconds_say(
                 in printed
             )
         assert row["largest_difference"] < 1e-4 and row["gradient_difference"] < 1e-3
-    assert (tmp_path / "operators.txt").read_text().count("aten::convolution_backward") == 2 * 3
+    assert (tmp_path / "operators.txt").read_text().count("\noperators\n") == 2 * 3
 
 
 def test_a_gradient_that_differs_is_no_comparison(call, monkeypatch, tiny_networks):
