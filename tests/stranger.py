@@ -29,6 +29,7 @@ def forget_the_project() -> None:
         "label_maps_zs3",
         "losses_zs3",
         "modeling_zs3",
+        "network_zs3",
         "processing_zs3",
         "text_zs3",
         "zs3",

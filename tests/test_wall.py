@@ -15,6 +15,7 @@ HUB_HALF = (
     "label_maps_zs3",
     "losses_zs3",
     "modeling_zs3",
+    "network_zs3",
     "pipeline_zs3",
     "processing_zs3",
     "text_zs3",

@@ -1,0 +1,269 @@
+"""network_zs3 beside transformers' own forward of the same modules, and beside loops."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig, Mask2FormerModel, ResNetConfig, SwinConfig
+from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
+
+from network_zs3 import call, decoder_outputs, deformable_sum, visible_tokens
+
+SIZES = {"hidden_dim": 64, "feature_size": 64, "mask_feature_size": 16, "num_queries": 7, "num_attention_heads": 2}
+LAYERS = {"encoder_layers": 2, "decoder_layers": 4, "dim_feedforward": 24, "encoder_feedforward_dim": 24}
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 32], "depths": [1, 2, 1, 1], "out_features": STAGES}
+BACKBONES = {
+    "basic": ResNetConfig(layer_type="basic", **RESNET),
+    "bottleneck": ResNetConfig(layer_type="bottleneck", downsample_in_first_stage=True, hidden_act="gelu", **RESNET),
+    "some": ResNetConfig(layer_type="bottleneck", **RESNET),
+    "swin": SwinConfig(
+        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4, drop_path_rate=0.0, out_features=STAGES
+    ),
+}
+
+
+def network(backbone: str = "basic", **fields) -> Mask2FormerModel:
+    """Random, nothing in it at a value that would hide an error: statistics, offsets, shares of points."""
+    torch.manual_seed(0)
+    model = Mask2FormerModel(Mask2FormerConfig(backbone_config=BACKBONES[backbone], **{**SIZES, **LAYERS, **fields}))
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "sampling_offsets" in name or "attention_weights" in name:
+                tensor.normal_(0, 0.5)
+            elif "running_var" in name or (tensor.dim() == 1 and "norm" in name and name.endswith("weight")):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.dim() == 1 and tensor.is_floating_point():
+                tensor.normal_(0, 0.2)
+    return model.eval()
+
+
+def theirs(model: Mask2FormerModel, pixels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    outputs = model(pixels, output_hidden_states=True)
+    hidden = [state.transpose(0, 1) for state in outputs.transformer_decoder_intermediate_states]
+    return list(outputs.masks_queries_logits), hidden
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("size", [(64, 96), (32, 32), (32, 160)])
+def test_every_output_is_that_of_transformers(backbone, size):
+    model, pixels = network(backbone), torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = theirs(model, pixels)
+        every = decoder_outputs(model, pixels, every=True)
+        last = decoder_outputs(model, pixels, every=False)
+    for found, known in zip(every, expected, strict=True):
+        assert len(found) == LAYERS["decoder_layers"]
+        for mine, its in zip(found, known, strict=True):
+            assert_close(mine, its)
+    assert torch.equal(last.mask_logits[0], every.mask_logits[-1]) and len(last.mask_logits) == 1
+    assert torch.equal(last.hidden[0], every.hidden[-1]) and len(last.hidden) == 1
+
+
+@pytest.mark.parametrize("norms_learn", [False, True])
+@pytest.mark.parametrize("backbone", ["some", "swin"])
+def test_every_gradient_is_that_of_transformers(backbone, norms_learn, monkeypatch):
+    # In float64, where rounding moves no pixel into a mask or out of it.
+    monkeypatch.setattr(Tensor, "float", lambda self: self)
+    model, pixels = network(backbone).double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    if norms_learn:
+        model.train()
+    other = copy.deepcopy(model)
+    weights = [torch.randn(2, 7, 16, 24).double(), torch.randn(2, 7, 64).double()]
+    for outputs in (theirs(other, pixels), decoder_outputs(model, pixels, every=True)):
+        sum(
+            (value * weight).sum() for values, weight in zip(outputs, weights, strict=True) for value in values
+        ).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, parameter in other.named_parameters():
+        assert (gradients[name] is None) == (parameter.grad is None), name
+        if parameter.grad is not None:
+            # Some are nothing but rounding: a softmax does not see its keys' bias.
+            assert (gradients[name] - parameter.grad).abs().max() < 1e-6 * parameter.grad.abs().max() + 1e-9, name
+    for (name, mine), its in zip(model.named_buffers(), other.buffers(), strict=True):
+        assert torch.allclose(mine, its), name
+
+
+def test_norms_before_the_blocks_are_those_of_transformers():
+    model, pixels = network(pre_norm=True), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for found, known in zip(decoder_outputs(model, pixels, every=True), theirs(model, pixels), strict=True):
+            assert_close(found[-1], known[-1])
+
+
+def test_dropout_is_of_training_alone_and_as_often_as_in_transformers(monkeypatch):
+    model, pixels = network(dropout=0.5), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert_close(decoder_outputs(model, pixels, every=False).hidden[0], theirs(model, pixels)[1][-1])
+    dropped, dropout, attention = [], nn.functional.dropout, nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(nn.functional, "dropout", lambda x, p, *a, **k: dropped.append(p) or dropout(x, p, *a, **k))
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, dropout_p, **k: dropped.append(dropout_p) or attention(*a, dropout_p=dropout_p, **k),
+    )
+    decoder_outputs(model.train(), pixels, every=False)
+    # pixel decoder: attention, two linear layers; decoder: the same and self-attention, and the attentions' own
+    assert dropped == [0.5] * (3 * LAYERS["encoder_layers"] + 6 * (LAYERS["decoder_layers"] - 1))
+
+
+def points(sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """value, column, row and weight, two images, three heads, two points a level, many beyond the borders."""
+    torch.manual_seed(1)
+    positions = sum(height * width for height, width in sizes)
+    shape = (2, positions, 3, 2 * len(sizes))
+    places = (torch.rand(shape, dtype=dtype) * (side + 6) - 3 for side in (sizes[-1][1], sizes[-1][0]))
+    tensors = [torch.randn(2, positions, 3, 4, dtype=dtype), *places, torch.rand(shape, dtype=dtype)]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("sizes", [[(2, 3), (4, 6)], [(1, 1), (2, 2), (4, 4)], [(1, 4), (2, 8)], [(3, 1), (6, 2)]])
+def test_deformable_sum_is_a_loop_over_neighbours(sizes):
+    value, column, row, weight = (tensor.detach().float() for tensor in points(sizes))
+    expected = torch.zeros_like(value)
+    for image, position, head, point in torch.cartesian_prod(*(torch.arange(side) for side in weight.shape)).tolist():
+        level = point // 2
+        height, width = sizes[level]
+        first = sum(h * w for h, w in sizes[:level])
+        at = (image, position, head, point)
+        for y in (math.floor(row[at]), math.floor(row[at]) + 1):
+            for x in (math.floor(column[at]), math.floor(column[at]) + 1):
+                if 0 <= y < height and 0 <= x < width:
+                    share = (1 - abs(float(row[at]) - y)) * (1 - abs(float(column[at]) - x)) * float(weight[at])
+                    expected[image, position, head] += share * value[image, first + y * width + x, head]
+    assert torch.allclose(deformable_sum(value, column, row, weight, sizes), expected.flatten(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[(2, 3), (4, 6)], [(1, 1), (2, 2)]])
+def test_gradients_of_the_deformable_sum_are_those_of_grid_sample(sizes, monkeypatch):
+    value, column, row, weight = points(sizes)
+    levels = len(sizes)
+    sides = torch.tensor([[width, height] for height, width in sizes], dtype=torch.float64)[:, None]
+    places = (torch.stack([column, row], dim=4).unflatten(3, (levels, -1)) + 0.5) / sides
+    expected = multi_scale_deformable_attention(value, sizes, places, weight.unflatten(3, (levels, -1)))
+    monkeypatch.setattr(Tensor, "float", lambda self: self)  # compared in float64
+    found = deformable_sum(value, column, row, weight, sizes)
+    assert torch.allclose(found, expected, atol=1e-12)
+    outward = torch.randn_like(found)
+    for mine, its in zip(
+        torch.autograd.grad(found, (value, column, row, weight), outward),
+        torch.autograd.grad(expected, (value, column, row, weight), outward),
+        strict=True,
+    ):
+        assert torch.allclose(mine, its, atol=1e-11)
+
+
+def test_on_a_pixel_the_gradient_looks_right_and_down_as_grid_sample_does():
+    value, _, _, weight = (tensor.detach().float() for tensor in points([(4, 4)]))
+    weight = weight.requires_grad_()
+    column, row = (torch.randint(-1, 5, weight.shape).float().requires_grad_() for _ in range(2))
+    # 4 divides exactly, so both see whole pixels
+    places = (torch.stack([column, row], dim=4)[:, :, :, None] + 0.5) / 4
+    expected = multi_scale_deformable_attention(value, [(4, 4)], places, weight[:, :, :, None])
+    found = deformable_sum(value, column, row, weight, [(4, 4)])
+    for mine, its in zip(
+        torch.autograd.grad(found.sum(), (column, row)), torch.autograd.grad(expected.sum(), (column, row)), strict=True
+    ):
+        assert torch.allclose(mine, its, atol=1e-5)
+
+
+def test_a_network_that_went_astray_gives_nan_and_no_foreign_memory():
+    value, column, row, weight = (tensor.detach().float() for tensor in points([(2, 2), (4, 4)]))
+    column[0, 0, 0, 0], row[0, 1, 0, 0], row[1, 0, 0, 1] = math.nan, math.inf, -math.inf
+    found = deformable_sum(value, column, row, weight, [(2, 2), (4, 4)])
+    assert found[0, 0, :4].isnan().all() and found[0, 2:].isfinite().all()
+
+
+def test_a_query_whose_mask_is_nowhere_sees_everything():
+    features = torch.rand(1, 4, 2, 3)  # where -1 -1 -1 -1 is nowhere
+    embeds = torch.tensor([[[1.0, -2.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [-1.0, -1.0, -1.0, -1.0]]])
+    visible = visible_tokens(embeds, features)
+    inside = [float((embeds[0, 0] * features[0, :, y, x]).sum()) >= 0 for y in range(2) for x in range(3)]
+    assert visible.shape == (1, 1, 3, 6) and 0 < sum(inside) < 6
+    assert visible[0, 0].tolist() == [inside, [True] * 6, [True] * 6]
+
+
+def train_step(model, **batch) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_gradients_with_activations_made_anew_are_the_same_and_fewer_are_kept():
+    model = tiny_model(text=False)
+    model.freeze_backbone_norms()
+    model.train()
+    batch = {
+        "pixel_values": torch.randn(2, 3, 64, 64),
+        "labels": torch.arange(64).expand(2, 64, 64) // 16,
+        "text_embeds": torch.randn(5, 12),
+    }
+    kept = {}
+
+    def step(name: str) -> dict[str, Tensor]:
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda x: x):
+            gradients = train_step(model, **batch)
+        kept[name] = len(saved)
+        return gradients
+
+    plain = step("plain")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    anew = step("anew")
+    assert plain.keys() == anew.keys()
+    assert all(torch.allclose(plain[name], anew[name], atol=1e-6) for name in plain)
+    assert kept["anew"] < 0.8 * kept["plain"]
+
+
+def test_frozen_norms_stay_as_they_are_whatever_mode_is_asked_for():
+    model = tiny_model(text=False)
+    model.freeze_backbone_norms()
+    model.eval().train()
+    norms = [part for part in model.model.pixel_level_module.encoder.modules() if isinstance(part, nn.BatchNorm2d)]
+    before = copy.deepcopy([norm.state_dict() for norm in norms])
+    batch = {"pixel_values": torch.randn(1, 3, 64, 64), "labels": torch.zeros(1, 64, 64, dtype=torch.int64)}
+    gradients = train_step(model, **batch, text_embeds=torch.randn(5, 12))
+    assert norms and not any("normalization" in name for name in gradients)
+    for norm, state in zip(norms, before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in norm.state_dict().items())
+
+
+def test_the_visual_part_compiles_in_one_piece_with_its_gradient():
+    model, pixels = network(encoder_layers=1, decoder_layers=2).train(), torch.randn(1, 3, 64, 64)
+    for norm in model.pixel_level_module.encoder.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()
+
+    def loss(run) -> Tensor:
+        model.zero_grad()
+        outputs = run(model, pixels, True)
+        total = sum(value.square().mean() for values in outputs for value in values)
+        total.backward()
+        return total.detach(), model.pixel_level_module.decoder.encoder.layers[0].self_attn.sampling_offsets.weight.grad
+
+    compiled = torch.compile(decoder_outputs, backend="eager", fullgraph=True)
+    for found, expected in zip(loss(compiled), loss(decoder_outputs), strict=True):
+        assert_close(found, expected, 1e-3)
+
+
+def test_layers_are_run_by_whom_is_asked_to():
+    model, ran = network(), []
+
+    def run(function, *args):
+        ran.append(function.__name__)
+        return call(function, *args)
+
+    with torch.no_grad():
+        decoder_outputs(model, torch.randn(1, 3, 64, 64), False, run)
+    names = {name: ran.count(name) for name in ran}
+    assert names == {"residual_layer": 5, "encoder_layer": 2, "decoder_layer": 3}
