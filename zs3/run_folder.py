@@ -97,7 +97,8 @@ class Checkpoints:
         partial = final.with_suffix(".partial")
         try:
             self._write(partial)
-        except RuntimeError as error:
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk has this much room again
             if any(words in str(error) for words in TORCH_CANNOT_WRITE):
                 raise InputError(
                     f"cannot write {partial}: no space left on the disk, or a limit (ulimit -f) is too low; the "
