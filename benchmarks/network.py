@@ -109,7 +109,8 @@ def device_named(name: str) -> torch.device:
 
 
 def make_zs3(backbone: str, **losses: object) -> Zs3ForSemanticSegmentation:
-    """Random weights, batch norms with weights and statistics that do something."""
+    """Random weights: batch norms that do something, sampling points that lie between pixels, not on them, where a
+    gradient has two values."""
     config = Zs3Config(
         backbone_config=BACKBONES[backbone](), **ARCHITECTURE, **losses, text_config=None, vision_config=None
     )
@@ -120,6 +121,9 @@ def make_zs3(backbone: str, **losses: object) -> Zs3ForSemanticSegmentation:
             nn.init.normal_(module.bias, std=0.1)
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if hasattr(module, "sampling_offsets"):
+            nn.init.normal_(module.sampling_offsets.weight, std=0.02)
+            module.sampling_offsets.bias.data.add_(0.3 * torch.randn_like(module.sampling_offsets.bias))
     return model
 
 
