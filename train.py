@@ -118,6 +118,12 @@ class TrainArgs:
         "multistep", "'multistep' (section 4.3) or 'poly' (power 0.9, the ancestors')."
     )
     lr_milestones: list[int] = flag([5_000, 80_000], "Steps at which multistep divides the rate by 10.")
+    backbone_norm: Literal["frozen", "batch", "sync"] = flag(
+        "frozen",
+        "Batch norms of the backbone: 'frozen' as the start has them (Mask2Former's), or with the statistics of each "
+        "process's images ('batch') or of all ('sync', GPUs only), as a backbone from scratch needs them.",
+    )
+    activation_checkpointing: bool = flag(False, "Less memory, more time: activations are made anew for the gradient.")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the forward pass; fp16 on a GPU only.")
 
     crop_size: int = flag(640, "Side of the square training crop, pixels (640 COCO-Stuff, 512 VOC).")
@@ -254,6 +260,17 @@ def make_processor(
     return Zs3Processor(image_processor, tokenizer, templates or PROMPT_TEMPLATES)
 
 
+def choose_what_learns(model: Zs3ForSemanticSegmentation, backbone_norm: str) -> None:
+    """The backbone's batch norms as asked for; and what no loss depends on is frozen, since DDP would wait for it."""
+    pixels = model.model.pixel_level_module
+    if backbone_norm == "frozen":
+        model.freeze_backbone_norms()
+    elif backbone_norm == "sync":
+        pixels.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(pixels.encoder)
+    if hasattr(pixels.encoder, "swin"):
+        pixels.encoder.swin.layernorm.requires_grad_(False)  # as a backbone, Swin gives its stages, not its last output
+
+
 def parameter_groups(model: nn.Module, args: TrainArgs) -> list[dict]:
     """Trainable parameters: the backbone learns slower, norms and embeddings do not decay (Mask2Former's rule)."""
     undecayed = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
@@ -376,6 +393,8 @@ def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs a GPU: on CPU cores give bf16 or no")
+    if args.backbone_norm == "sync" and (state.device.type != "cuda" or state.num_processes == 1):
+        raise InputError("--backbone_norm sync is for several processes with a CUDA GPU each: give batch or frozen")
     parts = cut_batch(args.batch_size, state.num_processes, args.device_batch_size)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -418,6 +437,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
     with accelerator.local_main_process_first():
         model = make_model(args, overrides, label_space, all_embeds).to(accelerator.device)
         processor = make_processor(args, model, label_space)
+    choose_what_learns(model, args.backbone_norm)
     if all_embeds is None:
         if model.text_model is None:
             raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
@@ -449,6 +469,9 @@ def train(args: TrainArgs, overrides: dict) -> None:
     # Optimizer, schedule, state
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate)
     scheduler = make_scheduler(optimizer, args)
+    if args.activation_checkpointing:
+        # Called gradient_checkpointing_enable in the oldest transformers supported.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     progress = Progress()
     folder = output_dir / "checkpoints"
     checkpoints = Checkpoints(accelerator, folder, model, scheduler, progress, kept=args.checkpoints_kept)

@@ -33,6 +33,7 @@ RECIPE = {
     "num_workers": 0,
     "learning_rate": 1e-3,
     "max_grad_norm": 1.0,
+    "backbone_norm": "batch",
     "logging_steps": 2,
     "max_steps": 4,
 }

@@ -12,8 +12,10 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from runs import RECIPE, flags, write_data
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import save_checkpoint, tiny_model
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
@@ -35,12 +37,12 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-def train(*arguments: str, processes: int = 1, **kwargs) -> subprocess.Popen:
+def train(*arguments: str, processes: int = 1, script: str = "train.py", **kwargs) -> subprocess.Popen:
     environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen([*command, "train.py", *arguments], cwd=ROOT, env=environment, **kwargs)
+    return subprocess.Popen([*command, script, *arguments], cwd=ROOT, env=environment, **kwargs)
 
 
 @pytest.fixture
@@ -67,10 +69,29 @@ def refused(monkeypatch, capsys, arguments: list[str]) -> str:
 
 
 def test_two_processes_train_one_model(data, tmp_path):
-    process = train(*flags(data, tmp_path / "two"), processes=2)
+    """With a Swin, whose last norm no loss depends on: DDP would stop at the second step."""
+    swin = {"model_type": "swin", "image_size": 64, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4,
+            "window_size": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]}  # fmt: skip
+    process = train(*flags(data, tmp_path / "two", backbone_config=json.dumps(swin), max_steps=3), processes=2)
     assert process.wait() == 0
     assert json.loads((tmp_path / "two" / "all_results.json").read_text())["num_processes"] == 2
     assert (tmp_path / "two" / "final" / "pipeline_zs3.py").exists()
+
+
+def test_two_processes_have_the_gradients_of_one_with_the_double_batch(data, tmp_path):
+    running, options = [], {"batch_size": 4, "max_steps": 1, "backbone_norm": "frozen"}
+    for processes in (1, 2):
+        arguments = flags(data, tmp_path / str(processes), **options)
+        grads = str(tmp_path / f"{processes}.safetensors")
+        running.append(train(grads, *arguments, processes=processes, script="tests/gradients_of_a_step.py"))
+    assert [process.wait() for process in running] == [0, 0]
+    with safe_open(tmp_path / "2.safetensors", "pt") as file:
+        assert file.metadata() == {"num_processes": "2"}
+    one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
+    assert one.keys() == two.keys() and len(one) > 50
+    largest = max(grad.norm() for grad in one.values())
+    for name, grad in one.items():
+        assert (two[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-9 * largest, name
 
 
 @pytest.mark.parametrize(("workers", "steps_before"), [(0, 3), (2, 3)])
@@ -192,6 +213,60 @@ def test_training_lowers_the_loss_and_keeps_the_names(data, tmp_path, monkeypatc
     assert len(config["seen_class_names"]) == 15 and config["class_names"] == CLASS_NAMES
 
 
+def test_frozen_norms_of_the_backbone_stay_as_the_start_has_them(data, tmp_path, monkeypatch):
+    start = save_checkpoint(tmp_path / "start", text=False, seen_class_names=[], unseen_labels="none").state_dict()
+    stay = {}
+    for kind in ("frozen", "batch"):
+        arguments = plain_flags(data, tmp_path / kind, tmp_path / "start", backbone_norm=kind, backbone_multiplier=1)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        main()
+        after = load_file(tmp_path / kind / "final" / "model.safetensors")
+        kept = {name: torch.equal(after[name], start[name]) for name in start if "pixel_level_module.encoder" in name}
+        stay[kind] = [kept[name] for name in kept if ".normalization." in name]
+        assert not any(same for name, same in kept.items() if ".convolution." in name)
+    assert all(stay["frozen"]) and not any(stay["batch"]) and len(stay["batch"]) > 30
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[tuple[Zs3ForSemanticSegmentation, Zs3Output]]:
+    """What the model was in training, and what it gave."""
+    done, forward = [], Zs3ForSemanticSegmentation.forward
+
+    def recorded(self, *args, **kwargs):
+        done.append((self, forward(self, *args, **kwargs)))
+        return done[-1][1]
+
+    monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
+    yield done
+    AcceleratorState._reset_state()  # it remembers the precision
+
+
+def test_in_bfloat16_the_losses_fall_and_are_float32(data, tmp_path, monkeypatch, forwards):
+    arguments = flags(data, tmp_path / "run", mixed_precision="bf16", max_steps=12, matching="joint")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    AcceleratorState._reset_state()
+    main()
+    assert {outputs.mask_logits.dtype for _, outputs in forwards} == {torch.bfloat16}
+    assert {outputs.loss.dtype for _, outputs in forwards} == {torch.float32}
+    first, *_, last = (float(outputs.loss.detach()) for _, outputs in forwards)
+    assert last < 0.8 * first
+    weights = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float32}
+
+
+def test_activations_made_anew_change_nothing(data, tmp_path, monkeypatch, forwards):
+    losses = {}
+    for anew in ("true", "false"):
+        arguments = flags(data, tmp_path / anew, activation_checkpointing=anew)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        forwards.clear()
+        main()
+        on = any(getattr(module, "gradient_checkpointing", False) for module in forwards[0][0].modules())
+        assert on == (anew == "true")
+        losses[anew] = [float(outputs.loss.detach()) for _, outputs in forwards]
+    assert losses["true"] == losses["false"]
+
+
 def test_the_backbone_learns_slower_and_norms_and_embeddings_do_not_decay():
     model = tiny_model(vision=True)
     groups = parameter_groups(model, TrainArgs(learning_rate=1.0, backbone_multiplier=0.1, weight_decay=0.5))
@@ -273,6 +348,7 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
         ({"lr_schedule": "cosine"}, "cosine"),
         ({"device_batch_size": 0}, "--device_batch_size must be 1 or more, got 0"),
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
+        ({"backbone_norm": "sync"}, "give batch or frozen"),
         ({"trackers": "tensorbord"}, "accelerate knows aim, clearml"),
         ({"dataset": "nowhere"}, "nowhere"),
         ({"caption_nouns": "nouns"}, "--caption_nouns need a text tower"),

@@ -80,6 +80,8 @@ def describe(
     count = "streamed" if args.streaming else f"{len(dataset)} images"
     nouns = f", {len(dataset.class_names)} names with nouns of {args.caption_nouns}" if args.caption_nouns else ""
     precision = "float32" if args.mixed_precision == "no" else f"{args.mixed_precision} autocast, losses in float32"
+    norms = {"frozen": "frozen", "batch": "of each process's images", "sync": "of all processes' images"}
+    remade = ", activations made anew for the gradient" if args.activation_checkpointing else ""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     trackers = f", also to {', '.join(args.trackers)} (trackers)" if args.trackers else ""
     lines = [
@@ -94,7 +96,8 @@ def describe(
         f"batch     {args.batch_size} images: processes x micro-batches x images at once = "
         f"{parts.processes} x {parts.micro_batches} x {parts.images}",
         f"steps     {args.max_steps}",
-        f"precision {precision}",
+        f"precision {precision}{remade}",
+        f"norms     statistics of the backbone's batch norms are {norms[args.backbone_norm]}",
         f"device    {where}",
         f"output    {args.output_dir}: checkpoints every {args.checkpointing_steps} steps (the last "
         f"{args.checkpoints_kept} stay),",
@@ -103,6 +106,9 @@ def describe(
     late = [step for step in args.lr_milestones if step >= args.max_steps]
     if args.lr_schedule == "multistep" and late:
         lines.append(f"note      learning rate steps {late} lie beyond the end and are ignored")
+    from_scratch = args.init_from is None and args.mask2former is None and args.backbone is None
+    if from_scratch and args.backbone_norm == "frozen":
+        lines.append("note      the backbone starts from random weights: it learns better with --backbone_norm batch")
     return "\n".join(lines)
 
 
