@@ -90,8 +90,8 @@ def test_two_processes_have_the_gradients_of_one_with_the_double_batch(data, tmp
     one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
     assert one.keys() == two.keys() and len(one) > 50
     largest = max(grad.norm() for grad in one.values())
-    for name, grad in one.items():
-        assert (two[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-9 * largest, name
+    for name, grad in one.items():  # a bias before a group norm has a gradient of rounding errors alone
+        assert (two[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-8 * largest, name
 
 
 @pytest.mark.parametrize(("workers", "steps_before"), [(0, 3), (2, 3)])
