@@ -402,6 +402,9 @@ def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
         log_with=args.trackers or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(args.output_dir) / "trackers")),
     )
+    if accelerator.is_fsdp2:
+        # Autocast decides about precision, as without FSDP, whose own policy would round text vectors and losses too.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     return accelerator, parts
 
 
@@ -418,6 +421,18 @@ def go_on_after(saved_by: int, args: TrainArgs, accelerator: Accelerator, step: 
         f"note      saved by {saved_by} processes, resumed by {here}: each step's images and their augmentation stay; "
         "the sampled points and the images that batch norm averages over do not"
     )
+
+
+def whole_model(accelerator: Accelerator, model: nn.Module) -> Zs3ForSemanticSegmentation:
+    """The trained model, for the main process to save. All must ask together: FSDP's parts are gathered."""
+    trained = accelerator.unwrap_model(model)
+    if not accelerator.is_fsdp2:
+        return trained
+    weights = accelerator.get_state_dict(model)
+    whole = Zs3ForSemanticSegmentation(trained.config)  # FSDP made another class of the old one
+    if accelerator.is_main_process:
+        whole.load_state_dict(weights)
+    return whole
 
 
 def train(args: TrainArgs, overrides: dict) -> None:
@@ -451,7 +466,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
         )
     model.set_vocabulary(label_space.class_names, all_embeds)
     image_processor = getattr(processor, "image_processor", processor)
-    dataset = make_dataset(args, label_space, image_processor, model.config)
+    with accelerator.local_main_process_first():  # datasets caches what it prepares
+        dataset = make_dataset(args, label_space, image_processor, model.config)
     if args.caption_nouns is None:
         text_embeds = all_embeds[[label_space.class_names.index(name) for name in dataset.class_names]]
     else:
@@ -475,6 +491,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
     progress = Progress()
     folder = output_dir / "checkpoints"
     checkpoints = Checkpoints(accelerator, folder, model, scheduler, progress, kept=args.checkpoints_kept)
+    if accelerator.is_fsdp2:
+        model.get_input_embeddings = lambda: None  # accelerate asks for them; an image model has none
     model, optimizer = accelerator.prepare(model.train(), optimizer)
     set_seed(args.seed + 1 + accelerator.process_index)  # point sampling differs between processes
     saved_by = checkpoints.resume()
@@ -499,7 +517,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
             step_ids += image_ids
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(model):
-                outputs = model(**batch, text_embeds=text_embeds)
+                with accelerator.autocast():
+                    outputs = model(**batch, text_embeds=text_embeds)
                 if not torch.isfinite(outputs.loss):
                     loss = float(outputs.loss.detach())
                     fault = f"the loss is {loss} at step {progress.step}, images {image_ids}: stopped"
@@ -544,8 +563,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
     # Save
     complete = progress.step == args.max_steps
     accelerator.wait_for_everyone()
+    trained = whole_model(accelerator, model) if complete else None
     if complete and accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
         results = {
             "images_per_second": round(progress.step * args.batch_size / max(progress.seconds, 1e-9), 2),
             "num_processes": accelerator.num_processes,
@@ -555,14 +574,14 @@ def train(args: TrainArgs, overrides: dict) -> None:
             "data_wait": round(pace.waited / pace.seconds, 4),
         }
         write_json(output_dir / "all_results.json", results)
-        save_final(model, processor, output_dir / "final")  # last: where it is, the run is complete
+        save_final(trained, processor, output_dir / "final")  # last: where it is, the run is complete
     if complete:
         accelerator.print(f"trained in {progress.seconds:.0f} s; the model is in {output_dir / 'final'}")
     else:
         accelerator.print(f"SIGTERM: stopped after step {progress.step}, which is saved; the same command goes on")
     # The model goes before its process group: the other way round, freeing DDP's reducer can wait for ever for a
     # thread of gloo that waits for Python's lock.
-    del model, optimizer
+    del model, optimizer, trained
     accelerator.free_memory()
     accelerator.end_training()
     if not complete:

@@ -1,10 +1,13 @@
 """How a run's batch is cut, what it says before it starts, and how it measures itself."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers.models.swin import modeling_swin
 
 from zs3.command_line import InputError
 from zs3.run_plan import Pace, check_trackers, cut_batch, duration, names_lines
@@ -32,6 +35,13 @@ def test_the_batch_is_what_was_asked_for_in_the_fewest_parts_that_fit(processes,
 def test_a_batch_that_cannot_be_shared_names_what_can(batch_size, processes, mend):
     with pytest.raises(InputError, match=f"{mend}$"):
         cut_batch(batch_size, processes, None)
+
+
+def test_accelerate_reads_the_configuration_of_fsdp_and_the_layer_it_names_exists():
+    path = Path(__file__).parent.parent / "recipes" / "accelerate" / "fsdp2.yaml"
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == "FSDP" and config.fsdp_config["fsdp_version"] == 2
+    assert hasattr(modeling_swin, config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"])
 
 
 def test_a_tracker_is_refused_where_accelerate_would_leave_it_out(monkeypatch):
