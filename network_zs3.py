@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 Size = tuple[int, int]
 Run = Callable[
     ..., Tensor
-]  # run(function, *args): function(*args), or the same with its activations made anew for the gradient
+]  # run(function, *args) returns function(*args); how much it keeps for the gradient is its own
 
 
 class DecoderOutputs(NamedTuple):
@@ -51,7 +51,7 @@ def decoder_outputs(network: Mask2FormerModel, pixel_values: Tensor, every: bool
     """`network(pixel_values)`: pixel_values (B, 3, H, W), sides of multiples of 32.
 
     every: the outputs of all layers, for deep supervision; or of the last one alone.
-    run: how layers are run; `torch.utils.checkpoint` keeps their inputs alone for the gradient.
+    run: how layers are run; with `torch.utils.checkpoint.checkpoint` their inputs alone are kept for the gradient.
     """
     pixels = network.pixel_level_module
     features = backbone_features(pixels.encoder, pixel_values.contiguous(memory_format=torch.channels_last), run)
@@ -203,22 +203,33 @@ def deformable_sum(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, s
     """The weighted sum of bilinear samples of all levels, which are zero beyond their borders -> (B, S, G * D).
 
     value: (B, S, G, D). weight: (B, S, G, P), of the samples. column, row: (B, S, G, P), where to sample, in pixels of
-    the point's level; every level has as many points, in order. In float32 on a CPU, as under autocast.
+    the point's level; every level has as many points, in order. Computed in float32, whatever the model's precision.
     """
-    if value.device.type != "cpu":
-        levels = len(sizes)
-        sides = column.new_tensor([[width, height] for height, width in sizes])[:, None]  # (levels, 1, 2)
-        places = (torch.stack([column, row], dim=4).unflatten(3, (levels, -1)) + 0.5) / sides
-        return multi_scale_deformable_attention(value, sizes, places, weight.unflatten(3, (levels, -1)))
-    heights, widths = zip(*sizes, strict=True)
-    inputs = (tensor.float() for tensor in (value, column, row, weight))
-    return _deformable_sum(*inputs, heights, widths).to(value.dtype)
+    kind = value.dtype
+    value, column, row, weight = (tensor.float() for tensor in (value, column, row, weight))
+    on_cpu = value.device.type == "cpu"
+    return (bags_of_neighbours if on_cpu else grid_samples)(value, column, row, weight, sizes).to(kind)
 
 
-# On a CPU. A sample is a weighted sum of four neighbours, and these are among the S * G rows (D,) of `value`: all of it
-# is a sparse matrix times these rows. PyTorch multiplies by it as an `embedding_bag`, scipy by its transpose. Both
-# directions are operators of their own, which torch.compile takes as they are. Copies of this module each have theirs.
-_OPERATORS = __name__.replace(".", "_")
+def grid_samples(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, sizes: list[Size]) -> Tensor:
+    """`deformable_sum` by transformers' function, on devices that the other was not made for."""
+    levels = len(sizes)
+    sides = column.new_tensor([[width, height] for height, width in sizes])[:, None]  # (levels, 1, 2)
+    places = (torch.stack([column, row], dim=4).unflatten(3, (levels, -1)) + 0.5) / sides
+    return multi_scale_deformable_attention(value, sizes, places, weight.unflatten(3, (levels, -1)))
+
+
+def bags_of_neighbours(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, sizes: list[Size]) -> Tensor:
+    """`deformable_sum` on a CPU.
+
+    A sample is a weighted sum of four neighbours, and these are among the S * G rows (D,) of `value`: all of it is a
+    sparse matrix times these rows. PyTorch multiplies by it as an `embedding_bag`, scipy by its transpose. Both
+    directions are operators of their own, which torch.compile takes as they are.
+    """
+    return _deformable_sum(value, column, row, weight, *zip(*sizes, strict=True))
+
+
+_OPERATORS = __name__.replace(".", "_")  # copies of this module, as remote code has, each have theirs
 
 
 @torch.library.custom_op(f"{_OPERATORS}::deformable_sum", mutates_args=())

@@ -8,9 +8,8 @@ import torch
 from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerModel, ResNetConfig, SwinConfig
-from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
-from network_zs3 import call, decoder_outputs, deformable_sum, visible_tokens
+from network_zs3 import bags_of_neighbours, call, decoder_outputs, deformable_sum, grid_samples, visible_tokens
 
 SIZES = {"hidden_dim": 64, "feature_size": 64, "mask_feature_size": 16, "num_queries": 7, "num_attention_heads": 2}
 LAYERS = {"encoder_layers": 2, "decoder_layers": 4, "dim_feedforward": 24, "encoder_feedforward_dim": 24}
@@ -125,8 +124,9 @@ def points(sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float64) -> 
     return [tensor.requires_grad_() for tensor in tensors]
 
 
+@pytest.mark.parametrize("sum_of_samples", [bags_of_neighbours, grid_samples])
 @pytest.mark.parametrize("sizes", [[(2, 3), (4, 6)], [(1, 1), (2, 2), (4, 4)], [(1, 4), (2, 8)], [(3, 1), (6, 2)]])
-def test_deformable_sum_is_a_loop_over_neighbours(sizes):
+def test_a_deformable_sum_is_a_loop_over_neighbours(sizes, sum_of_samples):
     value, column, row, weight = (tensor.detach().float() for tensor in points(sizes))
     expected = torch.zeros_like(value)
     for image, position, head, point in torch.cartesian_prod(*(torch.arange(side) for side in weight.shape)).tolist():
@@ -139,18 +139,14 @@ def test_deformable_sum_is_a_loop_over_neighbours(sizes):
                 if 0 <= y < height and 0 <= x < width:
                     share = (1 - abs(float(row[at]) - y)) * (1 - abs(float(column[at]) - x)) * float(weight[at])
                     expected[image, position, head] += share * value[image, first + y * width + x, head]
-    assert torch.allclose(deformable_sum(value, column, row, weight, sizes), expected.flatten(2), atol=1e-5)
+    assert torch.allclose(sum_of_samples(value, column, row, weight, sizes), expected.flatten(2), atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [[(2, 3), (4, 6)], [(1, 1), (2, 2)]])
-def test_gradients_of_the_deformable_sum_are_those_of_grid_sample(sizes, monkeypatch):
+def test_gradients_of_the_deformable_sum_are_those_of_grid_sample(sizes):
     value, column, row, weight = points(sizes)
-    levels = len(sizes)
-    sides = torch.tensor([[width, height] for height, width in sizes], dtype=torch.float64)[:, None]
-    places = (torch.stack([column, row], dim=4).unflatten(3, (levels, -1)) + 0.5) / sides
-    expected = multi_scale_deformable_attention(value, sizes, places, weight.unflatten(3, (levels, -1)))
-    monkeypatch.setattr(Tensor, "float", lambda self: self)  # compared in float64
-    found = deformable_sum(value, column, row, weight, sizes)
+    expected = grid_samples(value, column, row, weight, sizes)
+    found = bags_of_neighbours(value, column, row, weight, sizes)
     assert torch.allclose(found, expected, atol=1e-12)
     outward = torch.randn_like(found)
     for mine, its in zip(
@@ -166,9 +162,8 @@ def test_on_a_pixel_the_gradient_looks_right_and_down_as_grid_sample_does():
     weight = weight.requires_grad_()
     column, row = (torch.randint(-1, 5, weight.shape).float().requires_grad_() for _ in range(2))
     # 4 divides exactly, so both see whole pixels
-    places = (torch.stack([column, row], dim=4)[:, :, :, None] + 0.5) / 4
-    expected = multi_scale_deformable_attention(value, [(4, 4)], places, weight[:, :, :, None])
-    found = deformable_sum(value, column, row, weight, [(4, 4)])
+    expected = grid_samples(value, column, row, weight, [(4, 4)])
+    found = bags_of_neighbours(value, column, row, weight, [(4, 4)])
     for mine, its in zip(
         torch.autograd.grad(found.sum(), (column, row)), torch.autograd.grad(expected.sum(), (column, row)), strict=True
     ):
