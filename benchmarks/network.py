@@ -3,11 +3,11 @@
     python -m benchmarks.network --output docs/results/network.json
     python -m benchmarks.network --device cuda --dtype bfloat16 --backbones resnet50 --sizes 512 --modes eager
 
-Both networks are in eval mode and under inference_mode; "compiled" is torch.compile of what they share, everything but
-the class heads. Weights are random, statistics and weights of batch norms too; before anything is measured the mask
-logits of both must be equal, in float32, to 1e-4 of the largest. Each backbone, size and mode has a process of its own,
-in which the networks and a large matrix product take turns: time is the median over rounds, a ratio the median of the
-rounds' ratios. Memory is the peak of what a forward allocates beyond the weights.
+Both networks are in eval mode and under inference_mode; "compiled" is torch.compile of all but the class heads. Weights
+are random, statistics and weights of batch norms too; before anything is measured this project's mask logits must equal
+those of transformers' eager network, in float32, to 1e-4 of the largest. Each backbone, size and mode has a process of
+its own, in which the networks and a large matrix product take turns: time is the median over rounds, a ratio the median
+of the rounds' ratios. Memory is the peak of what a forward allocates beyond the weights.
 
 The floor is the time that the forward's convolutions and matrix products (attention included) would take at the rate of
 the large matrix product's best round.
@@ -16,13 +16,16 @@ the large matrix product's best round.
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,12 +57,6 @@ BACKBONES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }
 ARCHITECTURE: dict[str, int] = {}  # what differs from Mask2Former's own
-PARTS = {
-    "model.pixel_level_module.encoder": "backbone",
-    "model.pixel_level_module.decoder.encoder": "deformable encoder",
-    "model.pixel_level_module.decoder": "rest of the pixel decoder",
-    "model.transformer_module": "transformer decoder",
-}
 REST = "rest"
 
 
@@ -153,18 +150,37 @@ def operations(step: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def graph_breaks(network: nn.Module, pixel_values: Tensor) -> int:
-    """Of torch.compile."""
-    explanation = torch._dynamo.explain(network)(pixel_values, output_hidden_states=True)
-    torch._dynamo.reset()
-    return explanation.graph_break_count
+def compile_network(model: nn.Module) -> None:
+    """All but transformers' class heads, and this project's comparison with the text vectors."""
+    if isinstance(model, Zs3ForSemanticSegmentation):
+        model._proposals = torch.compile(model._proposals)
+    else:
+        model.model.compile()
+
+
+def graph_breaks(step: Callable[[], object]) -> int:
+    """Of the compiled networks in a step that compiles them."""
+    counters["graph_break"].clear()
+    step()
+    return sum(counters["graph_break"].values())
+
+
+def parts_of(model: nn.Module) -> dict[str, tuple[object, str]]:
+    """What is called for each part of a network: an object and the name of its method or function."""
+    pixel_level = model.model.pixel_level_module
+    return {
+        "backbone": (pixel_level.encoder, "forward"),
+        "deformable encoder": (pixel_level.decoder.encoder, "forward"),
+        "rest of the pixel decoder": (pixel_level.decoder, "forward"),
+        "transformer decoder": (model.model.transformer_module, "forward"),
+    }
 
 
 def seconds_of_parts(
-    model: nn.Module, step: Callable[[], object], rounds: int, device: torch.device
+    parts: dict[str, tuple[object, str]], step: Callable[[], object], rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Mean seconds of a step by part of the network; what is not called as a module counts for what is around it."""
-    seconds = dict.fromkeys([*PARTS.values(), REST], 0.0)
+    """Mean seconds of a step by part, without the parts inside it."""
+    seconds = dict.fromkeys([*parts, REST], 0.0)
     running, since = [REST], 0.0
 
     def charge() -> None:
@@ -175,27 +191,24 @@ def seconds_of_parts(
         seconds[running[-1]] += now - since
         since = now
 
-    def enter(part: str) -> Callable:
-        def hook(*_: object) -> None:
+    def timed(part: str, function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
             charge()
             running.append(part)
+            result = function(*args, **kwargs)
+            charge()
+            running.pop()
+            return result
 
-        return hook
+        return call
 
-    def leave(*_: object) -> None:
+    with ExitStack() as stack:
+        for part, (owner, name) in parts.items():
+            stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
+        since = time.perf_counter()
+        for _ in range(rounds):
+            step()
         charge()
-        running.pop()
-
-    hooks = []
-    for path, part in PARTS.items():
-        module = model.get_submodule(path)
-        hooks += [module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave)]
-    since = time.perf_counter()
-    for _ in range(rounds):
-        step()
-    charge()
-    for hook in hooks:
-        hook.remove()
     return {part: total / rounds for part, total in seconds.items()}
 
 
@@ -220,10 +233,9 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
         steps = {PEER: lambda: peer(pixel_values), OURS: lambda: ours(pixel_values, text_embeds=text_embeds)}
         expected = steps[PEER]().masks_queries_logits
         if mode == "compiled":
-            row["graph_breaks"] = {OURS: graph_breaks(ours.model, pixel_values)}
-            row["graph_breaks"][PEER] = graph_breaks(peer.model, pixel_values)
-            ours.model.compile()
-            peer.model.compile()
+            for model in (ours, peer):
+                compile_network(model)
+            row["graph_breaks"] = {name: graph_breaks(step) for name, step in steps.items()}
         difference = relative_difference(steps[OURS]().mask_logits, expected)
         if not difference <= EQUAL:
             raise InputError(
@@ -238,7 +250,7 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
             row |= measure_all(steps, args.rounds, args.gemm_size, dtype, device)
             if mode == "eager":
                 for name, model in ((PEER, peer), (OURS, ours)):
-                    row["networks"][name]["parts"] = seconds_of_parts(model, steps[name], args.rounds, device)
+                    row["networks"][name]["parts"] = seconds_of_parts(parts_of(model), steps[name], args.rounds, device)
             if args.profile is not None:
                 row["operators"] = {name: operator_table(step, device) for name, step in steps.items()}
     return row
@@ -296,17 +308,18 @@ def table(rows: list[dict]) -> str:
 
 def parts_table(rows: list[dict]) -> str:
     """Markdown: where the time of one eager forward goes."""
-    parts = [*PARTS.values(), REST]
+    measured = [
+        (row, name, network["parts"]) for row in rows for name, network in row["networks"].items() if "parts" in network
+    ]
+    parts = list(measured[0][2])
     lines = [
         f"| backbone | size | network | {' | '.join(parts)} |",
         f"|---|---|---|{'---|' * len(parts)}",
     ]
-    for row in rows:
-        for name, network in row["networks"].items():
-            if "parts" in network:
-                whole = sum(network["parts"].values())
-                cells = [f"{network['parts'][part]:.4f} s, {network['parts'][part] / whole:.0%}" for part in parts]
-                lines.append(f"| {row['backbone']} | {row['size']} | {name} | {' | '.join(cells)} |")
+    for row, name, seconds in measured:
+        whole = sum(seconds.values())
+        cells = [f"{seconds[part]:.4f} s, {seconds[part] / whole:.0%}" for part in parts]
+        lines.append(f"| {row['backbone']} | {row['size']} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,9 +6,9 @@
 A step is forward, loss of all decoder outputs, backward, clipping of the gradient's norm, AdamW, and letting the
 gradients go. Labels are Voronoi cells; transformers is given its binary masks ready-made. This project runs with
 Mask2Former's own losses and with Eq. 8's. In all networks alike, the backbone's batch norms are "frozen" (neither their
-statistics nor their weights change) or "live". "compiled" is torch.compile of what the networks share, everything but
-the class heads. Before anything is measured, mask logits and the gradient of a random sum of them must be equal to
-transformers', in float32. That the losses are equal too is shown by `benchmarks.criterion`.
+statistics nor their weights change) or "live". "compiled" is torch.compile of all but the class heads and the losses.
+Before anything is measured, mask logits and the gradient of a random sum of them must equal those of transformers'
+eager network, in float32. That the losses are equal too is shown by `benchmarks.criterion`.
 
 Each backbone, size, kind of norms and mode has a process of its own, in which the networks and a large matrix product
 take turns: time is the median over rounds, a ratio the median of the rounds' ratios; the floor is that of
@@ -34,6 +34,7 @@ from benchmarks.network import (
     add_floor,
     check_choices,
     check_sizes,
+    compile_network,
     device_named,
     machine_name,
     make_peer,
@@ -152,7 +153,7 @@ def compare(args: TrainStepArgs, backbone: str, size: int, norms: str, mode: str
     expected = logits_and_gradient(models[PEER], pixel_values)
     if mode == "compiled":
         for model in models.values():
-            model.model.compile()
+            compile_network(model)
     found = logits_and_gradient(same, pixel_values, text_embeds=text_embeds)
     difference = relative_difference(found[0], expected[0])
     gradient_difference = float((found[1] - expected[1]).norm() / expected[1].norm())

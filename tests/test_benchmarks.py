@@ -289,7 +289,7 @@ def test_the_network_beside_transformers_with_ratio_and_floor_as_the_seconds_say
     assert row["floor_seconds"] == row["operations"] / row["operations_per_second"] > 0
     assert ours["times_the_floor"] == pytest.approx(2 / row["floor_seconds"])
     assert ours["peak_mib"] > 0 and ours["peak_share"] == ours["peak_mib"] / peer["peak_mib"]
-    assert list(ours["parts"]) == list(peer["parts"]) == [*network.PARTS.values(), network.REST]
+    assert list(ours["parts"]) == list(peer["parts"]) == [*network.parts_of(tiny_model(text=False)), network.REST]
     assert min(peer["parts"].values()) > 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "network.md").read_text()
@@ -326,7 +326,7 @@ def test_seconds_of_parts_are_those_of_a_part_without_the_parts_inside(monkeypat
     monkeypatch.setattr(network.time, "perf_counter", lambda: float(next(clock)))
     peer = network.make_peer("resnet50", 5, network.make_zs3("resnet50"))
     images = torch.randn(1, 3, 64, 64)
-    seconds = network.seconds_of_parts(peer, lambda: peer(images), 1, torch.device("cpu"))
+    seconds = network.seconds_of_parts(network.parts_of(peer), lambda: peer(images), 1, torch.device("cpu"))
     # Backbone from 1 to 3, pixel decoder from 7 to 63 with its encoder from 15 to 31, transformer from 127 to 255.
     assert list(seconds.values()) == [2, 16, 40, 128, 325]
 
@@ -398,3 +398,31 @@ def test_a_step_trains_all_weights_but_those_of_frozen_norms(tiny_networks, name
     assert any(key.rpartition(".")[0] in norms for key in changed) is not frozen
     assert "model.transformer_module.queries_features.weight" in changed
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_compiled_networks_are_compared_with_the_eager_one(call, tmp_path, monkeypatch, tiny_networks):
+    called = []  # functions made by torch.compile, which would take minutes
+
+    def compiled(function, **kwargs):
+        return lambda *args, **kwargs: called.append(function) or function(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    call(network, **FORWARD, modes="eager compiled", output=tmp_path / "network.json")
+    eager, row = json.loads((tmp_path / "network.json").read_text())["results"]
+    assert len(set(called)) == 2 and row["graph_breaks"] == {network.OURS: 0, network.PEER: 0}
+    assert (
+        row["floor_seconds"] == eager["operations"] / row["operations_per_second"] and row["largest_difference"] < 1e-4
+    )
+    call(train_step, **STEP, norms="frozen", modes="compiled")
+    assert len(set(called)) == 2 + 3
+
+
+def test_graph_breaks_are_counted():
+    def broken(x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return 2 * x
+
+    for function, breaks in ((broken, 1), (torch.sin, 0)):
+        compiled = torch.compile(function, backend="eager")
+        assert network.graph_breaks(lambda compiled=compiled: compiled(torch.ones(2))) == breaks
