@@ -37,6 +37,7 @@ from transformers import (
     SwinConfig,
 )
 
+import network_zs3
 from benchmarks.criterion import in_fresh_process, measure, peak_memory
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
@@ -106,8 +107,8 @@ def device_named(name: str) -> torch.device:
 
 
 def make_zs3(backbone: str, **losses: object) -> Zs3ForSemanticSegmentation:
-    """Random weights: batch norms that do something, sampling points that lie between pixels, not on them, where a
-    gradient has two values."""
+    """Random weights: batch norms and attention that do something, sampling points that lie between pixels, not on
+    them, where a gradient has two values."""
     config = Zs3Config(
         backbone_config=BACKBONES[backbone](), **ARCHITECTURE, **losses, text_config=None, vision_config=None
     )
@@ -121,6 +122,7 @@ def make_zs3(backbone: str, **losses: object) -> Zs3ForSemanticSegmentation:
         if hasattr(module, "sampling_offsets"):
             nn.init.normal_(module.sampling_offsets.weight, std=0.02)
             module.sampling_offsets.bias.data.add_(0.3 * torch.randn_like(module.sampling_offsets.bias))
+            nn.init.normal_(module.attention_weights.weight, std=0.02)
     return model
 
 
@@ -167,6 +169,13 @@ def graph_breaks(step: Callable[[], object]) -> int:
 
 def parts_of(model: nn.Module) -> dict[str, tuple[object, str]]:
     """What is called for each part of a network: an object and the name of its method or function."""
+    if isinstance(model, Zs3ForSemanticSegmentation):
+        return {
+            "backbone": (network_zs3, "backbone_features"),
+            "deformable encoder": (network_zs3, "encoder_layer"),
+            "rest of the pixel decoder": (network_zs3, "pixel_decoder"),
+            "transformer decoder": (network_zs3, "transformer_decoder"),
+        }
     pixel_level = model.model.pixel_level_module
     return {
         "backbone": (pixel_level.encoder, "forward"),

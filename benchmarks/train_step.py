@@ -46,6 +46,7 @@ from benchmarks.network import (
     relative_difference,
 )
 from losses_zs3 import mask_ids
+from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report, write_text
 
 SAME, EQ8 = "zs3, the same losses", "zs3, Eq. 8"
@@ -83,10 +84,13 @@ class TrainStepArgs:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """No batch norm of the network learns or moves its statistics."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval().requires_grad_(False)
+    """In training, no batch norm of the backbone learns or moves its statistics."""
+    if isinstance(model, Zs3ForSemanticSegmentation):
+        model.freeze_backbone_norms()
+    else:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # there are none elsewhere
+                module.eval().requires_grad_(False)
 
 
 def logits_and_gradient(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
