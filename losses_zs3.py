@@ -441,21 +441,22 @@ def zs3_losses(
     background_similarity: list[Tensor | None],
     targets: Targets,
     config: Zs3Config,
+    counts: Tensor | None = None,
 ) -> Losses:
-    """The terms of Eq. 8; the only function here, with its step `match_outputs`, that sees the config.
+    """The terms of Eq. 8; the only function here, with its steps, that sees the config.
 
     For each decoder output: mask_logits (B, Q, h, w), similarity (B, Q, C), and for class_loss "cross_entropy"
     background_similarity (B, Q), else None.
+    counts: (3,), what sums are divided by, see `count_targets`; None: of these targets.
     """
     masks, labels = match_outputs(mask_logits, similarity, background_similarity, targets, config)
-    matched = labels[-1] != UNMATCHED  # as many for every output
-    num_targets = torch.full_like(matched.sum(), sum(len(ids) for ids in targets.ids))
-    counts = torch.stack([num_targets, matched.sum(), (~matched).sum()]).float()
-    num_masks, num_matched, num_unmatched = mean_over_ranks(counts).clamp(min=TINY)
+    if counts is None:
+        counts = count_targets(targets.ids, targets.image_labels, config)
+    num_masks, num_matched, num_unmatched = mean_over_ranks(counts.to(labels.device)).clamp(min=TINY)
 
     num_points = config.train_num_points
     num_uniform = num_points - int(config.importance_sample_ratio * num_points)
-    points = random_points(len(matched), int(config.oversample_ratio * num_points) + num_uniform, matched.device)
+    points = random_points(labels.shape[1], int(config.oversample_ratio * num_points) + num_uniform, labels.device)
     dtype = torch.promote_types(mask_logits[0].dtype, torch.float32)
     truths = label_batch(targets, points.to(dtype), config.ignored_pixels)
     positive, negative = targets.image_labels == 1, targets.image_labels == 0
@@ -484,6 +485,20 @@ def zs3_losses(
         terms["rank"].append(ranking_loss(config.rank_scale * cosine, positive, negative, norm=config.rank_norm))
     rate = same_label_rate(masks[-1], labels[-1], targets.ids)
     return Losses({name: torch.stack(values).sum() for name, values in terms.items()}, rate)
+
+
+def count_targets(ids: list[Tensor], image_labels: Tensor, config: Zs3Config) -> Tensor:
+    """Of a batch the numbers of masks, of queries that get a label and of those that get none: (3,) float32.
+
+    ids, image_labels: as in Targets. The same for every decoder output, whatever is matched with what. The gradient of
+    a batch that is cut into parts is that of the whole where each part is given the mean of the parts' counts.
+    """
+    labels = present_labels(image_labels)
+    if config.matching != "unpaired":  # a mask's id is its query's label, too
+        labels = [torch.cat(both).unique() for both in zip(ids, labels, strict=True)]
+    matched = sum(min(len(row), config.num_queries) for row in labels)
+    num_masks = sum(len(row) for row in ids)
+    return torch.tensor([num_masks, matched, len(labels) * config.num_queries - matched], dtype=torch.float32)
 
 
 @torch.no_grad()

@@ -381,6 +381,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         labels: Tensor | None = None,
         image_labels: Tensor | None = None,
         is_seen: Tensor | None = None,
+        target_counts: Tensor | None = None,
     ) -> Zs3Output:
         """Mask proposals, their class embeddings, and with `labels` the loss of Eq. 8.
 
@@ -390,6 +391,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             "hybrid" the ids index the class axis.
         image_labels: (B, C), 1 present, 0 absent, -1 unknown. None: from `labels` (see `default_image_labels`).
         is_seen: (C,) bool, only for that default.
+        target_counts: (3,), where the batch is a part of one whose gradient is meant, see `count_targets`.
         """
         text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
         if labels is None:
@@ -398,7 +400,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         targets = self._targets(labels.long(), image_labels, is_seen, len(text_embeds))
         mask_logits, class_embeds = self._proposals(pixel_values, every=self.config.use_auxiliary_loss)
-        losses = self._losses(mask_logits, class_embeds, text_embeds, targets)
+        losses = self._losses(mask_logits, class_embeds, text_embeds, targets, target_counts)
         weights = {
             "class": self.config.class_weight,
             "mask": self.config.mask_weight,
@@ -432,12 +434,17 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         return Targets(labels, ids, image_labels.cpu())
 
     def _losses(
-        self, mask_logits: list[Tensor], class_embeds: list[Tensor], text_embeds: Tensor, targets: Targets
+        self,
+        mask_logits: list[Tensor],
+        class_embeds: list[Tensor],
+        text_embeds: Tensor,
+        targets: Targets,
+        counts: Tensor | None,
     ) -> Losses:
         """Of all decoder outputs given."""
         similarity = [cosine_similarity(embeds, text_embeds) for embeds in class_embeds]
         background = [self._background_similarity(embeds) for embeds in class_embeds]
-        return zs3_losses(mask_logits, similarity, background, targets, self.config)
+        return zs3_losses(mask_logits, similarity, background, targets, self.config, counts)
 
     def _text_embeds(self, text_embeds: Tensor | None, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
         """(C, D), unit length, from whichever source was given."""

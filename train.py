@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
 from configuration_zs3 import Zs3Config
+from losses_zs3 import count_targets, mask_ids
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
 from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor
 from zs3.augmentation import Augmentation
@@ -388,6 +389,14 @@ def make_loader(
     return itertools.islice(loader, (args.max_steps - start_step) * parts.micro_batches)
 
 
+def with_counts(batches: Iterator[dict], micro_batches: int, config: Zs3Config) -> Iterator[dict]:
+    """The micro-batches, each with what the losses of its whole step divide by."""
+    while step := list(itertools.islice(batches, micro_batches)):
+        counts = [count_targets(mask_ids(batch["labels"]), batch["image_labels"], config) for batch in step]
+        for batch in step:
+            yield {**batch, "target_counts": torch.stack(counts).mean(dim=0)}
+
+
 def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
     """How the run is spread over processes and devices; what cannot be is refused before anything is loaded."""
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -493,6 +502,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
     checkpoints = Checkpoints(accelerator, folder, model, scheduler, progress, kept=args.checkpoints_kept)
     if accelerator.is_fsdp2:
         model.get_input_embeddings = lambda: None  # accelerate asks for them; an image model has none
+    config = model.config  # no longer to be had when the model is wrapped
     model, optimizer = accelerator.prepare(model.train(), optimizer)
     set_seed(args.seed + 1 + accelerator.process_index)  # point sampling differs between processes
     saved_by = checkpoints.resume()
@@ -512,7 +522,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
     bar = tqdm(total=args.max_steps, initial=progress.step, unit="step", mininterval=1, disable=quiet)
     step_ids, fault = [], None
     with Termination() as termination, bar:
-        for batch in pace.timed(loader):
+        for batch in with_counts(pace.timed(loader), parts.micro_batches, config):
             image_ids = batch.pop("image_ids")
             step_ids += image_ids
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from runs import flags, write_data
 from safetensors import safe_open
@@ -33,7 +34,7 @@ import train
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from train import TrainArgs, go_on_after
 from zs3.command_line import InputError, run
-from zs3.run_folder import MetricsLog, Progress, complete_checkpoints, damage
+from zs3.run_folder import MetricsLog, Progress, check_recipe, complete_checkpoints, damage
 
 SETTINGS = {"max_steps": 12, "checkpointing_steps": 3, "logging_steps": 1, "lr_milestones": 7}
 KILLS = int(os.environ.get("ZS3_KILLS", 2))
@@ -397,3 +398,26 @@ def test_infinite_gradients_of_a_finite_loss_stop_the_run(data, tmp_path):
     assert ended(start(command, tmp_path / "log", partial(spoil_loss, flat_but_steep, 4, "0"))) == 2
     assert "at step 4 although the loss is finite" in (tmp_path / "log").read_text()
     assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        ({"num_workers": 1, "trackers": []}, {"num_workers": 4, "trackers": ["tensorboard"]}, None),
+        ({"device_batch_size": None}, {"device_batch_size": 2}, None),
+        ({"device_batch_size": None, "backbone_norm": "batch"}, {"device_batch_size": 2}, "device_batch_size"),
+        ({"num_workers": 1, "streaming": True}, {"num_workers": 4}, "num_workers"),
+        ({"logging_steps": 5, "learning_rate": 0.1}, {"logging_steps": 1, "learning_rate": 0.2}, "learning_rate"),
+    ],
+)
+def test_a_run_may_go_on_with_other_flags_where_its_weights_do_not_hang_on_them(tmp_path, before, now, refused):
+    path = tmp_path / "recipe.yaml"
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    path.write_text(yaml.safe_dump(before))
+    if refused is None:
+        check_recipe(path, {**before, **now})
+        assert yaml.safe_load(path.read_text()) == {**before, **now}
+    else:
+        with pytest.raises(InputError, match=f"with another {refused}:"):
+            check_recipe(path, {**before, **now})
+        assert yaml.safe_load(path.read_text()) == before

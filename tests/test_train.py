@@ -78,10 +78,10 @@ def test_two_processes_train_one_model(data, tmp_path):
     assert (tmp_path / "two" / "final" / "pipeline_zs3.py").exists()
 
 
-def test_two_processes_have_the_gradients_of_one_with_the_double_batch(data, tmp_path):
+def test_two_processes_that_take_image_by_image_have_the_gradients_of_one_that_takes_four(data, tmp_path):
     running, options = [], {"batch_size": 4, "max_steps": 1, "backbone_norm": "frozen"}
-    for processes in (1, 2):
-        arguments = flags(data, tmp_path / str(processes), **options)
+    for processes, at_once in ((1, 4), (2, 1)):
+        arguments = flags(data, tmp_path / str(processes), **options, device_batch_size=at_once)
         grads = str(tmp_path / f"{processes}.safetensors")
         running.append(train(grads, *arguments, processes=processes, script="tests/gradients_of_a_step.py"))
     assert [process.wait() for process in running] == [0, 0]
@@ -91,7 +91,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_double_batch(data, tmp
     assert one.keys() == two.keys() and len(one) > 50
     largest = max(grad.norm() for grad in one.values())
     for name, grad in one.items():  # a bias before a group norm has a gradient of rounding errors alone
-        assert (two[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-8 * largest, name
+        assert (two[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7 * largest, name
 
 
 @pytest.mark.parametrize(("workers", "steps_before"), [(0, 3), (2, 3)])

@@ -36,8 +36,19 @@ MANIFEST = "manifest.json"
 TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter")
 
 
+def may_change(recipe: dict) -> set[str]:
+    """The flags that another start of a run may have otherwise: the trained weights do not hang on them."""
+    free = {"logging_steps", "checkpointing_steps", "checkpoints_kept", "trackers"}
+    if not recipe.get("streaming"):  # whose order is that of its readers
+        free.add("num_workers")
+        if recipe.get("backbone_norm") != "batch":  # of the images that a process takes at once
+            free.add("device_batch_size")
+    return free
+
+
 def check_recipe(path: Path, recipe: dict) -> None:
-    """A folder holds one run: its recipe is written at the start and must be the same when the run resumes.
+    """A folder holds one run: its recipe is written at the start and must be the same when the run resumes, but for
+    what `may_change`.
 
     A run that left neither a checkpoint nor a final model never was: its folder is free.
     """
@@ -45,7 +56,8 @@ def check_recipe(path: Path, recipe: dict) -> None:
         raise InputError(f"--output_dir {path.parent} is a file: choose a folder")
     if path.exists() and (complete_checkpoints(path.parent / "checkpoints") or (path.parent / "final").exists()):
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = sorted(name for name in before.keys() | recipe.keys() if before.get(name) != recipe.get(name))
+        fixed = (before.keys() | recipe.keys()) - may_change(recipe)
+        changed = sorted(name for name in fixed if before.get(name) != recipe.get(name))
         if changed:
             raise InputError(
                 f"{path.parent} holds a run with another {', '.join(changed)}: choose another --output_dir or delete it"
