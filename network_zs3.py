@@ -30,6 +30,8 @@ except ImportError:  # inference needs no gradients
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
+ROWS_AT_ONCE = 2**15  # of values in deformable attention, whose sampling points then fit into a cache
+
 Size = tuple[int, int]
 Run = Callable[
     ..., Tensor
@@ -238,15 +240,15 @@ def _deformable_sum(
 ) -> Tensor:
     grid = _grid(heights, widths, column)
     output = torch.empty_like(value, memory_format=torch.contiguous_format)
-    for image in range(len(value)):
-        rows = value[image].flatten(0, 1)
-        points = _neighbours(column[image], row[image], grid)
-        shares = _shares(points, weight[image].flatten(1))
+    for images in _few_images(value):
+        rows = value[images].flatten(0, 2)
+        points = _neighbours(column[images], row[images], grid)
+        shares = _shares(points, weight[images].flatten(2))
         sums = [
             F.embedding_bag(index, rows[start:], per_sample_weights=share.view_as(index), mode="sum")
             for (index, start), share in zip(points.rows, shares, strict=True)
         ]
-        torch.add(sums[0], sums[1], out=output[image].flatten(0, 1)).add_(sums[2]).add_(sums[3])
+        torch.add(sums[0], sums[1], out=output[images].flatten(0, 2)).add_(sums[2]).add_(sums[3])
     return output.flatten(2)
 
 
@@ -265,16 +267,15 @@ def _deformable_sum_backward(
     grid = _grid(heights, widths, column)
     of_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
     of_points = [torch.empty_like(column, memory_format=torch.contiguous_format) for _ in range(3)]
-    for image in range(len(value)):
-        rows, of_sums = value[image].flatten(0, 1), grad[image].reshape(-1, value.shape[3])
-        points = _neighbours(column[image], row[image], grid)
-        of_rows, of_shares = of_value[image].flatten(0, 1), []
-        for (index, start), share in zip(points.rows, _shares(points, weight[image].flatten(1)), strict=True):
+    for images in _few_images(value):
+        rows, of_sums = value[images].flatten(0, 2), grad[images].reshape(-1, value.shape[3])
+        points, weights = _neighbours(column[images], row[images], grid), weight[images].flatten(2)
+        of_rows, of_shares = of_value[images].flatten(0, 2), []
+        for (index, start), share in zip(points.rows, _shares(points, weights), strict=True):
             of_rows[start:] += _transposed_sum(index, share, of_sums, len(rows) - start)
             of_shares.append(_dot_products(index, of_sums, rows[start:]).view_as(share))
-        parts = _shares_backward(points, weight[image].flatten(1), of_shares)
-        for whole, part in zip(of_points, parts, strict=True):
-            whole[image] = part.view_as(whole[image])
+        for whole, part in zip(of_points, _shares_backward(points, weights, of_shares), strict=True):
+            whole[images] = part.view_as(whole[images])
     return of_value, *of_points
 
 
@@ -312,13 +313,20 @@ class _Grid(NamedTuple):
 
 
 class _Neighbours(NamedTuple):
-    """Of one image's sampling points."""
+    """Of the sampling points of some images."""
 
-    rows: list[tuple[Tensor, int]]  # int32 (S * G, P), and what to add: upper left, upper right, lower left and right
-    left: Tensor  # (S, G * P), the point's distance from the left column; the others alike
+    rows: list[tuple[Tensor, int]]  # int32 (B * S * G, P), and what to add: upper left and right, lower left and right
+    left: Tensor  # (B, S, G * P), the point's distance from the left column; the others alike
     right: Tensor
     upper: Tensor
     lower: Tensor
+
+
+def _few_images(value: Tensor) -> list[slice]:
+    """Images that are taken together: small ones, of which each alone would be too little work for a call."""
+    images, positions, heads, _ = value.shape
+    count = max(1, ROWS_AT_ONCE // (positions * heads))
+    return [slice(first, first + count) for first in range(0, images, count)]
 
 
 def _grid(heights: Sequence[int], widths: Sequence[int], column: Tensor) -> _Grid:
@@ -340,16 +348,17 @@ def _grid(heights: Sequence[int], widths: Sequence[int], column: Tensor) -> _Gri
 
 
 def _neighbours(column: Tensor, row: Tensor, grid: _Grid) -> _Neighbours:
-    """column, row: (S, G, P). Near a border the two columns or rows nearest to the point are meant, which it may be
+    """column, row: (B, S, G, P). Near a border the two columns or rows nearest to the point are meant, which it may be
     farther from than a pixel; a NaN becomes an index, too."""
-    heads, points = column.shape[1:]
-    zero = column.new_zeros(())
-    left = column.flatten(1).floor().fmax(zero).fmin(grid.last_column)
-    upper = row.flatten(1).floor().fmax(zero).fmin(grid.last_row)
+    images, positions, heads, points = column.shape
+    column, row, zero = column.flatten(2), row.flatten(2), column.new_zeros(())
+    left = column.floor().fmax(zero).fmin(grid.last_column)
+    upper = row.floor().fmax(zero).fmin(grid.last_row)
     above = upper.int().mul_(grid.width).add_(left.int(), alpha=heads).add_(grid.first)
+    above += torch.arange(images, dtype=torch.int32)[:, None, None] * (positions * heads)
     below = above + grid.width
     above, below = above.view(-1, points), below.view(-1, points)
-    across, down = column.flatten(1) - left, row.flatten(1) - upper
+    across, down = column - left, row - upper
     return _Neighbours(
         rows=[(above, 0), (above, heads), (below, 0), (below, heads)],
         left=across,
@@ -371,7 +380,7 @@ def _slope(distance: Tensor) -> Tensor:
 
 
 def _shares(points: _Neighbours, weight: Tensor) -> list[Tensor]:
-    """Of the four neighbours, in the order of `rows`; weight: (S, G * P)."""
+    """Of the four neighbours, in the order of `rows`; weight: (B, S, G * P)."""
     left, right = _share(points.left), _share(points.right)
     upper, lower = _share(points.upper).mul_(weight), _share(points.lower).mul_(weight)
     return [upper * left, upper * right, lower * left, lower * right]
