@@ -241,6 +241,7 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
     with torch.inference_mode():
         steps = {PEER: lambda: peer(pixel_values), OURS: lambda: ours(pixel_values, text_embeds=text_embeds)}
         expected = steps[PEER]().masks_queries_logits
+        row["operations"] = operations(steps[OURS])  # counting does not see into compiled code
         if mode == "compiled":
             for model in (ours, peer):
                 compile_network(model)
@@ -252,8 +253,6 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
                 "of speed means anything then"
             )
         row["largest_difference"] = difference
-        if mode == "eager":
-            row["operations"] = operations(steps[OURS])
         dtype = getattr(torch, args.dtype)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             row |= measure_all(steps, args.rounds, args.gemm_size, dtype, device)
@@ -283,11 +282,9 @@ def measure_all(
 
 
 def add_floor(rows: list[dict]) -> None:
-    """Counting does not see into compiled code, whose operations are those of eager mode."""
-    counted = {(row["backbone"], row["size"]): row["operations"] for row in rows if "operations" in row}
+    """And what is relative to it or to the peer."""
     for row in rows:
-        count = counted.get((row["backbone"], row["size"]))
-        row["floor_seconds"] = float("nan") if count is None else count / row["operations_per_second"]
+        row["floor_seconds"] = row["operations"] / row["operations_per_second"]
         for network in row["networks"].values():
             network["times_the_floor"] = network["seconds"] / row["floor_seconds"]
             network["peak_share"] = network["peak_mib"] / row["networks"][PEER]["peak_mib"]
