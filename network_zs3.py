@@ -125,7 +125,7 @@ def pixel_decoder(decoder: nn.Module, features: Sequence[Tensor], run: Run) -> t
     for layer in decoder.encoder.layers:
         hidden = run(encoder_layer, layer, hidden, positions, anchors, sizes)
     parts = hidden.split([height * width for height, width in sizes], dim=1)
-    levels = [part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
+    levels = [part.unflatten(1, size).permute(0, 3, 1, 2) for part, size in zip(parts, sizes, strict=True)]
 
     finest = levels[-1]
     finer = features[: decoder.num_fpn_levels][::-1]
@@ -188,7 +188,9 @@ def deformable_attention(
     heads, points = attention.n_heads, attention.n_levels * attention.n_points
     value = attention.value_proj(hidden).unflatten(2, (heads, -1))
     query = hidden + positions
-    weight = attention.attention_weights(query).unflatten(2, (heads, points)).softmax(-1)
+    # Over few points that lie side by side in memory a softmax is slow.
+    weight = attention.attention_weights(query).transpose(1, 2).unflatten(1, (heads, points)).softmax(2)
+    weight = weight.permute(0, 3, 1, 2).contiguous()  # (B, S, G, P)
     # One row of the layer's weight in two is of columns, the other of rows.
     offsets = attention.sampling_offsets
     steps = zip(
