@@ -451,7 +451,7 @@ def zs3_losses(
     """
     masks, labels = match_outputs(mask_logits, similarity, background_similarity, targets, config)
     if counts is None:
-        counts = count_targets(targets.ids, targets.image_labels, config)
+        counts = count_targets(targets.ids, targets.image_labels, labels.shape[2], config.matching)
     num_masks, num_matched, num_unmatched = mean_over_ranks(counts.to(labels.device)).clamp(min=TINY)
 
     num_points = config.train_num_points
@@ -487,18 +487,18 @@ def zs3_losses(
     return Losses({name: torch.stack(values).sum() for name, values in terms.items()}, rate)
 
 
-def count_targets(ids: list[Tensor], image_labels: Tensor, config: Zs3Config) -> Tensor:
+def count_targets(ids: list[Tensor], image_labels: Tensor, num_queries: int, matching: str) -> Tensor:
     """Of a batch the numbers of masks, of queries that get a label and of those that get none: (3,) float32.
 
     ids, image_labels: as in Targets. The same for every decoder output, whatever is matched with what. The gradient of
     a batch that is cut into parts is that of the whole where each part is given the mean of the parts' counts.
     """
     labels = present_labels(image_labels)
-    if config.matching != "unpaired":  # a mask's id is its query's label, too
+    if matching != "unpaired":  # a mask's id is its query's label, too
         labels = [torch.cat(both).unique() for both in zip(ids, labels, strict=True)]
-    matched = sum(min(len(row), config.num_queries) for row in labels)
+    matched = sum(min(len(row), num_queries) for row in labels)
     num_masks = sum(len(row) for row in ids)
-    return torch.tensor([num_masks, matched, len(labels) * config.num_queries - matched], dtype=torch.float32)
+    return torch.tensor([num_masks, matched, len(labels) * num_queries - matched], dtype=torch.float32)
 
 
 @torch.no_grad()

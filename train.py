@@ -392,7 +392,10 @@ def make_loader(
 def with_counts(batches: Iterator[dict], micro_batches: int, config: Zs3Config) -> Iterator[dict]:
     """The micro-batches, each with what the losses of its whole step divide by."""
     while step := list(itertools.islice(batches, micro_batches)):
-        counts = [count_targets(mask_ids(batch["labels"]), batch["image_labels"], config) for batch in step]
+        counts = [
+            count_targets(mask_ids(batch["labels"]), batch["image_labels"], config.num_queries, config.matching)
+            for batch in step
+        ]
         for batch in step:
             yield {**batch, "target_counts": torch.stack(counts).mean(dim=0)}
 

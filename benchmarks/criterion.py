@@ -197,9 +197,7 @@ def compare(args: CriterionArgs, classes: int, device: torch.device) -> dict:
     masks = [(labels[image] == present[:, None, None]).float() for image, present in enumerate(ids)]
 
     configs = {
-        name: Zs3Config(
-            num_queries=args.queries, train_num_points=args.points, **changes, text_config=None, vision_config=None
-        )
+        name: Zs3Config(train_num_points=args.points, **changes, text_config=None, vision_config=None)
         for name, changes in CRITERIA.items()
     }
     same = configs["zs3, the same losses"]
