@@ -561,6 +561,7 @@ def same_label_rate(matches: list[Match], labels: Tensor, ids: list[Tensor]) -> 
 def mean_over_ranks(counts: Tensor) -> Tensor:
     """The mean over the processes of a distributed run, over which DDP averages the gradients."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        counts = counts.clone()  # the caller's stay as they are
         torch.distributed.all_reduce(counts)
         counts = counts / torch.distributed.get_world_size()
     return counts

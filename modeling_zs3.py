@@ -52,7 +52,7 @@ try:
     from .configuration_zs3 import Zs3Config, plain
     from .label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from .losses_zs3 import Losses, Targets, class_probabilities, mask_ids, zs3_losses
-    from .network_zs3 import batch_norms, call, decoder_outputs
+    from .network_zs3 import batch_norms, decoder_outputs, run_plainly
 except ImportError:
     if __package__:
         raise
@@ -71,7 +71,7 @@ except ImportError:
     from configuration_zs3 import Zs3Config, plain
     from label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from losses_zs3 import Losses, Targets, class_probabilities, mask_ids, zs3_losses
-    from network_zs3 import batch_norms, call, decoder_outputs
+    from network_zs3 import batch_norms, decoder_outputs, run_plainly
 
 SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
 TEXT_CHUNK = 256  # prompts embedded at once
@@ -186,7 +186,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
     def freeze_backbone_norms(self) -> None:
         """From now on the backbone's batch norms do not learn, neither statistics nor scale and shift (Mask2Former's
-        own choice). A ResNet then trains in less time and about half the memory."""
+        own choice). A ResNet then trains in less time and memory."""
         self.norms_are_frozen = True
         self.train(self.training)
 
@@ -464,7 +464,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
     def _proposals(self, pixel_values: Tensor, every: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Mask logits (B, Q, h, w) and class embeddings (B, Q, D): of every decoder output, or of the last one."""
-        run = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else call
+        run = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else run_plainly
         outputs = decoder_outputs(self.model, pixel_values, every, run)
         return outputs.mask_logits, [self.class_projection(hidden) for hidden in outputs.hidden]
 

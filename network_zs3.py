@@ -2,15 +2,17 @@
 
 The outputs are those of transformers' Mask2FormerModel (to 1e-4, tests/test_network.py). What differs:
     backbone: channels last; a ResNet whose batch norms do not learn runs as convolutions alone (`normed_convolution`).
-    pixel decoder: deformable attention gathers the neighbours of its sampling points as weighted bags of rows
-        (`deformable_sum`); no tensor of sampled values is made, and none is kept for the gradient.
+    pixel decoder: on a CPU deformable attention gathers the neighbours of its sampling points as weighted bags of rows
+        (`bags_of_neighbours`); no tensor of sampled values is made, and none is kept for the gradient.
     transformer decoder: fused attention; where masks block attention is found on the small feature maps, and without a
         loss only the last output's masks are made.
+Weights are used without calling the layers that hold them: forward hooks on those do not run.
 
 Axes: B image, C channel, Q query, S position of all levels, G head, P sampling points of all levels, D channel of a
 head, H W of a level, h w of the masks.
 """
 
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -28,14 +30,11 @@ try:
 except ImportError:  # inference needs no gradients
     csc_array = None
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-
 ROWS_AT_ONCE = 2**15  # of values in deformable attention, whose sampling points then fit into a cache
 
 Size = tuple[int, int]
-Run = Callable[
-    ..., Tensor
-]  # run(function, *args) returns function(*args); how much it keeps for the gradient is its own
+# run(function, *args) returns function(*args); `torch.utils.checkpoint.checkpoint` is one.
+Run = Callable[..., Tensor]
 
 
 class DecoderOutputs(NamedTuple):
@@ -45,11 +44,13 @@ class DecoderOutputs(NamedTuple):
     hidden: list[Tensor]  # (B, Q, C), normalised: what the class projection is given
 
 
-def call(function: Callable[..., Tensor], *args: object) -> Tensor:
+def run_plainly(function: Callable[..., Tensor], *args: object) -> Tensor:
     return function(*args)
 
 
-def decoder_outputs(network: Mask2FormerModel, pixel_values: Tensor, every: bool, run: Run = call) -> DecoderOutputs:
+def decoder_outputs(
+    network: Mask2FormerModel, pixel_values: Tensor, every: bool, run: Run = run_plainly
+) -> DecoderOutputs:
     """`network(pixel_values)`: pixel_values (B, 3, H, W), sides of multiples of 32.
 
     every: the outputs of all layers, for deep supervision; or of the last one alone.
@@ -188,9 +189,7 @@ def deformable_attention(
     heads, points = attention.n_heads, attention.n_levels * attention.n_points
     value = attention.value_proj(hidden).unflatten(2, (heads, -1))
     query = hidden + positions
-    # Over few points that lie side by side in memory a softmax is slow.
-    weight = attention.attention_weights(query).transpose(1, 2).unflatten(1, (heads, points)).softmax(2)
-    weight = weight.permute(0, 3, 1, 2).contiguous()  # (B, S, G, P)
+    weight = softmax_of_few(attention.attention_weights(query).unflatten(2, (heads, points)))
     # One row of the layer's weight in two is of columns, the other of rows.
     offsets = attention.sampling_offsets
     steps = zip(
@@ -203,14 +202,22 @@ def deformable_attention(
     return attention.output_proj(deformable_sum(value, column, row, weight, sizes))
 
 
+def softmax_of_few(logits: Tensor) -> Tensor:
+    """logits.softmax(-1) of (B, S, G, P): few P, side by side in memory, with which a CPU is slow."""
+    if logits.device.type != "cpu":
+        return logits.softmax(-1)
+    return logits.permute(0, 2, 3, 1).softmax(2).permute(0, 3, 1, 2).contiguous()
+
+
 def deformable_sum(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, sizes: list[Size]) -> Tensor:
     """The weighted sum of bilinear samples of all levels, which are zero beyond their borders -> (B, S, G * D).
 
     value: (B, S, G, D). weight: (B, S, G, P), of the samples. column, row: (B, S, G, P), where to sample, in pixels of
-    the point's level; every level has as many points, in order. Computed in float32, whatever the model's precision.
+    the point's level; every level has as many points, in order, and the last is two pixels wide and high or more.
+    Computed in float32, in a model of lower precision too.
     """
-    kind = value.dtype
-    value, column, row, weight = (tensor.float() for tensor in (value, column, row, weight))
+    kind, precise = value.dtype, torch.promote_types(value.dtype, torch.float32)
+    value, column, row, weight = (tensor.to(precise) for tensor in (value, column, row, weight))
     on_cpu = value.device.type == "cpu"
     return (bags_of_neighbours if on_cpu else grid_samples)(value, column, row, weight, sizes).to(kind)
 
@@ -218,8 +225,9 @@ def deformable_sum(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, s
 def grid_samples(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, sizes: list[Size]) -> Tensor:
     """`deformable_sum` by transformers' function, on devices that the other was not made for."""
     levels = len(sizes)
-    sides = column.new_tensor([[width, height] for height, width in sizes])[:, None]  # (levels, 1, 2)
-    places = (torch.stack([column, row], dim=4).unflatten(3, (levels, -1)) + 0.5) / sides
+    columns = [(of + 0.5) / width for of, (_, width) in zip(column.chunk(levels, dim=3), sizes, strict=True)]
+    rows = [(of + 0.5) / height for of, (height, _) in zip(row.chunk(levels, dim=3), sizes, strict=True)]
+    places = torch.stack([torch.stack(columns, dim=3), torch.stack(rows, dim=3)], dim=5)
     return multi_scale_deformable_attention(value, sizes, places, weight.unflatten(3, (levels, -1)))
 
 
@@ -230,14 +238,15 @@ def bags_of_neighbours(value: Tensor, column: Tensor, row: Tensor, weight: Tenso
     sparse matrix times these rows. PyTorch multiplies by it as an `embedding_bag`, scipy by its transpose. Both
     directions are operators of their own, which torch.compile takes as they are.
     """
-    return _deformable_sum(value, column, row, weight, *zip(*sizes, strict=True))
+    return _bags(value, column, row, weight, *zip(*sizes, strict=True))
 
 
-_OPERATORS = __name__.replace(".", "_")  # copies of this module, as remote code has, each have theirs
+# Copies of this module, as remote code has, each have their operators. A module's name may hold what theirs may not.
+_OPERATORS = "zs3_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
 
 
-@torch.library.custom_op(f"{_OPERATORS}::deformable_sum", mutates_args=())
-def _deformable_sum(
+@torch.library.custom_op(f"{_OPERATORS}::bags", mutates_args=())
+def _bags(
     value: Tensor, column: Tensor, row: Tensor, weight: Tensor, heights: Sequence[int], widths: Sequence[int]
 ) -> Tensor:
     grid = _grid(heights, widths, column)
@@ -254,8 +263,8 @@ def _deformable_sum(
     return output.flatten(2)
 
 
-@torch.library.custom_op(f"{_OPERATORS}::deformable_sum_backward", mutates_args=())
-def _deformable_sum_backward(
+@torch.library.custom_op(f"{_OPERATORS}::bags_backward", mutates_args=())
+def _bags_backward(
     grad: Tensor,
     value: Tensor,
     column: Tensor,
@@ -281,12 +290,12 @@ def _deformable_sum_backward(
     return of_value, *of_points
 
 
-@_deformable_sum.register_fake
+@_bags.register_fake
 def _(value: Tensor, *_: object) -> Tensor:
     return value.new_empty(*value.shape[:2], value.shape[2] * value.shape[3])
 
 
-@_deformable_sum_backward.register_fake
+@_bags_backward.register_fake
 def _(_: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs[:4])
 
@@ -297,10 +306,10 @@ def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
 
 
 def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_deformable_sum_backward(grad, *ctx.saved_tensors, ctx.heights, ctx.widths), None, None
+    return *_bags_backward(grad, *ctx.saved_tensors, ctx.heights, ctx.widths), None, None
 
 
-_deformable_sum.register_autograd(_gradients, setup_context=_keep)
+_bags.register_autograd(_gradients, setup_context=_keep)
 
 
 class _Grid(NamedTuple):
@@ -413,7 +422,9 @@ def _dot_products(index: Tensor, of_sums: Tensor, rows: Tensor) -> Tensor:
     starts = torch.arange(0, index.numel() + 1, index.shape[1], dtype=torch.int32)
     nothing = torch.zeros(index.numel(), dtype=rows.dtype)
     size = (len(index), len(rows))
-    places = torch.sparse_csr_tensor(starts, index.flatten(), nothing, size=size, check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this kind of tensor is in beta state
+        places = torch.sparse_csr_tensor(starts, index.flatten(), nothing, size=size, check_invariants=False)
     return torch.sparse.sampled_addmm(places, of_sums, rows.T, beta=0.0).values()
 
 

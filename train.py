@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -61,6 +61,7 @@ from zs3.stopping import EXIT_CODE, Termination, agree, outlive_first_sigterm
 
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")
+UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 TOWERS = ("text_config", "vision_config")  # come from a checkpoint; null leaves one out
 
 
@@ -150,6 +151,7 @@ class TrainArgs:
         """What the parser cannot check."""
         check_required(self, "dataset", "output_dir")
         check_at_least(self, 1, "max_steps", "batch_size", "device_batch_size", "logging_steps")
+        check_at_least(self, 32, "crop_size")
         check_at_least(
             self, 1, "checkpointing_steps", "checkpoints_kept", "test_short_edge", "max_size", "shuffle_buffer"
         )
@@ -390,7 +392,10 @@ def make_loader(
 
 
 def with_counts(batches: Iterator[dict], micro_batches: int, config: Zs3Config) -> Iterator[dict]:
-    """The micro-batches, each with what the losses of its whole step divide by."""
+    """The micro-batches, each with what the losses of its whole step divide by, if it is a part of one."""
+    if micro_batches == 1:
+        yield from batches
+        return
     while step := list(itertools.islice(batches, micro_batches)):
         counts = [
             count_targets(mask_ids(batch["labels"]), batch["image_labels"], config.num_queries, config.matching)
@@ -405,8 +410,8 @@ def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs a GPU: on CPU cores give bf16 or no")
-    if args.backbone_norm == "sync" and (state.device.type != "cuda" or state.num_processes == 1):
-        raise InputError("--backbone_norm sync is for several processes with a CUDA GPU each: give batch or frozen")
+    if args.backbone_norm == "sync" and state.device.type != "cuda":
+        raise InputError("--backbone_norm sync needs CUDA GPUs: give batch or frozen")
     parts = cut_batch(args.batch_size, state.num_processes, args.device_batch_size)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -414,6 +419,12 @@ def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
         log_with=args.trackers or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(args.output_dir) / "trackers")),
     )
+    kind = accelerator.distributed_type
+    if kind in UNSUPPORTED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+        raise InputError(
+            f"training with {kind.value} is not supported: choose several GPUs in `accelerate config`, or give "
+            "--config_file recipes/accelerate/fsdp2.yaml"
+        )
     if accelerator.is_fsdp2:
         # Autocast decides about precision, as without FSDP, whose own policy would round text vectors and losses too.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -499,7 +510,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
     scheduler = make_scheduler(optimizer, args)
     if args.activation_checkpointing:
         # Called gradient_checkpointing_enable in the oldest transformers supported.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     progress = Progress()
     folder = output_dir / "checkpoints"
     checkpoints = Checkpoints(accelerator, folder, model, scheduler, progress, kept=args.checkpoints_kept)
@@ -584,7 +596,6 @@ def train(args: TrainArgs, overrides: dict) -> None:
             "setting": args.setting,
             "unseen_labels": args.unseen_labels,
             **log.last,
-            "data_wait": round(pace.waited / pace.seconds, 4),
         }
         write_json(output_dir / "all_results.json", results)
         save_final(trained, processor, output_dir / "final")  # last: where it is, the run is complete

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DOORS = ("AutoModel", "AutoModelForSemanticSegmentation", "AutoModelForUniversalSegmentation")
 
+CHECKPOINT = "é 2 (1)"  # the name of a folder ends up in those of the modules that are loaded from it
+
 
 def picture() -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (10, 14, 3), dtype=np.uint8)
@@ -55,17 +57,17 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stranger")
     picture().save(folder / "image.png")
     (folder / "labels.json").write_text(json.dumps(LABELS))
-    save_checkpoint(folder / "checkpoint", seed=1)
-    processor().save_pretrained(folder / "checkpoint")
+    save_checkpoint(folder / CHECKPOINT, seed=1)
+    processor().save_pretrained(folder / CHECKPOINT)
     save_checkpoint(folder / "textless", text=False)
-    hub_cache(folder / "hub", folder / "checkpoint")
+    hub_cache(folder / "hub", folder / CHECKPOINT)
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub"), "HOME": str(elsewhere)}
-    first = ["checkpoint", "--prefix", "folder", "--resave", str(folder / "resaved"), "--textless", "textless"]
+    first = [CHECKPOINT, "--prefix", "folder", "--resave", str(folder / "resaved"), "--textless", "textless"]
     first += ["--drop", "dropped"]
-    first = [str(folder / word) if word in ("checkpoint", "textless", "dropped") else word for word in first]
+    first = [str(folder / word) if word in (CHECKPOINT, "textless", "dropped") else word for word in first]
     second = ["someone/zs3-tiny", "--prefix", "hub", "--again", str(folder / "resaved")]
     for number, arguments in enumerate((first, second)):
         run = subprocess.run(
@@ -159,11 +161,11 @@ def test_without_its_text_tower_a_checkpoint_still_names_its_vocabulary(folder, 
 def test_a_strangers_copy_is_complete(folder):
     for name in CODE:
         source = (ROOT / name).read_bytes()
-        assert (folder / "checkpoint" / name).read_bytes() == source, name
+        assert (folder / CHECKPOINT / name).read_bytes() == source, name
         assert (folder / "resaved" / name).read_bytes() == source, name
-    python = [sorted(file.name for file in (folder / name).glob("*.py")) for name in ("checkpoint", "resaved")]
+    python = [sorted(file.name for file in (folder / name).glob("*.py")) for name in (CHECKPOINT, "resaved")]
     assert python == [CODE, CODE]
-    configs = [json.loads((folder / name / "config.json").read_text()) for name in ("checkpoint", "resaved")]
+    configs = [json.loads((folder / name / "config.json").read_text()) for name in (CHECKPOINT, "resaved")]
     for key in ("auto_map", "custom_pipelines", "class_names", "id2label"):
         assert configs[0][key] == configs[1][key], key
 

@@ -9,7 +9,15 @@ from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerModel, ResNetConfig, SwinConfig
 
-from network_zs3 import bags_of_neighbours, call, decoder_outputs, deformable_sum, grid_samples, visible_tokens
+from network_zs3 import (
+    _bags,
+    bags_of_neighbours,
+    decoder_outputs,
+    deformable_sum,
+    grid_samples,
+    run_plainly,
+    visible_tokens,
+)
 
 SIZES = {"hidden_dim": 64, "feature_size": 64, "mask_feature_size": 16, "num_queries": 7, "num_attention_heads": 2}
 LAYERS = {"encoder_layers": 2, "decoder_layers": 4, "dim_feedforward": 24, "encoder_feedforward_dim": 24}
@@ -69,9 +77,8 @@ def test_every_output_is_that_of_transformers(backbone, size):
 
 @pytest.mark.parametrize("norms_learn", [False, True])
 @pytest.mark.parametrize("backbone", ["some", "swin"])
-def test_every_gradient_is_that_of_transformers(backbone, norms_learn, monkeypatch):
+def test_every_gradient_is_that_of_transformers(backbone, norms_learn):
     # In float64, where rounding moves no pixel into a mask or out of it.
-    monkeypatch.setattr(Tensor, "float", lambda self: self)
     model, pixels = network(backbone).double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
     if norms_learn:
         model.train()
@@ -155,6 +162,19 @@ def test_gradients_of_the_deformable_sum_are_those_of_grid_sample(sizes):
         strict=True,
     ):
         assert torch.allclose(mine, its, atol=1e-11)
+
+
+def test_the_operators_are_what_torch_compile_takes_them_for():
+    value, column, row, weight = points([(2, 3), (4, 6)])
+    torch.library.opcheck(_bags, (value, column, row, weight, (2, 4), (3, 6)))
+
+
+def test_half_precision_is_summed_in_float32():
+    value, column, row, weight = (tensor.detach().float() for tensor in points([(2, 3), (4, 6)]))
+    found = deformable_sum(value.bfloat16(), column, row, weight, [(2, 3), (4, 6)])
+    assert found.dtype == torch.bfloat16
+    expected = deformable_sum(value.bfloat16().float(), column, row, weight, [(2, 3), (4, 6)])
+    assert torch.equal(found, expected.bfloat16())
 
 
 def test_on_a_pixel_the_gradient_looks_right_and_down_as_grid_sample_does():
@@ -256,7 +276,7 @@ def test_layers_are_run_by_whom_is_asked_to():
 
     def run(function, *args):
         ran.append(function.__name__)
-        return call(function, *args)
+        return run_plainly(function, *args)
 
     with torch.no_grad():
         decoder_outputs(model, torch.randn(1, 3, 64, 64), False, run)

@@ -106,14 +106,16 @@ def logged(output_dir: Path) -> list[int]:
 # Changes to a run
 
 
-def kill_at(function_name: str, call: int, signum: int = signal.SIGKILL, rank: str = "0") -> None:
-    """A signal to one process at the so manieth call of a function, "module:name"."""
+def kill_at(
+    function_name: str, call: int, signum: int = signal.SIGKILL, rank: str = "0", whole_group: bool = False
+) -> None:
+    """A signal to one process, or to all of its group, at the so manieth call of a function, "module:name"."""
     owner, _, name = function_name.replace(":", ".").rpartition(".")
     calls, place, function = count(1), pkgutil.resolve_name(owner), pkgutil.resolve_name(function_name)
 
     def counted(*args, **kwargs):
         if next(calls) == call and os.environ.get("RANK", "0") == rank:
-            os.kill(os.getpid(), signum)
+            (os.killpg if whole_group else os.kill)(os.getpid(), signum)
         return function(*args, **kwargs)
 
     setattr(place, name, counted)
@@ -348,10 +350,8 @@ def test_frozen_towers_are_in_no_checkpoint_and_must_be_the_same_again(data, tmp
 
 def test_sigterm_to_a_run_and_its_workers_saves_the_step(data, straight, tmp_path):
     rare = {**SETTINGS, "checkpointing_steps": 12, "num_workers": 2}
-    command, metrics = flags(data, tmp_path / "run", **rare), tmp_path / "run" / "metrics.jsonl"
-    process = start(command, tmp_path / "log")
-    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, process)
-    os.killpg(process.pid, signal.SIGTERM)
+    command = flags(data, tmp_path / "run", **rare)
+    process = start(command, tmp_path / "log", partial(kill_at, "train:agree", 3, signal.SIGTERM, whole_group=True))
     assert ended(process) == 143
     (saved,) = complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert f"stopped after step {int(saved.name[5:])}, which is saved" in (tmp_path / "log").read_text()
@@ -406,6 +406,7 @@ def test_infinite_gradients_of_a_finite_loss_stop_the_run(data, tmp_path):
         ({"num_workers": 1, "trackers": []}, {"num_workers": 4, "trackers": ["tensorboard"]}, None),
         ({"device_batch_size": None}, {"device_batch_size": 2}, None),
         ({"device_batch_size": None, "backbone_norm": "batch"}, {"device_batch_size": 2}, "device_batch_size"),
+        ({"device_batch_size": None, "backbone_norm": "sync"}, {"device_batch_size": 2}, "device_batch_size"),
         ({"num_workers": 1, "streaming": True}, {"num_workers": 4}, "num_workers"),
         ({"logging_steps": 5, "learning_rate": 0.1}, {"logging_steps": 1, "learning_rate": 0.2}, "learning_rate"),
     ],

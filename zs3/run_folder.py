@@ -37,11 +37,11 @@ TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter
 
 
 def may_change(recipe: dict) -> set[str]:
-    """The flags that another start of a run may have otherwise: the trained weights do not hang on them."""
+    """The flags that another start of a run may have otherwise: rounding aside, its weights do not hang on them."""
     free = {"logging_steps", "checkpointing_steps", "checkpoints_kept", "trackers"}
     if not recipe.get("streaming"):  # whose order is that of its readers
         free.add("num_workers")
-        if recipe.get("backbone_norm") != "batch":  # of the images that a process takes at once
+        if recipe.get("backbone_norm") not in ("batch", "sync"):  # of the images that are taken at once
             free.add("device_batch_size")
     return free
 
@@ -110,7 +110,8 @@ class Checkpoints:
         try:
             self._write(partial)
         except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk has this much room again
+            if self.accelerator.is_main_process:  # others may be writing there
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk has this much room again
             if any(words in str(error) for words in TORCH_CANNOT_WRITE):
                 raise InputError(
                     f"cannot write {partial}: no space left on the disk, or a limit (ulimit -f) is too low; the "
@@ -119,7 +120,6 @@ class Checkpoints:
             raise
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_manifest(partial)
             rename(partial, final)
             for old in complete_checkpoints(self.folder)[: -self.kept]:
                 shutil.rmtree(old)
@@ -135,6 +135,9 @@ class Checkpoints:
                 "scheduler": self.scheduler.state_dict(),
             }
             torch.save(state, folder / "progress.bin")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_manifest(folder)
 
     def resume(self) -> int | None:
         """Takes up the newest checkpoint that is whole. The number of processes that saved it; None: there is none."""
