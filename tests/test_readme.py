@@ -107,6 +107,19 @@ def test_the_ratios_of_the_readme_are_those_of_the_result_files():
     assert told + f"{two['times_faster_than_first']:.2f} times as fast as one" in README
 
 
+def test_the_network_of_the_readme_is_that_of_the_result_files():
+    told = {}
+    for name, network in (("network", "zs3"), ("train_step", "zs3, the same losses")):
+        rows = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
+        row = next(row for row in rows if row["backbone"] == "resnet50" and row["size"] == 512)
+        assert row.get("norms", "frozen") == "frozen"
+        told[name] = row["networks"][network]
+    forward, step = told["network"], told["train_step"]
+    words = f"a forward {forward['times_faster']:.2f} times as fast with {forward['peak_share']:.2f} of the memory, "
+    words += f"a training step {step['times_faster']:.2f} times with {step['peak_share']:.2f}"
+    assert words in README
+
+
 def test_the_loader_of_the_readme_is_that_of_the_result_file():
     rows = json.loads((ROOT / "docs" / "results" / "loader.json").read_text(encoding="utf-8"))["results"]
     small, large = [row for row in rows if row["loader"] == "1 process, map-style"]
