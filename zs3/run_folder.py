@@ -4,9 +4,10 @@ Whatever is there under its own name is whole: files and folders are written bes
 So a run may be killed at any moment. What happens to a checkpoint later (a truncated file, a flipped bit) its manifest
 shows, and the run goes on from the one before.
 
-Weights are read from safetensors alone. The states of optimizer, scaler and random numbers are accelerate's files, the
-schedule's and the counts are in progress.bin: pickles, all read with torch's `weights_only`, which runs no code of the
-file. (Objects given to `register_for_checkpointing` would be read without it, hence none is.)
+Weights are read from safetensors alone, but for FSDP's checkpoints, which are torch's sharded files. The states of
+optimizer, scaler and random numbers are accelerate's files, the schedule's and the counts are in progress.bin: pickles,
+all read with torch's `weights_only`, which runs no code of the file. (Objects given to `register_for_checkpointing`
+would be read without it, hence none is.)
 """
 
 import hashlib
