@@ -357,26 +357,38 @@ def pop_operators(rows: list[dict]) -> str:
     return "\n".join(texts)
 
 
-def main() -> None:
-    args, _ = read_arguments(NetworkArgs)
-    args.check()
-    device = device_named(args.device)
-    cases = [(backbone, size, mode) for backbone in args.backbones for size in args.sizes for mode in args.modes]
-    rows = [in_fresh_process(compare, args, *case, device) for case in cases]
+def report(
+    args: object, rows: list[dict], device: torch.device, title: str, tables: Callable[[list[dict]], str]
+) -> None:
+    """Prints and writes what `args` ask for; the two benchmarks of the network have the same flags for that."""
     add_floor(rows)
     operators = pop_operators(rows)
     machine = machine_name(device)
     rate = max(row["operations_per_second"] for row in rows)
-    text = f"Forward of {args.batch_size} image(s), {args.dtype}, torch {torch.__version__}, {machine}; matrix product "
-    text += f"of {args.gemm_size} x {args.gemm_size}: {rate:.3g} operations a second.\n\n{table(rows)}"
-    if "eager" in args.modes:
-        text += f"\nOne eager forward by part of the network:\n\n{parts_table(rows)}"
+    text = f"{title}, {args.dtype}, torch {torch.__version__}, {machine}; matrix product of "
+    text += f"{args.gemm_size} x {args.gemm_size}: {rate:.3g} operations a second.\n\n{tables(rows)}"
     print(text, end="")
     if args.profile is not None:
         write_text(Path(args.profile), operators)
     if args.output is not None:
         result = {**asdict(args), "machine": machine, "torch": torch.__version__, "results": rows}
         write_report(Path(args.output), result, text)
+
+
+def all_tables(rows: list[dict]) -> str:
+    text = table(rows)
+    if any(row["mode"] == "eager" for row in rows):
+        text += f"\nOne eager forward by part of the network:\n\n{parts_table(rows)}"
+    return text
+
+
+def main() -> None:
+    args, _ = read_arguments(NetworkArgs)
+    args.check()
+    device = device_named(args.device)
+    cases = [(backbone, size, mode) for backbone in args.backbones for size in args.sizes for mode in args.modes]
+    rows = [in_fresh_process(compare, args, *case, device) for case in cases]
+    report(args, rows, device, f"Forward of {args.batch_size} image(s)", all_tables)
 
 
 if __name__ == "__main__":

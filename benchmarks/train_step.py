@@ -19,8 +19,7 @@ once beyond what stays between steps, which is weights and AdamW's state: activa
 
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -32,23 +31,21 @@ from benchmarks.network import (
     BACKBONES,
     EQUAL,
     PEER,
-    add_floor,
     check_choices,
     check_sizes,
     compile_network,
     device_named,
-    machine_name,
     make_peer,
     make_zs3,
     measure_all,
     operations,
     operator_table,
-    pop_operators,
     relative_difference,
+    report,
 )
 from losses_zs3 import mask_ids
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report, write_text
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
 
 SAME, EQ8 = "zs3, the same losses", "zs3, Eq. 8"
 EQUAL_GRADIENTS = 1e-3  # of the gradient's norm
@@ -211,20 +208,9 @@ def main() -> None:
         kinds = args.norms if BACKBONES[backbone]().model_type == "resnet" else ["none"]
         for size, norms, mode in itertools.product(args.sizes, kinds, args.modes):
             rows.append(in_fresh_process(compare, args, backbone, size, norms, mode, device))
-    add_floor(rows)
-    operators = pop_operators(rows)
-    machine = machine_name(device)
-    rate = max(row["operations_per_second"] for row in rows)
-    text = f"Batch of {args.batch_size}, {args.classes} classes an image, {args.points} points, {args.dtype}, torch "
-    text += f"{torch.__version__}, {machine}; matrix product of {args.gemm_size} x {args.gemm_size}: {rate:.3g} "
-    text += f"operations a second.\n\n{table(rows)}"
-    text += "\nDifferences from transformers': of the mask logits, of their gradient.\n"
-    print(text, end="")
-    if args.profile is not None:
-        write_text(Path(args.profile), operators)
-    if args.output is not None:
-        result = {**asdict(args), "machine": machine, "torch": torch.__version__, "results": rows}
-        write_report(Path(args.output), result, text)
+    title = f"Batch of {args.batch_size}, {args.classes} classes an image, {args.points} points"
+    note = "\nDifferences from transformers': of the mask logits, of their gradient.\n"
+    report(args, rows, device, title, lambda rows: table(rows) + note)
 
 
 if __name__ == "__main__":
