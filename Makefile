@@ -1,4 +1,4 @@
-# make demo: train, evaluate and try a tiny model on the embedded benchmark (at most 10 minutes on 2 cores).
+# make demo: train, evaluate and try a tiny model on the embedded benchmark (about 7 minutes on 2 cores).
 #            DEMO="--stage1_steps 20 ..." passes flags to it.
 # make test: lint and the test suite, offline.
 PYTHON ?= python3

@@ -85,6 +85,15 @@ class SemanticMap:
     unseen_map: Tensor | None = None
     unseen_score: Tensor | None = None
 
+    def with_seen_bias(self, gamma: float) -> Tensor:
+        """(H, W) int64: the winner when gamma is taken off every seen class's score (Chao et al. 2016); of equal scores
+        the lowest index. Needs the winners among seen and unseen classes."""
+        if gamma == 0:
+            return self.label_map  # decided in float64
+        seen, unseen = self.seen_score - gamma, self.unseen_score
+        wins = (seen > unseen) | ((seen == unseen) & (self.seen_map < self.unseen_map))
+        return torch.where(wins | (self.unseen_map < 0), self.seen_map, self.unseen_map)
+
 
 @torch.no_grad()
 def semantic_map(

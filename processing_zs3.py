@@ -23,10 +23,12 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 try:
+    from .label_maps_zs3 import SemanticMap
     from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 except ImportError:
     if __package__:
         raise
+    from label_maps_zs3 import SemanticMap
     from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 
 # The 14 templates of Gu et al. 2022 (ViLD), as the paper's ancestors use them.
@@ -147,11 +149,18 @@ class Zs3ImageProcessor(PilBackend):
         return labels
 
     def post_process_semantic_segmentation(
-        self, outputs: Zs3Output, target_sizes: Sequence[tuple[int, int]] | None = None
-    ) -> list[Tensor]:
+        self,
+        outputs: Zs3Output,
+        target_sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        return_scores: bool = False,
+        is_seen: Tensor | None = None,
+    ) -> list[Tensor] | list[SemanticMap]:
         """Label maps (Eq. 4): one (H, W) int64 tensor an image, of indices into the class names.
 
         target_sizes: (height, width) of each original image; None: the sizes after resizing, without padding.
+        return_scores: a SemanticMap an image instead, with scores and confidences.
+        is_seen: (C,) bool; a SemanticMap, too, with the best of the seen and of the unseen classes.
         """
         if target_sizes is None:
             target_sizes = outputs.valid_sizes.tolist()
@@ -163,6 +172,8 @@ class Zs3ImageProcessor(PilBackend):
             padded_size(outputs.mask_logits),
             valid_sizes=outputs.valid_sizes,
             image_sizes=target_sizes,
+            return_scores=return_scores,
+            is_seen=is_seen,
         )
 
 
@@ -278,10 +289,17 @@ class Zs3Processor(ProcessorMixin):
         return features
 
     def post_process_semantic_segmentation(
-        self, outputs: Zs3Output, target_sizes: Sequence[tuple[int, int]] | None = None
-    ) -> list[Tensor]:
+        self,
+        outputs: Zs3Output,
+        target_sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        return_scores: bool = False,
+        is_seen: Tensor | None = None,
+    ) -> list[Tensor] | list[SemanticMap]:
         """See Zs3ImageProcessor.post_process_semantic_segmentation."""
-        return self.image_processor.post_process_semantic_segmentation(outputs, target_sizes)
+        return self.image_processor.post_process_semantic_segmentation(
+            outputs, target_sizes, return_scores=return_scores, is_seen=is_seen
+        )
 
     def to_rgb(self, pixel_values: Tensor) -> Tensor:
         """See Zs3ImageProcessor.to_rgb."""

@@ -420,3 +420,24 @@ def test_an_explanation_adds_up_to_the_winners_score(image_size):
     assert outputs.explain(0, 0, image=1).contributions.requires_grad is False
     with pytest.raises(ValueError, match="outside the image"):
         explain(outputs, 40, 0, image=1, image_size=image_size)
+
+
+@pytest.mark.parametrize("seen", ["all", "none", "some"])
+@pytest.mark.parametrize("gamma", [0.0, 0.05, 0.4, -0.3, torch.inf, -torch.inf])
+def test_a_bias_is_taken_off_the_scores_of_seen_classes(gamma, seen):
+    class_probs, mask_logits = kinds_of_probs("soft", 12, 9), kinds_of_masks("usual", 12, 7, 9)
+    is_seen = {"all": torch.ones(9), "none": torch.zeros(9), "some": torch.arange(9) % 2}[seen].bool()
+    (result,) = semantic_map(class_probs[None], mask_logits[None], (28, 36), is_seen=is_seen)
+    scores = literal_scores(class_probs, mask_logits, (28, 36))
+    scores[is_seen] -= max(-1e3, min(gamma, 1e3))
+    found = scores.gather(0, result.with_seen_bias(gamma)[None])[0]
+    torch.testing.assert_close(found, scores.amax(0), rtol=0, atol=1e-5)
+
+
+def test_of_equal_scores_the_lowest_index_wins_with_a_bias_too():
+    score = torch.ones(1, 3)
+    maps = {"seen_map": torch.tensor([[1, 0, 2]]), "unseen_map": torch.tensor([[0, 1, 1]])}
+    result = label_maps_zs3.SemanticMap(
+        *5 * [torch.zeros(1, 3)], seen_score=score, unseen_score=torch.tensor([[0.5, 0.5, 0.25]]), **maps
+    )
+    assert result.with_seen_bias(0.5).tolist() == [[0, 0, 2]]

@@ -266,6 +266,12 @@ def test_label_maps_have_the_sizes_asked_for():
     assert [tuple(label_map.shape) for label_map in resized] == [(40, 60), (60, 40)]
     with pytest.raises(ValueError, match="2 images, but 1 target sizes"):
         ours.post_process_semantic_segmentation(outputs, [(7, 11)])
+    is_seen = torch.tensor([False, True])
+    scored = ours.post_process_semantic_segmentation(outputs, [(7, 11), (5, 3)], is_seen=is_seen)
+    assert [found.label_map.tolist() for found in scored] == [label_map.tolist() for label_map in maps]
+    assert scored[0].seen_map.eq(1).all() and scored[0].unseen_map.eq(0).all()
+    (found, _) = ours.post_process_semantic_segmentation(outputs, return_scores=True)
+    assert found.seen_map is None and found.score.shape == (40, 60)
 
 
 @pytest.fixture(scope="module")

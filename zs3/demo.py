@@ -38,7 +38,7 @@ OWN_LABELS = [
 
 @dataclass
 class DemoArgs:
-    """Sizes of the demo; the defaults are for 10 minutes on 2 slow CPU cores, half of the recipes' steps."""
+    """Sizes of the demo; the defaults take about 7 minutes on 2 CPU cores, with half of the recipes' steps."""
 
     output_dir: str = flag("runs/demo", "Folder for everything the demo makes.")
     num_train: int = flag(3000, "Training scenes.")
