@@ -25,10 +25,10 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from runs import flags, write_data
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import save_checkpoint
+from tiny_run import flags, write_data
 
 import train
 from modeling_zs3 import Zs3ForSemanticSegmentation

@@ -14,10 +14,10 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
-from runs import RECIPE, flags, write_data
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import save_checkpoint, tiny_model
+from tiny_run import RECIPE, flags, write_data
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
