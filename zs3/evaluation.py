@@ -6,8 +6,11 @@ mean over classes comes last. IoUs and scores are shares in [0, 1], in percent o
 Axes: H W pixels, C classes, N images, R resamples.
 """
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from zs3.command_line import InputError
 
 REJECTED = -1  # in a prediction: no class
 RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap: that many x N counts
+LEVEL = 0.95  # of the intervals
 
 Absent = Literal["union", "truth"]
 
@@ -30,12 +34,72 @@ class GeneralizedScores(NamedTuple):
     hiou: float
 
 
+class ConfusedPair(NamedTuple):
+    """Pixels of one class that got the name of another."""
+
+    truth: int
+    predicted: int
+    pixels: int
+    share: float  # of the true class's labelled pixels, in (0, 1]
+
+
+class AreaShares(NamedTuple):
+    """Where the labelled pixels of a group of classes went: shares in [0, 1] that sum to 1; NaN without any pixel."""
+
+    right: float
+    wrong_seen: float  # the name of a seen class that is not theirs
+    wrong_unseen: float
+    rejected: float
+
+
+class SeenUnseenConfusion(NamedTuple):
+    """of_unseen.wrong_seen is the bias towards seen classes: the share of the unseen area that got seen names."""
+
+    of_seen: AreaShares
+    of_unseen: AreaShares
+
+
+class ImageAreas(NamedTuple):
+    """The areas that make up IoU, of every class in every image: (C, N) int64 each, in pixels, sparse."""
+
+    intersection: csr_array
+    truth: csr_array
+    predicted: csr_array
+
+
+class SavedImages(NamedTuple):
+    """What `save_images` wrote."""
+
+    class_names: list[str]  # C
+    image_ids: list[str | None]  # N
+    areas: ImageAreas
+
+
+class Bootstrap(NamedTuple):
+    """Scores and IoU in R resamples of the images; NaN where a resample has no class to take the mean over.
+
+    scores: (R,) by name: miou, miou_seen, miou_unseen, hiou. iou: (R, C).
+    """
+
+    scores: dict[str, np.ndarray]
+    iou: np.ndarray
+
+    def intervals(self, level: float = LEVEL) -> dict[str, tuple[float, float]]:
+        """(low, high) of each score."""
+        return {name: interval(values, level) for name, values in self.scores.items()}
+
+    def class_intervals(self, level: float = LEVEL) -> np.ndarray:
+        """(C, 2) low and high of the IoU of each class. They are not corrected for the number of classes."""
+        return np.array([interval(values, level) for values in self.iou.T])
+
+
 class ConfusionMatrix:
     """Counts of pixels by true and predicted class, over all images seen so far.
 
     counts: (C, C + 1) int64, [truth, prediction]; the last column counts rejected pixels.
     images: per image the rows (class, intersection, truth, predicted) of its classes, (K, 4) int64 in pixels;
         what the intervals need.
+    image_ids: the name of each of them, None where it was given none.
     """
 
     def __init__(self, num_classes: int, ignore_index: int):
@@ -43,9 +107,15 @@ class ConfusionMatrix:
         self.ignore_index = ignore_index
         self.counts = np.zeros((num_classes, num_classes + 1), dtype=np.int64)
         self.images: list[np.ndarray] = []
+        self.image_ids: list[str | None] = []
 
-    def update(self, prediction: Tensor | np.ndarray, label: Tensor | np.ndarray) -> None:
-        """Counts one image (H, W), or a batch of them (B, H, W).
+    def update(
+        self,
+        prediction: Tensor | np.ndarray,
+        label: Tensor | np.ndarray,
+        image_id: str | Sequence[str] | None = None,
+    ) -> None:
+        """Counts one image (H, W), or a batch of them (B, H, W) with a list of ids. A tensor on a GPU is copied once.
 
         prediction: integers in 0 to C - 1, or REJECTED: such a pixel is missing from its true class's
             intersection, and counts against no other class.
@@ -55,22 +125,33 @@ class ConfusionMatrix:
         if prediction.shape != label.shape:
             raise ValueError(f"prediction has shape {prediction.shape}, but the label map {label.shape}")
         if label.ndim == 3:
-            for one_prediction, one_label in zip(prediction, label, strict=True):
-                self.update(one_prediction, one_label)
+            ids = [None] * len(label) if image_id is None else image_id
+            if isinstance(ids, str) or len(ids) != len(label):
+                raise ValueError(f"a batch of {len(label)} label maps takes a list of as many ids, not {image_id!r}")
+            for one_prediction, one_label, one_id in zip(prediction, label, ids, strict=True):
+                self.update(one_prediction, one_label, one_id)
             return
+        prediction, label, pixels = _runs(prediction.ravel(), label.ravel())
         if prediction.size and not REJECTED <= prediction.min() <= prediction.max() < self.num_classes:
             raise ValueError(f"prediction must lie in {REJECTED} to {self.num_classes - 1}")
-        label, prediction = (values[label != self.ignore_index] for values in (label, prediction))
+        labelled = label != self.ignore_index
+        prediction, label, pixels = prediction[labelled], label[labelled], pixels[labelled]
         if label.size and not 0 <= label.min() <= label.max() < self.num_classes:
             raise InputError(
                 f"label map holds ids from {label.min()} to {label.max()} besides the ignored {self.ignore_index}; "
                 f"they must lie in 0 to {self.num_classes - 1}"
             )
-        columns = self.num_classes + 1
         column = np.where(prediction == REJECTED, self.num_classes, prediction)
-        counts = np.bincount(label * columns + column, minlength=self.counts.size).reshape(self.counts.shape)
-        self.counts += counts
-        self.images.append(_image_rows(*_areas(counts)))
+        # No dense (C, C + 1) matrix an image: at 847 classes it has more entries than the image has pixels.
+        np.add.at(self.counts.reshape(-1), label * (self.num_classes + 1) + column, pixels)
+        right = label == prediction
+        intersection, truth, predicted = (
+            _summed(place, own, self.num_classes)
+            for place, own in ((label[right], pixels[right]), (label, pixels), (column, pixels))
+        )
+        (present,) = np.nonzero(truth + predicted)
+        self.images.append(np.stack([present, intersection[present], truth[present], predicted[present]], axis=1))
+        self.image_ids.append(image_id)
 
     def merge(self, other: "ConfusionMatrix") -> None:
         """Adds the counts of another part of the dataset."""
@@ -78,6 +159,7 @@ class ConfusionMatrix:
             raise ValueError("confusion matrices of two label spaces cannot be merged")
         self.counts += other.counts
         self.images += other.images
+        self.image_ids += other.image_ids
 
     def iou(self, absent: Absent = "union") -> np.ndarray:
         """(C,) float64 in [0, 1], NaN for the classes that are left out of means.
@@ -91,42 +173,144 @@ class ConfusionMatrix:
         """Share of the labelled pixels that got their true class, in [0, 1]; NaN without any."""
         return float(_ratio(np.trace(self.counts), self.counts.sum()))
 
+    def frequency_weighted_iou(self) -> float:
+        """Mean of the classes' IoU weighted by their labelled pixels, in [0, 1]; NaN without any.
+
+        A class that the truth has not got weighs nothing, so both rules for absent classes give this number.
+        """
+        _, truth, _ = _areas(self.counts)
+        return float(_ratio(np.nansum(truth * self.iou("truth")), truth.sum()))
+
+    def worst_pairs(self, count: int) -> list[ConfusedPair]:
+        """The `count` pairs of classes that most pixels were confused in, or all there are; largest first."""
+        wrong = self.counts[:, :-1] * ~np.eye(self.num_classes, dtype=bool)
+        truth, predicted = np.nonzero(wrong)
+        pixels, whole = wrong[truth, predicted], self.counts.sum(axis=1)
+        largest = np.argsort(-pixels, kind="stable")[:count]  # equal ones in the order of their ids
+        return [
+            ConfusedPair(int(truth[at]), int(predicted[at]), int(pixels[at]), float(pixels[at] / whole[truth[at]]))
+            for at in largest
+        ]
+
+    def seen_unseen_confusion(self, is_seen: Sequence[bool] | Tensor | np.ndarray) -> SeenUnseenConfusion:
+        """What the areas of the seen and of the unseen classes were taken for. is_seen: (C,) bool."""
+        is_seen = class_mask(is_seen, self.num_classes)
+        right = np.diagonal(self.counts)
+        wrong_seen, wrong_unseen = (
+            self.counts[:, :-1] @ group.astype(np.int64) - right * group for group in (is_seen, ~is_seen)
+        )
+        columns = np.stack([right, wrong_seen, wrong_unseen, self.counts[:, -1]], axis=1)  # (C, 4)
+        pixels = (columns[group].sum(axis=0) for group in (is_seen, ~is_seen))
+        return SeenUnseenConfusion(*(AreaShares(*_ratio(own, own.sum()).tolist()) for own in pixels))
+
+    def bootstrap(
+        self,
+        is_seen: Sequence[bool] | Tensor | np.ndarray,
+        *,
+        absent: Absent = "union",
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> Bootstrap:
+        """Scores and IoU in resamples of the images. The order in which the images came makes no difference."""
+        order = sorted(range(len(self.images)), key=lambda index: self.images[index].tobytes())
+        iou = resampled_iou(self.image_areas(order), absent, resamples, seed)
+        return Bootstrap(headline_scores(iou, is_seen), iou)
+
     def confidence_intervals(
         self,
         is_seen: Sequence[bool] | Tensor | np.ndarray,
         *,
         absent: Absent = "union",
         resamples: int = 1000,
-        level: float = 0.95,
+        level: float = LEVEL,
         seed: int = 0,
     ) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap over images: (low, high) of miou, miou_seen, miou_unseen, hiou at `level`.
+        """Percentile bootstrap over images: (low, high) of miou, miou_seen, miou_unseen, hiou at `level`."""
+        return self.bootstrap(is_seen, absent=absent, resamples=resamples, seed=seed).intervals(level)
 
-        Each resample draws N images with replacement. The order in which the images came makes no difference.
-        """
-        names = ("miou", *GeneralizedScores._fields)
-        if not self.images:
-            return dict.fromkeys(names, (float("nan"), float("nan")))
-        images = sorted(self.images, key=lambda rows: rows.tobytes())
-        intersection, truth, predicted = (self._by_class(images, column) for column in (1, 2, 3))
-        rng = np.random.default_rng(seed)
-        scores = []
-        for start in range(0, resamples, RESAMPLES_AT_ONCE):
-            size = min(RESAMPLES_AT_ONCE, resamples - start)
-            drawn = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), size=size)  # (R, N)
-            areas = ((area @ drawn.T).T for area in (intersection, truth, predicted))  # (R, C) each
-            iou = _iou(*areas, absent)
-            scores.append(np.stack([_nanmean(iou), *_generalized(iou, _mask(is_seen, self.num_classes))]))
-        tail = (1 - level) / 2
-        return {
-            name: _interval(values, tail) for name, values in zip(names, np.concatenate(scores, axis=1), strict=True)
-        }
+    def image_areas(self, order: Sequence[int]) -> ImageAreas:
+        """Of the images at these places of `images`, in this order."""
+        images = [self.images[index] for index in order]
+        return _image_areas(_all_rows(images), _image_of_rows(images), self.num_classes, len(images))
 
-    def _by_class(self, images: list[np.ndarray], column: int) -> csr_array:
-        """(C, N) int64, sparse: one of the three areas of every class in every image."""
-        rows = np.concatenate(images)
-        image = np.repeat(np.arange(len(images)), [len(own) for own in images])
-        return csr_array((rows[:, column], (rows[:, 0], image)), shape=(self.num_classes, len(images)))
+    def save_images(self, path: Path, class_names: Sequence[str]) -> None:
+        """Writes the areas of all images to one .npz, for `load_images`: what a paired comparison needs."""
+        if len(class_names) != self.num_classes:
+            raise ValueError(f"{len(class_names)} class names for {self.num_classes} classes")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(
+                file,
+                class_names=np.array(class_names, dtype=np.str_),
+                image_ids=np.array(["" if image_id is None else image_id for image_id in self.image_ids], np.str_),
+                image=_image_of_rows(self.images),
+                rows=_all_rows(self.images),
+            )
+            file.flush()
+            os.fsync(file.fileno())  # its name must not come to the disk before it
+        os.replace(partial, path)
+
+
+def images_path(result: Path) -> Path:
+    """Where the areas of the images lie that the numbers of a result file are made of."""
+    return result.with_name(f"{result.stem}_images.npz")
+
+
+def load_images(path: Path) -> SavedImages:
+    """What `save_images` wrote there."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names, ids, image, rows = (file[name] for name in ("class_names", "image_ids", "image", "rows"))
+        areas = _image_areas(rows, image, len(names), len(ids))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: eval.py writes it beside its --output; evaluate again") from None
+    except (OSError, ValueError, LookupError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path} is no file of image areas, or is broken: evaluate again") from error
+    return SavedImages(names.tolist(), [image_id or None for image_id in ids.tolist()], areas)
+
+
+def iou_of_images(areas: ImageAreas, absent: Absent) -> np.ndarray:
+    """(C,) IoU over all of the images, as `ConfusionMatrix.iou`."""
+    return _iou(*(area.sum(axis=1) for area in areas), absent)
+
+
+def resampled_iou(areas: ImageAreas, absent: Absent, resamples: int, seed: int) -> np.ndarray:
+    """(R, C) IoU over the images of each resample, which draws N images with replacement.
+
+    The same seed draws the same places among N images, whatever their areas: two models are compared in pairs.
+    """
+    num_classes, num_images = areas.truth.shape
+    iou = np.full((resamples, num_classes), np.nan)
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples if num_images else 0, RESAMPLES_AT_ONCE):
+        part = iou[start : start + RESAMPLES_AT_ONCE]
+        drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=len(part))  # (R, N)
+        part[:] = _iou(*((area @ drawn.T).T for area in areas), absent)
+    return iou
+
+
+def headline_scores(iou: np.ndarray, is_seen: Sequence[bool] | Tensor | np.ndarray) -> dict[str, np.ndarray]:
+    """iou (..., C) -> miou, miou_seen, miou_unseen and hiou, each (...)."""
+    generalized = _generalized(iou, class_mask(is_seen, iou.shape[-1]))
+    return {"miou": _nanmean(iou), **dict(zip(GeneralizedScores._fields, generalized, strict=True))}
+
+
+def class_mask(is_seen: Sequence[bool] | Tensor | np.ndarray, num_classes: int) -> np.ndarray:
+    """is_seen as (C,) bool; anything else is refused."""
+    mask = np.asarray(_on_cpu(is_seen))
+    if mask.shape != (num_classes,) or mask.dtype != np.bool_:
+        raise ValueError(f"is_seen must be ({num_classes},) bool, not {mask.shape} {mask.dtype}")
+    return mask
+
+
+def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """The quantiles between which `level` of the values lie, as many above as below; NaN values are left out."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def percent(score: float | None) -> str:
@@ -142,7 +326,7 @@ def generalized_scores(
     iou: (C,) in [0, 1] over the whole dataset; NaN classes are left out. is_seen: (C,) bool.
     """
     iou = np.asarray(_on_cpu(iou), dtype=np.float64)
-    return GeneralizedScores(*(float(score) for score in _generalized(iou, _mask(is_seen, len(iou)))))
+    return GeneralizedScores(*(float(score) for score in _generalized(iou, class_mask(is_seen, len(iou)))))
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
@@ -172,9 +356,37 @@ def _areas(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.diagonal(counts), counts.sum(axis=1), counts[:, :-1].sum(axis=0)
 
 
-def _image_rows(intersection: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    (present,) = np.nonzero(truth + predicted)
-    return np.stack([present, intersection[present], truth[present], predicted[present]], axis=1)
+def _runs(prediction: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two flat maps (P,) as runs of equal neighbours: prediction, label and pixels of each, int64.
+
+    Objects are wider than a pixel, so that all further work is on a few percent of the pixels.
+    """
+    first = np.ones(label.size, dtype=bool)
+    np.not_equal(label[1:], label[:-1], out=first[1:])
+    first[1:] |= prediction[1:] != prediction[:-1]
+    (starts,) = np.nonzero(first)
+    pixels = np.diff(starts, append=label.size)
+    return prediction[starts].astype(np.int64), label[starts].astype(np.int64), pixels
+
+
+def _summed(place: np.ndarray, pixels: np.ndarray, size: int) -> np.ndarray:
+    """(size,) int64: the pixels at each place; what lies beyond is left out."""
+    total = np.bincount(place, weights=pixels, minlength=size)[:size]  # float64 is exact here: far below 2**53
+    return total.astype(np.int64)
+
+
+def _all_rows(images: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty((0, 4), dtype=np.int64), *images])
+
+
+def _image_of_rows(images: list[np.ndarray]) -> np.ndarray:
+    return np.repeat(np.arange(len(images)), np.array([len(rows) for rows in images], dtype=np.int64))
+
+
+def _image_areas(rows: np.ndarray, image: np.ndarray, num_classes: int, num_images: int) -> ImageAreas:
+    """rows: (K, 4) class, intersection, truth, predicted; image: (K,) the place of the image of each row."""
+    shape = (num_classes, num_images)
+    return ImageAreas(*(csr_array((rows[:, column], (rows[:, 0], image)), shape=shape) for column in (1, 2, 3)))
 
 
 def _iou(intersection: np.ndarray, truth: np.ndarray, predicted: np.ndarray, absent: Absent) -> np.ndarray:
@@ -197,26 +409,11 @@ def _nanmean(values: np.ndarray) -> np.ndarray:
     return _ratio(np.nansum(values, axis=-1), np.count_nonzero(~np.isnan(values), axis=-1))
 
 
-def _interval(values: np.ndarray, tail: float) -> tuple[float, float]:
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def _mask(is_seen: Sequence[bool] | Tensor | np.ndarray, num_classes: int) -> np.ndarray:
-    mask = np.asarray(_on_cpu(is_seen))
-    if mask.shape != (num_classes,) or mask.dtype != np.bool_:
-        raise ValueError(f"is_seen must be ({num_classes},) bool, not {mask.shape} {mask.dtype}")
-    return mask
-
-
 def _integers(values: Tensor | np.ndarray, name: str) -> np.ndarray:
     values = np.asarray(_on_cpu(values))
     if values.dtype.kind not in "iu":
         raise ValueError(f"{name} must hold integers, not {values.dtype}")
-    return values.astype(np.int64, copy=False)
+    return values
 
 
 def _on_cpu(values: object) -> object:
