@@ -13,6 +13,11 @@ from configuration_zs3 import plain
 from zs3.command_line import InputError, looks_local, one_line
 from zs3.label_space import LabelSpace, load_text_embeds
 
+
+class NoClaim(InputError):
+    """A zero-shot number that this checkpoint cannot have."""
+
+
 # What loading a damaged checkpoint, or one of another architecture, raises.
 CHECKPOINT_ERRORS = (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
 
@@ -87,7 +92,7 @@ def trained_on(config: PreTrainedConfig, names: list[str]) -> list[str]:
 def check_no_unseen_masks(config: PreTrainedConfig, label_space: LabelSpace, claim: str) -> None:
     """The leak guard. claim: what cannot be had otherwise, for the message."""
     if config.seen_class_names is None:
-        raise InputError(f"the checkpoint does not say which classes its training saw masks of: no {claim}")
+        raise NoClaim(f"the checkpoint does not say which classes its training saw masks of: no {claim}")
     leaked = trained_on(config, label_space.unseen)
     if leaked:
-        raise InputError(f"the checkpoint was trained on masks of {leaked}, which are unseen here: no {claim}")
+        raise NoClaim(f"the checkpoint was trained on masks of {leaked}, which are unseen here: no {claim}")
