@@ -1,0 +1,264 @@
+"""The comparison of two results: against a bootstrap written as loops, and what it refuses."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zs3 import compare as module
+from zs3.command_line import InputError, finite_or_none, run
+from zs3.compare import BETTER, OPEN, WORSE, CompareArgs, compare, main, report, verdict
+from zs3.evaluation import ConfusionMatrix, images_path
+
+NAMES, UNSEEN = ["sky", "grass", "cow", "boat"], ["cow", "boat"]
+IGNORE = 255
+IDS = [f"{index:03d}" for index in range(24)]
+A, B = (1, 0.5), (2, 0.75)  # seed and share of right pixels of two models
+SCORES = ["miou", "miou_seen", "miou_unseen", "hiou"]
+
+
+def draw_images(seed: int, right: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Maps of 4 x 5 pixels; the same truth for every share of pixels that are right."""
+    truth, noise = np.random.default_rng(0), np.random.default_rng(seed)
+    pairs = []
+    for _ in IDS:
+        label = truth.choice([*truth.integers(0, 4, 3), IGNORE], (4, 5))
+        prediction = np.where(noise.random(label.shape) < right, label % 4, noise.integers(0, 4, label.shape))
+        pairs.append((prediction, label))
+    return pairs
+
+
+def write_result(path: Path, pairs, ids=IDS, names=NAMES, **fields: object) -> str:
+    """The files of one evaluation, with the fields that a comparison reads."""
+    confusion = ConfusionMatrix(len(names), IGNORE)
+    for (prediction, label), image_id in zip(pairs, ids, strict=True):
+        confusion.update(prediction, label, image_id)
+    result = {
+        "model": f"runs/{path.stem}",
+        "dataset": "scenes",
+        "split": "validation",
+        "label_space_sha256": "0123",
+        "setting": "gzs3",
+        "absent": "union",
+        "seen": [name for name in names if name not in UNSEEN],
+        "unseen": [name for name in names if name in UNSEEN],
+    }
+    result |= fields
+    iou = confusion.iou(result["absent"])
+    result |= {"miou": float(np.nanmean(iou)), "per_class": dict(zip(names, iou.tolist(), strict=True))}
+    path.write_text(json.dumps(finite_or_none(result)))
+    confusion.save_images(images_path(path), names)
+    return str(path)
+
+
+@pytest.fixture
+def two(tmp_path) -> tuple[str, str]:
+    """B is right more often."""
+    return (
+        write_result(tmp_path / "a.json", draw_images(*A)),
+        write_result(tmp_path / "b.json", draw_images(*B)),
+    )
+
+
+def areas_of_sets(prediction, label) -> np.ndarray:
+    """(2, C): of every class the pixels in both maps and those in either, from its sets of pixels."""
+    truth, predicted = ([set() for _ in NAMES] for _ in range(2))
+    for pixel in np.ndindex(label.shape):
+        if label[pixel] != IGNORE:
+            truth[label[pixel]].add(pixel)
+            predicted[prediction[pixel]].add(pixel)
+    return np.array(
+        [
+            [len(t & p) for t, p in zip(truth, predicted, strict=True)],
+            [len(t | p) for t, p in zip(truth, predicted, strict=True)],
+        ]
+    )
+
+
+def scores_of(images: list[np.ndarray]) -> np.ndarray:
+    """The four scores, then the IoU of each class."""
+    both, either = sum(images[1:], start=images[0])
+    iou = both / either
+    seen, unseen = iou[:2].mean(), iou[2:].mean()
+    return np.array([iou.mean(), seen, unseen, 2 * seen * unseen / (seen + unseen), *iou])
+
+
+def test_differences_and_intervals_equal_a_paired_bootstrap_written_as_loops(two):
+    a, b = ([areas_of_sets(*pair) for pair in draw_images(*model)] for model in (A, B))
+    rng = np.random.default_rng(3)
+    drawn = []
+    for _ in range(4000):
+        places = rng.integers(0, len(IDS), len(IDS))
+        drawn.append(scores_of([b[place] for place in places]) - scores_of([a[place] for place in places]))
+    intervals = np.quantile(drawn, [0.025, 0.975], axis=0).T
+    result = compare(CompareArgs(*two))
+    rows = [*result["scores"].values(), *result["per_class"].values()]
+    assert list(result["scores"]) == SCORES and list(result["per_class"]) == NAMES
+    np.testing.assert_allclose([row["a"] for row in rows], scores_of(a))
+    np.testing.assert_allclose([row["b"] for row in rows], scores_of(b))
+    np.testing.assert_allclose([row["difference"] for row in rows], scores_of(b) - scores_of(a))
+    np.testing.assert_allclose([row["interval"] for row in rows], intervals, atol=0.015)  # two random draws
+    assert np.ptp(intervals, axis=1).min() > 0.1
+
+
+def test_the_same_file_twice_differs_by_exactly_nothing(two):
+    result = compare(CompareArgs(two[0], two[0]))
+    for row in [*result["scores"].values(), *result["per_class"].values()]:
+        assert row["difference"] == 0 and row["interval"] == [0, 0] and row["a"] == row["b"]
+    assert {row["verdict"] for row in result["scores"].values()} == {OPEN}
+
+
+def test_the_order_of_the_images_makes_no_difference(two, tmp_path):
+    other = write_result(tmp_path / "other.json", draw_images(*A)[::-1], IDS[::-1])
+    assert all(row["interval"] == [0, 0] for row in compare(CompareArgs(two[0], other))["scores"].values())
+
+
+def test_swapped_files_give_the_negative(two):
+    forth, back = compare(CompareArgs(*two)), compare(CompareArgs(*reversed(two)))
+    for kind in ("scores", "per_class"):
+        for name, row in forth[kind].items():
+            low, high = back[kind][name]["interval"]
+            assert row["difference"] == -back[kind][name]["difference"]
+            np.testing.assert_allclose(row["interval"], [-high, -low], atol=1e-12)
+    assert forth["scores"]["miou"]["verdict"] == BETTER and back["scores"]["miou"]["verdict"] == WORSE
+
+
+def test_a_small_gain_on_every_image_is_told_though_the_images_differ_widely(tmp_path):
+    """The two models' own intervals overlap nearly wholly; in pairs the gain is plain."""
+    rng = np.random.default_rng(5)
+    pairs = {"a": [], "b": []}
+    for _ in IDS:
+        label, wrong = np.repeat([0, 2], 50)[None], int(rng.integers(5, 45))
+        for name, fewer in (("a", 0), ("b", int(rng.integers(1, 3)))):
+            prediction = label.copy()
+            prediction[0, : wrong - fewer] = 1  # B's gain is one pixel of 50, or two
+            prediction[0, 50 : 50 + wrong - fewer] = 3
+            pairs[name].append((prediction, label))
+    files = [write_result(tmp_path / f"{name}.json", own) for name, own in pairs.items()]
+    row = compare(CompareArgs(*files))["scores"]["miou"]
+    assert row["verdict"] == BETTER and 0 < row["interval"][0] < row["difference"] < row["interval"][1]
+    matrix = ConfusionMatrix(4, IGNORE)
+    for prediction, label in pairs["a"]:
+        matrix.update(prediction, label)
+    low, high = matrix.confidence_intervals([True, True, False, False])["miou"]
+    assert high - low > 10 * (row["interval"][1] - row["interval"][0])
+
+
+def test_the_seed_draws_other_resamples_and_repeats(two):
+    first, again, other = (compare(CompareArgs(*two, seed=seed)) for seed in (0, 0, 1))
+    assert first == again and first["scores"] != other["scores"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [((0.1, 0.2), BETTER), ((-0.2, -0.1), WORSE), ((-0.1, 0.2), OPEN), ((0.0, 0.2), OPEN), ((None, None), OPEN)],
+)
+def test_the_verdict_is_what_the_interval_says(interval, words):
+    assert verdict(*interval) == words
+
+
+def test_scores_that_a_setting_lacks_are_left_out(tmp_path):
+    pairs = [(prediction % 2, np.where(label == IGNORE, label, label % 2)) for prediction, label in draw_images(*A)]
+    zs3 = write_result(tmp_path / "zs3.json", pairs, names=UNSEEN, setting="zs3")
+    assert list(compare(CompareArgs(zs3, zs3))["scores"]) == ["miou", "miou_unseen"]
+    ovs = write_result(tmp_path / "ovs.json", draw_images(*A), setting="ovs")
+    assert list(compare(CompareArgs(ovs, ovs))["scores"]) == ["miou"]
+
+
+def test_a_class_that_is_nowhere_has_no_difference(tmp_path):
+    pairs = [(prediction % 3, np.where(label == 3, IGNORE, label)) for prediction, label in draw_images(*A)]
+    path = write_result(tmp_path / "a.json", pairs)
+    result = compare(CompareArgs(path, path))
+    assert result["per_class"]["boat"] == {"a": None, "b": None, "difference": None, "interval": [None, None]}
+    assert "| boat (unseen) | - | - | - | - |" in report(result)
+
+
+def test_the_command_prints_what_it_writes(two, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "new" / "compare.json"
+    monkeypatch.setattr(sys, "argv", ["compare", *two, "--output", str(output)])
+    run(main)
+    printed = capsys.readouterr().out
+    result = json.loads(output.read_text())
+    assert printed == output.with_suffix(".md").read_text() == report(result)
+    assert result == compare(CompareArgs(*two)) and (result["resamples"], result["num_images"]) == (1000, 24)
+    row = result["scores"]["hiou"]
+    low, high = (f"{100 * bound:+.2f}" for bound in row["interval"])
+    shown = f"| hiou | {100 * row['a']:.1f} | {100 * row['b']:.1f} | {100 * row['difference']:+.2f} | {low} to {high} |"
+    assert f"{shown} {row['verdict']} |" in printed
+    rows = printed.split("| class |")[1].splitlines()[2:6]
+    classes = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    gains = {f"{name} (unseen)" * (name in UNSEEN) or name: r["difference"] for name, r in result["per_class"].items()}
+    assert classes == sorted(gains, key=gains.get, reverse=True)
+    assert "not corrected for their number" in printed
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"dataset": "voc"}, "differ in the dataset, scenes and voc"),
+        ({"split": "test"}, "differ in the split, validation and test"),
+        ({"label_space_sha256": "4567"}, "differ in the label space"),
+        ({"setting": "ovs"}, "differ in the setting, gzs3 and ovs"),
+        ({"absent": "truth"}, "differ in the rule for absent classes, union and truth"),
+    ],
+)
+def test_results_of_two_protocols_are_refused(two, tmp_path, fields, words):
+    other = write_result(tmp_path / "other.json", draw_images(*B), **fields)
+    with pytest.raises(InputError, match=words):
+        compare(CompareArgs(two[0], other))
+
+
+def test_results_on_other_images_are_refused(two, tmp_path):
+    few = write_result(tmp_path / "few.json", draw_images(*A)[:-2], IDS[:-2])
+    for files, where in (((two[0], few), "a.json"), ((few, two[0]), "a.json")):
+        with pytest.raises(InputError, match=rf"2 images are not in both results \('022' is in .*{where} alone\)"):
+            compare(CompareArgs(*files))
+
+
+def test_images_that_cannot_be_paired_are_refused(two, tmp_path):
+    for ids, words in (([*IDS[:-1], None], "without an id"), ([*IDS[:-1], IDS[0]], "image '000' twice")):
+        path = write_result(tmp_path / "other.json", draw_images(*A), ids)
+        with pytest.raises(InputError, match=words):
+            compare(CompareArgs(two[0], path))
+
+
+def test_areas_of_another_evaluation_are_refused(two):
+    for name, text in (("b.json", Path(two[0]).read_text()), ("a.json", None)):
+        path = Path(two[0]).with_name(name)
+        images = images_path(path)
+        if text is None:
+            images.unlink()
+        else:
+            path.write_text(text)
+        words = "does not exist: .*evaluate again" if text is None else "was not written with .*evaluate again"
+        with pytest.raises(InputError, match=words):
+            compare(CompareArgs(str(path), str(path)))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"miou": 0.5}', "\x80"])
+def test_what_is_no_result_file_is_refused(two, tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(InputError, match="other.json"):
+        compare(CompareArgs(two[0], str(tmp_path / "other.json")))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--a is missing"),
+        (["a.json"], "--b is missing"),
+        (["no.json", "no.json"], "cannot read no.json"),
+        (["a.json", "b.json", "c.json"], "unexpected argument 'c.json'"),
+        (["a.json", "b.json", "--seed", "-1"], "--seed must be 0 or more"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare", *words])
+    with pytest.raises(SystemExit) as stopped:
+        run(module.main)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and message in line

@@ -1,0 +1,213 @@
+"""Compare two results of eval.py: is B better than A, or can these images not tell?
+
+    python -m zs3.compare A.json B.json --output runs/compare.json
+
+Both models were evaluated on the same images, so the images are resampled in pairs: each of the 1000 resamples draws
+the same images for both, and the interval is that of the difference of their scores. It is narrower than what the two
+models' own intervals suggest, because an image that is hard for one is mostly hard for the other. Beside each result
+file lie the areas that it is made of (A_images.npz), which eval.py writes.
+"""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from zs3.command_line import (
+    InputError,
+    check_at_least,
+    check_required,
+    finite_or_none,
+    flag,
+    one_line,
+    read_arguments,
+    run,
+    write_report,
+)
+from zs3.evaluation import (
+    ImageAreas,
+    headline_scores,
+    images_path,
+    interval,
+    iou_of_images,
+    load_images,
+    percent,
+    resampled_iou,
+)
+
+RESAMPLES = 1000
+SAME = {  # what must be alike for a difference to mean anything
+    "dataset": "dataset",
+    "split": "split",
+    "label_space_sha256": "label space",
+    "setting": "setting",
+    "absent": "rule for absent classes",
+}
+NEEDED = (*SAME, "model", "seen", "unseen", "per_class", "miou")
+BETTER, WORSE = "B is better: the interval excludes 0", "A is better: the interval excludes 0"
+OPEN = "no difference can be told from these images"
+
+
+@dataclass
+class CompareArgs:
+    """Two results of one protocol on the same images."""
+
+    a: str | None = flag(None, "Result file of eval.py. The two files may be given without their flags.")
+    b: str | None = flag(None, "Another one; differences are B - A.")
+    output: str | None = flag(None, "Result file (JSON); the printed tables go beside it as .md.")
+    seed: int = flag(0, "Of the bootstrap.")
+
+    def check(self) -> None:
+        check_required(self, "a", "b")
+        check_at_least(self, 0, "seed")
+
+
+class Evaluated(NamedTuple):
+    """A result file with the areas of its images, in the order of their ids."""
+
+    path: Path
+    result: dict
+    image_ids: list[str]
+    areas: ImageAreas
+
+
+def load_evaluated(path: Path) -> Evaluated:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} as a result file of eval.py: {one_line(error)}") from error
+    missing = [name for name in NEEDED if name not in result] if isinstance(result, dict) else list(NEEDED)
+    if missing:
+        raise InputError(f"{path} is no result file of eval.py: it lacks {', '.join(missing)}")
+    beside = images_path(path)
+    class_names, image_ids, areas = load_images(beside)
+    if None in image_ids:
+        raise InputError(f"{beside} holds images without an id: they cannot be paired; evaluate again")
+    repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
+    if repeated:
+        raise InputError(f"{beside} holds image {repeated[0]!r} twice: give every image an id of its own")
+    own = list(result["per_class"].values())
+    if class_names != list(result["per_class"]) or not _alike(iou_of_images(areas, result["absent"]), own):
+        raise InputError(f"{beside} was not written with {path}: the numbers differ; evaluate again")
+    order = sorted(range(len(image_ids)), key=image_ids.__getitem__)
+    return Evaluated(path, result, [image_ids[at] for at in order], ImageAreas(*(area[:, order] for area in areas)))
+
+
+def _alike(iou: np.ndarray, own: list[float | None]) -> bool:
+    return np.allclose(iou, np.array(own, dtype=np.float64), rtol=0, atol=1e-9, equal_nan=True)
+
+
+def check_comparable(a: Evaluated, b: Evaluated) -> None:
+    for field, words in SAME.items():
+        theirs = [one.result[field] for one in (a, b)]
+        if theirs[0] != theirs[1]:
+            raise InputError(
+                f"{a.path} and {b.path} differ in the {words}, {theirs[0]} and {theirs[1]}: "
+                "evaluate both by one protocol"
+            )
+    odd = sorted(set(a.image_ids) ^ set(b.image_ids))
+    if odd:
+        where = a.path if odd[0] in set(a.image_ids) else b.path
+        raise InputError(
+            f"{len(odd)} images are not in both results ({odd[0]!r} is in {where} alone): evaluate both on the same"
+        )
+
+
+def verdict(low: float | None, high: float | None) -> str:
+    """What the interval of B - A says, in words."""
+    if low is not None and low > 0:
+        return BETTER
+    return WORSE if high is not None and high < 0 else OPEN
+
+
+def compare(args: CompareArgs) -> dict:
+    """The result, as it is written to args.output; scores and differences in [-1, 1], None where there are none."""
+    args.check()
+    a, b = load_evaluated(Path(args.a)), load_evaluated(Path(args.b))
+    check_comparable(a, b)
+    names, absent = list(a.result["per_class"]), a.result["absent"]
+    is_seen = np.array([name not in a.result["unseen"] for name in names])
+    whole = [iou_of_images(one.areas, absent) for one in (a, b)]
+    drawn = [resampled_iou(one.areas, absent, RESAMPLES, args.seed) for one in (a, b)]
+    scores = [headline_scores(iou, is_seen) for iou in whole]
+    drawn_scores = [headline_scores(iou, is_seen) for iou in drawn]
+    wanted = ["miou"] if a.result["setting"] == "ovs" else list(scores[0])  # seen and unseen mean nothing there
+    rows = {name: _row(*(s[name] for s in scores), *(s[name] for s in drawn_scores)) for name in wanted}
+    return {
+        "a": {"result": str(a.path), "model": a.result["model"]},
+        "b": {"result": str(b.path), "model": b.result["model"]},
+        **{field: a.result[field] for field in SAME},
+        "unseen": a.result["unseen"],
+        "num_images": len(a.image_ids),
+        "resamples": RESAMPLES,
+        "seed": args.seed,
+        "scores": {
+            name: row | {"verdict": verdict(*row["interval"])}
+            for name, row in rows.items()
+            if row["difference"] is not None  # a setting without seen or unseen classes has no such score
+        },
+        "per_class": {
+            name: _row(whole[0][at], whole[1][at], drawn[0][:, at], drawn[1][:, at]) for at, name in enumerate(names)
+        },
+    }
+
+
+def _row(a: float, b: float, drawn_a: np.ndarray, drawn_b: np.ndarray) -> dict:
+    row = {"a": float(a), "b": float(b), "difference": float(b - a), "interval": interval(drawn_b - drawn_a)}
+    return finite_or_none(row)
+
+
+def report(result: dict) -> str:
+    """Markdown, percent; the classes from B's largest gain to its largest loss."""
+    lines = [
+        f"{result['setting']} on {result['num_images']} images of {result['dataset']} ({result['split']}); percent, "
+        f"differences in points, 95 % intervals of {result['resamples']} resamples of the images.",
+        "",
+        f"- A: {result['a']['result']} ({result['a']['model']})",
+        f"- B: {result['b']['result']} ({result['b']['model']})",
+        "",
+        "| score | A | B | B - A | 95 % interval | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {name} | {_cells(row)} | {row['verdict']} |" for name, row in result["scores"].items()]
+    lines += ["", "| class | A | B | B - A | 95 % interval |", "|---|---|---|---|---|"]
+    unseen = set(result["unseen"])
+    gains = sorted(result["per_class"].items(), key=lambda item: -(item[1]["difference"] or 0))
+    lines += [f"| {name}{' (unseen)' if name in unseen else ''} | {_cells(row)} |" for name, row in gains]
+    lines += [
+        "",
+        f"The intervals of the {len(gains)} classes are not corrected for their number: without any difference",
+    ]
+    lines[-1] += " between A and B, about one in twenty would exclude 0 by chance."
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict) -> str:
+    low, high = row["interval"]
+    between = "-" if low is None else f"{_points(low)} to {_points(high)}"
+    return f"{percent(row['a']).strip()} | {percent(row['b']).strip()} | {_points(row['difference'])} | {between}"
+
+
+def _points(difference: float | None) -> str:
+    return "-" if difference is None else f"{100 * difference:+.2f}"
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    for place, name in ((0, "--a"), (2, "--b")):
+        if len(words) > place and not words[place].startswith("-"):
+            words.insert(place, name)
+    args, _ = read_arguments(CompareArgs, words)
+    result = compare(args)
+    text = report(result)
+    print(text, end="")
+    if args.output is not None:
+        write_report(Path(args.output), result, text)
+
+
+if __name__ == "__main__":
+    run(main)
