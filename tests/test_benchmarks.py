@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from tiny import save_checkpoint, tiny_config, tiny_model
 from benchmarks import (
     clip_views,
     criterion,
+    evaluator,
     gradient_sizes,
     label_count,
     loader,
@@ -418,3 +420,54 @@ def test_graph_breaks_are_counted():
     for function, breaks in ((broken, 1), (torch.sin, 0)):
         compiled = torch.compile(function, backend="eager")
         assert network.graph_breaks(lambda compiled=compiled: compiled(torch.ones(2))) == breaks
+
+
+EVALUATOR = {"height": 64, "width": 96, "maps": 2, "rounds": 2, "images": "2 9", "kept_images": 4}
+EVALUATOR |= {"bootstrap_images": 30, "resamples": 20, "device": "cpu"}
+
+
+def test_the_evaluator_is_measured_beside_an_inference(call, tmp_path, capsys, monkeypatch, tiny_networks):
+    seconds = {"inference": [2.0, 4.0], "objects": [0.1, 0.4], "noise": [1.0, 1.0], "bootstrap": [7.0]}
+    monkeypatch.setattr(evaluator, "in_fresh_process", lambda function, *args: function(*args))
+
+    def measured(steps, rounds, device):
+        for step in steps.values():
+            step()
+        return {name: seconds[name] for name in steps}
+
+    monkeypatch.setattr(evaluator, "measure", measured)
+    call(evaluator, **EVALUATOR, classes="12 30", output=tmp_path / "evaluator.json")
+    result = json.loads((tmp_path / "evaluator.json").read_text())
+    assert [(row["classes"], row["maps"]) for row in result["times"]] == [
+        (classes, kind) for classes in (12, 30) for kind in (evaluator.OBJECTS, evaluator.NOISE)
+    ]
+    row = result["times"][0]
+    assert row["seconds"] == pytest.approx(0.125) and row["images_per_second"] == pytest.approx(8)
+    assert row["share_of_inference"] == pytest.approx((0.05 / 2 + 0.2 / 4) / 2)  # two maps a round
+    assert [(row["way"], row["images"]) for row in result["memory"]] == [
+        *[(evaluator.OURS, images) for images in (2, 9)] * 2,
+        (evaluator.KEPT, 4),
+    ]
+    kept = result["memory"][-1]
+    assert kept["held_mib"] == pytest.approx(4 * 2 * 64 * 96 * 8 / 2**20, rel=0.1) and kept["areas_mib"] == 0
+    first, last = result["memory"][:2]
+    assert 0 < first["areas_mib"] < last["areas_mib"] and last["held_mib"] < kept["held_mib"] / 2
+    assert result["bootstrap"] == {"images": 30, "classes": 171, "resamples": 20, "seconds": 7.0}
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "evaluator.md").read_text()
+    assert cells(printed, evaluator.OBJECTS)[-2:] == ["3.75%", "met"]
+    assert cells(printed, evaluator.NOISE)[-2:] == ["18.75%", "-"]
+    with pytest.raises(ValueError, match="--images must rise"):
+        call(evaluator, images="9 2")
+    with pytest.raises(ValueError, match="numbers of classes must be 12 or more"):
+        call(evaluator, classes="9")
+
+
+@pytest.mark.parametrize("kind", [evaluator.OBJECTS, evaluator.NOISE])
+def test_label_maps_of_the_evaluators_measurement_are_what_they_are_called(kind):
+    prediction, label = evaluator.draw_pair(kind, 171, (64, 96), np.random.default_rng(0))
+    assert prediction.shape == label.shape == (64, 96)
+    assert {prediction.numpy().dtype, label.dtype} == {np.dtype(np.int64)}
+    assert 2 < len(np.unique(label)) <= 13 and (label == evaluator.IGNORE).any()
+    same = (np.diff(label, axis=1) == 0).mean()
+    assert same > 0.6 if kind == evaluator.OBJECTS else same < 0.2

@@ -1,0 +1,240 @@
+"""What the evaluator costs beside the model that it evaluates: time of an image, memory over images, the bootstrap.
+
+    python -m benchmarks.evaluator --output docs/results/evaluator.json
+
+Time: `ConfusionMatrix.update` and one inference (forward of a ResNet-50 model with random weights, batch 1, and its
+label map) take turns in one process; a share is the median of the rounds' shares. Label maps are of two kinds: objects
+(Voronoi cells with frayed edges, other cells in the prediction) and noise, where every pixel has a class of its own
+drawing, the worst case. Predictions lie on the device, truths are int64 arrays in memory, as eval.py has them.
+
+Memory: what is resident and what Python and NumPy hold after so many images, beyond what was before the first, in a
+process of its own. The other way is to keep all label maps until the end, as the script of evaluate's mean_iou does;
+measured here is the least that it can take, two int64 arrays an image, not that script.
+
+Bootstrap: intervals of all scores and all classes over synthetic areas.
+"""
+
+import statistics
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.spatial import KDTree
+from torch import Tensor
+
+from benchmarks.criterion import in_fresh_process, measure
+from benchmarks.network import device_named, machine_name, make_zs3
+from label_maps_zs3 import semantic_map
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.evaluation import ConfusionMatrix
+
+INFERENCE, OBJECTS, NOISE = "inference", "objects", "noise"
+OURS, KEPT = "ConfusionMatrix", "all label maps kept"
+IGNORE = 65535
+PRESENT = 12  # classes of a truth, and of a prediction
+CELLS = 40  # of a truth; a prediction has twice as many
+FRAY = 1.0  # pixels by which the edges of objects are frayed
+GOAL = 0.05  # of the time of an inference
+
+
+@dataclass
+class EvaluatorArgs:
+    """Sizes of the measurements."""
+
+    classes: list[int] = flag([171, 847], "Numbers of classes.")
+    height: int = flag(480, "Of the label maps, pixels.")
+    width: int = flag(640, "Of the label maps, pixels.")
+    maps: int = flag(8, "Pairs of label maps that a round counts.")
+    rounds: int = flag(7, "Rounds; the first is not counted.")
+    images: list[int] = flag([100, 1000], "Numbers of images after which memory is read, rising.")
+    kept_images: int = flag(100, "Images whose label maps are kept, for comparison.")
+    bootstrap_images: int = flag(5000, "Images of the bootstrap.")
+    bootstrap_classes: int = flag(171, "Its classes.")
+    resamples: int = flag(1000, "Its resamples.")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
+    output: str | None = flag(None, "Result file; the printed tables go beside it as .md.")
+
+    def check(self) -> None:
+        check_at_least(self, 1, "maps", "rounds", "kept_images", "bootstrap_images", "resamples")
+        check_at_least(self, 32, "height", "width")
+        if min(*self.classes, self.bootstrap_classes) < PRESENT:
+            raise InputError(f"numbers of classes must be {PRESENT} or more")
+        if min(self.images) < 1 or self.images != sorted(set(self.images)):
+            raise InputError(f"--images must rise from 1 or more, got {self.images}")
+
+
+def draw_pair(
+    kind: str, num_classes: int, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[Tensor, np.ndarray]:
+    """Prediction and truth (H, W), int64; the truth has ignored pixels."""
+    ids = rng.choice(num_classes, PRESENT, replace=False)
+    found = np.append(ids[: PRESENT // 2], rng.choice(num_classes, PRESENT - PRESENT // 2))
+    ids = np.append(ids, IGNORE)
+    if kind == NOISE:
+        return torch.from_numpy(rng.choice(found, size)), rng.choice(ids, size)
+    return torch.from_numpy(_cells(found, 2 * CELLS, size, rng)), _cells(ids, CELLS, size, rng)
+
+
+def _cells(ids: np.ndarray, cells: int, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    pixels = np.stack(np.indices(size), axis=-1).reshape(-1, 2) + rng.normal(0, FRAY, (size[0] * size[1], 2))
+    _, nearest = KDTree(rng.random((cells, 2)) * size).query(pixels)
+    return ids[rng.integers(0, len(ids), cells)][nearest].reshape(size)
+
+
+def compare_time(args: EvaluatorArgs, num_classes: int, device: torch.device) -> list[dict]:
+    """A row for each kind of label maps, beside the same inference."""
+    torch.manual_seed(0)
+    rng, size = np.random.default_rng(0), (args.height, args.width)
+    model = make_zs3("resnet50").eval().to(device)
+    pixel_values = torch.randn(1, 3, *size, device=device)
+    text_embeds = F.normalize(torch.randn(num_classes, model.config.projection_dim, device=device), dim=-1)
+
+    def infer() -> None:
+        outputs = model(pixel_values, text_embeds=text_embeds)
+        semantic_map(outputs.class_logits.softmax(-1), outputs.mask_logits, size)
+
+    def counting(kind: str) -> Callable[[], None]:
+        pairs = [draw_pair(kind, num_classes, size, rng) for _ in range(args.maps)]
+        pairs = [(prediction.to(device), label) for prediction, label in pairs]
+
+        def count() -> None:
+            confusion = ConfusionMatrix(num_classes, IGNORE)
+            for prediction, label in pairs:
+                confusion.update(prediction, label)
+
+        return count
+
+    with torch.inference_mode():
+        seconds = measure(
+            {INFERENCE: infer, **{kind: counting(kind) for kind in (OBJECTS, NOISE)}}, args.rounds, device
+        )
+    rows = []
+    for kind in (OBJECTS, NOISE):
+        own = [value / args.maps for value in seconds[kind]]
+        shares = [one / whole for one, whole in zip(own, seconds[INFERENCE], strict=True)]
+        rows.append(
+            {
+                "classes": num_classes,
+                "maps": kind,
+                "seconds": statistics.median(own),
+                "images_per_second": 1 / statistics.median(own),
+                "inference_seconds": statistics.median(seconds[INFERENCE]),
+                "share_of_inference": statistics.median(shares),
+            }
+        )
+    return rows
+
+
+def resident_mib() -> float:
+    """Memory of this process that is resident; Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+def memory_over_images(args: EvaluatorArgs, way: str, num_classes: int, images: list[int]) -> list[dict]:
+    """A row after each number of images."""
+    rng, size = np.random.default_rng(0), (args.height, args.width)
+    pairs = [draw_pair(OBJECTS, num_classes, size, rng) for _ in range(args.maps)]
+    ConfusionMatrix(num_classes, IGNORE).update(*pairs[0])  # what is loaded once
+    tracemalloc.start()
+    before = resident_mib()
+    confusion, kept, rows = ConfusionMatrix(num_classes, IGNORE), [], []
+    for count in range(1, images[-1] + 1):
+        shift = rng.integers(0, size)
+        prediction, label = pairs[count % len(pairs)]
+        prediction = np.roll(prediction.numpy(), shift, axis=(0, 1))  # another one for every image
+        if way == OURS:
+            confusion.update(prediction, label, f"{count:012d}")
+        else:
+            kept.append((prediction, label.copy()))
+        del prediction  # its memory is not what is held
+        if count in images:
+            rows.append(
+                {
+                    "way": way,
+                    "classes": num_classes,
+                    "images": count,
+                    "resident_mib": resident_mib() - before,
+                    "held_mib": tracemalloc.get_traced_memory()[0] / 2**20,
+                    "areas_mib": sum(own.nbytes for own in confusion.images) / 2**20,
+                }
+            )
+    tracemalloc.stop()
+    return rows
+
+
+def time_bootstrap(args: EvaluatorArgs) -> dict:
+    """Intervals of all scores and classes, seconds."""
+    rng, num_classes = np.random.default_rng(0), args.bootstrap_classes
+    confusion = ConfusionMatrix(num_classes, IGNORE)
+    for _ in range(args.bootstrap_images):
+        present = rng.choice(num_classes, PRESENT, replace=False)
+        both = rng.integers(0, 20_000, PRESENT)
+        truth, predicted = (both + rng.integers(1, 20_000, PRESENT) for _ in range(2))
+        confusion.images.append(np.stack([present, both, truth, predicted], axis=1))
+    is_seen = np.arange(num_classes) < 0.9 * num_classes
+
+    def intervals() -> None:
+        resampled = confusion.bootstrap(is_seen, resamples=args.resamples)
+        resampled.intervals(), resampled.class_intervals()
+
+    seconds = measure({"bootstrap": intervals}, 3, torch.device("cpu"))["bootstrap"]
+    sizes = {"images": args.bootstrap_images, "classes": num_classes, "resamples": args.resamples}
+    return {**sizes, "seconds": statistics.median(seconds)}
+
+
+def time_table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| classes | label maps | milliseconds an image | images a second | inference, seconds | share of it | goal |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        goal = "-" if row["maps"] == NOISE else "met" if row["share_of_inference"] <= GOAL else "missed"
+        lines.append(
+            f"| {row['classes']} | {row['maps']} | {1000 * row['seconds']:.2f} | {row['images_per_second']:.0f} | "
+            f"{row['inference_seconds']:.3f} | {row['share_of_inference']:.2%} | {goal} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def memory_table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| way | classes | images | resident, MiB | held, MiB | of it areas of images, MiB | held, KiB an image |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['way']} | {row['classes']} | {row['images']} | {row['resident_mib']:.1f} | "
+            f"{row['held_mib']:.1f} | {row['areas_mib']:.2f} | {1024 * row['held_mib'] / row['images']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args, _ = read_arguments(EvaluatorArgs)
+    args.check()
+    device = device_named(args.device)
+    times = [row for classes in args.classes for row in in_fresh_process(compare_time, args, classes, device)]
+    memory = [row for c in args.classes for row in in_fresh_process(memory_over_images, args, OURS, c, args.images)]
+    memory += in_fresh_process(memory_over_images, args, KEPT, args.classes[0], [args.kept_images])
+    bootstrap = in_fresh_process(time_bootstrap, args)
+    machine = machine_name(device)
+    text = f"Label maps of {args.width} x {args.height}, torch {torch.__version__}, {machine}. The goal is at most "
+    text += f"{GOAL:.0%} of an inference.\n\n{time_table(times)}\n{memory_table(memory)}\n"
+    text += f"Bootstrap of {bootstrap['images']} images, {bootstrap['classes']} classes, {bootstrap['resamples']} "
+    text += f"resamples, intervals of all scores and classes: {bootstrap['seconds']:.2f} seconds.\n"
+    print(text, end="")
+    if args.output is not None:
+        result = {**vars(args), "machine": machine, "torch": torch.__version__}
+        write_report(Path(args.output), {**result, "times": times, "memory": memory, "bootstrap": bootstrap}, text)
+
+
+if __name__ == "__main__":
+    run(main)
