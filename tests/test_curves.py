@@ -1,0 +1,109 @@
+"""Curves: what is drawn where, read off matplotlib's own objects."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tests.test_calibration import IGNORE, map_of, map_with_confidence
+from zs3.calibration import Reliability, SeenBiasCurve
+from zs3.command_line import InputError, write_json
+from zs3.curves import _reliability_figure, _seen_unseen_figure, draw_reliability, draw_seen_unseen_curve
+
+
+def curve(shift: float = 0.3) -> dict:
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 500)
+    seen, unseen = np.where(label == 0, 0.6, 0.3), np.where(label == 1, 0.6, 0.3)
+    seen, unseen = seen + rng.random(500) * 0.5 + shift, unseen + rng.random(500) * 0.5
+    counts = SeenBiasCurve([True, False], IGNORE)
+    counts.update(map_of([0] * 500, seen.tolist(), [1] * 500, unseen.tolist()), label[None])
+    return counts.result()
+
+
+def reliability() -> dict:
+    counts = Reliability(IGNORE)
+    confidence = np.array([[0.9] * 30 + [0.5] * 10])
+    counts.update(map_with_confidence(np.zeros((1, 40), dtype=int), confidence), np.array([[0] * 24 + [1] * 16]))
+    return counts.result()
+
+
+def drawn_points(figure: Figure, marker: str) -> list[tuple[float, float]]:
+    lines = [line for line in figure.axes[0].lines if line.get_marker() == marker and len(line.get_xdata())]
+    return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in lines]
+
+
+def test_the_curve_runs_from_seen_only_to_unseen_only_in_percent_with_its_points_marked():
+    result = curve()
+    result["chosen"] = {"gamma": 0.2, "miou_seen": 0.31, "miou_unseen": 0.47, "hiou": 0.4}
+    figure = _seen_unseen_figure({"ours": result})
+    line = figure.axes[0].lines[0]
+    points = result["points"]
+    for name, drawn in (("miou_unseen", line.get_xdata()), ("miou_seen", line.get_ydata())):
+        expected = [result["seen_only"][name], *points[name], result["unseen_only"][name]]
+        np.testing.assert_allclose(drawn, 100 * np.array(expected))
+    for name, marker in (("unbiased", "o"), ("best", "*"), ("chosen", "D")):
+        found = [100 * result[name]["miou_unseen"], 100 * result[name]["miou_seen"]]
+        assert drawn_points(figure, marker) == [pytest.approx(found)]
+    (entry, *markers) = [text.get_text() for text in figure.legends[0].get_texts()]
+    best = result["best"]
+    assert f"ours, area {result['area']:.3f}" in entry and "chosen 40.0 (bias 0.2)" in entry
+    assert f"best {100 * best['hiou']:.1f} (bias {best['gamma']:.3g})" in entry
+    assert markers == ["no bias", "best hIoU", "chosen bias"]
+
+
+def test_the_shaded_area_is_the_area_said():
+    result = curve()
+    figure = _seen_unseen_figure({"ours": result})
+    (shade,) = figure.axes[0].collections
+    x, y = shade.get_paths()[0].vertices.T
+    assert abs(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1))) / 2 / 1e4 == pytest.approx(result["area"], abs=1e-9)
+
+
+def test_models_are_compared_in_one_picture_in_colours_of_their_own(tmp_path):
+    results = {"baseline": curve(0.6), "ours": curve(0.1)}
+    figure = _seen_unseen_figure(results)
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
+    assert len(lines) == 2 and lines[0].get_color() != lines[1].get_color()
+    assert len(drawn_points(figure, "*")) == len(drawn_points(figure, "o")) == 2 and not drawn_points(figure, "D")
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts[0].startswith("baseline") and texts[1].startswith("ours") and "chosen bias" not in texts
+
+
+def test_bars_show_accuracy_and_share_of_the_pixels():
+    above, below = _reliability_figure(reliability()).axes
+    accuracy = {(round(bar.get_x(), 3), round(bar.get_height(), 3)) for bar in above.patches}
+    assert accuracy == {(round(100 * 13 / 15, 3), 80.0), (round(100 * 7 / 15, 3), 0.0)}
+    shares = {(round(bar.get_x(), 3), round(bar.get_height(), 3)) for bar in below.patches}
+    assert shares == {(round(100 * 13 / 15, 3), 75.0), (round(100 * 7 / 15, 3), 25.0)}
+    assert all(bar.get_width() == pytest.approx(100 / 15) for bar in [*above.patches, *below.patches])
+    assert "20.0 %" in above.get_title()  # 0.75 x 0.1 + 0.25 x 0.5
+
+
+def test_pictures_are_pngs_and_take_results_read_back_from_a_file(tmp_path):
+    write_json(tmp_path / "a.json", {"curve": curve(), "reliability": reliability()})
+    result = json.loads((tmp_path / "a.json").read_text())
+    draw_seen_unseen_curve({"ours": result["curve"]}, tmp_path / "deep" / "curve.png")
+    draw_reliability(result["reliability"], tmp_path / "deep" / "reliability.png")
+    assert sorted(file.name for file in (tmp_path / "deep").iterdir()) == ["curve.png", "reliability.png"]
+    for file in (tmp_path / "deep").iterdir():
+        picture = Image.open(file)
+        assert picture.format == "PNG" and min(picture.size) > 600
+        assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+
+
+def test_what_cannot_be_drawn_is_said_and_nothing_is_left(tmp_path):
+    with pytest.raises(InputError, match="ours: no curve to draw"):
+        draw_seen_unseen_curve({"ours": SeenBiasCurve([True, False], IGNORE).result()}, tmp_path / "a.png")
+    with pytest.raises(InputError, match="no pixel"):
+        draw_reliability(Reliability(IGNORE).result(), tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_the_mend_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r'pip install -e "\.\[figures\]"'):
+        draw_reliability(reliability(), tmp_path / "a.png")
