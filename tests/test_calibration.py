@@ -4,6 +4,7 @@ conformal guarantee by drawing images anew."""
 import json
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -153,6 +154,23 @@ def test_where_gamma_is_the_gap_the_lower_index_wins():
         for near in (place - 1, place, place + 1):
             maps = [found.with_seen_bias(float(GAMMAS[near])).numpy()]
             assert_scores(row(result, near), scores_by_sets(maps, [label], is_seen, "union"))
+
+
+def test_near_ties_are_decided_as_by_fractions():
+    """Unseen scores that are the seen one less a gamma, to the nearest float32."""
+    rng = np.random.default_rng(0)
+    places = rng.integers(1, len(GAMMAS) - 1, 300)
+    places = places[GAMMAS[places] != 0]  # there label_map says it
+    seen = (rng.random(len(places)) * np.abs(GAMMAS[places])).astype(np.float32)
+    unseen = (seen.astype(np.float64) - GAMMAS[places]).astype(np.float32)
+    won = 0
+    for place, *scores in zip(places.tolist(), seen.tolist(), unseen.tolist(), strict=True):
+        curve = SeenBiasCurve([False, True], IGNORE)
+        curve.update(map_of([1], scores[:1], [0], scores[1:]), np.array([[1]]))
+        seen_wins = Fraction(scores[0]) - Fraction(GAMMAS[place]) > Fraction(scores[1])  # not where they are equal
+        assert curve.iou()[place].tolist()[1] == float(seen_wins)
+        won += seen_wins
+    assert 50 < won < 250
 
 
 def test_where_rounding_hides_the_winner_label_map_says_who_it_is_without_a_bias():
@@ -405,6 +423,13 @@ def test_a_threshold_divides_pixels_as_the_pipeline_does():
     outsiders = rejection.outsiders[::-1].cumsum()[::-1]
     for step in (0, 1, 2, 30000, LEVELS - 1, LEVELS, *rng.integers(0, LEVELS, 50)):
         assert outsiders[step] == int((~(found.confidence < int(step) / LEVELS)).sum())
+
+
+def test_shares_of_images_are_rounded_up_so_that_the_promise_holds():
+    rejection = Rejection(IGNORE)
+    rejection.update(map_with_confidence([[0, 0, 0]], [[1.0] * 3]), np.array([[0, 0, 1]]), "a")
+    share = int(rejection.wrong.max())
+    assert Fraction(1, 3) <= Fraction(share, UNIT) < Fraction(1, 3) + Fraction(1, 10**7)
 
 
 def test_few_images_allow_no_promise():
