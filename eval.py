@@ -1,25 +1,40 @@
-"""Evaluate a checkpoint: mIoU(S), mIoU(U), hIoU and their intervals.
+"""Evaluate a checkpoint: mIoU(S), mIoU(U), hIoU, their intervals, and how far its confidences can be trusted.
 
     accelerate launch eval.py --model runs/stage2/final --dataset DIR --setting gzs3 --output runs/stage2/gzs3.json
+    accelerate launch eval.py --model runs/stage2/final --suite ovs5 --data_root data --output runs/stage2/ovs5
 
 Settings (section 3.1): gzs3, candidates and pixels of all classes; zs3, of the unseen classes alone; ovs, another
 label space than that of the training. The checkpoint is loaded through AutoModel and AutoProcessor only.
+
+One pass over the images gives everything in FILE.json: the scores, the seen/unseen curve over all biases, reliability
+and rejection (zs3.calibration). Beside it lie FILE.md, FILE.csv (per class) and FILE_images.npz (zs3.compare's).
+A suite is one model on several datasets, without adaptation: its members' results lie in the folder --output, with the
+row of the paper's table; members that are there are not repeated.
 """
 
-from dataclasses import dataclass
+import hashlib
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import accelerate
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from zs3.checkpoints import check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint, trained_on
+from label_maps_zs3 import SemanticMap
+from zs3.calibration import OUTSIDER, Rejection, Reliability, SeenBiasCurve
+from zs3.checkpoints import NoClaim, check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint, trained_on
 from zs3.command_line import (
     InputError,
     check_at_least,
@@ -29,27 +44,38 @@ from zs3.command_line import (
     read_arguments,
     run,
     write_json,
+    write_text,
 )
-from zs3.data import dataset_name, load_split
-from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
+from zs3.curves import draw_reliability, draw_seen_unseen_curve
+from zs3.data import Split, dataset_name, load_split
+from zs3.evaluation import ConfusionMatrix, GeneralizedScores, headline_scores
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
+from zs3.results import read_result, report, write_result
+from zs3.suites import SUITES, Suite, chosen_members, row
 
 
 @dataclass
 class EvalArgs:
-    """One evaluation of one checkpoint on one dataset."""
+    """One evaluation of one checkpoint: on one dataset, or on the datasets of a suite."""
 
     model: str | None = flag(None, "Checkpoint: a folder or a Hub id.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
+    suite: Literal["gzs3", "ovs5"] | None = flag(None, "Datasets and setting of the paper's Tables 1-2, or 3.")
+    data_root: str | None = flag(None, "Folder of the suite's datasets, each named as zs3.convert names it.")
+    members: list[str] = flag([], "Datasets of the suite; default: all that are there, voc_21 only where named.")
     split: str = flag("validation", "Split of the dataset to evaluate on.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     setting: Literal["gzs3", "zs3", "ovs"] = flag(
         "gzs3",
         "Candidates: all classes (gzs3), the unseen alone (zs3), or those of a label space not trained on (ovs).",
     )
-    output: str | None = flag(None, "Result file (JSON).")
-    text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
+    without: list[str] = flag([], "Names that are no candidates; their pixels count for rejection alone.")
+    output: str | None = flag(None, "Result file (JSON); of a suite, a folder.")
+    text_embeds: str | None = flag(
+        None,
+        "Text vectors for a checkpoint without text tower: a .npy, one row a class; of a suite, a folder of NAME.npy.",
+    )
     ensemble: Literal["off", "crops", "lazy", "single_pass"] | None = flag(
         None,
         "CLIP's view of the proposals joined in (section 4.6): of all their crops, of those that can change the label "
@@ -57,22 +83,92 @@ class EvalArgs:
     )
     ensemble_weight: float | None = flag(None, "w of the ensemble; default: the checkpoint's clip_ensemble_weight.")
     ensemble_tolerance: float = flag(0.0, "Share of an image's pixels that 'lazy' may leave open.")
+    seen_bias: str | None = flag(
+        None, "What is taken off the scores of seen classes: a number, or a result file, for the best of its curve."
+    )
+    calibration: bool = flag(True, "Measure the seen/unseen curve, reliability and rejection in the same pass.")
+    max_wrong: float = flag(0.1, "Share of an image's pixels that may get a wrong label, for the rejection threshold.")
     absent: Literal["union", "truth"] = flag(
         "union", "A class is left out of means where truth and prediction (union) or truth alone lack it."
     )
     pictures: str | None = flag(None, "Folder for pictures: image, truth, prediction.")
     num_pictures: int = flag(8, "How many pictures to draw, spread evenly over the split.")
+    curves: str | None = flag(None, "Folder for the curve and the reliability diagram (PNG; needs matplotlib).")
     max_images: int | None = flag(None, "Evaluate the first N images only.")
+    num_workers: int = flag(2, "Processes that read images ahead; 0 reads them in the main one.")
     seed: int = flag(0, "Of the bootstrap.")
 
     def check(self) -> None:
-        check_required(self, "model", "dataset")
+        check_required(self, "model")
         check_at_least(self, 1, "max_images")
-        check_at_least(self, 0, "num_pictures", "seed", "ensemble_weight", "ensemble_tolerance")
+        check_at_least(self, 0, "num_pictures", "seed", "ensemble_weight", "ensemble_tolerance", "num_workers")
         if max(self.ensemble_weight or 0, self.ensemble_tolerance) > 1:
             raise InputError("--ensemble_weight and --ensemble_tolerance are shares, at most 1")
         if self.ensemble_tolerance > 0 and self.ensemble != "lazy":
             raise InputError("--ensemble_tolerance goes with --ensemble lazy")
+        if not 0 < self.max_wrong < 1:
+            raise InputError(f"--max_wrong is a share between 0 and 1, got {self.max_wrong}")
+        if self.suite is None:
+            check_required(self, "dataset")
+            if self.data_root or self.members:
+                raise InputError("--data_root and --members go with --suite")
+        else:
+            check_required(self, "data_root", "output")
+            if self.dataset or self.label_space or self.without:
+                raise InputError("--dataset, --label_space and --without do not go with --suite: it has its own")
+        if self.curves is not None and not self.calibration:
+            raise InputError("--curves needs what --calibration false leaves out")
+        if self.curves is not None and find_spec("matplotlib") is None:
+            raise InputError('--curves needs matplotlib: pip install -e ".[figures]"')
+
+
+WORST_PAIRS = 10
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "zs3")
+NOT_OF_THE_RESULT = {"output", "pictures", "num_pictures", "curves", "num_workers", "suite", "data_root", "members"}
+
+
+# ---- what is asked -----------------------------------------------------------------------------------------
+
+
+class Candidates(NamedTuple):
+    """The class axis of an evaluation, C names; is_seen and is_trained: (C,) bool.
+
+    place: (ids + 1,) int64, where each id of a label map lands on the axis: OUTSIDER where the class is no candidate;
+        the last entry is for pixels without a label.
+    """
+
+    names: list[str]
+    index: Tensor  # (C,) int64, of the label space
+    is_seen: Tensor
+    is_trained: Tensor
+    place: np.ndarray
+
+    @property
+    def ignored(self) -> int:
+        """An id of our own for pixels without a label: the data's may lie inside the candidates' range."""
+        return len(self.place) - 1
+
+    def label_map(self, label: np.ndarray, ignore_index: int) -> np.ndarray:
+        """(H, W) ids of the label space -> int64: 0 to C - 1, OUTSIDER or `ignored`."""
+        return self.place[np.where(label == ignore_index, self.ignored, label)]
+
+
+def candidates_of(label_space: LabelSpace, setting: str, without: list[str], config: PreTrainedConfig) -> Candidates:
+    names = label_space.class_names
+    strangers = [name for name in without if name not in names]
+    if strangers:
+        raise InputError(f"--without {strangers[0]!r}: the label space has no such name")
+    chosen = [name not in without and (setting != "zs3" or name in label_space.unseen) for name in names]
+    index = torch.nonzero(torch.tensor(chosen)).squeeze(1)
+    if len(index) == 0:
+        raise InputError(f"no candidate is left: --setting {setting} asks for names that the label space has not got")
+    place = np.full(len(names) + 1, OUTSIDER)
+    place[-1] = len(names)
+    place[index.numpy()] = np.arange(len(index))
+    kept = [names[position] for position in index]
+    trained = trained_on(config, kept)
+    is_trained = torch.tensor([name in trained for name in kept])
+    return Candidates(kept, index, label_space.is_seen[index], is_trained, place)
 
 
 def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str) -> None:
@@ -82,7 +178,7 @@ def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str)
     check_no_unseen_masks(config, label_space, f"{setting} result can be claimed, --setting ovs is open to it")
     missing = [name for name in label_space.seen if name not in trained_on(config, label_space.seen)]
     if missing and setting == "gzs3":
-        raise InputError(f"the checkpoint saw no masks of {missing[:3]}, seen classes here: use --setting ovs")
+        raise NoClaim(f"the checkpoint saw no masks of {missing[:3]}, seen classes here: use --setting ovs")
 
 
 def chosen_ensemble(args: EvalArgs, model: PreTrainedModel) -> tuple[str, float | None]:
@@ -95,151 +191,353 @@ def chosen_ensemble(args: EvalArgs, model: PreTrainedModel) -> tuple[str, float 
     return view, None if view == "off" else weight
 
 
+class SeenBias(NamedTuple):
+    """What is taken off the scores of seen classes, and how it was chosen, in words."""
+
+    value: float
+    chosen: str
+
+
+def chosen_bias(given: str | None, unseen: list[str], split_sha256: str) -> SeenBias:
+    """A number as it is; of a result file the best of its curve, with what its choice knew of our unseen classes."""
+    if given is None:
+        return SeenBias(0.0, "none")
+    try:
+        value = float(given)
+    except ValueError:
+        return best_bias(Path(given), unseen, split_sha256)
+    if not math.isfinite(value):
+        raise InputError(f"--seen_bias must be a finite number, got {given}")
+    return SeenBias(value, "by hand: it may be tuned on these images")
+
+
+def best_bias(path: Path, unseen: list[str], split_sha256: str) -> SeenBias:
+    result = read_result(path)
+    if result.get("seen_unseen_curve") is None:
+        raise InputError(f"--seen_bias {path}: it has no curve; that of a gzs3 evaluation with unseen classes has one")
+    value = result["seen_unseen_curve"]["best"]["gamma"]
+    known = [name for name in result["unseen"] if name in unseen]
+    if not known:
+        chosen = f"on classes held out ({', '.join(result['unseen'])}), without labels of the unseen ones"
+    elif result["split_sha256"] == split_sha256:
+        chosen = "TUNED ON THE TEST IMAGES, for the best hIoU"
+    else:
+        chosen = f"on other images, with label maps of unseen classes ({', '.join(known)})"
+    return SeenBias(value, chosen)
+
+
+# ---- the pass ----------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """An image as the pass meets it. label: (H, W) int64 on the class axis, see Candidates.label_map."""
+
+    index: int
+    image: Image.Image
+    label: np.ndarray
+    image_id: str
+    inputs: BatchFeature
+
+
+class Images(Dataset):
+    """Some of a split's images."""
+
+    def __init__(self, records: Split, indices: range, candidates: Candidates, processor: ProcessorMixin):
+        self.records, self.indices, self.candidates, self.processor = records, indices, candidates, processor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Item:
+        image, label, image_id = self.records[self.indices[position]]
+        label = self.candidates.label_map(label, self.records.label_space.ignore_index)
+        return Item(self.indices[position], image, label, image_id, self.processor(images=image))
+
+
+def as_it_is(item: Item) -> Item:
+    """No collation, which would make tensors of arrays."""
+    return item
+
+
+@dataclass
+class Counts:
+    """What one process counts. shown, undecided: sums over images, of the ensemble."""
+
+    confusion: ConfusionMatrix
+    curve: SeenBiasCurve | None
+    reliability: Reliability | None
+    rejection: Rejection | None
+    shown: int = 0
+    undecided: float = 0.0
+
+    def merge(self, other: "Counts") -> None:
+        for name in ("confusion", "curve", "reliability", "rejection"):
+            if getattr(self, name) is not None:
+                getattr(self, name).merge(getattr(other, name))
+        self.shown += other.shown
+        self.undecided += other.undecided
+
+
+def new_counts(args: EvalArgs, candidates: Candidates, bias: SeenBias) -> Counts:
+    """A curve where there are seen and unseen candidates; confidences where no bias changes the winner, whose they
+    are."""
+    ignored, unbiased = candidates.ignored, args.calibration and bias.value == 0
+    curve = args.calibration and args.setting == "gzs3" and 0 < int(candidates.is_seen.sum()) < len(candidates.names)
+    return Counts(
+        ConfusionMatrix(len(candidates.names), ignored),
+        SeenBiasCurve(candidates.is_seen, ignored) if curve else None,
+        Reliability(ignored) if unbiased else None,
+        Rejection(ignored) if unbiased else None,
+    )
+
+
+def count(counts: Counts, found: SemanticMap, prediction: Tensor, label: Tensor, image_id: str) -> None:
+    """One image into the counts. label: (H, W), see Candidates.label_map."""
+    inside = torch.where(label == OUTSIDER, counts.confusion.ignore_index, label)
+    counts.confusion.update(prediction, inside, image_id)
+    if counts.curve is not None:
+        counts.curve.update(found, inside)
+    if counts.reliability is not None:
+        counts.reliability.update(found, inside)
+        counts.rejection.update(found, label, image_id)
+
+
 @torch.inference_mode()
-def evaluate(args: EvalArgs) -> dict | None:
-    """The result, as it is written to args.output; None on processes other than the main one."""
+def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool = False) -> dict | None:
+    """The result, as it is written to args.output; None on processes other than the main one.
+
+    reuse: a result of the same evaluation that lies there is taken.
+    """
     args.check()
-    accelerator = Accelerator()
+    accelerator = accelerator or Accelerator()
     label_space = load_label_space(args.label_space or args.dataset)
     records = load_split(args.dataset, args.split, label_space)
     with accelerator.local_main_process_first():
         model, processor = load_checkpoint(args.model)
     check_claim(model.config, label_space, args.setting)
-    model.to(accelerator.device)
+    candidates = candidates_of(label_space, args.setting, args.without, model.config)
+    num_images = len(records) if args.max_images is None else min(args.max_images, len(records))
+    stamp = stamps(args, label_space, model.config, candidates, records.image_ids[:num_images])
+    there = finished(Path(args.output), stamp) if reuse else None
+    if there is not None:
+        return there
+    bias = chosen_bias(args.seen_bias, stamp["unseen"], stamp["split_sha256"])
     view, weight = chosen_ensemble(args, model)
+    model.to(accelerator.device)
     text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
+    text_embeds = text_embeds[candidates.index].to(accelerator.device)
 
-    # Candidates: the class axis of this setting, and where each id of a label map lands on it
-    is_seen = label_space.is_seen
-    candidates = torch.nonzero(~is_seen if args.setting == "zs3" else torch.ones_like(is_seen)).squeeze(1)
-    if len(candidates) == 0:
-        raise InputError("the label space has no unseen class: nothing to evaluate with --setting zs3")
-    names = [label_space.class_names[index] for index in candidates]
-    ignored = len(label_space.class_names)  # an id of our own: the data's may lie inside the candidates' range
-    place = np.full(ignored + 1, ignored)
-    place[candidates.numpy()] = np.arange(len(candidates))
-    text_embeds = text_embeds[candidates].to(accelerator.device)
+    counts = new_counts(args, candidates, bias)
+    options = {"return_scores": args.calibration}
+    if counts.curve is not None or bias.value:
+        options["is_seen"] = candidates.is_seen
+    mine = range(accelerator.process_index, num_images, accelerator.num_processes)
+    drawn = set(np.linspace(0, num_images - 1, min(args.num_pictures, num_images)).astype(int).tolist())
+    images = Images(records, mine, candidates, processor)
+    workers = min(args.num_workers, len(images))
+    loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+    for item in tqdm(loader, unit="image", mininterval=1, disable=not accelerator.is_local_main_process):
+        inputs, size = item.inputs.to(accelerator.device), item.label.shape
+        outputs = model(**inputs, text_embeds=text_embeds)
+        if view != "off":
+            outputs = model.ensemble(
+                outputs,
+                processor.to_rgb(inputs["pixel_values"]),
+                text_embeds,
+                is_seen=candidates.is_trained,
+                weight=weight,
+                view=view,
+                tolerance=args.ensemble_tolerance,
+                image_sizes=[size],
+            )
+            counts.shown += int(outputs.shown_to_clip.sum())
+            counts.undecided += float(outputs.undecided.sum())
+        (found,) = processor.post_process_semantic_segmentation(outputs, [size], **options)
+        prediction = found if isinstance(found, Tensor) else found.with_seen_bias(bias.value)
+        count(counts, found, prediction, torch.from_numpy(item.label).to(prediction.device), item.image_id)
+        if args.pictures is not None and item.index in drawn:
+            truth = np.where((item.label == OUTSIDER) | (item.label == candidates.ignored), -1, item.label)
+            panels = {"image": item.image, "truth": truth, "prediction": prediction.cpu()}
+            draw_comparison(panels, candidates.names, Path(args.pictures) / f"{item.image_id}.png")
 
-    trained = trained_on(model.config, names)
-    is_trained = torch.tensor([name in trained for name in names])
-
-    confusion = ConfusionMatrix(len(names), ignored)
-    shown, undecided = 0, 0.0
-    count = len(records) if args.max_images is None else min(args.max_images, len(records))
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
-    drawn = set(np.linspace(0, count - 1, min(args.num_pictures, count)).astype(int).tolist())
-    quiet = not accelerator.is_local_main_process
-    with tqdm(total=len(mine), unit="image", mininterval=1, disable=quiet) as bar:
-        for index in mine:
-            image, label, image_id = records[index]
-            label = place[np.where(label == label_space.ignore_index, ignored, label)]
-            inputs = processor(images=image).to(accelerator.device)
-            outputs = model(**inputs, text_embeds=text_embeds)
-            if view != "off":
-                outputs = model.ensemble(
-                    outputs,
-                    processor.to_rgb(inputs["pixel_values"]),
-                    text_embeds,
-                    is_seen=is_trained,
-                    weight=weight,
-                    view=view,
-                    tolerance=args.ensemble_tolerance,
-                    image_sizes=[label.shape],
-                )
-                shown += int(outputs.shown_to_clip.sum())
-                undecided += float(outputs.undecided.sum())
-            (prediction,) = processor.post_process_semantic_segmentation(outputs, [label.shape])
-            confusion.update(prediction, label)
-            if args.pictures is not None and index in drawn:
-                panels = {
-                    "image": image,
-                    "truth": np.where(label == ignored, -1, label),
-                    "prediction": prediction.cpu(),
-                }
-                draw_comparison(panels, names, Path(args.pictures) / f"{image_id}.png")
-            bar.update()
-
-    parts, looks = gather_object([confusion]), np.sum(gather_object([(shown, undecided)]), axis=0) / count
-    accelerator.end_training()
+    total, *others = gather_object([counts])
     if not accelerator.is_main_process:
         return None
-    total = ConfusionMatrix(len(names), ignored)
-    for part in parts:
+    for part in others:
         total.merge(part)
-    result = summary(args, label_space, model.config, total, names, prompts)
-    result |= {"clip_ensemble": view, "clip_ensemble_weight": weight, "ensemble_tolerance": args.ensemble_tolerance}
-    result |= {"proposals_shown_to_clip": float(looks[0]), "undecided_share": float(looks[1])}  # means over images
+    result = stamp | {
+        "prompts": prompts,
+        "clip_ensemble": view,
+        "clip_ensemble_weight": weight,
+        "ensemble_tolerance": args.ensemble_tolerance,
+        "calibration": {
+            "seen_bias": bias.value,
+            "seen_bias_chosen": bias.chosen,
+            "ensemble_weight_chosen": "none" if view == "off" else weight_chosen(args),
+        },
+    }
+    result = {"protocol": protocol(result), **result, **scores(args, total, candidates)}
+    result |= {"proposals_shown_to_clip": total.shown / num_images, "undecided_share": total.undecided / num_images}
+    result = finite_or_none(result)
     if args.output is not None:
-        write_json(Path(args.output), result)
+        write_result(Path(args.output), result, total.confusion)
+    if args.curves is not None:
+        draw_curves(result, Path(args.curves))
     return result
 
 
-def summary(
-    args: EvalArgs,
-    label_space: LabelSpace,
-    config: PreTrainedConfig,
-    confusion: ConfusionMatrix,
-    names: list[str],
-    prompts: list[str],
+# ---- the result --------------------------------------------------------------------------------------------
+
+
+def stamps(
+    args: EvalArgs, label_space: LabelSpace, config: PreTrainedConfig, candidates: Candidates, image_ids: list[str]
 ) -> dict:
-    """Scores in [0, 1] with everything a reader needs to know how they came about; None for a NaN."""
-    is_seen = np.array([name not in label_space.unseen for name in names])
-    iou = confusion.iou(args.absent)
-    scores = generalized_scores(iou, is_seen)._asdict()
-    intervals = confusion.confidence_intervals(is_seen, absent=args.absent, seed=args.seed)
-    if args.setting == "ovs":  # seen and unseen are words of the zero-shot settings
-        scores = dict.fromkeys(scores)
-        intervals |= dict.fromkeys(scores, (None, None))
+    """What a reader needs to know of an evaluation before it has begun. Equal stamps stand for equal numbers."""
     weights = Path(args.model) / "model.safetensors"
-    result = {
+    unseen = [name for name in candidates.names if name in label_space.unseen]
+    return {
         "setting": args.setting,
         "model": args.model,
         "dataset": dataset_name(args.dataset),
         "split": args.split,
+        "split_sha256": hashlib.sha256("\n".join(image_ids).encode()).hexdigest(),
         "label_space": args.label_space or "the dataset's own",
         "label_space_sha256": label_space.sha256,
         "checkpoint_sha256": file_sha256(weights) if weights.exists() else None,
-        "seen": [name for name in names if name not in label_space.unseen],
-        "unseen": [name for name in names if name in label_space.unseen],
+        "seen": [name for name in candidates.names if name not in unseen],
+        "unseen": unseen,
+        "without": args.without,
         "trained_on_masks_of": config.seen_class_names,
         "unseen_labels_in_training": config.unseen_labels,
-        "prompts": prompts,
-        "calibration": None,
         "absent": args.absent,
         "seed": args.seed,
-        "num_images": len(confusion.images),
-        "miou": float(np.nanmean(iou)) if np.isfinite(iou).any() else None,
-        **scores,
-        "pixel_accuracy": confusion.pixel_accuracy(),
-        "confidence_intervals": {name: list(interval) for name, interval in intervals.items()},
-        "per_class": dict(zip(names, iou.tolist(), strict=True)),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-        },
+        "settings": {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
-    return finite_or_none(result)
 
 
-def report(result: dict) -> str:
-    """The table for the terminal; percent."""
-    lines = [f"{result['setting']}: {result['model']} on {result['num_images']} images of {result['dataset']}"]
-    for name in ("miou_seen", "miou_unseen", "hiou", "miou"):
-        low, high = result["confidence_intervals"][name]
-        lines.append(f"  {name:12s} {percent(result[name])}   95 % interval {percent(low)} to {percent(high)}")
-    lines.append(f"  {'accuracy':12s} {percent(result['pixel_accuracy'])}")
-    unseen = set(result["unseen"])
-    for name, iou in result["per_class"].items():
-        lines.append(f"    {percent(iou)}  {name}{'  (unseen)' if name in unseen else ''}")
-    return "\n".join(lines)
+def weight_chosen(args: EvalArgs) -> str:
+    given = args.ensemble_weight is not None
+    return "by hand: it may be tuned on these images" if given else "the checkpoint's"
+
+
+def protocol(result: dict) -> str:
+    """The stamps in a sentence."""
+    ensemble, calibration = "no ensemble", result["calibration"]
+    if result["clip_ensemble"] != "off":
+        weight = f"{result['clip_ensemble_weight']}, {calibration['ensemble_weight_chosen']}"
+        ensemble = f"ensemble with CLIP ({result['clip_ensemble']}, weight {weight})"
+    bias = "no bias off seen classes"
+    if calibration["seen_bias_chosen"] != "none":
+        bias = f"bias {calibration['seen_bias']:.4g} off seen classes, chosen {calibration['seen_bias_chosen']}"
+    seen, unseen = len(result["seen"]), len(result["unseen"])
+    names = f"{seen + unseen} names" if result["setting"] == "ovs" else f"{seen} seen and {unseen} unseen names"
+    rule = {"union": "truth and prediction both", "truth": "the truth"}[result["absent"]]
+    return f"{result['setting']}, {names}, {ensemble}, {bias}; classes that {rule} lack are left out of means"
+
+
+def scores(args: EvalArgs, total: Counts, candidates: Candidates) -> dict:
+    """Shares in [0, 1]; NaN where there is nothing to take one of, None for what does not belong to the setting."""
+    confusion, names, is_seen = total.confusion, candidates.names, candidates.is_seen.numpy()
+    iou = confusion.iou(args.absent)
+    means = {name: float(score) for name, score in headline_scores(iou, is_seen).items()}
+    bootstrap = confusion.bootstrap(is_seen, absent=args.absent, seed=args.seed)
+    intervals = {name: list(interval) for name, interval in bootstrap.intervals().items()}
+    groups = {name: shares._asdict() for name, shares in confusion.seen_unseen_confusion(is_seen)._asdict().items()}
+    if args.setting == "ovs":  # seen and unseen are words of the zero-shot settings
+        groups = None
+        means |= dict.fromkeys(GeneralizedScores._fields)
+        intervals |= {name: [None, None] for name in GeneralizedScores._fields}
+    return {
+        "num_images": len(confusion.images),
+        **means,
+        "pixel_accuracy": confusion.pixel_accuracy(),
+        "frequency_weighted_iou": confusion.frequency_weighted_iou(),
+        "confidence_intervals": intervals,
+        "per_class": dict(zip(names, iou.tolist(), strict=True)),
+        "per_class_intervals": dict(zip(names, bootstrap.class_intervals().tolist(), strict=True)),
+        "seen_unseen_confusion": groups,
+        "worst_pairs": [
+            pair._asdict() | {"truth": names[pair.truth], "predicted": names[pair.predicted]}
+            for pair in confusion.worst_pairs(WORST_PAIRS)
+        ],
+        "seen_unseen_curve": None if total.curve is None else total.curve.result(args.absent),
+        "reliability": None if total.reliability is None else total.reliability.result(),
+        "rejection": None if total.rejection is None else total.rejection.result(args.max_wrong),
+    }
+
+
+def draw_curves(result: dict, folder: Path) -> None:
+    """PNGs of what was measured."""
+    curve, bias = result["seen_unseen_curve"], result["calibration"]["seen_bias"]
+    if curve is not None and curve["area"] is not None:
+        chosen = {"gamma": bias, **{name: result[name] for name in GeneralizedScores._fields}} if bias else None
+        draw_seen_unseen_curve({result["model"]: curve | {"chosen": chosen}}, folder / "seen_unseen_curve.png")
+    if result["reliability"] is not None and result["reliability"]["pixels"]:
+        draw_reliability(result["reliability"], folder / "reliability.png")
+
+
+# ---- suites ------------------------------------------------------------------------------------------------
+
+
+def evaluate_suite(args: EvalArgs, accelerator: Accelerator) -> str | None:
+    """Every member into its file in the folder args.output, those that are there already left alone; the table's row.
+
+    A member whose number cannot be claimed with this checkpoint has its reason in the place of one.
+    """
+    args.check()
+    suite, root, folder = SUITES[args.suite], Path(args.data_root), Path(args.output)
+    results, reasons = {}, {}
+    for name in chosen_members(suite, root, args.members):
+        member = member_args(args, suite, name)
+        try:
+            results[name] = evaluate(member, accelerator, reuse=True)
+        except NoClaim as error:
+            reasons[name] = str(error)
+    if not accelerator.is_main_process:
+        return None
+    text = row(suite, root, results, reasons)
+    write_text(folder / f"{args.suite}.md", text)
+    table = {name: {score: result[score] for score in suite.scores} for name, result in results.items()}
+    write_json(folder / f"{args.suite}.json", {"suite": args.suite, "table": table, "not_evaluated": reasons})
+    return text
+
+
+def member_args(args: EvalArgs, suite: Suite, name: str) -> EvalArgs:
+    return replace(
+        args,
+        suite=None,
+        data_root=None,
+        members=[],
+        dataset=str(Path(args.data_root, name)),
+        setting=suite.setting,
+        output=str(Path(args.output, f"{name}.json")),
+        text_embeds=None if args.text_embeds is None else str(Path(args.text_embeds, f"{name}.npy")),
+        pictures=None if args.pictures is None else str(Path(args.pictures, name)),
+        curves=None if args.curves is None else str(Path(args.curves, name)),
+    )
+
+
+def finished(path: Path, stamp: dict) -> dict | None:
+    """The result that is there, if it is that of the same checkpoint, data, flags and versions."""
+    if not path.exists():
+        return None
+    result = read_result(path)
+    return result if {name: result.get(name) for name in stamp} == json.loads(json.dumps(stamp)) else None
 
 
 def main() -> None:
     args, _ = read_arguments(EvalArgs)
-    result = evaluate(args)
-    if result is not None:
-        print(report(result))
+    args.check()
+    accelerator = Accelerator()
+    if args.suite is not None:
+        text = evaluate_suite(args, accelerator)
+    else:
+        result = evaluate(args, accelerator)
+        text = None if result is None else report(result)
+    accelerator.end_training()
+    if text is not None:
+        print(text, end="")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """eval.py: its numbers against sets of pixels counted by hand, one process against two, and what it refuses."""
 
+import csv
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from eval import EvalArgs, evaluate, main
 from processing_zs3 import Zs3ImageProcessor
 from zs3.command_line import InputError, run
 from zs3.data import load_split
+from zs3.evaluation import load_images
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -147,6 +149,127 @@ def test_the_checkpoint_says_whether_to_ensemble(checkpoint, with_clip, data, tm
         asked(tmp_path / "copy", ensemble="crops")
     with pytest.raises(InputError, match="at most 1"):
         asked(with_clip, ensemble_weight=1.5)
+
+
+def biased_by_hand(checkpoint: Path, data: Path, gamma: float) -> dict[str, float | None]:
+    """IoU of each class where gamma is taken off the dense scores of seen ones."""
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    seen = torch.tensor([name not in UNSEEN for name in CLASS_NAMES])
+    both, either = np.zeros(len(CLASS_NAMES)), np.zeros(len(CLASS_NAMES))
+    for image, label, _ in load_split(data, "validation"):
+        with torch.inference_mode():
+            outputs = model(**processor(images=image))
+        masks = F.interpolate(outputs.mask_logits.double(), scale_factor=4, mode="bilinear").sigmoid()
+        masks = F.interpolate(masks, size=label.shape, mode="bilinear")
+        scores = torch.einsum("bqc,bqhw->bchw", outputs.class_logits.softmax(-1).double(), masks)[0]
+        scores -= gamma * seen[:, None, None]
+        found = (scores >= scores.amax(0) - 1e-12).int().argmax(0).numpy()  # where no mask is, classes are equal
+        for place in range(len(CLASS_NAMES)):
+            here, there = label == place, (found == place) & (label != 255)
+            both[place] += (here & there).sum()
+            either[place] += (here | there).sum()
+    return {n: b / e if e else None for n, b, e in zip(CLASS_NAMES, both, either, strict=True)}
+
+
+@pytest.mark.parametrize("gamma", [0.3, -0.2])
+def test_a_bias_is_taken_off_the_scores_of_seen_classes(checkpoint, data, gamma):
+    result = evaluate(EvalArgs(model=str(checkpoint), dataset=str(data), seen_bias=str(gamma)))
+    assert result["per_class"] == pytest.approx(biased_by_hand(checkpoint, data, gamma), abs=2e-3)
+    assert result["per_class"] != evaluate(EvalArgs(model=str(checkpoint), dataset=str(data)))["per_class"]
+    assert result["calibration"]["seen_bias"] == gamma and "by hand" in result["protocol"]
+    assert result["reliability"] is None  # the confidences are those of another winner
+
+
+def test_the_curve_of_one_pass_is_that_of_a_pass_for_each_bias(checkpoint, data):
+    args = EvalArgs(model=str(checkpoint), dataset=str(data))
+    curve = evaluate(args)["seen_unseen_curve"]
+    points = curve["points"]
+    for place in np.linspace(0, len(points["gamma"]) - 1, 3).astype(int).tolist() + [
+        points["gamma"].index(curve["best"]["gamma"])
+    ]:
+        args.seen_bias, args.calibration = str(points["gamma"][place]), False
+        alone = evaluate(args)
+        for name in ("miou_seen", "miou_unseen", "hiou", "miou"):
+            assert points[name][place] == pytest.approx(alone[name], abs=1e-9)
+    assert curve["best"]["hiou"] == max(points["hiou"])
+
+
+def test_a_bias_says_what_its_choice_knew(checkpoint, data, tmp_path):
+    flags = {"model": str(checkpoint), "dataset": str(data)}
+    own, fewer, held_out = (tmp_path / f"{name}.json" for name in ("own", "fewer", "held_out"))
+    result = evaluate(EvalArgs(**flags, output=str(own)))
+    evaluate(EvalArgs(**flags, output=str(fewer), max_images=3))
+    # The unseen ones are no candidates, some of the seen ones take their part.
+    space = json.loads((data / "classes.json").read_text())
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
+    held = model.config.seen_class_names[:3]
+    model.config.seen_class_names = model.config.seen_class_names[3:]
+    model.save_pretrained(tmp_path / "without_them")
+    AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(tmp_path / "without_them")
+    (tmp_path / "classes.json").write_text(json.dumps(space | {"unseen": [*held, *UNSEEN]}))
+    args = {"model": str(tmp_path / "without_them"), "label_space": str(tmp_path / "classes.json")}
+    other = evaluate(EvalArgs(**flags | args, without=list(UNSEEN), output=str(held_out)))
+    assert other["unseen"] == held and other["rejection"]["outsiders"] > 0
+
+    def told(seen_bias: Path | None) -> tuple[float, str]:
+        found = evaluate(EvalArgs(**flags, seen_bias=None if seen_bias is None else str(seen_bias)))
+        assert found["calibration"]["seen_bias_chosen"] in found["protocol"] or seen_bias is None
+        return found["calibration"]["seen_bias"], found["calibration"]["seen_bias_chosen"]
+
+    assert told(None) == (0, "none")
+    gamma, chosen = told(own)
+    assert gamma == result["seen_unseen_curve"]["best"]["gamma"] and chosen.startswith("TUNED ON THE TEST IMAGES")
+    assert told(fewer)[1].startswith("on other images, with label maps of unseen classes")
+    gamma, chosen = told(held_out)
+    assert gamma == other["seen_unseen_curve"]["best"]["gamma"]
+    assert chosen.startswith("on classes held out") and "without labels of the unseen ones" in chosen
+    unknown = EvalArgs(**flags | {"setting": "zs3"}, output=str(tmp_path / "zs3.json"))
+    assert evaluate(unknown)["seen_unseen_curve"] is None
+    with pytest.raises(InputError, match="it has no curve"):
+        evaluate(EvalArgs(**flags, seen_bias=str(tmp_path / "zs3.json")))
+    for wrong, words in {"nan": "finite", str(tmp_path / "none.json"): "cannot read"}.items():
+        with pytest.raises(InputError, match=words):
+            evaluate(EvalArgs(**flags, seen_bias=wrong))
+
+
+def test_names_left_out_are_no_candidates_and_their_pixels_outsiders(checkpoint, data):
+    left_out = [CLASS_NAMES[0], CLASS_NAMES[5]]
+    candidates = [name for name in CLASS_NAMES if name not in left_out]
+    result = evaluate(EvalArgs(model=str(checkpoint), dataset=str(data), without=left_out))
+    assert result["per_class"] == pytest.approx(scores_by_hand(checkpoint, data, candidates))
+    labels = np.concatenate([label.ravel() for _, label, _ in load_split(data, "validation")])
+    outsiders = int(np.isin(labels, [0, 5]).sum())
+    assert (result["rejection"]["outsiders"], result["rejection"]["insiders"]) == (
+        outsiders,
+        int((labels != 255).sum()) - outsiders,
+    )
+    assert 0 <= result["rejection"]["auroc"] <= 1
+    with pytest.raises(InputError, match="no such name"):
+        evaluate(EvalArgs(model=str(checkpoint), dataset=str(data), without=["nothing"]))
+    with pytest.raises(InputError, match="no candidate is left"):
+        evaluate(EvalArgs(model=str(checkpoint), dataset=str(data), setting="zs3", without=list(UNSEEN)))
+
+
+def test_what_lies_beside_a_result(checkpoint, data, tmp_path):
+    args = EvalArgs(model=str(checkpoint), dataset=str(data), output=str(tmp_path / "r.json"), curves=str(tmp_path))
+    result = evaluate(args)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("r.csv", "r.json", "r.md", "r_images.npz", "reliability.png", "seen_unseen_curve.png")
+    ]
+    with (tmp_path / "r.csv").open(newline="") as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    told = {name: float(row["iou"]) if row["iou"] else None for name, row in rows.items()}
+    assert told == pytest.approx(result["per_class"]) and rows[UNSEEN[0]]["seen"] == "False"
+    areas = {name: [int(row[area]) for area in ("intersection", "truth", "predicted")] for name, row in rows.items()}
+    truth = np.concatenate([label.ravel() for _, label, _ in load_split(data, "validation")])
+    for index, name in enumerate(CLASS_NAMES):
+        assert areas[name][1] == (truth == index).sum()
+    text = (tmp_path / "r.md").read_text()
+    assert f"| hIoU | {100 * result['hiou']:5.1f} |" in text and f"{result['protocol']}." in text
+    saved = load_images(tmp_path / "r_images.npz")
+    assert sorted(saved.image_ids) == [f"{number:05d}" for number in range(5)]
+    assert saved.class_names == CLASS_NAMES
 
 
 def test_two_processes_give_the_result_of_one(checkpoint, data, tmp_path):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from label_maps_zs3 import SemanticMap
 from zs3.command_line import InputError, finite_or_none
-from zs3.evaluation import Absent, GeneralizedScores, _generalized, _iou, _nanmean
+from zs3.evaluation import Absent, _iou, headline_scores
 
 # Gaps between the best seen and the best unseen score are of any order of magnitude: about 1 where the model is sure,
 # some thousandths where it hardly tells hundreds of classes apart. So 32 gammas to each doubling: neighbours differ by
@@ -105,10 +105,8 @@ class SeenBiasCurve:
             nothing is claimed between two gammas. Chao et al. 2016 take the area under the curve of accuracies
             (AUSUC), which falls all the way; a curve of IoUs also turns back, as too large a bias takes from both.
         """
-        iou = self.iou(absent)
-        columns = (GAMMAS, *_generalized(iou, self.is_seen), _nanmean(iou))
-        names = ("gamma", *GeneralizedScores._fields, "miou")
-        rows = [dict(zip(names, row, strict=True)) for row in np.stack(columns, axis=1).tolist()]
+        columns = {"gamma": GAMMAS, **headline_scores(self.iou(absent), self.is_seen)}
+        rows = [dict(zip(columns, row, strict=True)) for row in np.stack(list(columns.values()), axis=1).tolist()]
         rows = finite_or_none(rows)
         finite = [row for row in rows if row["gamma"] is not None]
         seen_only, unseen_only = ({name: row[name] for name in row if name != "gamma"} for row in (rows[0], rows[-1]))

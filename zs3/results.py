@@ -62,7 +62,7 @@ def report(result: dict[str, Any]) -> str:
     rows.append(["pixel accuracy", percent(result["pixel_accuracy"]), ""])
     rows.append(["frequency-weighted IoU", percent(result["frequency_weighted_iou"]), ""])
     lines += [*_table(["score", "percent", "95 % interval over images"], rows), "", *_sentences(result), ""]
-    pairs = [[pair["truth"], pair["prediction"], percent(pair["share"])] for pair in result["worst_pairs"]]
+    pairs = [[pair["truth"], pair["predicted"], percent(pair["share"])] for pair in result["worst_pairs"]]
     lines += ["Largest confusions:", "", *_table(["truth", "prediction", "share of the truth"], pairs), ""]
     told = result["setting"] != "ovs"
     rows = [
@@ -78,38 +78,41 @@ def report(result: dict[str, Any]) -> str:
 
 def _sentences(result: dict[str, Any]) -> Iterable[str]:
     """What the other measures say, a line each."""
-    confusion, curve = result["seen_unseen_confusion"], result["seen_unseen_curve"]
-    if confusion is not None:
-        shares = confusion["of_unseen"]
+    if result["seen_unseen_confusion"] is not None:
+        shares = {name: percent(share) for name, share in result["seen_unseen_confusion"]["of_unseen"].items()}
         yield (
-            f"- of the unseen area, {percent(shares['right'])} % got its name, {percent(shares['wrong_seen'])} % a seen "
-            f"name, {percent(shares['wrong_unseen'])} % another unseen one"
+            f"- of the unseen area {shares['right']} % got its name, {shares['wrong_seen']} % a seen name, "
+            f"{shares['wrong_unseen']} % another unseen one"
         )
+    curve = result["seen_unseen_curve"]
     if curve is not None and curve["best"] is not None:
-        best = curve["best"]
         yield (
-            f"- area under the seen/unseen curve {percent(curve['area'])}; its best hIoU is {percent(best['hiou'])}, with "
-            f"a bias of {best['gamma']:.3g} off seen classes (found on these images: not a result)"
+            f"- area under the seen/unseen curve {percent(curve['area'])}; its best hIoU, "
+            f"{percent(curve['best']['hiou'])}, is at a bias of {curve['best']['gamma']:.3g} off "
+            "seen classes: found on these images, so it is no result"
         )
-    if result["reliability"] is not None and result["reliability"]["ece"] is not None:
+    if result["reliability"] is not None:
         yield f"- expected calibration error of the confidences {percent(result['reliability']['ece'])}"
-    rejection = result["rejection"]
-    if rejection is None:
-        return
+    if result["rejection"] is not None:
+        yield from _rejection(result["rejection"])
+
+
+def _rejection(rejection: dict[str, Any]) -> Iterable[str]:
     if rejection["auroc"] is not None:
         yield (
-            f"- pixels of other classes: AUROC {percent(rejection['auroc'])}, {percent(rejection['fpr_at_95'])} % of them "
-            f"accepted where 95 % of the candidates' are"
+            f"- pixels of other classes: AUROC {percent(rejection['auroc'])}; {percent(rejection['fpr_at_95'])} % of "
+            "them are accepted where 95 % of the candidates' are"
         )
     found = rejection["conformal"]
+    alpha, images, others = percent(found["alpha"]), found["num_calibration_images"], found["num_check_images"]
     if found["rejects_everything"]:
-        yield f"- no threshold keeps wrong labels below {percent(found['alpha'])} % of an image"
-    elif found["wrong_share"] is not None:
+        yield f"- {images} images are too few, or too wrong, for a threshold with wrong labels on {alpha} % of an image"
+    else:
+        wrong, accepted = percent(found["wrong_share"]), percent(found["accepted_share"])
         yield (
-            f"- rejecting below a confidence of {found['threshold']:.4f} keeps wrong labels to {percent(found['alpha'])} % "
-            f"of a new image on average (chosen on {found['calibration_images']} images); on the other "
-            f"{found['check_images']} they were {percent(found['wrong_share'])} %, and {percent(found['accepted_share'])} "
-            "% of the pixels kept a label"
+            f"- rejecting below a confidence of {found['threshold']:.4f}, chosen on {images} images, leaves wrong "
+            f"labels on {alpha} % of a new image on average or less; on {others} others it left {wrong} %, and "
+            f"{accepted} % of the pixels with a label"
         )
 
 

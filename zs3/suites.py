@@ -60,8 +60,8 @@ def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:
     return chosen
 
 
-def row(suite: Suite, results: Mapping[str, dict], reasons: Mapping[str, str]) -> str:
-    """The suite's table in Markdown, percent, a member that was not evaluated with its reason below."""
+def row(suite: Suite, root: Path, results: Mapping[str, dict], reasons: Mapping[str, str]) -> str:
+    """The suite's table in Markdown, percent; below it, what each number is, or why there is none."""
     members = [name for name in suite.members if name in results or name in reasons or name not in suite.on_request]
     head, cells = [], []
     for name in members:
@@ -77,5 +77,6 @@ def row(suite: Suite, results: Mapping[str, dict], reasons: Mapping[str, str]) -
                 f"(95 % interval {percent(low).strip()} to {percent(high).strip()}), {result['protocol']}"
             )
         else:
-            lines.append(f"- {suite.members[name]}: not evaluated, {reasons.get(name, 'no such folder')}")
+            absent = "not asked for" if (root / name).is_dir() else "no such folder"
+            lines.append(f"- {suite.members[name]}: not evaluated, {reasons.get(name, absent)}")
     return "\n".join(lines) + "\n"
