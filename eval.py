@@ -86,7 +86,9 @@ class EvalArgs:
     seen_bias: str | None = flag(
         None, "What is taken off the scores of seen classes: a number, or a result file, for the best of its curve."
     )
-    calibration: bool = flag(True, "Measure the seen/unseen curve, reliability and rejection in the same pass.")
+    calibration: bool = flag(
+        True, "Measure the seen/unseen curve, reliability and rejection in the same pass; not with --ensemble lazy."
+    )
     max_wrong: float = flag(0.1, "Share of an image's pixels that may get a wrong label, for the rejection threshold.")
     absent: Literal["union", "truth"] = flag(
         "union", "A class is left out of means where truth and prediction (union) or truth alone lack it."
@@ -106,6 +108,8 @@ class EvalArgs:
             raise InputError("--ensemble_weight and --ensemble_tolerance are shares, at most 1")
         if self.ensemble_tolerance > 0 and self.ensemble != "lazy":
             raise InputError("--ensemble_tolerance goes with --ensemble lazy")
+        if self.ensemble == "lazy" and self.seen_bias is not None:
+            raise InputError("--seen_bias does not go with --ensemble lazy, which decides the label map without it")
         if not 0 < self.max_wrong < 1:
             raise InputError(f"--max_wrong is a share between 0 and 1, got {self.max_wrong}")
         if self.suite is None:
@@ -278,11 +282,11 @@ class Counts:
         self.undecided += other.undecided
 
 
-def new_counts(args: EvalArgs, candidates: Candidates, bias: SeenBias) -> Counts:
+def new_counts(args: EvalArgs, candidates: Candidates, bias: SeenBias, calibration: bool) -> Counts:
     """A curve where there are seen and unseen candidates; confidences where no bias changes the winner, whose they
     are."""
-    ignored, unbiased = candidates.ignored, args.calibration and bias.value == 0
-    curve = args.calibration and args.setting == "gzs3" and 0 < int(candidates.is_seen.sum()) < len(candidates.names)
+    ignored, unbiased = candidates.ignored, calibration and bias.value == 0
+    curve = calibration and args.setting == "gzs3" and 0 < int(candidates.is_seen.sum()) < len(candidates.names)
     return Counts(
         ConfusionMatrix(len(candidates.names), ignored),
         SeenBiasCurve(candidates.is_seen, ignored) if curve else None,
@@ -327,8 +331,8 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
     text_embeds = text_embeds[candidates.index].to(accelerator.device)
 
-    counts = new_counts(args, candidates, bias)
-    options = {"return_scores": args.calibration}
+    counts = new_counts(args, candidates, bias, calibration=args.calibration and view != "lazy")
+    options = {"return_scores": counts.reliability is not None}
     if counts.curve is not None or bias.value:
         options["is_seen"] = candidates.is_seen
     mine = range(accelerator.process_index, num_images, accelerator.num_processes)

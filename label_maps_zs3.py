@@ -90,7 +90,7 @@ class SemanticMap:
         the lowest index. Needs the winners among seen and unseen classes."""
         if gamma == 0:
             return self.label_map  # decided in float64
-        seen, unseen = self.seen_score - gamma, self.unseen_score
+        seen, unseen = self.seen_score.double() - gamma, self.unseen_score.double()  # float32 would make false ties
         wins = (seen > unseen) | ((seen == unseen) & (self.seen_map < self.unseen_map))
         return torch.where(wins | (self.unseen_map < 0), self.seen_map, self.unseen_map)
 

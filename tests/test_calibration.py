@@ -73,6 +73,24 @@ def row(result: dict, place: int) -> dict:
     return {name: result["points"][name][place - 1] for name in SCORES}
 
 
+def test_a_result_shows_some_of_the_points_among_them_none_and_the_best():
+    curve = SeenBiasCurve([True, False], IGNORE)
+    found = SemanticMap(*5 * [torch.zeros(1, 3, dtype=torch.int64)])
+    found.label_map = torch.tensor([[0, 0, 1]])
+    found.seen_map, found.unseen_map = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64)
+    found.seen_score, found.unseen_score = torch.tensor([[0.8, 0.9, 0.1]]), torch.tensor([[0.7, 0.2, 0.6]])
+    curve.update(found, torch.tensor([[1, 0, 1]]))
+    whole, some = curve.result(every=1), curve.result(every=50)
+    assert {name: some[name] for name in some if name != "points"} == {
+        name: whole[name] for name in whole if name != "points"
+    }
+    gammas = whole["points"]["gamma"]
+    assert some["points"]["gamma"] == sorted({*gammas[::50], 0.0, whole["best"]["gamma"]})
+    for place, gamma in enumerate(some["points"]["gamma"]):
+        for name in SCORES:
+            assert some["points"][name][place] == whole["points"][name][gammas.index(gamma)]
+
+
 def assert_scores(found: dict, expected: dict) -> None:
     for name in SCORES:
         assert (found[name] is None) == (expected[name] is None), name
@@ -99,7 +117,7 @@ def test_every_point_is_the_map_with_that_bias(seed, classes, images, absent, ki
     for found, label, _ in made:
         curve.update(found, label)
     labels = [label for _, label, _ in made]
-    result = curve.result(absent)
+    result = curve.result(absent, every=1)
     for place in (0, len(GAMMAS) // 2, len(GAMMAS) - 1, *places):
         maps = [found.with_seen_bias(float(GAMMAS[place])).numpy() for found, *_ in made]
         assert_scores(row(result, place), scores_by_sets(maps, labels, is_seen, absent))
@@ -112,7 +130,7 @@ def test_every_point_is_the_argmax_of_the_biased_scores(absent):
     curve = SeenBiasCurve(is_seen, IGNORE)
     for found, label, _ in made:
         curve.update(found, label)
-    result, changes = curve.result(absent), set()
+    result, changes = curve.result(absent, every=1), set()
     for place in range(0, len(GAMMAS), 7):
         bias = max(-1e3, min(float(GAMMAS[place]), 1e3))  # no infinity less infinity
         maps = [(dense - bias * is_seen[:, None, None]).argmax(0).numpy() for *_, dense in made]
@@ -126,7 +144,7 @@ def test_without_a_bias_it_is_the_map_of_semantic_map():
     found, label, _ = random_image(1, 4, is_seen)
     curve = SeenBiasCurve(is_seen, IGNORE)
     curve.update(found, label)
-    result = curve.result()
+    result = curve.result(every=1)
     assert result["unbiased"]["gamma"] == 0
     assert_scores(result["unbiased"], scores_by_sets([found.label_map.numpy()], [label], is_seen, "union"))
 
@@ -148,7 +166,7 @@ def test_where_gamma_is_the_gap_the_lower_index_wins():
     label = np.array([[0, 2, 1, 1, 2, 0, 1, 2]])
     curve = SeenBiasCurve(is_seen, IGNORE)
     curve.update(found, label)
-    result = curve.result()
+    result = curve.result(every=1)
     for gamma in gaps:
         (place,) = np.nonzero(gamma == GAMMAS)[0]
         for near in (place - 1, place, place + 1):
@@ -177,14 +195,14 @@ def test_where_rounding_hides_the_winner_label_map_says_who_it_is_without_a_bias
     found = map_of([0, 0], [1.0, 1.0], [1, 1], [1.0, 1.0], label_map=[1, 0])  # float64 told them apart
     curve = SeenBiasCurve([True, False], IGNORE)
     curve.update(found, np.array([[1, 0]]))
-    assert curve.result()["unbiased"]["miou"] == 1.0
+    assert curve.result(every=1)["unbiased"]["miou"] == 1.0
 
 
 def test_the_ends_are_seen_classes_only_and_unseen_classes_only():
     found = map_of([0, 0, 2], [50.0, 0.0, 1e-9], [1, 3, 3], [0.0, 90.0, 0.0])
     curve = SeenBiasCurve([True, False, True, False], IGNORE)
     curve.update(found, np.array([[0, 3, 2]]))
-    result = curve.result()
+    result = curve.result(every=1)
     assert result["seen_only"] == pytest.approx({"miou_seen": 0.75, "miou_unseen": 0.0, "hiou": 0.0, "miou": 0.5})
     assert result["unseen_only"]["miou_seen"] == 0 and result["unseen_only"]["miou_unseen"] == 0.25  # 0 and 1 / 2
 
@@ -204,7 +222,7 @@ def test_the_best_gamma_is_that_of_the_best_hiou_and_the_smallest_of_equal_ones(
     found = map_of([0, 0], [0.7, 0.8], [1, 1], [0.4, 0.2])
     curve = SeenBiasCurve([True, False], IGNORE)
     curve.update(found, np.array([[1, 0]]))
-    result = curve.result()
+    result = curve.result(every=1)
     assert result["best"] == {
         "gamma": min(gamma for gamma in GAMMAS if gamma > 0.7 - 0.4 + 1e-6),
         **dict.fromkeys(SCORES, 1.0),
@@ -222,7 +240,7 @@ def test_the_area_is_that_of_what_some_gamma_reaches():
         curve.update(
             found, (dense - 0.3 * is_seen[:, None, None] + 0.2 * torch.rand(5, 6, 7, generator=noise)).argmax(0)
         )
-    result = curve.result()
+    result = curve.result(every=1)
     points = np.array([[row(result, place)[name] for name in SCORES[:2]] for place in range(len(GAMMAS))])
     wishes = (np.arange(200) + 0.5) / 200
     reached = [[((points[:, 0] >= seen) & (points[:, 1] >= unseen)).any() for seen in wishes] for unseen in wishes]
@@ -255,7 +273,7 @@ def test_a_group_that_does_not_occur_has_no_scores_and_the_result_is_json(tmp_pa
     found = map_of([0, 0], [0.7, 0.8], [1, 1], [0.4, 0.2])
     curve = SeenBiasCurve([True, False], IGNORE)
     curve.update(found, np.array([[0, 0]]))
-    result = curve.result("truth")
+    result = curve.result("truth", every=1)
     assert result["best"] is None and result["area"] is None and result["unbiased"]["miou_unseen"] is None
     write_json(tmp_path / "a.json", result)
     assert json.loads((tmp_path / "a.json").read_text()) == result
@@ -276,7 +294,7 @@ def test_a_curve_needs_both_groups_and_labels_of_the_label_space():
 def test_labels_beyond_255_are_counted():
     curve = SeenBiasCurve(np.arange(847) % 2 == 0, 65535)
     curve.update(map_of([300, 0], [0.7, 0.7], [1, 301], [0.4, 0.8]), np.array([[300, 65535]], dtype=np.uint16))
-    assert curve.result()["unbiased"]["miou_seen"] == 1.0 and curve.truth.sum() == 1
+    assert curve.result(every=1)["unbiased"]["miou_seen"] == 1.0 and curve.truth.sum() == 1
 
 
 # ------------------------------------------------------------------------------------------------ confidences

@@ -95,10 +95,11 @@ class SeenBiasCurve:
         seen = switched[:, -1:] - switched
         return np.where(self.is_seen[:, None], seen, switched)[:, :-1].T
 
-    def result(self, absent: Absent = "union") -> dict:
+    def result(self, absent: Absent = "union", every: int = 8) -> dict:
         """Plain numbers in [0, 1], None where there is nothing to take a mean over.
 
-        points: lists of equal length, gamma ascending (the finite ones), miou_seen, miou_unseen, hiou and miou.
+        points: lists of equal length, gamma ascending, miou_seen, miou_unseen, hiou and miou: one in `every` of
+            the finite GAMMAS, with 0 and the best. The rest is of all GAMMAS.
         seen_only, unseen_only: the same scores at gamma = -inf and inf. unbiased: at 0. best: at the gamma with the
             largest hiou, of equal ones the smallest bias.
         area: of all (mIoU(U), mIoU(S)), x and y, that some gamma reaches or exceeds in both. It is summed in steps:
@@ -111,15 +112,17 @@ class SeenBiasCurve:
         finite = [row for row in rows if row["gamma"] is not None]
         seen_only, unseen_only = ({name: row[name] for name in row if name != "gamma"} for row in (rows[0], rows[-1]))
         rated = [row for row in finite if row["hiou"] is not None]
+        best = max(rated, key=lambda row: (row["hiou"], -abs(row["gamma"])), default=None)
+        shown = [row for place, row in enumerate(finite) if place % every == 0 or row is best or row["gamma"] == 0]
         ends = [row for row in rows if row["miou_seen"] is not None and row["miou_unseen"] is not None]
         return {
             "absent": absent,
             "area": _attained_area([(row["miou_unseen"], row["miou_seen"]) for row in ends]) if ends else None,
             "unbiased": rows[UNBIASED],
-            "best": max(rated, key=lambda row: (row["hiou"], -abs(row["gamma"])), default=None),
+            "best": best,
             "seen_only": seen_only,
             "unseen_only": unseen_only,
-            "points": {name: [row[name] for row in finite] for name in finite[0]},
+            "points": {name: [row[name] for row in shown] for name in rows[0]},
         }
 
 
