@@ -75,6 +75,7 @@ def test_rejected_pixels_count_against_recall_only():
     matrix = matrix_of([(np.array([[0, -1, 1, -1]]), np.array([[0, 0, 1, IGNORE]]))], 2)
     np.testing.assert_array_equal(matrix.iou(), [0.5, 1.0])
     assert matrix.pixel_accuracy() == 2 / 3
+    assert matrix.frequency_weighted_iou() == pytest.approx(2 / 3 * 0.5 + 1 / 3 * 1.0)
 
 
 def test_ids_beyond_255_are_counted_apart():

@@ -69,15 +69,22 @@ def test_scores_are_those_of_pixels_counted_by_hand(make_metric):
 
 def test_however_the_maps_come_the_scores_are_the_same(make_metric):
     predictions, references = draw_maps(6)
-    whole = make_metric()
-    expected = whole.compute(predictions=predictions, references=references)
+    expected = make_metric().compute(predictions=predictions, references=references)
     parts = make_metric()
     parts.add(prediction=predictions[0].tolist(), reference=references[0].tolist())
     parts.add_batch(predictions=torch.tensor(np.stack(predictions[1:3])), references=np.stack(references[1:3]))
     parts.add_batch(predictions=[p.astype(np.int8) for p in predictions[3:5]], references=tuple(references[3:5]))
     assert len(parts) == 5
     np.testing.assert_equal(parts.compute(predictions=predictions[5:], references=references[5:]), expected)
-    np.testing.assert_equal(whole.compute(predictions=predictions, references=references), expected)  # starts anew
+
+
+def test_counting_starts_anew_after_compute(make_metric):
+    predictions, references = draw_maps(4)
+    once, again = make_metric(), make_metric()
+    again.compute(predictions=predictions[:2], references=references[:2])
+    assert len(again) == 0
+    second = {"predictions": predictions[2:], "references": references[2:]}
+    np.testing.assert_equal(again.compute(**second), once.compute(**second))
 
 
 def test_absent_classes_follow_the_rule_given_when_it_is_loaded(make_metric):
