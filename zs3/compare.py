@@ -175,8 +175,8 @@ def report(result: dict) -> str:
     ]
     lines += [f"| {name} | {_cells(row)} | {row['verdict']} |" for name, row in result["scores"].items()]
     lines += ["", "| class | A | B | B - A | 95 % interval |", "|---|---|---|---|---|"]
-    unseen = set(result["unseen"])
-    gains = sorted(result["per_class"].items(), key=lambda item: -(item[1]["difference"] or 0))
+    unseen = set() if result["setting"] == "ovs" else set(result["unseen"])
+    gains = sorted(result["per_class"].items(), key=_smaller_gain)
     lines += [f"| {name}{' (unseen)' if name in unseen else ''} | {_cells(row)} |" for name, row in gains]
     lines += [
         "",
@@ -184,6 +184,12 @@ def report(result: dict) -> str:
     ]
     lines[-1] += " between A and B, about one in twenty would exclude 0 by chance."
     return "\n".join(lines) + "\n"
+
+
+def _smaller_gain(item: tuple[str, dict]) -> tuple[bool, float]:
+    """Sorts largest gains first, classes without a difference last."""
+    difference = item[1]["difference"]
+    return difference is None, -(difference or 0)
 
 
 def _cells(row: dict) -> str:
