@@ -17,6 +17,7 @@ SHORT = {
     "eval.py": ["--max_images", "1"],
     "zs3.scenes": ["--train", "12", "--validation", "1"],
     "zs3.ensemble_weight": ["--num_images", "2"],
+    "zs3.figure": ["--worst", "1"],
 }
 
 
@@ -28,7 +29,7 @@ def blocks(language: str) -> list[str]:
 def workplace(tmp_path_factory) -> Path:
     """A copy of what the commands need, so that the test leaves no runs/ behind."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("zs3", "recipes", "train.py", "eval.py", "Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("zs3", "recipes", "hub_cards", "train.py", "eval.py", "Makefile", "pyproject.toml", "constraints.txt"):
         (folder / name).symlink_to(ROOT / name)
     for path in ROOT.glob("*_zs3.py"):
         (folder / path.name).symlink_to(path)
@@ -65,14 +66,17 @@ def test_the_demo_the_python_and_the_export_work(workplace):
     assert (workplace / "runs/demo/zs3.pt2").exists()
 
 
-def test_the_training_commands_work(workplace):
-    (lines,) = [block for block in blocks("bash") if "train.py" in block]
-    for line in lines.strip().splitlines():
+def test_the_commands_of_training_evaluation_and_release_work(workplace):
+    lines = [
+        line for block in blocks("bash") if "train.py" in block or "eval.py" in block for line in block.splitlines()
+    ]
+    for line in lines:
         for name, short in SHORT.items():
             if name in line:
                 line = " ".join([line, *short])
-        execute(line, workplace)
-    assert (workplace / "runs/stage2/gzs3.json").exists()
+        printed = execute(line, workplace)
+    assert (workplace / "runs/stage2/gzs3.json").exists() and len(list((workplace / "runs/figures").iterdir())) == 1
+    assert "model.safetensors" in printed and (workplace / "runs/release/zs3-scenes/README.md").exists()
 
 
 def test_the_results_of_the_readme_are_those_of_the_result_files():

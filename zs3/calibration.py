@@ -20,7 +20,7 @@ from torch import Tensor
 
 from label_maps_zs3 import SemanticMap
 from zs3.command_line import InputError, finite_or_none
-from zs3.evaluation import Absent, _iou, headline_scores
+from zs3.evaluation import Absent, headline_scores, iou_of_areas
 
 # Gaps between the best seen and the best unseen score are of any order of magnitude: about 1 where the model is sure,
 # some thousandths where it hardly tells hundreds of classes apart. So 32 gammas to each doubling: neighbours differ by
@@ -87,7 +87,7 @@ class SeenBiasCurve:
     def iou(self, absent: Absent = "union") -> np.ndarray:
         """(G, C) in [0, 1], NaN for the classes that are left out of means: see ConfusionMatrix.iou."""
         intersection, predicted = (self._with_bias(counts) for counts in (self.intersection, self.predicted))
-        return _iou(intersection, self.truth, predicted, absent)
+        return iou_of_areas(intersection, self.truth, predicted, absent)
 
     def _with_bias(self, counts: np.ndarray) -> np.ndarray:
         """(C, G + 1) by switch -> (G, C) pixels at each gamma: a seen class has those that have not switched yet."""

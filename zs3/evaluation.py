@@ -167,7 +167,7 @@ class ConfusionMatrix:
         absent: "union": a class is left out if neither truth nor prediction has it, so that one which is only
             predicted counts as 0. "truth": it is left out if the truth has not got it.
         """
-        return _iou(*_areas(self.counts), absent)
+        return iou_of_areas(*_areas(self.counts), absent)
 
     def pixel_accuracy(self) -> float:
         """Share of the labelled pixels that got their true class, in [0, 1]; NaN without any."""
@@ -272,7 +272,7 @@ def load_images(path: Path) -> SavedImages:
 
 def iou_of_images(areas: ImageAreas, absent: Absent) -> np.ndarray:
     """(C,) IoU over all of the images, as `ConfusionMatrix.iou`."""
-    return _iou(*(area.sum(axis=1) for area in areas), absent)
+    return iou_of_areas(*(area.sum(axis=1) for area in areas), absent)
 
 
 def resampled_iou(areas: ImageAreas, absent: Absent, resamples: int, seed: int) -> np.ndarray:
@@ -286,7 +286,7 @@ def resampled_iou(areas: ImageAreas, absent: Absent, resamples: int, seed: int) 
     for start in range(0, resamples if num_images else 0, RESAMPLES_AT_ONCE):
         part = iou[start : start + RESAMPLES_AT_ONCE]
         drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=len(part))  # (R, N)
-        part[:] = _iou(*((area @ drawn.T).T for area in areas), absent)
+        part[:] = iou_of_areas(*((area @ drawn.T).T for area in areas), absent)
     return iou
 
 
@@ -389,7 +389,7 @@ def _image_areas(rows: np.ndarray, image: np.ndarray, num_classes: int, num_imag
     return ImageAreas(*(csr_array((rows[:, column], (rows[:, 0], image)), shape=shape) for column in (1, 2, 3)))
 
 
-def _iou(intersection: np.ndarray, truth: np.ndarray, predicted: np.ndarray, absent: Absent) -> np.ndarray:
+def iou_of_areas(intersection: np.ndarray, truth: np.ndarray, predicted: np.ndarray, absent: Absent) -> np.ndarray:
     iou = _ratio(intersection, truth + predicted - intersection)
     if absent == "union":
         return iou
