@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoProcessor, pipeline
+from transformers import pipeline
 
 from zs3.command_line import InputError, flag, read_arguments, run, write_text
 from zs3.data import load_split
 from zs3.evaluation import percent
-from zs3.pictures import draw_comparison, save_picture, stack
+from zs3.figure import draw_figures
+from zs3.pictures import save_picture, stack
 from zs3.scenes import write_dataset
 
 OWN_LABELS = [
@@ -88,27 +89,6 @@ def train_stage(recipe: str, data: Path, output_dir: Path, processes: int, steps
     )
 
 
-def draw_stages(data: Path, stages: dict[str, Path], folder: Path, count: int) -> list[Path]:
-    """Image, truth and each stage's label map, side by side."""
-    records = load_split(data, "validation")
-    names = records.label_space.class_names
-    models = {}
-    for title, path in stages.items():
-        model = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
-        models[title] = (model, AutoProcessor.from_pretrained(path, trust_remote_code=True))
-    drawn = []
-    for index in range(min(count, len(records))):
-        image, label, image_id = records[index]
-        panels = {"image": image, "truth (grey: unlabelled)": label}
-        for title, (model, processor) in models.items():
-            with torch.inference_mode():
-                outputs = model(**processor(images=image))
-            (panels[title],) = processor.post_process_semantic_segmentation(outputs, [label.shape])
-        drawn.append(folder / f"{image_id}.png")
-        draw_comparison(panels, names, drawn[-1])
-    return drawn
-
-
 def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
     """The pipeline with a label list of its own, on the first validation scene; returns the labels found."""
     image, _, _ = load_split(data, "validation")[0]
@@ -172,9 +152,8 @@ def main() -> None:
     print("5/6  evaluation of stage 2", flush=True)
     launch("eval.py", processes, "--model", stage2 / "final", "--dataset", data, "--output", stage2 / "gzs3.json")
     print("6/6  pictures", flush=True)
-    pictures = draw_stages(
-        data, {"stage 1": stage1 / "final", "stage 2": stage2 / "final"}, folder / "pictures", args.num_pictures
-    )
+    records, stages = load_split(data, "validation"), {"stage 1": stage1 / "final", "stage 2": stage2 / "final"}
+    pictures = draw_figures(records, stages, range(min(args.num_pictures, len(records))), folder / "pictures")
     stack(pictures[:3], folder / "pictures.png")
     found = draw_own_labels(data, stage2 / "final", folder / "own_labels.png")
     results = {

@@ -1,0 +1,174 @@
+"""Figures of label maps as the paper's Fig. 4: image, ground truth and each model's label map, side by side.
+
+    python -m zs3.figure --dataset DIR --models A B --titles baseline ours --output figures --images ID ID
+    python -m zs3.figure --dataset DIR --models A B --titles baseline ours --output figures --worst 8 --result B.json
+
+One PNG an image. The models label every pixel with one of all the classes, their ensemble with CLIP as the checkpoint
+says. `--worst` reads the counts that eval.py leaves beside its result file.
+
+Axes: H W pixels, C classes, N images, K classes of all images together.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from zs3.checkpoints import class_vectors, load_checkpoint, trained_on
+from zs3.command_line import InputError, check_at_least, check_required, flag, one_line, read_arguments, run
+from zs3.data import Split, load_split
+from zs3.label_space import load_label_space
+from zs3.pictures import draw_comparison
+
+IMAGE, TRUTH = "image", "ground truth (grey: unlabelled)"
+
+
+@dataclass
+class FigureArgs:
+    """Pictures of some images of a dataset, with the label maps of one or several models."""
+
+    dataset: str | None = flag(None, "Folder or Hub id of the data.")
+    split: str = flag("validation", "Split of the dataset.")
+    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    models: list[str] = flag([], "Checkpoints, folders or Hub ids, in the order of their panels.")
+    titles: list[str] = flag([], "What stands above the models' panels; default: --models.")
+    output: str | None = flag(None, "Folder for the pictures.")
+    images: list[str] = flag([], "Ids of the images to draw.")
+    worst: int | None = flag(None, "Draw the N images with the lowest mean IoU of their classes, by --result.")
+    result: str | None = flag(None, "Result file of eval.py for --worst, with its counts NAME_images.npz beside it.")
+
+    def check(self) -> None:
+        check_required(self, "dataset", "output")
+        check_at_least(self, 1, "worst")
+        if not self.models:
+            raise InputError("--models is missing")
+        self.titles = self.titles or self.models
+        if len(self.titles) != len(self.models):
+            raise InputError(f"--titles has {len(self.titles)} for {len(self.models)} of --models: one for each")
+        if len({IMAGE, TRUTH, *self.titles}) != len(self.titles) + 2:
+            raise InputError(f"--titles repeats a title: all of {IMAGE!r}, {TRUTH!r}, {self.titles} must differ")
+        if bool(self.images) == (self.worst is not None):
+            raise InputError("say which images to draw: either --images ID ID, or --worst N --result FILE.json")
+        if (self.worst is None) != (self.result is None):
+            raise InputError("--worst N and --result FILE.json go together")
+
+
+def draw_figures(records: Split, models: Mapping[str, str | Path], indices: Sequence[int], folder: Path) -> list[Path]:
+    """Writes folder/IMAGE_ID.png for each record: image, truth, and the label map of each model.
+
+    models: title -> checkpoint.
+    """
+    names = records.label_space.class_names
+    loaded = {}
+    for title, path in models.items():
+        model, processor = load_checkpoint(str(path))
+        text_embeds, _ = class_vectors(model, processor, names, None)
+        loaded[title] = (model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, text_embeds)
+    drawn = []
+    for index in indices:
+        image, label, image_id = records[index]
+        panels = {IMAGE: image, TRUTH: label}
+        for title, (model, processor, text_embeds) in loaded.items():
+            panels[title] = label_map(model, processor, image, names, text_embeds)
+        drawn.append(folder / f"{image_id}.png")
+        draw_comparison(panels, names, drawn[-1])
+    return drawn
+
+
+@torch.inference_mode()
+def label_map(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    image: Image.Image,
+    class_names: Sequence[str],
+    text_embeds: Tensor,
+) -> Tensor:
+    """(H, W) int64, on the CPU: each pixel's index into class_names, whose vectors text_embeds (C, D) are."""
+    size = (image.height, image.width)
+    inputs, text_embeds = processor(images=image).to(model.device), text_embeds.to(model.device)
+    outputs, view = model(**inputs, text_embeds=text_embeds), model.ensemble_view()
+    if view != "off":
+        trained = trained_on(model.config, list(class_names))
+        outputs = model.ensemble(
+            outputs,
+            processor.to_rgb(inputs["pixel_values"]),
+            text_embeds,
+            is_seen=torch.tensor([name in trained for name in class_names]),
+            view=view,
+            image_sizes=[size],
+        )
+    return processor.post_process_semantic_segmentation(outputs, [size])[0].cpu()
+
+
+def worst_images(records: Split, split: str, result: Path, count: int) -> list[int]:
+    """Places in `records` of the `count` images with the lowest `image_ious`, the lowest first."""
+    try:
+        told = json.loads(result.read_text(encoding="utf-8"))
+        known = (told["split"], told["label_space_sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--result {result} is no result file of eval.py: {one_line(error)}") from error
+    if known != (split, records.label_space.sha256):
+        raise InputError(
+            f"--result {result} is of another split or label space: evaluate on --dataset, --split {split}"
+        )
+    ious = image_ious(result.with_name(f"{result.stem}_images.npz"))
+    return places(records, sorted(ious, key=lambda image_id: (ious[image_id], image_id))[:count])
+
+
+def image_ious(path: Path) -> dict[str, float]:
+    """Image id -> mean IoU, in [0, 1], over the classes that the image's label map shows.
+
+    path: a .npz with image_id (N,) str and, in pixels, a row for each class that an image's label map or prediction
+        shows: image (K,) index of the image, class, intersection, truth, predicted (K,) int64.
+
+    Images without a labelled pixel are left out.
+    """
+    try:
+        with np.load(path) as arrays:
+            image_id, image = arrays["image_id"], arrays["image"]
+            intersection, truth, predicted = (arrays[name] for name in ("intersection", "truth", "predicted"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing: it comes with the result file, evaluate again with --output") from error
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path} does not hold the counts of an evaluation: {one_line(error)}") from error
+    shown = truth > 0
+    iou = intersection[shown] / (truth + predicted - intersection)[shown]
+    sums = np.bincount(image[shown], iou, minlength=len(image_id))
+    counts = np.bincount(image[shown], minlength=len(image_id))
+    return {str(image_id[i]): float(sums[i] / counts[i]) for i in np.flatnonzero(counts)}
+
+
+def places(records: Split, image_ids: Sequence[str]) -> list[int]:
+    """Where the images stand in `records`."""
+    place = {image_id: index for index, image_id in enumerate(records.image_ids)}
+    for image_id in image_ids:
+        if image_id not in place:
+            closest = get_close_matches(image_id, records.image_ids, n=1, cutoff=0.0)[0]
+            raise InputError(f"the dataset has no image {image_id!r}; did you mean {closest!r}?")
+    return [place[image_id] for image_id in dict.fromkeys(image_ids)]
+
+
+def main() -> None:
+    args, _ = read_arguments(FigureArgs)
+    args.check()
+    label_space = load_label_space(args.label_space or args.dataset)
+    records = load_split(args.dataset, args.split, label_space)
+    if args.images:
+        indices = places(records, args.images)
+    else:
+        indices = worst_images(records, args.split, Path(args.result), args.worst)
+    models = dict(zip(args.titles, args.models, strict=True))
+    for path in draw_figures(records, models, indices, Path(args.output)):
+        print(path)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,263 @@
+"""The card of a released checkpoint: a template of hub_cards/, filled from the checkpoint and from result files.
+
+Every score in it, in the tables and in the model-index, is one of a result file of eval.py. Without one there is none.
+
+A template is Markdown for Jinja; its slots are the keys of `slots`. `{{ card_data }}` in its front matter is what the
+Hub reads by machine; its other fields are the template's own.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2  # of torch's own dependencies
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
+
+from zs3.archives import ARCHIVES
+from zs3.command_line import InputError, one_line
+from zs3.evaluation import percent
+from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
+
+TITLES = {
+    "miou": "mIoU",
+    "miou_seen": "mIoU(S)",
+    "miou_unseen": "mIoU(U)",
+    "hiou": "hIoU",
+    "pixel_accuracy": "pixel accuracy",
+}
+TOLD = {
+    "none": "nothing, their names were not among those of the training",
+    "pseudo": "pseudo labels, which CLIP guessed for every training image; never a mask",
+    "captions": "their names in captions of the training images; never a mask",
+    "ground_truth": "ground-truth image labels, which of them an image shows; never a mask",
+    None: "not known",
+}
+ABSENT = {
+    "union": "a class that neither truth nor prediction has is left out of means",
+    "truth": "a class that the truth has not got is left out of means",
+}
+OF_A_RUN = ("max_steps", "batch_size", "learning_rate", "seed", "class_loss", "matching", "mask_loss", "rank_weight")
+CITATION = """```bibtex
+@misc{dao2023class,
+  title  = {Class Enhancement Losses with Pseudo Labels for Zero-shot Semantic Segmentation},
+  author = {Dao, Son Duy and Shi, Hengcan and Phung, Dinh and Cai, Jianfei},
+  year   = {2023},
+  eprint = {2301.07336},
+  archivePrefix = {arXiv},
+}
+```"""
+
+
+def model_card(
+    template: Path,
+    repo_id: str,
+    config: PreTrainedConfig,
+    checkpoint_sha256: str,
+    recipes: Sequence[dict],
+    results: Sequence[dict],
+) -> str:
+    """README.md of the checkpoint's Hub repository.
+
+    config: the checkpoint's. recipes: of its training's stages, the first one first, as train.py leaves them.
+    results: of eval.py, all of this checkpoint.
+    """
+    name = repo_id.split("/")[-1]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        base_model=starts(recipes) or None,
+        model_name=name if results else None,
+        eval_results=[entry for result in results for entry in model_index(result)] or None,
+    )
+    label_space = load_label_space(template.stem) if template.stem in BENCHMARKS else None
+    filled = slots(repo_id, config, checkpoint_sha256, label_space, recipes, results)
+    filled["data_licence"] = ARCHIVES[template.stem].licence if template.stem in ARCHIVES else ""
+    try:
+        return str(ModelCard.from_template(data, template_path=str(template), **filled))
+    except (jinja2.TemplateError, yaml.YAMLError, ValueError) as error:
+        raise InputError(f"template {template} cannot be filled: {one_line(error)}") from error
+
+
+def slots(
+    repo_id: str,
+    config: PreTrainedConfig,
+    checkpoint_sha256: str,
+    label_space: LabelSpace | None,
+    recipes: Sequence[dict],
+    results: Sequence[dict],
+) -> dict[str, str]:
+    """What a template can show. Empty where there is nothing to say: results without a result file."""
+    return {
+        "name": repo_id.split("/")[-1],
+        "status": status(config, recipes, results),
+        "usage": usage(repo_id, config),
+        "training": training(config, label_space, results),
+        "results": tables(results, checkpoint_sha256) if results else "",
+        "runs": runs(recipes),
+        "citation": CITATION,
+    }
+
+
+# ---- the checkpoint ----------------------------------------------------------------------------------------
+
+
+def status(config: PreTrainedConfig, recipes: Sequence[dict], results: Sequence[dict]) -> str:
+    """What a reader must know before anything else; nothing once there are results."""
+    if results:
+        return ""
+    if config.seen_class_names is None and not recipes:
+        return "**Not trained yet**, as far as the checkpoint says: its label maps mean nothing. How to, see below."
+    return "**Trained, not evaluated yet**: there is no result file for these weights. How to, see below."
+
+
+def usage(repo_id: str, config: PreTrainedConfig) -> str:
+    labels = json.dumps(example_labels(config), ensure_ascii=False)
+    return f"""```python
+from transformers import pipeline
+
+segment = pipeline(model="{repo_id}", trust_remote_code=True)
+result = segment("picture.jpg", candidate_labels={labels}, output="map")  # {{"segmentation": (H, W), "labels": ...}}
+```"""
+
+
+def example_labels(config: PreTrainedConfig) -> list[str]:
+    """Two labels that the checkpoint can be asked for."""
+    return (config.class_names or config.seen_class_names or ["sky", "grass"])[:2]
+
+
+def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: Sequence[dict]) -> str:
+    """What the training saw, and which names can be asked for."""
+    seen = config.seen_class_names
+    zero_shot = [result for result in results if result["setting"] != "ovs"]
+    unseen = zero_shot[0]["unseen"] if zero_shot else label_space.unseen if label_space else []
+    if config.text_config is not None:
+        names = "any names: the text tower is part of the checkpoint"
+    else:
+        names = f"the {len(config.class_names or [])} names stored in the checkpoint; it has no text tower"
+    lines = [
+        f"- **Masks of {len(seen)} classes** were seen in training: {', '.join(seen)}."
+        if seen is not None
+        else "- **Which masks were seen in training** is not known: no zero-shot claim can be made.",
+        f"- **Unseen names** of the benchmark ({len(unseen)}): {', '.join(unseen)}." if unseen else "",
+        f"- **Told of unseen names**: {TOLD[config.unseen_labels]}.",
+        f"- **Names that can be asked for**: {names}.",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def recipes_of(model: Path) -> list[dict]:
+    """The recipes of the stages that led to a checkpoint, the first one first, as far as their folders are there."""
+    found: list[dict] = []
+    path = model.resolve().parent / "recipe.yaml"
+    while path.is_file() and len(found) < 10:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found.insert(0, recipe)
+        if not recipe.get("init_from"):
+            break
+        path = Path(recipe["init_from"]).resolve().parent / "recipe.yaml"
+    return found
+
+
+def starts(recipes: Sequence[dict]) -> list[str]:
+    """Hub ids of the checkpoints that the first stage started from."""
+    given = [recipe.get(name) for recipe in recipes for name in ("mask2former", "backbone", "clip")]
+    return list(dict.fromkeys(name for name in given if name and is_hub_id(name) and not Path(name).exists()))
+
+
+def runs(recipes: Sequence[dict]) -> str:
+    """What can be said of the stages without the paths of the machine that they ran on."""
+    if not recipes:
+        return "The flags of the run that made these weights are not known here: no recipe.yaml beside the checkpoint."
+    lines = []
+    for stage, recipe in enumerate(recipes, start=1):
+        told = ", ".join(f"{name} {recipe[name]}" for name in OF_A_RUN if name in recipe)
+        lines.append(f"- Run {stage} of {len(recipes)}: {told}.")
+    return "These weights were made with:\n\n" + "\n".join(lines)
+
+
+# ---- results -----------------------------------------------------------------------------------------------
+
+
+def model_index(result: dict) -> list[EvalResult]:
+    """The scores of one result file as the Hub has them, in [0, 1]."""
+    protocol = {name: result.get(name) for name in ("setting", "absent", "calibration", "num_images")}
+    protocol |= {"ensemble": ensemble(result), "label_space_sha256": result["label_space_sha256"]}
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name="zero-shot semantic segmentation",
+            dataset_type=result["dataset"],
+            dataset_name=data_name(result),
+            dataset_split=result["split"],
+            dataset_config=result["setting"],
+            metric_type=name,
+            metric_name=f"{title}, ensemble {ensemble(result)}",
+            metric_value=result[name],
+            metric_args={**protocol, "interval_95": result["confidence_intervals"].get(name)},
+        )
+        for name, title in TITLES.items()
+        if result.get(name) is not None
+    ]
+
+
+def data_name(result: dict) -> str:
+    synthetic = result["label_space_sha256"] == load_label_space("scenes").sha256
+    return f"{result['dataset']} (synthetic)" if synthetic else result["dataset"]
+
+
+def ensemble(result: dict) -> str:
+    view, weight = result.get("clip_ensemble"), result.get("clip_ensemble_weight")
+    return {"off": "off", None: "not said"}.get(view, f"{view}, w = {weight}")
+
+
+def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
+    """Scores with their intervals, the protocol of each row, and IoUs of single classes; percent."""
+    lines = [
+        "Percent; in brackets 95 % intervals (bootstrap over images).\n",
+        f"| | data | setting | ensemble with CLIP | {' | '.join(TITLES.values())} |",
+        "|---|---|---|---|" + "---|" * len(TITLES),
+    ]
+    for row, result in enumerate(results, start=1):
+        images = f"{data_name(result)}, {result['split']}, {result['num_images']:,} images"
+        scores = " | ".join(score(result, name) for name in TITLES)
+        lines.append(f"| {row} | {images} | {result['setting']} | {ensemble(result)} | {scores} |")
+    lines += ["", f"All rows are of these weights (sha256 `{checkpoint_sha256}`).\n"]
+    lines += [f"{row}. {protocol(result)}" for row, result in enumerate(results, start=1)]
+    for row, result in enumerate(results, start=1):
+        lines += ["", f"<details><summary>Row {row}: IoU of each class (unseen ones in bold)</summary>\n"]
+        lines += [per_class(result), "\n</details>"]
+    return "\n".join(lines)
+
+
+def score(result: dict, name: str) -> str:
+    """As 38.6 [37.9, 39.2]."""
+    if result.get(name) is None:
+        return "-"
+    low, high = result["confidence_intervals"].get(name) or (None, None)
+    interval = "" if low is None else f" [{percent(low).strip()}, {percent(high).strip()}]"
+    return percent(result[name]).strip() + interval
+
+
+def protocol(result: dict) -> str:
+    """How a row came about."""
+    calibration = result.get("calibration")
+    prompts = result.get("prompts") or []
+    parts = [
+        f"label space sha256 `{result['label_space_sha256']}`, {len(result['seen'])} seen and "
+        f"{len(result['unseen'])} unseen names",
+        f"calibration {'none' if calibration is None else json.dumps(calibration)}",
+        ABSENT.get(result.get("absent"), ""),
+        f"{len(prompts)} prompts a name, the first `{prompts[0]}`" if prompts else "",
+        ", ".join(f"{name} {number}" for name, number in result.get("versions", {}).items()),
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def per_class(result: dict) -> str:
+    names = []
+    for name, iou in result.get("per_class", {}).items():
+        told = f"{name} {percent(iou).strip()}"
+        names.append(f"**{told}**" if name in result["unseen"] else told)
+    return ", ".join(names) + "."

@@ -1,0 +1,324 @@
+"""A checkpoint made ready for the Hub: a flat folder of its weights, code, processor and a card; uploaded if asked.
+
+    python -m zs3.release --model runs/stage2/final --results runs/stage2/gzs3.json --repo_id owner/name
+    python -m zs3.release --model runs/stage2/final --results runs/stage2/gzs3.json --repo_id owner/name --push --tag v1
+
+Without --push it is a dry run: all is made, tried and listed, nothing is uploaded. The card is a template of hub_cards/
+and has the scores of the result files only (zs3.model_card). The folder gets its name after a stranger, a process in
+which the project cannot be imported, has loaded it and segmented a picture (zs3.stranger).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from configuration_zs3 import plain
+from zs3.checkpoints import CHECKPOINT_ERRORS, check_checkpoint, file_sha256
+from zs3.command_line import InputError, check_required, flag, one_line, read_arguments, run, write_text
+from zs3.label_space import is_hub_id, load_label_space
+from zs3.model_card import TITLES, example_labels, model_card, recipes_of
+from zs3.run_folder import rename
+
+HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
+OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates called as the label space that they are for
+CONFIGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OF_A_RESULT = (
+    *("setting", "dataset", "split", "label_space_sha256", "checkpoint_sha256", "seen", "unseen", "num_images"),
+    *("miou", "confidence_intervals"),
+)
+SEAL = "\n<!-- Made by python -m zs3.release. sha256 of this folder: "
+
+
+@dataclass
+class ReleaseArgs:
+    """A checkpoint to a folder for the Hub, and with --push to the Hub."""
+
+    model: str | None = flag(None, "Folder of the checkpoint.")
+    results: list[str] = flag([], "Result files of eval.py for this checkpoint; without one the card has no scores.")
+    repo_id: str | None = flag(None, "Hub id, owner/name, of the repository.")
+    card: str | None = flag(
+        None, "Template of hub_cards/, or a .md file of your own; default: the one of the results' label space."
+    )
+    output: str | None = flag(None, "Folder to make; default: runs/release/NAME.")
+    push: bool = flag(False, "Upload the folder; without it this is a dry run.")
+    tag: str | None = flag(None, "Tag of the uploaded version, as v1.")
+
+    def check(self) -> None:
+        check_required(self, "model", "repo_id")
+        if not is_hub_id(self.repo_id):
+            raise InputError(f"--repo_id {self.repo_id} is no Hub id of the form owner/name")
+        if self.tag is not None and not self.push:
+            raise InputError("--tag goes with --push")
+        if not Path(self.model).is_dir():
+            raise InputError(f"--model {self.model}: no such folder; a checkpoint of the Hub is released already")
+        check_checkpoint("model", self.model, "zs3")
+
+
+# ---- what goes into the folder -----------------------------------------------------------------------------
+
+
+def release_files(model: Path) -> list[Path]:
+    """The checkpoint's configuration, weights, processor and code, all that a stranger needs of its folder."""
+    named = [model / name for name in (*CONFIGS, *TOKENIZER) if (model / name).is_file()]
+    if not {"processor_config.json", "preprocessor_config.json"} & {path.name for path in named}:
+        raise InputError(f"{model} has no processor: processor.save_pretrained writes it beside the weights")
+    return sorted({*named, *weight_files(model), *code_files(model)})
+
+
+def weight_files(model: Path) -> list[Path]:
+    """In safetensors: one file, or an index and its shards in the order of their names."""
+    if (model / WEIGHTS).is_file():
+        return [model / WEIGHTS]
+    if not (model / INDEX).is_file():
+        raise InputError(f"{model} has no {WEIGHTS}: model.save_pretrained writes it; other formats are not released")
+    shards = [model / name for name in sorted(set(_json(model / INDEX)["weight_map"].values()))]
+    lost = [shard.name for shard in shards if not shard.is_file()]
+    if lost:
+        raise InputError(f"{model} lacks {', '.join(lost)} of its weights: copy the whole checkpoint")
+    return [model / INDEX, *shards]
+
+
+def code_files(model: Path) -> set[Path]:
+    """The modules that the configurations name, and those that these import."""
+    found = set()
+    for name in CONFIGS:
+        for reference in class_references(_json(model / name) if (model / name).is_file() else {}):
+            if "--" in reference:
+                raise InputError(f"{model / name}: the code of {reference} lies in another repository, save it anew")
+            entry = model / f"{reference.rpartition('.')[0]}.py"
+            try:
+                found |= {entry, *(Path(file) for file in get_relative_import_files(entry))}
+            except FileNotFoundError as error:
+                missing = Path(error.filename).name
+                raise InputError(
+                    f"{model} lacks {missing}, code that it needs: model.save_pretrained writes it"
+                ) from error
+    if not found:
+        raise InputError(f"{model / 'config.json'} names no code (auto_map): model.save_pretrained writes it")
+    return found
+
+
+def class_references(content: object) -> Iterator[str]:
+    """The "module.Class" of every auto_map and custom pipeline of a configuration, at whatever depth."""
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if key == "auto_map":
+            for reference in value.values():
+                yield from [reference] if isinstance(reference, str) else filter(None, reference)
+        elif key == "custom_pipelines":
+            yield from (pipeline["impl"] for pipeline in value.values())
+        else:
+            yield from class_references(value)
+
+
+def checkpoint_sha256(weights: Sequence[Path]) -> str:
+    """Of the weights' file; of several, of their hashes in a row."""
+    hashes = [file_sha256(path) for path in weights if path.name != INDEX]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def read_results(paths: Sequence[str], sha256: str) -> list[dict]:
+    """Result files of eval.py, all of the checkpoint with this hash."""
+    results: list[dict] = []
+    for path in paths:
+        result = _json(Path(path))
+        missing = [name for name in OF_A_RESULT if name not in result]
+        if missing:
+            raise InputError(f"{path} is no result file of eval.py, it lacks {missing[0]!r}: leave it out")
+        if result["checkpoint_sha256"] is None:
+            raise InputError(f"{path} does not say which weights it is of: evaluate the folder of --model itself")
+        if result["checkpoint_sha256"] != sha256:
+            raise InputError(
+                f"{path} is of other weights (sha256 {result['checkpoint_sha256'][:12]}..., those of --model have "
+                f"{sha256[:12]}...): leave it out, or evaluate this checkpoint"
+            )
+        wrong = [n for n in TITLES if not (result.get(n) is None or 0 <= result[n] <= 1)]
+        if wrong:
+            raise InputError(f"{path}: {wrong[0]} is {result[wrong[0]]}, not a share in [0, 1]: evaluate again")
+        if result in results:
+            raise InputError(f"{path} says the same as another of --results: give each once")
+        results.append(result)
+    return results
+
+
+def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequence[dict]) -> Path:
+    """By name; else by the label space of the zero-shot results; else by the seen names that the checkpoint tells."""
+    names = sorted(path.stem for path in HUB_CARDS.glob("*.md") if path.stem != "README")
+    if card is not None:
+        path = Path(card) if card.endswith(".md") else HUB_CARDS / f"{card}.md"
+        if not path.is_file() or card == "README":
+            raise InputError(
+                f"--card {card}: no such template; there are {', '.join(names)}, or a .md file of your own"
+            )
+        return path
+    known = {name: load_label_space(name) for name in OF_BENCHMARKS}
+    if results:
+        hashes = {result["label_space_sha256"] for result in results if result["setting"] != "ovs"}
+        fitting = [name for name, space in known.items() if {space.sha256} == hashes] if hashes else ["ovs"]
+    else:
+        trained = {plain(name) for name in config.seen_class_names or []}
+        fitting = [name for name, space in known.items() if {plain(seen) for seen in space.seen} == trained]
+    if not fitting:
+        raise InputError(
+            f"which card? neither results nor checkpoint are of one of its own: --card {' | '.join(names)}"
+        )
+    return HUB_CARDS / f"{fitting[0]}.md"
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} as JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no mapping: is it the right file?")
+    return content
+
+
+# ---- the folder --------------------------------------------------------------------------------------------
+
+
+def make_folder(files: Sequence[Path], card: str, folder: Path, labels: Sequence[str]) -> str:
+    """Copies the files, writes the card and tries both before the folder gets its name. What the stranger says.
+
+    A folder that this made before is replaced, if nothing in it has been changed since.
+    """
+    if folder.exists() and not (is_sealed(folder) or _is_empty(folder)):
+        raise InputError(
+            f"--output {folder} holds something else, or was changed by hand: move it away, or name another"
+        )
+    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)  # of a run that was stopped
+    partial.mkdir(parents=True)
+    try:
+        for path in files:
+            shutil.copyfile(path, partial / path.name)
+        write_text(partial / "README.md", card + SEAL + f"{contents_sha256(partial, card)} -->\n")
+        told = visited(partial, labels)
+        if folder.exists():
+            os.replace(folder, old)
+        rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return told
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def contents_sha256(folder: Path, card: str) -> str:
+    """Of the names and contents of all files, the card as given in place of the README."""
+    digest = hashlib.sha256(card.encode())
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "README.md"):
+        digest.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether `make_folder` made the folder, and it is still as it was."""
+    try:
+        card, _, seal = (folder / "README.md").read_text(encoding="utf-8").rpartition(SEAL)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return seal.removesuffix(" -->\n") == contents_sha256(folder, card)
+
+
+def visited(folder: Path, labels: Sequence[str]) -> str:
+    """What a stranger says who loads the folder: offline, in an empty folder, with caches of its own."""
+    with tempfile.TemporaryDirectory(prefix="zs3_stranger_") as home:
+        place = Path(home, "elsewhere")
+        place.mkdir()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "HF_MODULES_CACHE": str(Path(home, "modules"))}
+        script = Path(__file__).with_name("stranger.py")
+        command = [sys.executable, "-I", str(script), str(folder.resolve()), *labels]
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise InputError(f"a stranger cannot use this checkpoint, nothing was made: {last[:400]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def listing(folder: Path) -> str:
+    """Every file with its size in bytes, and the sum."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    lines = [f"{size:15,}  {name}" for name, size in sizes.items()]
+    return "\n".join([*lines, f"{sum(sizes.values()):15,}  bytes in {len(sizes)} files"])
+
+
+# ---- the Hub -----------------------------------------------------------------------------------------------
+
+
+def push(folder: Path, repo_id: str, tag: str | None) -> None:
+    """Uploads the folder as one commit; weights and code of an earlier version that it has not got go."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    step = "cannot upload"
+    mend = f"the folder {folder} is whole, the same command tries again"
+    if get_token() is None:
+        raise InputError(f"{step} to {repo_id}: no token, `hf auth login` or HF_TOKEN gives one; {mend}")
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            delete_patterns=["*.py", "*.safetensors", "*.json"],
+            commit_message=f"Release {tag or 'without a tag'}",
+        )
+        if tag is not None:
+            step = f"uploaded, but cannot set the tag {tag}"
+            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    # The bases of HfHubHTTPError: OSError, and all errors of the HTTP library, which changes with huggingface_hub.
+    except (*HfHubHTTPError.__bases__, ValueError) as error:
+        raise InputError(f"{step} to {repo_id} ({one_line(error)}): {mend}") from error
+
+
+def main() -> None:
+    args, _ = read_arguments(ReleaseArgs)
+    args.check()
+    model = Path(args.model)
+    files, sha256 = release_files(model), checkpoint_sha256(weight_files(model))
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=True)
+    except CHECKPOINT_ERRORS as error:
+        raise InputError(f"--model {model} cannot be read: {one_line(error)}") from error
+    results = read_results(args.results, sha256)
+    template = chosen_template(args.card, config, results)
+    card = model_card(template, args.repo_id, config, sha256, recipes_of(model), results)
+    folder = Path(args.output or Path("runs", "release", args.repo_id.split("/")[-1]))
+    print("a stranger loads it and segments a picture ...", flush=True)
+    told = make_folder(files, card, folder, example_labels(config))
+    print(listing(folder))
+    print(f"stranger  {told}")
+    print(f"card      {template.stem}, {len(results)} result files")
+    print(f"folder    {folder}")
+    if args.push:
+        push(folder, args.repo_id, args.tag)
+        print(f"uploaded  https://huggingface.co/{args.repo_id}")
+    else:
+        print(f"not uploaded; --push uploads it to {args.repo_id}")
+
+
+if __name__ == "__main__":
+    run(main)
