@@ -38,6 +38,11 @@ ABSENT = {
     "union": "a class that neither truth nor prediction has is left out of means",
     "truth": "a class that the truth has not got is left out of means",
 }
+SETTINGS = {
+    "gzs3": "names of all classes are given, and all pixels count",
+    "zs3": "names of unseen classes alone are given, and only their pixels count",
+    "ovs": "names of a dataset that was not trained on",
+}
 OF_A_RUN = ("max_steps", "batch_size", "learning_rate", "seed", "class_loss", "matching", "mask_loss", "rank_weight")
 CITATION = """```bibtex
 @misc{dao2023class,
@@ -214,8 +219,10 @@ def ensemble(result: dict) -> str:
 
 def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
     """Scores with their intervals, the protocol of each row, and IoUs of single classes; percent."""
+    settings = dict.fromkeys(result["setting"] for result in results)
+    told = "; ".join(f"{setting}: {SETTINGS.get(setting, 'see eval.py')}" for setting in settings)
     lines = [
-        "Percent; in brackets 95 % intervals (bootstrap over images).\n",
+        f"Percent; in brackets 95 % intervals (bootstrap over images). {told}.\n",
         f"| | data | setting | ensemble with CLIP | {' | '.join(TITLES.values())} |",
         "|---|---|---|---|" + "---|" * len(TITLES),
     ]
@@ -226,7 +233,7 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
     lines += ["", f"All rows are of these weights (sha256 `{checkpoint_sha256}`).\n"]
     lines += [f"{row}. {protocol(result)}" for row, result in enumerate(results, start=1)]
     for row, result in enumerate(results, start=1):
-        lines += ["", f"<details><summary>Row {row}: IoU of each class (unseen ones in bold)</summary>\n"]
+        lines += ["", f"<details><summary>Row {row}: IoU of each class, unseen ones in bold</summary>\n"]
         lines += [per_class(result), "\n</details>"]
     return "\n".join(lines)
 
@@ -244,20 +251,20 @@ def protocol(result: dict) -> str:
     """How a row came about."""
     calibration = result.get("calibration")
     prompts = result.get("prompts") or []
+    seen, unseen = len(result["seen"]), len(result["unseen"])
+    names = f"{seen + unseen} names" if result["setting"] == "ovs" else f"{seen} seen and {unseen} unseen names"
     parts = [
-        f"label space sha256 `{result['label_space_sha256']}`, {len(result['seen'])} seen and "
-        f"{len(result['unseen'])} unseen names",
+        f"label space sha256 `{result['label_space_sha256']}`, {names}",
         f"calibration {'none' if calibration is None else json.dumps(calibration)}",
         ABSENT.get(result.get("absent"), ""),
-        f"{len(prompts)} prompts a name, the first `{prompts[0]}`" if prompts else "",
+        f"prompts: `{prompts[0]}`" + (f" and {len(prompts) - 1} more" if prompts[1:] else "") if prompts else "",
         ", ".join(f"{name} {number}" for name, number in result.get("versions", {}).items()),
     ]
     return "; ".join(part for part in parts if part) + "."
 
 
 def per_class(result: dict) -> str:
-    names = []
-    for name, iou in result.get("per_class", {}).items():
-        told = f"{name} {percent(iou).strip()}"
-        names.append(f"**{told}**" if name in result["unseen"] else told)
-    return ", ".join(names) + "."
+    """IoUs in a row; unseen is no word of the ovs setting."""
+    bold = [] if result["setting"] == "ovs" else result["unseen"]
+    told = {name: f"{name} {percent(iou).strip()}" for name, iou in result.get("per_class", {}).items()}
+    return ", ".join(f"**{text}**" if name in bold else text for name, text in told.items()) + "."
