@@ -16,6 +16,7 @@ from processing_zs3 import Zs3ImageProcessor
 from zs3.checkpoints import class_vectors, load_checkpoint
 from zs3.command_line import run
 from zs3.data import load_split
+from zs3.evaluation import ConfusionMatrix, load_images
 from zs3.figure import image_ious, label_map, main
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
@@ -107,19 +108,6 @@ def test_one_png_an_image(data, with_text, tmp_path, monkeypatch):
 # ---- the worst ---------------------------------------------------------------------------------------------
 
 
-def write_counts(path: Path, image_ids: list[str], maps: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """As eval.py does; maps: (prediction, truth) of each image, 255 is ignored in the truth."""
-    rows = []
-    for place, (prediction, truth) in enumerate(maps):
-        prediction, truth = prediction[truth != 255], truth[truth != 255]
-        for index in np.unique(np.concatenate([prediction, truth])):
-            mine, true = prediction == index, truth == index
-            rows.append((place, index, (mine & true).sum(), true.sum(), mine.sum()))
-    columns = np.array(rows, dtype=np.int64).reshape(-1, 5).T
-    names = ("image", "class", "intersection", "truth", "predicted")
-    np.savez(path, image_id=np.array(image_ids), **dict(zip(names, columns, strict=True)))
-
-
 def iou_by_pixels(prediction: np.ndarray, truth: np.ndarray) -> float | None:
     """Mean over the classes of the truth, of sets of pixels."""
     labelled = {tuple(place) for place in np.argwhere(truth != 255).tolist()}
@@ -136,22 +124,25 @@ def test_the_iou_of_an_image_is_that_of_its_sets_of_pixels(tmp_path):
     maps = [(rng.integers(0, 4, (6, 5)), rng.choice([0, 1, 2, 255], (6, 5))) for _ in range(8)]
     maps[3] = (maps[3][0], np.full((6, 5), 255))
     image_ids = [f"picture {number}" for number in range(8)]
-    write_counts(tmp_path / "a_images.npz", image_ids, maps)
+    confusion = ConfusionMatrix(4, 255)
+    for image_id, (prediction, truth) in zip(image_ids, maps, strict=True):
+        confusion.update(prediction, truth, image_id)
+    confusion.save_images(tmp_path / "a_images.npz", ["a", "b", "c", "d"])
     expected = {image_id: iou_by_pixels(*pair) for image_id, pair in zip(image_ids, maps, strict=True)}
     assert expected.pop("picture 3") is None
-    assert image_ious(tmp_path / "a_images.npz") == pytest.approx(expected, abs=1e-12)
+    assert image_ious(load_images(tmp_path / "a_images.npz")) == pytest.approx(expected, abs=1e-12)
 
 
 def write_result(folder: Path, data: Path, shares: dict[str, float]) -> Path:
-    """A result file in which the given share of each image's pixels is right."""
-    maps = []
-    for share in shares.values():
-        prediction = np.ones(100, dtype=int)
-        prediction[: round(100 * share)] = 0
-        maps.append((prediction, np.zeros(100, dtype=int)))
-    write_counts(folder / "gzs3_images.npz", list(shares), maps)
+    """A result file, with its areas, in which the given share of each image's pixels is right."""
+    confusion = ConfusionMatrix(len(CLASS_NAMES), 255)
+    for image_id, share in shares.items():
+        prediction = np.ones((1, 100), dtype=int)
+        prediction[0, : round(100 * share)] = 0
+        confusion.update(prediction, np.zeros((1, 100), dtype=int), image_id)
+    confusion.save_images(folder / "gzs3_images.npz", CLASS_NAMES)
     told = {"split": "validation", "label_space_sha256": load_split(data, "validation").label_space.sha256}
-    (folder / "gzs3.json").write_text(json.dumps(told))
+    (folder / "gzs3.json").write_text(json.dumps({**told, "per_class": {}}))
     return folder / "gzs3.json"
 
 
@@ -176,7 +167,7 @@ def test_the_worst_images_are_drawn_the_worst_first(data, with_text, tmp_path, m
         (["--images", "00000", "--titles", "a", "b"], "--titles has 2 for 1 of --models"),
         (["--images", "00000", "--titles", "image"], "--titles repeats a title"),
         (["--worst", "0", "--result", "r.json"], "--worst must be 1 or more"),
-        (["--worst", "1", "--result", "nowhere.json"], "nowhere.json is no result file of eval.py"),
+        (["--worst", "1", "--result", "nowhere.json"], "cannot read nowhere.json"),
     ],
 )
 def test_bad_flags_are_one_line(data, with_text, tmp_path, monkeypatch, capsys, flags, words):
@@ -198,14 +189,12 @@ def test_counts_that_are_missing_or_of_something_else_are_one_line(data, with_te
 
     refused("no image 'elsewhere'")
     result.write_text(json.dumps({**told, "split": "test"}))
-    refused("of another split or label space")
+    refused("gzs3.json is of other data")
     result.write_text(json.dumps(told))
-    counts.write_bytes(b"PK\x03\x04 and no more")
-    refused("does not hold the counts")
-    np.savez(counts, image_id=np.array(["00000"]))
-    refused("does not hold the counts")
+    counts.write_bytes(b"PK and no more")
+    refused("gzs3_images.npz is no file of image areas")
     counts.unlink()
-    refused("gzs3_images.npz is missing")
+    refused("gzs3_images.npz does not exist")
 
 
 def test_a_model_that_cannot_name_the_classes_is_one_line(data, tmp_path, monkeypatch, capsys):

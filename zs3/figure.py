@@ -6,15 +6,13 @@
 One PNG an image. The models label every pixel with one of all the classes, their ensemble with CLIP as the checkpoint
 says. `--worst` reads the counts that eval.py leaves beside its result file.
 
-Axes: H W pixels, C classes, N images, K classes of all images together.
+Axes: H W pixels, C classes, N images.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -23,10 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from zs3.checkpoints import class_vectors, load_checkpoint, trained_on
-from zs3.command_line import InputError, check_at_least, check_required, flag, one_line, read_arguments, run
+from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run
 from zs3.data import Split, load_split
+from zs3.evaluation import SavedImages, images_path, load_images
 from zs3.label_space import load_label_space
 from zs3.pictures import draw_comparison
+from zs3.results import read_result
 
 IMAGE, TRUTH = "image", "ground truth (grey: unlabelled)"
 
@@ -110,40 +110,24 @@ def label_map(
 
 def worst_images(records: Split, split: str, result: Path, count: int) -> list[int]:
     """Places in `records` of the `count` images with the lowest `image_ious`, the lowest first."""
-    try:
-        told = json.loads(result.read_text(encoding="utf-8"))
-        known = (told["split"], told["label_space_sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--result {result} is no result file of eval.py: {one_line(error)}") from error
-    if known != (split, records.label_space.sha256):
-        raise InputError(
-            f"--result {result} is of another split or label space: evaluate on --dataset, --split {split}"
-        )
-    ious = image_ious(result.with_name(f"{result.stem}_images.npz"))
+    told = read_result(result)
+    if (told.get("split"), told.get("label_space_sha256")) != (split, records.label_space.sha256):
+        raise InputError(f"--result {result} is of other data: give its --split, --dataset and --label_space")
+    ious = image_ious(load_images(images_path(result)))
     return places(records, sorted(ious, key=lambda image_id: (ious[image_id], image_id))[:count])
 
 
-def image_ious(path: Path) -> dict[str, float]:
+def image_ious(images: SavedImages) -> dict[str, float]:
     """Image id -> mean IoU, in [0, 1], over the classes that the image's label map shows.
-
-    path: a .npz with image_id (N,) str and, in pixels, a row for each class that an image's label map or prediction
-        shows: image (K,) index of the image, class, intersection, truth, predicted (K,) int64.
 
     Images without a labelled pixel are left out.
     """
-    try:
-        with np.load(path) as arrays:
-            image_id, image = arrays["image_id"], arrays["image"]
-            intersection, truth, predicted = (arrays[name] for name in ("intersection", "truth", "predicted"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing: it comes with the result file, evaluate again with --output") from error
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path} does not hold the counts of an evaluation: {one_line(error)}") from error
+    intersection, truth, predicted = (area.toarray() for area in images.areas)  # (C, N) each
     shown = truth > 0
-    iou = intersection[shown] / (truth + predicted - intersection)[shown]
-    sums = np.bincount(image[shown], iou, minlength=len(image_id))
-    counts = np.bincount(image[shown], minlength=len(image_id))
-    return {str(image_id[i]): float(sums[i] / counts[i]) for i in np.flatnonzero(counts)}
+    iou = intersection / np.maximum(truth + predicted - intersection, 1)
+    count = shown.sum(axis=0)
+    mean = (iou * shown).sum(axis=0) / np.maximum(count, 1)
+    return {str(images.image_ids[place]): float(mean[place]) for place in np.flatnonzero(count)}
 
 
 def places(records: Split, image_ids: Sequence[str]) -> list[int]:
