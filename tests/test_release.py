@@ -69,6 +69,7 @@ def a_result(checkpoint: Path, **changes: object) -> dict:
         "model": str(checkpoint),
         "dataset": "my_scenes",
         "split": "validation",
+        "split_sha256": "5" * 64,
         "label_space_sha256": SCENES.sha256,
         "checkpoint_sha256": sha256(checkpoint / "model.safetensors"),
         "seen": SCENES.seen,
@@ -89,6 +90,7 @@ def a_result(checkpoint: Path, **changes: object) -> dict:
             "hiou": [0.4177, 0.4788],
         },
         "per_class": {"grass": 0.8199, "sand": None, "red square": 0.2723},
+        "per_class_intervals": {"grass": [0.7899, 0.8511], "sand": [None, None], "red square": [0.2044, 0.3355]},
         "clip_ensemble": "crops",
         "clip_ensemble_weight": 0.7,
         "versions": {"torch": "2.x"},
@@ -259,6 +261,13 @@ def refer(folder: Path, **references: str) -> None:
         (lambda folder: refer(folder, AutoModel="me/code--modeling_zs3.Model"), "lies in another repository"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "w.safetensors"), "has no model.safetensors"),
         (lambda folder: (folder / "processor_config.json").unlink(), "has no processor"),
+        (lambda folder: refer(folder, AutoModel="nowhere_zs3.Model"), "lacks nowhere_zs3.py"),
+        (
+            lambda folder: (
+                write(folder / "model.safetensors.index.json", {}) and (folder / "model.safetensors").unlink()
+            ),
+            "lacks all of its weights",
+        ),
     ],
 )
 def test_an_incomplete_checkpoint_is_refused_in_words(checkpoint, tmp_path, damage, words):
@@ -291,8 +300,8 @@ def test_code_is_what_the_configurations_name_and_what_that_imports(checkpoint, 
         ({"checkpoint_sha256": None}, "does not say which weights"),
         ({"miou_unseen": 42.0}, "miou_unseen is 42.0, not a share in"),
         ({"hiou": -0.1}, "hiou is -0.1, not a share in"),
-        ("{", "as JSON"),
-        ([1], "holds no mapping"),
+        ("{", "is no JSON"),
+        ([1], "is no result file of eval.py"),
         ({"setting": ...}, "is no result file of eval.py, it lacks 'setting'"),
         ({"confidence_intervals": ...}, "it lacks 'confidence_intervals'"),
     ],
@@ -318,11 +327,11 @@ def test_one_result_twice_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
 
 
 def test_what_a_result_does_not_tell_is_absent(checkpoint):
-    known = zs3.release.OF_A_RESULT
+    known = {*zs3.release.OF_A_RESULT, "per_class"}
     result = {name: value for name, value in a_result(checkpoint).items() if name in known}
     card = card_of(checkpoint, "scenes", [result])
     assert [entry.metric_type for entry in card.data.eval_results] == ["miou"]
-    assert "| 51.2 [49.1, 53.2] | - | - | - | - |" in card.text and "not said" in card.text
+    assert "| mIoU |\n" in card.text and "not said | 51.2 [49.1, 53.2] |\n" in card.text
 
 
 # ---- the card ----------------------------------------------------------------------------------------------
@@ -352,7 +361,12 @@ def test_the_model_index_has_the_numbers_of_the_result_files_and_their_protocol(
     for result, ensemble in zip(results, ("crops, w = 0.7", "off", "crops, w = 0.7"), strict=True):
         for name in scores:
             protocol = {"setting": result["setting"], "absent": "union", "calibration": result["calibration"]}
-            protocol |= {"num_images": 1234, "ensemble": ensemble, "label_space_sha256": result["label_space_sha256"]}
+            protocol |= {
+                "num_images": 1234,
+                "split_sha256": "5" * 64,
+                "ensemble": ensemble,
+                "label_space_sha256": result["label_space_sha256"],
+            }
             protocol |= {"interval_95": result["confidence_intervals"].get(name)}
             protocol = {key: value for key, value in protocol.items() if value is not None}
             if result[name] is not None:
@@ -370,8 +384,8 @@ def test_the_tables_have_the_numbers_of_the_result_file_with_their_intervals(che
         "| 1 | my_scenes (synthetic), validation, 1,234 images | gzs3 | crops, w = 0.7 | 51.2 [49.1, 53.2] "
         "| 62.3 [60.3, 64.4] | 33.5 [30.6, 36.7] | 44.6 [41.8, 47.9] | 75.7 |" in text
     )
-    assert "grass 82.0, sand -, **red square 27.2**" in text
-    for told in (SCENES.sha256, "calibration none", "15 seen and 5 unseen names", "`a photo of a {}.` and 1 more"):
+    assert "grass 82.0 [79.0, 85.1], sand -, **red square 27.2 [20.4, 33.6]**" in text
+    for told in (SCENES.sha256, "calibration null", "15 seen and 5 unseen names", "`a photo of a {}.` and 1 more"):
         assert told in text
     numbers = {
         "2301.0",
@@ -379,13 +393,24 @@ def test_the_tables_have_the_numbers_of_the_result_file_with_their_intervals(che
         "0.7",
         *re.findall(SHARES, "51.2 49.1 53.2 62.3 60.3 64.4 33.5 30.6 36.7 44.6 41.8 47.9"),
     }
-    assert set(SHARES.findall(text)) == numbers | {"75.7", "82.0", "27.2"}
+    assert set(SHARES.findall(text)) == numbers | {"75.7", "82.0", "79.0", "85.1", "27.2", "20.4", "33.6"}
+
+
+def test_what_a_result_says_of_its_protocol_stands_below_the_table(checkpoint):
+    stamped = {
+        "protocol": "gzs3, bias 0.2 off seen classes, chosen TUNED ON THE TEST IMAGES",
+        "without": ["sand", "sky"],
+    }
+    text = card_of(checkpoint, "scenes", [a_result(checkpoint), a_result(checkpoint, **stamped)]).text
+    (line,) = [line for line in text.splitlines() if line.startswith("2. ")]
+    assert stamped["protocol"] in line and "not among the candidates: sand, sky" in line
 
 
 def test_unseen_is_no_word_of_the_ovs_setting(checkpoint):
     ovs = a_result(checkpoint, setting="ovs", miou_seen=None, miou_unseen=None, hiou=None)
     text = card_of(checkpoint, "ovs", [ovs]).text
     assert "20 names" in text and "5 unseen" not in text and "red square 27.2" in text and "**red square" not in text
+    assert "| mIoU | pixel accuracy |" in text
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -444,8 +469,15 @@ def test_what_is_known_of_the_runs_is_told_without_paths(checkpoint, tmp_path):
         (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     found = recipes_of(tmp_path / "stage2" / "final")
     assert found == [first, last] and recipes_of(tmp_path / "elsewhere" / "final") == []
+    assert recipes_of(tmp_path / "stage2" / "saved_anew") == []  # no checkpoint that train.py wrote
+    (tmp_path / "broken" / "final").mkdir(parents=True)
+    for content in ("- a list", "a: [", yaml.safe_dump({"init_from": str(tmp_path / "broken" / "final")})):
+        (tmp_path / "broken" / "recipe.yaml").write_text(content)
+        with pytest.raises(InputError, match=r"recipe\.yaml"):
+            recipes_of(tmp_path / "broken" / "final")
     assert starts(found) == ["microsoft/resnet-50"]
     text = runs(found)
+    assert "- Before: a run whose recipe is not known here." in runs([last]) and "Before" not in text
     assert "Run 1 of 2: max_steps 1400." in text and "Run 2 of 2: max_steps 500, seed 3." in text
     card = card_of(tmp_path / "stage2" / "final", "scenes", [], Zs3Config.from_pretrained(checkpoint))
     assert card.data.base_model == ["microsoft/resnet-50"]
@@ -462,7 +494,7 @@ def test_the_template_is_that_of_the_label_space(checkpoint):
     assert chosen_template(None, trained, [a_result(checkpoint, setting="ovs")]).stem == "ovs"
     assert chosen_template("voc_20", trained, [a_result(checkpoint)]).stem == "voc_20"
     for config, results in ((own, []), (tiny_config(), []), (trained, [a_result(checkpoint, label_space_sha256="a")])):
-        with pytest.raises(InputError, match=r"--card coco_stuff_171 \| ovs \| scenes \| voc_20"):
+        with pytest.raises(InputError, match=r"say --card coco_stuff_171 \| ovs \| scenes \| voc_20"):
             chosen_template(None, config, results)
     for name in ("voc", "README", "nowhere.md"):
         with pytest.raises(InputError, match="no such template"):
@@ -574,7 +606,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(checkpoint, tmp_path, monkeypa
         (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--repo_id", "me"], "--repo_id me is no Hub id"),
         (["--tag", "v1"], "--tag goes with --push"),
-        (["--results", "*.json"], "cannot read *.json as JSON"),
+        (["--results", "*.json"], "cannot read *.json"),
         (["--card", "voc"], "--card voc: no such template"),
     ],
 )

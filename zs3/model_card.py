@@ -26,6 +26,7 @@ TITLES = {
     "miou_unseen": "mIoU(U)",
     "hiou": "hIoU",
     "pixel_accuracy": "pixel accuracy",
+    "frequency_weighted_iou": "frequency-weighted IoU",
 }
 TOLD = {
     "none": "nothing, their names were not among those of the training",
@@ -153,15 +154,19 @@ def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: 
 
 
 def recipes_of(model: Path) -> list[dict]:
-    """The recipes of the stages that led to a checkpoint, the first one first, as far as their folders are there."""
+    """The recipes of the training runs that led to RUN/final, the first one first, as far as their folders are there."""
     found: list[dict] = []
-    path = model.resolve().parent / "recipe.yaml"
-    while path.is_file() and len(found) < 10:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    folder: Path | None = model.resolve()
+    while folder is not None and folder.name == "final" and (folder.parent / "recipe.yaml").is_file():
+        path = folder.parent / "recipe.yaml"
+        try:
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"cannot read {path}: {one_line(error)}") from error
+        if not isinstance(recipe, dict) or recipe in found:
+            raise InputError(f"{path} is not the recipe of a run: move it away")
         found.insert(0, recipe)
-        if not recipe.get("init_from"):
-            break
-        path = Path(recipe["init_from"]).resolve().parent / "recipe.yaml"
+        folder = Path(recipe["init_from"]).resolve() if recipe.get("init_from") else None
     return found
 
 
@@ -179,6 +184,8 @@ def runs(recipes: Sequence[dict]) -> str:
     for stage, recipe in enumerate(recipes, start=1):
         told = ", ".join(f"{name} {recipe[name]}" for name in OF_A_RUN if name in recipe)
         lines.append(f"- Run {stage} of {len(recipes)}: {told}.")
+    if recipes[0].get("init_from"):
+        lines.insert(0, "- Before: a run whose recipe is not known here.")
     return "These weights were made with:\n\n" + "\n".join(lines)
 
 
@@ -187,8 +194,8 @@ def runs(recipes: Sequence[dict]) -> str:
 
 def model_index(result: dict) -> list[EvalResult]:
     """The scores of one result file as the Hub has them, in [0, 1]."""
-    protocol = {name: result.get(name) for name in ("setting", "absent", "calibration", "num_images")}
-    protocol |= {"ensemble": ensemble(result), "label_space_sha256": result["label_space_sha256"]}
+    stamps = ("setting", "absent", "calibration", "num_images", "label_space_sha256", "split_sha256")
+    protocol = {"ensemble": ensemble(result), **{name: result.get(name) for name in stamps}}
     return [
         EvalResult(
             task_type="image-segmentation",
@@ -221,14 +228,16 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
     """Scores with their intervals, the protocol of each row, and IoUs of single classes; percent."""
     settings = dict.fromkeys(result["setting"] for result in results)
     told = "; ".join(f"{setting}: {SETTINGS.get(setting, 'see eval.py')}" for setting in settings)
+    titles = {name: title for name, title in TITLES.items() if any(r.get(name) is not None for r in results)}
     lines = [
         f"Percent; in brackets 95 % intervals (bootstrap over images). {told}.\n",
-        f"| | data | setting | ensemble with CLIP | {' | '.join(TITLES.values())} |",
-        "|---|---|---|---|" + "---|" * len(TITLES),
+        f"| | data | setting | ensemble with CLIP | {' | '.join(titles.values())} |",
+        "|---|---|---|---|" + "---|" * len(titles),
     ]
     for row, result in enumerate(results, start=1):
         images = f"{data_name(result)}, {result['split']}, {result['num_images']:,} images"
-        scores = " | ".join(score(result, name) for name in TITLES)
+        intervals = result["confidence_intervals"]
+        scores = " | ".join(score(result.get(name), intervals.get(name)) for name in titles)
         lines.append(f"| {row} | {images} | {result['setting']} | {ensemble(result)} | {scores} |")
     lines += ["", f"All rows are of these weights (sha256 `{checkpoint_sha256}`).\n"]
     lines += [f"{row}. {protocol(result)}" for row, result in enumerate(results, start=1)]
@@ -238,33 +247,30 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
     return "\n".join(lines)
 
 
-def score(result: dict, name: str) -> str:
+def score(value: float | None, interval: list[float | None] | None) -> str:
     """As 38.6 [37.9, 39.2]."""
-    if result.get(name) is None:
-        return "-"
-    low, high = result["confidence_intervals"].get(name) or (None, None)
-    interval = "" if low is None else f" [{percent(low).strip()}, {percent(high).strip()}]"
-    return percent(result[name]).strip() + interval
+    low, high = interval or (None, None)
+    return percent(value).strip() + ("" if low is None else f" [{percent(low).strip()}, {percent(high).strip()}]")
 
 
 def protocol(result: dict) -> str:
     """How a row came about."""
-    calibration = result.get("calibration")
-    prompts = result.get("prompts") or []
     seen, unseen = len(result["seen"]), len(result["unseen"])
     names = f"{seen + unseen} names" if result["setting"] == "ovs" else f"{seen} seen and {unseen} unseen names"
+    rule = f"calibration {json.dumps(result.get('calibration'))}; {ABSENT.get(result.get('absent'), '')}"
+    prompts, versions = result.get("prompts") or [], result.get("versions") or {}
     parts = [
         f"label space sha256 `{result['label_space_sha256']}`, {names}",
-        f"calibration {'none' if calibration is None else json.dumps(calibration)}",
-        ABSENT.get(result.get("absent"), ""),
+        result.get("protocol") or rule,  # the sentence of newer result files has both
+        f"not among the candidates: {', '.join(result['without'])}" if result.get("without") else "",
         f"prompts: `{prompts[0]}`" + (f" and {len(prompts) - 1} more" if prompts[1:] else "") if prompts else "",
-        ", ".join(f"{name} {number}" for name, number in result.get("versions", {}).items()),
+        ", ".join(f"{name} {number}" for name, number in versions.items()),
     ]
     return "; ".join(part for part in parts if part) + "."
 
 
 def per_class(result: dict) -> str:
     """IoUs in a row; unseen is no word of the ovs setting."""
-    bold = [] if result["setting"] == "ovs" else result["unseen"]
-    told = {name: f"{name} {percent(iou).strip()}" for name, iou in result.get("per_class", {}).items()}
+    bold, intervals = [] if result["setting"] == "ovs" else result["unseen"], result.get("per_class_intervals", {})
+    told = {name: f"{name} {score(iou, intervals.get(name))}" for name, iou in result["per_class"].items()}
     return ", ".join(f"**{text}**" if name in bold else text for name, text in told.items()) + "."

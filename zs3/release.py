@@ -27,6 +27,7 @@ from zs3.checkpoints import CHECKPOINT_ERRORS, check_checkpoint, file_sha256
 from zs3.command_line import InputError, check_required, flag, one_line, read_arguments, run, write_text
 from zs3.label_space import is_hub_id, load_label_space
 from zs3.model_card import TITLES, example_labels, model_card, recipes_of
+from zs3.results import read_result
 from zs3.run_folder import rename
 
 HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
@@ -38,6 +39,7 @@ OF_A_RESULT = (
     *("setting", "dataset", "split", "label_space_sha256", "checkpoint_sha256", "seen", "unseen", "num_images"),
     *("miou", "confidence_intervals"),
 )
+NOT_THE_STRANGERS = ("HF_", "HUGGINGFACE_", "PYTHON", "TRANSFORMERS_")  # variables of the environment
 SEAL = "\n<!-- Made by python -m zs3.release. sha256 of this folder: "
 
 
@@ -83,10 +85,10 @@ def weight_files(model: Path) -> list[Path]:
         return [model / WEIGHTS]
     if not (model / INDEX).is_file():
         raise InputError(f"{model} has no {WEIGHTS}: model.save_pretrained writes it; other formats are not released")
-    shards = [model / name for name in sorted(set(_json(model / INDEX)["weight_map"].values()))]
+    shards = [model / name for name in sorted(set(_json(model / INDEX).get("weight_map", {}).values()))]
     lost = [shard.name for shard in shards if not shard.is_file()]
-    if lost:
-        raise InputError(f"{model} lacks {', '.join(lost)} of its weights: copy the whole checkpoint")
+    if lost or not shards:
+        raise InputError(f"{model} lacks {', '.join(lost) or 'all'} of its weights: copy the whole checkpoint")
     return [model / INDEX, *shards]
 
 
@@ -134,7 +136,7 @@ def read_results(paths: Sequence[str], sha256: str) -> list[dict]:
     """Result files of eval.py, all of the checkpoint with this hash."""
     results: list[dict] = []
     for path in paths:
-        result = _json(Path(path))
+        result = read_result(Path(path))
         missing = [name for name in OF_A_RESULT if name not in result]
         if missing:
             raise InputError(f"{path} is no result file of eval.py, it lacks {missing[0]!r}: leave it out")
@@ -157,25 +159,23 @@ def read_results(paths: Sequence[str], sha256: str) -> list[dict]:
 def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequence[dict]) -> Path:
     """By name; else by the label space of the zero-shot results; else by the seen names that the checkpoint tells."""
     names = sorted(path.stem for path in HUB_CARDS.glob("*.md") if path.stem != "README")
-    if card is not None:
-        path = Path(card) if card.endswith(".md") else HUB_CARDS / f"{card}.md"
-        if not path.is_file() or card == "README":
+    if card is None:
+        known = {name: load_label_space(name) for name in OF_BENCHMARKS}
+        if results:
+            hashes = {result["label_space_sha256"] for result in results if result["setting"] != "ovs"}
+            fitting = [name for name, space in known.items() if {space.sha256} == hashes] if hashes else ["ovs"]
+        else:
+            trained = {plain(name) for name in config.seen_class_names or []}
+            fitting = [name for name, space in known.items() if {plain(seen) for seen in space.seen} == trained]
+        if not fitting:
             raise InputError(
-                f"--card {card}: no such template; there are {', '.join(names)}, or a .md file of your own"
+                f"no card is of this label space: say --card {' | '.join(names)}, or a .md file of your own"
             )
-        return path
-    known = {name: load_label_space(name) for name in OF_BENCHMARKS}
-    if results:
-        hashes = {result["label_space_sha256"] for result in results if result["setting"] != "ovs"}
-        fitting = [name for name, space in known.items() if {space.sha256} == hashes] if hashes else ["ovs"]
-    else:
-        trained = {plain(name) for name in config.seen_class_names or []}
-        fitting = [name for name, space in known.items() if {plain(seen) for seen in space.seen} == trained]
-    if not fitting:
-        raise InputError(
-            f"which card? neither results nor checkpoint are of one of its own: --card {' | '.join(names)}"
-        )
-    return HUB_CARDS / f"{fitting[0]}.md"
+        card = fitting[0]
+    path = Path(card) if card.endswith(".md") else HUB_CARDS / f"{card}.md"
+    if not path.is_file() or card == "README":
+        raise InputError(f"--card {card}: no such template; there are {', '.join(names)}, or a .md file of your own")
+    return path
 
 
 def _json(path: Path) -> dict:
@@ -247,7 +247,7 @@ def visited(folder: Path, labels: Sequence[str]) -> str:
     with tempfile.TemporaryDirectory(prefix="zs3_stranger_") as home:
         place = Path(home, "elsewhere")
         place.mkdir()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_THE_STRANGERS)}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "HF_MODULES_CACHE": str(Path(home, "modules"))}
         script = Path(__file__).with_name("stranger.py")
         command = [sys.executable, "-I", str(script), str(folder.resolve()), *labels]
@@ -284,7 +284,7 @@ def push(folder: Path, repo_id: str, tag: str | None) -> None:
             repo_id=repo_id,
             folder_path=folder,
             delete_patterns=["*.py", "*.safetensors", "*.json"],
-            commit_message=f"Release {tag or 'without a tag'}",
+            commit_message=" ".join(["Release", *([tag] if tag else [])]),
         )
         if tag is not None:
             step = f"uploaded, but cannot set the tag {tag}"
