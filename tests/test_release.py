@@ -252,6 +252,11 @@ def refer(folder: Path, **references: str) -> None:
     write(folder / "config.json", config)
 
 
+def empty_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "w.safetensors")
+    write(folder / "model.safetensors.index.json", {})
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -262,12 +267,7 @@ def refer(folder: Path, **references: str) -> None:
         (lambda folder: (folder / "model.safetensors").rename(folder / "w.safetensors"), "has no model.safetensors"),
         (lambda folder: (folder / "processor_config.json").unlink(), "has no processor"),
         (lambda folder: refer(folder, AutoModel="nowhere_zs3.Model"), "lacks nowhere_zs3.py"),
-        (
-            lambda folder: (
-                write(folder / "model.safetensors.index.json", {}) and (folder / "model.safetensors").unlink()
-            ),
-            "lacks all of its weights",
-        ),
+        (empty_index, "lacks all of its weights"),
     ],
 )
 def test_an_incomplete_checkpoint_is_refused_in_words(checkpoint, tmp_path, damage, words):
@@ -351,7 +351,7 @@ def test_the_front_matter_says_what_the_hub_wants_to_know(checkpoint, template):
 
 
 def test_the_model_index_has_the_numbers_of_the_result_files_and_their_protocol(checkpoint):
-    off = {"clip_ensemble": "off", "clip_ensemble_weight": None, "miou_seen": 0.25, "calibration": {"gamma": 0.1}}
+    off = {"clip_ensemble": "off", "clip_ensemble_weight": None, "miou_seen": 0.0, "calibration": {"seen_bias": 0.1}}
     ovs = {"setting": "ovs", "dataset": "ade20k_150", "label_space_sha256": "a" * 64, "miou_seen": None, "hiou": None}
     results = [a_result(checkpoint), a_result(checkpoint, **off), a_result(checkpoint, **ovs, miou_unseen=None)]
     entries = card_of(checkpoint, "scenes", results).data.eval_results
@@ -460,7 +460,7 @@ def test_the_card_says_what_training_saw_and_what_can_be_asked_for(checkpoint):
     assert "(15): cow, giraffe, suitcase" in text and "CC BY 4.0" in text
 
 
-def test_what_is_known_of_the_runs_is_told_without_paths(checkpoint, tmp_path):
+def test_what_is_known_of_the_runs_is_told_without_paths(checkpoint, tmp_path, monkeypatch):
     private = "/home/somebody/data"
     first = {"backbone": "microsoft/resnet-50", "clip": "./zs3/scenes_clip", "dataset": private, "max_steps": 1400}
     last = {"init_from": str(tmp_path / "stage1" / "final"), "max_steps": 500, "seed": 3, "output_dir": private}
@@ -476,6 +476,10 @@ def test_what_is_known_of_the_runs_is_told_without_paths(checkpoint, tmp_path):
         with pytest.raises(InputError, match=r"recipe\.yaml"):
             recipes_of(tmp_path / "broken" / "final")
     assert starts(found) == ["microsoft/resnet-50"]
+    monkeypatch.chdir(tmp_path)
+    assert starts([{"backbone": "stage1/final", "clip": "openai/clip"}]) == [
+        "openai/clip"
+    ]  # the first is a folder here
     text = runs(found)
     assert "- Before: a run whose recipe is not known here." in runs([last]) and "Before" not in text
     assert "Run 1 of 2: max_steps 1400." in text and "Run 2 of 2: max_steps 500, seed 3." in text

@@ -154,7 +154,7 @@ def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: 
 
 
 def recipes_of(model: Path) -> list[dict]:
-    """The recipes of the training runs that led to RUN/final, the first one first, as far as their folders are there."""
+    """The recipes of the runs of training that led to RUN/final, the first one first, as far as they are found."""
     found: list[dict] = []
     folder: Path | None = model.resolve()
     while folder is not None and folder.name == "final" and (folder.parent / "recipe.yaml").is_file():
