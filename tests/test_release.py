@@ -299,6 +299,7 @@ def test_code_is_what_the_configurations_name_and_what_that_imports(checkpoint, 
         ({"checkpoint_sha256": "f" * 64}, "is of other weights"),
         ({"checkpoint_sha256": None}, "does not say which weights"),
         ({"miou_unseen": 42.0}, "miou_unseen is 42.0, not a share in"),
+        ({"miou": "high"}, "miou is high, not a share in"),
         ({"hiou": -0.1}, "hiou is -0.1, not a share in"),
         ("{", "is no JSON"),
         ([1], "is no result file of eval.py"),
@@ -408,6 +409,8 @@ def test_what_a_result_says_of_its_protocol_stands_below_the_table(checkpoint):
 
 def test_unseen_is_no_word_of_the_ovs_setting(checkpoint):
     ovs = a_result(checkpoint, setting="ovs", miou_seen=None, miou_unseen=None, hiou=None)
+    two = card_of(checkpoint, "ovs", [a_result(checkpoint), ovs]).text
+    assert "| ovs | crops, w = 0.7 | 51.2 [49.1, 53.2] | - | - | - | 75.7 |" in two
     text = card_of(checkpoint, "ovs", [ovs]).text
     assert "20 names" in text and "5 unseen" not in text and "red square 27.2" in text and "**red square" not in text
     assert "| mIoU | pixel accuracy |" in text

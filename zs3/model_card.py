@@ -242,14 +242,15 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
     lines += ["", f"All rows are of these weights (sha256 `{checkpoint_sha256}`).\n"]
     lines += [f"{row}. {protocol(result)}" for row, result in enumerate(results, start=1)]
     for row, result in enumerate(results, start=1):
-        lines += ["", f"<details><summary>Row {row}: IoU of each class, unseen ones in bold</summary>\n"]
+        bold = "" if result["setting"] == "ovs" else ", unseen ones in bold"
+        lines += ["", f"<details><summary>Row {row}: IoU of each class{bold}</summary>\n"]
         lines += [per_class(result), "\n</details>"]
     return "\n".join(lines)
 
 
 def score(value: float | None, interval: list[float | None] | None) -> str:
     """As 38.6 [37.9, 39.2]."""
-    low, high = interval or (None, None)
+    low, high = interval if interval and value is not None else (None, None)
     return percent(value).strip() + ("" if low is None else f" [{percent(low).strip()}, {percent(high).strip()}]")
 
 

@@ -147,13 +147,17 @@ def read_results(paths: Sequence[str], sha256: str) -> list[dict]:
                 f"{path} is of other weights (sha256 {result['checkpoint_sha256'][:12]}..., those of --model have "
                 f"{sha256[:12]}...): leave it out, or evaluate this checkpoint"
             )
-        wrong = [n for n in TITLES if not (result.get(n) is None or 0 <= result[n] <= 1)]
+        wrong = [name for name in TITLES if not _is_share(result.get(name))]
         if wrong:
             raise InputError(f"{path}: {wrong[0]} is {result[wrong[0]]}, not a share in [0, 1]: evaluate again")
         if result in results:
             raise InputError(f"{path} says the same as another of --results: give each once")
         results.append(result)
     return results
+
+
+def _is_share(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
 def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequence[dict]) -> Path:
