@@ -71,8 +71,8 @@ class SemanticMap:
     decided they are, KL(p_q || U) / ln C, times the part of the pixel that masks cover at all, min(1, sum_q M_q). A
     query that knows no difference between the classes, as Eq. 5 trains the unmatched ones, has no say.
     confidence_margin: how much more that is than the runner-up's.
-    seen_map, seen_score, unseen_map, unseen_score: the winner among the seen, and among the unseen classes, and its
-    score; -1 and -inf where there is no such class; None unless asked for (`is_seen`).
+    seen_map, seen_score, unseen_map, unseen_score: the best of the seen, and of the unseen classes, and its score, to
+    1e-5; -1 and -inf where there is no such class; None unless asked for (`is_seen`). One of the two is the winner.
     """
 
     label_map: Tensor
@@ -295,6 +295,7 @@ class _Race:
     """A competition of some classes at every pixel, and its result.
 
     members, favourites: (C,) bool. rank: 1, or 2 where the second best is wanted too; 0 without members.
+    exact: near-ties are decided in float64; not worth it within groups, of which one may be nowhere in the picture.
     ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile, where floor(x) is at most what the class of this rank
     has at x; inf or NaN where there is no floor.
     label_map, score: (N, X), score None where it is not wanted.
@@ -302,6 +303,7 @@ class _Race:
 
     members: Tensor
     rank: int
+    exact: bool
     favourites: Tensor
     ratio: Tensor
     label_map: Tensor
@@ -311,8 +313,9 @@ class _Race:
 def _map_image(tiles: _Tiles, groups: list[Tensor] | None) -> Tensor | SemanticMap:
     """groups: None for the label map alone; else scores too, and the best class of each group, (C,) bool."""
     everyone = torch.ones(len(tiles.excess), dtype=torch.bool, device=tiles.excess.device)
-    ranks = [(everyone, 1)] if groups is None else [(everyone, 2), *((members, 1) for members in groups)]
-    races = [_start(tiles, members, rank, groups is not None) for members, rank in ranks]
+    scored = groups is not None
+    races = [_start(tiles, everyone, 2 if scored else 1, exact=True, scored=scored)]
+    races += [_start(tiles, members, 1, exact=False, scored=True) for members in groups or []]
     sure = None if groups is None else races[0].score.new_zeros(3, *races[0].score.shape)
 
     runners = torch.cat([_guess(tiles, race) for race in races]).unique()
@@ -324,10 +327,12 @@ def _map_image(tiles: _Tiles, groups: list[Tensor] | None) -> Tensor | SemanticM
         again = torch.isin(runners // len(everyone), others // len(everyone)) & race.members[runners % len(everyone)]
         _decide(tiles, torch.cat([runners[again], others]).unique(), [race], sure)
 
+    whole = races[0].label_map
     if groups is None:
-        return _assemble(races[0].label_map, tiles)
-    parts = [races[0].label_map, races[0].score, *sure]
-    parts += [part for race in races[1:] for part in (race.label_map, race.score)]
+        return _assemble(whole, tiles)
+    parts = [whole, races[0].score, *sure]
+    for race in races[1:]:  # the winner is the best of its group
+        parts += [torch.where(race.members[whole], whole, race.label_map), race.score]
     return SemanticMap(*(_assemble(part, tiles) for part in parts))
 
 
@@ -356,7 +361,7 @@ def _bounds(class_probs: Tensor, mask_logits: Tensor, rows: _Axis, columns: _Axi
     return _Tiles(class_probs, base, excess, mask_logits, rows, columns, low, high, reach)
 
 
-def _start(tiles: _Tiles, members: Tensor, rank: int, scored: bool) -> _Race:
+def _start(tiles: _Tiles, members: Tensor, rank: int, *, exact: bool, scored: bool) -> _Race:
     """Step 2: the favourites of each query, and the floor that the bounds give them in every tile."""
     classes = members.nonzero()[:, 0]
     rank = min(rank, len(classes))
@@ -370,7 +375,7 @@ def _start(tiles: _Tiles, members: Tensor, rank: int, scored: bool) -> _Race:
         ratio = tiles.high / torch.where(floor > TINY, floor, 0)
     shape = len(tiles.low), tiles.rows.to_image.shape[1] * tiles.columns.to_image.shape[1]
     score = ratio.new_full(shape, -torch.inf) if scored else None
-    return _Race(members, rank, favourites, ratio, torch.full(shape, -1, device=ratio.device), score)
+    return _Race(members, rank, exact, favourites, ratio, torch.full(shape, -1, device=ratio.device), score)
 
 
 def _may_win(ratio: Tensor, excess: Tensor) -> Tensor:
@@ -458,7 +463,8 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], sure: Tensor | N
             best, place = own.max(dim=1)  # (n, X)
             own = own.scatter_(1, place[:, None], -torch.inf)
             second = own.amax(dim=1).clamp(min=0)
-            _decide_exactly(tiles, tile, classes, runs, best - second <= 2 * error, place)
+            if race.exact:
+                _decide_exactly(tiles, tile, classes, runs, best - second <= 2 * error, place)
             race.label_map[tile] = classes.gather(1, place)
             floor = best
             if sure is not None:
