@@ -34,7 +34,7 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, Proces
 
 from label_maps_zs3 import SemanticMap
 from zs3.calibration import OUTSIDER, Rejection, Reliability, SeenBiasCurve
-from zs3.checkpoints import NoClaim, check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint, trained_on
+from zs3.checkpoints import NoClaim, check_no_unseen_masks, class_vectors, load_checkpoint, trained_on, weights_sha256
 from zs3.command_line import (
     InputError,
     check_at_least,
@@ -397,7 +397,6 @@ def stamps(
     args: EvalArgs, label_space: LabelSpace, config: PreTrainedConfig, candidates: Candidates, image_ids: list[str]
 ) -> dict:
     """What a reader needs to know of an evaluation before it has begun. Equal stamps stand for equal numbers."""
-    weights = Path(args.model) / "model.safetensors"
     unseen = [name for name in candidates.names if name in label_space.unseen]
     return {
         "setting": args.setting,
@@ -407,7 +406,8 @@ def stamps(
         "split_sha256": hashlib.sha256("\n".join(image_ids).encode()).hexdigest(),
         "label_space": args.label_space or "the dataset's own",
         "label_space_sha256": label_space.sha256,
-        "checkpoint_sha256": file_sha256(weights) if weights.exists() else None,
+        "checkpoint_sha256": weights_sha256(args.model),
+        "checkpoint_commit": config._commit_hash,  # on the Hub
         "seen": [name for name in candidates.names if name not in unseen],
         "unseen": unseen,
         "without": args.without,

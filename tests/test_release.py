@@ -19,10 +19,11 @@ from tiny import save_checkpoint, tiny_config, tiny_model
 
 import zs3.release
 from configuration_zs3 import Zs3Config
+from zs3.checkpoints import weights_sha256
 from zs3.command_line import InputError, run
 from zs3.label_space import load_label_space
 from zs3.model_card import model_card, recipes_of, runs, slots, starts
-from zs3.release import HUB_CARDS, chosen_template, code_files, is_sealed, main, release_files, weight_files
+from zs3.release import HUB_CARDS, chosen_template, code_files, is_sealed, main, release_files
 
 ROOT = Path(__file__).parents[1]
 SCENES = load_label_space("scenes")
@@ -238,9 +239,8 @@ def test_shards_go_with_their_index_and_have_one_hash(checkpoint, tmp_path):
     assert len(shards) > 1
     names = [path.name for path in release_files(tmp_path / "shards")]
     assert names == sorted([*(set(FILES) - {"model.safetensors"}), "model.safetensors.index.json", *shards])
-    weights = weight_files(tmp_path / "shards")
     told = hashlib.sha256("".join(sha256(tmp_path / "shards" / name) for name in shards).encode()).hexdigest()
-    assert zs3.release.checkpoint_sha256(weights) == told
+    assert weights_sha256(str(tmp_path / "shards")) == told and weights_sha256("owner/name") is None
     (tmp_path / "shards" / shards[1]).unlink()
     with pytest.raises(InputError, match=f"lacks {shards[1]} of its weights"):
         release_files(tmp_path / "shards")
@@ -267,7 +267,7 @@ def empty_index(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").rename(folder / "w.safetensors"), "has no model.safetensors"),
         (lambda folder: (folder / "processor_config.json").unlink(), "has no processor"),
         (lambda folder: refer(folder, AutoModel="nowhere_zs3.Model"), "lacks nowhere_zs3.py"),
-        (empty_index, "lacks all of its weights"),
+        (empty_index, "is no index of weights"),
     ],
 )
 def test_an_incomplete_checkpoint_is_refused_in_words(checkpoint, tmp_path, damage, words):

@@ -36,7 +36,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from configuration_zs3 import Zs3Config
-from zs3.checkpoints import file_sha256
+from zs3.checkpoints import WEIGHTS, file_sha256
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores
@@ -45,7 +45,6 @@ from zs3.scenes import write_dataset
 LEVEL = 0.95  # of the intervals over seeds
 ENSEMBLE_WEIGHT = Zs3Config.clip_ensemble_weight  # the paper's for COCO-Stuff; the recipes' models have none
 POLL_SECONDS = 0.1
-WEIGHTS = "model.safetensors"
 VIEWS = {"off": "off", "crops": "on, crops", "single_pass": "on, single pass"}  # lazy is crops, to the pixel
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy")
 

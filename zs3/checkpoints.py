@@ -1,6 +1,7 @@
 """Checkpoints as the commands meet them: loaded through the public door, and asked what their training saw."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from zs3.label_space import LabelSpace, load_text_embeds
 class NoClaim(InputError):
     """A zero-shot number that this checkpoint cannot have."""
 
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # What loading a damaged checkpoint, or one of another architecture, raises.
 CHECKPOINT_ERRORS = (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
@@ -81,6 +84,30 @@ def class_vectors(
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """In safetensors: one file, or an index and its shards in the order of their names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder} has no {WEIGHTS}: model.save_pretrained writes it; other formats are not read")
+    try:
+        shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise InputError(f"{folder / INDEX} is no index of weights: copy the whole checkpoint") from error
+    lost = [name for name in shards if not (folder / name).is_file()]
+    if lost:
+        raise InputError(f"{folder} lacks {', '.join(lost)} of its weights: copy the whole checkpoint")
+    return [folder / INDEX, *(folder / name for name in shards)]
+
+
+def weights_sha256(path: str) -> str | None:
+    """Of the weights' file; of several, of their hashes in a row. None where `path` is no folder, but on the Hub."""
+    if not Path(path).is_dir():
+        return None
+    hashes = [file_sha256(file) for file in weight_files(Path(path)) if file.name != INDEX]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def trained_on(config: PreTrainedConfig, names: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from configuration_zs3 import plain
-from zs3.checkpoints import CHECKPOINT_ERRORS, check_checkpoint, file_sha256
+from zs3.checkpoints import CHECKPOINT_ERRORS, check_checkpoint, file_sha256, weight_files, weights_sha256
 from zs3.command_line import InputError, check_required, flag, one_line, read_arguments, run, write_text
 from zs3.label_space import is_hub_id, load_label_space
 from zs3.model_card import TITLES, example_labels, model_card, recipes_of
@@ -34,7 +34,6 @@ HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
 OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates called as the label space that they are for
 CONFIGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OF_A_RESULT = (
     *("setting", "dataset", "split", "label_space_sha256", "checkpoint_sha256", "seen", "unseen", "num_images"),
     *("miou", "confidence_intervals"),
@@ -79,19 +78,6 @@ def release_files(model: Path) -> list[Path]:
     return sorted({*named, *weight_files(model), *code_files(model)})
 
 
-def weight_files(model: Path) -> list[Path]:
-    """In safetensors: one file, or an index and its shards in the order of their names."""
-    if (model / WEIGHTS).is_file():
-        return [model / WEIGHTS]
-    if not (model / INDEX).is_file():
-        raise InputError(f"{model} has no {WEIGHTS}: model.save_pretrained writes it; other formats are not released")
-    shards = [model / name for name in sorted(set(_json(model / INDEX).get("weight_map", {}).values()))]
-    lost = [shard.name for shard in shards if not shard.is_file()]
-    if lost or not shards:
-        raise InputError(f"{model} lacks {', '.join(lost) or 'all'} of its weights: copy the whole checkpoint")
-    return [model / INDEX, *shards]
-
-
 def code_files(model: Path) -> set[Path]:
     """The modules that the configurations name, and those that these import."""
     found = set()
@@ -124,12 +110,6 @@ def class_references(content: object) -> Iterator[str]:
             yield from (pipeline["impl"] for pipeline in value.values())
         else:
             yield from class_references(value)
-
-
-def checkpoint_sha256(weights: Sequence[Path]) -> str:
-    """Of the weights' file; of several, of their hashes in a row."""
-    hashes = [file_sha256(path) for path in weights if path.name != INDEX]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def read_results(paths: Sequence[str], sha256: str) -> list[dict]:
@@ -302,7 +282,7 @@ def main() -> None:
     args, _ = read_arguments(ReleaseArgs)
     args.check()
     model = Path(args.model)
-    files, sha256 = release_files(model), checkpoint_sha256(weight_files(model))
+    files, sha256 = release_files(model), weights_sha256(args.model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=True)
     except CHECKPOINT_ERRORS as error:
