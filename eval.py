@@ -407,7 +407,6 @@ def stamps(
         "label_space": args.label_space or "the dataset's own",
         "label_space_sha256": label_space.sha256,
         "checkpoint_sha256": weights_sha256(args.model),
-        "checkpoint_commit": config._commit_hash,  # on the Hub
         "seen": [name for name in candidates.names if name not in unseen],
         "unseen": unseen,
         "without": args.without,

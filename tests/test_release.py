@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import jinja2
 import jinja2.meta
 import pytest
@@ -240,10 +241,20 @@ def test_shards_go_with_their_index_and_have_one_hash(checkpoint, tmp_path):
     names = [path.name for path in release_files(tmp_path / "shards")]
     assert names == sorted([*(set(FILES) - {"model.safetensors"}), "model.safetensors.index.json", *shards])
     told = hashlib.sha256("".join(sha256(tmp_path / "shards" / name) for name in shards).encode()).hexdigest()
-    assert weights_sha256(str(tmp_path / "shards")) == told and weights_sha256("owner/name") is None
+    assert weights_sha256(str(tmp_path / "shards")) == told
     (tmp_path / "shards" / shards[1]).unlink()
     with pytest.raises(InputError, match=f"lacks {shards[1]} of its weights"):
         release_files(tmp_path / "shards")
+
+
+def test_weights_of_the_hub_have_the_hash_of_what_was_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    assert weights_sha256("owner/name") is None
+    for path, content in {snapshot / "model.safetensors": "weights", snapshot.parents[1] / "refs/main": "abc"}.items():
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    assert weights_sha256("owner/name") == hashlib.sha256(b"weights").hexdigest()
 
 
 def refer(folder: Path, **references: str) -> None:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -103,10 +104,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(path: str) -> str | None:
-    """Of the weights' file; of several, of their hashes in a row. None where `path` is no folder, but on the Hub."""
-    if not Path(path).is_dir():
-        return None
-    hashes = [file_sha256(file) for file in weight_files(Path(path)) if file.name != INDEX]
+    """Of the weights' file; of several, of their hashes in a row. None for a Hub id that was not downloaded."""
+    folder = Path(path)
+    if not folder.is_dir():
+        cached = [try_to_load_from_cache(path, name) for name in (WEIGHTS, INDEX)]
+        folder = next((Path(file).parent for file in cached if isinstance(file, str)), None)
+        if folder is None:
+            return None
+    hashes = [file_sha256(file) for file in weight_files(folder) if file.name != INDEX]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -44,7 +44,17 @@ SETTINGS = {
     "zs3": "names of unseen classes alone are given, and only their pixels count",
     "ovs": "names of a dataset that was not trained on",
 }
-OF_A_RUN = ("max_steps", "batch_size", "learning_rate", "seed", "class_loss", "matching", "mask_loss", "rank_weight")
+OF_A_RUN = (
+    "unseen_labels",
+    "max_steps",
+    "batch_size",
+    "learning_rate",
+    "seed",
+    "class_loss",
+    "matching",
+    "mask_loss",
+    "rank_weight",
+)
 CITATION = """```bibtex
 @misc{dao2023class,
   title  = {Class Enhancement Losses with Pseudo Labels for Zero-shot Semantic Segmentation},
@@ -182,7 +192,10 @@ def runs(recipes: Sequence[dict]) -> str:
         return "The flags of the run that made these weights are not known here: no recipe.yaml beside the checkpoint."
     lines = []
     for stage, recipe in enumerate(recipes, start=1):
-        told = ", ".join(f"{name} {recipe[name]}" for name in OF_A_RUN if name in recipe)
+        told = {name: recipe[name] for name in OF_A_RUN if name in recipe}
+        if told.get("unseen_labels") not in (None, "none", "ground_truth", "masks"):
+            told["unseen_labels"] = "pseudo labels"  # of a folder
+        told = ", ".join(f"{name} {value}" for name, value in told.items())
         lines.append(f"- Run {stage} of {len(recipes)}: {told}.")
     if recipes[0].get("init_from"):
         lines.insert(0, "- Before: a run whose recipe is not known here.")
