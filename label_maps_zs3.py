@@ -461,8 +461,8 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], sure: Tensor | N
             runs = race.members[classes] & here  # (n, K)
             own = scores if len(races) == 1 else scores.masked_fill(~runs[:, :, None], -torch.inf)
             best, place = own.max(dim=1)  # (n, X)
-            own = own.scatter_(1, place[:, None], -torch.inf)
-            second = own.amax(dim=1).clamp(min=0)
+            second, next_place = own.scatter_(1, place[:, None], -torch.inf).max(dim=1)
+            second = second.clamp(min=0)
             if race.exact:
                 _decide_exactly(tiles, tile, classes, runs, best - second <= 2 * error, place)
             race.label_map[tile] = classes.gather(1, place)
@@ -472,7 +472,7 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], sure: Tensor | N
             if race.rank == 2:
                 floor = torch.maximum(second, RUNNER_UP * best - (1 - RUNNER_UP) * common)
             if sure is not None and race.rank == min(2, classes_all):
-                runner_up = torch.where(runs.sum(dim=1, keepdim=True) > 1, own.argmax(dim=1), -1)
+                runner_up = torch.where(runs.sum(dim=1, keepdim=True) > 1, next_place, -1)
                 sure[0, tile] = (best - second) * (classes_all > 1)
                 sure[1:, tile] = _confidence(sums, excess + tiles.base, decided, place, runner_up)
             # The floor, now by pixels, for the certificate.

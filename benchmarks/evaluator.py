@@ -6,6 +6,9 @@ Time: `ConfusionMatrix.update` and one inference (forward of a ResNet-50 model w
 label map) take turns in one process; a share is the median of the rounds' shares. Label maps are of two kinds: objects
 (Voronoi cells with frayed edges, other cells in the prediction) and noise, where every pixel has a class of its own
 drawing, the worst case. Predictions lie on the device, truths are int64 arrays in memory, as eval.py has them.
+With counters: SeenBiasCurve, Reliability and Rejection of zs3.calibration beside the confusion matrix. With scores:
+those, and what a label map with scores and the best seen and unseen class, which they need, takes beyond one without;
+on proposals like a trained model's (those of benchmarks.label_count).
 
 Memory: what is resident and what Python and NumPy hold after so many images, beyond what was before the first, in a
 process of its own. The other way is to keep all label maps until the end, as the script of evaluate's mean_iou does;
@@ -29,12 +32,17 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 from benchmarks.criterion import in_fresh_process, measure
+from benchmarks.label_count import trained_proposals
 from benchmarks.network import device_named, machine_name, make_zs3
 from label_maps_zs3 import semantic_map
+from zs3.calibration import Rejection, Reliability, SeenBiasCurve
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.evaluation import ConfusionMatrix
 
 INFERENCE, OBJECTS, NOISE = "inference", "objects", "noise"
+COUNTED, CALIBRATED = "objects, with counters", "objects, with counters and scores"
+PLAIN, SCORED = "label map", "label map with scores"
+QUERIES = 100
 OURS, KEPT = "ConfusionMatrix", "all label maps kept"
 IGNORE = 65535
 PRESENT = 12  # classes of a truth, and of a prediction
@@ -110,13 +118,34 @@ def compare_time(args: EvaluatorArgs, num_classes: int, device: torch.device) ->
 
         return count
 
+    proposals = [values.to(device) for values in trained_proposals(num_classes, max(size), QUERIES)]
+    is_seen = torch.arange(num_classes, device=device) % 10 < 9
+
+    def calibrating() -> Callable[[], None]:
+        (found,) = semantic_map(*proposals, size, is_seen=is_seen)
+        _, label = draw_pair(OBJECTS, num_classes, size, rng)
+        counters = [SeenBiasCurve(is_seen.cpu(), IGNORE), Reliability(IGNORE), Rejection(IGNORE)]
+
+        def count() -> None:
+            truth = torch.from_numpy(label).to(device)
+            ConfusionMatrix(num_classes, IGNORE).update(found.label_map, truth)
+            for counter in counters[:2]:
+                counter.update(found, truth)
+            counters[2].update(found, truth, "0")
+
+        return count
+
     with torch.inference_mode():
-        seconds = measure(
-            {INFERENCE: infer, **{kind: counting(kind) for kind in (OBJECTS, NOISE)}}, args.rounds, device
-        )
+        steps = {INFERENCE: infer, **{kind: counting(kind) for kind in (OBJECTS, NOISE)}, COUNTED: calibrating()}
+        steps[PLAIN] = lambda: semantic_map(*proposals, size)
+        steps[SCORED] = lambda: semantic_map(*proposals, size, is_seen=is_seen)
+        seconds = measure(steps, args.rounds, device)
+    extra = [scored - plain for scored, plain in zip(seconds[SCORED], seconds[PLAIN], strict=True)]
+    each = {kind: [value / args.maps for value in seconds[kind]] for kind in (OBJECTS, NOISE)}
+    each[COUNTED] = seconds[COUNTED]
+    each[CALIBRATED] = [own + more for own, more in zip(seconds[COUNTED], extra, strict=True)]
     rows = []
-    for kind in (OBJECTS, NOISE):
-        own = [value / args.maps for value in seconds[kind]]
+    for kind, own in each.items():
         shares = [one / whole for one, whole in zip(own, seconds[INFERENCE], strict=True)]
         rows.append(
             {

@@ -428,6 +428,7 @@ EVALUATOR |= {"bootstrap_images": 30, "resamples": 20, "device": "cpu"}
 
 def test_the_evaluator_is_measured_beside_an_inference(call, tmp_path, capsys, monkeypatch, tiny_networks):
     seconds = {"inference": [2.0, 4.0], "objects": [0.1, 0.4], "noise": [1.0, 1.0], "bootstrap": [7.0]}
+    seconds |= {evaluator.COUNTED: [0.2, 0.2], evaluator.PLAIN: [0.1, 0.2], evaluator.SCORED: [0.4, 0.8]}
     monkeypatch.setattr(evaluator, "in_fresh_process", lambda function, *args: function(*args))
 
     def measured(steps, rounds, device):
@@ -439,11 +440,15 @@ def test_the_evaluator_is_measured_beside_an_inference(call, tmp_path, capsys, m
     call(evaluator, **EVALUATOR, classes="12 30", output=tmp_path / "evaluator.json")
     result = json.loads((tmp_path / "evaluator.json").read_text())
     assert [(row["classes"], row["maps"]) for row in result["times"]] == [
-        (classes, kind) for classes in (12, 30) for kind in (evaluator.OBJECTS, evaluator.NOISE)
+        (classes, kind)
+        for classes in (12, 30)
+        for kind in (evaluator.OBJECTS, evaluator.NOISE, evaluator.COUNTED, evaluator.CALIBRATED)
     ]
     row = result["times"][0]
     assert row["seconds"] == pytest.approx(0.125) and row["images_per_second"] == pytest.approx(8)
     assert row["share_of_inference"] == pytest.approx((0.05 / 2 + 0.2 / 4) / 2)  # two maps a round
+    shares = [row["share_of_inference"] for row in result["times"][2:4]]
+    assert shares == pytest.approx([(0.2 / 2 + 0.2 / 4) / 2, (0.5 / 2 + 0.8 / 4) / 2])  # one image a round
     assert [(row["way"], row["images"]) for row in result["memory"]] == [
         *[(evaluator.OURS, images) for images in (2, 9)] * 2,
         (evaluator.KEPT, 4),
