@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import eval as evaluation
 from zs3.archives import ARCHIVES
 from zs3.command_line import InputError, run
 from zs3.convert import ConvertArgs, convert
+from zs3.label_space import load_label_space
 from zs3.suites import SUITES
 
 MEMBERS = SUITES["ovs5"].members
@@ -100,6 +102,19 @@ def test_what_a_checkpoint_cannot_claim_has_its_reason(checkpoint, data_root, tm
     assert "- COCO-Stuff: not evaluated, no such folder" in printed
     assert "- VOC-20: not evaluated, the checkpoint saw no masks of ['aeroplane'" in printed
     assert not list(tmp_path.glob("voc_20*"))
+
+
+def test_the_row_of_table_2_has_three_scores(checkpoint, data_root, tmp_path, monkeypatch, capsys):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    seen = load_label_space("voc_20").seen
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"seen_class_names": seen}))
+    words = ["--model", tmp_path / "model", "--suite", "gzs3", "--data_root", data_root, "--output", tmp_path / "out"]
+    code, printed, _ = suite(monkeypatch, capsys, *words)
+    result = json.loads((tmp_path / "out" / "voc_20.json").read_text())
+    scores = [f"{100 * result[name]:.1f}" for name in ("miou_seen", "miou_unseen", "hiou")]
+    assert code == 0 and printed.splitlines()[2] == f"| - | - | - | {' | '.join(scores)} |"
+    assert result["setting"] == "gzs3" and len(result["unseen"]) == 5
 
 
 @pytest.mark.parametrize(
