@@ -20,7 +20,14 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    gather_object,
+    parse_flag_from_env,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -55,9 +62,9 @@ from zs3.data import (
 from zs3.image_labels import GroundTruthLabels, PseudoLabels, Setting, training_space
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.nouns import CaptionLabels, load_caption_nouns
-from zs3.run_folder import Checkpoints, MetricsLog, Progress, check_recipe, save_final
+from zs3.run_folder import Checkpoints, MetricsLog, Progress, check_recipe, lock_folder, save_final
 from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, describe
-from zs3.stopping import EXIT_CODE, Termination, agree, outlive_first_sigterm
+from zs3.stopping import EXIT_CODE, Termination, agree, all_refuse, outlive_first_sigterm
 
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")
@@ -415,7 +422,8 @@ def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
     parts = cut_batch(args.batch_size, state.num_processes, args.device_batch_size)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=parts.micro_batches,
+        # As a plugin, which ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment does not replace.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=parts.micro_batches),
         log_with=args.trackers or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(args.output_dir) / "trackers")),
     )
@@ -496,9 +504,11 @@ def train(args: TrainArgs, overrides: dict) -> None:
     else:
         text_embeds = model.encode_text(**processor(class_names=dataset.class_names))
     text_embeds = text_embeds.to(accelerator.device)
-    if accelerator.is_main_process:
-        check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config))
-    accelerator.wait_for_everyone()
+    lock = None
+    with all_refuse(accelerator):
+        if accelerator.is_main_process:
+            lock = lock_folder(output_dir)
+            check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config))
     if (output_dir / "final").exists():
         accelerator.print(f"{output_dir / 'final'} is there already: nothing to do")
         accelerator.end_training()
@@ -608,6 +618,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
     del model, optimizer, trained
     accelerator.free_memory()
     accelerator.end_training()
+    if lock is not None:
+        lock.close()
     if not complete:
         sys.exit(EXIT_CODE)
 

@@ -34,7 +34,7 @@ import train
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from train import TrainArgs, go_on_after
 from zs3.command_line import InputError, run
-from zs3.run_folder import MetricsLog, Progress, check_recipe, complete_checkpoints, damage
+from zs3.run_folder import MetricsLog, Progress, check_recipe, complete_checkpoints, damage, lock_folder
 
 SETTINGS = {"max_steps": 12, "checkpointing_steps": 3, "logging_steps": 1, "lr_milestones": 7}
 KILLS = int(os.environ.get("ZS3_KILLS", 2))
@@ -184,13 +184,11 @@ def straight(data, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped(data, straight, tmp_path) -> tuple[Path, list[str]]:
-    """A run with two checkpoints that has not ended, and its command."""
+    """A run with two checkpoints that has not ended, copied from where it was made, and its command."""
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
     shutil.rmtree(folder / "final")
     command = flags(data, folder, **SETTINGS)
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace(str(straight), str(folder)))
     (folder / "log").unlink()
     return folder, command
 
@@ -419,6 +417,54 @@ def test_a_run_may_go_on_with_other_flags_where_its_weights_do_not_hang_on_them(
         check_recipe(path, {**before, **now})
         assert yaml.safe_load(path.read_text()) == {**before, **now}
     else:
-        with pytest.raises(InputError, match=f"with another {refused}:"):
+        words = f"has {refused} {before[refused]!r}, this command {now[refused]!r}: give it that, or"
+        with pytest.raises(InputError, match=words):
             check_recipe(path, {**before, **now})
         assert yaml.safe_load(path.read_text()) == before
+
+
+def test_a_run_may_be_moved_and_its_paths_written_in_another_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "scenes").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    path = tmp_path / "run" / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": "runs/before/", "dataset": "data/scenes", "max_steps": 3}))
+    for dataset in ("data/scenes/", "./data/scenes", str(tmp_path / "data" / "scenes")):
+        check_recipe(path, {"output_dir": str(tmp_path / "run"), "dataset": dataset, "max_steps": 3})
+    with pytest.raises(InputError, match="this command 'data': give it that, or choose another --output_dir"):
+        check_recipe(path, {"output_dir": "run", "dataset": "data", "max_steps": 3})
+
+
+# ---- two at once -------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_is_refused_by_all_its_processes(data, tmp_path):
+    with lock_folder(tmp_path / "run"):
+        command = flags(data, tmp_path / "run", **SETTINGS)
+        assert [ended(process) for process in start_two(command, tmp_path / "log")] == [2, 2]
+    (line,) = {line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")}
+    assert f"another run writes in {tmp_path / 'run'} now" in line
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
+
+
+def test_a_folder_is_free_when_its_run_was_killed_although_a_worker_lives_on(tmp_path):
+    process = processes.Process(target=lock_and_die, args=(tmp_path / "run", tmp_path / "worker"))
+    process.start()
+    assert ended(process) == -signal.SIGKILL
+    worker = int((tmp_path / "worker").read_text())
+    try:
+        os.kill(worker, 0)  # is there
+        lock_folder(tmp_path / "run").close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def lock_and_die(folder: Path, worker: Path) -> None:
+    lock = lock_folder(folder)
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(60)
+        os._exit(0)
+    worker.write_text(str(pid))
+    assert not lock.closed
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -21,7 +21,7 @@ from tiny_run import RECIPE, flags, write_data
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
-from train import StepMean, TrainArgs, main, make_scheduler, parameter_groups
+from train import StepMean, TrainArgs, main, make_accelerator, make_scheduler, parameter_groups
 from zs3.command_line import run
 from zs3.data import load_split
 from zs3.label_space import load_label_space
@@ -92,6 +92,12 @@ def test_two_processes_that_take_image_by_image_have_the_gradients_of_one_that_t
     largest = max(grad.norm() for grad in one.values())
     for name, grad in one.items():  # a bias before a group norm has a gradient of rounding errors alone
         assert (two[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7 * largest, name
+
+
+def test_the_parts_of_a_batch_are_not_replaced_by_what_the_environment_says_of_accumulation(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    accelerator, parts = make_accelerator(TrainArgs(output_dir=str(tmp_path), batch_size=6, device_batch_size=3))
+    assert accelerator.gradient_accumulation_steps == parts.micro_batches == 2
 
 
 @pytest.mark.parametrize(("workers", "steps_before"), [(0, 3), (2, 3)])

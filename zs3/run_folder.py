@@ -10,12 +10,15 @@ all read with torch's `weights_only`, which runs no code of the file. (Objects g
 would be read without it, hence none is.)
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 import yaml
@@ -30,6 +33,7 @@ from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
 from zs3.checkpoints import file_sha256
 from zs3.command_line import InputError, finite_or_none, one_line, write_json, write_text
+from zs3.stopping import all_refuse
 
 TOWERS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
 MANIFEST = "manifest.json"
@@ -39,7 +43,7 @@ TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter
 
 def may_change(recipe: dict) -> set[str]:
     """The flags that another start of a run may have otherwise: rounding aside, its weights do not hang on them."""
-    free = {"logging_steps", "checkpointing_steps", "checkpoints_kept", "trackers"}
+    free = {"output_dir", "logging_steps", "checkpointing_steps", "checkpoints_kept", "trackers"}
     if not recipe.get("streaming"):  # whose order is that of its readers
         free.add("num_workers")
         if recipe.get("backbone_norm") not in ("batch", "sync"):  # of the images that are taken at once
@@ -53,17 +57,40 @@ def check_recipe(path: Path, recipe: dict) -> None:
 
     A run that left neither a checkpoint nor a final model never was: its folder is free.
     """
-    if path.parent.is_file():
-        raise InputError(f"--output_dir {path.parent} is a file: choose a folder")
     if path.exists() and (complete_checkpoints(path.parent / "checkpoints") or (path.parent / "final").exists()):
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
         fixed = (before.keys() | recipe.keys()) - may_change(recipe)
-        changed = sorted(name for name in fixed if before.get(name) != recipe.get(name))
+        pairs = {name: (before.get(name), recipe.get(name)) for name in sorted(fixed)}
+        changed = [f"{name} {old!r}, this command {new!r}" for name, (old, new) in pairs.items() if differ(old, new)]
         if changed:
             raise InputError(
-                f"{path.parent} holds a run with another {', '.join(changed)}: choose another --output_dir or delete it"
+                f"the run in {path.parent} has {'; '.join(changed)}: give it that, or choose another --output_dir"
             )
     write_text(path, yaml.safe_dump(recipe, sort_keys=False))
+
+
+def differ(before: object, now: object) -> bool:
+    """Two spellings of the path of one thing that is there do not."""
+    if isinstance(before, str) and isinstance(now, str) and Path(now).exists():
+        return Path(before).resolve() != Path(now).resolve()
+    return before != now
+
+
+def lock_folder(folder: Path) -> IO:
+    """The output folder is this process's until it ends, or the file returned is closed."""
+    if folder.is_file():
+        raise InputError(f"--output_dir {folder} is a file: choose a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "run.lock").open("w")
+    try:
+        # Not flock: the loader's workers would inherit it, and hold it for seconds after their parent was killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
+            raise InputError(
+                f"another run writes in {folder} now: let it end, or choose another --output_dir"
+            ) from error
+    return file
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -142,15 +169,11 @@ class Checkpoints:
 
     def resume(self) -> int | None:
         """Takes up the newest checkpoint that is whole. The number of processes that saved it; None: there is none."""
-        answer: list = [None, None]  # of the main process, for all
-        if self.accelerator.is_main_process:
-            try:
-                answer[0] = self._newest_whole()
-            except InputError as error:
-                answer[1] = str(error)
-        path, fault = broadcast_object_list(answer)
-        if fault is not None:
-            raise InputError(fault)
+        found: list = [None]  # by the main process, for all
+        with all_refuse(self.accelerator):
+            if self.accelerator.is_main_process:
+                found[0] = self._newest_whole()
+        (path,) = broadcast_object_list(found)
         if path is None:
             return None
         state = torch.load(path / "progress.bin", weights_only=True)

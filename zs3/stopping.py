@@ -1,14 +1,17 @@
 """What ends a training run before its last step: SIGTERM, which saves first, and numbers that are not finite.
 
-With several processes one of them alone may meet it; `agree` makes all of them stop at the same step.
+With several processes one of them alone may meet it; `agree` makes all of them stop at the same step. What the main
+process refuses before the first step ends all of them by `all_refuse`.
 """
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from zs3.command_line import InputError
 
@@ -36,6 +39,19 @@ def outlive_first_sigterm(worker: int) -> None:
     send, must not take the workers away from the step that is to be finished. The second one ends a worker: DataLoader
     itself ends with it those that are left over."""
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+@contextmanager
+def all_refuse(accelerator: Accelerator) -> Iterator[None]:
+    """The InputError that the main process raises within the block is raised by all. Entered by all together."""
+    refusal = [None]
+    try:
+        yield
+    except InputError as error:
+        refusal = [str(error)]
+    (text,) = broadcast_object_list(refusal)
+    if text is not None:
+        raise InputError(text)
 
 
 def agree(accelerator: Accelerator, terminated: bool, fault: str | None) -> bool:
