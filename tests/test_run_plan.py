@@ -5,12 +5,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from tiny import CLASS_NAMES, tiny_model
 from transformers.models.swin import modeling_swin
 
+from train import TrainArgs
 from zs3.command_line import InputError
-from zs3.run_plan import Pace, check_trackers, cut_batch, duration, names_lines
+from zs3.label_space import LabelSpace
+from zs3.run_plan import Pace, check_trackers, cut_batch, describe, duration, names_lines
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -56,6 +60,27 @@ def test_all_names_are_told_and_none_is_broken():
     lines = names_lines(names)
     assert len(lines) > 5 and max(map(len, lines)) <= 120
     assert [name for line in lines for name in line.strip().rstrip(",").split(", ")] == names
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """What a run with these flags says before it starts."""
+
+    def plan(**settings) -> str:
+        label_space = LabelSpace(CLASS_NAMES, CLASS_NAMES[:1], 255)
+        args = TrainArgs(dataset="data", output_dir=str(tmp_path), **settings)
+        parts = cut_batch(args.batch_size, 1, args.device_batch_size)
+        return describe(args, label_space, range(6), tiny_model(), parts, torch.device("cpu"))
+
+    return plan
+
+
+def test_a_precision_that_accelerate_was_given_is_said_not_to_count(plan, monkeypatch):
+    notes = []
+    for launched_with, precision in (("bf16", "no"), ("no", "bf16"), ("bf16", "bf16")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
+        notes.append("accelerate was given mixed precision bf16" in plan(mixed_precision=precision))
+    assert notes == [True, False, False]
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What a training run is about to do: how its batch is cut, what it says before it starts, when it will be done."""
 
+import os
 import resource
 import sys
 import textwrap
@@ -103,6 +104,12 @@ def describe(
         f"{args.checkpoints_kept} stay),",
         f"          metrics.jsonl every {args.logging_steps}{trackers}, final at the end, then all_results.json",
     ]
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched_with not in ("no", args.mixed_precision):
+        lines.append(
+            f"note      accelerate was given mixed precision {launched_with}, which does not count here: the flag "
+            "--mixed_precision behind train.py does"
+        )
     late = [step for step in args.lr_milestones if step >= args.max_steps]
     if args.lr_schedule == "multistep" and late:
         lines.append(f"note      learning rate steps {late} lie beyond the end and are ignored")
