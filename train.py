@@ -28,6 +28,7 @@ from accelerate.utils import (
     parse_flag_from_env,
     set_seed,
 )
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -62,7 +63,7 @@ from zs3.data import (
 from zs3.image_labels import GroundTruthLabels, PseudoLabels, Setting, training_space
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.nouns import CaptionLabels, load_caption_nouns
-from zs3.run_folder import Checkpoints, MetricsLog, Progress, check_recipe, lock_folder, save_final
+from zs3.run_folder import Checkpoints, MetricsLog, Progress, check_final, check_recipe, lock_folder, save_final
 from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, describe
 from zs3.stopping import EXIT_CODE, Termination, agree, all_refuse, outlive_first_sigterm
 
@@ -170,12 +171,23 @@ class TrainArgs:
         if self.max_grad_norm <= 0:
             raise InputError(f"--max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.init_from is None and self.clip is None and self.text_embeds is None:
-            raise InputError("text comes from --clip (a checkpoint) or --text_embeds (a .npy), or with --init_from")
+            raise InputError(
+                "a recipe of stage 2 wants --init_from, the final/ of stage 1; stage 1 takes its text from --clip (a "
+                "checkpoint) or --text_embeds (a .npy)"
+            )
         if self.init_from is None and self.init_parts != "all":
             raise InputError("--init_parts says what to take of --init_from, which is missing")
         if self.init_from is not None and (self.mask2former or self.backbone or self.clip):
             raise InputError("--init_from brings the whole model: leave out mask2former, backbone and clip")
         check_trackers(self.trackers)
+
+
+def check_fields(overrides: dict) -> None:
+    """Model fields of a wrong value are not the fault of the checkpoint that they would change."""
+    try:
+        Zs3Config(**overrides)
+    except StrictDataclassError as error:
+        raise InputError(f"the model's configuration: {one_line(error.__cause__ or error)}") from error
 
 
 def make_model(
@@ -471,6 +483,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
     for name in FILLED_IN:
         if name in overrides:
             raise InputError(f"{name} is written by the training itself: leave it out")
+    check_fields(overrides)
     output_dir = Path(args.output_dir)
     label_space = training_space(load_label_space(args.label_space or args.dataset), args.setting)
     accelerator, parts = make_accelerator(args)
@@ -509,11 +522,12 @@ def train(args: TrainArgs, overrides: dict) -> None:
         if accelerator.is_main_process:
             lock = lock_folder(output_dir)
             check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config))
+            check_final(output_dir / "final")
     if (output_dir / "final").exists():
         accelerator.print(f"{output_dir / 'final'} is there already: nothing to do")
         accelerator.end_training()
         return
-    accelerator.print(describe(args, label_space, dataset, model, parts, accelerator.device))
+    accelerator.print(describe(args, label_space, dataset, model, parts, accelerator))
 
     # Optimizer, schedule, state
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate)
@@ -535,6 +549,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
         accelerator.print(f"resumed   at step {progress.step}")
         if saved_by != accelerator.num_processes:
             go_on_after(saved_by, args, accelerator, progress.step)
+    elif (output_dir / "metrics.jsonl").exists():
+        accelerator.print(f"note      no checkpoint in {folder} yet: from the beginning")
     loader = make_loader(args, dataset, accelerator, parts, progress.step)
     log = MetricsLog(output_dir / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
     # tensorboard drops what a killed run wrote after its last checkpoint.
@@ -610,7 +626,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
         write_json(output_dir / "all_results.json", results)
         save_final(trained, processor, output_dir / "final")  # last: where it is, the run is complete
     if complete:
-        accelerator.print(f"trained in {progress.seconds:.0f} s; the model is in {output_dir / 'final'}")
+        sittings = "" if saved_by is None else ", all sittings together"
+        accelerator.print(f"trained in {progress.seconds:.0f} s{sittings}; the model is in {output_dir / 'final'}")
     else:
         accelerator.print(f"SIGTERM: stopped after step {progress.step}, which is saved; the same command goes on")
     # The model goes before its process group: the other way round, freeing DDP's reducer can wait for ever for a

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pkgutil
 import random
+import re
 import resource
 import shutil
 import signal
@@ -285,7 +286,22 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(straight, stopped):
     assert ended(start(command, folder / "log")) == 0
     log = (folder / "log").read_text()
     assert "step_00000012 is damaged (the contents of optimizer.bin have changed)" in log and "at step 9" in log
+    assert "s, all sittings together; the model" in log
+    assert re.search(r"trained in \d+ s; the model", (straight / "log").read_text())
     assert equal(weights(folder), weights(straight)) and logged(folder) == logged(straight)
+
+
+def test_a_damaged_final_model_is_recognised_and_made_anew_of_the_last_checkpoint(straight, stopped):
+    folder, command = stopped
+    shutil.copytree(straight / "final", folder / "final")
+    file = folder / "final" / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    assert ended(start(command, folder / "log")) == 2
+    assert f"error: {folder / 'final'} is damaged" in (folder / "log").read_text()
+    shutil.rmtree(folder / "final")
+    assert [ended(start(command, folder / "log")) for _ in range(2)] == [0, 0]
+    assert equal(weights(folder), weights(straight))
+    assert "is there already: nothing to do" in (folder / "log").read_text()
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_lost_and_the_folder_named(stopped):

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from tiny import CLASS_NAMES, tiny_model
@@ -13,7 +13,9 @@ from transformers.models.swin import modeling_swin
 
 from train import TrainArgs
 from zs3.command_line import InputError
+from zs3.image_labels import PseudoLabels
 from zs3.label_space import LabelSpace
+from zs3.pseudo_labels import write_shard
 from zs3.run_plan import Pace, check_trackers, cut_batch, describe, duration, names_lines
 
 
@@ -62,17 +64,86 @@ def test_all_names_are_told_and_none_is_broken():
     assert [name for line in lines for name in line.strip().rstrip(",").split(", ")] == names
 
 
+class Images(list):
+    """A stand-in for the dataset: how many images, and what is told of them."""
+
+    class_names, told = CLASS_NAMES, None
+
+
 @pytest.fixture
 def plan(tmp_path):
-    """What a run with these flags says before it starts."""
+    """What a run of 6 images with these flags says before it starts."""
 
-    def plan(**settings) -> str:
+    def plan(processes: int = 1, told: object = None, config: dict | None = None, **settings) -> str:
         label_space = LabelSpace(CLASS_NAMES, CLASS_NAMES[:1], 255)
         args = TrainArgs(dataset="data", output_dir=str(tmp_path), **settings)
-        parts = cut_batch(args.batch_size, 1, args.device_batch_size)
-        return describe(args, label_space, range(6), tiny_model(), parts, torch.device("cpu"))
+        images = Images(range(6))
+        images.told = told
+        parts = cut_batch(args.batch_size, processes, args.device_batch_size)
+        return describe(args, label_space, images, tiny_model(**(config or {})), parts, Accelerator(cpu=True))
 
     return plan
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"clip": "c"}, "start     random weights; text tower of c"),
+        ({"clip": "c", "backbone": "b"}, "start     backbone b (--backbone), else random weights; text tower of c"),
+        ({"mask2former": "m", "text_embeds": "t.npy"}, "start     m (--mask2former); text vectors of t.npy"),
+        ({"init_from": "s/final"}, "start     s/final (--init_from); text tower of s/final"),
+        (
+            {"init_from": "s", "init_parts": "backbone"},
+            "start     backbone of s (--init_from, --init_parts backbone); text tower of s",
+        ),
+        ({}, "rate      5e-05, divided by 10 at step 5000; of the backbone x 0.1"),
+        ({"max_steps": 5000}, "rate      5e-05, constant; of the backbone x 0.1"),
+        ({"lr_schedule": "poly"}, "rate      5e-05, falling to 0 at step 50000 (poly); of the backbone x 0.1"),
+        (
+            {"config": {"dice_weight": 0, "mask_weight": 2.5}},
+            "losses    2 x class (background_aware) + 2.5 x mask (focal) + 1 x rank, matching unpaired",
+        ),
+        (
+            {"batch_size": 6, "device_batch_size": 2, "backbone_norm": "batch", "processes": 3},
+            "norms     statistics of the backbone's batch norms are of 2 images, which a process takes at once",
+        ),
+        (
+            {"batch_size": 6, "backbone_norm": "sync", "processes": 3},
+            "norms     statistics of the backbone's batch norms are of 6 images, which all processes take at once",
+        ),
+        ({}, "device    cpu, one process"),
+    ],
+)
+def test_the_plan_says(plan, settings, line):
+    assert line in plan(**settings).splitlines()
+
+
+@pytest.mark.parametrize(("device_batch_size", "is_noted"), [(5, True), (4, False), (8, False), (9, False)])
+def test_a_device_batch_size_that_does_not_divide_the_batch_is_noted(plan, device_batch_size, is_noted):
+    note = f"note      --device_batch_size {device_batch_size} does not divide a process's 8 images: it takes 4 at once"
+    assert (note in plan(batch_size=8, device_batch_size=device_batch_size).splitlines()) == is_noted
+
+
+def test_pseudo_labels_are_counted_and_none_is_noted(plan, tmp_path):
+    label_space = LabelSpace(CLASS_NAMES, CLASS_NAMES[:2], 255)
+    scores = np.array([[0.5, 0.9], [0.1, 0.2], [0.8, 0.7], [0.9, 0.9]], np.float32)
+    write_shard(tmp_path / "scores-00000-of-00001.parquet", ["a", "b", "c", "other"], scores, label_space.unseen)
+    found = {}
+    for threshold in (0.7, 0.99):
+        told = PseudoLabels(tmp_path, label_space, ["a", "b", "c"], threshold)
+        text = plan(told=told, unseen_labels=str(tmp_path), config={"pseudo_label_threshold": threshold})
+        found[threshold] = "no pseudo label reaches --pseudo_label_threshold" in text
+        assert tuple(told.positives) == ((3, 2, 3) if threshold == 0.7 else (0, 0, 3))
+        counts = "3 labels, in 2 of 3 images" if threshold == 0.7 else "0 labels, in 0 of 3 images"
+        assert f"          positive at the threshold of {threshold}: {counts}" in text.splitlines()
+    assert found == {0.7: False, 0.99: True}
+
+
+def test_fsdp_that_accelerate_left_out_is_noted(plan, monkeypatch):
+    note = "note      accelerate was asked for FSDP, which it has on GPUs only: it is not in force"
+    assert note not in plan()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert note in plan()
 
 
 def test_a_precision_that_accelerate_was_given_is_said_not_to_count(plan, monkeypatch):
@@ -114,6 +185,11 @@ def test_the_end_is_foretold_once_from_the_second_to_the_sixth_step(clock):
         lines.append(pace.forecast(step, max_steps=1006))
     (line,) = [line for line in lines if line]
     assert lines.index(line) == 5 and "expected  3 h 12 min to step 1006" in line
+
+
+def test_no_end_is_foretold_to_a_run_that_has_ended(clock):
+    pace = Pace(Accelerator(cpu=True))
+    assert [pace.forecast(step, max_steps=6) for step in range(1, 7)] == [None] * 6
 
 
 def test_time_is_told_as_people_say_it():

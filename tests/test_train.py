@@ -357,6 +357,10 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
         ({"backbone_norm": "sync"}, "give batch or frozen"),
         ({"trackers": "tensorbord"}, "accelerate knows aim, clearml"),
         ({"dataset": "nowhere"}, "nowhere"),
+        ({"matching": "joined"}, "error: the model's configuration: Field 'matching' expected one of"),
+        ({"class_weight": -1}, "error: the model's configuration: class_weight must not be negative, got -1"),
+        ({"unseen_labels": "ground-truth"}, "do not exist: did you mean ground_truth?"),
+        ({"text_embeds": None}, "a recipe of stage 2 wants --init_from"),
         ({"caption_nouns": "nouns"}, "--caption_nouns need a text tower"),
         ({"caption_nouns": "nouns", "unseen_labels": "ground_truth"}, "leave out --unseen_labels"),
     ],
@@ -376,6 +380,12 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_flag(data, tmp_path, mo
     ResNetConfig().save_pretrained(tmp_path / "resnet")
     line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", clip=tmp_path / "resnet"))
     assert "--clip" in line and "'resnet'" in line and "'clip'" in line
+
+
+def test_the_folder_of_a_run_is_no_start_but_what_it_ended_with(data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "stage1" / "final").mkdir(parents=True)
+    line = refused(monkeypatch, capsys, plain_flags(data, tmp_path / "out", tmp_path / "stage1"))
+    assert f"did you mean {tmp_path / 'stage1' / 'final'}?" in line
 
 
 def test_a_start_of_another_architecture_is_refused(data, tmp_path, monkeypatch, capsys):
@@ -514,12 +524,14 @@ def test_the_image_processor_ignores_what_the_data_ignores(data, tmp_path, monke
     assert saved["ignore_index"] == 65535
 
 
-def test_a_folder_where_nothing_was_trained_takes_another_recipe(data, tmp_path, monkeypatch):
+def test_a_folder_where_nothing_was_trained_takes_another_recipe(data, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump({"max_steps": 7}))
+    (tmp_path / "out" / "metrics.jsonl").touch()
     monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "out", max_steps=1)])
     main()
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["max_steps"] == 1
+    assert "checkpoints yet: from the beginning" in capsys.readouterr().out
 
 
 def test_an_output_folder_that_is_a_file_is_refused(data, tmp_path, monkeypatch, capsys):

@@ -30,6 +30,8 @@ def check_checkpoint(flag_name: str, path: str, model_type: str) -> None:
     """Before anything is loaded, and without running code of the checkpoint: is it there, and of this model?"""
     if looks_local(path) and not Path(path).is_dir():
         raise InputError(f"--{flag_name} {path}: no such folder (relative paths start where the command does)")
+    if (Path(path) / "final").is_dir() and not (Path(path) / "config.json").is_file():
+        raise InputError(f"--{flag_name} {path} is the folder of a run: did you mean {Path(path) / 'final'}?")
     try:
         found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
     except CHECKPOINT_ERRORS as error:

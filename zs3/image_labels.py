@@ -7,8 +7,9 @@ Axes: C names on the class axis of the run, N images, U unseen names.
 """
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -64,10 +65,20 @@ class GroundTruthLabels:
         return labels
 
 
+class Positives(NamedTuple):
+    """How many labels are positive, and in how many of how many images."""
+
+    labels: int
+    images: int
+    all_images: int
+
+
 class PseudoLabels:
     """Section 3.4: the scores of a folder (`load_unseen_scores`) made into labels (`pseudo_labels`).
 
     image_ids: of the pictures to come, all of which must have scores; None, of a stream: they are missed when met.
+
+    `positives` are counted over these pictures; of a stream, over all that have scores.
     """
 
     def __init__(
@@ -81,9 +92,11 @@ class PseudoLabels:
         self.path = path
         self.class_names = label_space.class_names
         self.row_of, scores = read_scores(path, label_space)
-        _rows_of(image_ids or [], self.row_of, path)
+        rows = slice(None) if image_ids is None else _rows_of(image_ids, self.row_of, path)
         self.labels = np.zeros((len(scores), len(self.class_names)), dtype=np.int8)
         self.labels[:, ~label_space.is_seen.numpy()] = pseudo_labels(scores, threshold, unknown_above)
+        is_positive = self.labels[rows] == 1
+        self.positives = Positives(int(is_positive.sum()), int(is_positive.any(axis=1).sum()), len(is_positive))
 
     def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self.labels[_rows_of([image_id], self.row_of, self.path)[0]]
@@ -126,6 +139,9 @@ def _score_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
+        close = get_close_matches(str(path), ("none", "ground_truth", "masks"), n=1)
+        if close:
+            raise InputError(f"pseudo labels {path} do not exist: did you mean {close[0]}?")
         raise InputError(
             f"pseudo labels {path} do not exist: unseen_labels is 'none', 'ground_truth', 'masks', or a "
             "folder that python -m zs3.pseudo_labels made"

@@ -24,6 +24,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -31,7 +32,7 @@ from transformers import ProcessorMixin
 
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
-from zs3.checkpoints import file_sha256
+from zs3.checkpoints import CHECKPOINT_ERRORS, file_sha256, weight_files
 from zs3.command_line import InputError, finite_or_none, one_line, write_json, write_text
 from zs3.stopping import all_refuse
 
@@ -74,6 +75,23 @@ def differ(before: object, now: object) -> bool:
     if isinstance(before, str) and isinstance(now, str) and Path(now).exists():
         return Path(before).resolve() != Path(now).resolve()
     return before != now
+
+
+def check_final(folder: Path) -> None:
+    """Where a final model is, can it be read? Of the weights their headers, which know how long a file is."""
+    if not folder.exists():
+        return
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for path in weight_files(folder):
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+    except CHECKPOINT_ERRORS as error:
+        raise InputError(
+            f"{folder} is damaged ({one_line(error)}): delete it and give the command again, which makes it of the "
+            "last checkpoint"
+        ) from error
 
 
 def lock_folder(folder: Path) -> IO:
