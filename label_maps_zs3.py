@@ -32,6 +32,7 @@ from transformers.utils import ModelOutput
 
 MASK_STRIDE = 4  # a mask pixel covers 4 x 4 pixels of the model's input
 EQUAL = 1e-12  # scores this close are equal: above the rounding of float64 sums over some hundred queries
+NEAR = 1e-6  # scores this close count as equal among the seen, or the unseen, classes
 TILE = 4  # mask pixels along the side of a tile
 BLOCK = 4  # tiles along the side of the blocks with which the certificate begins
 CHUNK = 2**19  # numbers of one kind held at once in steps 3 and 4, beside those of the size of the masks or the output
@@ -72,7 +73,8 @@ class SemanticMap:
     query that knows no difference between the classes, as Eq. 5 trains the unmatched ones, has no say.
     confidence_margin: how much more that is than the runner-up's.
     seen_map, seen_score, unseen_map, unseen_score: the best of the seen, and of the unseen classes, and its score, to
-    1e-5; -1 and -inf where there is no such class; None unless asked for (`is_seen`). One of the two is the winner.
+    1e-5, near-ties to the lowest index; -1 and -inf where there is no such class; None unless asked for (`is_seen`).
+    One of the two is the winner.
     """
 
     label_map: Tensor
@@ -295,7 +297,8 @@ class _Race:
     """A competition of some classes at every pixel, and its result.
 
     members, favourites: (C,) bool. rank: 1, or 2 where the second best is wanted too; 0 without members.
-    exact: near-ties are decided in float64; not worth it within groups, of which one may be nowhere in the picture.
+    exact: near-ties are decided in float64; within groups, of which one may be nowhere in the picture, they go to the
+    lowest index.
     ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile, where floor(x) is at most what the class of this rank
     has at x; inf or NaN where there is no floor.
     label_map, score: (N, X), score None where it is not wanted.
@@ -465,6 +468,8 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], sure: Tensor | N
             second = second.clamp(min=0)
             if race.exact:
                 _decide_exactly(tiles, tile, classes, runs, best - second <= 2 * error, place)
+            else:
+                _take_first(own, best - NEAR, best - second <= NEAR, place)
             race.label_map[tile] = classes.gather(1, place)
             floor = best
             if sure is not None:
@@ -552,6 +557,14 @@ def _decide_exactly(tiles: _Tiles, tile: Tensor, classes: Tensor, runs: Tensor, 
             y, x = y.clamp(max=last_y), x.clamp(max=last_x)  # beyond it lie copies of the last pixel
             scores = _exact_masks(tiles.mask_logits, tiles.rows, tiles.columns, y, x) @ probs
             place[own, pixel] = _first_of_best(scores.masked_fill(~runs[own], -torch.inf))
+
+
+def _take_first(scores: Tensor, least: Tensor, close: Tensor, place: Tensor) -> None:
+    """Of near-ties the lowest index: scores (n, K, X) without those of place (n, X), which it is written into; least,
+    close (n, X)."""
+    tile, pixel = close.nonzero(as_tuple=True)
+    near = scores[tile, :, pixel] >= least[tile, pixel, None]  # (m, K)
+    place[tile, pixel] = near.scatter_(1, place[tile, pixel, None], True).int().argmax(dim=1)
 
 
 def _first_of_best(scores: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import AutoModel, AutoProcessor
@@ -91,38 +93,48 @@ def test_iou_is_that_of_pixel_sets(checkpoint, data, setting, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text()) == result
 
 
-def confusion_by_hand(checkpoint: Path, data: Path, weight: float) -> dict[str, float | None]:
-    """IoU with the ensemble, image by image: dense scores of the formula of section 4.6."""
+def iou_of_maps(data: Path, label_map: Callable[[Image.Image, tuple[int, int]], np.ndarray]) -> dict[str, float | None]:
+    """IoU of each class where label_map(image, size) is the prediction."""
+    both, either = np.zeros(len(CLASS_NAMES)), np.zeros(len(CLASS_NAMES))
+    for image, label, _ in load_split(data, "validation"):
+        found = label_map(image, label.shape)
+        for place in range(len(CLASS_NAMES)):
+            here, there = label == place, (found == place) & (label != 255)
+            both[place] += (here & there).sum()
+            either[place] += (here | there).sum()
+    return {n: b / e if e else None for n, b, e in zip(CLASS_NAMES, both, either, strict=True)}
+
+
+def dense_masks(mask_logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    masks = F.interpolate(mask_logits, scale_factor=4, mode="bilinear").sigmoid()
+    return F.interpolate(masks, size=size, mode="bilinear")
+
+
+def ensemble_by_hand(checkpoint: Path, data: Path, weight: float) -> dict[str, float | None]:
+    """IoU with the ensemble: dense scores of the formula of section 4.6."""
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     seen = torch.tensor([name not in UNSEEN for name in CLASS_NAMES])
-    both, either = np.zeros(len(CLASS_NAMES)), np.zeros(len(CLASS_NAMES))
-    for image, label, _ in load_split(data, "validation"):
+
+    @torch.inference_mode()
+    def label_map(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
         inputs = processor(images=image)
-        with torch.inference_mode():
-            outputs = model(**inputs)
-            clip = model.embed_proposals(processor.to_rgb(inputs["pixel_values"]), outputs.mask_logits)
+        outputs = model(**inputs)
+        clip = model.embed_proposals(processor.to_rgb(inputs["pixel_values"]), outputs.mask_logits)
         p = outputs.class_logits.softmax(-1)
         s = (100 * clip.embeds @ model.vocabulary.T).softmax(-1)
         s = torch.where(clip.shown[..., None], s, 1)
         probs = torch.where(seen, p**weight * s ** (1 - weight), p ** (1 - weight) * s**weight)
-        masks = F.interpolate(outputs.mask_logits, scale_factor=4, mode="bilinear").sigmoid()
-        masks = F.interpolate(masks, size=label.shape, mode="bilinear")
-        found = torch.einsum("bqc,bqhw->bchw", probs, masks).argmax(1)[0].numpy()
-        for place in range(len(CLASS_NAMES)):
-            here, there = (label == place), (found == place) & (label != 255)
-            both[place] += (here & there).sum()
-            either[place] += (here | there).sum()
-    return {n: b / e if e else None for n, b, e in zip(CLASS_NAMES, both, either, strict=True)}
+        return torch.einsum("bqc,bqhw->bchw", probs, dense_masks(outputs.mask_logits, size)).argmax(1)[0].numpy()
+
+    return iou_of_maps(data, label_map)
 
 
 @pytest.mark.parametrize("view", ["crops", "lazy"])
 def test_the_ensemble_is_that_of_section_4_6(with_clip, data, view):
     args = EvalArgs(model=str(with_clip), dataset=str(data), ensemble=view, ensemble_weight=0.6)
     result = evaluate(args)
-    assert result["per_class"] == pytest.approx(
-        confusion_by_hand(with_clip, data, 0.6), abs=2e-3
-    )  # ties may fall apart
+    assert result["per_class"] == pytest.approx(ensemble_by_hand(with_clip, data, 0.6), abs=2e-3)  # ties may fall apart
     assert (result["clip_ensemble"], result["clip_ensemble_weight"]) == (view, 0.6)
     assert 0 < result["proposals_shown_to_clip"] <= 5
     assert (
@@ -156,20 +168,16 @@ def biased_by_hand(checkpoint: Path, data: Path, gamma: float) -> dict[str, floa
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     seen = torch.tensor([name not in UNSEEN for name in CLASS_NAMES])
-    both, either = np.zeros(len(CLASS_NAMES)), np.zeros(len(CLASS_NAMES))
-    for image, label, _ in load_split(data, "validation"):
-        with torch.inference_mode():
-            outputs = model(**processor(images=image))
-        masks = F.interpolate(outputs.mask_logits.double(), scale_factor=4, mode="bilinear").sigmoid()
-        masks = F.interpolate(masks, size=label.shape, mode="bilinear")
+
+    @torch.inference_mode()
+    def label_map(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        outputs = model(**processor(images=image))
+        masks = dense_masks(outputs.mask_logits.double(), size)
         scores = torch.einsum("bqc,bqhw->bchw", outputs.class_logits.softmax(-1).double(), masks)[0]
         scores -= gamma * seen[:, None, None]
-        found = (scores >= scores.amax(0) - 1e-12).int().argmax(0).numpy()  # where no mask is, classes are equal
-        for place in range(len(CLASS_NAMES)):
-            here, there = label == place, (found == place) & (label != 255)
-            both[place] += (here & there).sum()
-            either[place] += (here | there).sum()
-    return {n: b / e if e else None for n, b, e in zip(CLASS_NAMES, both, either, strict=True)}
+        return (scores >= scores.amax(0) - 1e-6).int().argmax(0).numpy()  # where no mask is, classes are equal
+
+    return iou_of_maps(data, label_map)
 
 
 @pytest.mark.parametrize("gamma", [0.3, -0.2])
