@@ -293,6 +293,16 @@ def choose_what_learns(model: Zs3ForSemanticSegmentation, backbone_norm: str) ->
         pixels.encoder.swin.layernorm.requires_grad_(False)  # as a backbone, Swin gives its stages, not its last output
 
 
+def straighten_gradients(model: nn.Module) -> None:
+    """For DDP, which warns of gradients with other strides than their weights have.
+
+    Those of 1 x 1 convolutions of channels-last maps differ in strides that no element is found by.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.weight.requires_grad:
+            module.weight.register_hook(lambda grad: grad.flatten(1)[:, :, None, None])
+
+
 def parameter_groups(model: nn.Module, args: TrainArgs) -> list[dict]:
     """Trainable parameters: the backbone learns slower, norms and embeddings do not decay (Mask2Former's rule)."""
     undecayed = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
@@ -541,6 +551,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
     checkpoints = Checkpoints(accelerator, folder, model, scheduler, progress, kept=args.checkpoints_kept)
     if accelerator.is_fsdp2:
         model.get_input_embeddings = lambda: None  # accelerate asks for them; an image model has none
+    elif accelerator.num_processes > 1:
+        straighten_gradients(model)
     config = model.config  # no longer to be had when the model is wrapped
     model, optimizer = accelerator.prepare(model.train(), optimizer)
     set_seed(args.seed + 1 + accelerator.process_index)  # point sampling differs between processes

@@ -21,7 +21,7 @@ from tiny_run import RECIPE, flags, write_data
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
-from train import StepMean, TrainArgs, main, make_accelerator, make_scheduler, parameter_groups
+from train import StepMean, TrainArgs, main, make_accelerator, make_scheduler, parameter_groups, straighten_gradients
 from zs3.command_line import run
 from zs3.data import load_split
 from zs3.label_space import load_label_space
@@ -286,6 +286,23 @@ def test_the_backbone_learns_slower_and_norms_and_embeddings_do_not_decay():
     assert (names["class_projection.0.weight"]["lr"], names["class_projection.0.weight"]["weight_decay"]) == (1.0, 0.5)
     assert all(group is None for name, group in names.items() if name.startswith(("text_model", "vision_model")))
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_gradients_have_the_strides_of_their_weights_for_ddp():
+    pixel_values = torch.rand(2, 3, 64, 64)
+    labels = torch.randint(0, 4, (2, 64, 64))
+    grads, strides = [], []
+    for straightened in (False, True):
+        model = tiny_model().train()
+        if straightened:
+            straighten_gradients(model)
+        torch.manual_seed(0)
+        model(pixel_values, text_embeds=torch.eye(4, 12), labels=labels).loss.backward()
+        trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        grads.append([parameter.grad for parameter in trained])
+        strides.append([parameter.grad.stride() == parameter.stride() for parameter in trained])
+    assert not all(strides[0]) and all(strides[1])
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 def test_the_printed_schedule_decays_at_5000_and_ignores_80000():
