@@ -437,6 +437,11 @@ def with_counts(batches: Iterator[dict], micro_batches: int, config: Zs3Config) 
 def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
     """How the run is spread over processes and devices; what cannot be is refused before anything is loaded."""
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() != state.num_processes:
+        raise InputError(
+            f"{torch.distributed.get_world_size()} processes were started, and accelerate sees no GPU for them: on "
+            "CPU cores set ACCELERATE_USE_CPU=true in the environment"
+        )
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs a GPU: on CPU cores give bf16 or no")
     if args.backbone_norm == "sync" and state.device.type != "cuda":

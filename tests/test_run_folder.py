@@ -69,12 +69,13 @@ def train_in_process(arguments: list[str], log: Path, changes: tuple, environmen
     run(train.main)
 
 
-def start_two(arguments: list[str], log: Path, *changes: Callable[[], None]) -> list[BaseProcess]:
+def start_two(arguments: list[str], log: Path, *changes: Callable[[], None], **environment: str) -> list[BaseProcess]:
     """A run of two processes, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= environment
     return [start(arguments, log, *changes, RANK=rank, LOCAL_RANK=rank, **common) for rank in ("0", "1")]
 
 
@@ -461,6 +462,14 @@ def test_a_second_run_in_a_folder_is_refused_by_all_its_processes(data, tmp_path
     (line,) = {line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")}
     assert f"another run writes in {tmp_path / 'run'} now" in line
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate has GPUs for the processes")
+def test_two_processes_that_accelerate_takes_for_one_each_are_refused(data, tmp_path):
+    command = flags(data, tmp_path / "run", **SETTINGS)
+    assert [ended(process) for process in start_two(command, tmp_path / "log", ACCELERATE_USE_CPU="false")] == [2, 2]
+    assert "error: 2 processes were started, and accelerate sees no GPU for them" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_is_free_when_its_run_was_killed_although_a_worker_lives_on(tmp_path):
