@@ -19,22 +19,33 @@ import platform
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from configuration_zs3 import plain
 from label_maps_zs3 import SemanticMap
 from zs3.calibration import OUTSIDER, Rejection, Reliability, SeenBiasCurve
-from zs3.checkpoints import NoClaim, check_no_unseen_masks, class_vectors, load_checkpoint, trained_on, weights_sha256
+from zs3.checkpoints import (
+    NoClaim,
+    check_no_unseen_masks,
+    class_vectors,
+    file_sha256,
+    load_checkpoint,
+    settings_sha256,
+    trained_on,
+    weights_sha256,
+)
 from zs3.command_line import (
     InputError,
     check_at_least,
@@ -48,10 +59,10 @@ from zs3.command_line import (
 )
 from zs3.curves import draw_reliability, draw_seen_unseen_curve
 from zs3.data import Split, dataset_name, load_split
-from zs3.evaluation import ConfusionMatrix, GeneralizedScores, headline_scores
+from zs3.evaluation import ConfusionMatrix, GeneralizedScores, headline_scores, images_path, load_images
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
-from zs3.results import read_result, report, write_result
+from zs3.results import protocol, read_result, report, write_result
 from zs3.suites import SUITES, Suite, chosen_members, row
 
 
@@ -108,6 +119,8 @@ class EvalArgs:
             raise InputError("--ensemble_weight and --ensemble_tolerance are shares, at most 1")
         if self.ensemble_tolerance > 0 and self.ensemble != "lazy":
             raise InputError("--ensemble_tolerance goes with --ensemble lazy")
+        if self.seen_bias is not None and (self.setting != "gzs3" or self.suite == "ovs5"):
+            raise InputError("--seen_bias goes with --setting gzs3, where seen and unseen names compete")
         if self.ensemble == "lazy" and self.seen_bias is not None:
             raise InputError("--seen_bias does not go with --ensemble lazy, which decides the label map without it")
         if not 0 < self.max_wrong < 1:
@@ -120,8 +133,15 @@ class EvalArgs:
             check_required(self, "data_root", "output")
             if self.dataset or self.label_space or self.without:
                 raise InputError("--dataset, --label_space and --without do not go with --suite: it has its own")
+        if self.output is not None and self.suite is None:
+            if Path(self.output).suffix != ".json" or Path(self.output).is_dir():
+                raise InputError(f"--output {self.output} must be a file that ends in .json")
+        elif self.output is not None and Path(self.output).exists() and not Path(self.output).is_dir():
+            raise InputError(f"--output {self.output} is a file: of a suite it is a folder")
+        if self.ensemble == "off" and self.ensemble_weight is not None:
+            raise InputError("--ensemble_weight goes with an ensemble, and --ensemble is off")
         if self.curves is not None and not self.calibration:
-            raise InputError("--curves needs what --calibration false leaves out")
+            raise InputError("--curves draws what is left out without calibration")
         if self.curves is not None and find_spec("matplotlib") is None:
             raise InputError('--curves needs matplotlib: pip install -e ".[figures]"')
 
@@ -161,7 +181,7 @@ def candidates_of(label_space: LabelSpace, setting: str, without: list[str], con
     names = label_space.class_names
     strangers = [name for name in without if name not in names]
     if strangers:
-        raise InputError(f"--without {strangers[0]!r}: the label space has no such name")
+        raise InputError(f"--without {strangers[0]!r}: the label space has no such name (quote names of two words)")
     chosen = [name not in without and (setting != "zs3" or name in label_space.unseen) for name in names]
     index = torch.nonzero(torch.tensor(chosen)).squeeze(1)
     if len(index) == 0:
@@ -185,6 +205,13 @@ def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str)
         raise NoClaim(f"the checkpoint saw no masks of {missing[:3]}, seen classes here: use --setting ovs")
 
 
+def check_code(path: str, processor: ProcessorMixin) -> None:
+    """A checkpoint brings its own code, which may be older than this evaluation."""
+    known = signature(processor.post_process_semantic_segmentation).parameters
+    if not {"return_scores", "is_seen"} <= known.keys():
+        raise InputError(f"the code beside {path} is older than this eval.py: copy the project's *_zs3.py over it")
+
+
 def chosen_ensemble(args: EvalArgs, model: PreTrainedModel) -> tuple[str, float | None]:
     """The view and the weight, of which one that is not given is the checkpoint's; ("off", None) for no ensemble."""
     try:
@@ -202,32 +229,39 @@ class SeenBias(NamedTuple):
     chosen: str
 
 
-def chosen_bias(given: str | None, unseen: list[str], split_sha256: str) -> SeenBias:
-    """A number as it is; of a result file the best of its curve, with what its choice knew of our unseen classes."""
+def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> SeenBias:
+    """A number as it is; of a result file the best of its curve, and what its choice knew."""
     if given is None:
         return SeenBias(0.0, "none")
     try:
         value = float(given)
     except ValueError:
-        return best_bias(Path(given), unseen, split_sha256)
+        return best_bias(Path(given), stamp, image_ids)
     if not math.isfinite(value):
         raise InputError(f"--seen_bias must be a finite number, got {given}")
-    return SeenBias(value, "by hand: it may be tuned on these images")
+    return SeenBias(value, "chosen by hand: it may be tuned on these images")
 
 
-def best_bias(path: Path, unseen: list[str], split_sha256: str) -> SeenBias:
-    result = read_result(path)
-    if result.get("seen_unseen_curve") is None:
-        raise InputError(f"--seen_bias {path}: it has no curve; that of a gzs3 evaluation with unseen classes has one")
-    value = result["seen_unseen_curve"]["best"]["gamma"]
-    known = [name for name in result["unseen"] if name in unseen]
-    if not known:
-        chosen = f"on classes held out ({', '.join(result['unseen'])}), without labels of the unseen ones"
-    elif result["split_sha256"] == split_sha256:
-        chosen = "TUNED ON THE TEST IMAGES, for the best hIoU"
+def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> SeenBias:
+    result, unseen = read_result(path), stamp["unseen"]
+    curve = result.get("seen_unseen_curve")
+    if curve is None or curve["best"] is None:
+        raise InputError(f"--seen_bias {path}: it has no curve; evaluate again, with --setting gzs3 and calibration")
+    leaked = [name for name in unseen if plain(name) in map(plain, result["trained_on_masks_of"] or [])]
+    if leaked:
+        raise InputError(f"--seen_bias {path}: its model saw masks of {leaked}, which are unseen here")
+    known = [name for name in unseen if plain(name) in map(plain, [*result["seen"], *result["unseen"]])]
+    labels = f"with labels of the unseen classes ({', '.join(known)})" if known else "without labels of unseen classes"
+    shared = 0
+    if (result["dataset"], result["split"]) == (stamp["dataset"], stamp["split"]):
+        shared = len({*load_images(images_path(path)).image_ids} & {*image_ids})
+    if shared:
+        chosen = f"TUNED ON THE TEST IMAGES, {shared} of {len(image_ids)}, {labels}"
+    elif known:
+        chosen = f"chosen on other images, {labels}"
     else:
-        chosen = f"on other images, with label maps of unseen classes ({', '.join(known)})"
-    return SeenBias(value, chosen)
+        chosen = f"chosen on other images, on classes held out ({', '.join(result['unseen'])}), {labels}"
+    return SeenBias(curve["best"]["gamma"], chosen)
 
 
 # ---- the pass ----------------------------------------------------------------------------------------------
@@ -318,14 +352,20 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     records = load_split(args.dataset, args.split, label_space)
     with accelerator.local_main_process_first():
         model, processor = load_checkpoint(args.model)
+    check_code(args.model, processor)
     check_claim(model.config, label_space, args.setting)
     candidates = candidates_of(label_space, args.setting, args.without, model.config)
-    num_images = len(records) if args.max_images is None else min(args.max_images, len(records))
-    stamp = stamps(args, label_space, model.config, candidates, records.image_ids[:num_images])
-    there = finished(Path(args.output), stamp) if reuse else None
-    if there is not None:
-        return there
-    bias = chosen_bias(args.seen_bias, stamp["unseen"], stamp["split_sha256"])
+    image_ids = records.image_ids[: args.max_images]
+    num_images = len(image_ids)
+    if num_images == 0:
+        raise InputError(f"split {args.split!r} of {args.dataset} has no images")
+    stamp = stamps(args, label_space, model.config, candidates, image_ids) | {"split_images": len(records)}
+    if reuse:
+        there = [finished(Path(args.output), stamp) if accelerator.is_main_process else None]
+        (there,) = broadcast_object_list(there)  # the others may not see the main process's disk
+        if there is not None:
+            return there
+    bias = chosen_bias(args.seen_bias, stamp, image_ids)
     view, weight = chosen_ensemble(args, model)
     model.to(accelerator.device)
     text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
@@ -340,7 +380,8 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     images = Images(records, mine, candidates, processor)
     workers = min(args.num_workers, len(images))
     loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=as_it_is)
-    for item in tqdm(loader, unit="image", mininterval=1, disable=not accelerator.is_local_main_process):
+    quiet = not accelerator.is_local_main_process
+    for item in tqdm(loader, desc=stamp["dataset"], unit="image", mininterval=1, disable=quiet):
         inputs, size = item.inputs.to(accelerator.device), item.label.shape
         outputs = model(**inputs, text_embeds=text_embeds)
         if view != "off":
@@ -361,7 +402,7 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
         count(counts, found, prediction, torch.from_numpy(item.label).to(prediction.device), item.image_id)
         if args.pictures is not None and item.index in drawn:
             truth = np.where((item.label == OUTSIDER) | (item.label == candidates.ignored), -1, item.label)
-            panels = {"image": item.image, "truth": truth, "prediction": prediction.cpu()}
+            panels = {"image": item.image, "truth (grey: not counted)": truth, "prediction": prediction.cpu()}
             draw_comparison(panels, candidates.names, Path(args.pictures) / f"{item.image_id}.png")
 
     total, *others = gather_object([counts])
@@ -380,7 +421,8 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
             "ensemble_weight_chosen": "none" if view == "off" else weight_chosen(args),
         },
     }
-    result = {"protocol": protocol(result), **result, **scores(args, total, candidates)}
+    result |= scores(args, total, candidates)
+    result = {"protocol": protocol(result), **result}
     result |= {"proposals_shown_to_clip": total.shown / num_images, "undecided_share": total.undecided / num_images}
     result = finite_or_none(result)
     if args.output is not None:
@@ -398,6 +440,7 @@ def stamps(
 ) -> dict:
     """What a reader needs to know of an evaluation before it has begun. Equal stamps stand for equal numbers."""
     unseen = [name for name in candidates.names if name in label_space.unseen]
+    given = (args.text_embeds, args.seen_bias)
     return {
         "setting": args.setting,
         "model": args.model,
@@ -407,6 +450,9 @@ def stamps(
         "label_space": args.label_space or "the dataset's own",
         "label_space_sha256": label_space.sha256,
         "checkpoint_sha256": weights_sha256(args.model),
+        "settings_sha256": settings_sha256(args.model, ".json"),
+        "code_sha256": settings_sha256(args.model, ".py"),
+        "given_sha256": {name: file_sha256(Path(name)) for name in given if name is not None and Path(name).is_file()},
         "seen": [name for name in candidates.names if name not in unseen],
         "unseen": unseen,
         "without": args.without,
@@ -421,22 +467,7 @@ def stamps(
 
 def weight_chosen(args: EvalArgs) -> str:
     given = args.ensemble_weight is not None
-    return "by hand: it may be tuned on these images" if given else "the checkpoint's"
-
-
-def protocol(result: dict) -> str:
-    """The stamps in a sentence."""
-    ensemble, calibration = "no ensemble", result["calibration"]
-    if result["clip_ensemble"] != "off":
-        weight = f"{result['clip_ensemble_weight']}, {calibration['ensemble_weight_chosen']}"
-        ensemble = f"ensemble with CLIP ({result['clip_ensemble']}, weight {weight})"
-    bias = "no bias off seen classes"
-    if calibration["seen_bias_chosen"] != "none":
-        bias = f"bias {calibration['seen_bias']:.4g} off seen classes, chosen {calibration['seen_bias_chosen']}"
-    seen, unseen = len(result["seen"]), len(result["unseen"])
-    names = f"{seen + unseen} names" if result["setting"] == "ovs" else f"{seen} seen and {unseen} unseen names"
-    rule = {"union": "truth and prediction both", "truth": "the truth"}[result["absent"]]
-    return f"{result['setting']}, {names}, {ensemble}, {bias}; classes that {rule} lack are left out of means"
+    return "chosen by hand: it may be tuned on these images" if given else "the checkpoint's"
 
 
 def scores(args: EvalArgs, total: Counts, candidates: Candidates) -> dict:
@@ -464,7 +495,9 @@ def scores(args: EvalArgs, total: Counts, candidates: Candidates) -> dict:
             pair._asdict() | {"truth": names[pair.truth], "predicted": names[pair.predicted]}
             for pair in confusion.worst_pairs(WORST_PAIRS)
         ],
-        "seen_unseen_curve": None if total.curve is None else total.curve.result(args.absent),
+        "seen_unseen_curve": total.curve.result(args.absent)
+        if total.curve is not None and total.curve.has_both
+        else None,
         "reliability": None if total.reliability is None else total.reliability.result(),
         "rejection": None if total.rejection is None else total.rejection.result(args.max_wrong),
     }

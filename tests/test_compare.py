@@ -142,7 +142,7 @@ def test_a_small_gain_on_every_image_is_told_though_the_images_differ_widely(tmp
     matrix = ConfusionMatrix(4, IGNORE)
     for prediction, label in pairs["a"]:
         matrix.update(prediction, label)
-    low, high = matrix.confidence_intervals([True, True, False, False])["miou"]
+    low, high = matrix.bootstrap([True, True, False, False]).intervals()["miou"]
     assert high - low > 10 * (row["interval"][1] - row["interval"][0])
 
 

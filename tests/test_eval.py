@@ -23,6 +23,7 @@ from processing_zs3 import Zs3ImageProcessor
 from zs3.command_line import InputError, run
 from zs3.data import load_split
 from zs3.evaluation import load_images
+from zs3.label_space import load_label_space
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -204,41 +205,101 @@ def test_the_curve_of_one_pass_is_that_of_a_pass_for_each_bias(checkpoint, data)
 
 
 def test_a_bias_says_what_its_choice_knew(checkpoint, data, tmp_path):
+    """A scored split of five images; a training split of others, on which some of the seen classes are held out."""
     flags = {"model": str(checkpoint), "dataset": str(data)}
-    own, fewer, held_out = (tmp_path / f"{name}.json" for name in ("own", "fewer", "held_out"))
-    result = evaluate(EvalArgs(**flags, output=str(own)))
-    evaluate(EvalArgs(**flags, output=str(fewer), max_images=3))
-    # The unseen ones are no candidates, some of the seen ones take their part.
+    write_dataset(tmp_path / "scenes", num_train=6, num_validation=1, seed=7)
     space = json.loads((data / "classes.json").read_text())
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
     held = model.config.seen_class_names[:3]
     model.config.seen_class_names = model.config.seen_class_names[3:]
-    model.save_pretrained(tmp_path / "without_them")
-    AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(tmp_path / "without_them")
+    model.save_pretrained(tmp_path / "less")
+    AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(tmp_path / "less")
     (tmp_path / "classes.json").write_text(json.dumps(space | {"unseen": [*held, *UNSEEN]}))
-    args = {"model": str(tmp_path / "without_them"), "label_space": str(tmp_path / "classes.json")}
-    other = evaluate(EvalArgs(**flags | args, without=list(UNSEEN), output=str(held_out)))
-    assert other["unseen"] == held and other["rejection"]["outsiders"] > 0
+    less = {"model": str(tmp_path / "less"), "label_space": str(tmp_path / "classes.json"), "without": list(UNSEEN)}
+    train = {"dataset": str(tmp_path / "scenes"), "split": "train"}
 
-    def told(seen_bias: Path | None) -> tuple[float, str]:
-        found = evaluate(EvalArgs(**flags, seen_bias=None if seen_bias is None else str(seen_bias)))
-        assert found["calibration"]["seen_bias_chosen"] in found["protocol"] or seen_bias is None
-        return found["calibration"]["seen_bias"], found["calibration"]["seen_bias_chosen"]
+    def told(name: str, **options) -> str:
+        """What the best bias of an evaluation with these options says; the bias is that of the curve."""
+        path = tmp_path / f"{name}.json"
+        other = evaluate(EvalArgs(**flags | options, output=str(path)))
+        found = evaluate(EvalArgs(**flags, seen_bias=str(path)))
+        assert found["calibration"]["seen_bias"] == other["seen_unseen_curve"]["best"]["gamma"]
+        assert found["calibration"]["seen_bias_chosen"] in found["protocol"]
+        return found["calibration"]["seen_bias_chosen"]
 
-    assert told(None) == (0, "none")
-    gamma, chosen = told(own)
-    assert gamma == result["seen_unseen_curve"]["best"]["gamma"] and chosen.startswith("TUNED ON THE TEST IMAGES")
-    assert told(fewer)[1].startswith("on other images, with label maps of unseen classes")
-    gamma, chosen = told(held_out)
-    assert gamma == other["seen_unseen_curve"]["best"]["gamma"]
-    assert chosen.startswith("on classes held out") and "without labels of the unseen ones" in chosen
-    unknown = EvalArgs(**flags | {"setting": "zs3"}, output=str(tmp_path / "zs3.json"))
-    assert evaluate(unknown)["seen_unseen_curve"] is None
-    with pytest.raises(InputError, match="it has no curve"):
-        evaluate(EvalArgs(**flags, seen_bias=str(tmp_path / "zs3.json")))
-    for wrong, words in {"nan": "finite", str(tmp_path / "none.json"): "cannot read"}.items():
+    assert evaluate(EvalArgs(**flags))["calibration"]["seen_bias_chosen"] == "none"
+    assert told("own").startswith("TUNED ON THE TEST IMAGES, 5 of 5, with labels of the unseen classes")
+    assert told("fewer", max_images=3).startswith("TUNED ON THE TEST IMAGES, 3 of 5, with labels")
+    assert told("other", **train).startswith("chosen on other images, with labels of the unseen classes (")
+    assert told("held_out", **less).startswith("TUNED ON THE TEST IMAGES, 5 of 5, without labels of unseen classes")
+    names = ", ".join(held)
+    assert told("honest", **less | train) == (
+        f"chosen on other images, on classes held out ({names}), without labels of unseen classes"
+    )
+    assert told("as_seen", **less | train | {"without": []}).startswith("chosen on other images, with labels")
+
+
+def test_a_bias_of_what_cannot_have_one_is_refused(checkpoint, data, tmp_path):
+    flags = {"model": str(checkpoint), "dataset": str(data)}
+    evaluate(EvalArgs(**flags, output=str(tmp_path / "zs3.json"), setting="zs3"))
+    result = evaluate(EvalArgs(**flags, output=str(tmp_path / "leak.json")))
+    leak = result | {"trained_on_masks_of": CLASS_NAMES}
+    (tmp_path / "leak.json").write_text(json.dumps(leak))
+    for wrong, words in {
+        "nan": "finite",
+        "none.json": "cannot read",
+        "zs3.json": "no curve",
+        "leak.json": "saw masks",
+    }.items():
+        wrong = str(tmp_path / wrong) if "." in wrong else wrong
         with pytest.raises(InputError, match=words):
             evaluate(EvalArgs(**flags, seen_bias=wrong))
+    for options in ({"setting": "zs3"}, {"setting": "ovs"}, {"ensemble": "lazy"}):
+        with pytest.raises(InputError, match="--seen_bias"):
+            EvalArgs(**flags, seen_bias="0.1", **options).check()
+
+
+def test_images_without_unseen_classes_have_no_curve(checkpoint, data, tmp_path):
+    for split in ("images", "labels"):
+        shutil.copytree(data / "validation" / split, tmp_path / "validation" / split)
+    shutil.copy(data / "classes.json", tmp_path)
+    for path in (tmp_path / "validation" / "labels").iterdir():
+        label = np.asarray(Image.open(path)).copy()
+        label[np.isin(label, [CLASS_NAMES.index(name) for name in UNSEEN])] = 255
+        Image.fromarray(label).save(path)
+    args = EvalArgs(model=str(checkpoint), dataset=str(tmp_path), curves=str(tmp_path / "curves"))
+    assert evaluate(args)["seen_unseen_curve"] is None
+    assert [path.name for path in (tmp_path / "curves").iterdir()] == ["reliability.png"]
+
+
+def test_code_that_is_older_than_the_evaluation_is_told(checkpoint, data, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "old")
+    code = (tmp_path / "old" / "processing_zs3.py").read_text()
+    (tmp_path / "old" / "processing_zs3.py").write_text(code.replace("is_seen: Tensor | None = None,", ""))
+    with pytest.raises(InputError, match="is older than this eval.py: copy"):
+        evaluate(EvalArgs(model=str(tmp_path / "old"), dataset=str(data)))
+
+
+def test_options_reach_what_they_are_for(checkpoint, data):
+    def scored(**options) -> dict:
+        return evaluate(EvalArgs(model=str(checkpoint), dataset=str(data), **options))
+
+    first, other = scored(), scored(absent="truth", seed=3, max_wrong=0.6)
+    for absent, result in (("union", first), ("truth", other)):
+        truth = np.concatenate([label.ravel() for _, label, _ in load_split(data, "validation")])
+        counted = [v for n, v in result["per_class"].items() if v is not None]
+        assert result["miou"] == pytest.approx(np.mean(counted))
+        if absent == "truth":
+            assert {n for n, v in result["per_class"].items() if v is not None} == {
+                CLASS_NAMES[index] for index in np.unique(truth) if index != 255
+            }
+        assert result["seen_unseen_curve"]["absent"] == absent
+        assert result["seen_unseen_curve"]["unbiased"]["miou"] == pytest.approx(result["miou"])
+        for name, (low, high) in result["per_class_intervals"].items():
+            assert low is None or low <= result["per_class"][name] + 1e-9 and result["per_class"][name] <= high + 1e-9
+    assert first["confidence_intervals"] != scored(seed=3)["confidence_intervals"]
+    assert (first["rejection"]["conformal"]["alpha"], other["rejection"]["conformal"]["alpha"]) == (0.1, 0.6)
+    assert first["label_space_sha256"] == load_label_space("scenes").sha256
 
 
 def test_names_left_out_are_no_candidates_and_their_pixels_outsiders(checkpoint, data):
@@ -268,13 +329,14 @@ def test_what_lies_beside_a_result(checkpoint, data, tmp_path):
     with (tmp_path / "r.csv").open(newline="") as file:
         rows = {row["class"]: row for row in csv.DictReader(file)}
     told = {name: float(row["iou"]) if row["iou"] else None for name, row in rows.items()}
-    assert told == pytest.approx(result["per_class"]) and rows[UNSEEN[0]]["seen"] == "False"
+    assert told == pytest.approx(result["per_class"])
+    assert {name for name, row in rows.items() if row["kind"] == "unseen"} == set(UNSEEN)
     areas = {name: [int(row[area]) for area in ("intersection", "truth", "predicted")] for name, row in rows.items()}
     truth = np.concatenate([label.ravel() for _, label, _ in load_split(data, "validation")])
     for index, name in enumerate(CLASS_NAMES):
         assert areas[name][1] == (truth == index).sum()
     text = (tmp_path / "r.md").read_text()
-    assert f"| hIoU | {100 * result['hiou']:5.1f} |" in text and f"{result['protocol']}." in text
+    assert f"| hIoU | {100 * result['hiou']:.1f} |" in text and f"{result['protocol']}." in text
     saved = load_images(tmp_path / "r_images.npz")
     assert sorted(saved.image_ids) == [f"{number:05d}" for number in range(5)]
     assert saved.class_names == CLASS_NAMES

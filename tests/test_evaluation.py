@@ -100,7 +100,7 @@ def test_parts_merged_equal_the_whole_intervals_included():
     one.merge(other)
     np.testing.assert_array_equal(one.counts, whole.counts)
     is_seen = [True] * 4 + [False] * 2
-    assert one.confidence_intervals(is_seen) == whole.confidence_intervals(is_seen)
+    assert one.bootstrap(is_seen).intervals() == whole.bootstrap(is_seen).intervals()
     with pytest.raises(ValueError, match="merged"):
         one.merge(ConfusionMatrix(7, IGNORE))
 
@@ -165,7 +165,7 @@ def test_intervals_equal_a_bootstrap_written_as_loops():
         seen, unseen = np.nanmean(iou[is_seen]), np.nanmean(iou[~is_seen])
         scores.append([np.nanmean(iou), seen, unseen, 2 * seen * unseen / (seen + unseen)])
     expected = np.quantile(scores, [0.025, 0.975], axis=0).T
-    found = matrix_of(pairs, 5).confidence_intervals(is_seen, resamples=2000)
+    found = matrix_of(pairs, 5).bootstrap(is_seen, resamples=2000).intervals()
     assert list(found) == ["miou", "miou_seen", "miou_unseen", "hiou"]
     np.testing.assert_allclose(list(found.values()), expected, atol=0.015)  # two random draws of resamples
 
@@ -173,7 +173,7 @@ def test_intervals_equal_a_bootstrap_written_as_loops():
 def test_intervals_are_a_point_where_all_images_are_alike():
     pair = (np.array([[0, 1, 1, 1]]), np.array([[0, 0, 1, 1]]))
     matrix = matrix_of([pair] * 5, 2)
-    found = matrix.confidence_intervals([True, False])
+    found = matrix.bootstrap([True, False]).intervals()
     np.testing.assert_allclose(found["miou_seen"], [0.5, 0.5])
     np.testing.assert_allclose(found["miou_unseen"], [2 / 3, 2 / 3])
 
@@ -181,9 +181,9 @@ def test_intervals_are_a_point_where_all_images_are_alike():
 def test_intervals_repeat_with_their_seed_and_survive_no_images():
     matrix = matrix_of(random_pairs(4, 9, 5), 5)
     is_seen = [True] * 3 + [False] * 2
-    assert matrix.confidence_intervals(is_seen) == matrix.confidence_intervals(is_seen)
-    assert matrix.confidence_intervals(is_seen) != matrix.confidence_intervals(is_seen, seed=1)
-    assert all(map(math.isnan, ConfusionMatrix(5, IGNORE).confidence_intervals(is_seen)["miou"]))
+    assert matrix.bootstrap(is_seen).intervals() == matrix.bootstrap(is_seen).intervals()
+    assert matrix.bootstrap(is_seen).intervals() != matrix.bootstrap(is_seen, seed=1).intervals()
+    assert all(map(math.isnan, ConfusionMatrix(5, IGNORE).bootstrap(is_seen).intervals()["miou"]))
 
 
 def test_shares_that_are_alike_in_all_images_of_many_have_no_width():
@@ -192,7 +192,7 @@ def test_shares_that_are_alike_in_all_images_of_many_have_no_width():
     for _ in range(300):
         area = rng.integers(1, 900, 12)
         matrix.images.append(np.stack([rng.choice(171, 12, replace=False), area, area * 2, area * 3], axis=1))
-    found = matrix.confidence_intervals(np.arange(171) < 156)
+    found = matrix.bootstrap(np.arange(171) < 156).intervals()
     np.testing.assert_allclose(found["miou"], [0.25, 0.25])  # area / (2 area + 3 area - area), whatever is drawn
 
 
@@ -381,7 +381,7 @@ def test_an_image_without_a_labelled_pixel_counts_as_an_image():
     matrix = matrix_of([(np.zeros((2, 2), int), np.full((2, 2), IGNORE)), (np.zeros((0, 3), int),) * 2], 2)
     assert [len(rows) for rows in matrix.images] == [0, 0] and matrix.counts.sum() == 0
     assert math.isnan(matrix.pixel_accuracy()) and math.isnan(matrix.frequency_weighted_iou())
-    assert math.isnan(matrix.confidence_intervals([True, False])["miou"][0])
+    assert math.isnan(matrix.bootstrap([True, False]).intervals()["miou"][0])
 
 
 # ---- ids and files of images -------------------------------------------------------------------------------
@@ -509,7 +509,7 @@ def test_intervals_of_scores_and_classes_come_of_the_same_resamples():
         iou = resampled.iou[at]
         assert resampled.scores["miou"][at] == pytest.approx(np.nanmean(iou))
         assert resampled.scores["miou_unseen"][at] == pytest.approx(np.nanmean(iou[2:]))
-    assert resampled.intervals() == matrix.confidence_intervals([True, True, False, False], resamples=50)
+    assert resampled.intervals() == matrix.bootstrap([True, True, False, False], resamples=50).intervals()
 
 
 def test_a_class_that_is_nowhere_has_no_interval():

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from archives import write_tree
 from tiny import save_checkpoint
+from transformers import AutoModel, AutoProcessor
 
 import eval as evaluation
 from zs3.archives import ARCHIVES
 from zs3.command_line import InputError, run
 from zs3.convert import ConvertArgs, convert
+from zs3.data import load_split
 from zs3.label_space import load_label_space
 from zs3.suites import SUITES
 
@@ -62,7 +65,7 @@ def test_the_row_of_table_3_is_that_of_each_dataset_evaluated_alone(
     words = ["--model", checkpoint, "--suite", "ovs5", "--data_root", data_root, "--output", tmp_path / "ovs5"]
     code, printed, _ = suite(monkeypatch, capsys, *words)
     assert code == 0
-    head, _, cells = printed.splitlines()[:3]
+    head, _, cells = printed.splitlines()[2:5]
     assert head == "| A-847 | P-459 | A-150 | PC-59 | VOC-20 |"  # VOC-21 only where it is asked for
     told = dict(zip(list(MEMBERS)[:5], re.findall(r"[\d.]+", cells), strict=True))
     for name, number in told.items():
@@ -79,11 +82,36 @@ def test_the_row_of_table_3_is_that_of_each_dataset_evaluated_alone(
     assert {name: f"{100 * scores['miou']:.1f}" for name, scores in table.items()} == told
 
 
+def test_a_number_of_the_row_is_that_of_sets_of_pixels(checkpoint, data_root, tmp_path, monkeypatch, capsys):
+    """And a folder of other names than the benchmark's says so."""
+    words = ["--model", checkpoint, "--suite", "ovs5", "--members", "voc_20", "--output", tmp_path / "out"]
+    _, printed, _ = suite(monkeypatch, capsys, *words, "--data_root", data_root)
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    records = load_split(data_root / "voc_20", "validation")
+    names = records.label_space.class_names
+    truth, predicted = ([set() for _ in names] for _ in range(2))
+    for number, (image, label, _) in enumerate(records):
+        with torch.inference_mode():
+            outputs = model(**processor(images=image, class_names=names))
+        (found,) = processor.post_process_semantic_segmentation(outputs, [label.shape])
+        for pixel in np.ndindex(*label.shape):
+            if label[pixel] != 255:
+                truth[label[pixel]].add((number, pixel))
+                predicted[found[pixel]].add((number, pixel))
+    ious = [len(t & p) / len(t | p) for t, p in zip(truth, predicted, strict=True) if t | p]
+    assert printed.splitlines()[4] == f"| - | - | - | - | {100 * sum(ious) / len(ious):.1f} |"
+    assert "training saw masks of 0 of them" in printed and "NOT THOSE" not in printed
+    shutil.copytree(data_root / "voc_21", tmp_path / "data" / "voc_20")
+    _, printed, _ = suite(monkeypatch, capsys, *words, "--data_root", tmp_path / "data")
+    assert "ITS NAMES ARE NOT THOSE OF THE BENCHMARK" in printed
+
+
 def test_a_member_that_is_there_is_not_evaluated_again(checkpoint, data_root, tmp_path, monkeypatch, capsys):
     words = ["--model", checkpoint, "--suite", "ovs5", "--data_root", data_root, "--output", tmp_path]
     words += ["--members", "voc_21", "voc_20"]
     _, first, _ = suite(monkeypatch, capsys, *words)
-    assert first.startswith("| A-847 | P-459 | A-150 | PC-59 | VOC-20 | VOC-21 |")
+    assert first.splitlines()[2] == "| A-847 | P-459 | A-150 | PC-59 | VOC-20 | VOC-21 |"
     assert "- A-847: not evaluated, not asked for" in first
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("voc_*")}
     assert len(times) == 8  # .json, .md, .csv, .npz of each
@@ -93,12 +121,20 @@ def test_a_member_that_is_there_is_not_evaluated_again(checkpoint, data_root, tm
     suite(monkeypatch, capsys, *words, "--absent", "truth")
     changed = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("voc_*")}
     assert all(changed[name] != times[name] for name in times)
+    shutil.copytree(checkpoint, tmp_path / "model")  # other weights, or the same with another temperature, are others
+    words[1] = tmp_path / "model"
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    suite(monkeypatch, capsys, *words)
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("voc_*")}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"class_temperature": 0.5}))
+    suite(monkeypatch, capsys, *words)
+    assert all(path.stat().st_mtime_ns != times[path.name] for path in tmp_path.glob("voc_*"))
 
 
 def test_what_a_checkpoint_cannot_claim_has_its_reason(checkpoint, data_root, tmp_path, monkeypatch, capsys):
     words = ["--model", checkpoint, "--suite", "gzs3", "--data_root", data_root, "--output", tmp_path]
     code, printed, _ = suite(monkeypatch, capsys, *words)
-    assert code == 0 and printed.splitlines()[2] == "| - | - | - | - | - | - |"
+    assert code == 0 and printed.splitlines()[4] == "| - | - | - | - | - | - |"
     assert "- COCO-Stuff: not evaluated, no such folder" in printed
     assert "- VOC-20: not evaluated, the checkpoint saw no masks of ['aeroplane'" in printed
     assert not list(tmp_path.glob("voc_20*"))
@@ -113,7 +149,7 @@ def test_the_row_of_table_2_has_three_scores(checkpoint, data_root, tmp_path, mo
     code, printed, _ = suite(monkeypatch, capsys, *words)
     result = json.loads((tmp_path / "out" / "voc_20.json").read_text())
     scores = [f"{100 * result[name]:.1f}" for name in ("miou_seen", "miou_unseen", "hiou")]
-    assert code == 0 and printed.splitlines()[2] == f"| - | - | - | {' | '.join(scores)} |"
+    assert code == 0 and printed.splitlines()[4] == f"| - | - | - | {' | '.join(scores)} |"
     assert result["setting"] == "gzs3" and len(result["unseen"]) == 5
 
 

@@ -36,7 +36,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from configuration_zs3 import Zs3Config
-from zs3.checkpoints import WEIGHTS, file_sha256
+from zs3.checkpoints import WEIGHTS, weights_sha256
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores
@@ -238,7 +238,7 @@ def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
         if not (folder / "summary.json").exists():
             return False
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        return settings["checkpoint_sha256"].get(WEIGHTS) == file_sha256(model / WEIGHTS)
+        return settings["checkpoint_sha256"].get(WEIGHTS) == weights_sha256(str(model))
 
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(folder)]
     return Job(
@@ -266,7 +266,7 @@ def evaluation_job(args: AblationArgs, seed: int, line: Line) -> Job:
             return False
         result = json.loads(path.read_text(encoding="utf-8"))
         wanted = {
-            "checkpoint_sha256": file_sha256(model / WEIGHTS),
+            "checkpoint_sha256": weights_sha256(str(model)),
             "num_images": args.num_validation,
             "clip_ensemble": line.view,
             "clip_ensemble_weight": None if line.view == "off" else ENSEMBLE_WEIGHT,

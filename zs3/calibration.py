@@ -84,6 +84,11 @@ class SeenBiasCurve:
         self.intersection += other.intersection
         self.truth += other.truth
 
+    @property
+    def has_both(self) -> bool:
+        """Whether some pixel is of a seen, and some of an unseen class: without, there is no curve to speak of."""
+        return bool(self.truth[self.is_seen].any() and self.truth[~self.is_seen].any())
+
     def iou(self, absent: Absent = "union") -> np.ndarray:
         """(G, C) in [0, 1], NaN for the classes that are left out of means: see ConfusionMatrix.iou."""
         intersection, predicted = (self._with_bias(counts) for counts in (self.intersection, self.predicted))

@@ -107,14 +107,28 @@ def weight_files(folder: Path) -> list[Path]:
 
 def weights_sha256(path: str) -> str | None:
     """Of the weights' file; of several, of their hashes in a row. None for a Hub id that was not downloaded."""
-    folder = Path(path)
-    if not folder.is_dir():
-        cached = [try_to_load_from_cache(path, name) for name in (WEIGHTS, INDEX)]
-        folder = next((Path(file).parent for file in cached if isinstance(file, str)), None)
-        if folder is None:
-            return None
+    folder = local_folder(path)
+    if folder is None:
+        return None
     hashes = [file_sha256(file) for file in weight_files(folder) if file.name != INDEX]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def settings_sha256(path: str, suffix: str) -> str | None:
+    """Of the checkpoint's other files of one kind: ".json", configuration, processor and tokenizer; ".py", its code."""
+    folder = local_folder(path)
+    if folder is None:
+        return None
+    files = sorted(file for file in folder.glob(f"*{suffix}") if file.name != INDEX)
+    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in files).encode()).hexdigest()
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder itself, or where the Hub's was downloaded to."""
+    if Path(path).is_dir():
+        return Path(path)
+    cached = [try_to_load_from_cache(path, name) for name in (WEIGHTS, INDEX)]
+    return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
 def trained_on(config: PreTrainedConfig, names: list[str]) -> list[str]:

@@ -216,18 +216,6 @@ class ConfusionMatrix:
         iou = resampled_iou(self.image_areas(order), absent, resamples, seed)
         return Bootstrap(headline_scores(iou, is_seen), iou)
 
-    def confidence_intervals(
-        self,
-        is_seen: Sequence[bool] | Tensor | np.ndarray,
-        *,
-        absent: Absent = "union",
-        resamples: int = 1000,
-        level: float = LEVEL,
-        seed: int = 0,
-    ) -> dict[str, tuple[float, float]]:
-        """Percentile bootstrap over images: (low, high) of miou, miou_seen, miou_unseen, hiou at `level`."""
-        return self.bootstrap(is_seen, absent=absent, resamples=resamples, seed=seed).intervals(level)
-
     def image_areas(self, order: Sequence[int]) -> ImageAreas:
         """Of the images at these places of `images`, in this order."""
         images = [self.images[index] for index in order]
@@ -315,7 +303,7 @@ def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
 
 def percent(score: float | None) -> str:
     """A score in [0, 1] as it is printed."""
-    return "  -  " if score is None else f"{100 * score:5.1f}"
+    return "-" if score is None else f"{100 * score:.1f}"
 
 
 def generalized_scores(

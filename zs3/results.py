@@ -7,16 +7,57 @@ people, FILE.csv with a line a class, and FILE_images.npz with the areas of ever
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from configuration_zs3 import plain
 from zs3.command_line import InputError, write_json, write_text
 from zs3.evaluation import ConfusionMatrix, images_path, percent
 
 HEADLINES = {"miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU", "miou": "mIoU"}
+
+
+TOLD = {
+    "none": "no image labels",
+    "pseudo": "pseudo image labels",
+    "captions": "nouns of captions",
+    "ground_truth": "ground-truth image labels",
+}
+
+
+def protocol(result: dict) -> str:
+    """The stamps in a sentence."""
+    seen, unseen, calibration = len(result["seen"]), len(result["unseen"]), result["calibration"]
+    parts = {
+        "gzs3": [f"gzs3, {seen} seen and {unseen} unseen names"],
+        "zs3": [f"zs3, {unseen} unseen names"],
+        "ovs": [f"ovs, {seen + unseen} names"],
+    }[result["setting"]]
+    if result["without"]:
+        parts.append(f"without {', '.join(result['without'])}")
+    if result["num_images"] < result["split_images"]:
+        parts.append(f"the first {result['num_images']} of {result['split_images']} images")
+    if result["clip_ensemble"] == "off":
+        parts.append("no ensemble")
+    else:
+        parts.append(f"ensemble with CLIP ({result['clip_ensemble']}, weight {result['clip_ensemble_weight']}, ")
+        parts[-1] += f"{calibration['ensemble_weight_chosen']})"
+    if calibration["seen_bias_chosen"] != "none":
+        parts.append(
+            f"{calibration['seen_bias']:.4g} off the scores of seen classes, {calibration['seen_bias_chosen']}"
+        )
+    if result["setting"] != "ovs":
+        told = TOLD.get(result["unseen_labels_in_training"], "what is not known")
+        parts.append(f"training was told {told} of unseen classes")
+    elif result["trained_on_masks_of"] is not None:
+        trained = {*map(plain, result["trained_on_masks_of"])}
+        parts.append(f"training saw masks of {sum(plain(name) in trained for name in result['per_class'])} of them")
+    absent = {"union": "truth and prediction", "truth": "the truth"}[result["absent"]]
+    return "; ".join([*parts, f"classes absent from {absent} are left out of means"])
 
 
 def write_result(path: Path, result: dict[str, Any], confusion: ConfusionMatrix) -> None:
@@ -43,11 +84,13 @@ def class_table(result: dict[str, Any], confusion: ConfusionMatrix) -> str:
     """CSV, one line a class: IoU in [0, 1] with its interval, areas in pixels."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", "seen", "iou", "low", "high", "intersection", "truth", "predicted"])
+    told = result["setting"] != "ovs"  # where seen and unseen are words
+    kinds = {name: "unseen" if name in result["unseen"] else "seen" for name in result["per_class"]} if told else {}
+    writer.writerow(["class", "kind", "iou", "low", "high", "intersection", "truth", "predicted"])
     counts = confusion.counts
     areas = np.stack([np.diagonal(counts), counts.sum(axis=1), counts[:, :-1].sum(axis=0)], axis=1)
     for (name, iou), own in zip(result["per_class"].items(), areas.tolist(), strict=True):
-        writer.writerow([name, name in result["seen"], iou, *result["per_class_intervals"][name], *own])
+        writer.writerow([name, kinds.get(name), iou, *result["per_class_intervals"][name], *own])
     return text.getvalue()
 
 
@@ -62,8 +105,12 @@ def report(result: dict[str, Any]) -> str:
     rows.append(["pixel accuracy", percent(result["pixel_accuracy"]), ""])
     rows.append(["frequency-weighted IoU", percent(result["frequency_weighted_iou"]), ""])
     lines += [*_table(["score", "percent", "95 % interval over images"], rows), "", *_sentences(result), ""]
-    pairs = [[pair["truth"], pair["predicted"], percent(pair["share"])] for pair in result["worst_pairs"]]
-    lines += ["Largest confusions:", "", *_table(["truth", "prediction", "share of the truth"], pairs), ""]
+    pairs = [
+        [pair["truth"], pair["predicted"], str(pair["pixels"]), percent(pair["share"])]
+        for pair in result["worst_pairs"]
+    ]
+    head = ["truth", "prediction", "pixels", "percent of the truth"]
+    lines += ["Largest confusions:", "", *_table(head, pairs), ""]
     told = result["setting"] != "ovs"
     rows = [
         [
@@ -85,14 +132,14 @@ def _sentences(result: dict[str, Any]) -> Iterable[str]:
             f"{shares['wrong_unseen']} % another unseen one"
         )
     curve = result["seen_unseen_curve"]
-    if curve is not None and curve["best"] is not None:
+    if curve is not None:
         yield (
-            f"- area under the seen/unseen curve {percent(curve['area'])}; its best hIoU, "
-            f"{percent(curve['best']['hiou'])}, is at a bias of {curve['best']['gamma']:.3g} off "
-            "seen classes: found on these images, so it is no result"
+            f"- area under the seen/unseen curve {percent(curve['area'])} %; its best hIoU, "
+            f"{percent(curve['best']['hiou'])}, is at a bias of {curve['best']['gamma']:.3g} off seen classes: "
+            "found on these images, so it is no result"
         )
     if result["reliability"] is not None:
-        yield f"- expected calibration error of the confidences {percent(result['reliability']['ece'])}"
+        yield f"- expected calibration error of the confidences {percent(result['reliability']['ece'])} %"
     if result["rejection"] is not None:
         yield from _rejection(result["rejection"])
 
@@ -100,19 +147,21 @@ def _sentences(result: dict[str, Any]) -> Iterable[str]:
 def _rejection(rejection: dict[str, Any]) -> Iterable[str]:
     if rejection["auroc"] is not None:
         yield (
-            f"- pixels of other classes: AUROC {percent(rejection['auroc'])}; {percent(rejection['fpr_at_95'])} % of "
-            "them are accepted where 95 % of the candidates' are"
+            f"- confidence tells pixels of other classes from the candidates' with an AUROC of "
+            f"{percent(rejection['auroc'])} % (50 is chance); {percent(rejection['fpr_at_95'])} % of them are accepted "
+            "where 95 % of the candidates' are"
         )
     found = rejection["conformal"]
     alpha, images, others = percent(found["alpha"]), found["num_calibration_images"], found["num_check_images"]
     if found["rejects_everything"]:
-        yield f"- {images} images are too few, or too wrong, for a threshold with wrong labels on {alpha} % of an image"
+        yield f"- {images} images are too few, or too wrong, for a threshold with at most {alpha} % wrong labels"
     else:
         wrong, accepted = percent(found["wrong_share"]), percent(found["accepted_share"])
+        threshold = math.ceil(1e5 * found["threshold"]) / 1e5  # rounded down it would accept more
         yield (
-            f"- rejecting below a confidence of {found['threshold']:.4f}, chosen on {images} images, leaves wrong "
-            f"labels on {alpha} % of a new image on average or less; on {others} others it left {wrong} %, and "
-            f"{accepted} % of the pixels with a label"
+            f"- labels with a confidence below {threshold:.5f} rejected: at most {alpha} % of the labelled pixels of a "
+            f"new image are wrong, on average (chosen on {images} images); on the {others} others {wrong} % were, "
+            f"and {accepted} % kept a label"
         )
 
 

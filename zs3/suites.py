@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from zs3.command_line import InputError
 from zs3.evaluation import percent
+from zs3.label_space import CLASSES_FOLDER, load_label_space
 
 
 class Suite(NamedTuple):
@@ -24,13 +25,13 @@ class Suite(NamedTuple):
 
 SUITES = {
     "gzs3": Suite(
-        "generalised zero-shot segmentation (Tables 1 and 2)",
+        "generalised zero-shot segmentation, as in Tables 1 and 2",
         "gzs3",
         {"coco_stuff_171": "COCO-Stuff", "voc_20": "VOC-20"},
         {"miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"},
     ),
     "ovs5": Suite(
-        "open-vocabulary segmentation, without adaptation (Table 3)",
+        "mIoU of open-vocabulary segmentation without adaptation, as in Table 3",
         "ovs",
         {
             "ade20k_847": "A-847",
@@ -63,20 +64,25 @@ def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:
 def row(suite: Suite, root: Path, results: Mapping[str, dict], reasons: Mapping[str, str]) -> str:
     """The suite's table in Markdown, percent; below it, what each number is, or why there is none."""
     members = [name for name in suite.members if name in results or name in reasons or name not in suite.on_request]
-    head, cells = [], []
+    head, cells, lines = [], [], []
     for name in members:
         for score, title in suite.scores.items():
-            head.append(suite.members[name] if len(suite.scores) == 1 else f"{suite.members[name]} {title}")
-            cells.append(percent(results[name][score]).strip() if name in results else "-")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", f"| {' | '.join(cells)} |", ""]
-    for name in members:
-        if name in results:
-            result, (low, high) = results[name], results[name]["confidence_intervals"]["miou"]
-            lines.append(
-                f"- {suite.members[name]}: {result['num_images']} images, mIoU {percent(result['miou']).strip()} "
-                f"(95 % interval {percent(low).strip()} to {percent(high).strip()}), {result['protocol']}"
-            )
-        else:
-            absent = "not asked for" if (root / name).is_dir() else "no such folder"
-            lines.append(f"- {suite.members[name]}: not evaluated, {reasons.get(name, absent)}")
-    return "\n".join(lines) + "\n"
+            head.append(f"{suite.members[name]} {title}" if len(suite.scores) > 1 else suite.members[name])
+            cells.append(percent(results[name][score]) if name in results else "-")
+        lines.append(f"- {suite.members[name]}: {_told(suite, root, name, results.get(name), reasons.get(name))}")
+    models = ", ".join(dict.fromkeys(result["model"] for result in results.values())) or "no model"
+    table = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), cells)]
+    return "\n".join([f"{models}: {suite.title}; percent", "", *table, "", *lines]) + "\n"
+
+
+def _told(suite: Suite, root: Path, name: str, result: dict | None, reason: str | None) -> str:
+    if result is None:
+        absent = "not asked for" if (root / name).is_dir() else "no such folder"
+        return f"not evaluated, {reason or absent}"
+    score, title = list(suite.scores.items())[-1]
+    low, high = result["confidence_intervals"][score]
+    told = f"{title} {percent(result[score])}, 95 % interval {percent(low)} to {percent(high)} over "
+    told += f"{result['num_images']} images; {result['protocol']}"
+    if list(result["per_class"]) != load_label_space(CLASSES_FOLDER / f"{name}.json").class_names:
+        told += "; ITS NAMES ARE NOT THOSE OF THE BENCHMARK"
+    return told
