@@ -571,6 +571,8 @@ def main() -> None:
     else:
         result = evaluate(args, accelerator)
         text = None if result is None else report(result)
+        if text is not None and args.output is not None:
+            text += f"\nwritten to {args.output}, and beside it .md, .csv and _images.npz\n"
     accelerator.end_training()
     if text is not None:
         print(text, end="")

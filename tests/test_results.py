@@ -131,7 +131,7 @@ def test_what_was_not_measured_is_not_told():
                     "ensemble_weight_chosen": "the checkpoint's",
                 },
             },
-            "; ensemble with CLIP (crops, weight 0.7, the checkpoint's); 0.25 off the scores of seen classes, as it came",
+            "; ensemble with CLIP (crops, weight 0.7, the checkpoint's); 0.25 off the scores of seen classes, as it",
         ),
     ],
 )
