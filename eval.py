@@ -14,7 +14,6 @@ row of the paper's table; members that are there are not repeated.
 
 import hashlib
 import json
-import math
 import platform
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -32,8 +31,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import ModelOutput
 
-from configuration_zs3 import plain
 from label_maps_zs3 import SemanticMap
 from zs3.calibration import OUTSIDER, Rejection, Reliability, SeenBiasCurve
 from zs3.checkpoints import (
@@ -59,10 +58,10 @@ from zs3.command_line import (
 )
 from zs3.curves import draw_reliability, draw_seen_unseen_curve
 from zs3.data import Split, dataset_name, load_split
-from zs3.evaluation import ConfusionMatrix, GeneralizedScores, headline_scores, images_path, load_images
+from zs3.evaluation import ConfusionMatrix, GeneralizedScores, headline_scores
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
-from zs3.results import protocol, read_result, report, write_result
+from zs3.results import SeenBias, chosen_bias, protocol, read_result, report, write_result
 from zs3.suites import SUITES, Suite, chosen_members, row
 
 
@@ -222,48 +221,6 @@ def chosen_ensemble(args: EvalArgs, model: PreTrainedModel) -> tuple[str, float 
     return view, None if view == "off" else weight
 
 
-class SeenBias(NamedTuple):
-    """What is taken off the scores of seen classes, and how it was chosen, in words."""
-
-    value: float
-    chosen: str
-
-
-def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> SeenBias:
-    """A number as it is; of a result file the best of its curve, and what its choice knew."""
-    if given is None:
-        return SeenBias(0.0, "none")
-    try:
-        value = float(given)
-    except ValueError:
-        return best_bias(Path(given), stamp, image_ids)
-    if not math.isfinite(value):
-        raise InputError(f"--seen_bias must be a finite number, got {given}")
-    return SeenBias(value, "chosen by hand: it may be tuned on these images")
-
-
-def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> SeenBias:
-    result, unseen = read_result(path), stamp["unseen"]
-    curve = result.get("seen_unseen_curve")
-    if curve is None or curve["best"] is None:
-        raise InputError(f"--seen_bias {path}: it has no curve; evaluate again, with --setting gzs3 and calibration")
-    leaked = [name for name in unseen if plain(name) in map(plain, result["trained_on_masks_of"] or [])]
-    if leaked:
-        raise InputError(f"--seen_bias {path}: its model saw masks of {leaked}, which are unseen here")
-    known = [name for name in unseen if plain(name) in map(plain, [*result["seen"], *result["unseen"]])]
-    labels = f"with labels of the unseen classes ({', '.join(known)})" if known else "without labels of unseen classes"
-    shared = 0
-    if (result["dataset"], result["split"]) == (stamp["dataset"], stamp["split"]):
-        shared = len({*load_images(images_path(path)).image_ids} & {*image_ids})
-    if shared:
-        chosen = f"TUNED ON THE TEST IMAGES, {shared} of {len(image_ids)}, {labels}"
-    elif known:
-        chosen = f"chosen on other images, {labels}"
-    else:
-        chosen = f"chosen on other images, on classes held out ({', '.join(result['unseen'])}), {labels}"
-    return SeenBias(curve["best"]["gamma"], chosen)
-
-
 # ---- the pass ----------------------------------------------------------------------------------------------
 
 
@@ -340,6 +297,66 @@ def count(counts: Counts, found: SemanticMap, prediction: Tensor, label: Tensor,
         counts.rejection.update(found, label, image_id)
 
 
+class Look(NamedTuple):
+    """How the model looks at images: on its device, with the text vectors (C, D) of the candidates and CLIP's view."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    text_embeds: Tensor
+    candidates: Candidates
+    view: str
+    weight: float | None
+    tolerance: float
+
+    def __call__(self, inputs: BatchFeature, size: tuple[int, int]) -> ModelOutput:
+        """The model's output of one image, whose label map is wanted at this size (H, W)."""
+        outputs = self.model(**inputs, text_embeds=self.text_embeds)
+        if self.view == "off":
+            return outputs
+        return self.model.ensemble(
+            outputs,
+            self.processor.to_rgb(inputs["pixel_values"]),
+            self.text_embeds,
+            is_seen=self.candidates.is_trained,
+            weight=self.weight,
+            view=self.view,
+            tolerance=self.tolerance,
+            image_sizes=[size],
+        )
+
+
+@torch.inference_mode()
+def count_images(
+    args: EvalArgs, look: Look, images: Images, counts: Counts, seen_bias: float, accelerator: Accelerator
+) -> None:
+    """All of this process's images into the counts; some of them are drawn."""
+    options = {"return_scores": counts.reliability is not None}
+    if counts.curve is not None or seen_bias:
+        options["is_seen"] = look.candidates.is_seen
+    num_images = len(images.records) if args.max_images is None else min(args.max_images, len(images.records))
+    drawn = set(np.linspace(0, num_images - 1, min(args.num_pictures, num_images)).astype(int).tolist())
+    workers = min(args.num_workers, len(images))
+    loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+    quiet = not accelerator.is_local_main_process
+    for item in tqdm(loader, desc=dataset_name(args.dataset), unit="image", mininterval=1, disable=quiet):
+        size = item.label.shape
+        outputs = look(item.inputs.to(accelerator.device), size)
+        if look.view != "off":
+            counts.shown += int(outputs.shown_to_clip.sum())
+            counts.undecided += float(outputs.undecided.sum())
+        (found,) = look.processor.post_process_semantic_segmentation(outputs, [size], **options)
+        prediction = found if isinstance(found, Tensor) else found.with_seen_bias(seen_bias)
+        count(counts, found, prediction, torch.from_numpy(item.label).to(prediction.device), item.image_id)
+        if args.pictures is not None and item.index in drawn:
+            draw(item, prediction, look.candidates, Path(args.pictures))
+
+
+def draw(item: Item, prediction: Tensor, candidates: Candidates, folder: Path) -> None:
+    truth = np.where((item.label == OUTSIDER) | (item.label == candidates.ignored), -1, item.label)
+    panels = {"image": item.image, "truth (grey: not counted)": truth, "prediction": prediction.cpu()}
+    draw_comparison(panels, candidates.names, folder / f"{item.image_id}.png")
+
+
 @torch.inference_mode()
 def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool = False) -> dict | None:
     """The result, as it is written to args.output; None on processes other than the main one.
@@ -372,38 +389,9 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     text_embeds = text_embeds[candidates.index].to(accelerator.device)
 
     counts = new_counts(args, candidates, bias, calibration=args.calibration and view != "lazy")
-    options = {"return_scores": counts.reliability is not None}
-    if counts.curve is not None or bias.value:
-        options["is_seen"] = candidates.is_seen
     mine = range(accelerator.process_index, num_images, accelerator.num_processes)
-    drawn = set(np.linspace(0, num_images - 1, min(args.num_pictures, num_images)).astype(int).tolist())
-    images = Images(records, mine, candidates, processor)
-    workers = min(args.num_workers, len(images))
-    loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=as_it_is)
-    quiet = not accelerator.is_local_main_process
-    for item in tqdm(loader, desc=stamp["dataset"], unit="image", mininterval=1, disable=quiet):
-        inputs, size = item.inputs.to(accelerator.device), item.label.shape
-        outputs = model(**inputs, text_embeds=text_embeds)
-        if view != "off":
-            outputs = model.ensemble(
-                outputs,
-                processor.to_rgb(inputs["pixel_values"]),
-                text_embeds,
-                is_seen=candidates.is_trained,
-                weight=weight,
-                view=view,
-                tolerance=args.ensemble_tolerance,
-                image_sizes=[size],
-            )
-            counts.shown += int(outputs.shown_to_clip.sum())
-            counts.undecided += float(outputs.undecided.sum())
-        (found,) = processor.post_process_semantic_segmentation(outputs, [size], **options)
-        prediction = found if isinstance(found, Tensor) else found.with_seen_bias(bias.value)
-        count(counts, found, prediction, torch.from_numpy(item.label).to(prediction.device), item.image_id)
-        if args.pictures is not None and item.index in drawn:
-            truth = np.where((item.label == OUTSIDER) | (item.label == candidates.ignored), -1, item.label)
-            panels = {"image": item.image, "truth (grey: not counted)": truth, "prediction": prediction.cpu()}
-            draw_comparison(panels, candidates.names, Path(args.pictures) / f"{item.image_id}.png")
+    look = Look(model, processor, text_embeds, candidates, view, weight, args.ensemble_tolerance)
+    count_images(args, look, Images(records, mine, candidates, processor), counts, bias.value, accelerator)
 
     total, *others = gather_object([counts])
     if not accelerator.is_main_process:

@@ -10,13 +10,13 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from configuration_zs3 import plain
 from zs3.command_line import InputError, write_json, write_text
-from zs3.evaluation import ConfusionMatrix, images_path, percent
+from zs3.evaluation import ConfusionMatrix, images_path, load_images, percent
 
 HEADLINES = {"miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU", "miou": "mIoU"}
 
@@ -78,6 +78,54 @@ def read_result(path: Path) -> dict[str, Any]:
     if not isinstance(result, dict) or "per_class" not in result:
         raise InputError(f"{path} is no result file of eval.py: it has no per_class")
     return result
+
+
+# ---- the bias that a result has found ----------------------------------------------------------------------
+
+
+class SeenBias(NamedTuple):
+    """What is taken off the scores of seen classes, and how it was chosen, in words."""
+
+    value: float
+    chosen: str
+
+
+def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> SeenBias:
+    """A number as it is; of a result file the best of its curve, and what its choice knew."""
+    if given is None:
+        return SeenBias(0.0, "none")
+    try:
+        value = float(given)
+    except ValueError:
+        return best_bias(Path(given), stamp, image_ids)
+    if not math.isfinite(value):
+        raise InputError(f"--seen_bias must be a finite number, got {given}")
+    return SeenBias(value, "chosen by hand: it may be tuned on these images")
+
+
+def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> SeenBias:
+    result, unseen = read_result(path), stamp["unseen"]
+    curve = result.get("seen_unseen_curve")
+    if curve is None or curve["best"] is None:
+        raise InputError(f"--seen_bias {path}: it has no curve; evaluate again, with --setting gzs3 and calibration")
+    leaked = [name for name in unseen if plain(name) in map(plain, result["trained_on_masks_of"] or [])]
+    if leaked:
+        raise InputError(f"--seen_bias {path}: its model saw masks of {leaked}, which are unseen here")
+    known = [name for name in unseen if plain(name) in map(plain, [*result["seen"], *result["unseen"]])]
+    labels = f"with labels of the unseen classes ({', '.join(known)})" if known else "without labels of unseen classes"
+    shared = 0
+    if (result["dataset"], result["split"]) == (stamp["dataset"], stamp["split"]):
+        shared = len({*load_images(images_path(path)).image_ids} & {*image_ids})
+    if shared:
+        chosen = f"TUNED ON THE TEST IMAGES, {shared} of {len(image_ids)}, {labels}"
+    elif known:
+        chosen = f"chosen on other images, {labels}"
+    else:
+        chosen = f"chosen on other images, on classes held out ({', '.join(result['unseen'])}), {labels}"
+    return SeenBias(curve["best"]["gamma"], chosen)
+
+
+# ---- for people --------------------------------------------------------------------------------------------
 
 
 def class_table(result: dict[str, Any], confusion: ConfusionMatrix) -> str:
