@@ -53,6 +53,11 @@ def write_result(path: Path, pairs, ids=IDS, names=NAMES, **fields: object) -> s
     return str(path)
 
 
+def titled(result: dict) -> list[str]:
+    """The scores' names, as the printed table has them from above."""
+    return [row.split(" | ")[0].removeprefix("| ") for row in report(result).split("\n\n")[2].splitlines()[2:]]
+
+
 @pytest.fixture
 def two(tmp_path) -> tuple[str, str]:
     """B is right more often."""
@@ -95,7 +100,11 @@ def test_differences_and_intervals_equal_a_paired_bootstrap_written_as_loops(two
     intervals = np.quantile(drawn, [0.025, 0.975], axis=0).T
     result = compare(CompareArgs(*two))
     rows = [*result["scores"].values(), *result["per_class"].values()]
-    assert list(result["scores"]) == SCORES and list(result["per_class"]) == NAMES
+    assert (
+        list(result["scores"]) == SCORES
+        and titled(result) == ["mIoU(S)", "mIoU(U)", "hIoU", "mIoU"]
+        and list(result["per_class"]) == NAMES
+    )
     np.testing.assert_allclose([row["a"] for row in rows], scores_of(a))
     np.testing.assert_allclose([row["b"] for row in rows], scores_of(b))
     np.testing.assert_allclose([row["difference"] for row in rows], scores_of(b) - scores_of(a))
@@ -165,7 +174,7 @@ def test_scores_that_a_setting_lacks_are_left_out(tmp_path):
     assert list(compare(CompareArgs(zs3, zs3))["scores"]) == ["miou", "miou_unseen"]
     ovs = write_result(tmp_path / "ovs.json", draw_images(*A), setting="ovs")
     result = compare(CompareArgs(ovs, ovs))
-    assert list(result["scores"]) == ["miou"] and "(unseen)" not in report(result)
+    assert list(result["scores"]) == ["miou"] and titled(result) == ["mIoU"] and "(unseen)" not in report(result)
 
 
 def test_a_class_that_is_nowhere_has_no_difference(tmp_path):
@@ -188,7 +197,7 @@ def test_the_command_prints_what_it_writes(two, tmp_path, monkeypatch, capsys):
     assert result == compare(CompareArgs(*two)) and (result["resamples"], result["num_images"]) == (1000, 24)
     row = result["scores"]["hiou"]
     low, high = (f"{100 * bound:+.2f}" for bound in row["interval"])
-    shown = f"| hiou | {100 * row['a']:.1f} | {100 * row['b']:.1f} | {100 * row['difference']:+.2f} | {low} to {high} |"
+    shown = f"| hIoU | {100 * row['a']:.1f} | {100 * row['b']:.1f} | {100 * row['difference']:+.2f} | {low} to {high} |"
     assert f"{shown} {row['verdict']} |" in printed
     rows = printed.split("| class |")[1].splitlines()[2:6]
     classes = [row.split(" | ")[0].removeprefix("| ") for row in rows]
@@ -211,6 +220,33 @@ def test_results_of_two_protocols_are_refused(two, tmp_path, fields, words):
     other = write_result(tmp_path / "other.json", draw_images(*B), **fields)
     with pytest.raises(InputError, match=words):
         compare(CompareArgs(two[0], other))
+
+
+def test_results_with_other_candidates_are_refused_by_their_names(two, tmp_path):
+    def refused(other: str, words: str) -> None:
+        for files in ((two[0], other), (other, two[0])):
+            with pytest.raises(InputError, match=f"differ in the {words}: evaluate both with the same names"):
+                compare(CompareArgs(*files))
+
+    pairs = [(prediction % 3, np.where(label == 3, IGNORE, label)) for prediction, label in draw_images(*A)]
+    few = write_result(tmp_path / "few.json", pairs, names=NAMES[:3], without=["boat"])
+    refused(few, "candidates, 'boat' in one alone")
+    other_order = write_result(tmp_path / "order.json", draw_images(*A), names=["sky", "grass", "boat", "cow"])
+    refused(other_order, "candidates, in their order")
+    kinds = {"seen": ["sky", "grass", "cow"], "unseen": ["boat"]}
+    refused(write_result(tmp_path / "kinds.json", draw_images(*A), **kinds), "seen candidates, 'cow' in one alone")
+    renamed = write_result(tmp_path / "renamed.json", draw_images(*A), names=["sky", "grass", "boar", "goat"])
+    refused(renamed, "candidates, 'boar', 'boat', 'cow' in one alone")
+
+
+def test_the_protocols_are_shown_where_the_files_have_them(two, tmp_path):
+    tuned = "gzs3, bias 0.07 off seen classes, TUNED ON THE TEST IMAGES"
+    other = write_result(tmp_path / "other.json", draw_images(*B), protocol=tuned)
+    result = compare(CompareArgs(two[0], other))
+    assert (result["a"]["protocol"], result["b"]["protocol"]) == (None, tuned)
+    lines = report(result).splitlines()
+    assert lines[lines.index(f"- B: {other} (runs/other)") + 1] == f"  - {tuned}" and "None" not in "".join(lines)
+    assert lines.index(f"- B: {other} (runs/other)") == lines.index(f"- A: {two[0]} (runs/a)") + 1
 
 
 def test_results_on_other_images_are_refused(two, tmp_path):
@@ -250,8 +286,9 @@ def test_what_is_no_result_file_is_refused(two, tmp_path, text):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--a is missing"),
-        (["a.json"], "--b is missing"),
+        ([], "give two result files of eval.py"),
+        (["a.json"], "give two result files of eval.py"),
+        (["--b", "b.json"], "give two result files of eval.py"),
         (["no.json", "no.json"], "cannot read no.json"),
         (["a.json", "b.json", "c.json"], "unexpected argument 'c.json'"),
         (["a.json", "b.json", "--seed", "-1"], "--seed must be 0 or more"),

@@ -8,7 +8,6 @@ models' own intervals suggest, because an image that is hard for one is mostly h
 file lie the areas that it is made of (A_images.npz), which eval.py writes.
 """
 
-import json
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -20,10 +19,8 @@ import numpy as np
 from zs3.command_line import (
     InputError,
     check_at_least,
-    check_required,
     finite_or_none,
     flag,
-    one_line,
     read_arguments,
     run,
     write_report,
@@ -38,6 +35,7 @@ from zs3.evaluation import (
     percent,
     resampled_iou,
 )
+from zs3.results import HEADLINES, read_result
 
 RESAMPLES = 1000
 SAME = {  # what must be alike for a difference to mean anything
@@ -47,7 +45,8 @@ SAME = {  # what must be alike for a difference to mean anything
     "setting": "setting",
     "absent": "rule for absent classes",
 }
-NEEDED = (*SAME, "model", "seen", "unseen", "per_class", "miou")
+NEEDED = (*SAME, "model", "seen", "unseen", "miou")
+CLASSES = {"per_class": "candidates", "seen": "seen candidates", "unseen": "unseen candidates"}
 BETTER, WORSE = "B is better: the interval excludes 0", "A is better: the interval excludes 0"
 OPEN = "no difference can be told from these images"
 
@@ -62,7 +61,8 @@ class CompareArgs:
     seed: int = flag(0, "Of the bootstrap.")
 
     def check(self) -> None:
-        check_required(self, "a", "b")
+        if self.a is None or self.b is None:
+            raise InputError("give two result files of eval.py: python -m zs3.compare A.json B.json")
         check_at_least(self, 0, "seed")
 
 
@@ -76,11 +76,8 @@ class Evaluated(NamedTuple):
 
 
 def load_evaluated(path: Path) -> Evaluated:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} as a result file of eval.py: {one_line(error)}") from error
-    missing = [name for name in NEEDED if name not in result] if isinstance(result, dict) else list(NEEDED)
+    result = read_result(path)
+    missing = [name for name in NEEDED if name not in result]
     if missing:
         raise InputError(f"{path} is no result file of eval.py: it lacks {', '.join(missing)}")
     beside = images_path(path)
@@ -108,6 +105,14 @@ def check_comparable(a: Evaluated, b: Evaluated) -> None:
             raise InputError(
                 f"{a.path} and {b.path} differ in the {words}, {theirs[0]} and {theirs[1]}: "
                 "evaluate both by one protocol"
+            )
+    for field, words in CLASSES.items():
+        theirs = [list(one.result[field]) for one in (a, b)]
+        if theirs[0] != theirs[1]:
+            odd = sorted(set(theirs[0]) ^ set(theirs[1]))
+            what = f"{', '.join(map(repr, odd[:3]))} in one alone" if odd else "in their order"
+            raise InputError(
+                f"{a.path} and {b.path} differ in the {words}, {what}: evaluate both with the same names and --without"
             )
     odd = sorted(set(a.image_ids) ^ set(b.image_ids))
     if odd:
@@ -138,8 +143,8 @@ def compare(args: CompareArgs) -> dict:
     wanted = ["miou"] if a.result["setting"] == "ovs" else list(scores[0])  # seen and unseen mean nothing there
     rows = {name: _row(*(s[name] for s in scores), *(s[name] for s in drawn_scores)) for name in wanted}
     return {
-        "a": {"result": str(a.path), "model": a.result["model"]},
-        "b": {"result": str(b.path), "model": b.result["model"]},
+        "a": _source(a),
+        "b": _source(b),
         **{field: a.result[field] for field in SAME},
         "unseen": a.result["unseen"],
         "num_images": len(a.image_ids),
@@ -156,6 +161,10 @@ def compare(args: CompareArgs) -> dict:
     }
 
 
+def _source(one: Evaluated) -> dict:
+    return {"result": str(one.path), "model": one.result["model"], "protocol": one.result.get("protocol")}
+
+
 def _row(a: float, b: float, drawn_a: np.ndarray, drawn_b: np.ndarray) -> dict:
     row = {"a": float(a), "b": float(b), "difference": float(b - a), "interval": interval(drawn_b - drawn_a)}
     return finite_or_none(row)
@@ -167,13 +176,14 @@ def report(result: dict) -> str:
         f"{result['setting']} on {result['num_images']} images of {result['dataset']} ({result['split']}); percent, "
         f"differences in points, 95 % intervals of {result['resamples']} resamples of the images.",
         "",
-        f"- A: {result['a']['result']} ({result['a']['model']})",
-        f"- B: {result['b']['result']} ({result['b']['model']})",
+        *_told("A", result["a"]),
+        *_told("B", result["b"]),
         "",
         "| score | A | B | B - A | 95 % interval | verdict |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [f"| {name} | {_cells(row)} | {row['verdict']} |" for name, row in result["scores"].items()]
+    rows = {title: result["scores"][name] for name, title in HEADLINES.items() if name in result["scores"]}
+    lines += [f"| {title} | {_cells(row)} | {row['verdict']} |" for title, row in rows.items()]
     lines += ["", "| class | A | B | B - A | 95 % interval |", "|---|---|---|---|---|"]
     unseen = set() if result["setting"] == "ovs" else set(result["unseen"])
     gains = sorted(result["per_class"].items(), key=_smaller_gain)
@@ -184,6 +194,11 @@ def report(result: dict) -> str:
     ]
     lines[-1] += " between A and B, about one in twenty would exclude 0 by chance."
     return "\n".join(lines) + "\n"
+
+
+def _told(letter: str, source: dict) -> list[str]:
+    protocol = source["protocol"]
+    return [f"- {letter}: {source['result']} ({source['model']})", *([f"  - {protocol}"] if protocol else [])]
 
 
 def _smaller_gain(item: tuple[str, dict]) -> tuple[bool, float]:
