@@ -153,6 +153,15 @@ def test_the_worst_images_are_drawn_the_worst_first(data, with_text, tmp_path, m
     assert list(drawn) == ["00001.png", "00003.png", "00000.png"]
 
 
+def test_more_than_there_are_is_one_line(data, with_text, tmp_path, monkeypatch, drawn, capsys):
+    result = write_result(tmp_path, data, {"00000": 0.5, "00001": 0.1})
+    words = ["--dataset", data, "--models", with_text, "--output", tmp_path, "--result", result, "--worst"]
+    assert command(monkeypatch, *words, 3) == 2 and not drawn
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("gzs3.json has 2 images with labelled pixels")
+    assert command(monkeypatch, *words, 2) == 0 and len(drawn) == 2
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 
@@ -190,6 +199,16 @@ def test_counts_that_are_missing_or_of_something_else_are_one_line(data, with_te
     refused("no image 'elsewhere'")
     result.write_text(json.dumps({**told, "split": "test"}))
     refused("gzs3.json is of other data")
+    for more, flag in (
+        ({"setting": "zs3"}, "--setting zs3"),
+        ({"without": ["sand"]}, "--without"),
+        ({"calibration": {"seen_bias": -0.1}}, "--seen_bias"),
+    ):
+        result.write_text(json.dumps({**told, **more}))
+        refused(f"gzs3.json is of other maps than are drawn: evaluate again without {flag}")
+    plain = {"setting": "gzs3", "without": [], "calibration": {"seen_bias": 0.0}}
+    result.write_text(json.dumps({**told, **plain}))
+    refused("no image 'elsewhere'")
     result.write_text(json.dumps(told))
     counts.write_bytes(b"PK and no more")
     refused("gzs3_images.npz is no file of image areas")

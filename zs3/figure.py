@@ -113,8 +113,23 @@ def worst_images(records: Split, split: str, result: Path, count: int) -> list[i
     told = read_result(result)
     if (told.get("split"), told.get("label_space_sha256")) != (split, records.label_space.sha256):
         raise InputError(f"--result {result} is of other data: give its --split, --dataset and --label_space")
+    check_same_maps(told, result)
     ious = image_ious(load_images(images_path(result)))
+    if count > len(ious):
+        raise InputError(f"--worst {count} is too many: {result} has {len(ious)} images with labelled pixels")
     return places(records, sorted(ious, key=lambda image_id: (ious[image_id], image_id))[:count])
+
+
+def check_same_maps(told: dict, result: Path) -> None:
+    """Whether the result is of label maps as they are drawn: every class a candidate, no bias."""
+    other = {
+        "--setting zs3": told.get("setting") == "zs3",
+        "--without": told.get("without"),
+        "--seen_bias": (told.get("calibration") or {}).get("seen_bias"),
+    }
+    for flag_given, given in other.items():
+        if given:
+            raise InputError(f"--result {result} is of other maps than are drawn: evaluate again without {flag_given}")
 
 
 def image_ious(images: SavedImages) -> dict[str, float]:
