@@ -48,11 +48,11 @@ def test_the_curve_runs_from_seen_only_to_unseen_only_in_percent_with_its_points
     for name, marker in (("unbiased", "o"), ("best", "*"), ("chosen", "D")):
         found = [100 * result[name]["miou_unseen"], 100 * result[name]["miou_seen"]]
         assert drawn_points(figure, marker) == [pytest.approx(found)]
-    (entry, *markers) = [text.get_text() for text in figure.legends[0].get_texts()]
+    (entry, shaded, *markers) = [text.get_text() for text in figure.legends[0].get_texts()]
     best = result["best"]
-    assert f"ours, area {result['area']:.3f}" in entry and "chosen 40.0 (bias 0.2)" in entry
+    assert f"ours, area {100 * result['area']:.1f} %" in entry and "chosen 40.0 (bias 0.2)" in entry
     assert f"best {100 * best['hiou']:.1f} (bias {best['gamma']:.3g})" in entry
-    assert markers == ["no bias", "best hIoU", "chosen bias"]
+    assert shaded.startswith("shaded: ") and markers == ["best hIoU", "no bias", "chosen bias"]
 
 
 def test_the_shaded_area_is_the_area_said():
@@ -81,6 +81,27 @@ def test_bars_show_accuracy_and_share_of_the_pixels():
     assert shares == {(round(100 * 13 / 15, 3), 75.0), (round(100 * 7 / 15, 3), 25.0)}
     assert all(bar.get_width() == pytest.approx(100 / 15) for bar in [*above.patches, *below.patches])
     assert "20.0 %" in above.get_title()  # 0.75 x 0.1 + 0.25 x 0.5
+
+
+def test_markers_of_one_place_lie_within_each_other():
+    result = curve()
+    lone = result["best"]
+    figure = _seen_unseen_figure({"ours": result | {"chosen": lone, "unbiased": lone}})
+    drawn = {line.get_marker(): line for line in figure.axes[0].lines if len(line.get_xdata()) == 1}
+    radius = {
+        shape: line.get_markersize() / 2 for shape, line in drawn.items()
+    }  # of the least circle around, of D within
+    assert radius["*"] < radius["o"] < radius["D"]
+    assert {shape for shape, line in drawn.items() if line.get_markerfacecolor() != "none"} == {"*"}
+
+
+def test_no_legend_lies_over_the_bars():
+    figure = _reliability_figure(reliability())
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    assert not any(legend.get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+    assert sorted(text.get_text() for text in legend.get_texts()) == ["accuracy", "as accurate as confident"]
 
 
 def test_pictures_are_pngs_and_take_results_read_back_from_a_file(tmp_path):

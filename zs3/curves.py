@@ -14,7 +14,9 @@ from zs3.command_line import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MARKERS = {"unbiased": ("o", "no bias"), "best": ("*", "best hIoU"), "chosen": ("D", "chosen bias")}
+# Shape, size in points and words. Each lies within the next, so that none hides another of the same place.
+MARKERS = {"best": ("*", 7, "best hIoU"), "unbiased": ("o", 9, "no bias"), "chosen": ("D", 11, "chosen bias")}
+SHADED = "shaded: reached or exceeded at some bias"
 FAINT = "0.6"  # matplotlib's greys
 
 
@@ -22,7 +24,7 @@ def draw_seen_unseen_curve(results: dict[str, dict], path: Path) -> None:
     """The curves of one or several models.
 
     results: by title, what SeenBiasCurve.result returned; with `chosen`, a further point (gamma, miou_seen,
-    miou_unseen, hiou) that is marked too. The area of a single curve is shaded.
+    miou_unseen, hiou) that is marked too. The area of a single curve is shaded: what some bias reaches or exceeds.
     """
     _save(_seen_unseen_figure(results), path)
 
@@ -48,7 +50,8 @@ def _seen_unseen_figure(results: dict[str, dict]) -> "Figure":
             steps = sorted(zip(x, y, strict=True), reverse=True)  # down from the best unseen score
             tops = list(accumulate((seen for _, seen in steps), max))
             corners = [0, *(unseen for unseen, _ in reversed(steps))]
-            axes.fill_between(corners, [max(y), *reversed(tops)], step="pre", color=colour, alpha=0.08, linewidth=0)
+            shade = {"step": "pre", "color": colour, "alpha": 0.12, "linewidth": 0, "label": SHADED}
+            axes.fill_between(corners, [max(y), *reversed(tops)], **shade)
         for name in MARKERS:
             if result.get(name) is not None:
                 marked.add(name)
@@ -58,13 +61,13 @@ def _seen_unseen_figure(results: dict[str, dict]) -> "Figure":
                 axes.annotate(text, (x[place], y[place]), offset, textcoords="offset points", color=FAINT, fontsize=8)
     for name in MARKERS:
         if name in marked:
-            axes.plot([], [], **_marker(name, "black"), label=MARKERS[name][1])
+            axes.plot([], [], **_marker(name, "black"), label=MARKERS[name][2])
     axes.set_title("Seen against unseen classes")
     axes.set(xlabel="mIoU of unseen classes (%)", ylabel="mIoU of seen classes (%)")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(color="0.9", linewidth=0.8)
-    figure.legend(loc="outside lower left", frameon=False, fontsize=9)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9, labelspacing=0.7)
     return figure
 
 
@@ -73,12 +76,12 @@ def _legend_entry(title: str, result: dict) -> str:
     for name in ("best", "chosen"):
         if result.get(name) is not None:
             parts.append(f"{name} {100 * result[name]['hiou']:.1f} (bias {result[name]['gamma']:.3g})")
-    return f"{title}, area {result['area']:.3f}\n" + ", ".join(parts)
+    return f"{title}, area {100 * result['area']:.1f} %\n" + ", ".join(parts)
 
 
 def _marker(name: str, colour: str) -> dict[str, str | float]:
-    shape, face = MARKERS[name][0], "white" if name == "unbiased" else colour
-    size = 12 if shape == "*" else 7
+    shape, size, _ = MARKERS[name]
+    face = colour if name == "best" else "none"
     return {"marker": shape, "markersize": size, "color": colour, "markerfacecolor": face, "linestyle": ""}
 
 
@@ -104,9 +107,9 @@ def _reliability_figure(reliability: dict) -> "Figure":
     above.plot([0, 100], [0, 100], color="black", linewidth=1, linestyle="--", label="as accurate as confident")
     above.set_title(f"Reliability, expected calibration error {100 * reliability['ece']:.1f} %")
     above.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
-    above.legend(loc="upper left", frameon=False, fontsize=9)
     below.bar(left, [100 * own["count"] / reliability["pixels"] for own in bins], color=FAINT, **bars)
     below.set(xlabel="confidence (%)", ylabel="pixels (%)")
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
