@@ -186,8 +186,10 @@ def test_its_own_folder_is_made_anew_and_any_other_is_left_alone(checkpoint, tmp
 
     def refused(changed: Path) -> None:
         before = changed.read_bytes()
+        capsys.readouterr()
         assert command(monkeypatch, *words) == 2
-        assert "holds something else, or was changed by hand" in capsys.readouterr().err
+        printed = capsys.readouterr()
+        assert "holds something else, or was changed by hand" in printed.err and "a stranger" not in printed.out
         assert changed.read_bytes() == before and not (tmp_path / "out.partial").exists()
 
     original = (folder / "README.md").read_text()
@@ -377,6 +379,7 @@ def test_the_model_index_has_the_numbers_of_the_result_files_and_their_protocol(
                 "num_images": 1234,
                 "split_sha256": "5" * 64,
                 "ensemble": ensemble,
+                "candidates": "20 names" if result["setting"] == "ovs" else "15 seen and 5 unseen names",
                 "label_space_sha256": result["label_space_sha256"],
             }
             protocol |= {"interval_95": result["confidence_intervals"].get(name)}
@@ -410,12 +413,53 @@ def test_the_tables_have_the_numbers_of_the_result_file_with_their_intervals(che
 
 def test_what_a_result_says_of_its_protocol_stands_below_the_table(checkpoint):
     stamped = {
-        "protocol": "gzs3, bias 0.2 off seen classes, chosen TUNED ON THE TEST IMAGES",
-        "without": ["sand", "sky"],
+        "protocol": "gzs3, 15 seen and 5 unseen names, without sand, bias 0.2, chosen TUNED ON THE TEST IMAGES",
+        "without": ["sand"],
     }
     text = card_of(checkpoint, "scenes", [a_result(checkpoint), a_result(checkpoint, **stamped)]).text
     (line,) = [line for line in text.splitlines() if line.startswith("2. ")]
-    assert stamped["protocol"] in line and "not among the candidates: sand, sky" in line
+    assert stamped["protocol"] in line
+    assert line.count("unseen names") == line.count("sand") == 1 and "calibration" not in line  # each is said once
+
+
+HELD_OUT = "chosen on other images, on classes held out (red (dark) square, sky), without labels of unseen classes"
+TUNED = "TUNED ON THE TEST IMAGES, for the best hIoU"
+
+
+@pytest.mark.parametrize(
+    ("changes", "cell", "metric", "sentence"),
+    [
+        ({"without": ["red square", "sky"]}, "gzs3, without 'red square', 'sky'", None, "Names after `without`"),
+        (
+            {"calibration": {"seen_bias": 0.068359375, "seen_bias_chosen": TUNED}},
+            f"gzs3, bias 0.0684 ({TUNED})",
+            None,
+            "A `bias` is taken off",
+        ),
+        (
+            {"calibration": {"seen_bias": -0.5, "seen_bias_chosen": HELD_OUT}},
+            "gzs3, bias -0.5 (chosen on other images, on classes held out, without labels of unseen classes)",
+            None,
+            "A `bias` is taken off",
+        ),
+        ({"calibration": {"seen_bias": 0.1}}, "gzs3, bias 0.1", None, "A `bias` is taken off"),
+        ({"num_images": 40, "split_images": 2000}, "40 of 2,000 images", "40 of 2,000 images", "`N of M images`"),
+    ],
+)
+def test_rows_that_differ_in_meaning_look_different(checkpoint, changes, cell, metric, sentence):
+    whole = a_result(checkpoint, split_images=1234, calibration={"seen_bias": 0.0, "seen_bias_chosen": "none"})
+    plain, both = (card_of(checkpoint, "scenes", results) for results in ([whole], [whole, {**whole, **changes}]))
+    assert sentence in both.text and sentence not in plain.text
+    first, second = (next(line for line in both.text.splitlines() if line.startswith(f"| {row} |")) for row in (1, 2))
+    assert first in plain.text and "validation, 1,234 images | gzs3 |" in first
+    assert f" {cell} |" in second
+    names = [entry.metric_name for entry in both.data.eval_results if entry.metric_type == "miou"]
+    assert names == [
+        "mIoU, ensemble crops, w = 0.7",
+        f"mIoU, {metric or cell.removeprefix('gzs3, ')}, ensemble crops, w = 0.7",
+    ]
+    args = next(entry.metric_args for entry in both.data.eval_results[::-1])
+    assert all(args[name] == value for name, value in changes.items())
 
 
 def test_unseen_is_no_word_of_the_ovs_setting(checkpoint):
@@ -439,7 +483,8 @@ def test_without_a_result_file_there_is_no_score_and_the_card_says_why_and_how_t
     assert ("Trained, not evaluated yet" in card.text) == trained and ("Not trained yet" in card.text) != trained
     for command_line in ("train.py --config recipes/", "eval.py --model"):
         assert command_line in card.text
-    assert "yet" not in card_of(checkpoint, template, [a_result(checkpoint)]).text
+    evaluated = card_of(checkpoint, template, [a_result(checkpoint)]).content
+    assert "yet" not in evaluated and "\n\n\n" not in evaluated + card.content  # no slot leaves an empty paragraph
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -521,10 +566,18 @@ def test_the_template_is_that_of_the_label_space(checkpoint):
 
 def test_a_template_of_ones_own(checkpoint, tmp_path, monkeypatch, untried, capsys):
     own = tmp_path / "mine.md"
-    own.write_text("---\nlicense: mit\n{{ card_data }}\n---\n# {{ name }} by me\n")
+    mine = "---\nlicense: mit\n{{ card_data }}\n---\n# {{ name }} by me\n\n{{ status }}\n\n{{ results }}\n"
+    own.write_text(mine)
     words = ["--model", checkpoint, "--repo_id", "me/a-model", "--output", tmp_path / "out", "--card", own]
     assert command(monkeypatch, *words) == 0
     assert "# a-model by me" in (tmp_path / "out" / "README.md").read_text()
+    for left_out, words_of_it in (
+        ("{{ card_data }}", "mine.md lacks {{ card_data }}: "),
+        ("{{ results }}", "mine.md lacks {{ results }}: "),
+    ):
+        own.write_text(mine.replace(left_out, ""))
+        assert command(monkeypatch, *words) == 2
+        assert words_of_it in capsys.readouterr().err.strip().splitlines()[-1]
     for broken in ("# {{ name", "---\nlicense: [\n---\n# a\n", "---\n- a\n---\n"):
         own.write_text(broken)
         assert command(monkeypatch, *words) == 2

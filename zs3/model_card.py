@@ -7,10 +7,11 @@ Hub reads by machine; its other fields are the template's own.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2  # of torch's own dependencies
+import jinja2.meta  # of torch's own dependencies
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
@@ -40,10 +41,11 @@ ABSENT = {
     "truth": "a class that the truth has not got is left out of means",
 }
 SETTINGS = {
-    "gzs3": "names of all classes are given, and all pixels count",
+    "gzs3": "names of seen and unseen classes are given, and the pixels of both count",
     "zs3": "names of unseen classes alone are given, and only their pixels count",
     "ovs": "names of a dataset that was not trained on",
 }
+NEEDED_SLOTS = ("card_data", "results")
 OF_A_RUN = (
     "unseen_labels",
     "max_steps",
@@ -91,9 +93,22 @@ def model_card(
     filled = slots(repo_id, config, checkpoint_sha256, label_space, recipes, results)
     filled["data_licence"] = ARCHIVES[template.stem].licence if template.stem in ARCHIVES else ""
     try:
-        return str(ModelCard.from_template(data, template_path=str(template), **filled))
+        card = str(ModelCard.from_template(data, template_path=str(template), **filled))
     except (jinja2.TemplateError, yaml.YAMLError, ValueError) as error:
         raise InputError(f"template {template} cannot be filled: {one_line(error)}") from error
+    check_slots(template)
+    return re.sub(r"\n{3,}", "\n\n", card)  # an empty slot leaves an empty paragraph
+
+
+def check_slots(template: Path) -> None:
+    """Without these a card would hide its scores from people or from the Hub."""
+    asked = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(template.read_text(encoding="utf-8")))
+    missing = [f"{{{{ {name} }}}}" for name in NEEDED_SLOTS if name not in asked]
+    if missing:
+        raise InputError(
+            f"template {template} lacks {' and '.join(missing)}: {{{{ card_data }}}} belongs into its front matter, "
+            "{{ results }} below it"
+        )
 
 
 def slots(
@@ -207,8 +222,10 @@ def runs(recipes: Sequence[dict]) -> str:
 
 def model_index(result: dict) -> list[EvalResult]:
     """The scores of one result file as the Hub has them, in [0, 1]."""
-    stamps = ("setting", "absent", "calibration", "num_images", "label_space_sha256", "split_sha256")
-    protocol = {"ensemble": ensemble(result), **{name: result.get(name) for name in stamps}}
+    stamps = ("setting", "absent", "calibration", "num_images", "split_images", "label_space_sha256", "split_sha256")
+    protocol = {"candidates": candidates(result), "without": result.get("without") or None}
+    protocol |= {"ensemble": ensemble(result), **{name: result.get(name) for name in stamps}}
+    marks = [*([images(result)] if is_partial(result) else []), *deviations(result), f"ensemble {ensemble(result)}"]
     return [
         EvalResult(
             task_type="image-segmentation",
@@ -218,7 +235,7 @@ def model_index(result: dict) -> list[EvalResult]:
             dataset_split=result["split"],
             dataset_config=result["setting"],
             metric_type=name,
-            metric_name=f"{title}, ensemble {ensemble(result)}",
+            metric_name=", ".join([title, *marks]),
             metric_value=result[name],
             metric_args={**protocol, "interval_95": result["confidence_intervals"].get(name)},
         )
@@ -232,6 +249,31 @@ def data_name(result: dict) -> str:
     return f"{result['dataset']} (synthetic)" if synthetic else result["dataset"]
 
 
+def is_partial(result: dict) -> bool:
+    return result["num_images"] < (result.get("split_images") or 0)
+
+
+def images(result: dict) -> str:
+    of = f" of {result['split_images']:,}" if is_partial(result) else ""
+    return f"{result['num_images']:,}{of} images"
+
+
+def candidates(result: dict) -> str:
+    seen, unseen = len(result["seen"]), len(result["unseen"])
+    return f"{seen + unseen} names" if result["setting"] == "ovs" else f"{seen} seen and {unseen} unseen names"
+
+
+def deviations(result: dict) -> list[str]:
+    """What makes the scores of a row others than those of its setting as it is."""
+    without, calibration = result.get("without") or [], result.get("calibration") or {}
+    told = [f"without {', '.join(map(repr, without))}"] if without else []
+    bias, chosen = calibration.get("seen_bias", 0), calibration.get("seen_bias_chosen", "none")
+    if bias or chosen != "none":
+        how = re.sub(r" \(.*\)", "", chosen)  # the names stand in the protocol of the row
+        told.append(f"bias {bias:.3g}" + ("" if chosen == "none" else f" ({how})"))
+    return told
+
+
 def ensemble(result: dict) -> str:
     view, weight = result.get("clip_ensemble"), result.get("clip_ensemble_weight")
     return {"off": "off", None: "not said"}.get(view, f"{view}, w = {weight}")
@@ -241,17 +283,19 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
     """Scores with their intervals, the protocol of each row, and IoUs of single classes; percent."""
     settings = dict.fromkeys(result["setting"] for result in results)
     told = "; ".join(f"{setting}: {SETTINGS.get(setting, 'see eval.py')}" for setting in settings)
+    told += ". " + " ".join(exceptions(results))
     titles = {name: title for name, title in TITLES.items() if any(r.get(name) is not None for r in results)}
     lines = [
-        f"Percent; in brackets 95 % intervals (bootstrap over images). {told}.\n",
+        f"Percent; in brackets 95 % intervals (bootstrap over images). {told.strip()}\n",
         f"| | data | setting | ensemble with CLIP | {' | '.join(titles.values())} |",
         "|---|---|---|---|" + "---|" * len(titles),
     ]
     for row, result in enumerate(results, start=1):
-        images = f"{data_name(result)}, {result['split']}, {result['num_images']:,} images"
+        data = f"{data_name(result)}, {result['split']}, {images(result)}"
+        setting = ", ".join([result["setting"], *deviations(result)])
         intervals = result["confidence_intervals"]
         scores = " | ".join(score(result.get(name), intervals.get(name)) for name in titles)
-        lines.append(f"| {row} | {images} | {result['setting']} | {ensemble(result)} | {scores} |")
+        lines.append(f"| {row} | {data} | {setting} | {ensemble(result)} | {scores} |")
     lines += ["", f"All rows are of these weights (sha256 `{checkpoint_sha256}`).\n"]
     lines += [f"{row}. {protocol(result)}" for row, result in enumerate(results, start=1)]
     for row, result in enumerate(results, start=1):
@@ -259,6 +303,17 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
         lines += ["", f"<details><summary>Row {row}: IoU of each class{bold}</summary>\n"]
         lines += [per_class(result), "\n</details>"]
     return "\n".join(lines)
+
+
+def exceptions(results: Sequence[dict]) -> list[str]:
+    """Sentences on what `deviations` and `images` say of some rows."""
+    biased = any((result.get("calibration") or {}).get("seen_bias") for result in results)
+    told = {
+        "Names after `without` are not given, and their pixels do not count.": any(r.get("without") for r in results),
+        "A `bias` is taken off the scores of seen classes before each pixel gets its name.": biased,
+        "`N of M images` are the first N of the split.": any(map(is_partial, results)),
+    }
+    return [sentence for sentence, holds in told.items() if holds]
 
 
 def score(value: float | None, interval: list[float | None] | None) -> str:
@@ -269,14 +324,11 @@ def score(value: float | None, interval: list[float | None] | None) -> str:
 
 def protocol(result: dict) -> str:
     """How a row came about."""
-    seen, unseen = len(result["seen"]), len(result["unseen"])
-    names = f"{seen + unseen} names" if result["setting"] == "ovs" else f"{seen} seen and {unseen} unseen names"
     rule = f"calibration {json.dumps(result.get('calibration'))}; {ABSENT.get(result.get('absent'), '')}"
     prompts, versions = result.get("prompts") or [], result.get("versions") or {}
     parts = [
-        f"label space sha256 `{result['label_space_sha256']}`, {names}",
-        result.get("protocol") or rule,  # the sentence of newer result files has both
-        f"not among the candidates: {', '.join(result['without'])}" if result.get("without") else "",
+        f"label space sha256 `{result['label_space_sha256']}`",
+        result.get("protocol") or f"{candidates(result)}; {rule}",  # newer result files have a sentence of all
         f"prompts: `{prompts[0]}`" + (f" and {len(prompts) - 1} more" if prompts[1:] else "") if prompts else "",
         ", ".join(f"{name} {number}" for name, number in versions.items()),
     ]

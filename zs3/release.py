@@ -50,7 +50,9 @@ class ReleaseArgs:
     results: list[str] = flag([], "Result files of eval.py for this checkpoint; without one the card has no scores.")
     repo_id: str | None = flag(None, "Hub id, owner/name, of the repository.")
     card: str | None = flag(
-        None, "Template of hub_cards/, or a .md file of your own; default: the one of the results' label space."
+        None,
+        "Template of hub_cards/, or a .md file of your own with {{ card_data }} in its front matter and {{ results }} "
+        "below; default: the one of the results' label space.",
     )
     output: str | None = flag(None, "Folder to make; default: runs/release/NAME.")
     push: bool = flag(False, "Upload the folder; without it this is a dry run.")
@@ -175,15 +177,19 @@ def _json(path: Path) -> dict:
 # ---- the folder --------------------------------------------------------------------------------------------
 
 
-def make_folder(files: Sequence[Path], card: str, folder: Path, labels: Sequence[str]) -> str:
-    """Copies the files, writes the card and tries both before the folder gets its name. What the stranger says.
-
-    A folder that this made before is replaced, if nothing in it has been changed since.
-    """
+def check_replaceable(folder: Path) -> None:
+    """A folder that `make_folder` made before is replaced, if nothing in it has been changed since."""
     if folder.exists() and not (is_sealed(folder) or _is_empty(folder)):
         raise InputError(
             f"--output {folder} holds something else, or was changed by hand: move it away, or name another"
         )
+
+
+def make_folder(files: Sequence[Path], card: str, folder: Path, labels: Sequence[str]) -> str:
+    """Copies the files, writes the card and tries both before the folder gets its name. What the stranger says.
+
+    A folder that is there is replaced: see `check_replaceable`.
+    """
     partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
     for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)  # of a run that was stopped
@@ -282,6 +288,8 @@ def main() -> None:
     args, _ = read_arguments(ReleaseArgs)
     args.check()
     model = Path(args.model)
+    folder = Path(args.output or Path("runs", "release", args.repo_id.split("/")[-1]))
+    check_replaceable(folder)
     files, sha256 = release_files(model), weights_sha256(args.model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=True)
@@ -290,7 +298,6 @@ def main() -> None:
     results = read_results(args.results, sha256)
     template = chosen_template(args.card, config, results)
     card = model_card(template, args.repo_id, config, sha256, recipes_of(model), results)
-    folder = Path(args.output or Path("runs", "release", args.repo_id.split("/")[-1]))
     print("a stranger loads it and segments a picture ...", flush=True)
     told = make_folder(files, card, folder, example_labels(config))
     print(listing(folder))
