@@ -20,7 +20,7 @@ from tiny import save_checkpoint, tiny_config, tiny_model
 
 import zs3.release
 from configuration_zs3 import Zs3Config
-from zs3.checkpoints import weights_sha256
+from zs3.checkpoints import settings_sha256, weights_sha256
 from zs3.command_line import InputError, run
 from zs3.label_space import load_label_space
 from zs3.model_card import model_card, recipes_of, runs, slots, starts
@@ -74,6 +74,7 @@ def a_result(checkpoint: Path, **changes: object) -> dict:
         "split_sha256": "5" * 64,
         "label_space_sha256": SCENES.sha256,
         "checkpoint_sha256": sha256(checkpoint / "model.safetensors"),
+        "settings_sha256": settings_sha256(str(checkpoint)),
         "seen": SCENES.seen,
         "unseen": SCENES.unseen,
         "prompts": ["a photo of a {}.", "the {}"],
@@ -310,6 +311,7 @@ def test_code_is_what_the_configurations_name_and_what_that_imports(checkpoint, 
     ("content", "words"),
     [
         ({"checkpoint_sha256": "f" * 64}, "is of other weights"),
+        ({"settings_sha256": "f" * 64}, "of these weights with another configuration"),
         ({"checkpoint_sha256": None}, "does not say which weights"),
         ({"miou_unseen": 42.0}, "miou_unseen is 42.0, not a share in"),
         ({"miou": "high"}, "miou is high, not a share in"),

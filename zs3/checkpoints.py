@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ class NoClaim(InputError):
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 # What loading a damaged checkpoint, or one of another architecture, raises.
 CHECKPOINT_ERRORS = (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
@@ -114,13 +117,21 @@ def weights_sha256(path: str) -> str | None:
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def settings_sha256(path: str, suffix: str) -> str | None:
-    """Of the checkpoint's other files of one kind: ".json", configuration, processor and tokenizer; ".py", its code."""
+def settings_sha256(path: str) -> str | None:
+    """Of the configuration, the processor and the tokenizer. None as above."""
     folder = local_folder(path)
-    if folder is None:
-        return None
-    files = sorted(file for file in folder.glob(f"*{suffix}") if file.name != INDEX)
-    return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in files).encode()).hexdigest()
+    return None if folder is None else _files_sha256(folder / name for name in (*CONFIGS, *TOKENIZER))
+
+
+def code_sha256(path: str) -> str | None:
+    """Of the code that the checkpoint brings. None as above."""
+    folder = local_folder(path)
+    return None if folder is None else _files_sha256(folder.glob("*.py"))
+
+
+def _files_sha256(files: Iterable[Path]) -> str:
+    told = sorted(f"{file.name} {file_sha256(file)}\n" for file in files if file.is_file())
+    return hashlib.sha256("".join(told).encode()).hexdigest()
 
 
 def local_folder(path: str) -> Path | None:

@@ -23,7 +23,16 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from configuration_zs3 import plain
-from zs3.checkpoints import CHECKPOINT_ERRORS, check_checkpoint, file_sha256, weight_files, weights_sha256
+from zs3.checkpoints import (
+    CHECKPOINT_ERRORS,
+    CONFIGS,
+    TOKENIZER,
+    check_checkpoint,
+    file_sha256,
+    settings_sha256,
+    weight_files,
+    weights_sha256,
+)
 from zs3.command_line import InputError, check_required, flag, one_line, read_arguments, run, write_text
 from zs3.label_space import is_hub_id, load_label_space
 from zs3.model_card import TITLES, example_labels, model_card, recipes_of
@@ -32,11 +41,9 @@ from zs3.run_folder import rename
 
 HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
 OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates called as the label space that they are for
-CONFIGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 OF_A_RESULT = (
-    *("setting", "dataset", "split", "label_space_sha256", "checkpoint_sha256", "seen", "unseen", "num_images"),
-    *("miou", "confidence_intervals"),
+    *("setting", "dataset", "split", "label_space_sha256", "checkpoint_sha256", "settings_sha256"),
+    *("seen", "unseen", "num_images", "miou", "confidence_intervals"),
 )
 NOT_THE_STRANGERS = ("HF_", "HUGGINGFACE_", "PYTHON", "TRANSFORMERS_")  # variables of the environment
 SEAL = "\n<!-- Made by python -m zs3.release. sha256 of this folder: "
@@ -114,8 +121,8 @@ def class_references(content: object) -> Iterator[str]:
             yield from class_references(value)
 
 
-def read_results(paths: Sequence[str], sha256: str) -> list[dict]:
-    """Result files of eval.py, all of the checkpoint with this hash."""
+def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[dict]:
+    """Result files of eval.py, all of the checkpoint with these hashes of its weights and of its configuration."""
     results: list[dict] = []
     for path in paths:
         result = read_result(Path(path))
@@ -129,6 +136,8 @@ def read_results(paths: Sequence[str], sha256: str) -> list[dict]:
                 f"{path} is of other weights (sha256 {result['checkpoint_sha256'][:12]}..., those of --model have "
                 f"{sha256[:12]}...): leave it out, or evaluate this checkpoint"
             )
+        if result["settings_sha256"] != settings:
+            raise InputError(f"{path} is of these weights with another configuration: evaluate this checkpoint again")
         wrong = [name for name in TITLES if not _is_share(result.get(name))]
         if wrong:
             raise InputError(f"{path}: {wrong[0]} is {result[wrong[0]]}, not a share in [0, 1]: evaluate again")
@@ -295,7 +304,7 @@ def main() -> None:
         config = AutoConfig.from_pretrained(model, trust_remote_code=True)
     except CHECKPOINT_ERRORS as error:
         raise InputError(f"--model {model} cannot be read: {one_line(error)}") from error
-    results = read_results(args.results, sha256)
+    results = read_results(args.results, sha256, settings_sha256(args.model))
     template = chosen_template(args.card, config, results)
     card = model_card(template, args.repo_id, config, sha256, recipes_of(model), results)
     print("a stranger loads it and segments a picture ...", flush=True)
