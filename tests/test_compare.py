@@ -14,7 +14,7 @@ from zs3.evaluation import ConfusionMatrix, images_path
 
 NAMES, UNSEEN = ["sky", "grass", "cow", "boat"], ["cow", "boat"]
 IGNORE = 255
-IDS = [f"{index:03d}" for index in range(24)]
+IDS = [f"{index:03d}" for index in range(32)]
 A, B = (1, 0.5), (2, 0.75)  # seed and share of right pixels of two models
 SCORES = ["miou", "miou_seen", "miou_unseen", "hiou"]
 
@@ -160,12 +160,21 @@ def test_the_seed_draws_other_resamples_and_repeats(two):
     assert first == again and first["scores"] != other["scores"]
 
 
+def test_other_label_maps_of_the_same_images_are_refused(two, tmp_path):
+    pairs = draw_images(*B)
+    pairs[3][1][0, 0] = (pairs[3][1][0, 0] + 1) % 4
+    other = write_result(tmp_path / "other.json", pairs)
+    with pytest.raises(InputError, match="differ in the label maps of their images"):
+        compare(CompareArgs(two[0], other))
+
+
 @pytest.mark.parametrize(
     ("interval", "words"),
     [((0.1, 0.2), BETTER), ((-0.2, -0.1), WORSE), ((-0.1, 0.2), OPEN), ((0.0, 0.2), OPEN), ((None, None), OPEN)],
 )
 def test_the_verdict_is_what_the_interval_says(interval, words):
-    assert verdict(*interval) == words
+    assert verdict(*interval, 30) == words
+    assert verdict(*interval, 29) == "no verdict: 29 images are too few"
 
 
 def test_scores_that_a_setting_lacks_are_left_out(tmp_path):
@@ -194,7 +203,7 @@ def test_the_command_prints_what_it_writes(two, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     result = json.loads(output.read_text())
     assert printed == output.with_suffix(".md").read_text() == report(result)
-    assert result == compare(CompareArgs(*two)) and (result["resamples"], result["num_images"]) == (1000, 24)
+    assert result == compare(CompareArgs(*two)) and (result["resamples"], result["num_images"]) == (1000, 32)
     row = result["scores"]["hiou"]
     low, high = (f"{100 * bound:+.2f}" for bound in row["interval"])
     shown = f"| hIoU | {100 * row['a']:.1f} | {100 * row['b']:.1f} | {100 * row['difference']:+.2f} | {low} to {high} |"
@@ -252,7 +261,7 @@ def test_the_protocols_are_shown_where_the_files_have_them(two, tmp_path):
 def test_results_on_other_images_are_refused(two, tmp_path):
     few = write_result(tmp_path / "few.json", draw_images(*A)[:-2], IDS[:-2])
     for files, where in (((two[0], few), "a.json"), ((few, two[0]), "a.json")):
-        with pytest.raises(InputError, match=rf"2 images are not in both results \('022' is in .*{where} alone\)"):
+        with pytest.raises(InputError, match=rf"2 images are not in both results \('030' is in .*{where} alone\)"):
             compare(CompareArgs(*files))
 
 

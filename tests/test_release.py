@@ -549,21 +549,24 @@ def test_what_is_known_of_the_runs_is_told_without_paths(checkpoint, tmp_path, m
     assert "somebody" not in card.content and str(tmp_path) not in card.content
 
 
-def test_the_template_is_that_of_the_label_space(checkpoint):
-    trained, own = Zs3Config.from_pretrained(checkpoint), tiny_config(seen_class_names=["cat"])
+def test_the_template_is_that_of_the_masks_that_training_saw(checkpoint):
+    zero_shot, elsewhere = a_result(checkpoint), a_result(checkpoint, setting="ovs")
     for name in ("coco_stuff_171", "voc_20", "scenes"):
-        space = load_label_space(name)
-        results = [a_result(checkpoint, label_space_sha256=space.sha256), a_result(checkpoint, setting="ovs")]
-        assert chosen_template(None, own, results).stem == name
-        assert chosen_template(None, tiny_config(seen_class_names=space.seen), []).stem == name
-    assert chosen_template(None, trained, [a_result(checkpoint, setting="ovs")]).stem == "ovs"
-    assert chosen_template("voc_20", trained, [a_result(checkpoint)]).stem == "voc_20"
-    for config, results in ((own, []), (tiny_config(), []), (trained, [a_result(checkpoint, label_space_sha256="a")])):
-        with pytest.raises(InputError, match=r"say --card coco_stuff_171 \| ovs \| scenes \| voc_20"):
-            chosen_template(None, config, results)
-    for name in ("voc", "README", "nowhere.md"):
-        with pytest.raises(InputError, match="no such template"):
-            chosen_template(name, trained, [])
+        config = tiny_config(seen_class_names=load_label_space(name).seen)
+        for results in ([], [zero_shot], [zero_shot, elsewhere]):
+            assert chosen_template(None, config, results).stem == name
+        assert chosen_template(None, config, [elsewhere]).stem == ("ovs" if name == "coco_stuff_171" else name)
+        with pytest.raises(InputError, match="the masks that training saw fit no card called"):
+            chosen_template("scenes" if name == "voc_20" else "voc_20", config, [zero_shot])
+        for wrong in ("voc", "README", "nowhere.md"):
+            with pytest.raises(InputError, match="no such template"):
+                chosen_template(wrong, config, [])
+    assert (
+        chosen_template("ovs", tiny_config(seen_class_names=load_label_space("coco_stuff_171").seen), []).stem == "ovs"
+    )
+    for config in (tiny_config(seen_class_names=["cat"]), tiny_config()):
+        with pytest.raises(InputError, match=r"no card called so \(fitting: none\)"):
+            chosen_template(None, config, [zero_shot])
 
 
 def test_a_template_of_ones_own(checkpoint, tmp_path, monkeypatch, untried, capsys):

@@ -47,6 +47,7 @@ SAME = {  # what must be alike for a difference to mean anything
 }
 NEEDED = (*SAME, "model", "seen", "unseen", "miou")
 CLASSES = {"per_class": "candidates", "seen": "seen candidates", "unseen": "unseen candidates"}
+FEW = 30  # images
 BETTER, WORSE = "B is better: the interval excludes 0", "A is better: the interval excludes 0"
 OPEN = "no difference can be told from these images"
 
@@ -120,10 +121,16 @@ def check_comparable(a: Evaluated, b: Evaluated) -> None:
         raise InputError(
             f"{len(odd)} images are not in both results ({odd[0]!r} is in {where} alone): evaluate both on the same"
         )
+    if (a.areas.truth != b.areas.truth).nnz:
+        raise InputError(
+            f"{a.path} and {b.path} differ in the label maps of their images: evaluate both on the same data"
+        )
 
 
-def verdict(low: float | None, high: float | None) -> str:
-    """What the interval of B - A says, in words."""
+def verdict(low: float | None, high: float | None, num_images: int) -> str:
+    """What the interval of B - A says, in words; a percentile bootstrap of few images claims too much."""
+    if num_images < FEW:
+        return f"no verdict: {num_images} images are too few"
     if low is not None and low > 0:
         return BETTER
     return WORSE if high is not None and high < 0 else OPEN
@@ -151,7 +158,7 @@ def compare(args: CompareArgs) -> dict:
         "resamples": RESAMPLES,
         "seed": args.seed,
         "scores": {
-            name: row | {"verdict": verdict(*row["interval"])}
+            name: row | {"verdict": verdict(*row["interval"], len(a.image_ids))}
             for name, row in rows.items()
             if row["difference"] is not None  # a setting without seen or unseen classes has no such score
         },

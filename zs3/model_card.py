@@ -43,7 +43,7 @@ ABSENT = {
 SETTINGS = {
     "gzs3": "names of seen and unseen classes are given, and the pixels of both count",
     "zs3": "names of unseen classes alone are given, and only their pixels count",
-    "ovs": "names of a dataset that was not trained on",
+    "ovs": "names of any dataset; how many of them training saw masks of is said below",
 }
 NEEDED_SLOTS = ("card_data", "results")
 OF_A_RUN = (

@@ -59,7 +59,7 @@ class ReleaseArgs:
     card: str | None = flag(
         None,
         "Template of hub_cards/, or a .md file of your own with {{ card_data }} in its front matter and {{ results }} "
-        "below; default: the one of the results' label space.",
+        "below; default: the one of the names whose masks training saw.",
     )
     output: str | None = flag(None, "Folder to make; default: runs/release/NAME.")
     push: bool = flag(False, "Upload the folder; without it this is a dry run.")
@@ -152,23 +152,25 @@ def _is_share(value: object) -> bool:
 
 
 def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequence[dict]) -> Path:
-    """By name; else by the label space of the zero-shot results; else by the seen names that the checkpoint tells."""
+    """By name, or by the names whose masks training saw: what a template says of its data must be true."""
     names = sorted(path.stem for path in HUB_CARDS.glob("*.md") if path.stem != "README")
-    if card is None:
-        known = {name: load_label_space(name) for name in OF_BENCHMARKS}
-        if results:
-            hashes = {result["label_space_sha256"] for result in results if result["setting"] != "ovs"}
-            fitting = [name for name, space in known.items() if {space.sha256} == hashes] if hashes else ["ovs"]
-        else:
-            trained = {plain(name) for name in config.seen_class_names or []}
-            fitting = [name for name, space in known.items() if {plain(seen) for seen in space.seen} == trained]
-        if not fitting:
+    if card is not None and card.endswith(".md"):
+        path = Path(card)
+    else:
+        trained = {plain(name) for name in config.seen_class_names or []}
+        spaces = {name: load_label_space(name) for name in OF_BENCHMARKS}
+        fitting = [name for name, space in spaces.items() if {plain(seen) for seen in space.seen} == trained]
+        fitting += ["ovs"] if "coco_stuff_171" in fitting else []
+        elsewhere = bool(results) and all(result["setting"] == "ovs" for result in results)
+        chosen = card or next(iter(fitting[:: -1 if elsewhere else 1]), "")
+        if chosen in names and chosen not in fitting or not chosen:
+            told = " or ".join(fitting) or "none"
             raise InputError(
-                f"no card is of this label space: say --card {' | '.join(names)}, or a .md file of your own"
+                f"the masks that training saw fit no card called {chosen or 'so'} (fitting: {told}): "
+                "give a .md file of your own as --card"
             )
-        card = fitting[0]
-    path = Path(card) if card.endswith(".md") else HUB_CARDS / f"{card}.md"
-    if not path.is_file() or card == "README":
+        path = HUB_CARDS / f"{chosen}.md"
+    if not path.is_file() or path.stem == "README":
         raise InputError(f"--card {card}: no such template; there are {', '.join(names)}, or a .md file of your own")
     return path
 
