@@ -258,7 +258,9 @@ def evaluation_job(args: AblationArgs, seed: int, line: Line) -> Job:
     path = result_path(args, seed, line)
     model = path.parent / "final"
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(path)]
-    flags += ["--ensemble", line.view, "--ensemble_weight", str(ENSEMBLE_WEIGHT)]
+    flags += ["--ensemble", line.view]
+    if line.view != "off":
+        flags += ["--ensemble_weight", str(ENSEMBLE_WEIGHT)]
 
     def is_done() -> bool:
         """The result is there, and of this checkpoint."""
