@@ -223,7 +223,8 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
         elif job.command[1] == "eval.py":
             evaluation, _ = read_arguments(EvalArgs, job.command[2:])
             evaluation.check()
-            assert evaluation.ensemble_weight == 0.8 and evaluation.setting == "gzs3"
+            assert evaluation.ensemble_weight == (None if evaluation.ensemble == "off" else 0.8)
+            assert evaluation.setting == "gzs3"
             assert job.name.endswith(f"gzs3_{evaluation.ensemble}")
         else:
             assert job.command[1:3] == ["-m", "zs3.pseudo_labels"]
