@@ -3,8 +3,8 @@
     accelerate launch eval.py --model runs/stage2/final --dataset DIR --setting gzs3 --output runs/stage2/gzs3.json
     accelerate launch eval.py --model runs/stage2/final --suite ovs5 --data_root data --output runs/stage2/ovs5
 
-Settings (section 3.1): gzs3, candidates and pixels of all classes; zs3, of the unseen classes alone; ovs, another
-label space than that of the training. The checkpoint is loaded through AutoModel and AutoProcessor only.
+Settings (section 3.1): gzs3, candidates and pixels of all classes; zs3, of the unseen classes alone; ovs, any label
+space, without a claim about seen and unseen. The checkpoint is loaded through AutoModel and AutoProcessor only.
 
 One pass over the images gives everything in FILE.json: the scores, the seen/unseen curve over all biases, reliability
 and rejection (zs3.calibration). Beside it lie FILE.md, FILE.csv (per class) and FILE_images.npz (zs3.compare's).
@@ -31,16 +31,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import ModelOutput
 
 from label_maps_zs3 import SemanticMap
 from zs3.calibration import OUTSIDER, Rejection, Reliability, SeenBiasCurve
 from zs3.checkpoints import (
+    Look,
     NoClaim,
     check_no_unseen_masks,
     class_vectors,
     code_sha256,
     file_sha256,
+    is_trained,
     load_checkpoint,
     settings_sha256,
     trained_on,
@@ -79,7 +80,7 @@ class EvalArgs:
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     setting: Literal["gzs3", "zs3", "ovs"] = flag(
         "gzs3",
-        "Candidates: all classes (gzs3), the unseen alone (zs3), or those of a label space not trained on (ovs).",
+        "Candidates: all classes (gzs3), the unseen alone (zs3), or of any label space, with no claim (ovs).",
     )
     without: list[str] = flag([], "Names that are no candidates; their pixels count for rejection alone.")
     output: str | None = flag(None, "Result file (JSON); of a suite, a folder.")
@@ -190,9 +191,7 @@ def candidates_of(label_space: LabelSpace, setting: str, without: list[str], con
     place[-1] = len(names)
     place[index.numpy()] = np.arange(len(index))
     kept = [names[position] for position in index]
-    trained = trained_on(config, kept)
-    is_trained = torch.tensor([name in trained for name in kept])
-    return Candidates(kept, index, label_space.is_seen[index], is_trained, place)
+    return Candidates(kept, index, label_space.is_seen[index], is_trained(config, kept), place)
 
 
 def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str) -> None:
@@ -298,43 +297,15 @@ def count(counts: Counts, found: SemanticMap, prediction: Tensor, label: Tensor,
         counts.rejection.update(found, label, image_id)
 
 
-class Look(NamedTuple):
-    """How the model looks at images: on its device, with the text vectors (C, D) of the candidates and CLIP's view."""
-
-    model: PreTrainedModel
-    processor: ProcessorMixin
-    text_embeds: Tensor
-    candidates: Candidates
-    view: str
-    weight: float | None
-    tolerance: float
-
-    def __call__(self, inputs: BatchFeature, size: tuple[int, int]) -> ModelOutput:
-        """The model's output of one image, whose label map is wanted at this size (H, W)."""
-        outputs = self.model(**inputs, text_embeds=self.text_embeds)
-        if self.view == "off":
-            return outputs
-        return self.model.ensemble(
-            outputs,
-            self.processor.to_rgb(inputs["pixel_values"]),
-            self.text_embeds,
-            is_seen=self.candidates.is_trained,
-            weight=self.weight,
-            view=self.view,
-            tolerance=self.tolerance,
-            image_sizes=[size],
-        )
-
-
 @torch.inference_mode()
 def count_images(
     args: EvalArgs, look: Look, images: Images, counts: Counts, seen_bias: float, accelerator: Accelerator
 ) -> None:
     """All of this process's images into the counts; some of them are drawn."""
-    options = {"return_scores": counts.reliability is not None}
+    candidates, options = images.candidates, {"return_scores": counts.reliability is not None}
     if counts.curve is not None or seen_bias:
-        options["is_seen"] = look.candidates.is_seen
-    num_images = len(images.records) if args.max_images is None else min(args.max_images, len(images.records))
+        options["is_seen"] = candidates.is_seen
+    num_images = len(images.records.image_ids[: args.max_images])
     drawn = set(np.linspace(0, num_images - 1, min(args.num_pictures, num_images)).astype(int).tolist())
     workers = min(args.num_workers, len(images))
     loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=as_it_is)
@@ -349,7 +320,7 @@ def count_images(
         prediction = found if isinstance(found, Tensor) else found.with_seen_bias(seen_bias)
         count(counts, found, prediction, torch.from_numpy(item.label).to(prediction.device), item.image_id)
         if args.pictures is not None and item.index in drawn:
-            draw(item, prediction, look.candidates, Path(args.pictures))
+            draw(item, prediction, candidates, Path(args.pictures))
 
 
 def draw(item: Item, prediction: Tensor, candidates: Candidates, folder: Path) -> None:
@@ -377,7 +348,7 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     num_images = len(image_ids)
     if num_images == 0:
         raise InputError(f"split {args.split!r} of {args.dataset} has no images")
-    stamp = stamps(args, label_space, model.config, candidates, image_ids) | {"split_images": len(records)}
+    stamp = stamps(args, label_space, model.config, candidates, records)
     if reuse:
         there = [finished(Path(args.output), stamp) if accelerator.is_main_process else None]
         (there,) = broadcast_object_list(there)  # the others may not see the main process's disk
@@ -391,7 +362,7 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
 
     counts = new_counts(args, candidates, bias, calibration=args.calibration and view != "lazy")
     mine = range(accelerator.process_index, num_images, accelerator.num_processes)
-    look = Look(model, processor, text_embeds, candidates, view, weight, args.ensemble_tolerance)
+    look = Look(model, processor, text_embeds, candidates.is_trained, view, weight, args.ensemble_tolerance)
     count_images(args, look, Images(records, mine, candidates, processor), counts, bias.value, accelerator)
 
     total, *others = gather_object([counts])
@@ -425,7 +396,7 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
 
 
 def stamps(
-    args: EvalArgs, label_space: LabelSpace, config: PreTrainedConfig, candidates: Candidates, image_ids: list[str]
+    args: EvalArgs, label_space: LabelSpace, config: PreTrainedConfig, candidates: Candidates, records: Split
 ) -> dict:
     """What a reader needs to know of an evaluation before it has begun. Equal stamps stand for equal numbers."""
     unseen = [name for name in candidates.names if name in label_space.unseen]
@@ -435,7 +406,8 @@ def stamps(
         "model": args.model,
         "dataset": dataset_name(args.dataset),
         "split": args.split,
-        "split_sha256": hashlib.sha256("\n".join(image_ids).encode()).hexdigest(),
+        "split_sha256": hashlib.sha256("\n".join(records.image_ids[: args.max_images]).encode()).hexdigest(),
+        "split_images": len(records),
         "label_space": args.label_space or "the dataset's own",
         "label_space_sha256": label_space.sha256,
         "checkpoint_sha256": weights_sha256(args.model),

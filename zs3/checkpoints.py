@@ -4,13 +4,15 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoModel, AutoProcessor, BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import ModelOutput
 
 from configuration_zs3 import plain
 from zs3.command_line import InputError, looks_local, one_line
@@ -146,6 +148,40 @@ def trained_on(config: PreTrainedConfig, names: list[str]) -> list[str]:
     """Those of the names whose masks the training saw; none where that is not known."""
     trained = {plain(name) for name in config.seen_class_names or []}
     return [name for name in names if plain(name) in trained]
+
+
+def is_trained(config: PreTrainedConfig, names: list[str]) -> Tensor:
+    """(C,) bool: of which names the training saw masks."""
+    trained = trained_on(config, names)
+    return torch.tensor([name in trained for name in names])
+
+
+class Look(NamedTuple):
+    """How a model looks at images: with text vectors (C, D) on its device, and with CLIP's view of the proposals."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    text_embeds: Tensor
+    is_trained: Tensor  # (C,) bool
+    view: str  # "off" for no ensemble
+    weight: float | None = None  # of the ensemble; None: the checkpoint's
+    tolerance: float = 0.0
+
+    def __call__(self, inputs: BatchFeature, size: tuple[int, int]) -> ModelOutput:
+        """The model's output of one image, whose label map is wanted at this size (H, W)."""
+        outputs = self.model(**inputs, text_embeds=self.text_embeds)
+        if self.view == "off":
+            return outputs
+        return self.model.ensemble(
+            outputs,
+            self.processor.to_rgb(inputs["pixel_values"]),
+            self.text_embeds,
+            is_seen=self.is_trained,
+            weight=self.weight,
+            view=self.view,
+            tolerance=self.tolerance,
+            image_sizes=[size],
+        )
 
 
 def check_no_unseen_masks(config: PreTrainedConfig, label_space: LabelSpace, claim: str) -> None:

@@ -217,7 +217,7 @@ def _smaller_gain(item: tuple[str, dict]) -> tuple[bool, float]:
 def _cells(row: dict) -> str:
     low, high = row["interval"]
     between = "-" if low is None else f"{_points(low)} to {_points(high)}"
-    return f"{percent(row['a']).strip()} | {percent(row['b']).strip()} | {_points(row['difference'])} | {between}"
+    return f"{percent(row['a'])} | {percent(row['b'])} | {_points(row['difference'])} | {between}"
 
 
 def _points(difference: float | None) -> str:

@@ -167,7 +167,7 @@ class ConfusionMatrix:
         absent: "union": a class is left out if neither truth nor prediction has it, so that one which is only
             predicted counts as 0. "truth": it is left out if the truth has not got it.
         """
-        return iou_of_areas(*_areas(self.counts), absent)
+        return iou_of_areas(*class_areas(self.counts), absent)
 
     def pixel_accuracy(self) -> float:
         """Share of the labelled pixels that got their true class, in [0, 1]; NaN without any."""
@@ -178,7 +178,7 @@ class ConfusionMatrix:
 
         A class that the truth has not got weighs nothing, so both rules for absent classes give this number.
         """
-        _, truth, _ = _areas(self.counts)
+        _, truth, _ = class_areas(self.counts)
         return float(_ratio(np.nansum(truth * self.iou("truth")), truth.sum()))
 
     def worst_pairs(self, count: int) -> list[ConfusedPair]:
@@ -339,7 +339,7 @@ def _generalized(iou: np.ndarray, is_seen: np.ndarray) -> tuple[np.ndarray, np.n
     return seen, unseen, np.where(total == 0, 0.0, 2 * _ratio(seen * unseen, total))
 
 
-def _areas(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def class_areas(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """counts (C, C + 1) -> intersection, truth, predicted, each (C,) in pixels."""
     return np.diagonal(counts), counts.sum(axis=1), counts[:, :-1].sum(axis=0)
 

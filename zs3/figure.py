@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from zs3.checkpoints import class_vectors, load_checkpoint, trained_on
+from zs3.checkpoints import Look, class_vectors, is_trained, load_checkpoint
 from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run
 from zs3.data import Split, load_split
 from zs3.evaluation import SavedImages, images_path, load_images
@@ -93,18 +93,9 @@ def label_map(
 ) -> Tensor:
     """(H, W) int64, on the CPU: each pixel's index into class_names, whose vectors text_embeds (C, D) are."""
     size = (image.height, image.width)
-    inputs, text_embeds = processor(images=image).to(model.device), text_embeds.to(model.device)
-    outputs, view = model(**inputs, text_embeds=text_embeds), model.ensemble_view()
-    if view != "off":
-        trained = trained_on(model.config, list(class_names))
-        outputs = model.ensemble(
-            outputs,
-            processor.to_rgb(inputs["pixel_values"]),
-            text_embeds,
-            is_seen=torch.tensor([name in trained for name in class_names]),
-            view=view,
-            image_sizes=[size],
-        )
+    names = list(class_names)
+    look = Look(model, processor, text_embeds.to(model.device), is_trained(model.config, names), model.ensemble_view())
+    outputs = look(processor(images=image).to(model.device), size)
     return processor.post_process_semantic_segmentation(outputs, [size])[0].cpu()
 
 

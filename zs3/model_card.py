@@ -319,7 +319,7 @@ def exceptions(results: Sequence[dict]) -> list[str]:
 def score(value: float | None, interval: list[float | None] | None) -> str:
     """As 38.6 [37.9, 39.2]."""
     low, high = interval if interval and value is not None else (None, None)
-    return percent(value).strip() + ("" if low is None else f" [{percent(low).strip()}, {percent(high).strip()}]")
+    return percent(value) + ("" if low is None else f" [{percent(low)}, {percent(high)}]")
 
 
 def protocol(result: dict) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from configuration_zs3 import plain
 from zs3.command_line import InputError, write_json, write_text
-from zs3.evaluation import ConfusionMatrix, images_path, load_images, percent
+from zs3.evaluation import ConfusionMatrix, class_areas, images_path, load_images, percent
 
 HEADLINES = {"miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU", "miou": "mIoU"}
 
@@ -135,8 +135,7 @@ def class_table(result: dict[str, Any], confusion: ConfusionMatrix) -> str:
     told = result["setting"] != "ovs"  # where seen and unseen are words
     kinds = {name: "unseen" if name in result["unseen"] else "seen" for name in result["per_class"]} if told else {}
     writer.writerow(["class", "kind", "iou", "low", "high", "intersection", "truth", "predicted"])
-    counts = confusion.counts
-    areas = np.stack([np.diagonal(counts), counts.sum(axis=1), counts[:, :-1].sum(axis=0)], axis=1)
+    areas = np.stack(class_areas(confusion.counts), axis=1)
     for (name, iou), own in zip(result["per_class"].items(), areas.tolist(), strict=True):
         writer.writerow([name, kinds.get(name), iou, *result["per_class_intervals"][name], *own])
     return text.getvalue()
