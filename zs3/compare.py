@@ -77,10 +77,7 @@ class Evaluated(NamedTuple):
 
 
 def load_evaluated(path: Path) -> Evaluated:
-    result = read_result(path)
-    missing = [name for name in NEEDED if name not in result]
-    if missing:
-        raise InputError(f"{path} is no result file of eval.py: it lacks {', '.join(missing)}")
+    result = read_result(path, NEEDED)
     beside = images_path(path)
     class_names, image_ids, areas = load_images(beside)
     if None in image_ids:

@@ -20,6 +20,7 @@ from zs3.archives import ARCHIVES
 from zs3.command_line import InputError, one_line
 from zs3.evaluation import percent
 from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
+from zs3.results import candidates
 
 TITLES = {
     "miou": "mIoU",
@@ -256,11 +257,6 @@ def is_partial(result: dict) -> bool:
 def images(result: dict) -> str:
     of = f" of {result['split_images']:,}" if is_partial(result) else ""
     return f"{result['num_images']:,}{of} images"
-
-
-def candidates(result: dict) -> str:
-    seen, unseen = len(result["seen"]), len(result["unseen"])
-    return f"{seen + unseen} names" if result["setting"] == "ovs" else f"{seen} seen and {unseen} unseen names"
 
 
 def deviations(result: dict) -> list[str]:

@@ -125,10 +125,7 @@ def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[dict]
     """Result files of eval.py, all of the checkpoint with these hashes of its weights and of its configuration."""
     results: list[dict] = []
     for path in paths:
-        result = read_result(Path(path))
-        missing = [name for name in OF_A_RESULT if name not in result]
-        if missing:
-            raise InputError(f"{path} is no result file of eval.py, it lacks {missing[0]!r}: leave it out")
+        result = read_result(Path(path), OF_A_RESULT)
         if result["checkpoint_sha256"] is None:
             raise InputError(f"{path} does not say which weights it is of: evaluate the folder of --model itself")
         if result["checkpoint_sha256"] != sha256:

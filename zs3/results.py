@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,6 @@ from zs3.command_line import InputError, write_json, write_text
 from zs3.evaluation import ConfusionMatrix, class_areas, images_path, load_images, percent
 
 HEADLINES = {"miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU", "miou": "mIoU"}
-
-
 TOLD = {
     "none": "no image labels",
     "pseudo": "pseudo image labels",
@@ -29,14 +27,16 @@ TOLD = {
 }
 
 
+def candidates(result: dict) -> str:
+    """How many names were to choose from, in the words of the setting."""
+    seen, unseen = len(result["seen"]), len(result["unseen"])
+    told = {"gzs3": f"{seen} seen and {unseen} unseen names", "zs3": f"{unseen} unseen names"}
+    return told.get(result["setting"], f"{seen + unseen} names")
+
+
 def protocol(result: dict) -> str:
     """The stamps in a sentence."""
-    seen, unseen, calibration = len(result["seen"]), len(result["unseen"]), result["calibration"]
-    parts = {
-        "gzs3": [f"gzs3, {seen} seen and {unseen} unseen names"],
-        "zs3": [f"zs3, {unseen} unseen names"],
-        "ovs": [f"ovs, {seen + unseen} names"],
-    }[result["setting"]]
+    calibration, parts = result["calibration"], [f"{result['setting']}, {candidates(result)}"]
     if result["without"]:
         parts.append(f"without {', '.join(result['without'])}")
     if result["num_images"] < result["split_images"]:
@@ -68,15 +68,19 @@ def write_result(path: Path, result: dict[str, Any], confusion: ConfusionMatrix)
     write_json(path, result)
 
 
-def read_result(path: Path) -> dict[str, Any]:
+def read_result(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """needed: fields that the caller cannot do without, beside per_class."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; it should be a result file of eval.py") from error
     except ValueError as error:
         raise InputError(f"{path} is no JSON; it should be a result file of eval.py") from error
-    if not isinstance(result, dict) or "per_class" not in result:
-        raise InputError(f"{path} is no result file of eval.py: it has no per_class")
+    if not isinstance(result, dict):
+        raise InputError(f"{path} is no result file of eval.py: it holds no mapping")
+    missing = [name for name in ("per_class", *needed) if name not in result]
+    if missing:
+        raise InputError(f"{path} is no result file of eval.py, it lacks {missing[0]!r}")
     return result
 
 
