@@ -514,6 +514,8 @@ def test_the_card_says_what_training_saw_and_what_can_be_asked_for(checkpoint):
     assert f"Masks of 15 classes** were seen in training: {', '.join(SCENES.seen)}." in text
     assert f"(5): {', '.join(SCENES.unseen)}." in text
     assert "pseudo labels, which CLIP guessed" in text and "any names" in text
+    fewer = a_result(checkpoint, unseen=SCENES.unseen[1:], without=SCENES.unseen[:1])
+    assert f"(5): {', '.join(SCENES.unseen)}." in card_of(checkpoint, "scenes", [fewer, a_result(checkpoint)]).text
     config = tiny_config(text=False, class_names=["sky", "a | b"])
     text = card_of(checkpoint, "coco_stuff_171", [], config).text
     assert "is not known: no zero-shot claim" in text and "the 2 names stored" in text

@@ -162,8 +162,10 @@ def example_labels(config: PreTrainedConfig) -> list[str]:
 def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: Sequence[dict]) -> str:
     """What the training saw, and which names can be asked for."""
     seen = config.seen_class_names
-    zero_shot = [result for result in results if result["setting"] != "ovs"]
-    unseen = zero_shot[0]["unseen"] if zero_shot else label_space.unseen if label_space else []
+    if label_space is not None:
+        unseen = label_space.unseen
+    else:  # a result made without some names lacks these
+        unseen = list(dict.fromkeys(name for r in results if r["setting"] != "ovs" for name in r["unseen"]))
     if config.text_config is not None:
         names = "any names: the text tower is part of the checkpoint"
     else:
