@@ -60,7 +60,7 @@ from zs3.command_line import (
 )
 from zs3.curves import draw_reliability, draw_seen_unseen_curve
 from zs3.data import Split, dataset_name, load_split
-from zs3.evaluation import ConfusionMatrix, GeneralizedScores, headline_scores
+from zs3.evaluation import ConfusionMatrix, GeneralizedScores
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
 from zs3.results import SeenBias, chosen_bias, protocol, read_result, report, write_result
@@ -434,8 +434,7 @@ def weight_chosen(args: EvalArgs) -> str:
 def scores(args: EvalArgs, total: Counts, candidates: Candidates) -> dict:
     """Shares in [0, 1]; NaN where there is nothing to take one of, None for what does not belong to the setting."""
     confusion, names, is_seen = total.confusion, candidates.names, candidates.is_seen.numpy()
-    iou = confusion.iou(args.absent)
-    means = {name: float(score) for name, score in headline_scores(iou, is_seen).items()}
+    iou, means = confusion.iou(args.absent), confusion.scores(is_seen, args.absent)
     bootstrap = confusion.bootstrap(is_seen, absent=args.absent, seed=args.seed)
     intervals = {name: list(interval) for name, interval in bootstrap.intervals().items()}
     groups = {name: shares._asdict() for name, shares in confusion.seen_unseen_confusion(is_seen)._asdict().items()}
@@ -446,8 +445,6 @@ def scores(args: EvalArgs, total: Counts, candidates: Candidates) -> dict:
     return {
         "num_images": len(confusion.images),
         **means,
-        "pixel_accuracy": confusion.pixel_accuracy(),
-        "frequency_weighted_iou": confusion.frequency_weighted_iou(),
         "confidence_intervals": intervals,
         "per_class": dict(zip(names, iou.tolist(), strict=True)),
         "per_class_intervals": dict(zip(names, bootstrap.class_intervals().tolist(), strict=True)),

@@ -16,7 +16,8 @@ NAMES, UNSEEN = ["sky", "grass", "cow", "boat"], ["cow", "boat"]
 IGNORE = 255
 IDS = [f"{index:03d}" for index in range(32)]
 A, B = (1, 0.5), (2, 0.75)  # seed and share of right pixels of two models
-SCORES = ["miou", "miou_seen", "miou_unseen", "hiou"]
+SCORES = ["miou_seen", "miou_unseen", "hiou", "miou", "pixel_accuracy", "frequency_weighted_iou"]
+OF_PIXELS = SCORES[4:]
 
 
 def draw_images(seed: int, right: float) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -68,7 +69,7 @@ def two(tmp_path) -> tuple[str, str]:
 
 
 def areas_of_sets(prediction, label) -> np.ndarray:
-    """(2, C): of every class the pixels in both maps and those in either, from its sets of pixels."""
+    """(3, C): of every class the pixels in both maps, in either and in the truth, from its sets of pixels."""
     truth, predicted = ([set() for _ in NAMES] for _ in range(2))
     for pixel in np.ndindex(label.shape):
         if label[pixel] != IGNORE:
@@ -78,16 +79,18 @@ def areas_of_sets(prediction, label) -> np.ndarray:
         [
             [len(t & p) for t, p in zip(truth, predicted, strict=True)],
             [len(t | p) for t, p in zip(truth, predicted, strict=True)],
+            [len(t) for t in truth],
         ]
     )
 
 
 def scores_of(images: list[np.ndarray]) -> np.ndarray:
-    """The four scores, then the IoU of each class."""
-    both, either = sum(images[1:], start=images[0])
+    """The six scores, then the IoU of each class."""
+    both, either, truth = sum(images[1:], start=images[0])
     iou = both / either
     seen, unseen = iou[:2].mean(), iou[2:].mean()
-    return np.array([iou.mean(), seen, unseen, 2 * seen * unseen / (seen + unseen), *iou])
+    means = [seen, unseen, 2 * seen * unseen / (seen + unseen), iou.mean()]
+    return np.array([*means, both.sum() / truth.sum(), (iou * truth / truth.sum()).sum(), *iou])
 
 
 def test_differences_and_intervals_equal_a_paired_bootstrap_written_as_loops(two):
@@ -102,7 +105,7 @@ def test_differences_and_intervals_equal_a_paired_bootstrap_written_as_loops(two
     rows = [*result["scores"].values(), *result["per_class"].values()]
     assert (
         list(result["scores"]) == SCORES
-        and titled(result) == ["mIoU(S)", "mIoU(U)", "hIoU", "mIoU"]
+        and titled(result) == ["mIoU(S)", "mIoU(U)", "hIoU", "mIoU", "pixel accuracy", "frequency-weighted IoU"]
         and list(result["per_class"]) == NAMES
     )
     np.testing.assert_allclose([row["a"] for row in rows], scores_of(a))
@@ -180,10 +183,11 @@ def test_the_verdict_is_what_the_interval_says(interval, words):
 def test_scores_that_a_setting_lacks_are_left_out(tmp_path):
     pairs = [(prediction % 2, np.where(label == IGNORE, label, label % 2)) for prediction, label in draw_images(*A)]
     zs3 = write_result(tmp_path / "zs3.json", pairs, names=UNSEEN, setting="zs3")
-    assert list(compare(CompareArgs(zs3, zs3))["scores"]) == ["miou", "miou_unseen"]
+    assert list(compare(CompareArgs(zs3, zs3))["scores"]) == ["miou_unseen", "miou", *OF_PIXELS]
     ovs = write_result(tmp_path / "ovs.json", draw_images(*A), setting="ovs")
     result = compare(CompareArgs(ovs, ovs))
-    assert list(result["scores"]) == ["miou"] and titled(result) == ["mIoU"] and "(unseen)" not in report(result)
+    assert list(result["scores"]) == ["miou", *OF_PIXELS]
+    assert titled(result) == ["mIoU", "pixel accuracy", "frequency-weighted IoU"] and "(unseen)" not in report(result)
 
 
 def test_a_class_that_is_nowhere_has_no_difference(tmp_path):

@@ -17,8 +17,9 @@ from zs3.evaluation import (
     average_precision,
     generalized_scores,
     images_path,
-    iou_of_images,
+    iou_of_areas,
     load_images,
+    summed_areas,
 )
 
 IGNORE = 255
@@ -74,8 +75,9 @@ def test_absent_classes_follow_the_chosen_rule():
 def test_rejected_pixels_count_against_recall_only():
     matrix = matrix_of([(np.array([[0, -1, 1, -1]]), np.array([[0, 0, 1, IGNORE]]))], 2)
     np.testing.assert_array_equal(matrix.iou(), [0.5, 1.0])
-    assert matrix.pixel_accuracy() == 2 / 3
-    assert matrix.frequency_weighted_iou() == pytest.approx(2 / 3 * 0.5 + 1 / 3 * 1.0)
+    scores = matrix.scores([True, False])
+    assert scores["pixel_accuracy"] == 2 / 3
+    assert scores["frequency_weighted_iou"] == pytest.approx(2 / 3 * 0.5 + 1 / 3 * 1.0)
 
 
 def test_ids_beyond_255_are_counted_apart():
@@ -154,6 +156,19 @@ def test_mask_of_another_length_is_refused():
         generalized_scores(np.array([0.5, 1.0]), [True])
 
 
+def of_pixels(pairs, num_classes) -> tuple[float, float]:
+    """Pixel accuracy, and frequency-weighted IoU as the mean over pixels of the IoU of their true class."""
+    iou = iou_by_sets(pairs, num_classes)
+    pixels = [
+        (label == prediction, iou[label])
+        for predictions, labels in pairs
+        for prediction, label in zip(predictions.flat, labels.flat, strict=True)
+        if label != IGNORE
+    ]
+    right, weighted = np.mean(pixels, axis=0)
+    return right, weighted
+
+
 def test_intervals_equal_a_bootstrap_written_as_loops():
     pairs = random_pairs(3, 30, 5)
     is_seen = np.array([True, True, True, False, False])
@@ -163,10 +178,10 @@ def test_intervals_equal_a_bootstrap_written_as_loops():
         sample = [pairs[i] for i in rng.integers(0, len(pairs), len(pairs))]
         iou = np.array(iou_by_sets(sample, 5))
         seen, unseen = np.nanmean(iou[is_seen]), np.nanmean(iou[~is_seen])
-        scores.append([np.nanmean(iou), seen, unseen, 2 * seen * unseen / (seen + unseen)])
+        scores.append([np.nanmean(iou), seen, unseen, 2 * seen * unseen / (seen + unseen), *of_pixels(sample, 5)])
     expected = np.quantile(scores, [0.025, 0.975], axis=0).T
     found = matrix_of(pairs, 5).bootstrap(is_seen, resamples=2000).intervals()
-    assert list(found) == ["miou", "miou_seen", "miou_unseen", "hiou"]
+    assert list(found) == ["miou", "miou_seen", "miou_unseen", "hiou", "pixel_accuracy", "frequency_weighted_iou"]
     np.testing.assert_allclose(list(found.values()), expected, atol=0.015)  # two random draws of resamples
 
 
@@ -313,8 +328,10 @@ def test_scores_equal_those_of_detectron2_mmseg_and_evaluate(case):
     theirs = detectron2_scores(*case)
     assert np.nanmean(iou) == pytest.approx(theirs["old"])
     assert np.nanmean(matrix.iou("truth")) == pytest.approx(theirs["new"])
-    assert matrix.pixel_accuracy() == pytest.approx(theirs["pixel_accuracy"])
-    assert matrix.frequency_weighted_iou() == pytest.approx(theirs["frequency_weighted_iou"])
+    for absent in ("union", "truth"):
+        scores = matrix.scores(np.arange(num_classes) % 2 == 0, absent)
+        assert scores["pixel_accuracy"] == pytest.approx(theirs["pixel_accuracy"])
+        assert scores["frequency_weighted_iou"] == pytest.approx(theirs["frequency_weighted_iou"])
 
 
 @settings(max_examples=100, deadline=None)
@@ -380,7 +397,7 @@ def test_every_kind_of_integer_and_every_order_of_memory_counts_alike(kind):
 def test_an_image_without_a_labelled_pixel_counts_as_an_image():
     matrix = matrix_of([(np.zeros((2, 2), int), np.full((2, 2), IGNORE)), (np.zeros((0, 3), int),) * 2], 2)
     assert [len(rows) for rows in matrix.images] == [0, 0] and matrix.counts.sum() == 0
-    assert math.isnan(matrix.pixel_accuracy()) and math.isnan(matrix.frequency_weighted_iou())
+    assert all(map(math.isnan, matrix.scores([True, False]).values()))
     assert math.isnan(matrix.bootstrap([True, False]).intervals()["miou"][0])
 
 
@@ -418,13 +435,13 @@ def test_images_saved_and_loaded_are_the_same(tmp_path):
                 expected[row[0], place] = row[column]
         np.testing.assert_array_equal(area.toarray(), expected)
     for absent in ("union", "truth"):
-        np.testing.assert_array_equal(iou_of_images(saved.areas, absent), matrix.iou(absent))
+        np.testing.assert_array_equal(iou_of_areas(*summed_areas(saved.areas), absent), matrix.iou(absent))
 
 
 def test_no_images_can_be_saved_and_loaded(tmp_path):
     ConfusionMatrix(2, IGNORE).save_images(tmp_path / "none_images.npz", ["a", "b"])
     saved = load_images(tmp_path / "none_images.npz")
-    assert saved.image_ids == [] and np.isnan(iou_of_images(saved.areas, "union")).all()
+    assert saved.image_ids == [] and np.isnan(iou_of_areas(*summed_areas(saved.areas), "union")).all()
 
 
 def test_files_that_are_no_areas_are_refused_in_one_line(tmp_path):

@@ -39,7 +39,7 @@ from configuration_zs3 import Zs3Config
 from zs3.checkpoints import WEIGHTS, weights_sha256
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.data import load_split
-from zs3.evaluation import GeneralizedScores
+from zs3.evaluation import SCORES, GeneralizedScores
 from zs3.scenes import write_dataset
 
 LEVEL = 0.95  # of the intervals over seeds
@@ -423,7 +423,7 @@ def summarise(args: AblationArgs, table: Table) -> dict:
 
 # ---- the report --------------------------------------------------------------------------------------------
 
-SCORE_TITLES = dict(zip(GeneralizedScores._fields, ("mIoU(S)", "mIoU(U)", "hIoU"), strict=True))
+SCORE_TITLES = {name: SCORES[name] for name in GeneralizedScores._fields}
 
 
 def plus_minus(score: dict, sign: str = "") -> str:

@@ -26,16 +26,19 @@ from zs3.command_line import (
     write_report,
 )
 from zs3.evaluation import (
+    SCORES,
+    GeneralizedScores,
     ImageAreas,
-    headline_scores,
     images_path,
     interval,
-    iou_of_images,
+    iou_of_areas,
     load_images,
     percent,
-    resampled_iou,
+    resampled_areas,
+    scores_of_areas,
+    summed_areas,
 )
-from zs3.results import HEADLINES, read_result
+from zs3.results import read_result
 
 RESAMPLES = 1000
 SAME = {  # what must be alike for a difference to mean anything
@@ -86,13 +89,14 @@ def load_evaluated(path: Path) -> Evaluated:
     if repeated:
         raise InputError(f"{beside} holds image {repeated[0]!r} twice: give every image an id of its own")
     own = list(result["per_class"].values())
-    if class_names != list(result["per_class"]) or not _alike(iou_of_images(areas, result["absent"]), own):
+    if class_names != list(result["per_class"]) or not _alike(areas, result["absent"], own):
         raise InputError(f"{beside} was not written with {path}: the numbers differ; evaluate again")
     order = sorted(range(len(image_ids)), key=image_ids.__getitem__)
     return Evaluated(path, result, [image_ids[at] for at in order], ImageAreas(*(area[:, order] for area in areas)))
 
 
-def _alike(iou: np.ndarray, own: list[float | None]) -> bool:
+def _alike(areas: ImageAreas, absent: str, own: list[float | None]) -> bool:
+    iou = iou_of_areas(*summed_areas(areas), absent)
     return np.allclose(iou, np.array(own, dtype=np.float64), rtol=0, atol=1e-9, equal_nan=True)
 
 
@@ -140,12 +144,12 @@ def compare(args: CompareArgs) -> dict:
     check_comparable(a, b)
     names, absent = list(a.result["per_class"]), a.result["absent"]
     is_seen = np.array([name not in a.result["unseen"] for name in names])
-    whole = [iou_of_images(one.areas, absent) for one in (a, b)]
-    drawn = [resampled_iou(one.areas, absent, RESAMPLES, args.seed) for one in (a, b)]
-    scores = [headline_scores(iou, is_seen) for iou in whole]
-    drawn_scores = [headline_scores(iou, is_seen) for iou in drawn]
-    wanted = ["miou"] if a.result["setting"] == "ovs" else list(scores[0])  # seen and unseen mean nothing there
-    rows = {name: _row(*(s[name] for s in scores), *(s[name] for s in drawn_scores)) for name in wanted}
+    areas = [summed_areas(one.areas) for one in (a, b)]
+    areas += [resampled_areas(one.areas, RESAMPLES, args.seed) for one in (a, b)]
+    scores = [scores_of_areas(*own, is_seen, absent) for own in areas]
+    iou = [iou_of_areas(*own, absent) for own in areas]
+    left_out = GeneralizedScores._fields if a.result["setting"] == "ovs" else ()  # seen and unseen mean nothing there
+    rows = {name: _row(*(own[name] for own in scores)) for name in SCORES if name not in left_out}
     return {
         "a": _source(a),
         "b": _source(b),
@@ -159,9 +163,7 @@ def compare(args: CompareArgs) -> dict:
             for name, row in rows.items()
             if row["difference"] is not None  # a setting without seen or unseen classes has no such score
         },
-        "per_class": {
-            name: _row(whole[0][at], whole[1][at], drawn[0][:, at], drawn[1][:, at]) for at, name in enumerate(names)
-        },
+        "per_class": {name: _row(*(own[..., at] for own in iou)) for at, name in enumerate(names)},
     }
 
 
@@ -186,7 +188,7 @@ def report(result: dict) -> str:
         "| score | A | B | B - A | 95 % interval | verdict |",
         "|---|---|---|---|---|---|",
     ]
-    rows = {title: result["scores"][name] for name, title in HEADLINES.items() if name in result["scores"]}
+    rows = {title: result["scores"][name] for name, title in SCORES.items() if name in result["scores"]}
     lines += [f"| {title} | {_cells(row)} | {row['verdict']} |" for title, row in rows.items()]
     lines += ["", "| class | A | B | B - A | 95 % interval |", "|---|---|---|---|---|"]
     unseen = set() if result["setting"] == "ovs" else set(result["unseen"])

@@ -24,6 +24,14 @@ RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap: that many x N count
 LEVEL = 0.95  # of the intervals
 
 Absent = Literal["union", "truth"]
+SCORES = {
+    "miou_seen": "mIoU(S)",
+    "miou_unseen": "mIoU(U)",
+    "hiou": "hIoU",
+    "miou": "mIoU",
+    "pixel_accuracy": "pixel accuracy",
+    "frequency_weighted_iou": "frequency-weighted IoU",
+}  # by their names in result files, as they are printed
 
 
 class GeneralizedScores(NamedTuple):
@@ -78,7 +86,7 @@ class SavedImages(NamedTuple):
 class Bootstrap(NamedTuple):
     """Scores and IoU in R resamples of the images; NaN where a resample has no class to take the mean over.
 
-    scores: (R,) by name: miou, miou_seen, miou_unseen, hiou. iou: (R, C).
+    scores: (R,) by name, those of `scores_of_areas`. iou: (R, C).
     """
 
     scores: dict[str, np.ndarray]
@@ -169,17 +177,10 @@ class ConfusionMatrix:
         """
         return iou_of_areas(*class_areas(self.counts), absent)
 
-    def pixel_accuracy(self) -> float:
-        """Share of the labelled pixels that got their true class, in [0, 1]; NaN without any."""
-        return float(_ratio(np.trace(self.counts), self.counts.sum()))
-
-    def frequency_weighted_iou(self) -> float:
-        """Mean of the classes' IoU weighted by their labelled pixels, in [0, 1]; NaN without any.
-
-        A class that the truth has not got weighs nothing, so both rules for absent classes give this number.
-        """
-        _, truth, _ = class_areas(self.counts)
-        return float(_ratio(np.nansum(truth * self.iou("truth")), truth.sum()))
+    def scores(self, is_seen: Sequence[bool] | Tensor | np.ndarray, absent: Absent = "union") -> dict[str, float]:
+        """The scores of `scores_of_areas` over all images. is_seen: (C,) bool."""
+        scores = scores_of_areas(*class_areas(self.counts), is_seen, absent)
+        return {name: float(score) for name, score in scores.items()}
 
     def worst_pairs(self, count: int) -> list[ConfusedPair]:
         """The `count` pairs of classes that most pixels were confused in, or all there are; largest first."""
@@ -213,8 +214,8 @@ class ConfusionMatrix:
     ) -> Bootstrap:
         """Scores and IoU in resamples of the images. The order in which the images came makes no difference."""
         order = sorted(range(len(self.images)), key=lambda index: self.images[index].tobytes())
-        iou = resampled_iou(self.image_areas(order), absent, resamples, seed)
-        return Bootstrap(headline_scores(iou, is_seen), iou)
+        areas = resampled_areas(self.image_areas(order), resamples, seed)
+        return Bootstrap(scores_of_areas(*areas, is_seen, absent), iou_of_areas(*areas, absent))
 
     def image_areas(self, order: Sequence[int]) -> ImageAreas:
         """Of the images at these places of `images`, in this order."""
@@ -258,30 +259,52 @@ def load_images(path: Path) -> SavedImages:
     return SavedImages(names.tolist(), [image_id or None for image_id in ids.tolist()], areas)
 
 
-def iou_of_images(areas: ImageAreas, absent: Absent) -> np.ndarray:
-    """(C,) IoU over all of the images, as `ConfusionMatrix.iou`."""
-    return iou_of_areas(*(area.sum(axis=1) for area in areas), absent)
+def summed_areas(areas: ImageAreas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """intersection, truth, predicted over all of the images, each (C,) in pixels."""
+    intersection, truth, predicted = (area.sum(axis=1) for area in areas)
+    return intersection, truth, predicted
 
 
-def resampled_iou(areas: ImageAreas, absent: Absent, resamples: int, seed: int) -> np.ndarray:
-    """(R, C) IoU over the images of each resample, which draws N images with replacement.
+def resampled_areas(areas: ImageAreas, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """intersection, truth, predicted over the images of each resample, which draws N images with replacement: (R, C).
 
     The same seed draws the same places among N images, whatever their areas: two models are compared in pairs.
     """
     num_classes, num_images = areas.truth.shape
-    iou = np.full((resamples, num_classes), np.nan)
+    summed = np.zeros((3, resamples, num_classes), dtype=np.int64)
     rng = np.random.default_rng(seed)
     for start in range(0, resamples if num_images else 0, RESAMPLES_AT_ONCE):
-        part = iou[start : start + RESAMPLES_AT_ONCE]
-        drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=len(part))  # (R, N)
-        part[:] = iou_of_areas(*((area @ drawn.T).T for area in areas), absent)
-    return iou
+        part = summed[:, start : start + RESAMPLES_AT_ONCE]
+        drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=part.shape[1])  # (R, N)
+        for own, area in zip(part, areas, strict=True):
+            own[:] = (area @ drawn.T).T
+    intersection, truth, predicted = summed
+    return intersection, truth, predicted
 
 
 def headline_scores(iou: np.ndarray, is_seen: Sequence[bool] | Tensor | np.ndarray) -> dict[str, np.ndarray]:
     """iou (..., C) -> miou, miou_seen, miou_unseen and hiou, each (...)."""
     generalized = _generalized(iou, class_mask(is_seen, iou.shape[-1]))
     return {"miou": _nanmean(iou), **dict(zip(GeneralizedScores._fields, generalized, strict=True))}
+
+
+def scores_of_areas(
+    intersection: np.ndarray,
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    is_seen: Sequence[bool] | Tensor | np.ndarray,
+    absent: Absent,
+) -> dict[str, np.ndarray]:
+    """Areas (..., C) in pixels -> the scores named in SCORES, each (...) in [0, 1]; NaN without a labelled pixel.
+
+    Pixel accuracy is the share of the labelled pixels that got their true class. Frequency-weighted IoU weights each
+    class by them: one that the truth has not got weighs nothing, so both rules for absent classes give one number.
+    """
+    iou, pixels = iou_of_areas(intersection, truth, predicted, absent), truth.sum(axis=-1)
+    return headline_scores(iou, is_seen) | {
+        "pixel_accuracy": _ratio(intersection.sum(axis=-1), pixels),
+        "frequency_weighted_iou": _ratio(np.nansum(truth * iou, axis=-1), pixels),
+    }
 
 
 def class_mask(is_seen: Sequence[bool] | Tensor | np.ndarray, num_classes: int) -> np.ndarray:

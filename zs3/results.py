@@ -16,9 +16,8 @@ import numpy as np
 
 from configuration_zs3 import plain
 from zs3.command_line import InputError, write_json, write_text
-from zs3.evaluation import ConfusionMatrix, class_areas, images_path, load_images, percent
+from zs3.evaluation import SCORES, ConfusionMatrix, class_areas, images_path, load_images, percent
 
-HEADLINES = {"miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU", "miou": "mIoU"}
 TOLD = {
     "none": "no image labels",
     "pseudo": "pseudo image labels",
@@ -149,12 +148,11 @@ def report(result: dict[str, Any]) -> str:
     """Markdown, percent."""
     title = f"{result['setting']}: {result['model']} on {result['num_images']} images of {result['dataset']}"
     lines = [f"{title}, {result['split']}", "", f"Protocol: {result['protocol']}.", ""]
-    rows = []
-    for name, title in HEADLINES.items():
-        if result[name] is not None:
-            rows.append([title, percent(result[name]), _range(result["confidence_intervals"][name])])
-    rows.append(["pixel accuracy", percent(result["pixel_accuracy"]), ""])
-    rows.append(["frequency-weighted IoU", percent(result["frequency_weighted_iou"]), ""])
+    rows = [
+        [title, percent(result[name]), _range(result["confidence_intervals"][name])]
+        for name, title in SCORES.items()
+        if result[name] is not None
+    ]
     lines += [*_table(["score", "percent", "95 % interval over images"], rows), "", *_sentences(result), ""]
     pairs = [
         [pair["truth"], pair["predicted"], str(pair["pixels"]), percent(pair["share"])]

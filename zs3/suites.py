@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from zs3.command_line import InputError
-from zs3.evaluation import percent
+from zs3.evaluation import SCORES, GeneralizedScores, percent
 from zs3.label_space import CLASSES_FOLDER, load_label_space
 
 
@@ -19,7 +19,7 @@ class Suite(NamedTuple):
     title: str
     setting: Literal["gzs3", "ovs"]
     members: dict[str, str]
-    scores: dict[str, str]
+    scores: tuple[str, ...]
     on_request: tuple[str, ...] = ()
 
 
@@ -28,7 +28,7 @@ SUITES = {
         "generalised zero-shot segmentation, as in Tables 1 and 2",
         "gzs3",
         {"coco_stuff_171": "COCO-Stuff", "voc_20": "VOC-20"},
-        {"miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"},
+        GeneralizedScores._fields,
     ),
     "ovs5": Suite(
         "mIoU of open-vocabulary segmentation without adaptation, as in Table 3",
@@ -41,7 +41,7 @@ SUITES = {
             "voc_20": "VOC-20",
             "voc_21": "VOC-21",
         },
-        {"miou": "mIoU"},
+        ("miou",),
         on_request=("voc_21",),
     ),
 }
@@ -66,8 +66,8 @@ def row(suite: Suite, root: Path, results: Mapping[str, dict], reasons: Mapping[
     members = [name for name in suite.members if name in results or name in reasons or name not in suite.on_request]
     head, cells, lines = [], [], []
     for name in members:
-        for score, title in suite.scores.items():
-            head.append(f"{suite.members[name]} {title}" if len(suite.scores) > 1 else suite.members[name])
+        for score in suite.scores:
+            head.append(f"{suite.members[name]} {SCORES[score]}" if len(suite.scores) > 1 else suite.members[name])
             cells.append(percent(results[name][score]) if name in results else "-")
         lines.append(f"- {suite.members[name]}: {_told(suite, root, name, results.get(name), reasons.get(name))}")
     models = ", ".join(dict.fromkeys(result["model"] for result in results.values())) or "no model"
@@ -79,9 +79,9 @@ def _told(suite: Suite, root: Path, name: str, result: dict | None, reason: str 
     if result is None:
         absent = "not asked for" if (root / name).is_dir() else "no such folder"
         return f"not evaluated, {reason or absent}"
-    score, title = list(suite.scores.items())[-1]
+    score = suite.scores[-1]
     low, high = result["confidence_intervals"][score]
-    told = f"{title} {percent(result[score])}, 95 % interval {percent(low)} to {percent(high)} over "
+    told = f"{SCORES[score]} {percent(result[score])}, 95 % interval {percent(low)} to {percent(high)} over "
     told += f"{result['num_images']} images; {result['protocol']}"
     if list(result["per_class"]) != load_label_space(CLASSES_FOLDER / f"{name}.json").class_names:
         told += "; ITS NAMES ARE NOT THOSE OF THE BENCHMARK"

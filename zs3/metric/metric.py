@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from zs3.command_line import InputError
-from zs3.evaluation import Absent, ConfusionMatrix, class_mask, headline_scores
+from zs3.evaluation import Absent, ConfusionMatrix, GeneralizedScores, class_mask
 
 LabelMap = Tensor | np.ndarray
 
@@ -83,12 +83,10 @@ class SegmentationScores(evaluate.Metric):
             raise InputError("no label map was added: call add or add_batch before compute")
         confusion = self.confusion
         self.confusion = ConfusionMatrix(confusion.num_classes, confusion.ignore_index)
-        iou = confusion.iou(self.absent)
-        every = np.ones(len(iou), dtype=bool)
-        scores = headline_scores(iou, every if self.is_seen is None else self.is_seen)
+        every = np.ones(confusion.num_classes, dtype=bool)
+        scores = confusion.scores(every if self.is_seen is None else self.is_seen, self.absent)
+        left_out = GeneralizedScores._fields if self.is_seen is None else ()
         return {
-            **{name: float(score) for name, score in scores.items() if name == "miou" or self.is_seen is not None},
-            "pixel_accuracy": confusion.pixel_accuracy(),
-            "frequency_weighted_iou": confusion.frequency_weighted_iou(),
-            "per_class": iou.tolist(),
+            **{name: score for name, score in scores.items() if name not in left_out},
+            "per_class": confusion.iou(self.absent).tolist(),
         }
