@@ -78,19 +78,25 @@ def a_result(checkpoint: Path, **changes: object) -> dict:
         "seen": SCENES.seen,
         "unseen": SCENES.unseen,
         "prompts": ["a photo of a {}.", "the {}"],
-        "calibration": None,
+        "calibration": {"seen_bias": 0.0, "seen_bias_chosen": "none"},
+        "protocol": "as agreed",
+        "without": [],
         "absent": "union",
         "num_images": 1234,
+        "split_images": 1234,
         "miou": 0.5123456789,
         "miou_seen": 0.6234567891,
         "miou_unseen": 0.3345678912,
         "hiou": 0.4456789123,
         "pixel_accuracy": 0.7567891234,
+        "frequency_weighted_iou": 0.6678912345,
         "confidence_intervals": {
             "miou": [0.4911, 0.5322],
             "miou_seen": [0.6033, 0.6444],
             "miou_unseen": [0.3055, 0.3666],
             "hiou": [0.4177, 0.4788],
+            "pixel_accuracy": [0.7444, 0.7699],
+            "frequency_weighted_iou": [0.6511, 0.6855],
         },
         "per_class": {"grass": 0.8199, "sand": None, "red square": 0.2723},
         "per_class_intervals": {"grass": [0.7899, 0.8511], "sand": [None, None], "red square": [0.2044, 0.3355]},
@@ -342,14 +348,6 @@ def test_one_result_twice_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
     assert "b.json says the same as another" in capsys.readouterr().err
 
 
-def test_what_a_result_does_not_tell_is_absent(checkpoint):
-    known = {*zs3.release.OF_A_RESULT, "per_class"}
-    result = {name: value for name, value in a_result(checkpoint).items() if name in known}
-    card = card_of(checkpoint, "scenes", [result])
-    assert [entry.metric_type for entry in card.data.eval_results] == ["miou"]
-    assert "| mIoU |\n" in card.text and "not said | 51.2 [49.1, 53.2] |\n" in card.text
-
-
 # ---- the card ----------------------------------------------------------------------------------------------
 
 
@@ -367,24 +365,26 @@ def test_the_front_matter_says_what_the_hub_wants_to_know(checkpoint, template):
 
 
 def test_the_model_index_has_the_numbers_of_the_result_files_and_their_protocol(checkpoint):
-    off = {"clip_ensemble": "off", "clip_ensemble_weight": None, "miou_seen": 0.0, "calibration": {"seen_bias": 0.1}}
+    off = {"clip_ensemble": "off", "clip_ensemble_weight": None, "miou_seen": 0.0}
+    off |= {"calibration": {"seen_bias": 0.1, "seen_bias_chosen": TUNED}}
     ovs = {"setting": "ovs", "dataset": "ade20k_150", "label_space_sha256": "a" * 64, "miou_seen": None, "hiou": None}
     results = [a_result(checkpoint), a_result(checkpoint, **off), a_result(checkpoint, **ovs, miou_unseen=None)]
     entries = card_of(checkpoint, "scenes", results).data.eval_results
     told = [(e.dataset_type, e.dataset_config, e.metric_type, e.metric_value, e.metric_args) for e in entries]
-    scores = ("miou", "miou_seen", "miou_unseen", "hiou", "pixel_accuracy")
+    scores = ("miou_seen", "miou_unseen", "hiou", "miou", "pixel_accuracy", "frequency_weighted_iou")
     expected = []
     for result, ensemble in zip(results, ("crops, w = 0.7", "off", "crops, w = 0.7"), strict=True):
         for name in scores:
             protocol = {"setting": result["setting"], "absent": "union", "calibration": result["calibration"]}
             protocol |= {
                 "num_images": 1234,
+                "split_images": 1234,
                 "split_sha256": "5" * 64,
                 "ensemble": ensemble,
                 "candidates": "20 names" if result["setting"] == "ovs" else "15 seen and 5 unseen names",
                 "label_space_sha256": result["label_space_sha256"],
             }
-            protocol |= {"interval_95": result["confidence_intervals"].get(name)}
+            protocol |= {"interval_95": result["confidence_intervals"][name]}
             protocol = {key: value for key, value in protocol.items() if value is not None}
             if result[name] is not None:
                 expected.append((result["dataset"], result["setting"], name, result[name], protocol))
@@ -398,19 +398,21 @@ def test_the_model_index_has_the_numbers_of_the_result_files_and_their_protocol(
 def test_the_tables_have_the_numbers_of_the_result_file_with_their_intervals(checkpoint):
     text = card_of(checkpoint, "scenes", [a_result(checkpoint)]).text
     assert (
-        "| 1 | my_scenes (synthetic), validation, 1,234 images | gzs3 | crops, w = 0.7 | 51.2 [49.1, 53.2] "
-        "| 62.3 [60.3, 64.4] | 33.5 [30.6, 36.7] | 44.6 [41.8, 47.9] | 75.7 |" in text
+        "| 1 | my_scenes (synthetic), validation, 1,234 images | gzs3 | crops, w = 0.7 | 62.3 [60.3, 64.4] "
+        "| 33.5 [30.6, 36.7] | 44.6 [41.8, 47.9] | 51.2 [49.1, 53.2] | 75.7 [74.4, 77.0] | 66.8 [65.1, 68.5] |" in text
     )
     assert "grass 82.0 [79.0, 85.1], sand -, **red square 27.2 [20.4, 33.6]**" in text
-    for told in (SCENES.sha256, "calibration null", "15 seen and 5 unseen names", "`a photo of a {}.` and 1 more"):
+    for told in (SCENES.sha256, "as agreed", "`a photo of a {}.` and 1 more"):
         assert told in text
     numbers = {
         "2301.0",
         "2.0",
         "0.7",
-        *re.findall(SHARES, "51.2 49.1 53.2 62.3 60.3 64.4 33.5 30.6 36.7 44.6 41.8 47.9"),
+        *re.findall(
+            SHARES, "51.2 49.1 53.2 62.3 60.3 64.4 33.5 30.6 36.7 44.6 41.8 47.9 75.7 74.4 77.0 66.8 65.1 68.5"
+        ),
     }
-    assert set(SHARES.findall(text)) == numbers | {"75.7", "82.0", "79.0", "85.1", "27.2", "20.4", "33.6"}
+    assert set(SHARES.findall(text)) == numbers | {"82.0", "79.0", "85.1", "27.2", "20.4", "33.6"}
 
 
 def test_what_a_result_says_of_its_protocol_stands_below_the_table(checkpoint):
@@ -444,12 +446,11 @@ TUNED = "TUNED ON THE TEST IMAGES, for the best hIoU"
             None,
             "A `bias` is taken off",
         ),
-        ({"calibration": {"seen_bias": 0.1}}, "gzs3, bias 0.1", None, "A `bias` is taken off"),
         ({"num_images": 40, "split_images": 2000}, "40 of 2,000 images", "40 of 2,000 images", "`N of M images`"),
     ],
 )
 def test_rows_that_differ_in_meaning_look_different(checkpoint, changes, cell, metric, sentence):
-    whole = a_result(checkpoint, split_images=1234, calibration={"seen_bias": 0.0, "seen_bias_chosen": "none"})
+    whole = a_result(checkpoint)
     plain, both = (card_of(checkpoint, "scenes", results) for results in ([whole], [whole, {**whole, **changes}]))
     assert sentence in both.text and sentence not in plain.text
     first, second = (next(line for line in both.text.splitlines() if line.startswith(f"| {row} |")) for row in (1, 2))
@@ -465,12 +466,14 @@ def test_rows_that_differ_in_meaning_look_different(checkpoint, changes, cell, m
 
 
 def test_unseen_is_no_word_of_the_ovs_setting(checkpoint):
-    ovs = a_result(checkpoint, setting="ovs", miou_seen=None, miou_unseen=None, hiou=None)
+    absent = dict.fromkeys(("miou_seen", "miou_unseen", "hiou"))
+    ovs = a_result(checkpoint, setting="ovs", **absent)
+    ovs["confidence_intervals"] |= {name: [None, None] for name in absent}
     two = card_of(checkpoint, "ovs", [a_result(checkpoint), ovs]).text
-    assert "| ovs | crops, w = 0.7 | 51.2 [49.1, 53.2] | - | - | - | 75.7 |" in two
+    assert "| ovs | crops, w = 0.7 | - | - | - | 51.2 [49.1, 53.2] | 75.7 [74.4, 77.0] | 66.8 [65.1, 68.5] |" in two
     text = card_of(checkpoint, "ovs", [ovs]).text
-    assert "20 names" in text and "5 unseen" not in text and "red square 27.2" in text and "**red square" not in text
-    assert "| mIoU | pixel accuracy |" in text
+    assert "5 unseen" not in text and "red square 27.2" in text and "**red square" not in text
+    assert "| mIoU | pixel accuracy | frequency-weighted IoU |" in text
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

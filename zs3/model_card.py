@@ -18,28 +18,16 @@ from transformers import PreTrainedConfig
 
 from zs3.archives import ARCHIVES
 from zs3.command_line import InputError, one_line
-from zs3.evaluation import percent
+from zs3.evaluation import SCORES, percent
 from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
 from zs3.results import candidates
 
-TITLES = {
-    "miou": "mIoU",
-    "miou_seen": "mIoU(S)",
-    "miou_unseen": "mIoU(U)",
-    "hiou": "hIoU",
-    "pixel_accuracy": "pixel accuracy",
-    "frequency_weighted_iou": "frequency-weighted IoU",
-}
 TOLD = {
     "none": "nothing, their names were not among those of the training",
     "pseudo": "pseudo labels, which CLIP guessed for every training image; never a mask",
     "captions": "their names in captions of the training images; never a mask",
     "ground_truth": "ground-truth image labels, which of them an image shows; never a mask",
     None: "not known",
-}
-ABSENT = {
-    "union": "a class that neither truth nor prediction has is left out of means",
-    "truth": "a class that the truth has not got is left out of means",
 }
 SETTINGS = {
     "gzs3": "names of seen and unseen classes are given, and the pixels of both count",
@@ -226,8 +214,8 @@ def runs(recipes: Sequence[dict]) -> str:
 def model_index(result: dict) -> list[EvalResult]:
     """The scores of one result file as the Hub has them, in [0, 1]."""
     stamps = ("setting", "absent", "calibration", "num_images", "split_images", "label_space_sha256", "split_sha256")
-    protocol = {"candidates": candidates(result), "without": result.get("without") or None}
-    protocol |= {"ensemble": ensemble(result), **{name: result.get(name) for name in stamps}}
+    protocol = {"candidates": candidates(result), "without": result["without"] or None}
+    protocol |= {"ensemble": ensemble(result), **{name: result[name] for name in stamps}}
     marks = [*([images(result)] if is_partial(result) else []), *deviations(result), f"ensemble {ensemble(result)}"]
     return [
         EvalResult(
@@ -240,10 +228,10 @@ def model_index(result: dict) -> list[EvalResult]:
             metric_type=name,
             metric_name=", ".join([title, *marks]),
             metric_value=result[name],
-            metric_args={**protocol, "interval_95": result["confidence_intervals"].get(name)},
+            metric_args={**protocol, "interval_95": result["confidence_intervals"][name]},
         )
-        for name, title in TITLES.items()
-        if result.get(name) is not None
+        for name, title in SCORES.items()
+        if result[name] is not None
     ]
 
 
@@ -253,7 +241,7 @@ def data_name(result: dict) -> str:
 
 
 def is_partial(result: dict) -> bool:
-    return result["num_images"] < (result.get("split_images") or 0)
+    return result["num_images"] < result["split_images"]
 
 
 def images(result: dict) -> str:
@@ -263,26 +251,25 @@ def images(result: dict) -> str:
 
 def deviations(result: dict) -> list[str]:
     """What makes the scores of a row others than those of its setting as it is."""
-    without, calibration = result.get("without") or [], result.get("calibration") or {}
+    without, calibration = result["without"], result["calibration"]
     told = [f"without {', '.join(map(repr, without))}"] if without else []
-    bias, chosen = calibration.get("seen_bias", 0), calibration.get("seen_bias_chosen", "none")
-    if bias or chosen != "none":
-        how = re.sub(r" \(.*\)", "", chosen)  # the names stand in the protocol of the row
-        told.append(f"bias {bias:.3g}" + ("" if chosen == "none" else f" ({how})"))
+    if calibration["seen_bias_chosen"] != "none":
+        how = re.sub(r" \(.*\)", "", calibration["seen_bias_chosen"])  # the names stand in the protocol of the row
+        told.append(f"bias {calibration['seen_bias']:.3g} ({how})")
     return told
 
 
 def ensemble(result: dict) -> str:
-    view, weight = result.get("clip_ensemble"), result.get("clip_ensemble_weight")
-    return {"off": "off", None: "not said"}.get(view, f"{view}, w = {weight}")
+    view, weight = result["clip_ensemble"], result["clip_ensemble_weight"]
+    return "off" if view == "off" else f"{view}, w = {weight}"
 
 
 def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
     """Scores with their intervals, the protocol of each row, and IoUs of single classes; percent."""
     settings = dict.fromkeys(result["setting"] for result in results)
-    told = "; ".join(f"{setting}: {SETTINGS.get(setting, 'see eval.py')}" for setting in settings)
+    told = "; ".join(f"{setting}: {SETTINGS[setting]}" for setting in settings)
     told += ". " + " ".join(exceptions(results))
-    titles = {name: title for name, title in TITLES.items() if any(r.get(name) is not None for r in results)}
+    titles = {name: title for name, title in SCORES.items() if any(r[name] is not None for r in results)}
     lines = [
         f"Percent; in brackets 95 % intervals (bootstrap over images). {told.strip()}\n",
         f"| | data | setting | ensemble with CLIP | {' | '.join(titles.values())} |",
@@ -292,10 +279,10 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
         data = f"{data_name(result)}, {result['split']}, {images(result)}"
         setting = ", ".join([result["setting"], *deviations(result)])
         intervals = result["confidence_intervals"]
-        scores = " | ".join(score(result.get(name), intervals.get(name)) for name in titles)
+        scores = " | ".join(score(result[name], intervals[name]) for name in titles)
         lines.append(f"| {row} | {data} | {setting} | {ensemble(result)} | {scores} |")
     lines += ["", f"All rows are of these weights (sha256 `{checkpoint_sha256}`).\n"]
-    lines += [f"{row}. {protocol(result)}" for row, result in enumerate(results, start=1)]
+    lines += [f"{row}. {origin(result)}" for row, result in enumerate(results, start=1)]
     for row, result in enumerate(results, start=1):
         bold = "" if result["setting"] == "ovs" else ", unseen ones in bold"
         lines += ["", f"<details><summary>Row {row}: IoU of each class{bold}</summary>\n"]
@@ -305,36 +292,37 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
 
 def exceptions(results: Sequence[dict]) -> list[str]:
     """Sentences on what `deviations` and `images` say of some rows."""
-    biased = any((result.get("calibration") or {}).get("seen_bias") for result in results)
+    biased = any(result["calibration"]["seen_bias"] for result in results)
     told = {
-        "Names after `without` are not given, and their pixels do not count.": any(r.get("without") for r in results),
+        "Names after `without` are not given, and their pixels do not count.": any(r["without"] for r in results),
         "A `bias` is taken off the scores of seen classes before each pixel gets its name.": biased,
         "`N of M images` are the first N of the split.": any(map(is_partial, results)),
     }
     return [sentence for sentence, holds in told.items() if holds]
 
 
-def score(value: float | None, interval: list[float | None] | None) -> str:
+def score(value: float | None, interval: list[float | None]) -> str:
     """As 38.6 [37.9, 39.2]."""
-    low, high = interval if interval and value is not None else (None, None)
+    low, high = interval
     return percent(value) + ("" if low is None else f" [{percent(low)}, {percent(high)}]")
 
 
-def protocol(result: dict) -> str:
+def origin(result: dict) -> str:
     """How a row came about."""
-    rule = f"calibration {json.dumps(result.get('calibration'))}; {ABSENT.get(result.get('absent'), '')}"
-    prompts, versions = result.get("prompts") or [], result.get("versions") or {}
+    prompts = result["prompts"] or []  # none where the vectors were given
     parts = [
         f"label space sha256 `{result['label_space_sha256']}`",
-        result.get("protocol") or f"{candidates(result)}; {rule}",  # newer result files have a sentence of all
+        result["protocol"],
         f"prompts: `{prompts[0]}`" + (f" and {len(prompts) - 1} more" if prompts[1:] else "") if prompts else "",
-        ", ".join(f"{name} {number}" for name, number in versions.items()),
+        ", ".join(f"{name} {number}" for name, number in result["versions"].items()),
     ]
     return "; ".join(part for part in parts if part) + "."
 
 
 def per_class(result: dict) -> str:
     """IoUs in a row; unseen is no word of the ovs setting."""
-    bold, intervals = [] if result["setting"] == "ovs" else result["unseen"], result.get("per_class_intervals", {})
-    told = {name: f"{name} {score(iou, intervals.get(name))}" for name, iou in result["per_class"].items()}
+    bold = [] if result["setting"] == "ovs" else result["unseen"]
+    told = {
+        name: f"{name} {score(iou, result['per_class_intervals'][name])}" for name, iou in result["per_class"].items()
+    }
     return ", ".join(f"**{text}**" if name in bold else text for name, text in told.items()) + "."

@@ -34,16 +34,19 @@ from zs3.checkpoints import (
     weights_sha256,
 )
 from zs3.command_line import InputError, check_required, flag, one_line, read_arguments, run, write_text
+from zs3.evaluation import SCORES
 from zs3.label_space import is_hub_id, load_label_space
-from zs3.model_card import TITLES, example_labels, model_card, recipes_of
+from zs3.model_card import example_labels, model_card, recipes_of
 from zs3.results import read_result
 from zs3.run_folder import rename
 
 HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
 OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates called as the label space that they are for
 OF_A_RESULT = (
-    *("setting", "dataset", "split", "label_space_sha256", "checkpoint_sha256", "settings_sha256"),
-    *("seen", "unseen", "num_images", "miou", "confidence_intervals"),
+    *("setting", "dataset", "split", "split_sha256", "split_images", "num_images", "label_space_sha256"),
+    *("checkpoint_sha256", "settings_sha256", "seen", "unseen", "without", "absent", "prompts", "calibration"),
+    *("clip_ensemble", "clip_ensemble_weight", "protocol", "versions"),
+    *(*SCORES, "confidence_intervals", "per_class_intervals"),
 )
 NOT_THE_STRANGERS = ("HF_", "HUGGINGFACE_", "PYTHON", "TRANSFORMERS_")  # variables of the environment
 SEAL = "\n<!-- Made by python -m zs3.release. sha256 of this folder: "
@@ -135,7 +138,7 @@ def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[dict]
             )
         if result["settings_sha256"] != settings:
             raise InputError(f"{path} is of these weights with another configuration: evaluate this checkpoint again")
-        wrong = [name for name in TITLES if not _is_share(result.get(name))]
+        wrong = [name for name in SCORES if not _is_share(result[name])]
         if wrong:
             raise InputError(f"{path}: {wrong[0]} is {result[wrong[0]]}, not a share in [0, 1]: evaluate again")
         if result in results:
