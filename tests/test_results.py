@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from zs3.command_line import InputError
-from zs3.results import protocol, read_result, report
+from zs3.results import protocol, read_result, report, table
 
 RESULT = {
     "setting": "gzs3",
@@ -147,3 +147,7 @@ def test_a_file_that_is_no_result_is_one_line(tmp_path):
     for name, words in {"none": "cannot read", "text": "is no JSON", "other": "is no result file"}.items():
         with pytest.raises(InputError, match=f"{words}"):
             read_result(tmp_path / f"{name}.json")
+
+
+def test_a_bar_in_a_cell_ends_no_cell():
+    assert table(["class", "IoU"], [["a | b", "1.0"]]) == ["| class | IoU |", "| --- | --- |", r"| a \| b | 1.0 |"]

@@ -38,7 +38,7 @@ from zs3.evaluation import (
     scores_of_areas,
     summed_areas,
 )
-from zs3.results import read_result
+from zs3.results import read_result, table
 
 RESAMPLES = 1000
 SAME = {  # what must be alike for a difference to mean anything
@@ -185,15 +185,14 @@ def report(result: dict) -> str:
         *_told("A", result["a"]),
         *_told("B", result["b"]),
         "",
-        "| score | A | B | B - A | 95 % interval | verdict |",
-        "|---|---|---|---|---|---|",
     ]
+    head = ["A", "B", "B - A", "95 % interval"]
     rows = {title: result["scores"][name] for name, title in SCORES.items() if name in result["scores"]}
-    lines += [f"| {title} | {_cells(row)} | {row['verdict']} |" for title, row in rows.items()]
-    lines += ["", "| class | A | B | B - A | 95 % interval |", "|---|---|---|---|---|"]
+    lines += table(["score", *head, "verdict"], ([title, *_cells(row), row["verdict"]] for title, row in rows.items()))
     unseen = set() if result["setting"] == "ovs" else set(result["unseen"])
     gains = sorted(result["per_class"].items(), key=_smaller_gain)
-    lines += [f"| {name}{' (unseen)' if name in unseen else ''} | {_cells(row)} |" for name, row in gains]
+    told = ([name + (" (unseen)" if name in unseen else ""), *_cells(row)] for name, row in gains)
+    lines += ["", *table(["class", *head], told)]
     lines += [
         "",
         f"The intervals of the {len(gains)} classes are not corrected for their number: without any difference",
@@ -213,10 +212,10 @@ def _smaller_gain(item: tuple[str, dict]) -> tuple[bool, float]:
     return difference is None, -(difference or 0)
 
 
-def _cells(row: dict) -> str:
+def _cells(row: dict) -> list[str]:
     low, high = row["interval"]
     between = "-" if low is None else f"{_points(low)} to {_points(high)}"
-    return f"{percent(row['a'])} | {percent(row['b'])} | {_points(row['difference'])} | {between}"
+    return [percent(row["a"]), percent(row["b"]), _points(row["difference"]), between]
 
 
 def _points(difference: float | None) -> str:

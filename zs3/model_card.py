@@ -20,7 +20,7 @@ from zs3.archives import ARCHIVES
 from zs3.command_line import InputError, one_line
 from zs3.evaluation import SCORES, percent
 from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
-from zs3.results import candidates
+from zs3.results import candidates, table
 
 TOLD = {
     "none": "nothing, their names were not among those of the training",
@@ -270,17 +270,15 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
     told = "; ".join(f"{setting}: {SETTINGS[setting]}" for setting in settings)
     told += ". " + " ".join(exceptions(results))
     titles = {name: title for name, title in SCORES.items() if any(r[name] is not None for r in results)}
-    lines = [
-        f"Percent; in brackets 95 % intervals (bootstrap over images). {told.strip()}\n",
-        f"| | data | setting | ensemble with CLIP | {' | '.join(titles.values())} |",
-        "|---|---|---|---|" + "---|" * len(titles),
-    ]
+    rows = []
     for row, result in enumerate(results, start=1):
         data = f"{data_name(result)}, {result['split']}, {images(result)}"
         setting = ", ".join([result["setting"], *deviations(result)])
         intervals = result["confidence_intervals"]
-        scores = " | ".join(score(result[name], intervals[name]) for name in titles)
-        lines.append(f"| {row} | {data} | {setting} | {ensemble(result)} | {scores} |")
+        scores = [score(result[name], intervals[name]) for name in titles]
+        rows.append([str(row), data, setting, ensemble(result), *scores])
+    lines = [f"Percent; in brackets 95 % intervals (bootstrap over images). {told.strip()}\n"]
+    lines += table(["", "data", "setting", "ensemble with CLIP", *titles.values()], rows)
     lines += ["", f"All rows are of these weights (sha256 `{checkpoint_sha256}`).\n"]
     lines += [f"{row}. {origin(result)}" for row, result in enumerate(results, start=1)]
     for row, result in enumerate(results, start=1):

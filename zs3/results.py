@@ -131,6 +131,12 @@ def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> SeenBias:
 # ---- for people --------------------------------------------------------------------------------------------
 
 
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of Markdown; a bar in a cell ends no cell."""
+    lines = [[cell.replace("|", r"\|") for cell in cells] for cells in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
 def class_table(result: dict[str, Any], confusion: ConfusionMatrix) -> str:
     """CSV, one line a class: IoU in [0, 1] with its interval, areas in pixels."""
     text = io.StringIO()
@@ -153,13 +159,13 @@ def report(result: dict[str, Any]) -> str:
         for name, title in SCORES.items()
         if result[name] is not None
     ]
-    lines += [*_table(["score", "percent", "95 % interval over images"], rows), "", *_sentences(result), ""]
+    lines += [*table(["score", "percent", "95 % interval over images"], rows), "", *_sentences(result), ""]
     pairs = [
         [pair["truth"], pair["predicted"], str(pair["pixels"]), percent(pair["share"])]
         for pair in result["worst_pairs"]
     ]
     head = ["truth", "prediction", "pixels", "percent of the truth"]
-    lines += ["Largest confusions:", "", *_table(head, pairs), ""]
+    lines += ["Largest confusions:", "", *table(head, pairs), ""]
     told = result["setting"] != "ovs"
     rows = [
         [
@@ -169,7 +175,7 @@ def report(result: dict[str, Any]) -> str:
         ]
         for name, iou in result["per_class"].items()
     ]
-    return "\n".join([*lines, *_table(["class", "IoU", "95 % interval"], rows)]) + "\n"
+    return "\n".join([*lines, *table(["class", "IoU", "95 % interval"], rows)]) + "\n"
 
 
 def _sentences(result: dict[str, Any]) -> Iterable[str]:
@@ -217,7 +223,3 @@ def _rejection(rejection: dict[str, Any]) -> Iterable[str]:
 def _range(interval: list[float | None]) -> str:
     low, high = interval
     return f"{percent(low)} to {percent(high)}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
