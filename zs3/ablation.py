@@ -1,15 +1,16 @@
 """The paper's ablations in miniature: trainings over seeds, evaluations, one table of means, intervals and verdicts.
 
-    python -m zs3.ablation table4 table5 --seeds 0 1 2 --processes 2 --result docs/results/scenes_tables.json
+    python -m zs3.ablation table5 table6 --seeds 0 1 2 3 4 --processes 2 --result docs/results/scenes_tables.json
 
-A table is data (`TABLES`): which trainings (`ROWS`), looked at with which ensemble, which pairs are compared, and
-what the paper has there. The command runs what is missing through the project's own commands, each a process of one
-thread, goes on with what was stopped, repeats nothing that is there, and writes the tables as JSON and Markdown.
-Everything of a seed lies in one folder:
+A table is data (`make_tables`): which trainings (`ROWS`), looked at with which ensemble (`VIEWS`), which pairs are
+compared, and what the paper has there. The command runs what is missing through the project's own commands, each a
+process of one thread, goes on with what was stopped, repeats nothing that is there, and writes the tables as JSON and
+Markdown. Everything of a seed lies in one folder:
 
-    OUTPUT_DIR/scenes                      the pictures, the same for all seeds
+    OUTPUT_DIR/scenes                      the pictures, the same for all seeds; of another benchmark its own folder
     OUTPUT_DIR/seed0/stage1, none, ...     one training each: final/, train.log, gzs3_off.json, gzs3_crops.json, ...
     OUTPUT_DIR/seed0/pseudo_labels         of that seed's stage-1 model
+    OUTPUT_DIR/times.jsonl                 how long each job took
 
 Scores, intervals and differences are in percent here, in the JSON and in the Markdown.
 """
@@ -27,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,23 +39,33 @@ from tqdm.auto import tqdm
 from configuration_zs3 import Zs3Config
 from zs3.checkpoints import WEIGHTS, weights_sha256
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
-from zs3.data import load_split
+from zs3.data import dataset_name, load_split
 from zs3.evaluation import SCORES, GeneralizedScores
+from zs3.results import table as markdown_table
 from zs3.scenes import write_dataset
 
 LEVEL = 0.95  # of the intervals over seeds
 ENSEMBLE_WEIGHT = Zs3Config.clip_ensemble_weight  # the paper's for COCO-Stuff; the recipes' models have none
 POLL_SECONDS = 0.1
-VIEWS = {"off": "off", "crops": "on, crops", "single_pass": "on, single pass"}  # lazy is crops, to the pixel
+SCENES = "scenes"
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy")
 
 
 @dataclass
 class AblationArgs:
-    """Which tables, and the sizes of what they are made from."""
+    """Which tables, on what, and the sizes of what they are made from."""
 
-    table: list[str] = flag(["table4", "table5"], "Tables; the word --table may be left out where they come first.")
-    benchmark: Literal["scenes"] = flag("scenes", "The benchmark.")
+    table: list[str] = flag(["table5", "table6"], "Tables; the word --table may be left out where they come first.")
+    benchmark: str = flag(SCENES, "'scenes', which are drawn, or the folder of a dataset.")
+    stage1: str = flag("recipes/scenes_stage1.yaml", "Recipe of stage 1.")
+    stage2: str = flag(
+        "recipes/scenes_stage2_ground_truth.yaml", "Recipe of stage 2; rows differ from it by what they are called."
+    )
+    backbone: str | None = flag(None, "Backbone that stage 1 starts from, as of train.py.")
+    text_embeds: str | None = flag(None, "Ready-made text vectors, as of train.py: there are no rows without prompts.")
+    scripts: str | None = flag(
+        None, "Module whose words `train` and `eval` stand for train.py and eval.py, as benchmarks.photographs."
+    )
     seeds: list[int] = flag([0, 1, 2], "One run of everything for each.")
     processes: int = flag(1, "Jobs side by side, each a process of one thread.")
     output_dir: str = flag("runs/ablation", "Folder for everything the command makes but the tables.")
@@ -65,48 +76,94 @@ class AblationArgs:
     result: str | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")
 
     def check(self) -> None:
-        unknown = [name for name in self.table if name not in TABLES]
+        names = make_tables(prompts=self.text_embeds is None)
+        unknown = [name for name in self.table if name not in names]
         if unknown:
-            raise InputError(f"no table is called {unknown[0]!r}: the names are {', '.join(TABLES)}")
+            raise InputError(f"no table is called {unknown[0]!r}: the names are {', '.join(names)}")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise InputError(f"--seeds must be distinct and 0 or more, got {self.seeds}")
         check_at_least(self, 1, "processes", "num_train", "num_validation", "stage1_steps", "stage2_steps")
+        if self.benchmark != SCENES and not Path(self.benchmark).is_dir():
+            raise InputError(f"--benchmark {self.benchmark}: there is no such folder; 'scenes' are drawn")
 
     def run_folder(self, seed: int, name: str) -> Path:
         return Path(self.output_dir, f"seed{seed}", name)
 
     @property
     def data(self) -> Path:
-        return Path(self.output_dir, self.benchmark)
+        return Path(self.output_dir, SCENES) if self.benchmark == SCENES else Path(self.benchmark)
+
+    def script(self, word: str) -> list[str]:
+        """The command of train.py or eval.py."""
+        return [sys.executable, *([f"{word}.py"] if self.scripts is None else ["-m", self.scripts, word])]
 
 
-# ---- the tables --------------------------------------------------------------------------------------------
+# ---- the rows: trainings -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """One training: a recipe, and the flags of train.py beside it."""
+    """One training: flags of train.py beside the recipe of its stage.
+
+    start: the row whose model it starts from; None: it is a stage 1.
+    """
 
     title: str
-    recipe: str
     flags: tuple[str, ...] = ()
-    stage: Literal[1, 2] = 2  # 2 starts from the same seed's stage 1
+    start: str | None = "stage1"
     pseudo_labels: bool = False  # is told those made with the same seed's stage 1
 
 
+BARE = ("--prompt_templates", "{}")
+CLOSED = ("--unseen_labels", "none", "--class_loss", "cross_entropy", "--rank_weight", "0")
 ROWS = {
-    "stage1": Row("stage 1", "scenes_stage1.yaml", stage=1),
-    "none": Row("no unseen labels", "scenes_stage2_none.yaml"),
-    "pseudo": Row("pseudo unseen labels", "scenes_stage2_pseudo.yaml", pseudo_labels=True),
-    "ground_truth": Row("ground-truth unseen labels", "scenes_stage2_ground_truth.yaml"),
+    "stage1": Row("stage 1", start=None),
+    "stage1_bare": Row("stage 1, names without prompts", BARE, start=None),
+    # Table 5
+    "none": Row("no unseen labels", ("--unseen_labels", "none")),
+    "pseudo": Row("pseudo unseen labels", pseudo_labels=True),
+    "ground_truth": Row("ground-truth unseen labels"),
+    # Table 6: all of them with ground-truth unseen labels; with prompts, the last one is Table 5's
+    "ce": Row("CE and background", ("--class_loss", "cross_entropy", "--rank_weight", "0")),
+    "ce_kl": Row("CE, KL", ("--rank_weight", "0")),
+    "bare_ce": Row("CE and background", ("--class_loss", "cross_entropy", "--rank_weight", "0", *BARE), "stage1_bare"),
+    "bare_ce_kl": Row("CE, KL", ("--rank_weight", "0", *BARE), "stage1_bare"),
+    "bare_ce_kl_rank": Row("CE, KL, ranking", BARE, "stage1_bare"),
+    # beyond the paper: one choice of the last row changed
+    "closed": Row("closed: CE and background, seen labels only", (*CLOSED, "--matching", "joint")),
+    "joint": Row("joint matching", ("--matching", "joint")),
+    "hybrid": Row("hybrid matching", ("--matching", "hybrid")),
+    "focal": Row("focal mask loss", ("--mask_loss", "focal")),
+    "kl_u_p": Row("KL(U || p)", ("--kl", "u_p")),
+    "ignored_negative": Row("ignored pixels are negatives", ("--ignored_pixels", "negative")),
+    "warm": Row("temperature 0.07 in stage 2", ("--class_temperature", "0.07")),
+    "rank_pairs": Row("ranking of 10 cos, mean over pairs", ("--rank_scale", "10", "--rank_norm", "pairs")),
 }
+
+
+class View(NamedTuple):
+    """How a model is looked at: flags of eval.py."""
+
+    title: str
+    flags: tuple[str, ...]
+
+
+WEIGHT = ("--ensemble_weight", str(ENSEMBLE_WEIGHT))
+VIEWS = {  # lazy is crops, to the pixel
+    "off": View("off", ("--ensemble", "off")),
+    "crops": View("on, crops", ("--ensemble", "crops", *WEIGHT)),
+    "single_pass": View("on, single pass", ("--ensemble", "single_pass", *WEIGHT)),
+}
+
+
+# ---- the tables --------------------------------------------------------------------------------------------
 
 
 class Line(NamedTuple):
     """One line of a table: a training and the ensemble it is evaluated with."""
 
     row: str  # of ROWS
-    view: str  # of VIEWS
+    view: str = "off"  # of VIEWS
 
 
 class Difference(NamedTuple):
@@ -114,13 +171,13 @@ class Difference(NamedTuple):
 
     line: Line
     minus: Line
-    paper: GeneralizedScores  # the paper's difference, in percentage points
+    paper: GeneralizedScores | None = None  # the paper's difference, in percentage points, where it has one
 
     @property
     def title(self) -> str:
         row, other = ROWS[self.line.row].title, ROWS[self.minus.row].title
         if row == other:
-            return f"{row}: ensemble {VIEWS[self.line.view]} − {VIEWS[self.minus.view]}"
+            return f"{row}: ensemble {VIEWS[self.line.view].title} − {VIEWS[self.minus.view].title}"
         return f"{row} − {other}"
 
 
@@ -137,41 +194,93 @@ def gain(before: GeneralizedScores, after: GeneralizedScores) -> GeneralizedScor
     return GeneralizedScores(*(a - b for a, b in zip(after, before, strict=True)))
 
 
-# Tables 4 and 5 of the paper, COCO-Stuff, percent. Table 5's pseudo labels are Table 4's model with the ensemble on.
+# Tables 4 to 6 of the paper, COCO-Stuff, percent. Table 5's pseudo labels are Table 4's model with the ensemble on.
 PAPER_NONE = GeneralizedScores(40.1, 25.3, 31.0)
 PAPER_PSEUDO = GeneralizedScores(38.6, 42.0, 40.2)
 PAPER_GROUND_TRUTH = GeneralizedScores(39.0, 52.2, 44.7)
 PAPER_PSEUDO_ENSEMBLE_OFF = GeneralizedScores(37.2, 35.5, 36.4)
+PAPER_CE = GeneralizedScores(36.7, 35.2, 35.9)
+PAPER_CE_KL = GeneralizedScores(31.8, 38.9, 35.0)
+PAPER_CE_KL_RANK = GeneralizedScores(38.4, 50.1, 43.5)
 
-TABLES = {
-    "table4": Table(
+
+def make_tables(prompts: bool) -> dict[str, Table]:
+    """prompts: False where text vectors are ready made, so that names without prompts have none."""
+    return {"table4": table4(), "table5": table5(), "table6": table6(prompts), **beyond_the_paper()}
+
+
+def table4() -> Table:
+    rows = ("stage1", "none", "pseudo", "ground_truth")
+    return Table(
         "Table 4: the ensemble with CLIP",
         f"The weight is {ENSEMBLE_WEIGHT}, the paper's for COCO-Stuff. The paper has one pair, of the model trained "
         "with pseudo labels; its sign is asked of every training here.",
-        [Line(row, view) for row in ROWS for view in VIEWS],
+        [Line(row, view) for row in rows for view in ("off", "crops", "single_pass")],
         [
-            Difference(Line(row, view), Line(row, "off"), gain(PAPER_PSEUDO_ENSEMBLE_OFF, PAPER_PSEUDO))
-            for row in ROWS
+            Difference(Line(row, view), Line(row), gain(PAPER_PSEUDO_ENSEMBLE_OFF, PAPER_PSEUDO))
+            for row in rows
             for view in ("crops", "single_pass")
         ],
-        {Line("pseudo", "off"): PAPER_PSEUDO_ENSEMBLE_OFF, Line("pseudo", "crops"): PAPER_PSEUDO},
-    ),
-    "table5": Table(
+        {Line("pseudo"): PAPER_PSEUDO_ENSEMBLE_OFF, Line("pseudo", "crops"): PAPER_PSEUDO},
+    )
+
+
+def table5() -> Table:
+    paper = {"none": PAPER_NONE, "pseudo": PAPER_PSEUDO, "ground_truth": PAPER_GROUND_TRUTH}
+    return Table(
         "Table 5: what training is told of unseen classes",
         "The ensemble is off here. In the paper it is on, at least in the row of pseudo labels: that one is Table 4's "
         "with the ensemble.",
-        [Line("none", "off"), Line("pseudo", "off"), Line("ground_truth", "off")],
+        [Line(row) for row in paper],
         [
-            Difference(Line("pseudo", "off"), Line("none", "off"), gain(PAPER_NONE, PAPER_PSEUDO)),
-            Difference(Line("ground_truth", "off"), Line("none", "off"), gain(PAPER_NONE, PAPER_GROUND_TRUTH)),
+            *(Difference(Line(row), Line("none"), gain(PAPER_NONE, paper[row])) for row in ("pseudo", "ground_truth")),
+            Difference(Line("pseudo"), Line("ground_truth"), gain(PAPER_GROUND_TRUTH, PAPER_PSEUDO)),
         ],
-        {
-            Line("none", "off"): PAPER_NONE,
-            Line("pseudo", "off"): PAPER_PSEUDO,
-            Line("ground_truth", "off"): PAPER_GROUND_TRUTH,
-        },
-    ),
-}
+        {Line(row): scores for row, scores in paper.items()},
+    )
+
+
+def table6(prompts: bool) -> Table:
+    steps = {"ce": PAPER_CE, "ce_kl": PAPER_CE_KL, "ce_kl_rank": PAPER_CE_KL_RANK}
+    if prompts:
+        steps = {f"bare_{row}": scores for row, scores in steps.items()} | {"ground_truth": PAPER_GROUND_TRUTH}
+        note = "The rows without prompts have a stage 1 without prompts, too."
+    else:
+        steps = {"ground_truth" if row == "ce_kl_rank" else row: scores for row, scores in steps.items()}
+        note = "The text vectors are ready made: there is no row without prompts, and the paper's has them last."
+    rows = list(steps)
+    pairs = [*zip(rows[1:], rows, strict=False), (rows[-1], rows[0]), (rows[-1], "closed")]
+    return Table(
+        "Table 6: the components",
+        "All rows but 'closed' are told ground-truth unseen image labels, and the ensemble is off. 'Closed' is stage 1 "
+        f"trained on for as many steps; the paper has no such row. {note}",
+        [Line("closed"), *map(Line, rows)],
+        [
+            Difference(Line(row), Line(minus), gain(steps[minus], steps[row]) if minus in steps else None)
+            for row, minus in dict.fromkeys(pairs)
+        ],
+        {Line(row): scores for row, scores in steps.items()},
+    )
+
+
+def beyond_the_paper() -> dict[str, Table]:
+    changed = {
+        "matching": ("Matching of labels and masks; the paper's is unpaired", ("joint", "hybrid")),
+        "mask_loss": ("Mask loss; the recipes have BCE", ("focal",)),
+        "kl": ("Direction of the KL; as printed it is KL(p || U)", ("kl_u_p",)),
+        "ignored_pixels": ("Ignored pixels; the paper leaves them out of the mask losses", ("ignored_negative",)),
+        "temperature": ("Temperature; the recipes have 0.01", ("warm",)),
+        "ranking": ("Ranking loss; as printed, on cosines, divided by the positives", ("rank_pairs",)),
+    }
+    return {
+        name: Table(
+            title,
+            "One choice changed in the recipe of stage 2, with ground-truth unseen labels; the ensemble is off.",
+            [Line("ground_truth"), *map(Line, rows)],
+            [Difference(Line(row), Line("ground_truth")) for row in rows],
+        )
+        for name, (title, rows) in changed.items()
+    }
 
 
 # ---- jobs: what has to be run ------------------------------------------------------------------------------
@@ -188,13 +297,19 @@ class Job:
     after: list[str]  # names of the jobs that must be done before
 
 
+def trainings(lines: list[Line]) -> list[str]:
+    """The rows of these lines and those they start from, in the order of ROWS."""
+    used = {line.row for line in lines}
+    used |= {start for row in used if (start := ROWS[row].start) is not None}
+    used |= {"stage1" for row in used if ROWS[row].pseudo_labels}
+    return [name for name in ROWS if name in used]
+
+
 def make_jobs(args: AblationArgs, lines: list[Line]) -> list[Job]:
     """All jobs behind these lines, done or not; a seed's before the next seed's, so that tables can be seen early."""
     jobs = []
     for seed in args.seeds:
-        used = [name for name in ROWS if any(line.row == name for line in lines)]
-        needed = [name for name in ROWS if name in used or name == "stage1"]  # every other row starts from it
-        for name in needed:
+        for name in trainings(lines):
             if ROWS[name].pseudo_labels:
                 jobs.append(pseudo_label_job(args, seed))
             jobs.append(training_job(args, seed, name))
@@ -203,14 +318,18 @@ def make_jobs(args: AblationArgs, lines: list[Line]) -> list[Job]:
 
 
 def training_flags(args: AblationArgs, seed: int, name: str) -> list[str]:
-    row, stage1 = ROWS[name], args.run_folder(seed, "stage1")
-    flags = ["--config", f"recipes/{row.recipe}", "--dataset", str(args.data)]
+    row = ROWS[name]
+    flags = ["--config", args.stage1 if row.start is None else args.stage2, "--dataset", str(args.data)]
     flags += ["--output_dir", str(args.run_folder(seed, name)), "--seed", str(seed)]
-    if row.stage == 2:
-        flags += ["--init_from", str(stage1 / "final")]
+    if args.text_embeds is not None:
+        flags += ["--text_embeds", args.text_embeds]
+    if row.start is not None:
+        flags += ["--init_from", str(args.run_folder(seed, row.start) / "final")]
+    elif args.backbone is not None:
+        flags += ["--backbone", args.backbone]
     if row.pseudo_labels:
         flags += ["--unseen_labels", str(args.run_folder(seed, "pseudo_labels"))]
-    steps = args.stage1_steps if row.stage == 1 else args.stage2_steps
+    steps = args.stage1_steps if row.start is None else args.stage2_steps
     if steps is not None:
         flags += ["--max_steps", str(steps)]
     return [*flags, *row.flags]
@@ -218,11 +337,11 @@ def training_flags(args: AblationArgs, seed: int, name: str) -> list[str]:
 
 def training_job(args: AblationArgs, seed: int, name: str) -> Job:
     row, folder = ROWS[name], args.run_folder(seed, name)
-    after = [f"seed{seed}/stage1"] if row.stage == 2 else []
+    after = [] if row.start is None else [f"seed{seed}/{row.start}"]
     after += [f"seed{seed}/pseudo_labels"] if row.pseudo_labels else []
     return Job(
         name=f"seed{seed}/{name}",
-        command=[sys.executable, "train.py", *training_flags(args, seed, name)],
+        command=[*args.script("train"), *training_flags(args, seed, name)],
         log=folder / "train.log",
         is_done=(folder / "final").exists,
         after=after,
@@ -255,29 +374,30 @@ def result_path(args: AblationArgs, seed: int, line: Line) -> Path:
 
 
 def evaluation_job(args: AblationArgs, seed: int, line: Line) -> Job:
+    from eval import EvalArgs  # a script of the repository's root
+
     path = result_path(args, seed, line)
     model = path.parent / "final"
-    flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(path)]
-    flags += ["--ensemble", line.view]
-    if line.view != "off":
-        flags += ["--ensemble_weight", str(ENSEMBLE_WEIGHT)]
+    flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(path), *VIEWS[line.view].flags]
+    if args.text_embeds is not None:
+        flags += ["--text_embeds", args.text_embeds]
+    asked, _ = read_arguments(EvalArgs, flags)
 
     def is_done() -> bool:
-        """The result is there, and of this checkpoint."""
+        """The result is there, of this checkpoint and these flags, on all images."""
         if not path.exists():
             return False
         result = json.loads(path.read_text(encoding="utf-8"))
-        wanted = {
-            "checkpoint_sha256": weights_sha256(str(model)),
-            "num_images": args.num_validation,
-            "clip_ensemble": line.view,
-            "clip_ensemble_weight": None if line.view == "off" else ENSEMBLE_WEIGHT,
-        }
-        return all(result.get(name) == value for name, value in wanted.items())
+        settings = result["settings"]
+        return (
+            result["checkpoint_sha256"] == weights_sha256(str(model))
+            and result["num_images"] == result["split_images"]
+            and settings == {name: value for name, value in asdict(asked).items() if name in settings}
+        )
 
     return Job(
         name=f"seed{seed}/{line.row}/{path.stem}",
-        command=[sys.executable, "eval.py", *flags],
+        command=[*args.script("eval"), *flags],
         log=path.with_suffix(".log"),
         is_done=is_done,
         after=[f"seed{seed}/{line.row}"],
@@ -295,7 +415,7 @@ def check_trained(args: AblationArgs, seed: int, name: str) -> int:
         wanted = asdict(training) | {key: value for key, value in overrides.items() if not isinstance(value, dict)}
         changed = sorted(key for key, value in wanted.items() if key in before and before[key] != value)
         if changed:
-            old = folder.parent if name == "stage1" else folder  # all of a seed starts from its stage 1
+            old = folder.parent if ROWS[name].start is None else folder  # others of a seed start from its stage 1
             raise InputError(
                 f"{folder} holds a run with another {', '.join(changed)}: delete {old}, or choose another --output_dir"
             )
@@ -305,21 +425,29 @@ def check_trained(args: AblationArgs, seed: int, name: str) -> int:
 # ---- the runner --------------------------------------------------------------------------------------------
 
 
-def run_jobs(jobs: list[Job], processes: int) -> None:
+class Running(NamedTuple):
+    job: Job
+    process: subprocess.Popen
+    began: float  # of time.monotonic
+
+
+def run_jobs(jobs: list[Job], processes: int, times: Path) -> None:
     """Runs what is not done, at most `processes` at once, each job after those it waits for, in the order given.
 
     A job that fails ends the others, who go on from their last checkpoint when the same command comes again.
+    times: JSON lines, to which the seconds of every job are added, also where it was stopped.
     """
     waiting = {job.name: job for job in jobs}
-    running: dict[str, tuple[Job, subprocess.Popen]] = {}
+    running: dict[str, Running] = {}
     with tqdm(total=len(jobs), unit="job") as bar:
         try:
             while waiting or running:
                 before = list(running)
-                for name, (job, process) in list(running.items()):
-                    if process.poll() is not None:
+                for name, one in list(running.items()):
+                    if one.process.poll() is not None:
                         del running[name]
-                        check_ended(job, process.returncode)
+                        note_time(times, one)
+                        check_ended(one.job, one.process.returncode)
                         bar.update()
                 for name, job in list(waiting.items()):
                     if len(running) == processes:
@@ -329,17 +457,30 @@ def run_jobs(jobs: list[Job], processes: int) -> None:
                     if job.is_done():
                         bar.update()
                     else:
-                        running[name] = (job, start(job))
+                        running[name] = Running(job, start(job), time.monotonic())
                     del waiting[name]
                 if list(running) != before:
                     bar.set_postfix_str(", ".join(running))
                 if running:
                     time.sleep(POLL_SECONDS)
         finally:
-            for _, process in running.values():
-                process.terminate()
-            for _, process in running.values():
-                process.wait()
+            for one in running.values():
+                one.process.terminate()
+            for one in running.values():
+                one.process.wait()
+                note_time(times, one)
+
+
+def note_time(times: Path, one: Running) -> None:
+    with times.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"job": one.job.name, "seconds": round(time.monotonic() - one.began, 1)}) + "\n")
+
+
+def seconds_of(jobs: list[Job], times: Path) -> float:
+    """Of these jobs together, all their starts counted."""
+    rows = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()] if times.exists() else []
+    names = {job.name for job in jobs}
+    return sum(row["seconds"] for row in rows if row["job"] in names)
 
 
 def start(job: Job) -> subprocess.Popen:
@@ -376,17 +517,23 @@ def t_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
+def ratio(above: float, below: float) -> float:
+    return float(above / below) if below else math.nan
+
+
 def over_seeds(values: list[float]) -> dict:
     return {"mean": float(np.mean(values)), "interval": list(t_interval(values)), "seeds": values}
 
 
-def verdict(interval: list[float], paper: float) -> str:
-    """paper: its difference; its sign alone counts."""
+def verdict(interval: list[float], paper: float | None) -> str:
+    """paper: its difference, where it has one; its sign alone counts."""
     low, high = interval
     if math.isnan(low):
         return "no interval"
     if low <= 0 <= high:
         return "no difference"
+    if paper is None:
+        return "higher" if low > 0 else "lower"
     return "same sign as the paper" if (low > 0) == (paper > 0) else "opposite"
 
 
@@ -413,10 +560,13 @@ def summarise(args: AblationArgs, table: Table) -> dict:
     differences = []
     for difference in table.differences:
         found = {}
-        for name, its in difference.paper._asdict().items():
-            pairs = zip(scores[difference.line][name], scores[difference.minus][name], strict=True)
-            found[name] = over_seeds([a - b for a, b in pairs])
-            found[name] |= {"paper": round(its, 1), "verdict": verdict(found[name]["interval"], its)}
+        for name in GeneralizedScores._fields:
+            line, minus = scores[difference.line][name], scores[difference.minus][name]
+            its = None if difference.paper is None else getattr(difference.paper, name)
+            found[name] = over_seeds([a - b for a, b in zip(line, minus, strict=True)])
+            found[name] |= {"ratio": ratio(np.mean(line), np.mean(minus))}
+            found[name] |= {"paper": None if its is None else round(its, 1)}
+            found[name] |= {"verdict": verdict(found[name]["interval"], its)}
         differences.append({"title": difference.title, "scores": found})
     return {"title": table.title, "note": table.note, "lines": lines, "differences": differences}
 
@@ -439,54 +589,71 @@ def each_seed(score: dict, sign: str = "") -> str:
 
 def table_text(table: dict) -> str:
     """Markdown of one of `summarise`."""
-    text = [f"## {table['title']}", "", table["note"], ""]
-    text.append(f"| training | ensemble | {' | '.join(SCORE_TITLES.values())} | the paper's |")
-    text.append("|---|---|---|---|---|---|")
+    lines, differences = [], []
     for line in table["lines"]:
-        cells = [ROWS[line["training"]].title, VIEWS[line["ensemble"]]]
+        cells = [ROWS[line["training"]].title, VIEWS[line["ensemble"]].title]
         cells += [f"{plus_minus(line['scores'][name])} ({each_seed(line['scores'][name])})" for name in SCORE_TITLES]
         cells.append(" / ".join(f"{line['paper'][name]:.1f}" for name in SCORE_TITLES) if line["paper"] else "")
-        text.append(f"| {' | '.join(cells)} |")
-    text += ["", "| difference | score | mean | every seed | the paper's | verdict |", "|---|---|---|---|---|---|"]
+        lines.append(cells)
     for difference in table["differences"]:
         for name, title in SCORE_TITLES.items():
             score = difference["scores"][name]
-            cells = [difference["title"], title, plus_minus(score, "+")]
-            cells += [each_seed(score, "+"), f"{score['paper']:+.1f}", score["verdict"]]
-            text.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*text, ""])
+            times = "-" if math.isnan(score["ratio"]) else f"{score['ratio']:.2f}"
+            cells = [difference["title"], title, plus_minus(score, "+"), times, each_seed(score, "+")]
+            cells += ["" if score["paper"] is None else f"{score['paper']:+.1f}", score["verdict"]]
+            differences.append(cells)
+    text = [f"## {table['title']}", "", table["note"], ""]
+    text += markdown_table(["training", "ensemble", *SCORE_TITLES.values(), "the paper's"], lines)
+    head = ["difference", "score", "mean", "ratio", "every seed", "the paper's", "verdict"]
+    return "\n".join([*text, "", *markdown_table(head, differences), ""])
 
 
 def report(result: dict) -> str:
     """The Markdown file."""
-    steps = ", ".join(f"{ROWS[name].title}: {count}" for name, count in result["steps"].items())
+    steps = ", ".join(f"{ROWS[name].title} {count}" for name, count in result["steps"].items())
     seeds = ", ".join(map(str, result["seeds"]))
-    head = f"""# Tables of the paper in miniature
-
-    {result["command"]}
-
-The benchmark `{result["benchmark"]}` is synthetic: {result["num_train"]} training and {result["num_validation"]} \
-validation scenes, drawn by this project. The paper's numbers are those of COCO-Stuff, to compare signs with, not sizes.
-
-Every score is in percent, on the validation scenes with all names as candidates (gzs3): the mean over seeds {seeds} ± \
-half of its 95 % t-interval, and in brackets every seed. A seed decides weights, order, augmentation and points of \
-both stages; the scenes are the same. Differences are paired by seed, in percentage points. "No difference": their \
-interval holds 0.
-
-Training steps: {steps}. Versions: {", ".join(f"{name} {number}" for name, number in result["versions"].items())}.
-"""
-    return "\n".join([head, *(table_text(table) for table in result["tables"].values())])
+    kind = "synthetic, drawn by this project: " if result["synthetic"] else ""
+    same = " the scenes are the same." if result["synthetic"] else " the images are the same."
+    return "\n".join(
+        [
+            "# Tables of the paper in miniature",
+            "",
+            f"    {result['command']}",
+            "",
+            f"The benchmark `{result['benchmark']}` is {kind}{result['num_train']} training and "
+            f"{result['num_validation']} validation images. The paper's numbers are those of COCO-Stuff, to compare "
+            "signs with, not sizes.",
+            "",
+            f"Every score is in percent, on the validation images with all names as candidates (gzs3): the mean over "
+            f"seeds {seeds} ± half of its 95 % t-interval, and in brackets every seed. A seed decides weights, order, "
+            f"augmentation and points of both stages;{same} Differences are paired by seed, in percentage points, and "
+            'ratios are those of the means. "No difference": their interval holds 0.',
+            "",
+            f"Training steps: {steps}.",
+            "",
+            f"Jobs of one thread on {result['machine']}, {result['seconds'] / 3600:.1f} hours together. Versions: "
+            f"{', '.join(f'{name} {number}' for name, number in result['versions'].items())}.",
+            "",
+            *(table_text(table) for table in result["tables"].values()),
+        ]
+    )
 
 
 # ---- the command -------------------------------------------------------------------------------------------
 
 
-def prepare_data(args: AblationArgs) -> None:
-    if not args.data.exists():
+def prepare_data(args: AblationArgs) -> tuple[int, int]:
+    """How many images there are for training and validation."""
+    if args.benchmark == SCENES and not args.data.exists():
         write_dataset(args.data, args.num_train, args.num_validation, seed=0)
     counts = (len(load_split(args.data, "train")), len(load_split(args.data, "validation")))
-    if counts != (args.num_train, args.num_validation):
+    if args.benchmark == SCENES and counts != (args.num_train, args.num_validation):
         raise InputError(f"{args.data} holds {counts[0]} and {counts[1]} scenes: choose another --output_dir")
+    return counts
+
+
+def machine() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU with {os.cpu_count()} threads"
 
 
 def main() -> None:
@@ -499,24 +666,27 @@ def main() -> None:
         raise InputError("train.py is not here: start the ablation from the root of the repository")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the jobs, too
 
-    tables = {name: TABLES[name] for name in args.table}
+    known = make_tables(prompts=args.text_embeds is None)
+    tables = {name: known[name] for name in args.table}
     lines = [line for table in tables.values() for line in table.lines]
-    trained = [name for name in ROWS if name == "stage1" or any(line.row == name for line in lines)]
-    steps = {name: check_trained(args, seed, name) for seed in args.seeds for name in trained}
-    prepare_data(args)
-    run_jobs(make_jobs(args, lines), args.processes)
+    steps = {name: check_trained(args, seed, name) for seed in args.seeds for name in trainings(lines)}
+    num_train, num_validation = prepare_data(args)
+    jobs, times = make_jobs(args, lines), Path(args.output_dir, "times.jsonl")
+    run_jobs(jobs, args.processes, times)
 
     result = {
         "command": shlex.join(["python", "-m", "zs3.ablation", *sys.argv[1:]]),
-        "benchmark": args.benchmark,
-        "synthetic": True,
+        "benchmark": dataset_name(str(args.data)),
+        "synthetic": args.benchmark == SCENES,
         "unit": "percent",
-        "num_train": args.num_train,
-        "num_validation": args.num_validation,
+        "num_train": num_train,
+        "num_validation": num_validation,
         "seeds": args.seeds,
         "level": LEVEL,
         "ensemble_weight": ENSEMBLE_WEIGHT,
         "steps": steps,
+        "machine": machine(),
+        "seconds": seconds_of(jobs, times),
         "versions": {name: version(name) for name in PACKAGES},
         "tables": {name: summarise(args, table) for name, table in tables.items()},
     }
