@@ -22,7 +22,7 @@ from configuration_zs3 import Zs3Config
 from eval import NOT_OF_THE_RESULT, EvalArgs
 from train import TrainArgs
 from zs3 import ablation
-from zs3.ablation import ROWS, VIEWS, AblationArgs, Job, make_jobs, make_tables, t_interval, trainings, verdict
+from zs3.ablation import ROWS, AblationArgs, Job, make_jobs, make_tables, t_interval, trainings, verdict
 from zs3.command_line import InputError, read_arguments, run
 from zs3.pseudo_labels import PseudoLabelArgs
 from zs3.scenes import write_dataset
@@ -103,7 +103,7 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
             (args.run_folder(seed, row) / "final").mkdir(parents=True)
             weights = f"{seed} {row}".encode()
             (args.run_folder(seed, row) / "final" / "model.safetensors").write_bytes(weights)
-            for view in VIEWS:
+            for view in ("off", "crops", "single_pass"):
                 result = {name: rng.uniform(0.2, 0.6) for name in SCORES}
                 result |= {"miou_unseen": 0.0, "hiou": 0.0} if row == "none" else {}
                 result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "num_images": 1}
@@ -269,19 +269,27 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
     monkeypatch.chdir(ROOT)
     args = AblationArgs(stage1_steps=30, stage2_steps=20)
     for job in make_jobs(args, LINES):
-        if job.command[1] == "train.py":
+        if "mask2former" in job.name:
+            assert job.command[1:3] == ["-m", "benchmarks.closed_set"] and job.command[3] in ("train", "eval")
+            classes = {"train": (TrainArgs, Zs3Config), "eval": (EvalArgs,)}[job.command[3]]
+            asked, _ = read_arguments(classes[0], job.command[4:], *classes[1:])
+            assert job.command[3] == "eval" or asked.max_steps == 50  # of both stages
+        elif job.command[1] == "train.py":
             training, _ = read_arguments(TrainArgs, job.command[2:], Zs3Config)
             training.check()
             row = job.name.split("/")[1]
-            told = "none" if row in ("stage1", "stage1_bare", "none", "closed") else "ground_truth"
+            told = "none" if row in ("stage1", "stage1_bare", "none", "closed", "zegformer") else "ground_truth"
             assert training.unseen_labels == (f"runs/ablation/{job.name}_labels" if row == "pseudo" else told)
-            steps = 30 if ROWS[row].start is None else 20
+            steps = 50 if row == "zegformer" else 30 if ROWS[row].start is None else 20
             assert training.max_steps == steps and f"seed{training.seed}" in job.name
         elif job.command[1] == "eval.py":
             evaluation, _ = read_arguments(EvalArgs, job.command[2:])
             evaluation.check()
-            assert evaluation.ensemble_weight == (None if evaluation.ensemble == "off" else 0.8)
             assert evaluation.setting == "gzs3"
+            if job.name.endswith("gzs3_zegformer"):
+                assert (evaluation.ensemble, evaluation.seen_bias) == ("crops", "0.1")
+                continue
+            assert evaluation.ensemble_weight == (None if evaluation.ensemble == "off" else 0.8)
             assert job.name.endswith(f"gzs3_{evaluation.ensemble}")
         else:
             assert job.command[1:3] == ["-m", "zs3.pseudo_labels"]

@@ -1,0 +1,127 @@
+"""transformers' own Mask2Former on the seen classes alone: what a user has without zero-shot segmentation.
+
+    python -m benchmarks.closed_set train --config recipes/scenes_stage1.yaml --dataset DIR --output_dir FOLDER
+    python -m benchmarks.closed_set eval --model FOLDER/final --dataset DIR --output FOLDER/gzs3_off.json
+
+Flags are those of train.py and eval.py, as far as they make sense here. Network, losses and post-processing are
+transformers'; data, augmentation, optimizer and schedule are train.py's. It has no name for an unseen class, so its
+mIoU(U) is 0 by construction. One process; a run that was stopped starts anew.
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessorPil,
+)
+
+from configuration_zs3 import Zs3Config
+from eval import NOT_OF_THE_RESULT, EvalArgs
+from losses_zs3 import mask_ids
+from processing_zs3 import Zs3ImageProcessor
+from train import TrainArgs, make_dataset, make_loader, make_scheduler, parameter_groups
+from zs3.checkpoints import weights_sha256
+from zs3.command_line import InputError, check_required, finite_or_none, read_arguments, run, write_json
+from zs3.data import load_split
+from zs3.evaluation import ConfusionMatrix
+from zs3.image_labels import training_space
+from zs3.label_space import load_label_space
+from zs3.run_folder import save_final
+from zs3.run_plan import cut_batch
+
+
+def make_model(overrides: dict, class_names: list[str]) -> Mask2FormerForUniversalSegmentation:
+    """From scratch; overrides: fields of Zs3Config, of which those that Mask2FormerConfig has are taken."""
+    known = {name: value for name, value in overrides.items() if name in Mask2FormerConfig.__dataclass_fields__}
+    if isinstance(known.get("backbone_config"), dict):
+        known["backbone_config"] = AutoConfig.for_model(**known["backbone_config"])
+    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**known, id2label=dict(enumerate(class_names))))
+
+
+def binary_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """labels (B, H, W), -1 is ignored -> for each image masks (M, H, W) and their classes (M,), as transformers has
+    them: an ignored pixel belongs to no mask."""
+    ids = mask_ids(labels)
+    masks = [(label == own[:, None, None]).float() for label, own in zip(labels, ids, strict=True)]
+    return masks, ids
+
+
+def train(args: TrainArgs, overrides: dict) -> None:
+    check_required(args, "dataset", "output_dir")
+    final = Path(args.output_dir) / "final"
+    if final.exists():
+        print(f"{final} is there already: nothing to do")
+        return
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise InputError("the closed-set comparison trains in one process")
+    set_seed(args.seed)
+    label_space = training_space(load_label_space(args.label_space or args.dataset), "inductive")
+    size = {"shortest_edge": args.test_short_edge, "longest_edge": args.max_size}
+    processor = Zs3ImageProcessor(size=size, ignore_index=label_space.ignore_index)
+    dataset = make_dataset(args, label_space, processor, Zs3Config())
+    model = make_model(overrides, dataset.class_names).to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate)
+    scheduler = make_scheduler(optimizer, args)
+    loader = make_loader(args, dataset, accelerator, cut_batch(args.batch_size, 1, None), 0)
+    for batch in tqdm(loader, total=args.max_steps, unit="step", mininterval=1):
+        masks, ids = binary_masks(batch["labels"].to(accelerator.device))
+        pixels = {name: batch[name].to(accelerator.device) for name in ("pixel_values", "pixel_mask") if name in batch}
+        model(**pixels, mask_labels=masks, class_labels=[own.to(accelerator.device) for own in ids]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    save_final(model, processor, final)
+
+
+@torch.inference_mode()
+def evaluate(args: EvalArgs) -> dict:
+    check_required(args, "model", "dataset", "output")
+    label_space = load_label_space(args.label_space or args.dataset)
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model).eval()
+    processor = Zs3ImageProcessor.from_pretrained(args.model)
+    names = [model.config.id2label[index] for index in range(len(model.config.id2label))]
+    ids = torch.tensor([label_space.class_names.index(name) for name in names])
+    records = load_split(args.dataset, args.split, label_space)
+    confusion = ConfusionMatrix(len(label_space.class_names), label_space.ignore_index)
+    theirs = Mask2FormerImageProcessorPil()
+    for image, label, image_id in tqdm(records, total=len(records), unit="image", mininterval=1):
+        outputs = model(**processor(images=image))
+        (found,) = theirs.post_process_semantic_segmentation(outputs, [label.shape])
+        confusion.update(ids[found], label, image_id)
+    is_seen = np.array([name not in label_space.unseen for name in label_space.class_names])
+    result = {
+        "settings": {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT},
+        "checkpoint_sha256": weights_sha256(args.model),
+        "num_images": len(confusion.images),
+        "split_images": len(records),
+        **confusion.scores(is_seen, args.absent),
+        "per_class": dict(zip(label_space.class_names, confusion.iou(args.absent).tolist(), strict=True)),
+    }
+    return finite_or_none(result)
+
+
+def main() -> None:
+    word = sys.argv[1] if len(sys.argv) > 1 else None
+    if word == "train":
+        train(*read_arguments(TrainArgs, sys.argv[2:], Zs3Config))
+    elif word == "eval":
+        args, _ = read_arguments(EvalArgs, sys.argv[2:])
+        write_json(Path(args.output), evaluate(args))
+    else:
+        raise InputError("say `train` with the flags of train.py, or `eval` with those of eval.py")
+
+
+if __name__ == "__main__":
+    run(main)
