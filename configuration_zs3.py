@@ -61,6 +61,8 @@ class Zs3Config(Mask2FormerConfig):
             three weigh the costs of matching too, as in Mask2Former.
         rank_scale: multiplies the cosines of Eq. 6; 1 as printed.
         rank_norm: "positives" divides Eq. 6 by |P| as printed, "pairs" by |P||N|.
+        label_map_weight: of a loss that is not the paper's, on the label map of Eq. 4, see `label_map_loss`; 0: none.
+        label_map_pixels: "all", where an ignored pixel has one of the present labels without a mask, or "labelled".
         mask_loss: "focal" (section 3.2) or "bce" (Mask2Former's own), with dice.
         ignored_pixels: "ignore" (section 3.2: only pixels of seen classes count), or "negative": they belong to no
             mask (Mask2Former's own).
@@ -105,6 +107,8 @@ class Zs3Config(Mask2FormerConfig):
     no_object_weight: float | int = 0.1
     rank_scale: float | int = 1.0
     rank_norm: Literal["positives", "pairs"] = "positives"
+    label_map_weight: float | int = 0.0
+    label_map_pixels: Literal["all", "labelled"] = "all"
     mask_loss: Literal["focal", "bce"] = "focal"
     ignored_pixels: Literal["ignore", "negative"] = "ignore"
     matching: Literal["unpaired", "joint", "hybrid"] = "unpaired"
@@ -161,7 +165,14 @@ class Zs3Config(Mask2FormerConfig):
             raise ValueError(f"clip_logit_scale must be a positive number, got {self.clip_logit_scale}")
         if self.rank_scale <= 0:
             raise ValueError(f"rank_scale must be positive, got {self.rank_scale}")
-        for name in ("class_weight", "mask_weight", "dice_weight", "rank_weight", "no_object_weight"):
+        for name in (
+            "class_weight",
+            "mask_weight",
+            "dice_weight",
+            "rank_weight",
+            "label_map_weight",
+            "no_object_weight",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 

@@ -31,7 +31,9 @@ except ImportError:  # inference needs no matching
     linear_sum_assignment = None
 
 UNMATCHED = -1  # a query without a label
+IGNORED, PADDING = -1, -2  # in a label map
 TINY = 1e-6  # divides in place of zero, where the dividend is zero too
+FLOOR = 1e-30  # under a logarithm: its inverse is a float32, too
 
 
 # --------------------------------------------------------------------------------------------------- targets
@@ -40,7 +42,7 @@ TINY = 1e-6  # divides in place of zero, where the dividend is zero too
 class Targets(NamedTuple):
     """What the predictions of a batch are compared with.
 
-    labels: (B, H, W) int64 ids, -1 is ignored; on the device of the predictions.
+    labels: (B, H, W) int64 ids, IGNORED or PADDING; on the device of the predictions.
     ids: for each image the ids of its mask targets, (M,) int64; on the CPU (see `mask_ids`).
     image_labels: (B, C), 1 present, 0 absent, -1 unknown; on the CPU.
     """
@@ -421,11 +423,50 @@ def ranking_loss(similarity: Tensor, positive: Tensor, negative: Tensor, *, norm
     return total / len(scores)  # Eq. 7
 
 
+# ------------------------------------------------------------------------------------ beyond the paper: label map
+
+
+def possible_labels(
+    label_map: Tensor, ids: Tensor, image_labels: Tensor, points: Tensor, *, pixels: str = "all"
+) -> Tensor:
+    """Which classes the pixel at each point may have: (C, P) bool.
+
+    Of a labelled pixel its own; of an ignored one the labels of its image that have no mask, and unknown ones, unless
+    pixels is "labelled"; none of padding.
+    label_map: (H, W) ids of the class axis; ids: (M,); image_labels: (C,); points: (P, 2) in [-1, 1].
+    """
+    height, width = label_map.shape
+    x, y = ((points + 1) / 2 * points.new_tensor([width, height])).long().unbind(1)
+    label = label_map[y.clamp(0, height - 1), x.clamp(0, width - 1)]
+    possible = label == torch.arange(len(image_labels), device=label.device)[:, None]
+    if pixels == "all":
+        without_mask = image_labels != 0
+        without_mask[ids] = False
+        possible |= without_mask.to(label.device)[:, None] & (label == IGNORED)
+    return possible
+
+
+def label_map_loss(class_probs: Tensor, mask_logits: Tensor, possible: Tensor) -> Tensor:
+    """Minus the log of the share that possible classes have in Eq. 4's scores at a point, mean over points; not the
+    paper's.
+
+    It ties the class of a query to its mask, which Eq. 5 and the mask losses do only through the query, and where
+    unseen labels are told it says of ignored pixels what is known: one of these, and no seen class.
+    class_probs: (Q, C) of Eq. 2. mask_logits: (Q, P). possible: (C, P), see `possible_labels`; a point without any
+    takes no part.
+    """
+    scores = class_probs.T @ _full(mask_logits).sigmoid()  # (C, P)
+    log_share = (scores * possible).sum(0).clamp(min=FLOOR).log() - scores.sum(0).clamp(min=FLOOR).log()
+    known = possible.any(0)
+    return -(log_share * known).sum() / known.sum().clamp(min=1)
+
+
 # ------------------------------------------------------------------------------------------------------ Eq. 8
 
 
 class Losses(NamedTuple):
-    """terms: the unweighted scalars class, mask, dice and rank of Eq. 8, each summed over the decoder outputs.
+    """terms: the unweighted scalars class, mask, dice and rank of Eq. 8, each summed over the decoder outputs; with
+    a label_map_weight also label_map.
 
     same_label_rate: scalar, of the last decoder output: the share of queries with a mask whose label is their mask's
     id; NaN where no query has a mask.
@@ -461,6 +502,11 @@ def zs3_losses(
     truths = label_batch(targets, points.to(dtype), config.ignored_pixels)
     positive, negative = targets.image_labels == 1, targets.image_labels == 0
     terms = {"class": [], "mask": [], "dice": [], "rank": []}
+    if config.label_map_weight:
+        terms["label_map"] = []
+        pixels = {"pixels": config.label_map_pixels}
+        uniform = points[:, -num_uniform:] if num_uniform else points
+        possible = [possible_labels(*parts, **pixels) for parts in zip(*targets, uniform, strict=True)]
     for logits, cosine, background, matches, target in zip(
         mask_logits, similarity, background_similarity, masks, labels, strict=True
     ):
@@ -483,6 +529,12 @@ def zs3_losses(
             loss = class_loss(cosine, target, config.class_temperature, config.matched_weight, kl=config.kl, **numbers)
         terms["class"].append(loss)
         terms["rank"].append(ranking_loss(config.rank_scale * cosine, positive, negative, norm=config.rank_norm))
+        if config.label_map_weight:
+            at_temperature = None if background is None else background / config.class_temperature
+            probs = class_probabilities(cosine / config.class_temperature, at_temperature)
+            images = zip(probs, logits, uniform.to(dtype), possible, strict=True)
+            of_images = [label_map_loss(p, sample_logits(mask, at), allowed) for p, mask, at, allowed in images]
+            terms["label_map"].append(torch.stack(of_images).mean())
     rate = same_label_rate(masks[-1], labels[-1], targets.ids)
     return Losses({name: torch.stack(values).sum() for name, values in terms.items()}, rate)
 

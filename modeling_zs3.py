@@ -51,7 +51,7 @@ try:
     )
     from .configuration_zs3 import Zs3Config, plain
     from .label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
-    from .losses_zs3 import Losses, Targets, class_probabilities, mask_ids, zs3_losses
+    from .losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
     from .network_zs3 import batch_norms, decoder_outputs, run_plainly
 except ImportError:
     if __package__:
@@ -70,7 +70,7 @@ except ImportError:
     )
     from configuration_zs3 import Zs3Config, plain
     from label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
-    from losses_zs3 import Losses, Targets, class_probabilities, mask_ids, zs3_losses
+    from losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
     from network_zs3 import batch_norms, decoder_outputs, run_plainly
 
 SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
@@ -388,7 +388,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         pixel_values: (B, 3, H, W), normalised. pixel_mask: (B, H, W), 1 on the image, 0 on padding.
         text_embeds (C, D), or input_ids (C, L) or (C, T, L) with attention_mask; neither: the stored vocabulary.
         labels: (B, H, W), every distinct id >= 0 is one mask target, -1 is ignored. With `matching` "joint" or
-            "hybrid" the ids index the class axis.
+            "hybrid", or a label_map_weight, the ids index the class axis.
         image_labels: (B, C), 1 present, 0 absent, -1 unknown. None: from `labels` (see `default_image_labels`).
         is_seen: (C,) bool, only for that default.
         target_counts: (3,), where the batch is a part of one whose gradient is meant, see `count_targets`.
@@ -398,7 +398,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             proposals = self.propose(pixel_values, pixel_mask)
             return Zs3Output(**proposals, **self.classify(proposals["class_embeds"], text_embeds))
 
-        targets = self._targets(labels.long(), image_labels, is_seen, len(text_embeds))
+        labels = labels.long() if pixel_mask is None else labels.long().masked_fill(pixel_mask == 0, PADDING)
+        targets = self._targets(labels, image_labels, is_seen, len(text_embeds))
         mask_logits, class_embeds = self._proposals(pixel_values, every=self.config.use_auxiliary_loss)
         losses = self._losses(mask_logits, class_embeds, text_embeds, targets, target_counts)
         weights = {
@@ -406,6 +407,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             "mask": self.config.mask_weight,
             "dice": self.config.dice_weight,
             "rank": self.config.rank_weight,
+            "label_map": self.config.label_map_weight,
         }
         return Zs3Output(
             loss=sum(weights[name] * term for name, term in losses.terms.items()),  # Eq. 8
@@ -423,9 +425,12 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         """What the losses compare with; reads the ids of `labels` on the CPU, for which a GPU has to wait."""
         ids = mask_ids(labels)
         largest = max((int(values[-1]) for values in ids if len(values)), default=-1)
-        if largest >= num_classes and (self.config.matching != "unpaired" or image_labels is None):
+        free = self.config.matching == "unpaired" and not self.config.label_map_weight
+        if largest >= num_classes and (not free or image_labels is None):
             joined = f"with matching {self.config.matching!r} ids index the class axis"
-            mend = "pass image_labels" if self.config.matching == "unpaired" else joined
+            if self.config.matching == "unpaired":
+                joined = "with a label_map_weight ids index the class axis"
+            mend = "pass image_labels" if free else joined
             raise ValueError(f"labels hold id {largest}, but there are {num_classes} classes: {mend}")
         if image_labels is None:
             image_labels = default_image_labels(ids, num_classes, is_seen)

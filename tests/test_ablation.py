@@ -28,7 +28,7 @@ from zs3.pseudo_labels import PseudoLabelArgs
 from zs3.scenes import write_dataset
 
 ROOT = Path(__file__).parent.parent
-TABLES = make_tables(prompts=True)
+TABLES = make_tables(clip=True)
 OLD = [line for name in ("table4", "table5") for line in TABLES[name].lines]
 LINES = [line for table in TABLES.values() for line in table.lines]
 SCORES = ("miou_seen", "miou_unseen", "hiou")
@@ -71,7 +71,7 @@ def test_the_papers_numbers_are_those_of_the_paper():
     assert ours.pop("table4") == [(37.2, 35.5, 36.4), (38.6, 42.0, 40.2)]
     assert ours.pop("table5") == [(40.1, 25.3, 31.0), (38.6, 42.0, 40.2), (39.0, 52.2, 44.7)]
     assert ours.pop("table6") == components and not any(ours.values())
-    assert list(make_tables(prompts=False)["table6"].paper.values()) == components[:3]
+    assert list(make_tables(clip=False)["table6"].paper.values()) == components[:3]
     steps = [difference.paper for difference in TABLES["table6"].differences]
     by_hand = [(-4.9, 3.7, -0.9), (6.6, 11.2, 8.5), (0.6, 2.1, 1.2), (2.3, 17.0, 8.8)]
     assert steps[:4] == [pytest.approx(step) for step in by_hand] and steps[4:] == [None]
@@ -89,6 +89,20 @@ def test_a_row_is_the_recipe_with_what_its_title_says():
         assert told[bare] == (told[same] if same else {})
         assert (told[bare].get("--class_loss"), told[bare].get("--rank_weight")) == (loss, rank)
     assert all(len(told[name]) == 1 for name in ("joint", "hybrid", "focal", "kl_u_p", "ignored_negative", "warm"))
+    alone = {"none_label_map": "none", "pseudo_label_map": "pseudo", "label_map_labelled": "ground_truth"}
+    for name, other in alone.items():
+        assert told[name].pop("--label_map_weight") == told["label_map"]["--label_map_weight"] == "2"
+        assert told[name].pop("--label_map_pixels", None) == ("labelled" if name == "label_map_labelled" else None)
+        assert told[name] == told[other] and ROWS[name].pseudo_labels == ROWS[other].pseudo_labels
+
+
+def test_without_a_clip_no_line_needs_one():
+    tables = make_tables(clip=False)
+    assert "table4" not in tables and [line.row for line in tables["table5"].lines] == ["none", "ground_truth"]
+    for table in tables.values():
+        for line in [*table.lines, *(line for pair in table.differences for line in pair[:2])]:
+            assert line.view == "off" and "bare" not in line.row and "pseudo" not in line.row
+            assert line in table.lines and "--prompt_templates" not in ROWS[line.row].flags
 
 
 @pytest.fixture
@@ -253,7 +267,7 @@ def test_the_commands_of_scenes():
 def test_the_commands_of_a_folder_with_vectors_and_a_backbone():
     given = {"stage1": "a.yaml", "stage2": "b.yaml", "text_embeds": "v.npy", "backbone": "bb", "scripts": "bench"}
     args = AblationArgs(benchmark="mine", output_dir="out", seeds=[3], **given)
-    jobs = {job.name: job.command for job in make_jobs(args, make_tables(prompts=False)["table6"].lines)}
+    jobs = {job.name: job.command for job in make_jobs(args, make_tables(clip=False)["table6"].lines)}
     assert [name for name in jobs if "gzs3" not in name] == [
         *("seed3/stage1", "seed3/ground_truth", "seed3/ce", "seed3/ce_kl", "seed3/closed")
     ]
@@ -278,8 +292,10 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
             training, _ = read_arguments(TrainArgs, job.command[2:], Zs3Config)
             training.check()
             row = job.name.split("/")[1]
-            told = "none" if row in ("stage1", "stage1_bare", "none", "closed", "zegformer") else "ground_truth"
-            assert training.unseen_labels == (f"runs/ablation/{job.name}_labels" if row == "pseudo" else told)
+            inductive = ("stage1", "stage1_bare", "none", "closed", "zegformer", "none_label_map")
+            told = "none" if row in inductive else "ground_truth"
+            pseudo = f"runs/ablation/seed{training.seed}/pseudo_labels"
+            assert training.unseen_labels == (pseudo if row.startswith("pseudo") else told)
             steps = 50 if row == "zegformer" else 30 if ROWS[row].start is None else 20
             assert training.max_steps == steps and f"seed{training.seed}" in job.name
         elif job.command[1] == "eval.py":

@@ -600,6 +600,24 @@ def criterion(
     return zs3_losses(mask_logits, similarity, background, Targets(labels, mask_ids(labels), image_labels), config)
 
 
+def loop_label_map_loss(
+    logits: Tensor, probs: Tensor, label_map: Tensor, image_labels: Tensor, points: Tensor, pixels: str
+) -> float:
+    """Of an image, point by point: logits (Q, h, w), probs (Q, C) of Eq. 2, the nearest pixel's label."""
+    height, width = label_map.shape
+    masks = [sample(query, points).sigmoid() for query in logits]
+    ids, losses = set(label_map.flatten().tolist()), []
+    for place, (x, y) in enumerate(points.tolist()):
+        label = int(label_map[int((y + 1) / 2 * height), int((x + 1) / 2 * width)])
+        allowed = [label] if label >= 0 else []
+        if label == -1 and pixels == "all":
+            allowed = [c for c, value in enumerate(image_labels.tolist()) if value != 0 and c not in ids]
+        scores = [sum(float(p[c] * m[place]) for p, m in zip(probs, masks, strict=True)) for c in range(probs.shape[1])]
+        if allowed:
+            losses.append(-math.log(sum(scores[c] for c in allowed) / sum(scores)))
+    return sum(losses) / max(len(losses), 1)
+
+
 def literal_terms(
     mask_logits: list[Tensor],
     similarity: list[Tensor],
@@ -611,7 +629,7 @@ def literal_terms(
     points: Tensor,
 ) -> dict[str, float]:
     """The terms of Eq. 8 in loops over outputs, images, masks and points, from explicit masks, in float64."""
-    terms = dict.fromkeys(("class", "mask", "dice", "rank"), 0.0)
+    terms = dict.fromkeys(("class", "mask", "dice", "rank", *(["label_map"] if config.label_map_weight else [])), 0.0)
     num_masks = sum(len(set(label_map[label_map >= 0].tolist())) for label_map in labels)
     num_uncertain = int(config.importance_sample_ratio * config.train_num_points)
     num_candidates = points.shape[1] - config.train_num_points + num_uncertain
@@ -666,6 +684,12 @@ def literal_terms(
             loss = loop_background_class_loss(cosine, back, targets, temperature, config.no_object_weight)
         terms["class"] += loss
         terms["rank"] += loop_ranking_loss(config.rank_scale * cosine, image_labels, config.rank_norm)
+        if config.label_map_weight:
+            every = cosine if config.class_loss == "background_aware" else torch.cat([cosine, back[..., None]], dim=2)
+            probs = (every / temperature).softmax(2)[..., : cosine.shape[2]]
+            uniform = points[:, num_candidates:] if num_candidates < points.shape[1] else points
+            rows = zip(logits, probs, labels, image_labels, uniform, strict=True)
+            terms["label_map"] += sum(loop_label_map_loss(*row, config.label_map_pixels) for row in rows) / len(labels)
     return terms
 
 
@@ -690,6 +714,8 @@ def literal_terms(
             "mask_weight": st.sampled_from([5.0, 1.0]),
             "dice_weight": st.sampled_from([5.0, 20.0]),
             "oversample_ratio": st.sampled_from([3.0, 1.0]),
+            "label_map_weight": st.sampled_from([0.0, 2.0]),
+            "label_map_pixels": st.sampled_from(["all", "labelled"]),
         }
     ),
 )
@@ -699,7 +725,7 @@ def test_every_switch_is_what_loops_over_explicit_masks_give(seed, queries, swit
     mask_logits = [3 * torch.randn(2, queries, 6, 8) for _ in range(2)]
     shapes = (2, queries, 7), (2, queries)
     similarity, background = ([random_similarity(*shape) for _ in range(2)] for shape in shapes)
-    labels = random_labels(2, ids=(-1, 0, 3, 5))
+    labels = random_labels(2, ids=(-2, -1, 0, 3, 5))  # -2 is padding
     image_labels = torch.randint(-1, 2, (2, 7))
     if config.matching != "unpaired":
         for row, ids in zip(image_labels, mask_ids(labels), strict=True):
@@ -715,6 +741,7 @@ def test_every_switch_is_what_loops_over_explicit_masks_give(seed, queries, swit
     count = int(20 * config.oversample_ratio) + 20 - int(20 * config.importance_sample_ratio)
     points = 2 * torch.rand(2, count, 2) - 1
     expected = literal_terms(mask_logits, similarity, background, labels, image_labels, config, match_points, points)
+    assert list(losses.terms) == list(expected)
     for name, value in expected.items():
         close(losses.terms[name], value, rtol=1e-4, atol=1e-5)
 
@@ -1066,6 +1093,24 @@ def test_loss_is_the_sum_of_weight_times_term(batch):
     terms = {name: term.item() for name, term in outputs.loss_terms.items()}
     assert sorted(terms) == ["class", "dice", "mask", "rank"] and all(term > 0 for term in terms.values())
     close(outputs.loss, 3 * terms["class"] + 7 * terms["mask"] + 11 * terms["dice"] + 13 * terms["rank"])
+
+
+def test_a_loss_on_the_label_map_has_its_weight_and_leaves_out_padding(batch):
+    model = tiny_model(label_map_weight=17, class_temperature=0.1)
+    torch.manual_seed(2)
+    outputs = model(**batch)
+    torch.manual_seed(2)
+    model.config.label_map_weight = 0
+    without = model(**batch)
+    model.config.label_map_weight = 17
+    term = outputs.loss_terms.pop("label_map")
+    assert list(outputs.loss_terms) == list(without.loss_terms) and term > 0
+    close(outputs.loss - without.loss, 17 * term.item(), rtol=1e-4)
+    batch["labels"][:] = -1  # every pixel may be of any label that is told
+    told = {"image_labels": torch.tensor([[1, 1, 0, 0, 0, 0]] * 2)}
+    assert model(**batch, **told).loss_terms["label_map"] > 0
+    padding = torch.zeros(2, 64, 64, dtype=torch.int64)
+    assert model(**batch, **told, pixel_mask=padding).loss_terms["label_map"] == 0
 
 
 def test_terms_are_sums_over_the_decoder_outputs(batch):

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +62,9 @@ class AblationArgs:
         "recipes/scenes_stage2_ground_truth.yaml", "Recipe of stage 2; rows differ from it by what they are called."
     )
     backbone: str | None = flag(None, "Backbone that stage 1 starts from, as of train.py.")
-    text_embeds: str | None = flag(None, "Ready-made text vectors, as of train.py: there are no rows without prompts.")
+    text_embeds: str | None = flag(
+        None, "Ready-made text vectors, as of train.py: no rows without prompts then, no pseudo labels and no ensemble."
+    )
     scripts: str | None = flag(
         None, "Module whose words `train` and `eval` stand for train.py and eval.py, as benchmarks.photographs."
     )
@@ -76,7 +78,7 @@ class AblationArgs:
     result: str | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")
 
     def check(self) -> None:
-        names = make_tables(prompts=self.text_embeds is None)
+        names = make_tables(clip=self.text_embeds is None)
         unknown = [name for name in self.table if name not in names]
         if unknown:
             raise InputError(f"no table is called {unknown[0]!r}: the names are {', '.join(names)}")
@@ -119,6 +121,7 @@ class Row:
 
 
 BARE = ("--prompt_templates", "{}")
+LABEL_MAP = ("--label_map_weight", "2")
 CLOSED = ("--unseen_labels", "none", "--class_loss", "cross_entropy", "--rank_weight", "0")
 ROWS = {
     "stage1": Row("stage 1", start=None),
@@ -142,6 +145,13 @@ ROWS = {
     "ignored_negative": Row("ignored pixels are negatives", ("--ignored_pixels", "negative")),
     "warm": Row("temperature 0.07 in stage 2", ("--class_temperature", "0.07")),
     "rank_pairs": Row("ranking of 10 cos, mean over pairs", ("--rank_scale", "10", "--rank_norm", "pairs")),
+    # a loss of this project, on the label map of Eq. 4
+    "label_map": Row("with the label map loss", LABEL_MAP),
+    "label_map_labelled": Row(
+        "with the label map loss, labelled pixels alone", (*LABEL_MAP, "--label_map_pixels", "labelled")
+    ),
+    "none_label_map": Row("no unseen labels, with the label map loss", ("--unseen_labels", "none", *LABEL_MAP)),
+    "pseudo_label_map": Row("pseudo unseen labels, with the label map loss", LABEL_MAP, pseudo_labels=True),
     # what else a user could take
     "mask2former": Row(
         "transformers' Mask2Former, seen classes only", start=None, whole=True, scripts="benchmarks.closed_set"
@@ -217,10 +227,23 @@ PAPER_CE_KL = GeneralizedScores(31.8, 38.9, 35.0)
 PAPER_CE_KL_RANK = GeneralizedScores(38.4, 50.1, 43.5)
 
 
-def make_tables(prompts: bool) -> dict[str, Table]:
-    """prompts: False where text vectors are ready made, so that names without prompts have none."""
-    tables = {"table4": table4(), "table5": table5(), "table6": table6(prompts)}
-    return {**tables, **beyond_the_paper(), "comparison": comparison()}
+def make_tables(clip: bool) -> dict[str, Table]:
+    """clip: False where text vectors are ready made: there are no names without prompts, no pseudo labels, and no
+    ensemble."""
+    tables = {"table4": table4(), "table5": table5(), "table6": table6(clip), **beyond_the_paper()}
+    tables |= {"label_map": label_map(clip), "comparison": comparison()}
+    if clip:
+        return tables
+    reduced = {name: without_clip(table) for name, table in tables.items()}
+    return {name: table for name, table in reduced.items() if table.differences}
+
+
+def without_clip(table: Table) -> Table:
+    def kept(line: Line) -> bool:
+        return not ROWS[line.row].pseudo_labels and line.view == "off"
+
+    differences = [pair for pair in table.differences if kept(pair.line) and kept(pair.minus)]
+    return replace(table, lines=[line for line in table.lines if kept(line)], differences=differences)
 
 
 def table4() -> Table:
@@ -254,9 +277,9 @@ def table5() -> Table:
     )
 
 
-def table6(prompts: bool) -> Table:
+def table6(clip: bool) -> Table:
     steps = {"ce": PAPER_CE, "ce_kl": PAPER_CE_KL, "ce_kl_rank": PAPER_CE_KL_RANK}
-    if prompts:
+    if clip:
         steps = {f"bare_{row}": scores for row, scores in steps.items()} | {"ground_truth": PAPER_GROUND_TRUTH}
         note = "The rows without prompts have a stage 1 without prompts, too."
     else:
@@ -297,9 +320,31 @@ def beyond_the_paper() -> dict[str, Table]:
     }
 
 
+def label_map(clip: bool) -> Table:
+    baseline = "bare_ce" if clip else "ce"  # Table 6, row 1
+    rows = ("stage1", baseline, "none", "none_label_map", "pseudo", "pseudo_label_map", "ground_truth")
+    pairs = [
+        ("label_map", "ground_truth"),
+        ("label_map_labelled", "ground_truth"),
+        ("label_map", baseline),
+        ("label_map", "stage1"),
+        ("none_label_map", "none"),
+        ("pseudo_label_map", "pseudo"),
+        ("pseudo_label_map", "none"),
+        ("pseudo_label_map", "label_map"),
+    ]
+    return Table(
+        "The label map loss, which is not the paper's",
+        "`label_map_weight` is 2 in place of 0. Rows that say nothing of unseen labels are told those of the "
+        "ground truth; the ensemble is off.",
+        [Line(row) for row in (*rows, "label_map_labelled", "label_map")],
+        [Difference(Line(row), Line(minus)) for row, minus in pairs],
+    )
+
+
 def comparison() -> Table:
     theirs = [Line("mask2former"), Line("closed", "crops"), Line("zegformer", "zegformer")]
-    ours = [Line("pseudo"), Line("ground_truth")]
+    ours = [Line("pseudo"), Line("ground_truth"), Line("label_map")]
     return Table(
         "What else a user could take",
         "Everything has the same number of steps, data and augmentation. Transformers' Mask2Former has its own losses "
@@ -705,7 +750,7 @@ def main() -> None:
         raise InputError("train.py is not here: start the ablation from the root of the repository")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the jobs, too
 
-    known = make_tables(prompts=args.text_embeds is None)
+    known = make_tables(clip=args.text_embeds is None)
     tables = {name: known[name] for name in args.table}
     lines = [line for table in tables.values() for line in table.lines]
     steps = {name: check_trained(args, seed, name) for seed in args.seeds for name in trainings(lines)}

@@ -451,7 +451,8 @@ class SegmentationDataset(Dataset):
         return self.sample(self.records.stored(index), epoch)
 
     def sample(self, stored: StoredRecord, epoch: int) -> Sample:
-        """pixel_values (3, S, S) float32 normalised, labels (S, S) int64, image_labels (C,) int8, image_id."""
+        """pixel_values (3, S, S) float32 normalised, pixel_mask and labels (S, S) int64, image_labels (C,) int8,
+        image_id."""
         # Keyed by the id, so that a sample does not depend on the order or the way in which pictures are read.
         key = int.from_bytes(hashlib.sha256(stored.image_id.encode()).digest()[:8])
         rng, words = np.random.default_rng((self.seed, epoch, key)).spawn(2)
@@ -461,7 +462,8 @@ class SegmentationDataset(Dataset):
         image, label = augment(image, stored.label, size, rng, self.augmentation, self._mask_labels)
         return {
             "pixel_values": self._padded_pixels(image),
-            "labels": self._padded_labels(label),
+            "pixel_mask": self._padded(np.ones(label.shape, np.int64), 0),
+            "labels": self._padded(label, IGNORED),
             "image_labels": torch.from_numpy(to_image_labels(label, told)),
             "image_id": stored.image_id,
         }
@@ -478,10 +480,10 @@ class SegmentationDataset(Dataset):
         pixels.mul_(self.scale).sub_(self.shift)
         return padded
 
-    def _padded_labels(self, label: np.ndarray) -> Tensor:
-        """(S, S); IGNORED right of and below the picture."""
+    def _padded(self, label: np.ndarray, value: int) -> Tensor:
+        """(S, S); that value right of and below the picture."""
         size = self.augmentation.crop_size
-        padded = torch.full((size, size), IGNORED)
+        padded = torch.full((size, size), value)
         padded[: label.shape[0], : label.shape[1]] = torch.from_numpy(np.ascontiguousarray(label))
         return padded
 
@@ -614,9 +616,9 @@ class StreamedBatches(IterableDataset):
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """Samples -> the model's batch: pixel_values (B,3,S,S), pixel_mask (B,S,S), labels (B,S,S), image_labels (B,C).
 
-    `image_ids`, a list of B, is for the reader. The mask is 1 throughout: in training, padding is told by labels.
+    `image_ids`, a list of B, is for the reader.
     """
-    batch = {name: torch.stack([s[name] for s in samples]) for name in ("pixel_values", "labels", "image_labels")}
-    batch["pixel_mask"] = torch.ones_like(batch["labels"])
+    names = ("pixel_values", "pixel_mask", "labels", "image_labels")
+    batch = {name: torch.stack([s[name] for s in samples]) for name in names}
     batch["image_ids"] = [sample["image_id"] for sample in samples]
     return batch
