@@ -231,13 +231,14 @@ def test_seen_labels_come_from_the_crop(tmp_path):
     assert {(0,), (2,)} <= seen
 
 
-def test_padding_is_the_mean_colour_and_ignored(tmp_path):
+def test_padding_is_the_mean_colour_ignored_and_told_by_the_mask(tmp_path):
     write_folder(tmp_path, {"a": (np.full((8, 12, 3), 9, np.uint8), np.zeros((8, 12), np.uint8))})
     sample = dataset_of(tmp_path, Augmentation(crop_size=16, max_size=2048, short_edges=[8], flip=False))[0, 0]
     padding = torch.ones(16, 16, dtype=torch.bool)
     padding[:8, :12] = False
     assert (sample["labels"] == -1).equal(padding)
     assert (sample["pixel_values"] == 0).all(dim=0).equal(padding)
+    assert (sample["pixel_mask"] == 0).equal(padding)
 
 
 @pytest.mark.parametrize("told", [NothingTold(SPACE), GroundTruthLabels(SPACE)])

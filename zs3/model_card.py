@@ -45,6 +45,7 @@ OF_A_RUN = (
     "matching",
     "mask_loss",
     "rank_weight",
+    "label_map_weight",
 )
 CITATION = """```bibtex
 @misc{dao2023class,

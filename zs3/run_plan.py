@@ -136,12 +136,13 @@ def start_text(args: "TrainArgs") -> str:
 
 
 def losses_text(config: Zs3Config) -> str:
-    """The terms of Eq. 8, those of weight 0 aside."""
+    """The terms of Eq. 8 and of the label map loss, those of weight 0 aside."""
     terms = {
         f"class ({config.class_loss})": config.class_weight,
         f"mask ({config.mask_loss})": config.mask_weight,
         "dice": config.dice_weight,
         "rank": config.rank_weight,
+        "label map": config.label_map_weight,
     }
     weighted = " + ".join(f"{weight:g} x {name}" for name, weight in terms.items() if weight)
     return f"{weighted or 'none'}, matching {config.matching}"
