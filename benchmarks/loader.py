@@ -131,8 +131,7 @@ class WholeFirst(SegmentationDataset):
         rng = np.random.default_rng(epoch)
         image, label = augment(resized, np.asarray(labels), size, rng, self.augmentation, self._mask_labels)
         return {
-            "pixel_values": self._padded_pixels(image),
-            "labels": self._padded_labels(label),
+            **self.padded(image, label),
             "image_labels": torch.zeros(len(self.class_names), dtype=torch.int8),
             "image_id": stored.image_id,
         }

@@ -461,9 +461,7 @@ class SegmentationDataset(Dataset):
         image = stored.decoded(size)
         image, label = augment(image, stored.label, size, rng, self.augmentation, self._mask_labels)
         return {
-            "pixel_values": self._padded_pixels(image),
-            "pixel_mask": self._padded(np.ones(label.shape, np.int64), 0),
-            "labels": self._padded(label, IGNORED),
+            **self.padded(image, label),
             "image_labels": torch.from_numpy(to_image_labels(label, told)),
             "image_id": stored.image_id,
         }
@@ -472,20 +470,18 @@ class SegmentationDataset(Dataset):
         """Here the unseen classes go out of a map: a crop that was chosen by them would tell where they are."""
         return to_mask_labels(label, self.positions, self.label_space.ignore_index)
 
-    def _padded_pixels(self, image: Image.Image) -> Tensor:
-        """(3, S, S); right of and below the picture 0, the mean colour."""
-        padded = torch.zeros(3, self.augmentation.crop_size, self.augmentation.crop_size)
-        pixels = padded[:, : image.height, : image.width]
+    def padded(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
+        """A crop and its map on a square of crop_size: pixel_values (3, S, S) normalised, pixel_mask and labels (S, S);
+        right of and below the picture the mean colour, 0 and IGNORED."""
+        size, inside = self.augmentation.crop_size, np.s_[: image.height, : image.width]
+        pixel_values, pixel_mask = torch.zeros(3, size, size), torch.zeros(size, size, dtype=torch.int64)
+        labels = torch.full((size, size), IGNORED)
+        pixels = pixel_values[:, *inside]
         pixels.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         pixels.mul_(self.scale).sub_(self.shift)
-        return padded
-
-    def _padded(self, label: np.ndarray, value: int) -> Tensor:
-        """(S, S); that value right of and below the picture."""
-        size = self.augmentation.crop_size
-        padded = torch.full((size, size), value)
-        padded[: label.shape[0], : label.shape[1]] = torch.from_numpy(np.ascontiguousarray(label))
-        return padded
+        pixel_mask[inside] = 1
+        labels[inside] = torch.from_numpy(np.ascontiguousarray(label))
+        return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": labels}
 
 
 def part_size(total_batch_size: int, num_processes: int, micro_batches: int) -> int:
