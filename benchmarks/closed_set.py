@@ -36,7 +36,7 @@ from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix
 from zs3.image_labels import training_space
 from zs3.label_space import load_label_space
-from zs3.run_folder import save_final
+from zs3.run_folder import check_recipe, save_final
 from zs3.run_plan import cut_batch
 
 
@@ -59,6 +59,7 @@ def binary_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 def train(args: TrainArgs, overrides: dict) -> None:
     check_required(args, "dataset", "output_dir")
     final = Path(args.output_dir) / "final"
+    check_recipe(final.with_name("recipe.yaml"), {**overrides, **asdict(args)})
     if final.exists():
         print(f"{final} is there already: nothing to do")
         return

@@ -56,6 +56,9 @@ def test_it_is_trained_and_scored_without_a_name_for_an_unseen_class(tmp_path, m
     assert result["miou_unseen"] == 0 and result["num_images"] == result["split_images"] == 3
     call(monkeypatch, "train", "--config", RECIPE, "--dataset", data, "--output_dir", folder, *few)
     assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "train", "--config", RECIPE, "--dataset", data, "--output_dir", folder, *few, "--seed", 1)
+    assert "has seed 0, this command 1" in capsys.readouterr().err
 
 
 def test_another_word_is_refused(monkeypatch, capsys):

@@ -42,6 +42,7 @@ from zs3.command_line import InputError, check_at_least, flag, read_arguments, r
 from zs3.data import dataset_name, load_split
 from zs3.evaluation import SCORES, GeneralizedScores
 from zs3.results import table as markdown_table
+from zs3.run_folder import differ
 from zs3.scenes import write_dataset
 
 LEVEL = 0.95  # of the intervals over seeds
@@ -495,7 +496,7 @@ def check_trained(args: AblationArgs, seed: int, name: str) -> int:
     if (folder / "final").exists() and (folder / "recipe.yaml").exists():
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         wanted = asdict(training) | {key: value for key, value in overrides.items() if not isinstance(value, dict)}
-        changed = sorted(key for key, value in wanted.items() if key in before and before[key] != value)
+        changed = sorted(key for key, value in wanted.items() if key in before and differ(before[key], value))
         if changed:
             old = folder.parent if ROWS[name].start is None else folder  # others of a seed start from its stage 1
             raise InputError(
