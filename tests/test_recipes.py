@@ -14,6 +14,7 @@ from configuration_zs3 import Zs3Config
 from eval import EvalArgs
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from train import TrainArgs
+from zs3.ablation import AblationArgs
 from zs3.check import CheckArgs
 from zs3.command_line import read_arguments
 from zs3.convert import ConvertArgs
@@ -32,7 +33,9 @@ COMMANDS = {
     "zs3.convert": ConvertArgs,
     "zs3.nouns": NounArgs,
     "zs3.pseudo_labels": PseudoLabelArgs,
+    "zs3.ablation": AblationArgs,
 }
+FIRST = {"zs3.ablation": "--table"}  # the flag that a command's first word may leave out, else --name
 
 
 def read(recipe: Path, *flags: str) -> tuple[TrainArgs, dict[str, Any]]:
@@ -152,7 +155,7 @@ def test_the_commands_of_the_docs_are_understood(document):
             for place in [words[index + 1] for index, word in enumerate(words) if word.startswith("--config")]:
                 assert (ROOT / place).exists(), place
             words = words[words.index(found[0]) + 1 :]
-            words = words if words[0].startswith("--") else ["--name", *words]
+            words = words if words[0].startswith("--") else [FIRST.get(found[0], "--name"), *words]
             words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words]
             args, _ = read_arguments(
                 COMMANDS[found[0]], words, config_class=Zs3Config if found == ["train.py"] else None
