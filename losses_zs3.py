@@ -455,7 +455,8 @@ def label_map_loss(class_probs: Tensor, mask_logits: Tensor, possible: Tensor) -
     class_probs: (Q, C) of Eq. 2. mask_logits: (Q, P). possible: (C, P), see `possible_labels`; a point without any
     takes no part.
     """
-    scores = class_probs.T @ _full(mask_logits).sigmoid()  # (C, P)
+    with torch.autocast(mask_logits.device.type, enabled=False):
+        scores = _full(class_probs).T @ _full(mask_logits).sigmoid()  # (C, P)
     log_share = (scores * possible).sum(0).clamp(min=FLOOR).log() - scores.sum(0).clamp(min=FLOOR).log()
     known = possible.any(0)
     return -(log_share * known).sum() / known.sum().clamp(min=1)
