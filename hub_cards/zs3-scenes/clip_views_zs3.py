@@ -1,0 +1,1 @@
+../../clip_views_zs3.py

@@ -1,0 +1,1 @@
+../../configuration_zs3.py

@@ -1,0 +1,1 @@
+../../drawing_zs3.py

@@ -1,0 +1,1 @@
+../../label_maps_zs3.py

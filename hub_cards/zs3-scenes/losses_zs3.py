@@ -1,0 +1,1 @@
+../../losses_zs3.py

@@ -1,0 +1,1 @@
+../../modeling_zs3.py

@@ -1,0 +1,1 @@
+../../pipeline_zs3.py

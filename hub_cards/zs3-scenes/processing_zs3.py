@@ -1,0 +1,1 @@
+../../processing_zs3.py
