@@ -446,19 +446,21 @@ def possible_labels(
     return possible
 
 
-def label_map_loss(class_probs: Tensor, mask_logits: Tensor, possible: Tensor) -> Tensor:
+def label_map_loss(class_probs: Tensor, mask_logits: Tensor, points: Tensor, possible: Tensor) -> Tensor:
     """Minus the log of the share that possible classes have in Eq. 4's scores at a point, mean over points; not the
     paper's.
 
     It ties the class of a query to its mask, which Eq. 5 and the mask losses do only through the query, and where
     unseen labels are told it says of ignored pixels what is known: one of these, and no seen class.
-    class_probs: (Q, C) of Eq. 2. mask_logits: (Q, P). possible: (C, P), see `possible_labels`; a point without any
-    takes no part.
+    class_probs: (Q, C) of Eq. 2. mask_logits: (Q, h, w). points: (P, 2). possible: (C, P), 1 or 0, see
+    `possible_labels`; a point without any takes no part.
     """
     with torch.autocast(mask_logits.device.type, enabled=False):
-        scores = _full(class_probs).T @ _full(mask_logits).sigmoid()  # (C, P)
-    log_share = (scores * possible).sum(0).clamp(min=FLOOR).log() - scores.sum(0).clamp(min=FLOOR).log()
+        masks, class_probs = sample_logits(mask_logits, points).sigmoid(), _full(class_probs)
+        possible_scores = (class_probs @ possible * masks).sum(0)  # Eq. 4's, summed over the possible classes
+        scores = (class_probs.sum(1, keepdim=True) * masks).sum(0)
     known = possible.any(0)
+    log_share = possible_scores.clamp(min=FLOOR).log() - scores.clamp(min=FLOOR).log()
     return -(log_share * known).sum() / known.sum().clamp(min=1)
 
 
@@ -507,7 +509,7 @@ def zs3_losses(
         terms["label_map"] = []
         pixels = {"pixels": config.label_map_pixels}
         uniform = points[:, -num_uniform:] if num_uniform else points
-        possible = [possible_labels(*parts, **pixels) for parts in zip(*targets, uniform, strict=True)]
+        possible = [possible_labels(*parts, **pixels).to(dtype) for parts in zip(*targets, uniform, strict=True)]
     for logits, cosine, background, matches, target in zip(
         mask_logits, similarity, background_similarity, masks, labels, strict=True
     ):
@@ -533,8 +535,10 @@ def zs3_losses(
         if config.label_map_weight:
             at_temperature = None if background is None else background / config.class_temperature
             probs = class_probabilities(cosine / config.class_temperature, at_temperature)
-            images = zip(probs, logits, uniform.to(dtype), possible, strict=True)
-            of_images = [label_map_loss(p, sample_logits(mask, at), allowed) for p, mask, at, allowed in images]
+            of_images = [
+                checkpoint(label_map_loss, *parts, use_reentrant=False, preserve_rng_state=False)
+                for parts in zip(probs, logits, uniform.to(dtype), possible, strict=True)
+            ]
             terms["label_map"].append(torch.stack(of_images).mean())
     rate = same_label_rate(masks[-1], labels[-1], targets.ids)
     return Losses({name: torch.stack(values).sum() for name, values in terms.items()}, rate)

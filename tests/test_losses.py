@@ -1045,26 +1045,27 @@ def test_the_criterion_sums_low_precision_predictions_in_float32():
 
 
 def test_the_label_map_loss_is_float32_under_autocast():
-    probs, logits = torch.randn(6, 5).softmax(-1), torch.randn(6, 40)
-    possible = torch.randint(0, 2, (5, 40)) == 1
+    probs, logits = torch.randn(6, 5).softmax(-1), torch.randn(6, 4, 4)
+    points, possible = 2 * torch.rand(40, 2) - 1, torch.randint(0, 2, (5, 40)).float()
     with autocast():
-        low = label_map_loss(probs, logits, possible)
-    assert torch.equal(low, label_map_loss(probs, logits, possible))
+        low = label_map_loss(probs, logits, points, possible)
+    assert torch.equal(low, label_map_loss(probs, logits, points, possible))
 
 
 def test_gradients_of_the_label_map_loss_are_differences():
-    probs, logits = torch.randn(4, 5, dtype=torch.float64).softmax(-1), torch.randn(4, 12, dtype=torch.float64)
-    possible = torch.randint(0, 2, (5, 12)) == 1
-    possible[:, 0] = False  # a point that takes no part
+    probs, logits = torch.randn(4, 5, dtype=torch.float64).softmax(-1), torch.randn(4, 4, 3, dtype=torch.float64)
+    points, possible = 2 * torch.rand(12, 2, dtype=torch.float64) - 1, torch.randint(0, 2, (5, 12)).double()
+    possible[:, 0] = 0  # a point that takes no part
     inputs = probs.requires_grad_(), logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda p, m: label_map_loss(p, m, possible), inputs)
+    assert torch.autograd.gradcheck(lambda p, m: label_map_loss(p, m, points, possible), inputs)
 
 
 def test_a_hopeless_point_still_has_a_gradient():
     """At temperature 0.01 a class that all queries reject has a probability far below float32's precision."""
     cosine = torch.tensor([[0.9, 0.4], [0.8, 0.35]], requires_grad=True)
     probs = class_probabilities(cosine / 0.01)
-    label_map_loss(probs, torch.ones(2, 3), torch.tensor([[False] * 3, [True] * 3])).backward()
+    possible = torch.tensor([[0.0] * 3, [1.0] * 3])
+    label_map_loss(probs, torch.ones(2, 4, 4), torch.zeros(3, 2), possible).backward()
     assert probs[:, 1].max() < 1e-19 and cosine.grad[:, 1].max() < -1e-3 and cosine.grad.isfinite().all()
 
 
