@@ -92,6 +92,17 @@ def test_the_results_of_the_readme_are_those_of_the_result_files():
         assert row in README, f"{path.name}: {row}"
 
 
+def test_the_comparison_of_the_readme_is_that_of_the_result_file():
+    result = json.loads((ROOT / "docs" / "results" / "zs3-scenes_compare.json").read_text(encoding="utf-8"))
+    rows = [result["scores"][name] for name in ("miou_seen", "miou_unseen", "hiou")]
+    low, high = rows[2]["interval"]
+    theirs = " / ".join(f"{100 * row['a']:.1f}" for row in rows)
+    assert f"give {theirs}:" in README
+    assert f"hIoU is {100 * rows[2]['difference']:.1f} points higher, {100 * low:.1f} to {100 * high:.1f}" in README
+    ours = json.loads((ROOT / "docs" / "results" / "zs3-scenes.json").read_text(encoding="utf-8"))
+    assert rows[2]["b"] == ours["hiou"]
+
+
 def test_the_tables_of_the_readme_are_those_of_the_result_file():
     result = json.loads((ROOT / "docs" / "results" / "scenes_tables.json").read_text(encoding="utf-8"))
     lines = {(line["training"], line["ensemble"]): line["scores"] for line in result["tables"]["table4"]["lines"]}
