@@ -92,15 +92,15 @@ def test_the_results_of_the_readme_are_those_of_the_result_files():
         assert row in README, f"{path.name}: {row}"
 
 
-def test_the_comparison_of_the_readme_is_that_of_the_result_file():
-    result = json.loads((ROOT / "docs" / "results" / "zs3-scenes_compare.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("benchmark", ["zs3-scenes", "photographs"])
+def test_the_comparisons_of_the_readme_are_those_of_the_result_files(benchmark):
+    path = ROOT / "docs" / "results" / f"{benchmark}_compare.json"
+    result, text = json.loads(path.read_text(encoding="utf-8")), " ".join(README.split())
     rows = [result["scores"][name] for name in ("miou_seen", "miou_unseen", "hiou")]
-    low, high = rows[2]["interval"]
-    theirs = " / ".join(f"{100 * row['a']:.1f}" for row in rows)
-    assert f"give {theirs}:" in README
-    assert f"hIoU is {100 * rows[2]['difference']:.1f} points higher, {100 * low:.1f} to {100 * high:.1f}" in README
-    ours = json.loads((ROOT / "docs" / "results" / "zs3-scenes.json").read_text(encoding="utf-8"))
-    assert rows[2]["b"] == ours["hiou"]
+    for side in ("a", "b"):
+        assert " / ".join(f"{100 * row[side]:.1f}" for row in rows) in text.replace(" | ", " / ")
+    low, high = (f"{100 * bound:.1f}" for bound in rows[2]["interval"])
+    assert f"{100 * rows[2]['difference']:.1f} points" in text and f"{low} to {high} over images" in text
 
 
 def test_the_tables_of_the_readme_are_those_of_the_result_file():
