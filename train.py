@@ -437,6 +437,8 @@ def with_counts(batches: Iterator[dict], micro_batches: int, config: Zs3Config) 
 def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
     """How the run is spread over processes and devices; what cannot be is refused before anything is loaded."""
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # what is refused below ends a process, which must not while another still joins
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() != state.num_processes:
         raise InputError(
             f"{torch.distributed.get_world_size()} processes were started, and accelerate sees no GPU for them: on "
