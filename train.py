@@ -439,11 +439,11 @@ def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # what is refused below ends a process, which must not while another still joins
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() != state.num_processes:
-        raise InputError(
-            f"{torch.distributed.get_world_size()} processes were started, and accelerate sees no GPU for them: on "
-            "CPU cores set ACCELERATE_USE_CPU=true in the environment"
-        )
+        if torch.distributed.get_world_size() != state.num_processes:
+            raise InputError(
+                f"{torch.distributed.get_world_size()} processes were started, and accelerate sees no GPU for them: on "
+                "CPU cores set ACCELERATE_USE_CPU=true in the environment"
+            )
     if args.mixed_precision == "fp16" and state.device.type == "cpu":
         raise InputError("--mixed_precision fp16 needs a GPU: on CPU cores give bf16 or no")
     if args.backbone_norm == "sync" and state.device.type != "cuda":

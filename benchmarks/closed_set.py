@@ -77,7 +77,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
     loader = make_loader(args, dataset, accelerator, cut_batch(args.batch_size, 1, None), 0)
     for batch in tqdm(loader, total=args.max_steps, unit="step", mininterval=1):
         masks, ids = binary_masks(batch["labels"].to(accelerator.device))
-        pixels = {name: batch[name].to(accelerator.device) for name in ("pixel_values", "pixel_mask") if name in batch}
+        pixels = {name: batch[name].to(accelerator.device) for name in ("pixel_values", "pixel_mask")}
         model(**pixels, mask_labels=masks, class_labels=[own.to(accelerator.device) for own in ids]).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()

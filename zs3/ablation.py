@@ -124,7 +124,8 @@ class Row:
 BARE = ("--prompt_templates", "{}")
 LABEL_MAP = ("--label_map_weight", "2")
 BEST = (*LABEL_MAP, "--matching", "hybrid")  # that of recipes/scenes_stage2_best.yaml
-CLOSED = ("--unseen_labels", "none", "--class_loss", "cross_entropy", "--rank_weight", "0")
+CE = ("--class_loss", "cross_entropy", "--rank_weight", "0")
+CE_KL = ("--rank_weight", "0")
 ROWS = {
     "stage1": Row("stage 1", start=None),
     "stage1_bare": Row("stage 1, names without prompts", BARE, start=None),
@@ -133,13 +134,15 @@ ROWS = {
     "pseudo": Row("pseudo unseen labels", pseudo_labels=True),
     "ground_truth": Row("ground-truth unseen labels"),
     # Table 6: all of them with ground-truth unseen labels; with prompts, the last one is Table 5's
-    "ce": Row("CE and background", ("--class_loss", "cross_entropy", "--rank_weight", "0")),
-    "ce_kl": Row("CE, KL", ("--rank_weight", "0")),
-    "bare_ce": Row("CE and background", ("--class_loss", "cross_entropy", "--rank_weight", "0", *BARE), "stage1_bare"),
-    "bare_ce_kl": Row("CE, KL", ("--rank_weight", "0", *BARE), "stage1_bare"),
+    "ce": Row("CE and background", CE),
+    "ce_kl": Row("CE, KL", CE_KL),
+    "bare_ce": Row("CE and background", (*CE, *BARE), "stage1_bare"),
+    "bare_ce_kl": Row("CE, KL", (*CE_KL, *BARE), "stage1_bare"),
     "bare_ce_kl_rank": Row("CE, KL, ranking", BARE, "stage1_bare"),
     # beyond the paper: one choice of the last row changed
-    "closed": Row("closed: CE and background, seen labels only", (*CLOSED, "--matching", "joint")),
+    "closed": Row(
+        "closed: CE and background, seen labels only", ("--unseen_labels", "none", *CE, "--matching", "joint")
+    ),
     "joint": Row("joint matching", ("--matching", "joint")),
     "hybrid": Row("hybrid matching", ("--matching", "hybrid")),
     "focal": Row("focal mask loss", ("--mask_loss", "focal")),
