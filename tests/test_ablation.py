@@ -22,7 +22,9 @@ from configuration_zs3 import Zs3Config
 from eval import NOT_OF_THE_RESULT, EvalArgs
 from train import TrainArgs
 from zs3 import ablation
-from zs3.ablation import ROWS, AblationArgs, Job, make_jobs, make_tables, t_interval, trainings, verdict
+from zs3.ablation import AblationArgs, Job, make_jobs, trainings
+from zs3.ablation_report import t_interval, verdict
+from zs3.ablation_tables import ROWS, Line, make_tables
 from zs3.command_line import InputError, read_arguments, run
 from zs3.pseudo_labels import PseudoLabelArgs
 from zs3.scenes import write_dataset
@@ -125,10 +127,22 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
             (args.run_folder(seed, row) / "final" / "model.safetensors").write_bytes(weights)
             for view in ("off", "crops", "single_pass"):
                 result = {name: rng.uniform(0.2, 0.6) for name in SCORES}
+                right, wrong_seen = rng.uniform(0.2, 0.6), rng.uniform(0, 0.2)
+                area = {"right": right, "wrong_seen": wrong_seen, "wrong_unseen": 1 - right - wrong_seen}
+                result |= {"seen_unseen_confusion": {"of_seen": area, "of_unseen": area | {"wrong_seen": 0.01 * seed}}}
+                result |= {"unseen": ["heart"], "per_class": {"star": 0.9, "heart": 0.1 * seed}}
                 result |= {"miou_unseen": 0.0, "hiou": 0.0} if row == "none" else {}
                 result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "num_images": 1}
                 result |= {"split_images": 1, "settings": settings_of(args, seed, row, view)}
                 (args.run_folder(seed, row) / f"gzs3_{view}.json").write_text(json.dumps(result))
+        for row in ("pseudo", "ground_truth"):  # ten lines: the first four mean 20 + seed, the last four 5
+            rank = [20.0 + seed] * 4 + [10.0] * 2 + [4.0, 6.0, 4.0, 6.0]
+            lines = [
+                {"step": step, "loss": 99.0, "loss_rank": value, "same_label_rate": 0.5}
+                for step, value in enumerate(rank)
+            ]
+            path = args.run_folder(seed, row) / "metrics.jsonl"
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         args.run_folder(seed, "pseudo_labels").mkdir()
         (args.run_folder(seed, "pseudo_labels") / "summary.json").write_text("{}")
         made_by = {"checkpoint_sha256": {"model.safetensors": hashlib.sha256(f"{seed} stage1".encode()).hexdigest()}}
@@ -203,6 +217,29 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     ]
 
 
+def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch):
+    call(monkeypatch, "table5", *flags(finished), "--seeds", 0, 1, 2)
+    lines = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]["lines"]
+    for line in lines:
+        paths = [finished.run_folder(seed, line["training"]) / "gzs3_off.json" for seed in (0, 1, 2)]
+        area = [json.loads(path.read_text())["seen_unseen_confusion"] for path in paths]
+        seen, unseen, others = line["areas"].values()
+        assert seen["seeds"] == pytest.approx([100 * one["of_seen"]["wrong_unseen"] for one in area])
+        assert unseen["seeds"] == pytest.approx([0, 1, 2])
+        assert others["seeds"] == pytest.approx([100 * one["of_unseen"]["wrong_unseen"] for one in area])
+        assert list(line["unseen_classes"]) == ["heart"] and line["unseen_classes"]["heart"]["mean"] == pytest.approx(
+            10
+        )
+    none, *told = (line["logged"] for line in lines)
+    assert none == {}  # there is no log
+    for logged in told:
+        assert list(logged) == ["loss_rank", "same_label_rate"]
+        assert logged["loss_rank"]["first"]["seeds"] == [20, 21, 22] and logged["loss_rank"]["last"]["mean"] == 5
+    text = Path(finished.output_dir, "tables.md").read_text()
+    assert "| pseudo unseen labels | 21.00 → 5.00 | 0.50 → 0.50 |" in text and "| no unseen labels |  |  |" in text
+    assert "IoU of heart |" in text and "| 1.0 | " in text
+
+
 def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkeypatch):
     path = finished.run_folder(0, "pseudo") / "gzs3_off.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"miou_unseen": None}))
@@ -223,7 +260,7 @@ def undone(args: AblationArgs) -> list[str]:
 def test_what_a_row_starts_from_is_trained_too():
     names = trainings(TABLES["table6"].lines)
     assert names == ["stage1", "stage1_bare", "ground_truth", "bare_ce", "bare_ce_kl", "bare_ce_kl_rank", "closed"]
-    assert trainings([ablation.Line("pseudo")]) == ["stage1", "pseudo"]
+    assert trainings([Line("pseudo")]) == ["stage1", "pseudo"]
 
 
 def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another(finished):
