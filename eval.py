@@ -421,9 +421,14 @@ def stamps(
         "unseen_labels_in_training": config.unseen_labels,
         "absent": args.absent,
         "seed": args.seed,
-        "settings": {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT},
+        "settings": settings(args),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
+
+
+def settings(args: EvalArgs) -> dict:
+    """What of the flags decides the numbers."""
+    return {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
 
 
 def weight_chosen(args: EvalArgs) -> str:

@@ -43,6 +43,7 @@ from zs3.command_line import (
 )
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
+from zs3.results import table
 
 OFF = "no ensemble"
 LOOP, CROPS, LAZY, SINGLE = "loop over crops", "batched crops", "lazy crops", "single pass"
@@ -240,31 +241,10 @@ def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
 
 def report(result: dict) -> str:
     args, trained = result["arguments"], result["trained"]
-    lines = [
-        "# CLIP's view of the proposals",
-        "",
-        f"Made by `{result['command']}` with {result['threads']} CPU threads, torch {result['torch']}.",
-        "",
-        f"## Cost: an image tower of {result['tower_parameters'] / 1e6:.0f} M parameters (CLIP ViT-B/16's size), "
-        f"{args['proposals']} proposals, {args['size']} x {args['size']} pixels",
-        "",
-        "| way | seconds an image | times faster than the loop |",
-        "|---|---|---|",
-        *(f"| {r['way']} | {r['seconds']:.2f} | {r['times_faster_than_loop']:.2f} |" for r in result["cost"]),
-        "",
-        f"## A trained model of the embedded synthetic benchmark: {trained['images']} validation scenes, "
-        f"{trained['queries']} queries, w = {args['weight']}",
-        "",
-        f'Model {args["model"]}. Seconds with its tiny CLIP; "at ViT-B/16\'s cost" on the first '
-        f"{min(args['large_images'], trained['images'])} scenes.",
-        "",
-        "| way | crops an image | other pixels than batched crops | mIoU(S) | mIoU(U) | hIoU | seconds | x faster | "
-        "seconds at ViT-B/16's cost | x faster |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in result["trained"]["rows"]:
-        scores = " | ".join(percent(row[name]) for name in ("miou_seen", "miou_unseen", "hiou"))
-        crops, seconds, times, large, large_times = (
+    cost = [[row["way"], f"{row['seconds']:.2f}", f"{row['times_faster_than_loop']:.2f}"] for row in result["cost"]]
+    rows = []
+    for row in trained["rows"]:
+        crops, *times = (
             f"{row[name]:{form}}" if name in row else ""
             for name, form in (
                 ("crops_per_image", ".1f"),
@@ -274,10 +254,28 @@ def report(result: dict) -> str:
                 ("large_times_faster_than_loop", ".2f"),
             )
         )
-        differing = f"{100 * row['differing_share']:.2f} %"
-        lines.append(
-            f"| {row['way']} | {crops} | {differing} | {scores} | {seconds} | {times} | {large} | {large_times} |"
-        )
+        scores = (percent(row[name]) for name in ("miou_seen", "miou_unseen", "hiou"))
+        rows.append([row["way"], crops, f"{100 * row['differing_share']:.2f} %", *scores, *times])
+    head = ["way", "crops an image", "other pixels than batched crops", "mIoU(S)", "mIoU(U)", "hIoU", "seconds"]
+    head += ["x faster", "seconds at ViT-B/16's cost", "x faster"]
+    lines = [
+        "# CLIP's view of the proposals",
+        "",
+        f"Made by `{result['command']}` with {result['threads']} CPU threads, torch {result['torch']}.",
+        "",
+        f"## Cost: an image tower of {result['tower_parameters'] / 1e6:.0f} M parameters (CLIP ViT-B/16's size), "
+        f"{args['proposals']} proposals, {args['size']} x {args['size']} pixels",
+        "",
+        *table(["way", "seconds an image", "times faster than the loop"], cost),
+        "",
+        f"## A trained model of the embedded synthetic benchmark: {trained['images']} validation scenes, "
+        f"{trained['queries']} queries, w = {args['weight']}",
+        "",
+        f'Model {args["model"]}. Seconds with its tiny CLIP; "at ViT-B/16\'s cost" on the first '
+        f"{min(args['large_images'], trained['images'])} scenes.",
+        "",
+        *table(head, rows),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -295,10 +293,10 @@ def main() -> None:
         "cost": cost,
         "trained": {**facts, "rows": rows},
     }
-    table = report(result)
-    print(table, end="")
+    text = report(result)
+    print(text, end="")
     if args.output is not None:
-        write_report(Path(args.output), result, table)
+        write_report(Path(args.output), result, text)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from configuration_zs3 import Zs3Config
-from eval import NOT_OF_THE_RESULT, EvalArgs
+from eval import EvalArgs, settings
 from losses_zs3 import mask_ids
 from processing_zs3 import Zs3ImageProcessor
 from train import TrainArgs, make_dataset, make_loader, make_scheduler, parameter_groups
@@ -103,7 +103,7 @@ def evaluate(args: EvalArgs) -> dict:
         confusion.update(ids[found], label, image_id)
     is_seen = np.array([name not in label_space.unseen for name in label_space.class_names])
     result = {
-        "settings": {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT},
+        "settings": settings(args),
         "checkpoint_sha256": weights_sha256(args.model),
         "num_images": len(confusion.images),
         "split_images": len(records),

@@ -30,6 +30,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 from configuration_zs3 import Zs3Config
 from losses_zs3 import Targets, mask_ids, zs3_losses
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.results import table as markdown_table
 
 SAME_LOSSES = {"matching": "joint", "class_loss": "cross_entropy", "mask_loss": "bce", "match_points": "random"}
 PEER = "transformers' Mask2FormerLoss"
@@ -243,17 +244,13 @@ def in_fresh_process(function: Callable, *args: object):
 
 def table(results: list[dict]) -> str:
     """Markdown."""
-    lines = [
-        "| classes an image | criterion | seconds a step | times faster | peak MiB | share of the peer's |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["classes an image", "criterion", "seconds a step", "times faster", "peak MiB", "share of the peer's"]
+    lines = []
     for result in results:
         for name, row in result["criteria"].items():
-            lines.append(
-                f"| {result['classes']} | {name} | {row['seconds']:.3f} | {row['times_faster']:.2f} | "
-                f"{row['peak_mib']:.0f} | {row['peak_share']:.2f} |"
-            )
-    return "\n".join(lines) + "\n"
+            cells = [str(result["classes"]), name, f"{row['seconds']:.3f}", f"{row['times_faster']:.2f}"]
+            lines.append([*cells, f"{row['peak_mib']:.0f}", f"{row['peak_share']:.2f}"])
+    return "\n".join(markdown_table(head, lines)) + "\n"
 
 
 def main() -> None:

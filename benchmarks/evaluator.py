@@ -38,6 +38,7 @@ from label_maps_zs3 import semantic_map
 from zs3.calibration import Rejection, Reliability, SeenBiasCurve
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.evaluation import ConfusionMatrix
+from zs3.results import table
 
 INFERENCE, OBJECTS, NOISE = "inference", "objects", "noise"
 COUNTED, CALIBRATED = "objects, with counters", "objects, with counters and scores"
@@ -221,31 +222,24 @@ def time_bootstrap(args: EvaluatorArgs) -> dict:
 
 def time_table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = [
-        "| classes | label maps | milliseconds an image | images a second | inference, seconds | share of it | goal |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["classes", "label maps", "milliseconds an image", "images a second", "inference, seconds", "share of it"]
+    lines = []
     for row in rows:
         goal = "-" if row["maps"] == NOISE else "met" if row["share_of_inference"] <= GOAL else "missed"
-        lines.append(
-            f"| {row['classes']} | {row['maps']} | {1000 * row['seconds']:.2f} | {row['images_per_second']:.0f} | "
-            f"{row['inference_seconds']:.3f} | {row['share_of_inference']:.2%} | {goal} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [str(row["classes"]), row["maps"], f"{1000 * row['seconds']:.2f}", f"{row['images_per_second']:.0f}"]
+        lines.append([*cells, f"{row['inference_seconds']:.3f}", f"{row['share_of_inference']:.2%}", goal])
+    return "\n".join(table([*head, "goal"], lines)) + "\n"
 
 
 def memory_table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = [
-        "| way | classes | images | resident, MiB | held, MiB | of it areas of images, MiB | held, KiB an image |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["way", "classes", "images", "resident, MiB", "held, MiB", "of it areas of images, MiB"]
+    lines = []
     for row in rows:
-        lines.append(
-            f"| {row['way']} | {row['classes']} | {row['images']} | {row['resident_mib']:.1f} | "
-            f"{row['held_mib']:.1f} | {row['areas_mib']:.2f} | {1024 * row['held_mib'] / row['images']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [row["way"], str(row["classes"]), str(row["images"]), f"{row['resident_mib']:.1f}"]
+        each = f"{1024 * row['held_mib'] / row['images']:.1f}"
+        lines.append([*cells, f"{row['held_mib']:.1f}", f"{row['areas_mib']:.2f}", each])
+    return "\n".join(table([*head, "held, KiB an image"], lines)) + "\n"
 
 
 def main() -> None:

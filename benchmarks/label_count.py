@@ -35,6 +35,7 @@ from transformers import Mask2FormerImageProcessorPil
 
 from label_maps_zs3 import semantic_map, semantic_scores
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.results import table as markdown_table
 
 PEER, DENSE, CHUNKED = "transformers' Mask2Former post-processing", "dense einsum", "running maximum over chunks"
 OURS, SCORED = "semantic_map", "semantic_map with scores"
@@ -229,7 +230,7 @@ def take_turns(args: LabelCountArgs, turns: list[tuple[Case, str]]) -> list[floa
 def in_fresh_process(function: Callable, *args: object):
     """Forked from a process that has made the slow imports and computed nothing."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["transformers", "label_maps_zs3", "zs3.command_line"])
+    context.set_forkserver_preload(["transformers", "label_maps_zs3", "zs3.results"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args).result()
 
@@ -287,14 +288,12 @@ def goals_of(args: LabelCountArgs, kind: str, rows: list[dict]) -> list[Goal]:
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = [
-        "| inputs | labels | size | method | seconds | calls | times faster than transformers | peak extra MiB | "
-        "share of transformers' | pixels unlike semantic_map's |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["inputs", "labels", "size", "method", "seconds", "calls", "times faster than transformers"]
+    head += ["peak extra MiB", "share of transformers'", "pixels unlike semantic_map's"]
+    lines = []
     peers = {(row["kind"], row["labels"], row["size"]): row for row in rows if row["method"] == PEER}
     for row in rows:
-        cells = [row["kind"], row["labels"], f"{row['size']} x {row['size']}", row["method"]]
+        cells = [row["kind"], str(row["labels"]), f"{row['size']} x {row['size']}", row["method"]]
         peer = peers[row["kind"], row["labels"], row["size"]]
         if "seconds" not in row:
             cells += [f"would need {row['bytes_needed'] / 1e9:.2g} GB", *5 * ["-"]]
@@ -302,19 +301,19 @@ def table(rows: list[dict]) -> str:
             known = "seconds" in peer
             faster = f"{peer['seconds'] / row['seconds']:.2f}" if known else "-"
             share = f"{row['peak_mib'] / peer['peak_mib']:.3f}" if known else "-"
-            cells += [f"{row['seconds']:.3f}", row["calls"], faster, f"{row['peak_mib']:.0f}", share]
+            cells += [f"{row['seconds']:.3f}", str(row["calls"]), faster, f"{row['peak_mib']:.0f}", share]
             cells.append(f"{row['differing_share']:.3%}")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return "\n".join(markdown_table(head, lines)) + "\n"
 
 
 def goal_table(goals: dict[str, list[Goal]]) -> str:
     """Markdown: a column for each kind of inputs."""
-    lines = [f"| semantic_map, label map alone | {' | '.join(goals)} |", "|---" * (1 + len(goals)) + "|"]
-    for same in zip(*goals.values(), strict=True):
-        cells = [f"{goal.figure:.3g} ({'met' if goal.met else 'missed'})" for goal in same]
-        lines.append(f"| {' | '.join([same[0].name, *cells])} |")
-    return "\n".join(lines) + "\n"
+    lines = [
+        [same[0].name, *(f"{goal.figure:.3g} ({'met' if goal.met else 'missed'})" for goal in same)]
+        for same in zip(*goals.values(), strict=True)
+    ]
+    return "\n".join(markdown_table(["semantic_map, label map alone", *goals], lines)) + "\n"
 
 
 def main() -> None:

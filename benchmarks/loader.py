@@ -44,6 +44,7 @@ from zs3.data import (
     stream_split,
 )
 from zs3.label_space import LabelSpace, load_label_space
+from zs3.results import table
 
 PEER = "1 process, resize and crop"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -274,6 +275,12 @@ def compare(args: LoaderBenchArgs) -> dict:
 
 def report(result: dict) -> str:
     """The table, in Markdown."""
+    head = ["pictures", "loader", "samples/s", "times faster", "times the model", "MiB half-way", "MiB at the end"]
+    rows = []
+    for row in result["results"]:
+        memory = [f"{row[name]:.0f}" if name in row else "" for name in ("mib_half", "mib_end")]
+        times = [f"{row['times_faster']:.2f}", f"{row['times_the_model']:.0f}"]
+        rows.append([row["pictures"], row["loader"], f"{row['samples_per_second']:.1f}", *times, *memory])
     lines = [
         "# The training loader",
         "",
@@ -282,15 +289,8 @@ def report(result: dict) -> str:
         f"process. The model (Mask2Former, ResNet-50, {result['device']}) trains on "
         f"{result['model_images_per_second']:.2f} images/s.",
         "",
-        "| pictures | loader | samples/s | times faster | times the model | MiB half-way | MiB at the end |",
-        "|---|---|---|---|---|---|---|",
+        *table(head, rows),
     ]
-    for row in result["results"]:
-        memory = [f"{row[name]:.0f}" if name in row else "" for name in ("mib_half", "mib_end")]
-        lines.append(
-            f"| {row['pictures']} | {row['loader']} | {row['samples_per_second']:.1f} | {row['times_faster']:.2f} | "
-            f"{row['times_the_model']:.0f} | {memory[0]} | {memory[1]} |"
-        )
     return "\n".join(lines) + "\n"
 
 

@@ -43,6 +43,7 @@ from benchmarks.criterion import in_fresh_process, measure, peak_memory
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report, write_text
+from zs3.results import table as markdown_table
 
 PEER, OURS, GEMM = "transformers' Mask2Former", "zs3", "matrix product"
 EQUAL = 1e-4  # of the largest mask logit
@@ -310,21 +311,17 @@ def add_floor(rows: list[dict]) -> None:
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = [
-        "| backbone | size | mode | network | seconds | times faster | floor, seconds | times the floor | peak MiB | "
-        "share of the peer's | graph breaks | largest difference |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["backbone", "size", "mode", "network", "seconds", "times faster", "floor, seconds", "times the floor"]
+    head += ["peak MiB", "share of the peer's", "graph breaks", "largest difference"]
+    lines = []
     for row in rows:
         for name, network in row["networks"].items():
-            breaks = row["graph_breaks"][name] if "graph_breaks" in row else "-"
-            lines.append(
-                f"| {row['backbone']} | {row['size']} | {row['mode']} | {name} | {network['seconds']:.4f} | "
-                f"{network['times_faster']:.2f} | {row['floor_seconds']:.4f} | {network['times_the_floor']:.2f} | "
-                f"{network['peak_mib']:.0f} | {network['peak_share']:.2f} | {breaks} | "
-                f"{row['largest_difference']:.1e} |"
-            )
-    return "\n".join(lines) + "\n"
+            cells = [row["backbone"], str(row["size"]), row["mode"], name, f"{network['seconds']:.4f}"]
+            cells += [f"{network['times_faster']:.2f}", f"{row['floor_seconds']:.4f}"]
+            cells += [f"{network['times_the_floor']:.2f}", f"{network['peak_mib']:.0f}", f"{network['peak_share']:.2f}"]
+            breaks = str(row["graph_breaks"][name]) if "graph_breaks" in row else "-"
+            lines.append([*cells, breaks, f"{row['largest_difference']:.1e}"])
+    return "\n".join(markdown_table(head, lines)) + "\n"
 
 
 def parts_table(rows: list[dict]) -> str:
@@ -333,15 +330,12 @@ def parts_table(rows: list[dict]) -> str:
         (row, name, network["parts"]) for row in rows for name, network in row["networks"].items() if "parts" in network
     ]
     parts = list(measured[0][2])
-    lines = [
-        f"| backbone | size | network | {' | '.join(parts)} |",
-        f"|---|---|---|{'---|' * len(parts)}",
-    ]
+    lines = []
     for row, name, seconds in measured:
         whole = sum(seconds.values())
         cells = [f"{seconds[part]:.4f} s, {seconds[part] / whole:.0%}" for part in parts]
-        lines.append(f"| {row['backbone']} | {row['size']} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["backbone"], str(row["size"]), name, *cells])
+    return "\n".join(markdown_table(["backbone", "size", "network", *parts], lines)) + "\n"
 
 
 def machine_name(device: torch.device) -> str:

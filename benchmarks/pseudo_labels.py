@@ -34,6 +34,7 @@ from zs3.command_line import (
 from zs3.data import load_split
 from zs3.image_labels import load_unseen_scores
 from zs3.pseudo_labels import unseen_scores
+from zs3.results import table
 
 SAME = 1e-3  # a score of the loop and one of the command differ by no more
 LOOP = "loop over crops, 1 thread"
@@ -121,18 +122,16 @@ def measure(args: PseudoLabelBenchArgs) -> list[dict]:
 
 
 def report(result: dict) -> str:
+    names = ("images_per_second", "times_faster_than_loop", "times_faster_than_first")
+    rows = [[row["way"], *(f"{row[name]:.2f}" for name in names)] for row in result["rows"]]
     lines = [
         "# Throughput of pseudo labels",
         "",
         f"Made by `{result['command']}`, torch {result['torch']}, {result['cores']} CPU cores. One thread a process; "
         "all numbers of processes wrote the same bytes.",
         "",
-        "| way | images a second | times faster than the loop | times faster than the first |",
-        "|---|---|---|---|",
+        *table(["way", "images a second", "times faster than the loop", "times faster than the first"], rows),
     ]
-    for row in result["rows"]:
-        numbers = (row["images_per_second"], row["times_faster_than_loop"], row["times_faster_than_first"])
-        lines.append(f"| {row['way']} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -146,10 +145,10 @@ def main() -> None:
         "cores": os.cpu_count(),
         "rows": measure(args),
     }
-    table = report(result)
-    print(table, end="")
+    text = report(result)
+    print(text, end="")
     if args.output is not None:
-        write_report(Path(args.output), result, table)
+        write_report(Path(args.output), result, text)
 
 
 if __name__ == "__main__":

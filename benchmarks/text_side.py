@@ -33,6 +33,7 @@ from processing_zs3 import PROMPT_TEMPLATES, Label, Zs3ImageProcessor, Zs3Proces
 from text_zs3 import TextCache
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.label_space import load_label_space
+from zs3.results import table as markdown_table
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -151,13 +152,9 @@ def compare(args: TextArgs, labels: list[Label], processor: Zs3Processor, folder
 def table(seconds: dict[str, float]) -> str:
     """Markdown."""
     padded, first = list(seconds.values())[:2]
-    lines = [
-        "| text vectors | seconds | times faster than padded | times faster than the first call |",
-        "|---|---|---|---|",
-    ]
-    for name, value in seconds.items():
-        lines.append(f"| {name} | {value:.4f} | {padded / value:,.1f} | {first / value:,.1f} |")
-    return "\n".join(lines) + "\n"
+    head = ["text vectors", "seconds", "times faster than padded", "times faster than the first call"]
+    rows = [[name, f"{own:.4f}", f"{padded / own:,.1f}", f"{first / own:,.1f}"] for name, own in seconds.items()]
+    return "\n".join(markdown_table(head, rows)) + "\n"
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ from benchmarks.network import (
 from losses_zs3 import mask_ids
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.results import table as markdown_table
 
 SAME, EQ8 = "zs3, the same losses", "zs3, Eq. 8"
 EQUAL_GRADIENTS = 1e-3  # of the gradient's norm
@@ -181,22 +182,19 @@ def compare(args: TrainStepArgs, backbone: str, size: int, norms: str, mode: str
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = [
-        "| backbone | size | batch norms | mode | network | seconds a step | times faster | floor, seconds | "
-        "times the floor | peak MiB | share of the peer's | share, with what stays between steps | differences |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["backbone", "size", "batch norms", "mode", "network", "seconds a step", "times faster", "floor, seconds"]
+    head += ["times the floor", "peak MiB", "share of the peer's", "share, with what stays between steps"]
+    lines = []
     for row in rows:
         theirs = row["networks"][PEER]
         for name, network in row["networks"].items():
             whole = (network["peak_mib"] + network["held_mib"]) / (theirs["peak_mib"] + theirs["held_mib"])
-            lines.append(
-                f"| {row['backbone']} | {row['size']} | {row['norms']} | {row['mode']} | {name} | "
-                f"{network['seconds']:.3f} | {network['times_faster']:.2f} | {row['floor_seconds']:.3f} | "
-                f"{network['times_the_floor']:.2f} | {network['peak_mib']:.0f} | {network['peak_share']:.2f} | "
-                f"{whole:.2f} | {row['largest_difference']:.1e}, {row['gradient_difference']:.1e} |"
-            )
-    return "\n".join(lines) + "\n"
+            cells = [row["backbone"], str(row["size"]), row["norms"], row["mode"], name, f"{network['seconds']:.3f}"]
+            cells += [f"{network['times_faster']:.2f}", f"{row['floor_seconds']:.3f}"]
+            cells += [f"{network['times_the_floor']:.2f}", f"{network['peak_mib']:.0f}", f"{network['peak_share']:.2f}"]
+            differences = f"{row['largest_difference']:.1e}, {row['gradient_difference']:.1e}"
+            lines.append([*cells, f"{whole:.2f}", differences])
+    return "\n".join(markdown_table([*head, "differences"], lines)) + "\n"
 
 
 def main() -> None:

@@ -11,15 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 from scipy import stats
 
 from configuration_zs3 import Zs3Config
-from eval import NOT_OF_THE_RESULT, EvalArgs
+from eval import EvalArgs, settings
 from train import TrainArgs
 from zs3 import ablation
 from zs3.ablation import AblationArgs, Job, make_jobs, trainings
@@ -154,7 +155,7 @@ def settings_of(args: AblationArgs, seed: int, row: str, view: str) -> dict:
     """As eval.py stamps them."""
     asked = EvalArgs(model=str(args.run_folder(seed, row) / "final"), dataset=str(args.data), ensemble=view)
     weight = None if view == "off" else 0.8
-    return {n: v for n, v in asdict(replace(asked, ensemble_weight=weight)).items() if n not in NOT_OF_THE_RESULT}
+    return settings(replace(asked, ensemble_weight=weight))
 
 
 def call(monkeypatch, *words: object) -> None:
@@ -217,8 +218,9 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     ]
 
 
-def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch):
-    call(monkeypatch, "table5", *flags(finished), "--seeds", 0, 1, 2)
+def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_path):
+    call(monkeypatch, "table5", *flags(finished), "--seeds", 0, 1, 2, "--picture", tmp_path / "tables.png")
+    assert Image.open(tmp_path / "tables.png").format == "PNG"
     lines = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]["lines"]
     for line in lines:
         paths = [finished.run_folder(seed, line["training"]) / "gzs3_off.json" for seed in (0, 1, 2)]

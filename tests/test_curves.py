@@ -11,7 +11,13 @@ from PIL import Image
 from tests.test_calibration import IGNORE, map_of, map_with_confidence
 from zs3.calibration import Reliability, SeenBiasCurve
 from zs3.command_line import InputError, write_json
-from zs3.curves import _reliability_figure, _seen_unseen_figure, draw_reliability, draw_seen_unseen_curve
+from zs3.curves import (
+    _reliability_figure,
+    _scores_figure,
+    _seen_unseen_figure,
+    draw_reliability,
+    draw_seen_unseen_curve,
+)
 
 
 def curve(shift: float = 0.3) -> dict:
@@ -122,6 +128,31 @@ def test_what_cannot_be_drawn_is_said_and_nothing_is_left(tmp_path):
     with pytest.raises(InputError, match="no pixel"):
         draw_reliability(Reliability(IGNORE).result(), tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_lie_in_the_row_of_their_line_and_the_column_of_their_score():
+    def line(start: float, paper: float | None) -> dict:
+        names = ("miou_seen", "miou_unseen", "hiou")
+        scores = {name: {"seeds": [start + n, start + n + 4], "mean": start + n + 2} for n, name in enumerate(names)}
+        return {"scores": scores, "paper": paper and {name: paper + n for n, name in enumerate(names)}}
+
+    tables = {"one": {"a": line(10, 50), "b": line(20, None)}, "two": {"c": line(30, 60)}}
+    axes = _scores_figure(tables).axes
+    assert [own.get_title(loc="left") for own in axes] == ["one", "", "", "two", "", ""]
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["a", "b"]
+    assert axes[0].get_ylim()[0] > axes[0].get_ylim()[1]  # the first line on top
+    for number, own in enumerate(axes):
+        n, found = number % 3, {}
+        for drawn in own.lines:
+            for x, y in zip(drawn.get_xdata(), drawn.get_ydata(), strict=True):
+                found.setdefault((drawn.get_marker(), y), []).append(x)
+        if number < 3:
+            assert found == {("o", 0): [10 + n, 14 + n], ("|", 0): [12 + n], ("D", 0): [50 + n]} | {
+                ("o", 1): [20 + n, 24 + n], ("|", 1): [22 + n]
+            }  # fmt: skip
+        else:
+            assert found == {("o", 0): [30 + n, 34 + n], ("|", 0): [32 + n], ("D", 0): [60 + n]}
+    assert [own.get_xlabel() for own in axes[3:]] == ["mIoU(S) (%)", "mIoU(U) (%)", "hIoU (%)"]
 
 
 def test_without_matplotlib_the_mend_is_named(tmp_path, monkeypatch):

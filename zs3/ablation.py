@@ -34,7 +34,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from configuration_zs3 import Zs3Config
-from zs3.ablation_report import LEVEL, report, summarise
+from zs3.ablation_report import LEVEL, draw, report, summarise
 from zs3.ablation_tables import ENSEMBLE_WEIGHT, ROWS, VIEWS, Line, make_tables
 from zs3.checkpoints import WEIGHTS, weights_sha256
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
@@ -72,6 +72,7 @@ class AblationArgs:
     stage1_steps: int | None = flag(None, "Default: the recipe's.")
     stage2_steps: int | None = flag(None, "Default: the recipe's.")
     result: str | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")
+    picture: str | None = flag(None, "Draw all scores over seeds into this PNG (needs matplotlib).")
 
     def check(self) -> None:
         names = make_tables(clip=self.text_embeds is None)
@@ -198,7 +199,7 @@ def result_path(args: AblationArgs, seed: int, line: Line) -> Path:
 
 
 def evaluation_job(args: AblationArgs, seed: int, line: Line) -> Job:
-    from eval import EvalArgs  # a script of the repository's root
+    from eval import EvalArgs, settings  # a script of the repository's root
 
     path = result_path(args, seed, line)
     model = path.parent / "final"
@@ -212,11 +213,10 @@ def evaluation_job(args: AblationArgs, seed: int, line: Line) -> Job:
         if not path.exists():
             return False
         result = json.loads(path.read_text(encoding="utf-8"))
-        settings = result["settings"]
         return (
             result["checkpoint_sha256"] == weights_sha256(str(model))
             and result["num_images"] == result["split_images"]
-            and settings == {name: value for name, value in asdict(asked).items() if name in settings}
+            and result["settings"] == settings(asked)
         )
 
     return Job(
@@ -387,6 +387,8 @@ def main() -> None:
     path = Path(args.result or Path(args.output_dir, "tables.json"))
     text = report(result)
     write_report(path, result, text)
+    if args.picture is not None:
+        draw(result, Path(args.picture))
     print(text)
     print(f"tables    {path}, {path.with_suffix('.md')}")
 

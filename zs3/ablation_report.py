@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from zs3.ablation_tables import ROWS, VIEWS, Line, Table
+from zs3.curves import draw_scores
 from zs3.evaluation import SCORES, GeneralizedScores
 from zs3.results import table as markdown_table
 
@@ -176,6 +177,15 @@ def table_text(table: dict) -> str:
     head = ["difference", "score", "mean", "ratio", "every seed", "the paper's", "verdict"]
     text += ["", *markdown_table(head, differences), "", *where_text(table), "", *logged_text(table), ""]
     return "\n".join(text)
+
+
+def draw(result: dict, path: Path) -> None:
+    """A picture of all tables: every seed's scores, their means, the paper's."""
+    tables = {}
+    for table in result["tables"].values():
+        titles = [", ensemble ".join(names_of(line)).replace(", ensemble off", "") for line in table["lines"]]
+        tables[table["title"]] = dict(zip(titles, table["lines"], strict=True))
+    draw_scores(tables, path)
 
 
 def names_of(line: dict) -> list[str]:

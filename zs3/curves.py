@@ -1,6 +1,6 @@
-"""Curves as PNGs: seen against unseen classes over the bias, and accuracy against confidence.
+"""Curves as PNGs: seen against unseen classes over the bias, accuracy against confidence, scores over seeds.
 
-They draw what zs3.calibration's counters result in, fresh or read back from a result file. Scores are in percent.
+They draw what zs3.calibration's counters and zs3.ablation result in, fresh or read back from a file. All is in percent.
 matplotlib draws, and is only imported here (`pip install -e ".[figures]"`).
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zs3.command_line import InputError
+from zs3.evaluation import SCORES, GeneralizedScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 MARKERS = {"best": ("*", 7, "best hIoU"), "unbiased": ("o", 9, "no bias"), "chosen": ("D", 11, "chosen bias")}
 SHADED = "shaded: reached or exceeded at some bias"
 FAINT = "0.6"  # matplotlib's greys
+SEED = {"marker": "o", "markersize": 4, "color": "C0", "alpha": 0.6, "markeredgewidth": 0, "linestyle": ""}
+MEAN = {"marker": "|", "markersize": 12, "markeredgewidth": 1.5, "color": "black", "linestyle": ""}
+PAPER = {"marker": "D", "markersize": 5, "color": FAINT, "markerfacecolor": "none", "linestyle": ""}
 
 
 def draw_seen_unseen_curve(results: dict[str, dict], path: Path) -> None:
@@ -32,6 +36,14 @@ def draw_seen_unseen_curve(results: dict[str, dict], path: Path) -> None:
 def draw_reliability(reliability: dict, path: Path) -> None:
     """Accuracy of each bin of confidences, and how many pixels are in it: what Reliability.result returned."""
     _save(_reliability_figure(reliability), path)
+
+
+def draw_scores(tables: dict[str, dict[str, dict]], path: Path) -> None:
+    """A panel for each table and score, a row for each line: every seed a dot, their mean a bar, the paper's a diamond.
+
+    tables: by the table's title and the line's, what `zs3.ablation_report.summarise` says of a line.
+    """
+    _save(_scores_figure(tables), path)
 
 
 def _seen_unseen_figure(results: dict[str, dict]) -> "Figure":
@@ -110,6 +122,33 @@ def _reliability_figure(reliability: dict) -> "Figure":
     below.bar(left, [100 * own["count"] / reliability["pixels"] for own in bins], color=FAINT, **bars)
     below.set(xlabel="confidence (%)", ylabel="pixels (%)")
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _scores_figure(tables: dict[str, dict[str, dict]]) -> "Figure":
+    rows = [len(lines) for lines in tables.values()]
+    names = GeneralizedScores._fields
+    figure = _figure(10, 0.5 + sum(0.28 * count + 0.6 for count in rows))
+    grid = figure.subplots(len(rows), len(names), sharex="col", sharey="row", squeeze=False, height_ratios=rows)
+    for panels, (title, lines) in zip(grid, tables.items(), strict=True):
+        panels[0].set_title(title, loc="left", fontsize=10)
+        panels[0].set_yticks(range(len(lines)), list(lines), fontsize=8)
+        panels[0].set_ylim(len(lines) - 0.5, -0.5)  # the first line on top
+        for axes, name in zip(panels, names, strict=True):
+            for height, line in enumerate(lines.values()):
+                score, paper = line["scores"][name], line["paper"]
+                axes.plot(score["seeds"], [height] * len(score["seeds"]), **SEED)
+                axes.plot([score["mean"]], [height], **MEAN)
+                if paper is not None:
+                    axes.plot([paper[name]], [height], **PAPER)
+            axes.grid(color="0.9", linewidth=0.8)
+            axes.tick_params(axis="y", length=0)
+    for axes, name in zip(grid[-1], names, strict=True):
+        axes.set_xlabel(f"{SCORES[name]} (%)")
+        axes.set_xlim(left=0)
+    for style, words in ((SEED, "a seed"), (MEAN, "mean"), (PAPER, "the paper's, on its own data")):
+        grid[-1][-1].plot([], [], **style, label=words)
+    figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9)
     return figure
 
 

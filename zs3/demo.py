@@ -23,6 +23,7 @@ from zs3.data import load_split
 from zs3.evaluation import percent
 from zs3.figure import draw_figures
 from zs3.pictures import save_picture, stack
+from zs3.results import table
 from zs3.scenes import write_dataset
 
 OWN_LABELS = [
@@ -100,19 +101,19 @@ def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
 
 def write_report(folder: Path, results: dict[str, dict], pictures: list[Path], found: list[str]) -> str:
     """runs/demo/report.md, from the result files; returns its table."""
-    rows = [f"| {'model':34s} | mIoU(S) | mIoU(U) | hIoU | hIoU, 95 % interval |", "|---|---|---|---|---|"]
+    rows = []
     for title, result in results.items():
         low, high = result["confidence_intervals"]["hiou"]
-        scores = " | ".join(percent(result[name]) for name in ("miou_seen", "miou_unseen", "hiou"))
-        rows.append(f"| {title:34s} | {scores} | {percent(low)} to {percent(high)} |")
-    table = "\n".join(rows)
+        means = (percent(result[name]) for name in ("miou_seen", "miou_unseen", "hiou"))
+        rows.append([title, *means, f"{percent(low)} to {percent(high)}"])
+    scores = "\n".join(table(["model", "mIoU(S)", "mIoU(U)", "hIoU", "hIoU, 95 % interval"], rows))
     images = "\n\n".join(f"![{path.stem}]({path.relative_to(folder)})" for path in pictures)
     text = f"""# Demo report
 
 Synthetic benchmark `scenes`, validation split, one seed. Generalised zero-shot setting: all 20 names are candidates.
 Stage 2 was told which unseen classes each training image shows (ground-truth image labels), never where.
 
-{table}
+{scores}
 
 ## Validation scenes
 
@@ -125,7 +126,7 @@ Stage 2 was told which unseen classes each training image shows (ground-truth im
 Labels found: {", ".join(found)}.
 """
     write_text(folder / "report.md", text)
-    return table
+    return scores
 
 
 def main() -> None:

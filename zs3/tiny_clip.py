@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 from processing_zs3 import PROMPT_TEMPLATES
 from zs3 import scenes
 from zs3.command_line import InputError, run
+from zs3.results import table as markdown_table
 
 CROP = 48  # pixels, both sides of what the image tower sees
 BATCH = 128  # crops of one step
@@ -403,14 +404,12 @@ def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer, per_class: int = 50) ->
 def table(result: dict) -> str:
     """The result of `evaluate` as two Markdown tables."""
     groups = ["all", "seen", "unseen", "things", "stuff"]
-    lines = [f"| crops | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
-    lines += [f"| {kind} | {' | '.join(f'{row[group]:.3f}' for group in groups)} |"
-              for kind, row in result["accuracy"].items()]  # fmt: skip
-    lines += ["", "| class, box, margin 0.1 | accuracy |", "|---|---|"]
-    lines += [f"| {name} | {share:.2f} |" for name, share in result["per_class_margin_0.1"].items()]
-    lines += ["", "| text vectors of | cosine |", "|---|---|"]
-    lines += [f"| {pair} | {cosine:.2f} |" for pair, cosine in result["text_cosine"].items()]
-    return "\n".join(lines)
+    accuracy = [[kind, *(f"{row[group]:.3f}" for group in groups)] for kind, row in result["accuracy"].items()]
+    lines = [*markdown_table(["crops", *groups], accuracy), ""]
+    per_class = [[name, f"{share:.2f}"] for name, share in result["per_class_margin_0.1"].items()]
+    lines += [*markdown_table(["class, box, margin 0.1", "accuracy"], per_class), ""]
+    cosines = [[pair, f"{cosine:.2f}"] for pair, cosine in result["text_cosine"].items()]
+    return "\n".join([*lines, *markdown_table(["text vectors of", "cosine"], cosines)])
 
 
 def write_card(folder: Path) -> None:
