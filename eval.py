@@ -421,13 +421,13 @@ def stamps(
         "unseen_labels_in_training": config.unseen_labels,
         "absent": args.absent,
         "seed": args.seed,
-        "settings": settings(args),
+        "settings": deciding_flags(args),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
 
-def settings(args: EvalArgs) -> dict:
-    """What of the flags decides the numbers."""
+def deciding_flags(args: EvalArgs) -> dict:
+    """Those of the flags that decide the numbers."""
     return {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
 
 

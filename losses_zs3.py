@@ -447,11 +447,10 @@ def possible_labels(
 
 
 def label_map_loss(class_probs: Tensor, mask_logits: Tensor, points: Tensor, possible: Tensor) -> Tensor:
-    """Minus the log of the share that possible classes have in Eq. 4's scores at a point, mean over points; not the
-    paper's.
+    """Minus the log of the share of Eq. 4's scores that goes to possible classes, mean over points; not the paper's.
 
-    It ties the class of a query to its mask, which Eq. 5 and the mask losses do only through the query, and where
-    unseen labels are told it says of ignored pixels what is known: one of these, and no seen class.
+    It ties the class of a query to its mask, which Eq. 5 and the mask losses do only through the query. Where unseen
+    labels are told it supposes that ignored pixels belong to them.
     class_probs: (Q, C) of Eq. 2. mask_logits: (Q, h, w). points: (P, 2). possible: (C, P), 1 or 0, see
     `possible_labels`; a point without any takes no part.
     """
@@ -462,6 +461,22 @@ def label_map_loss(class_probs: Tensor, mask_logits: Tensor, points: Tensor, pos
     known = possible.any(0)
     log_share = possible_scores.clamp(min=FLOOR).log() - scores.clamp(min=FLOOR).log()
     return -(log_share * known).sum() / known.sum().clamp(min=1)
+
+
+def label_map_term(
+    logits: Tensor, background: Tensor | None, mask_logits: Tensor, points: Tensor, possible: list[Tensor]
+) -> Tensor:
+    """Mean of `label_map_loss` over images; one without a point that has a possible class counts as 0.
+
+    logits: (B, Q, C), background: (B, Q), both cosine over temperature. mask_logits: (B, Q, h, w). points: (B, P, 2).
+    possible: for each image (C, P).
+    """
+    probs = class_probabilities(logits, background)
+    of_images = [
+        checkpoint(label_map_loss, *parts, use_reentrant=False, preserve_rng_state=False)
+        for parts in zip(probs, mask_logits, points, possible, strict=True)
+    ]
+    return torch.stack(of_images).mean()
 
 
 # ------------------------------------------------------------------------------------------------------ Eq. 8
@@ -508,7 +523,7 @@ def zs3_losses(
     if config.label_map_weight:
         terms["label_map"] = []
         pixels = {"pixels": config.label_map_pixels}
-        uniform = points[:, -num_uniform:] if num_uniform else points
+        uniform = (points[:, -num_uniform:] if num_uniform else points).to(dtype)
         possible = [possible_labels(*parts, **pixels).to(dtype) for parts in zip(*targets, uniform, strict=True)]
     for logits, cosine, background, matches, target in zip(
         mask_logits, similarity, background_similarity, masks, labels, strict=True
@@ -534,12 +549,8 @@ def zs3_losses(
         terms["rank"].append(ranking_loss(config.rank_scale * cosine, positive, negative, norm=config.rank_norm))
         if config.label_map_weight:
             at_temperature = None if background is None else background / config.class_temperature
-            probs = class_probabilities(cosine / config.class_temperature, at_temperature)
-            of_images = [
-                checkpoint(label_map_loss, *parts, use_reentrant=False, preserve_rng_state=False)
-                for parts in zip(probs, logits, uniform.to(dtype), possible, strict=True)
-            ]
-            terms["label_map"].append(torch.stack(of_images).mean())
+            term = label_map_term(cosine / config.class_temperature, at_temperature, logits, uniform, possible)
+            terms["label_map"].append(term)
     rate = same_label_rate(masks[-1], labels[-1], targets.ids)
     return Losses({name: torch.stack(values).sum() for name, values in terms.items()}, rate)
 

@@ -43,7 +43,7 @@ from zs3.command_line import (
 )
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
-from zs3.results import table
+from zs3.results import markdown_table
 
 OFF = "no ensemble"
 LOOP, CROPS, LAZY, SINGLE = "loop over crops", "batched crops", "lazy crops", "single pass"
@@ -266,7 +266,7 @@ def report(result: dict) -> str:
         f"## Cost: an image tower of {result['tower_parameters'] / 1e6:.0f} M parameters (CLIP ViT-B/16's size), "
         f"{args['proposals']} proposals, {args['size']} x {args['size']} pixels",
         "",
-        *table(["way", "seconds an image", "times faster than the loop"], cost),
+        *markdown_table(["way", "seconds an image", "times faster than the loop"], cost),
         "",
         f"## A trained model of the embedded synthetic benchmark: {trained['images']} validation scenes, "
         f"{trained['queries']} queries, w = {args['weight']}",
@@ -274,7 +274,7 @@ def report(result: dict) -> str:
         f'Model {args["model"]}. Seconds with its tiny CLIP; "at ViT-B/16\'s cost" on the first '
         f"{min(args['large_images'], trained['images'])} scenes.",
         "",
-        *table(head, rows),
+        *markdown_table(head, rows),
     ]
     return "\n".join(lines) + "\n"
 

@@ -3,9 +3,10 @@
     python -m benchmarks.closed_set train --config recipes/scenes_stage1.yaml --dataset DIR --output_dir FOLDER
     python -m benchmarks.closed_set eval --model FOLDER/final --dataset DIR --output FOLDER/gzs3_off.json
 
-Flags are those of train.py and eval.py, as far as they make sense here. Network, losses and post-processing are
-transformers'; data, augmentation, optimizer and schedule are train.py's. It has no name for an unseen class, so its
-mIoU(U) is 0 by construction. One process; a run that was stopped starts anew.
+Network, losses and post-processing are transformers'; data, augmentation, optimizer and schedule are train.py's. It has
+no name for an unseen class, so its mIoU(U) is 0 by construction. One process, weights from scratch; a run that was
+stopped starts anew. Flags are those of train.py and eval.py: those about names, matching and losses of zs3 have nothing
+to act on here, and others that this script does not obey are refused.
 """
 
 import sys
@@ -17,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
@@ -26,7 +28,7 @@ from transformers import (
 )
 
 from configuration_zs3 import Zs3Config
-from eval import EvalArgs, settings
+from eval import EvalArgs, deciding_flags
 from losses_zs3 import mask_ids
 from processing_zs3 import Zs3ImageProcessor
 from train import TrainArgs, make_dataset, make_loader, make_scheduler, parameter_groups
@@ -38,6 +40,23 @@ from zs3.image_labels import training_space
 from zs3.label_space import load_label_space
 from zs3.run_folder import check_recipe, save_final
 from zs3.run_plan import cut_batch
+
+TRAIN_FLAGS = {
+    *("dataset", "split", "label_space", "output_dir", "seed", "max_steps", "batch_size", "num_workers"),
+    *("learning_rate", "backbone_multiplier", "weight_decay", "max_grad_norm", "lr_schedule", "lr_milestones"),
+    *("crop_size", "short_edges", "flip", "color_jitter", "single_class_max_area", "max_size", "test_short_edge"),
+    *("clip", "text_embeds", "prompt_templates", "logging_steps", "checkpointing_steps"),  # nothing to act on
+}
+EVAL_FLAGS = {"model", "dataset", "split", "label_space", "output", "absent", "num_workers"}
+
+
+def check_obeyed(args: TrainArgs | EvalArgs, obeyed: set[str]) -> None:
+    """Refuses what is neither obeyed nor what happens anyhow."""
+    anyhow = {name: [value] for name, value in asdict(type(args)()).items()}
+    anyhow |= {"backbone_norm": ["batch"], "ensemble": [None, "off"]}
+    for name, value in asdict(args).items():
+        if name not in obeyed and value not in anyhow[name]:
+            raise InputError(f"--{name} {value}: the closed-set comparison has {anyhow[name][-1]} alone")
 
 
 def make_model(overrides: dict, class_names: list[str]) -> Mask2FormerForUniversalSegmentation:
@@ -52,12 +71,14 @@ def binary_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """labels (B, H, W), -1 is ignored -> for each image masks (M, H, W) and their classes (M,), as transformers has
     them: an ignored pixel belongs to no mask."""
     ids = mask_ids(labels)
-    masks = [(label == own[:, None, None]).float() for label, own in zip(labels, ids, strict=True)]
+    masks = [(label == own.to(label.device)[:, None, None]).float() for label, own in zip(labels, ids, strict=True)]
     return masks, ids
 
 
 def train(args: TrainArgs, overrides: dict) -> None:
+    args.check()
     check_required(args, "dataset", "output_dir")
+    check_obeyed(args, TRAIN_FLAGS)
     final = Path(args.output_dir) / "final"
     check_recipe(final.with_name("recipe.yaml"), {**overrides, **asdict(args)})
     if final.exists():
@@ -88,7 +109,9 @@ def train(args: TrainArgs, overrides: dict) -> None:
 
 @torch.inference_mode()
 def evaluate(args: EvalArgs) -> dict:
-    check_required(args, "model", "dataset", "output")
+    args.check()
+    check_required(args, "dataset", "output")
+    check_obeyed(args, EVAL_FLAGS)
     label_space = load_label_space(args.label_space or args.dataset)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model).eval()
     processor = Zs3ImageProcessor.from_pretrained(args.model)
@@ -98,13 +121,21 @@ def evaluate(args: EvalArgs) -> dict:
     confusion = ConfusionMatrix(len(label_space.class_names), label_space.ignore_index)
     theirs = Mask2FormerImageProcessorPil()
     for image, label, image_id in tqdm(records, total=len(records), unit="image", mininterval=1):
-        outputs = model(**processor(images=image))
+        inputs = processor(images=image)
+        outputs = model(**inputs)
+        height, width = inputs["pixel_mask"][0].any(1).sum(), inputs["pixel_mask"][0].any(0).sum()
+        size = inputs["pixel_values"].shape[-2:]
+        masks = functional.interpolate(outputs.masks_queries_logits, size=size, mode="bilinear")
+        outputs.masks_queries_logits = masks[..., :height, :width]  # the image without its padding
         (found,) = theirs.post_process_semantic_segmentation(outputs, [label.shape])
         confusion.update(ids[found], label, image_id)
     is_seen = np.array([name not in label_space.unseen for name in label_space.class_names])
+    confused = confusion.seen_unseen_confusion(is_seen)._asdict()
     result = {
-        "settings": settings(args),
+        "settings": deciding_flags(args),
         "checkpoint_sha256": weights_sha256(args.model),
+        "unseen": [name for name in label_space.class_names if name in label_space.unseen],
+        "seen_unseen_confusion": {group: shares._asdict() for group, shares in confused.items()},
         "num_images": len(confusion.images),
         "split_images": len(records),
         **confusion.scores(is_seen, args.absent),

@@ -38,7 +38,7 @@ from label_maps_zs3 import semantic_map
 from zs3.calibration import Rejection, Reliability, SeenBiasCurve
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.evaluation import ConfusionMatrix
-from zs3.results import table
+from zs3.results import markdown_table
 
 INFERENCE, OBJECTS, NOISE = "inference", "objects", "noise"
 COUNTED, CALIBRATED = "objects, with counters", "objects, with counters and scores"
@@ -228,7 +228,7 @@ def time_table(rows: list[dict]) -> str:
         goal = "-" if row["maps"] == NOISE else "met" if row["share_of_inference"] <= GOAL else "missed"
         cells = [str(row["classes"]), row["maps"], f"{1000 * row['seconds']:.2f}", f"{row['images_per_second']:.0f}"]
         lines.append([*cells, f"{row['inference_seconds']:.3f}", f"{row['share_of_inference']:.2%}", goal])
-    return "\n".join(table([*head, "goal"], lines)) + "\n"
+    return "\n".join(markdown_table([*head, "goal"], lines)) + "\n"
 
 
 def memory_table(rows: list[dict]) -> str:
@@ -239,7 +239,7 @@ def memory_table(rows: list[dict]) -> str:
         cells = [row["way"], str(row["classes"]), str(row["images"]), f"{row['resident_mib']:.1f}"]
         each = f"{1024 * row['held_mib'] / row['images']:.1f}"
         lines.append([*cells, f"{row['held_mib']:.1f}", f"{row['areas_mib']:.2f}", each])
-    return "\n".join(table([*head, "held, KiB an image"], lines)) + "\n"
+    return "\n".join(markdown_table([*head, "held, KiB an image"], lines)) + "\n"
 
 
 def main() -> None:

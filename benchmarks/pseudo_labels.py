@@ -34,7 +34,7 @@ from zs3.command_line import (
 from zs3.data import load_split
 from zs3.image_labels import load_unseen_scores
 from zs3.pseudo_labels import unseen_scores
-from zs3.results import table
+from zs3.results import markdown_table
 
 SAME = 1e-3  # a score of the loop and one of the command differ by no more
 LOOP = "loop over crops, 1 thread"
@@ -130,7 +130,7 @@ def report(result: dict) -> str:
         f"Made by `{result['command']}`, torch {result['torch']}, {result['cores']} CPU cores. One thread a process; "
         "all numbers of processes wrote the same bytes.",
         "",
-        *table(["way", "images a second", "times faster than the loop", "times faster than the first"], rows),
+        *markdown_table(["way", "images a second", "times faster than the loop", "times faster than the first"], rows),
     ]
     return "\n".join(lines) + "\n"
 

@@ -33,7 +33,7 @@ from processing_zs3 import PROMPT_TEMPLATES, Label, Zs3ImageProcessor, Zs3Proces
 from text_zs3 import TextCache
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.label_space import load_label_space
-from zs3.results import table as markdown_table
+from zs3.results import markdown_table
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"

@@ -16,24 +16,23 @@ from pathlib import Path
 
 import pytest
 import yaml
-from PIL import Image
 from scipy import stats
 
 from configuration_zs3 import Zs3Config
-from eval import EvalArgs, settings
+from eval import EvalArgs, deciding_flags
 from train import TrainArgs
-from zs3 import ablation
+from zs3 import ablation, ablation_report
 from zs3.ablation import AblationArgs, Job, make_jobs, trainings
 from zs3.ablation_report import t_interval, verdict
-from zs3.ablation_tables import ROWS, Line, make_tables
+from zs3.ablation_tables import TRAININGS, VIEWS, Row, make_tables
 from zs3.command_line import InputError, read_arguments, run
 from zs3.pseudo_labels import PseudoLabelArgs
 from zs3.scenes import write_dataset
 
 ROOT = Path(__file__).parent.parent
-TABLES = make_tables(clip=True)
-OLD = [line for name in ("table4", "table5") for line in TABLES[name].lines]
-LINES = [line for table in TABLES.values() for line in table.lines]
+TABLES = make_tables(clip=True, matching="unpaired")
+OLD = [row for name in ("table4", "table5") for row in TABLES[name].rows]
+ALL = [row for table in TABLES.values() for row in table.rows]
 SCORES = ("miou_seen", "miou_unseen", "hiou")
 
 
@@ -74,7 +73,7 @@ def test_the_papers_numbers_are_those_of_the_paper():
     assert ours.pop("table4") == [(37.2, 35.5, 36.4), (38.6, 42.0, 40.2)]
     assert ours.pop("table5") == [(40.1, 25.3, 31.0), (38.6, 42.0, 40.2), (39.0, 52.2, 44.7)]
     assert ours.pop("table6") == components and not any(ours.values())
-    assert list(make_tables(clip=False)["table6"].paper.values()) == components[:3]
+    assert list(make_tables(clip=False, matching="joint")["table6"].paper.values()) == components[:3]
     steps = [difference.paper for difference in TABLES["table6"].differences]
     by_hand = [(-4.9, 3.7, -0.9), (6.6, 11.2, 8.5), (0.6, 2.1, 1.2), (2.3, 17.0, 8.8)]
     assert steps[:4] == [pytest.approx(step) for step in by_hand] and steps[4:] == [None]
@@ -84,34 +83,53 @@ def test_the_papers_numbers_are_those_of_the_paper():
     assert less.paper == pytest.approx((-0.4, -10.2, -4.5))
 
 
-def test_a_row_is_the_recipe_with_what_its_title_says():
-    told = {name: dict(zip(row.flags[::2], row.flags[1::2], strict=True)) for name, row in ROWS.items()}
+def test_a_training_is_the_recipe_with_what_its_title_says():
+    told = {name: dict(zip(t.flags[::2], t.flags[1::2], strict=True)) for name, t in TRAININGS.items()}
     kept = {"bare_ce": ("ce", "cross_entropy", "0"), "bare_ce_kl": ("ce_kl", None, "0"), "bare_ce_kl_rank": (None,) * 3}
     for bare, (same, loss, rank) in kept.items():
-        assert told[bare].pop("--prompt_templates") == "{}" and ROWS[bare].start == "stage1_bare"
+        assert told[bare].pop("--prompt_templates") == "{}" and TRAININGS[bare].start == "stage1_bare"
         assert told[bare] == (told[same] if same else {})
         assert (told[bare].get("--class_loss"), told[bare].get("--rank_weight")) == (loss, rank)
-    assert all(len(told[name]) == 1 for name in ("joint", "hybrid", "focal", "kl_u_p", "ignored_negative", "warm"))
+    for name in ("unpaired", "joint", "hybrid"):
+        assert told[name] == {"--matching": name}
+    assert all(len(told[name]) == 1 for name in ("focal", "kl_u_p", "ignored_negative", "warm"))
     weight = {"--label_map_weight": "2"}
     assert told["label_map"] == weight and told["best"] == told["pseudo_best"] == weight | {"--matching": "hybrid"}
     assert told["label_map_labelled"] == weight | {"--label_map_pixels": "labelled"}
-    assert [name for name, row in ROWS.items() if row.pseudo_labels] == ["pseudo", "pseudo_best"]
+    assert told["best_no_rank"] == told["best"] | {"--rank_weight": "0"}
+    assert [name for name, training in TRAININGS.items() if training.told == "pseudo"] == ["pseudo", "pseudo_best"]
+    titles = [training.title for training in TRAININGS.values()]
+    assert len(set(titles)) == len(titles)
 
 
 def test_best_is_the_recipe_of_that_name():
     recipes = (f"recipes/scenes_stage2_{name}.yaml" for name in ("ground_truth", "best"))
     paper, ours = (yaml.safe_load((ROOT / name).read_text()) for name in recipes)
     changed = {f"--{name}": str(value) for name, value in ours.items() if paper.get(name) != value}
-    assert changed == dict(zip(ROWS["best"].flags[::2], ROWS["best"].flags[1::2], strict=True))
+    assert changed == dict(zip(TRAININGS["best"].flags[::2], TRAININGS["best"].flags[1::2], strict=True))
 
 
-def test_without_a_clip_no_line_needs_one():
-    tables = make_tables(clip=False)
-    assert "table4" not in tables and [line.row for line in tables["table5"].lines] == ["none", "ground_truth"]
+def test_without_a_clip_no_row_needs_one():
+    tables = make_tables(clip=False, matching="joint")
+    assert not {"table4", "comparison"} & set(tables)
+    assert [row.training for row in tables["table5"].rows] == ["none", "ground_truth"]
     for table in tables.values():
-        for line in [*table.lines, *(line for pair in table.differences for line in pair[:2])]:
-            assert line.view == "off" and "bare" not in line.row and "pseudo" not in line.row
-            assert line in table.lines and "--prompt_templates" not in ROWS[line.row].flags
+        for row in [*table.rows, *(row for pair in table.differences for row in pair[:2])]:
+            assert row.view == "off" and "bare" not in row.training and "pseudo" not in row.training
+            assert row in table.rows and "--prompt_templates" not in TRAININGS[row.training].flags
+
+
+@pytest.mark.parametrize("matching", ["unpaired", "joint", "hybrid"])
+def test_the_other_matchings_are_compared_with_the_recipes_own(matching):
+    table = make_tables(clip=True, matching=matching)["matching"]
+    others = [row.training for row in table.rows[1:]]
+    assert table.rows[0] == Row("ground_truth") and {matching, *others} == {"unpaired", "joint", "hybrid"}
+    assert len(others) == 2 and f"stage 2 has {matching}" in table.title
+
+
+def test_the_matching_is_read_from_the_recipe():
+    photographs = AblationArgs(stage2="recipes/photographs_stage2.yaml").known_tables["matching"]
+    assert [row.training for row in photographs.rows] == ["ground_truth", "unpaired", "hybrid"]
 
 
 @pytest.fixture
@@ -122,15 +140,14 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
     write_dataset(args.data, 2, 1, seed=0)
     rng = random.Random(0)
     for seed in args.seeds:
-        for row in ROWS:
+        for row in TRAININGS:
             (args.run_folder(seed, row) / "final").mkdir(parents=True)
             weights = f"{seed} {row}".encode()
             (args.run_folder(seed, row) / "final" / "model.safetensors").write_bytes(weights)
-            for view in ("off", "crops", "single_pass"):
+            for view in VIEWS:
                 result = {name: rng.uniform(0.2, 0.6) for name in SCORES}
-                right, wrong_seen = rng.uniform(0.2, 0.6), rng.uniform(0, 0.2)
-                area = {"right": right, "wrong_seen": wrong_seen, "wrong_unseen": 1 - right - wrong_seen}
-                result |= {"seen_unseen_confusion": {"of_seen": area, "of_unseen": area | {"wrong_seen": 0.01 * seed}}}
+                areas = [{wrong: rng.uniform(0, 0.2) for wrong in ("wrong_seen", "wrong_unseen")} for _ in range(2)]
+                result |= {"seen_unseen_confusion": dict(zip(("of_seen", "of_unseen"), areas, strict=True))}
                 result |= {"unseen": ["heart"], "per_class": {"star": 0.9, "heart": 0.1 * seed}}
                 result |= {"miou_unseen": 0.0, "hiou": 0.0} if row == "none" else {}
                 result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "num_images": 1}
@@ -138,10 +155,8 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
                 (args.run_folder(seed, row) / f"gzs3_{view}.json").write_text(json.dumps(result))
         for row in ("pseudo", "ground_truth"):  # ten lines: the first four mean 20 + seed, the last four 5
             rank = [20.0 + seed] * 4 + [10.0] * 2 + [4.0, 6.0, 4.0, 6.0]
-            lines = [
-                {"step": step, "loss": 99.0, "loss_rank": value, "same_label_rate": 0.5}
-                for step, value in enumerate(rank)
-            ]
+            rates = [0.5] * 9 + [0.5 if row == "pseudo" else None]  # of a step without masks there is none
+            lines = [{"loss": 99.0, "loss_rank": a, "same_label_rate": b} for a, b in zip(rank, rates, strict=True)]
             path = args.run_folder(seed, row) / "metrics.jsonl"
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         args.run_folder(seed, "pseudo_labels").mkdir()
@@ -154,8 +169,9 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
 def settings_of(args: AblationArgs, seed: int, row: str, view: str) -> dict:
     """As eval.py stamps them."""
     asked = EvalArgs(model=str(args.run_folder(seed, row) / "final"), dataset=str(args.data), ensemble=view)
-    weight = None if view == "off" else 0.8
-    return settings(replace(asked, ensemble_weight=weight))
+    if view == "zegformer":
+        return deciding_flags(replace(asked, ensemble="crops", ensemble_weight=0.6667, seen_bias="0.1"))
+    return deciding_flags(replace(asked, ensemble_weight=None if view == "off" else 0.8))
 
 
 def call(monkeypatch, *words: object) -> None:
@@ -179,15 +195,19 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     assert text in capsys.readouterr().out
     assert result["command"].startswith("python -m zs3.ablation table4 table5 --output_dir")
     assert result["steps"] == {"stage1": 1400, "none": 500, "pseudo": 500, "ground_truth": 500}
-    assert len(result["tables"]["table4"]["lines"]) == 12 and len(result["tables"]["table5"]["lines"]) == 3
-    assert "synthetic" in text and "stage 1 1400, no unseen labels 500" in text and result["versions"]["torch"] in text
-    assert result["seconds"] == 5760.0 and "1.6 hours together" in text
+    assert len(result["tables"]["table4"]["rows"]) == 12 and len(result["tables"]["table5"]["rows"]) == 3
+    assert (
+        "synthetic" in text
+        and "stage 1 alone 1400; stage 2, nothing told 1400 + 500" in text
+        and result["versions"]["torch"] in text
+    )
+    assert result["seconds"] is None and "1.6 job-hours" not in text
 
     def seeds_of(row: str, view: str, name: str) -> list[float]:
         paths = [finished.run_folder(seed, row) / f"gzs3_{view}.json" for seed in (0, 1, 2)]
         return [100 * json.loads(path.read_text())[name] for path in paths]
 
-    for line in result["tables"]["table4"]["lines"]:
+    for line in result["tables"]["table4"]["rows"]:
         for name in SCORES:
             values = seeds_of(line["training"], line["ensemble"], name)
             assert line["scores"][name]["seeds"] == pytest.approx(values)
@@ -212,34 +232,58 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     assert truth["scores"]["miou_unseen"]["verdict"] == "same sign as the paper"
     titles = [difference["title"] for table in result["tables"].values() for difference in table["differences"]]
     assert titles[6:9] == [
-        "ground-truth unseen labels: ensemble on, crops − off",
-        "ground-truth unseen labels: ensemble on, single pass − off",
-        "pseudo unseen labels − no unseen labels",
+        "stage 2, ensemble on, crops − stage 2",
+        "stage 2, ensemble on, single pass − stage 2",
+        "stage 2, pseudo labels − stage 2, nothing told",
     ]
 
 
+def test_the_time_is_told_where_every_training_has_left_one(finished, monkeypatch):
+    names = [f"seed{seed}/{name}" for seed in (0, 1, 2) for name in ("stage1", "none", "pseudo", "ground_truth")]
+    times = [{"job": name, "seconds": 600.0} for name in names] + [{"job": "seed0/none", "seconds": 2400.0}]
+    times += [{"job": "seed0/none/gzs3_off", "seconds": 360.0}, {"job": "seed9/none", "seconds": 9e9}]
+    Path(finished.output_dir, "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in times))
+    call(monkeypatch, "table5", *flags(finished))
+    assert json.loads(Path(finished.output_dir, "tables.json").read_text())["seconds"] == 12 * 600 + 2400 + 360
+    assert "2.8 job-hours" in Path(finished.output_dir, "tables.md").read_text()
+
+
+def test_every_table_is_told(finished, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    call(monkeypatch, *TABLES, *flags(finished))
+    text = capsys.readouterr().out
+    assert all(f"## {table.title}" in text for table in TABLES.values()) and "nan" not in text
+    pairs = 3 * sum(len(table.differences) for table in TABLES.values())
+    assert f"of the {pairs} differences here, {0.05 * pairs:.0f} would" in text
+    assert "| ZegFormer-like, ensemble on, crops, w = 2/3, bias 0.1 | nothing |" in text
+
+
 def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(ablation_report, "draw_scores", lambda tables, path: drawn.append((tables, path)))
     call(monkeypatch, "table5", *flags(finished), "--seeds", 0, 1, 2, "--picture", tmp_path / "tables.png")
-    assert Image.open(tmp_path / "tables.png").format == "PNG"
-    lines = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]["lines"]
-    for line in lines:
-        paths = [finished.run_folder(seed, line["training"]) / "gzs3_off.json" for seed in (0, 1, 2)]
-        area = [json.loads(path.read_text())["seen_unseen_confusion"] for path in paths]
-        seen, unseen, others = line["areas"].values()
-        assert seen["seeds"] == pytest.approx([100 * one["of_seen"]["wrong_unseen"] for one in area])
-        assert unseen["seeds"] == pytest.approx([0, 1, 2])
-        assert others["seeds"] == pytest.approx([100 * one["of_unseen"]["wrong_unseen"] for one in area])
-        assert list(line["unseen_classes"]) == ["heart"] and line["unseen_classes"]["heart"]["mean"] == pytest.approx(
-            10
-        )
-    none, *told = (line["logged"] for line in lines)
+    table = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]
+    for row in table["rows"]:
+        paths = [finished.run_folder(seed, row["training"]) / "gzs3_off.json" for seed in (0, 1, 2)]
+        confusion = [json.loads(path.read_text())["seen_unseen_confusion"] for path in paths]
+        wrong = [("of_seen", "wrong_unseen"), ("of_unseen", "wrong_seen"), ("of_unseen", "wrong_unseen")]
+        for found, (group, kind) in zip(row["areas"].values(), wrong, strict=True):
+            assert found["seeds"] == pytest.approx([100 * one[group][kind] for one in confusion])
+        assert list(row["areas"])[0].startswith("seen area") and list(row["areas"])[1] == "unseen area with a seen name"
+        assert list(row["unseen_classes"]) == ["heart"] and row["unseen_classes"]["heart"]["mean"] == pytest.approx(10)
+    none, pseudo, truth = (row["logged"] for row in table["rows"])
     assert none == {}  # there is no log
-    for logged in told:
+    for logged in (pseudo, truth):
         assert list(logged) == ["loss_rank", "same_label_rate"]
         assert logged["loss_rank"]["first"]["seeds"] == [20, 21, 22] and logged["loss_rank"]["last"]["mean"] == 5
+    assert truth["same_label_rate"]["last"]["mean"] is None
     text = Path(finished.output_dir, "tables.md").read_text()
-    assert "| pseudo unseen labels | 21.00 → 5.00 | 0.50 → 0.50 |" in text and "| no unseen labels |  |  |" in text
-    assert "IoU of heart |" in text and "| 1.0 | " in text
+    assert "| stage 2, pseudo labels | 21.00 → 5.00 | 0.50 → 0.50 |" in text and "| 0.50 → - |" in text
+    assert "| stage 2, nothing told |  |  |" in text and "IoU of heart |" in text and "| 10.0 ± 24.8 |" in text
+    ((tables, path),) = drawn
+    assert path == tmp_path / "tables.png" and list(tables) == [table["title"]]
+    titles = ["stage 2, nothing told", "stage 2, pseudo labels", "stage 2"]
+    assert list(tables[table["title"]]) == titles and tables[table["title"]]["stage 2"]["training"] == "ground_truth"
 
 
 def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkeypatch):
@@ -247,9 +291,10 @@ def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkey
     path.write_text(json.dumps(json.loads(path.read_text()) | {"miou_unseen": None}))
     call(monkeypatch, "table5", *flags(finished), "--seeds", 0)
     result = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]
-    assert result["lines"][1]["scores"]["miou_unseen"] == {"mean": None, "interval": [None, None], "seeds": [None]}
+    assert result["rows"][1]["scores"]["miou_unseen"] == {"mean": None, "interval": [None, None], "seeds": [None]}
     assert {score["verdict"] for d in result["differences"] for score in d["scores"].values()} == {"no interval"}
-    assert "± - (" in Path(finished.output_dir, "tables.md").read_text()
+    text = Path(finished.output_dir, "tables.md").read_text()
+    assert "± - (" in text and "| - ± - (-) |" in text and "nan" not in text
 
 
 # ---- what has to be run ------------------------------------------------------------------------------------
@@ -260,9 +305,9 @@ def undone(args: AblationArgs) -> list[str]:
 
 
 def test_what_a_row_starts_from_is_trained_too():
-    names = trainings(TABLES["table6"].lines)
+    names = trainings(TABLES["table6"].rows)
     assert names == ["stage1", "stage1_bare", "ground_truth", "bare_ce", "bare_ce_kl", "bare_ce_kl_rank", "closed"]
-    assert trainings([Line("pseudo")]) == ["stage1", "pseudo"]
+    assert trainings([Row("pseudo")]) == ["stage1", "pseudo"]
 
 
 def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another(finished):
@@ -301,7 +346,7 @@ def test_the_commands_of_scenes():
     assert len(jobs) == 3 * (4 + 1 + 12)
     folder = "runs/ablation/seed1"
     stage1 = f"train.py --config recipes/scenes_stage1.yaml --dataset runs/ablation/scenes --output_dir {folder}/stage1"
-    assert jobs["seed1/stage1"][1:] == [*stage1.split(), "--seed", "1"]
+    assert jobs["seed1/stage1"][1:] == [*stage1.split(), "--seed", "1", "--unseen_labels", "none"]
     pseudo = "train.py --config recipes/scenes_stage2_ground_truth.yaml --dataset runs/ablation/scenes --output_dir "
     pseudo += f"{folder}/pseudo --seed 1 --init_from {folder}/stage1/final --unseen_labels {folder}/pseudo_labels"
     assert jobs["seed1/pseudo"][1:] == pseudo.split()
@@ -311,15 +356,18 @@ def test_the_commands_of_scenes():
 
 def test_the_commands_of_a_folder_with_vectors_and_a_backbone():
     given = {"stage1": "a.yaml", "stage2": "b.yaml", "text_embeds": "v.npy", "backbone": "bb", "scripts": "bench"}
-    args = AblationArgs(benchmark="mine", output_dir="out", seeds=[3], **given)
-    jobs = {job.name: job.command for job in make_jobs(args, make_tables(clip=False)["table6"].lines)}
+    args = AblationArgs(benchmark="mine", output_dir="out", seeds=[3], **given)  # nothing of this is there
+    jobs = {job.name: job.command for job in make_jobs(args, make_tables(clip=False, matching="joint")["table6"].rows)}
     assert [name for name in jobs if "gzs3" not in name] == [
         *("seed3/stage1", "seed3/ground_truth", "seed3/ce", "seed3/ce_kl", "seed3/closed")
     ]
     stage1 = "-m bench train --config a.yaml --dataset mine --output_dir out/seed3/stage1 --seed 3 --text_embeds v.npy"
-    assert jobs["seed3/stage1"][1:] == [*stage1.split(), "--backbone", "bb"]
+    assert jobs["seed3/stage1"][1:] == [*stage1.split(), "--backbone", "bb", "--unseen_labels", "none"]
     stage2 = "-m bench train --config b.yaml --dataset mine --output_dir out/seed3/ce_kl --seed 3 --text_embeds v.npy"
-    assert jobs["seed3/ce_kl"][1:] == f"{stage2} --init_from out/seed3/stage1/final --rank_weight 0".split()
+    assert (
+        jobs["seed3/ce_kl"][1:]
+        == f"{stage2} --init_from out/seed3/stage1/final --unseen_labels ground_truth --rank_weight 0".split()
+    )
     model = "-m bench eval --model out/seed3/ce/final --dataset mine --output out/seed3/ce/gzs3_off.json --ensemble off"
     assert jobs["seed3/ce/gzs3_off"][1:] == f"{model} --text_embeds v.npy".split()
 
@@ -327,7 +375,7 @@ def test_the_commands_of_a_folder_with_vectors_and_a_backbone():
 def test_every_command_is_understood_by_its_own_parser(monkeypatch):
     monkeypatch.chdir(ROOT)
     args = AblationArgs(stage1_steps=30, stage2_steps=20)
-    for job in make_jobs(args, LINES):
+    for job in make_jobs(args, ALL):
         if "mask2former" in job.name:
             assert job.command[1:3] == ["-m", "benchmarks.closed_set"] and job.command[3] in ("train", "eval")
             classes = {"train": (TrainArgs, Zs3Config), "eval": (EvalArgs,)}[job.command[3]]
@@ -337,11 +385,10 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
             training, _ = read_arguments(TrainArgs, job.command[2:], Zs3Config)
             training.check()
             row = job.name.split("/")[1]
-            inductive = ("stage1", "stage1_bare", "none", "closed", "zegformer")
-            told = "none" if row in inductive else "ground_truth"
+            told = "none" if row in ("stage1", "stage1_bare", "none", "closed", "zegformer") else "ground_truth"
             pseudo = f"runs/ablation/seed{training.seed}/pseudo_labels"
             assert training.unseen_labels == (pseudo if row.startswith("pseudo") else told)
-            steps = 50 if row == "zegformer" else 30 if ROWS[row].start is None else 20
+            steps = 50 if row == "zegformer" else 30 if TRAININGS[row].start is None else 20
             assert training.max_steps == steps and f"seed{training.seed}" in job.name
         elif job.command[1] == "eval.py":
             evaluation, _ = read_arguments(EvalArgs, job.command[2:])
@@ -359,10 +406,10 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
 
 def test_what_a_job_reads_another_before_it_makes():
     args, made = AblationArgs(), {}
-    for job in make_jobs(args, LINES):
+    for job in make_jobs(args, ALL):
         words = job.command
         for name in ("--init_from", "--unseen_labels", "--model"):
-            if name in words and words[words.index(name) + 1] != "none":
+            if name in words and words[words.index(name) + 1] not in ("none", "ground_truth"):
                 folder = words[words.index(name) + 1].removesuffix("/final")
                 assert made[folder] in job.after
         made[words[words.index("--output" if "--output" in words else "--output_dir") + 1]] = job.name
@@ -375,6 +422,7 @@ def test_what_a_job_reads_another_before_it_makes():
         (["table5", "--seeds", "1", "1"], "--seeds must be distinct"),
         (["table5", "--processes", "0"], "--processes must be 1 or more"),
         (["--benchmark", "photographs"], "--benchmark photographs: there is no such folder"),
+        (["table5", "--result", "tables.md"], "--result tables.md must be a file that ends in .json"),
         (["table5", "--seed", "1"], "did you mean --seeds"),
     ],
 )

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from zs3.command_line import InputError
-from zs3.results import protocol, read_result, report, table
+from zs3.results import markdown_table, protocol, read_result, report
 
 RESULT = {
     "setting": "gzs3",
@@ -150,4 +150,8 @@ def test_a_file_that_is_no_result_is_one_line(tmp_path):
 
 
 def test_a_bar_in_a_cell_ends_no_cell():
-    assert table(["class", "IoU"], [["a | b", "1.0"]]) == ["| class | IoU |", "| --- | --- |", r"| a \| b | 1.0 |"]
+    assert markdown_table(["class", "IoU"], [["a | b", "1.0"]]) == [
+        "| class | IoU |",
+        "| --- | --- |",
+        r"| a \| b | 1.0 |",
+    ]

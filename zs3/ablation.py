@@ -2,17 +2,15 @@
 
     python -m zs3.ablation table5 table6 --seeds 0 1 2 3 4 --processes 2 --result docs/results/scenes_tables.json
 
-A table is data (zs3/ablation_tables.py): which trainings (`ROWS`), looked at with which ensemble (`VIEWS`), which pairs
-are compared, and what the paper has there. The command runs what is missing through the project's own commands, each a
-process of one thread, goes on with what was stopped, repeats nothing that is there, and writes what
-zs3/ablation_report.py makes of it, as JSON and Markdown. Everything of a seed lies in one folder:
+A table is data (zs3/ablation_tables.py): which trainings (`TRAININGS`), looked at with which ensemble (`VIEWS`), which
+pairs are compared, and what the paper has there. The command runs what is missing through the project's own commands,
+each a process of one thread, goes on with what was stopped, repeats nothing that is there, and writes what
+zs3/ablation_report.py makes of it, as JSON and Markdown. Where things lie:
 
     OUTPUT_DIR/scenes                      the pictures, the same for all seeds; of another benchmark its own folder
     OUTPUT_DIR/seed0/stage1, none, ...     one training each: final/, train.log, gzs3_off.json, gzs3_crops.json, ...
     OUTPUT_DIR/seed0/pseudo_labels         of that seed's stage-1 model
     OUTPUT_DIR/times.jsonl                 how long each job took
-
-Scores, intervals and differences are in percent here, in the JSON and in the Markdown.
 """
 
 import fcntl
@@ -25,9 +23,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from configuration_zs3 import Zs3Config
 from zs3.ablation_report import LEVEL, draw, report, summarise
-from zs3.ablation_tables import ENSEMBLE_WEIGHT, ROWS, VIEWS, Line, make_tables
+from zs3.ablation_tables import ENSEMBLE_WEIGHT, TRAININGS, VIEWS, Row, Table, make_tables
 from zs3.checkpoints import WEIGHTS, weights_sha256
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.data import dataset_name, load_split
@@ -54,12 +54,10 @@ class AblationArgs:
     table: list[str] = flag(["table5", "table6"], "Tables; the word --table may be left out where they come first.")
     benchmark: str = flag(SCENES, "'scenes', which are drawn, or the folder of a dataset.")
     stage1: str = flag("recipes/scenes_stage1.yaml", "Recipe of stage 1.")
-    stage2: str = flag(
-        "recipes/scenes_stage2_ground_truth.yaml", "Recipe of stage 2; rows differ from it by what they are called."
-    )
+    stage2: str = flag("recipes/scenes_stage2_ground_truth.yaml", "Recipe of stage 2; trainings add flags to it.")
     backbone: str | None = flag(None, "Backbone that stage 1 starts from, as of train.py.")
     text_embeds: str | None = flag(
-        None, "Ready-made text vectors, as of train.py: no rows without prompts then, no pseudo labels and no ensemble."
+        None, "Ready-made text vectors, as of train.py; rows that need a CLIP are left out then."
     )
     scripts: str | None = flag(
         None, "Module whose words `train` and `eval` stand for train.py and eval.py, as benchmarks.photographs."
@@ -75,15 +73,24 @@ class AblationArgs:
     picture: str | None = flag(None, "Draw all scores over seeds into this PNG (needs matplotlib).")
 
     def check(self) -> None:
-        names = make_tables(clip=self.text_embeds is None)
-        unknown = [name for name in self.table if name not in names]
+        unknown = [name for name in self.table if name not in self.known_tables]
         if unknown:
-            raise InputError(f"no table is called {unknown[0]!r}: the names are {', '.join(names)}")
+            raise InputError(f"no table is called {unknown[0]!r}: the names are {', '.join(self.known_tables)}")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise InputError(f"--seeds must be distinct and 0 or more, got {self.seeds}")
         check_at_least(self, 1, "processes", "num_train", "num_validation", "stage1_steps", "stage2_steps")
         if self.benchmark != SCENES and not Path(self.benchmark).is_dir():
             raise InputError(f"--benchmark {self.benchmark}: there is no such folder; 'scenes' are drawn")
+        if self.result is not None and Path(self.result).suffix != ".json":
+            raise InputError(f"--result {self.result} must be a file that ends in .json")
+        if self.picture is not None and find_spec("matplotlib") is None:
+            raise InputError('--picture needs matplotlib: pip install -e ".[figures]"')
+
+    @cached_property
+    def known_tables(self) -> dict[str, Table]:
+        return make_tables(
+            clip=self.text_embeds is None, matching=read_recipe(self.stage2)[1].get("matching", "unpaired")
+        )
 
     def run_folder(self, seed: int, name: str) -> Path:
         return Path(self.output_dir, f"seed{seed}", name)
@@ -92,9 +99,9 @@ class AblationArgs:
     def data(self) -> Path:
         return Path(self.output_dir, SCENES) if self.benchmark == SCENES else Path(self.benchmark)
 
-    def script(self, word: str, row: str) -> list[str]:
-        """The command of train.py or eval.py for this row."""
-        module = ROWS[row].scripts or self.scripts
+    def script(self, word: str, name: str) -> list[str]:
+        """The command of train.py or eval.py for this training."""
+        module = TRAININGS[name].scripts or self.scripts
         return [sys.executable, *([f"{word}.py"] if module is None else ["-m", module, word])]
 
 
@@ -112,58 +119,59 @@ class Job:
     after: list[str]  # names of the jobs that must be done before
 
 
-def trainings(lines: list[Line]) -> list[str]:
-    """The rows of these lines and those they start from, in the order of ROWS."""
-    used = {line.row for line in lines}
-    used |= {start for row in used if (start := ROWS[row].start) is not None}
-    used |= {"stage1" for row in used if ROWS[row].pseudo_labels}
-    return [name for name in ROWS if name in used]
+def trainings(rows: list[Row]) -> list[str]:
+    """The trainings of these rows and those they start from, in the order of TRAININGS."""
+    used = {row.training for row in rows}
+    used |= {start for name in used if (start := TRAININGS[name].start) is not None}
+    used |= {"stage1" for name in used if TRAININGS[name].told == "pseudo"}
+    return [name for name in TRAININGS if name in used]
 
 
-def make_jobs(args: AblationArgs, lines: list[Line]) -> list[Job]:
-    """All jobs behind these lines, done or not; a seed's before the next seed's, so that tables can be seen early."""
+def make_jobs(args: AblationArgs, rows: list[Row]) -> list[Job]:
+    """All jobs behind these rows, done or not; a seed's before the next seed's, so that tables can be seen early."""
     jobs = []
     for seed in args.seeds:
-        for name in trainings(lines):
-            if ROWS[name].pseudo_labels:
+        for name in trainings(rows):
+            if TRAININGS[name].told == "pseudo":
                 jobs.append(pseudo_label_job(args, seed))
             jobs.append(training_job(args, seed, name))
-            jobs += [evaluation_job(args, seed, line) for line in dict.fromkeys(lines) if line.row == name]
+            jobs += [evaluation_job(args, seed, row) for row in dict.fromkeys(rows) if row.training == name]
     return jobs
 
 
 def training_flags(args: AblationArgs, seed: int, name: str) -> list[str]:
-    row = ROWS[name]
-    flags = ["--config", args.stage1 if row.start is None else args.stage2, "--dataset", str(args.data)]
+    training = TRAININGS[name]
+    flags = ["--config", args.stage1 if training.start is None else args.stage2, "--dataset", str(args.data)]
     flags += ["--output_dir", str(args.run_folder(seed, name)), "--seed", str(seed)]
     if args.text_embeds is not None:
         flags += ["--text_embeds", args.text_embeds]
-    if row.start is not None:
-        flags += ["--init_from", str(args.run_folder(seed, row.start) / "final")]
+    if training.start is not None:
+        flags += ["--init_from", str(args.run_folder(seed, training.start) / "final")]
     elif args.backbone is not None:
         flags += ["--backbone", args.backbone]
-    if row.pseudo_labels:
-        flags += ["--unseen_labels", str(args.run_folder(seed, "pseudo_labels"))]
-    if row.whole:
-        flags += [
-            "--max_steps",
-            str(recipe_steps(args.stage1, args.stage1_steps) + recipe_steps(args.stage2, args.stage2_steps)),
-        ]
-    elif (steps := args.stage1_steps if row.start is None else args.stage2_steps) is not None:
+    pseudo = str(args.run_folder(seed, "pseudo_labels"))
+    flags += ["--unseen_labels", pseudo if training.told == "pseudo" else training.told]
+    stages = [(args.stage1, args.stage1_steps), (args.stage2, args.stage2_steps)]
+    if training.whole:
+        steps = sum(steps or read_recipe(recipe)[0].max_steps for recipe, steps in stages)
+    else:
+        _, steps = stages[0 if training.start is None else 1]
+    if steps is not None:
         flags += ["--max_steps", str(steps)]
-    return [*flags, *row.flags]
+    return [*flags, *training.flags]
 
 
-def recipe_steps(recipe: str, steps: int | None) -> int:
+def read_recipe(path: str, *flags: str) -> tuple[Any, dict[str, Any]]:
+    """TrainArgs and the fields of Zs3Config of a recipe, with flags after it."""
     from train import TrainArgs  # a script of the repository's root
 
-    return read_arguments(TrainArgs, ["--config", recipe], Zs3Config)[0].max_steps if steps is None else steps
+    return read_arguments(TrainArgs, ["--config", path, *flags], Zs3Config)
 
 
 def training_job(args: AblationArgs, seed: int, name: str) -> Job:
-    row, folder = ROWS[name], args.run_folder(seed, name)
-    after = [] if row.start is None else [f"seed{seed}/{row.start}"]
-    after += [f"seed{seed}/pseudo_labels"] if row.pseudo_labels else []
+    training, folder = TRAININGS[name], args.run_folder(seed, name)
+    after = [] if training.start is None else [f"seed{seed}/{training.start}"]
+    after += [f"seed{seed}/pseudo_labels"] if training.told == "pseudo" else []
     return Job(
         name=f"seed{seed}/{name}",
         command=[*args.script("train", name), *training_flags(args, seed, name)],
@@ -181,8 +189,8 @@ def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
         """The summary is there, and the scores are of this checkpoint."""
         if not (folder / "summary.json").exists():
             return False
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        return settings["checkpoint_sha256"].get(WEIGHTS) == weights_sha256(str(model))
+        made_with = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        return made_with["checkpoint_sha256"].get(WEIGHTS) == weights_sha256(str(model))
 
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(folder)]
     return Job(
@@ -194,16 +202,16 @@ def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
     )
 
 
-def result_path(args: AblationArgs, seed: int, line: Line) -> Path:
-    return args.run_folder(seed, line.row) / f"gzs3_{line.view}.json"
+def result_path(args: AblationArgs, seed: int, row: Row) -> Path:
+    return args.run_folder(seed, row.training) / f"gzs3_{row.view}.json"
 
 
-def evaluation_job(args: AblationArgs, seed: int, line: Line) -> Job:
-    from eval import EvalArgs, settings  # a script of the repository's root
+def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
+    from eval import EvalArgs, deciding_flags  # a script of the repository's root
 
-    path = result_path(args, seed, line)
+    path = result_path(args, seed, row)
     model = path.parent / "final"
-    flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(path), *VIEWS[line.view].flags]
+    flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(path), *VIEWS[row.view].flags]
     if args.text_embeds is not None:
         flags += ["--text_embeds", args.text_embeds]
     asked, _ = read_arguments(EvalArgs, flags)
@@ -216,30 +224,29 @@ def evaluation_job(args: AblationArgs, seed: int, line: Line) -> Job:
         return (
             result["checkpoint_sha256"] == weights_sha256(str(model))
             and result["num_images"] == result["split_images"]
-            and result["settings"] == settings(asked)
+            and result["settings"] == deciding_flags(asked)
         )
 
     return Job(
-        name=f"seed{seed}/{line.row}/{path.stem}",
-        command=[*args.script("eval", line.row), *flags],
+        name=f"seed{seed}/{row.training}/{path.stem}",
+        command=[*args.script("eval", row.training), *flags],
         log=path.with_suffix(".log"),
         is_done=is_done,
-        after=[f"seed{seed}/{line.row}"],
+        after=[f"seed{seed}/{row.training}"],
     )
 
 
 def check_trained(args: AblationArgs, seed: int, name: str) -> int:
     """Steps of this training. One that is there must have been made with the flags of today."""
-    from train import TrainArgs  # a script of the repository's root
-
-    training, overrides = read_arguments(TrainArgs, training_flags(args, seed, name), Zs3Config)
+    _, recipe, *flags = training_flags(args, seed, name)
+    training, overrides = read_recipe(recipe, *flags)
     folder = args.run_folder(seed, name)
     if (folder / "final").exists() and (folder / "recipe.yaml").exists():
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         wanted = asdict(training) | {key: value for key, value in overrides.items() if not isinstance(value, dict)}
         changed = sorted(key for key, value in wanted.items() if key in before and differ(before[key], value))
         if changed:
-            old = folder.parent if ROWS[name].start is None else folder  # others of a seed start from its stage 1
+            old = folder.parent if TRAININGS[name].start is None else folder  # others of a seed start from its stage 1
             raise InputError(
                 f"{folder} holds a run with another {', '.join(changed)}: delete {old}, or choose another --output_dir"
             )
@@ -300,11 +307,13 @@ def note_time(times: Path, one: Running) -> None:
         file.write(json.dumps({"job": one.job.name, "seconds": round(time.monotonic() - one.began, 1)}) + "\n")
 
 
-def seconds_of(jobs: list[Job], times: Path) -> float:
-    """Of these jobs together, all their starts counted."""
+def seconds_of(jobs: list[Job], times: Path) -> float | None:
+    """Of these jobs together, all their starts counted; None where a training has left no time."""
     rows = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()] if times.exists() else []
-    names = {job.name for job in jobs}
-    return sum(row["seconds"] for row in rows if row["job"] in names)
+    seconds = {job.name: [row["seconds"] for row in rows if row["job"] == job.name] for job in jobs}
+    if not all(seconds[job.name] for job in jobs if job.log.name == "train.log"):
+        return None
+    return sum(map(sum, seconds.values()))
 
 
 def start(job: Job) -> subprocess.Popen:
@@ -357,16 +366,15 @@ def main() -> None:
         raise InputError("train.py is not here: start the ablation from the root of the repository")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the jobs, too
 
-    known = make_tables(clip=args.text_embeds is None)
-    tables = {name: known[name] for name in args.table}
-    lines = [line for table in tables.values() for line in table.lines]
-    steps = {name: check_trained(args, seed, name) for seed in args.seeds for name in trainings(lines)}
+    tables = {name: args.known_tables[name] for name in args.table}
+    rows = [row for table in tables.values() for row in table.rows]
+    steps = {name: check_trained(args, seed, name) for seed in args.seeds for name in trainings(rows)}
     num_train, num_validation = prepare_data(args)
-    jobs, times = make_jobs(args, lines), Path(args.output_dir, "times.jsonl")
+    jobs, times = make_jobs(args, rows), Path(args.output_dir, "times.jsonl")
     run_jobs(jobs, args.processes, times)
 
-    def result_paths(line: Line) -> list[Path]:
-        return [result_path(args, seed, line) for seed in args.seeds]
+    def result_paths(row: Row) -> list[Path]:
+        return [result_path(args, seed, row) for seed in args.seeds]
 
     result = {
         "command": shlex.join(["python", "-m", "zs3.ablation", *sys.argv[1:]]),

@@ -1,6 +1,6 @@
 """What an ablation says: means and intervals over seeds, paired differences, verdicts, and where the pixels went.
 
-All numbers are in percent, but losses and counts.
+Scores and shares of areas are in percent.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from zs3.ablation_tables import ROWS, VIEWS, Line, Table
+from zs3.ablation_tables import TRAININGS, Row, Table
 from zs3.curves import draw_scores
 from zs3.evaluation import SCORES, GeneralizedScores
-from zs3.results import table as markdown_table
+from zs3.results import markdown_table
 
 LEVEL = 0.95  # of the intervals over seeds
 END = 4  # lines of a log at either end
-AREAS = (  # title; where the truth is; what was wrong with the name
+AREAS = (  # title; whose labelled area it is a share of; what was wrong with the name
     ("seen area with an unseen name", "of_seen", "wrong_unseen"),
     ("unseen area with a seen name", "of_unseen", "wrong_seen"),
     ("unseen area with another unseen name", "of_unseen", "wrong_unseen"),
@@ -57,7 +57,7 @@ def verdict(interval: list[float], paper: float | None) -> str:
 
 
 class Runs(NamedTuple):
-    """What the runs of one line left, one of each a seed."""
+    """What the runs of one row left, one of each a seed."""
 
     results: list[dict]  # of eval.py
     logs: list[list[dict]]  # lines of metrics.jsonl; empty where training wrote none
@@ -93,124 +93,122 @@ def areas_of(runs: Runs) -> dict[str, dict]:
 def unseen_classes_of(runs: Runs) -> dict[str, dict]:
     """IoU by unseen class."""
     names = runs.results[0]["unseen"]
-    return {name: over_seeds([in_percent(result["per_class"].get(name)) for result in runs.results]) for name in names}
+    return {name: over_seeds([in_percent(result["per_class"][name]) for result in runs.results]) for name in names}
 
 
 def logged_by(runs: Runs) -> dict[str, dict]:
-    """Losses, without weights and summed over the decoder's outputs, and same_label_rate, at both ends of training."""
+    """Losses, without weights and summed over the decoder's outputs, and same_label_rate, in [0, 1]: at both ends of
+    training. NaN where a line has none."""
     if not all(runs.logs):
         return {}
     names = [name for name in runs.logs[0][0] if name.startswith("loss_") or name == "same_label_rate"]
-    ends = {"first": slice(None, END), "last": slice(-END, None)}
-    return {
-        name: {
-            end: over_seeds([np.mean([row[name] for row in log[part]]) for log in runs.logs])
-            for end, part in ends.items()
-        }
-        for name in names
-    }
+    found = {name: {} for name in names}
+    for end, lines in {"first": slice(None, END), "last": slice(-END, None)}.items():
+        for name in names:
+            values = [np.array([line[name] for line in log[lines]], dtype=float).mean() for log in runs.logs]
+            found[name][end] = over_seeds(values)
+    return found
 
 
-def summarise(table: Table, paths: Callable[[Line], list[Path]]) -> dict:
-    """paths: a line's result files, one a seed."""
-    runs = {line: read_runs(paths(line)) for line in table.lines}
-    scores = {line: scores_of(runs[line]) for line in table.lines}
-    lines = [
+def summarise(table: Table, paths: Callable[[Row], list[Path]]) -> dict:
+    """paths: a row's result files, one a seed."""
+    runs = {row: read_runs(paths(row)) for row in table.rows}
+    scores = {row: scores_of(runs[row]) for row in table.rows}
+    rows = [
         {
-            "training": line.row,
-            "ensemble": line.view,
-            "scores": {name: over_seeds(values) for name, values in scores[line].items()},
-            "paper": table.paper[line]._asdict() if line in table.paper else None,
-            "areas": areas_of(runs[line]),
-            "unseen_classes": unseen_classes_of(runs[line]),
-            "logged": logged_by(runs[line]),
+            "title": row.title,
+            "training": row.training,
+            "told": TRAININGS[row.training].told,
+            "ensemble": row.view,
+            "scores": {name: over_seeds(values) for name, values in scores[row].items()},
+            "paper": table.paper[row]._asdict() if row in table.paper else None,
+            "areas": areas_of(runs[row]),
+            "unseen_classes": unseen_classes_of(runs[row]),
+            "logged": logged_by(runs[row]),
         }
-        for line in table.lines
+        for row in table.rows
     ]
     differences = []
     for difference in table.differences:
         found = {}
         for name in GeneralizedScores._fields:
-            line, minus = scores[difference.line][name], scores[difference.minus][name]
+            above, below = scores[difference.row][name], scores[difference.minus][name]
             its = None if difference.paper is None else getattr(difference.paper, name)
-            found[name] = over_seeds([a - b for a, b in zip(line, minus, strict=True)])
-            found[name] |= {"ratio": ratio(np.mean(line), np.mean(minus))}
+            found[name] = over_seeds([a - b for a, b in zip(above, below, strict=True)])
+            found[name] |= {"ratio": ratio(np.mean(above), np.mean(below))}
             found[name] |= {"paper": None if its is None else round(its, 1)}
             found[name] |= {"verdict": verdict(found[name]["interval"], its)}
         differences.append({"title": difference.title, "scores": found})
-    return {"title": table.title, "note": table.note, "lines": lines, "differences": differences}
+    return {"title": table.title, "note": table.note, "rows": rows, "differences": differences}
 
 
 # ---- the report --------------------------------------------------------------------------------------------
 
 SCORE_TITLES = {name: SCORES[name] for name in GeneralizedScores._fields}
+TOLD = {"none": "nothing", "pseudo": "pseudo labels", "ground_truth": "true image labels"}
+
+
+def number(value: float, form: str = ".1f") -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}"
 
 
 def plus_minus(score: dict, sign: str = "") -> str:
     """`mean ± half of the interval`, `sign` is that of a number's format."""
     low, high = score["interval"]
-    half = "-" if math.isnan(low) else f"{(high - low) / 2:.1f}"
-    return f"{score['mean']:{sign}.1f} ± {half}"
+    return f"{number(score['mean'], sign + '.1f')} ± {number((high - low) / 2)}"
 
 
 def each_seed(score: dict, sign: str = "") -> str:
-    return " ".join(f"{value:{sign}.1f}" for value in score["seeds"])
-
-
-def table_text(table: dict) -> str:
-    """Markdown of one of `summarise`."""
-    lines, differences = [], []
-    for line in table["lines"]:
-        cells = names_of(line)
-        cells += [f"{plus_minus(line['scores'][name])} ({each_seed(line['scores'][name])})" for name in SCORE_TITLES]
-        cells.append(" / ".join(f"{line['paper'][name]:.1f}" for name in SCORE_TITLES) if line["paper"] else "")
-        lines.append(cells)
-    for difference in table["differences"]:
-        for name, title in SCORE_TITLES.items():
-            score = difference["scores"][name]
-            times = "-" if math.isnan(score["ratio"]) else f"{score['ratio']:.2f}"
-            cells = [difference["title"], title, plus_minus(score, "+"), times, each_seed(score, "+")]
-            cells += ["" if score["paper"] is None else f"{score['paper']:+.1f}", score["verdict"]]
-            differences.append(cells)
-    text = [f"## {table['title']}", "", table["note"], ""]
-    text += markdown_table(["training", "ensemble", *SCORE_TITLES.values(), "the paper's"], lines)
-    head = ["difference", "score", "mean", "ratio", "every seed", "the paper's", "verdict"]
-    text += ["", *markdown_table(head, differences), "", *where_text(table), "", *logged_text(table), ""]
-    return "\n".join(text)
+    return " ".join(number(value, sign + ".1f") for value in score["seeds"])
 
 
 def draw(result: dict, path: Path) -> None:
     """A picture of all tables: every seed's scores, their means, the paper's."""
-    tables = {}
-    for table in result["tables"].values():
-        titles = [", ensemble ".join(names_of(line)).replace(", ensemble off", "") for line in table["lines"]]
-        tables[table["title"]] = dict(zip(titles, table["lines"], strict=True))
-    draw_scores(tables, path)
+    tables = result["tables"].values()
+    draw_scores({table["title"]: {row["title"]: row for row in table["rows"]} for table in tables}, path)
 
 
-def names_of(line: dict) -> list[str]:
-    return [ROWS[line["training"]].title, VIEWS[line["ensemble"]].title]
+def table_text(table: dict) -> str:
+    """Markdown of one of `summarise`."""
+    rows, differences = [], []
+    for row in table["rows"]:
+        cells = [row["title"], TOLD[row["told"]]]
+        cells += [f"{plus_minus(row['scores'][name])} ({each_seed(row['scores'][name])})" for name in SCORE_TITLES]
+        cells.append(" / ".join(f"{row['paper'][name]:.1f}" for name in SCORE_TITLES) if row["paper"] else "")
+        rows.append(cells)
+    for difference in table["differences"]:
+        for name, title in SCORE_TITLES.items():
+            score = difference["scores"][name]
+            cells = [difference["title"], title, plus_minus(score, "+"), number(score["ratio"], ".2f")]
+            cells += [each_seed(score, "+"), "" if score["paper"] is None else f"{score['paper']:+.1f}"]
+            differences.append([*cells, score["verdict"]])
+    text = [f"## {table['title']}", "", table["note"], ""]
+    text += markdown_table(["training", "told of unseen classes", *SCORE_TITLES.values(), "the paper's"], rows)
+    head = ["difference", "score", "mean", "ratio", "every seed", "the paper's", "verdict"]
+    text += ["", *markdown_table(head, differences), "", *areas_text(table), "", *logged_text(table), ""]
+    return "\n".join(text)
 
 
-def where_text(table: dict) -> list[str]:
-    """Which pixels and which classes make the difference."""
-    classes = list(table["lines"][0]["unseen_classes"])
+def areas_text(table: dict) -> list[str]:
+    """Which kind of pixels got a wrong name, and how each unseen class fares."""
+    classes = list(table["rows"][0]["unseen_classes"])
     rows = []
-    for line in table["lines"]:
-        values = [*line["areas"].values(), *line["unseen_classes"].values()]
-        rows.append([*names_of(line), *(f"{value['mean']:.1f}" for value in values)])
-    head = ["training", "ensemble", *(title for title, *_ in AREAS), *(f"IoU of {name}" for name in classes)]
-    return ["Where the pixels went, percent, means over seeds:", "", *markdown_table(head, rows)]
+    for row in table["rows"]:
+        values = [*row["areas"].values(), *row["unseen_classes"].values()]
+        rows.append([row["title"], *map(plus_minus, values)])
+    said = "Shares of the labelled area of seen and of unseen classes, and IoU of the unseen classes, percent:"
+    head = ["training", *(title for title, *_ in AREAS), *(f"IoU of {name}" for name in classes)]
+    return [said, "", *markdown_table(head, rows)]
 
 
 def logged_text(table: dict) -> list[str]:
     """What training says of itself: which terms fall, and whether the two matchings part."""
-    logged = {line["training"]: line["logged"] for line in table["lines"]}
+    logged = {row["training"]: row["logged"] for row in table["rows"]}
     names = list(dict.fromkeys(name for ends in logged.values() for name in ends))
-    rows = []
-    for row, ends in logged.items():
-        told = [f"{ends[n]['first']['mean']:.2f} → {ends[n]['last']['mean']:.2f}" if n in ends else "" for n in names]
-        rows.append([ROWS[row].title, *told])
+    rows = [
+        [TRAININGS[training].title, *(both_ends(ends[name]) if name in ends else "" for name in names)]
+        for training, ends in logged.items()
+    ]
     said = f"What training logged, means of the first {END} lines → of the last {END}, and over seeds"
     return [
         f"{said} (losses without weights, sums over the decoder's outputs):",
@@ -219,30 +217,46 @@ def logged_text(table: dict) -> list[str]:
     ]
 
 
+def both_ends(ends: dict[str, dict]) -> str:
+    return " → ".join(number(ends[end]["mean"], ".2f") for end in ("first", "last"))
+
+
+def steps_text(steps: dict[str, int]) -> str:
+    """Of a training that starts from another, both."""
+    told = []
+    for name, count in steps.items():
+        start = TRAININGS[name].start
+        told.append(f"{TRAININGS[name].title} {count if start is None else f'{steps[start]} + {count}'}")
+    return "; ".join(told)
+
+
 def report(result: dict) -> str:
     """The Markdown file."""
-    steps = ", ".join(f"{ROWS[name].title} {count}" for name, count in result["steps"].items())
-    seeds = ", ".join(map(str, result["seeds"]))
-    kind = "synthetic, drawn by this project: " if result["synthetic"] else ""
-    same = " the scenes are the same." if result["synthetic"] else " the images are the same."
+    seeds, level = ", ".join(map(str, result["seeds"])), f"{100 * result['level']:.0f} %"
+    images = "scenes" if result["synthetic"] else "images"
+    kind = "synthetic, drawn by this project" if result["synthetic"] else "a folder"
+    pairs = len(SCORE_TITLES) * sum(len(table["differences"]) for table in result["tables"].values())
+    spent = "" if result["seconds"] is None else f", {result['seconds'] / 3600:.1f} job-hours"
     return "\n".join(
         [
-            "# Tables of the paper in miniature",
+            "# Ablation",
             "",
             f"    {result['command']}",
             "",
-            f"The benchmark `{result['benchmark']}` is {kind}{result['num_train']} training and "
-            f"{result['num_validation']} validation images. The paper's numbers are those of COCO-Stuff, to compare "
+            f"The benchmark `{result['benchmark']}` is {kind}: {result['num_train']} training and "
+            f"{result['num_validation']} validation {images}. The paper's numbers are those of COCO-Stuff, to compare "
             "signs with, not sizes.",
             "",
-            f"Every score is in percent, on the validation images with all names as candidates (gzs3): the mean over "
-            f"seeds {seeds} ± half of its 95 % t-interval, and in brackets every seed. A seed decides weights, order, "
-            f"augmentation and points of both stages;{same} Differences are paired by seed, in percentage points, and "
-            'ratios are those of the means. "No difference": their interval holds 0.',
+            f"Every score is in percent, on the validation {images} with all names as candidates (gzs3): the mean over "
+            f"seeds {seeds} ± half of its {level} t-interval, and in brackets every seed. A seed decides weights, "
+            f"order, augmentation and points of both stages; the {images} are the same. Differences are paired by "
+            'seed, in percentage points, and ratios are those of the means. "No difference": the seeds do not show one, '
+            f"the interval holds 0. Every interval stands by itself: of the {pairs} differences here, "
+            f"{(1 - result['level']) * pairs:.0f} would get another verdict by chance if nothing differed.",
             "",
-            f"Training steps: {steps}.",
+            f"Training steps: {steps_text(result['steps'])}.",
             "",
-            f"Jobs of one thread on {result['machine']}, {result['seconds'] / 3600:.1f} hours together. Versions: "
+            f"Jobs of one thread, with the loader's process, on {result['machine']}{spent}. Versions: "
             f"{', '.join(f'{name} {number}' for name, number in result['versions'].items())}.",
             "",
             *(table_text(table) for table in result["tables"].values()),

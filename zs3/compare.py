@@ -38,7 +38,7 @@ from zs3.evaluation import (
     scores_of_areas,
     summed_areas,
 )
-from zs3.results import read_result, table
+from zs3.results import markdown_table, read_result
 
 RESAMPLES = 1000
 SAME = {  # what must be alike for a difference to mean anything
@@ -188,11 +188,13 @@ def report(result: dict) -> str:
     ]
     head = ["A", "B", "B - A", "95 % interval"]
     rows = {title: result["scores"][name] for name, title in SCORES.items() if name in result["scores"]}
-    lines += table(["score", *head, "verdict"], ([title, *_cells(row), row["verdict"]] for title, row in rows.items()))
+    lines += markdown_table(
+        ["score", *head, "verdict"], ([title, *_cells(row), row["verdict"]] for title, row in rows.items())
+    )
     unseen = set() if result["setting"] == "ovs" else set(result["unseen"])
     gains = sorted(result["per_class"].items(), key=_smaller_gain)
     told = ([name + (" (unseen)" if name in unseen else ""), *_cells(row)] for name, row in gains)
-    lines += ["", *table(["class", *head], told)]
+    lines += ["", *markdown_table(["class", *head], told)]
     lines += [
         "",
         f"The intervals of the {len(gains)} classes are not corrected for their number: without any difference",

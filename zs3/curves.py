@@ -39,9 +39,9 @@ def draw_reliability(reliability: dict, path: Path) -> None:
 
 
 def draw_scores(tables: dict[str, dict[str, dict]], path: Path) -> None:
-    """A panel for each table and score, a row for each line: every seed a dot, their mean a bar, the paper's a diamond.
+    """A panel for each table and score: every seed a dot, their mean a bar, the paper's a diamond where there is one.
 
-    tables: by the table's title and the line's, what `zs3.ablation_report.summarise` says of a line.
+    tables: by the table's title and the row's, what `zs3.ablation_report.summarise` says of a row.
     """
     _save(_scores_figure(tables), path)
 
@@ -126,17 +126,17 @@ def _reliability_figure(reliability: dict) -> "Figure":
 
 
 def _scores_figure(tables: dict[str, dict[str, dict]]) -> "Figure":
-    rows = [len(lines) for lines in tables.values()]
+    counts = [len(rows) for rows in tables.values()]
     names = GeneralizedScores._fields
-    figure = _figure(10, 0.5 + sum(0.28 * count + 0.6 for count in rows))
-    grid = figure.subplots(len(rows), len(names), sharex="col", sharey="row", squeeze=False, height_ratios=rows)
-    for panels, (title, lines) in zip(grid, tables.items(), strict=True):
+    figure = _figure(10, 0.5 + sum(0.28 * count + 0.6 for count in counts))
+    grid = figure.subplots(len(counts), len(names), sharex="col", sharey="row", squeeze=False, height_ratios=counts)
+    for panels, (title, rows) in zip(grid, tables.items(), strict=True):
         panels[0].set_title(title, loc="left", fontsize=10)
-        panels[0].set_yticks(range(len(lines)), list(lines), fontsize=8)
-        panels[0].set_ylim(len(lines) - 0.5, -0.5)  # the first line on top
+        panels[0].set_yticks(range(len(rows)), list(rows), fontsize=8)
+        panels[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
         for axes, name in zip(panels, names, strict=True):
-            for height, line in enumerate(lines.values()):
-                score, paper = line["scores"][name], line["paper"]
+            for height, row in enumerate(rows.values()):
+                score, paper = row["scores"][name], row["paper"]
                 axes.plot(score["seeds"], [height] * len(score["seeds"]), **SEED)
                 axes.plot([score["mean"]], [height], **MEAN)
                 if paper is not None:
@@ -146,9 +146,12 @@ def _scores_figure(tables: dict[str, dict[str, dict]]) -> "Figure":
     for axes, name in zip(grid[-1], names, strict=True):
         axes.set_xlabel(f"{SCORES[name]} (%)")
         axes.set_xlim(left=0)
-    for style, words in ((SEED, "a seed"), (MEAN, "mean"), (PAPER, "the paper's, on its own data")):
+    entries = {"a seed": SEED, "mean": MEAN}
+    if any(row["paper"] for rows in tables.values() for row in rows.values()):
+        entries["the paper's, on its own data"] = PAPER
+    for words, style in entries.items():
         grid[-1][-1].plot([], [], **style, label=words)
-    figure.legend(loc="outside lower right", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower right", ncols=len(entries), frameon=False, fontsize=9)
     return figure
 
 

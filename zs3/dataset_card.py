@@ -9,7 +9,7 @@ import yaml
 
 from zs3.archives import ARCHIVES
 from zs3.label_space import CLASSES_FOLDER, load_label_space
-from zs3.results import table
+from zs3.results import markdown_table
 
 
 def card(result: dict) -> str:
@@ -24,7 +24,9 @@ def card(result: dict) -> str:
         f"\n# {archive.title}\n",
         f"Made from the official archive by `python -m zs3.convert {result['name']}`; what was measured is in",
         "`conversion.json`.\n",
-        *table(["split", *counted], ([s, *(f"{row[key]:,}" for key in counted.values())] for s, row in splits.items())),
+        *markdown_table(
+            ["split", *counted], ([s, *(f"{row[key]:,}" for key in counted.values())] for s, row in splits.items())
+        ),
         "",
         *(_departure(split, row) for split, row in splits.items() if not row["as_released"]),
         *(_about_captions() if captions else _about_maps(result)),

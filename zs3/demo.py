@@ -23,7 +23,7 @@ from zs3.data import load_split
 from zs3.evaluation import percent
 from zs3.figure import draw_figures
 from zs3.pictures import save_picture, stack
-from zs3.results import table
+from zs3.results import markdown_table
 from zs3.scenes import write_dataset
 
 OWN_LABELS = [
@@ -106,7 +106,7 @@ def write_report(folder: Path, results: dict[str, dict], pictures: list[Path], f
         low, high = result["confidence_intervals"]["hiou"]
         means = (percent(result[name]) for name in ("miou_seen", "miou_unseen", "hiou"))
         rows.append([title, *means, f"{percent(low)} to {percent(high)}"])
-    scores = "\n".join(table(["model", "mIoU(S)", "mIoU(U)", "hIoU", "hIoU, 95 % interval"], rows))
+    scores = "\n".join(markdown_table(["model", "mIoU(S)", "mIoU(U)", "hIoU", "hIoU, 95 % interval"], rows))
     images = "\n\n".join(f"![{path.stem}]({path.relative_to(folder)})" for path in pictures)
     text = f"""# Demo report
 

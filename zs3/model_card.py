@@ -20,7 +20,7 @@ from zs3.archives import ARCHIVES
 from zs3.command_line import InputError, one_line
 from zs3.evaluation import SCORES, percent
 from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
-from zs3.results import candidates, table
+from zs3.results import candidates, markdown_table
 
 TOLD = {
     "none": "nothing, their names were not among those of the training",
@@ -279,7 +279,7 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
         scores = [score(result[name], intervals[name]) for name in titles]
         rows.append([str(row), data, setting, ensemble(result), *scores])
     lines = [f"Percent; in brackets 95 % intervals (bootstrap over images). {told.strip()}\n"]
-    lines += table(["", "data", "setting", "ensemble with CLIP", *titles.values()], rows)
+    lines += markdown_table(["", "data", "setting", "ensemble with CLIP", *titles.values()], rows)
     lines += ["", f"All rows are of these weights (sha256 `{checkpoint_sha256}`).\n"]
     lines += [f"{row}. {origin(result)}" for row, result in enumerate(results, start=1)]
     for row, result in enumerate(results, start=1):

@@ -131,7 +131,7 @@ def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> SeenBias:
 # ---- for people --------------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of Markdown; a bar in a cell ends no cell."""
     lines = [[cell.replace("|", r"\|") for cell in cells] for cells in (head, ["---"] * len(head), *rows)]
     return [f"| {' | '.join(cells)} |" for cells in lines]
@@ -159,13 +159,13 @@ def report(result: dict[str, Any]) -> str:
         for name, title in SCORES.items()
         if result[name] is not None
     ]
-    lines += [*table(["score", "percent", "95 % interval over images"], rows), "", *_sentences(result), ""]
+    lines += [*markdown_table(["score", "percent", "95 % interval over images"], rows), "", *_sentences(result), ""]
     pairs = [
         [pair["truth"], pair["predicted"], str(pair["pixels"]), percent(pair["share"])]
         for pair in result["worst_pairs"]
     ]
     head = ["truth", "prediction", "pixels", "percent of the truth"]
-    lines += ["Largest confusions:", "", *table(head, pairs), ""]
+    lines += ["Largest confusions:", "", *markdown_table(head, pairs), ""]
     told = result["setting"] != "ovs"
     rows = [
         [
@@ -175,7 +175,7 @@ def report(result: dict[str, Any]) -> str:
         ]
         for name, iou in result["per_class"].items()
     ]
-    return "\n".join([*lines, *table(["class", "IoU", "95 % interval"], rows)]) + "\n"
+    return "\n".join([*lines, *markdown_table(["class", "IoU", "95 % interval"], rows)]) + "\n"
 
 
 def _sentences(result: dict[str, Any]) -> Iterable[str]:

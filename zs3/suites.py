@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from zs3.command_line import InputError
 from zs3.evaluation import SCORES, GeneralizedScores, percent
 from zs3.label_space import CLASSES_FOLDER, load_label_space
-from zs3.results import table
+from zs3.results import markdown_table
 
 
 class Suite(NamedTuple):
@@ -72,7 +72,7 @@ def row(suite: Suite, root: Path, results: Mapping[str, dict], reasons: Mapping[
             cells.append(percent(results[name][score]) if name in results else "-")
         lines.append(f"- {suite.members[name]}: {_told(suite, root, name, results.get(name), reasons.get(name))}")
     models = ", ".join(dict.fromkeys(result["model"] for result in results.values())) or "no model"
-    return "\n".join([f"{models}: {suite.title}; percent", "", *table(head, [cells]), "", *lines]) + "\n"
+    return "\n".join([f"{models}: {suite.title}; percent", "", *markdown_table(head, [cells]), "", *lines]) + "\n"
 
 
 def _told(suite: Suite, root: Path, name: str, result: dict | None, reason: str | None) -> str:

@@ -36,7 +36,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
 from processing_zs3 import PROMPT_TEMPLATES
 from zs3 import scenes
 from zs3.command_line import InputError, run
-from zs3.results import table as markdown_table
+from zs3.results import markdown_table
 
 CROP = 48  # pixels, both sides of what the image tower sees
 BATCH = 128  # crops of one step
