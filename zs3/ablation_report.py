@@ -250,7 +250,7 @@ def report(result: dict) -> str:
             f"Every score is in percent, on the validation {images} with all names as candidates (gzs3): the mean over "
             f"seeds {seeds} ± half of its {level} t-interval, and in brackets every seed. A seed decides weights, "
             f"order, augmentation and points of both stages; the {images} are the same. Differences are paired by "
-            'seed, in percentage points, and ratios are those of the means. "No difference": the seeds do not show one, '
+            'seed, in percentage points, and ratios are of the means. "No difference": the seeds do not show one, '
             f"the interval holds 0. Every interval stands by itself: of the {pairs} differences here, "
             f"{(1 - result['level']) * pairs:.0f} would get another verdict by chance if nothing differed.",
             "",
