@@ -148,6 +148,9 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
                 result = {name: rng.uniform(0.2, 0.6) for name in SCORES}
                 areas = [{wrong: rng.uniform(0, 0.2) for wrong in ("wrong_seen", "wrong_unseen")} for _ in range(2)]
                 result |= {"seen_unseen_confusion": dict(zip(("of_seen", "of_unseen"), areas, strict=True))}
+                if row != "mask2former":
+                    alone, area = {"miou_seen": 0.5 + 0.1 * seed}, 0.2 if row == "none" else None
+                    result |= {"seen_unseen_curve": {"seen_only": alone, "area": area}}
                 result |= {"unseen": ["heart"], "per_class": {"star": 0.9, "heart": 0.1 * seed}}
                 result |= {"miou_unseen": 0.0, "hiou": 0.0} if row == "none" else {}
                 result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "num_images": 1}
@@ -269,6 +272,10 @@ def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_p
         wrong = [("of_seen", "wrong_unseen"), ("of_unseen", "wrong_seen"), ("of_unseen", "wrong_unseen")]
         for found, (group, kind) in zip(row["areas"].values(), wrong, strict=True):
             assert found["seeds"] == pytest.approx([100 * one[group][kind] for one in confusion])
+        alone, area = row["curve"].values()
+        assert alone["seeds"] == pytest.approx([50, 60, 70]) and area["mean"] == (
+            20 if row["training"] == "none" else None
+        )
         assert list(row["areas"])[0].startswith("seen area") and list(row["areas"])[1] == "unseen area with a seen name"
         assert list(row["unseen_classes"]) == ["heart"] and row["unseen_classes"]["heart"]["mean"] == pytest.approx(10)
     none, pseudo, truth = (row["logged"] for row in table["rows"])

@@ -90,6 +90,17 @@ def areas_of(runs: Runs) -> dict[str, dict]:
     return {title: over_seeds([in_percent(share[kind][wrong]) for share in shares]) for title, kind, wrong in AREAS}
 
 
+def curve_of(runs: Runs) -> dict[str, dict]:
+    """What does not depend on how much the scores favour seen names; NaN where the curve was not measured."""
+    curves = [result.get("seen_unseen_curve") for result in runs.results]
+    alone = [math.nan if curve is None else in_percent(curve["seen_only"]["miou_seen"]) for curve in curves]
+    area = [math.nan if curve is None else in_percent(curve["area"]) for curve in curves]
+    return {
+        "mIoU(S), seen names alone": over_seeds(alone),
+        "area under the seen/unseen curve": over_seeds(area),
+    }
+
+
 def unseen_classes_of(runs: Runs) -> dict[str, dict]:
     """IoU by unseen class."""
     names = runs.results[0]["unseen"]
@@ -122,6 +133,7 @@ def summarise(table: Table, paths: Callable[[Row], list[Path]]) -> dict:
             "ensemble": row.view,
             "scores": {name: over_seeds(values) for name, values in scores[row].items()},
             "paper": table.paper[row]._asdict() if row in table.paper else None,
+            "curve": curve_of(runs[row]),
             "areas": areas_of(runs[row]),
             "unseen_classes": unseen_classes_of(runs[row]),
             "logged": logged_by(runs[row]),
@@ -190,14 +202,18 @@ def table_text(table: dict) -> str:
 
 
 def areas_text(table: dict) -> list[str]:
-    """Which kind of pixels got a wrong name, and how each unseen class fares."""
+    """What the scores would be without a favour for seen names, which areas got a wrong name, and each unseen class."""
     classes = list(table["rows"][0]["unseen_classes"])
     rows = []
     for row in table["rows"]:
-        values = [*row["areas"].values(), *row["unseen_classes"].values()]
+        values = [*row["curve"].values(), *row["areas"].values(), *row["unseen_classes"].values()]
         rows.append([row["title"], *map(plus_minus, values)])
-    said = "Shares of the labelled area of seen and of unseen classes, and IoU of the unseen classes, percent:"
-    head = ["training", *(title for title, *_ in AREAS), *(f"IoU of {name}" for name in classes)]
+    said = (
+        "Scores that no bias towards seen names moves, shares of the labelled area of seen and of unseen classes, and "
+    )
+    said += "IoU of the unseen classes, percent:"
+    curve = table["rows"][0]["curve"]
+    head = ["training", *curve, *(title for title, *_ in AREAS), *(f"IoU of {name}" for name in classes)]
     return [said, "", *markdown_table(head, rows)]
 
 
