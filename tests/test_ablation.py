@@ -258,7 +258,7 @@ def test_every_table_is_told(finished, monkeypatch, capsys):
     assert all(f"## {table.title}" in text for table in TABLES.values()) and "nan" not in text
     pairs = 3 * sum(len(table.differences) for table in TABLES.values())
     assert f"of the {pairs} differences here, {0.05 * pairs:.0f} would" in text
-    assert "| ZegFormer-like, ensemble on, crops, w = 2/3, bias 0.1 | nothing |" in text
+    assert "| ZegFormer-like, ensemble on, crops, w = 2/3, bias 0.1 | no image labels |" in text
 
 
 def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from scipy import stats
 from zs3.ablation_tables import TRAININGS, Row, Table
 from zs3.curves import draw_scores
 from zs3.evaluation import SCORES, GeneralizedScores
-from zs3.results import markdown_table
+from zs3.results import TOLD, markdown_table
 
 LEVEL = 0.95  # of the intervals over seeds
 END = 4  # lines of a log at either end
@@ -157,7 +157,6 @@ def summarise(table: Table, paths: Callable[[Row], list[Path]]) -> dict:
 # ---- the report --------------------------------------------------------------------------------------------
 
 SCORE_TITLES = {name: SCORES[name] for name in GeneralizedScores._fields}
-TOLD = {"none": "nothing", "pseudo": "pseudo labels", "ground_truth": "true image labels"}
 
 
 def number(value: float, form: str = ".1f") -> str:
