@@ -17,7 +17,6 @@ import json
 import platform
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -58,7 +57,7 @@ from zs3.command_line import (
     write_json,
     write_text,
 )
-from zs3.curves import draw_reliability, draw_seen_unseen_curve
+from zs3.curves import check_matplotlib, draw_reliability, draw_seen_unseen_curve
 from zs3.data import Split, dataset_name, load_split
 from zs3.evaluation import ConfusionMatrix, GeneralizedScores
 from zs3.label_space import LabelSpace, load_label_space
@@ -143,8 +142,8 @@ class EvalArgs:
             raise InputError("--ensemble_weight goes with an ensemble, and --ensemble is off")
         if self.curves is not None and not self.calibration:
             raise InputError("--curves draws what is left out without calibration")
-        if self.curves is not None and find_spec("matplotlib") is None:
-            raise InputError('--curves needs matplotlib: pip install -e ".[figures]"')
+        if self.curves is not None:
+            check_matplotlib("--curves")
 
 
 WORST_PAIRS = 10

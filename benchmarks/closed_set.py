@@ -13,7 +13,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -129,7 +128,7 @@ def evaluate(args: EvalArgs) -> dict:
         outputs.masks_queries_logits = masks[..., :height, :width]  # the image without its padding
         (found,) = theirs.post_process_semantic_segmentation(outputs, [label.shape])
         confusion.update(ids[found], label, image_id)
-    is_seen = np.array([name not in label_space.unseen for name in label_space.class_names])
+    is_seen = label_space.is_seen.numpy()
     confused = confusion.seen_unseen_confusion(is_seen)._asdict()
     result = {
         "settings": deciding_flags(args),

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +37,7 @@ from zs3.ablation_report import LEVEL, draw, report, summarise
 from zs3.ablation_tables import ENSEMBLE_WEIGHT, TRAININGS, VIEWS, Row, Table, make_tables
 from zs3.checkpoints import WEIGHTS, weights_sha256
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.curves import check_matplotlib
 from zs3.data import dataset_name, load_split
 from zs3.run_folder import differ
 from zs3.scenes import write_dataset
@@ -83,14 +83,13 @@ class AblationArgs:
             raise InputError(f"--benchmark {self.benchmark}: there is no such folder; 'scenes' are drawn")
         if self.result is not None and Path(self.result).suffix != ".json":
             raise InputError(f"--result {self.result} must be a file that ends in .json")
-        if self.picture is not None and find_spec("matplotlib") is None:
-            raise InputError('--picture needs matplotlib: pip install -e ".[figures]"')
+        if self.picture is not None:
+            check_matplotlib("--picture")
 
     @cached_property
     def known_tables(self) -> dict[str, Table]:
-        return make_tables(
-            clip=self.text_embeds is None, matching=read_recipe(self.stage2)[1].get("matching", "unpaired")
-        )
+        _, model = read_training("--config", self.stage2)
+        return make_tables(clip=self.text_embeds is None, matching=model.get("matching", Zs3Config.matching))
 
     def run_folder(self, seed: int, name: str) -> Path:
         return Path(self.output_dir, f"seed{seed}", name)
@@ -153,7 +152,7 @@ def training_flags(args: AblationArgs, seed: int, name: str) -> list[str]:
     flags += ["--unseen_labels", pseudo if training.told == "pseudo" else training.told]
     stages = [(args.stage1, args.stage1_steps), (args.stage2, args.stage2_steps)]
     if training.whole:
-        steps = sum(steps or read_recipe(recipe)[0].max_steps for recipe, steps in stages)
+        steps = sum(steps or read_training("--config", recipe)[0].max_steps for recipe, steps in stages)
     else:
         _, steps = stages[0 if training.start is None else 1]
     if steps is not None:
@@ -161,11 +160,11 @@ def training_flags(args: AblationArgs, seed: int, name: str) -> list[str]:
     return [*flags, *training.flags]
 
 
-def read_recipe(path: str, *flags: str) -> tuple[Any, dict[str, Any]]:
-    """TrainArgs and the fields of Zs3Config of a recipe, with flags after it."""
+def read_training(*flags: str) -> tuple[Any, dict[str, Any]]:
+    """TrainArgs and the fields of Zs3Config that these flags of train.py give."""
     from train import TrainArgs  # a script of the repository's root
 
-    return read_arguments(TrainArgs, ["--config", path, *flags], Zs3Config)
+    return read_arguments(TrainArgs, list(flags), Zs3Config)
 
 
 def training_job(args: AblationArgs, seed: int, name: str) -> Job:
@@ -238,8 +237,7 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
 
 def check_trained(args: AblationArgs, seed: int, name: str) -> int:
     """Steps of this training. One that is there must have been made with the flags of today."""
-    _, recipe, *flags = training_flags(args, seed, name)
-    training, overrides = read_recipe(recipe, *flags)
+    training, overrides = read_training(*training_flags(args, seed, name))
     folder = args.run_folder(seed, name)
     if (folder / "final").exists() and (folder / "recipe.yaml").exists():
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))

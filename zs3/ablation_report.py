@@ -207,10 +207,8 @@ def areas_text(table: dict) -> list[str]:
     for row in table["rows"]:
         values = [*row["curve"].values(), *row["areas"].values(), *row["unseen_classes"].values()]
         rows.append([row["title"], *map(plus_minus, values)])
-    said = (
-        "Scores that no bias towards seen names moves, shares of the labelled area of seen and of unseen classes, and "
-    )
-    said += "IoU of the unseen classes, percent:"
+    said = "Scores that no bias towards seen names moves, shares of the labelled area of seen and of unseen classes, "
+    said += "and IoU of the unseen classes, percent:"
     curve = table["rows"][0]["curve"]
     head = ["training", *curve, *(title for title, *_ in AREAS), *(f"IoU of {name}" for name in classes)]
     return [said, "", *markdown_table(head, rows)]
@@ -272,7 +270,7 @@ def report(result: dict) -> str:
             f"Training steps: {steps_text(result['steps'])}.",
             "",
             f"Jobs of one thread, with the loader's process, on {result['machine']}{spent}. Versions: "
-            f"{', '.join(f'{name} {number}' for name, number in result['versions'].items())}.",
+            f"{', '.join(map(' '.join, result['versions'].items()))}.",
             "",
             *(table_text(table) for table in result["tables"].values()),
         ]

@@ -5,6 +5,7 @@ matplotlib draws, and is only imported here (`pip install -e ".[figures]"`).
 """
 
 import os
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,11 @@ FAINT = "0.6"  # matplotlib's greys
 SEED = {"marker": "o", "markersize": 4, "color": "C0", "alpha": 0.6, "markeredgewidth": 0, "linestyle": ""}
 MEAN = {"marker": "|", "markersize": 12, "markeredgewidth": 1.5, "color": "black", "linestyle": ""}
 PAPER = {"marker": "D", "markersize": 5, "color": FAINT, "markerfacecolor": "none", "linestyle": ""}
+
+
+def check_matplotlib(flag: str) -> None:
+    if find_spec("matplotlib") is None:
+        raise InputError(f'{flag} needs matplotlib: pip install -e ".[figures]"')
 
 
 def draw_seen_unseen_curve(results: dict[str, dict], path: Path) -> None:
