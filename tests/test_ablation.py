@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
                 result |= {"miou_unseen": 0.0, "hiou": 0.0} if row == "none" else {}
                 result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "num_images": 1}
                 result |= {"split_images": 1, "settings": settings_of(args, seed, row, view)}
+                result |= {"versions": {"torch": "2.13.0" if seed else "2.11.0+cu130", "numpy": "2.4.6"}}
                 (args.run_folder(seed, row) / f"gzs3_{view}.json").write_text(json.dumps(result))
         for row in ("pseudo", "ground_truth"):  # ten lines: the first four mean 20 + seed, the last four 5
             rank = [20.0 + seed] * 4 + [10.0] * 2 + [4.0, 6.0, 4.0, 6.0]
@@ -189,8 +191,8 @@ def flags(args: AblationArgs) -> list[object]:
 
 def test_both_tables_of_a_finished_ablation_without_running_anything(finished, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(subprocess, "Popen", None)
-    times = [{"job": "seed0/none", "seconds": 3000.0}, {"job": "seed0/none", "seconds": 2400.0}]
-    times += [{"job": "seed0/stage1/gzs3_off", "seconds": 360.0}, {"job": "seed9/none", "seconds": 9e9}]
+    times = [("seed0/none", 3000.0), ("seed0/none", 2400.0), ("seed0/stage1/gzs3_off", 360.0), ("seed9/none", 9e9)]
+    times = [{"job": name, "seconds": seconds, "machine": "a machine"} for name, seconds in times]
     Path(finished.output_dir, "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in times))
     call(monkeypatch, "table4", "table5", *flags(finished), "--seeds", 0, 1, 2, "--result", tmp_path / "tables.json")
     result = json.loads((tmp_path / "tables.json").read_text())
@@ -202,9 +204,9 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     assert (
         "synthetic" in text
         and "stage 1 alone 1400; stage 2, nothing told 1400 + 500" in text
-        and result["versions"]["torch"] in text
+        and "Versions: torch 2.11.0+cu130 and 2.13.0, numpy 2.4.6." in text
     )
-    assert result["seconds"] is None and "1.6 job-hours" not in text
+    assert result["seconds"] is None and "job-hours" not in text
 
     def seeds_of(row: str, view: str, name: str) -> list[float]:
         paths = [finished.run_folder(seed, row) / f"gzs3_{view}.json" for seed in (0, 1, 2)]
@@ -241,14 +243,17 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     ]
 
 
-def test_the_time_is_told_where_every_training_has_left_one(finished, monkeypatch):
+def test_the_time_is_told_by_machine_where_every_training_has_left_one(finished, monkeypatch):
     names = [f"seed{seed}/{name}" for seed in (0, 1, 2) for name in ("stage1", "none", "pseudo", "ground_truth")]
-    times = [{"job": name, "seconds": 600.0} for name in names] + [{"job": "seed0/none", "seconds": 2400.0}]
-    times += [{"job": "seed0/none/gzs3_off", "seconds": 360.0}, {"job": "seed9/none", "seconds": 9e9}]
-    Path(finished.output_dir, "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in times))
+    times = [(name, 600.0, "a GPU" if "seed2" in name else "a CPU") for name in names]
+    times += [("seed0/none", 2400.0, "a CPU"), ("seed0/none/gzs3_off", 360.0, "a CPU"), ("seed9/none", 9e9, "a CPU")]
+    rows = [{"job": name, "seconds": seconds, "machine": machine} for name, seconds, machine in times]
+    Path(finished.output_dir, "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     call(monkeypatch, "table5", *flags(finished))
-    assert json.loads(Path(finished.output_dir, "tables.json").read_text())["seconds"] == 12 * 600 + 2400 + 360
-    assert "2.8 job-hours" in Path(finished.output_dir, "tables.md").read_text()
+    seconds = json.loads(Path(finished.output_dir, "tables.json").read_text())["seconds"]
+    assert seconds == {"a CPU": 8 * 600 + 2400 + 360, "a GPU": 4 * 600}
+    text = Path(finished.output_dir, "tables.md").read_text()
+    assert "loader's process: 2.1 job-hours on a CPU and 0.7 job-hours on a GPU. Versions: torch" in text
 
 
 def test_every_table_is_told(finished, monkeypatch, capsys):
@@ -327,6 +332,25 @@ def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another
     assert undone(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
     path.write_text(json.dumps(before | {"split_images": 2}))
     assert undone(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
+
+
+def test_a_training_whose_weights_are_gone_is_repeated_where_a_result_is_missing(finished):
+    def to_run() -> list[str]:
+        return [job.name for job in ablation.jobs_to_run(make_jobs(finished, OLD))]
+
+    for folder in Path(finished.output_dir).glob("seed*/*/final"):
+        shutil.rmtree(folder)
+    assert to_run() == []
+    (finished.run_folder(1, "none") / "gzs3_crops.json").unlink()
+    views = [f"gzs3_{view}" for view in VIEWS if view != "zegformer"]
+    expected = []  # none has to start from a stage 1, whose seed is then made again, in case it is another one
+    for name in ("stage1", "none", "pseudo", "ground_truth"):
+        expected += ["seed1/pseudo_labels"] if name == "pseudo" else []
+        expected += [f"seed1/{name}", *(f"seed1/{name}/{view}" for view in views)]
+    assert to_run() == expected
+    (finished.run_folder(1, "stage1") / "final").mkdir()
+    (finished.run_folder(1, "stage1") / "final" / "model.safetensors").write_bytes(b"1 stage1")
+    assert to_run() == ["seed1/none", *(f"seed1/none/{view}" for view in views)]
 
 
 def test_pseudo_labels_of_another_stage_1_are_made_again(finished):
@@ -494,7 +518,7 @@ def test_nothing_is_repeated(fakes):
     run_jobs([fakes.job("a"), fakes.job("b", "a")], processes=1)
     assert fakes.events() == [("b", "begins"), ("b", "ends")]
     (row,) = map(json.loads, (fakes.folder / "times.jsonl").read_text().splitlines())
-    assert row["job"] == "b" and 0.1 < row["seconds"] < 60
+    assert row["job"] == "b" and 0.1 < row["seconds"] < 60 and row["machine"] == ablation.machine()
 
 
 def test_a_failure_names_the_log_ends_the_others_and_is_mended(fakes, capsys):

@@ -5,12 +5,14 @@
 A table is data (zs3/ablation_tables.py): which trainings (`TRAININGS`), looked at with which ensemble (`VIEWS`), which
 pairs are compared, and what the paper has there. The command runs what is missing through the project's own commands,
 each a process of one thread, goes on with what was stopped, repeats nothing that is there, and writes what
-zs3/ablation_report.py makes of it, as JSON and Markdown. Where things lie:
+zs3/ablation_report.py makes of it, as JSON and Markdown. A training whose results are all there is not repeated even
+where its weights are gone, so that seeds can be run on several machines and only results be brought together, each
+machine's times.jsonl at the end of the other. Where things lie:
 
     OUTPUT_DIR/scenes                      the pictures, the same for all seeds; of another benchmark its own folder
     OUTPUT_DIR/seed0/stage1, none, ...     one training each: final/, train.log, gzs3_off.json, gzs3_crops.json, ...
     OUTPUT_DIR/seed0/pseudo_labels         of that seed's stage-1 model
-    OUTPUT_DIR/times.jsonl                 how long each job took
+    OUTPUT_DIR/times.jsonl                 how long each job took, and on what
 """
 
 import fcntl
@@ -21,10 +23,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +46,6 @@ from zs3.scenes import write_dataset
 
 POLL_SECONDS = 0.1
 SCENES = "scenes"
-PACKAGES = ("torch", "transformers", "accelerate", "numpy", "scipy")
 
 
 @dataclass
@@ -185,11 +186,11 @@ def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
     model = args.run_folder(seed, "stage1") / "final"
 
     def is_done() -> bool:
-        """The summary is there, and the scores are of this checkpoint."""
+        """The summary is there, and the scores are of this checkpoint, where that is still there."""
         if not (folder / "summary.json").exists():
             return False
         made_with = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        return made_with["checkpoint_sha256"].get(WEIGHTS) == weights_sha256(str(model))
+        return not model.exists() or made_with["checkpoint_sha256"].get(WEIGHTS) == weights_sha256(str(model))
 
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(folder)]
     return Job(
@@ -216,12 +217,12 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
     asked, _ = read_arguments(EvalArgs, flags)
 
     def is_done() -> bool:
-        """The result is there, of this checkpoint and these flags, on all images."""
+        """The result is there, of these flags, on all images, and of this checkpoint, where that is still there."""
         if not path.exists():
             return False
         result = json.loads(path.read_text(encoding="utf-8"))
         return (
-            result["checkpoint_sha256"] == weights_sha256(str(model))
+            (not model.exists() or result["checkpoint_sha256"] == weights_sha256(str(model)))
             and result["num_images"] == result["split_images"]
             and result["settings"] == deciding_flags(asked)
         )
@@ -239,7 +240,8 @@ def check_trained(args: AblationArgs, seed: int, name: str) -> int:
     """Steps of this training. One that is there must have been made with the flags of today."""
     training, overrides = read_training(*training_flags(args, seed, name))
     folder = args.run_folder(seed, name)
-    if (folder / "final").exists() and (folder / "recipe.yaml").exists():
+    trained = (folder / "final").exists() or any(folder.glob("gzs3_*.json"))
+    if trained and (folder / "recipe.yaml").exists():
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         wanted = asdict(training) | {key: value for key, value in overrides.items() if not isinstance(value, dict)}
         changed = sorted(key for key, value in wanted.items() if key in before and differ(before[key], value))
@@ -260,15 +262,29 @@ class Running(NamedTuple):
     began: float  # of time.monotonic
 
 
+def jobs_to_run(jobs: list[Job]) -> list[Job]:
+    """What is missing for the last results, and what comes after that; jobs stand after those they wait for."""
+    wanted = {job.name for job in jobs} - {name for job in jobs for name in job.after}
+    chosen: set[str] = set()
+    for job in reversed(jobs):
+        if job.name in wanted and not job.is_done():
+            chosen.add(job.name)
+            wanted |= set(job.after)
+    for job in jobs:
+        if chosen.intersection(job.after):
+            chosen.add(job.name)
+    return [job for job in jobs if job.name in chosen]
+
+
 def run_jobs(jobs: list[Job], processes: int, times: Path) -> None:
     """Runs what is not done, at most `processes` at once, each job after those it waits for, in the order given.
 
     A job that fails ends the others, who go on from their last checkpoint when the same command comes again.
     times: JSON lines, to which the seconds of every job are added, also where it was stopped.
     """
-    waiting = {job.name: job for job in jobs}
+    waiting = {job.name: job for job in jobs_to_run(jobs)}
     running: dict[str, Running] = {}
-    with tqdm(total=len(jobs), unit="job") as bar:
+    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="job") as bar:
         try:
             while waiting or running:
                 before = list(running)
@@ -301,17 +317,30 @@ def run_jobs(jobs: list[Job], processes: int, times: Path) -> None:
 
 
 def note_time(times: Path, one: Running) -> None:
+    row = {"job": one.job.name, "seconds": round(time.monotonic() - one.began, 1), "machine": machine()}
     with times.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"job": one.job.name, "seconds": round(time.monotonic() - one.began, 1)}) + "\n")
+        file.write(json.dumps(row) + "\n")
 
 
-def seconds_of(jobs: list[Job], times: Path) -> float | None:
-    """Of these jobs together, all their starts counted; None where a training has left no time."""
+def effort(jobs: list[Job], times: Path) -> dict[str, float] | None:
+    """Seconds of these jobs, all their starts counted, by machine; None where a training has left no time."""
     rows = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()] if times.exists() else []
-    seconds = {job.name: [row["seconds"] for row in rows if row["job"] == job.name] for job in jobs}
-    if not all(seconds[job.name] for job in jobs if job.log.name == "train.log"):
+    if not {job.name for job in jobs if job.log.name == "train.log"} <= {row["job"] for row in rows}:
         return None
-    return sum(map(sum, seconds.values()))
+    names, seconds = {job.name for job in jobs}, defaultdict(float)
+    for row in rows:
+        if row["job"] in names:
+            seconds[row["machine"]] += row["seconds"]
+    return dict(seconds)
+
+
+def versions_of(results: list[Path]) -> dict[str, list[str]]:
+    """By package, those that the evaluations ran with."""
+    found = defaultdict(set)
+    for path in results:
+        for name, number in json.loads(path.read_text(encoding="utf-8"))["versions"].items():
+            found[name].add(number)
+    return {name: sorted(numbers) for name, numbers in found.items()}
 
 
 def start(job: Job) -> subprocess.Popen:
@@ -385,9 +414,8 @@ def main() -> None:
         "level": LEVEL,
         "ensemble_weight": ENSEMBLE_WEIGHT,
         "steps": steps,
-        "machine": machine(),
-        "seconds": seconds_of(jobs, times),
-        "versions": {name: version(name) for name in PACKAGES},
+        "seconds": effort(jobs, times),
+        "versions": versions_of([path for row in rows for path in result_paths(row)]),
         "tables": {name: summarise(table, result_paths) for name, table in tables.items()},
     }
     path = Path(args.result or Path(args.output_dir, "tables.json"))

@@ -243,13 +243,20 @@ def steps_text(steps: dict[str, int]) -> str:
     return "; ".join(told)
 
 
+def effort_text(seconds: dict[str, float] | None) -> str:
+    """seconds: by machine; where they are unknown, nothing is said."""
+    if seconds is None:
+        return ""
+    spent = " and ".join(f"{value / 3600:.1f} job-hours on {machine}" for machine, value in seconds.items())
+    return f"Jobs of one thread, with the loader's process: {spent}. "
+
+
 def report(result: dict) -> str:
     """The Markdown file."""
     seeds, level = ", ".join(map(str, result["seeds"])), f"{100 * result['level']:.0f} %"
     images = "scenes" if result["synthetic"] else "images"
     kind = "synthetic, drawn by this project" if result["synthetic"] else "a folder"
     pairs = len(SCORE_TITLES) * sum(len(table["differences"]) for table in result["tables"].values())
-    spent = "" if result["seconds"] is None else f", {result['seconds'] / 3600:.1f} job-hours"
     return "\n".join(
         [
             "# Ablation",
@@ -269,8 +276,8 @@ def report(result: dict) -> str:
             "",
             f"Training steps: {steps_text(result['steps'])}.",
             "",
-            f"Jobs of one thread, with the loader's process, on {result['machine']}{spent}. Versions: "
-            f"{', '.join(map(' '.join, result['versions'].items()))}.",
+            f"{effort_text(result['seconds'])}Versions: "
+            f"{', '.join(' '.join([name, ' and '.join(its)]) for name, its in result['versions'].items())}.",
             "",
             *(table_text(table) for table in result["tables"].values()),
         ]
