@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -150,6 +151,19 @@ class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
             init.zeros_(module.vocabulary)
 
 
+def begin_as_published(network: Mask2FormerModel) -> None:
+    """New level and query embeddings and a new mask MLP, drawn as PyTorch does, like Mask2Former's own code.
+
+    Transformers before 5.23 makes them zeros or small numbers, and training from scratch then falls far behind.
+    """
+    transformer = network.transformer_module
+    embeddings = transformer.queries_embedder, transformer.queries_features, transformer.level_embed
+    for module in (*embeddings, *transformer.decoder.mask_predictor.modules()):
+        if isinstance(module, nn.Embedding | nn.Linear):
+            module.reset_parameters()
+    nn.init.normal_(network.pixel_level_module.decoder.level_embed)
+
+
 class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     """Mask proposals and their class embeddings, classified by cosine with the text vectors of any label list."""
 
@@ -159,6 +173,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     def __init__(self, config: Zs3Config):
         super().__init__(config)
         self.model = Mask2FormerModel(config)
+        if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+            begin_as_published(self.model)
         self.class_projection = class_projection(config.hidden_dim, config.projection_dim, config.class_projection)
         self.text_model = self.vision_model = None
         if config.text_config is not None:

@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import CLASS_NAMES, byte_tokenizer, save_checkpoint, tiny_config, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextModelWithProjection,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
+    Mask2FormerModel,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -20,6 +21,7 @@ from transformers import (
 from modeling_zs3 import (
     Zs3ForSemanticSegmentation,
     Zs3Output,
+    begin_as_published,
     class_projection,
     default_image_labels,
 )
@@ -111,6 +113,39 @@ def test_baseline_and_paper_load_each_others_checkpoints(tmp_path):
     for name, weight in baseline.state_dict().items():
         if name != "background_embed":
             assert torch.equal(weight, back.state_dict()[name]), name
+
+
+def assert_begins_as_pytorch_does(network: Mask2FormerModel) -> None:
+    transformer = network.transformer_module
+    embeddings = [transformer.queries_embedder, transformer.queries_features, transformer.level_embed]
+    for weight in (*(embedding.weight for embedding in embeddings), network.pixel_level_module.decoder.level_embed):
+        assert weight.std().item() == pytest.approx(nn.Embedding(*weight.shape).weight.std().item(), rel=0.2)
+    layers = [layer for layer in transformer.decoder.mask_predictor.modules() if isinstance(layer, nn.Linear)]
+    assert len(layers) == 3
+    for layer in layers:
+        fresh = nn.Linear(layer.in_features, layer.out_features)
+        for mine, its in zip(layer.parameters(), fresh.parameters(), strict=True):
+            assert mine.std().item() == pytest.approx(its.std().item(), rel=0.2)
+            assert mine.abs().max().item() == pytest.approx(its.abs().max().item(), rel=0.1)
+
+
+def test_a_new_model_begins_as_pytorchs_own_embeddings_and_layers_do():
+    torch.manual_seed(0)
+    config = tiny_config(text=False, hidden_dim=64, mask_feature_size=64, feature_size=64, num_queries=50)
+    network = Zs3ForSemanticSegmentation(config).model
+    assert_begins_as_pytorch_does(network)
+    attention = network.pixel_level_module.decoder.encoder.layers[0].self_attn
+    assert attention.value_proj.weight.std().item() == pytest.approx(
+        (2 / 128) ** 0.5, rel=0.1
+    )  # the rest is transformers'
+    before = attention.value_proj.weight.clone()
+    for weight in network.transformer_module.parameters():
+        weight.data.fill_(0.02)  # about what older versions of transformers make of it
+    with pytest.raises(AssertionError):
+        assert_begins_as_pytorch_does(network)
+    begin_as_published(network)
+    assert_begins_as_pytorch_does(network)
+    assert torch.equal(attention.value_proj.weight, before)
 
 
 def test_class_projections_are_the_mlp_of_the_contract_or_one_layer():
