@@ -421,8 +421,12 @@ def stamps(
         "absent": args.absent,
         "seed": args.seed,
         "settings": deciding_flags(args),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def deciding_flags(args: EvalArgs) -> dict:

@@ -151,11 +151,14 @@ class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
             init.zeros_(module.vocabulary)
 
 
-def begin_as_published(network: Mask2FormerModel) -> None:
-    """New level and query embeddings and a new mask MLP, drawn as PyTorch does, like Mask2Former's own code.
+def draw_as_mask2former(network: Mask2FormerModel) -> None:
+    """New level and query embeddings and a new mask MLP as Mask2Former's own code has them: drawn by PyTorch's default.
 
-    Transformers before 5.23 makes them zeros or small numbers, and training from scratch then falls far behind.
+    So does transformers from 5.23 on, and nothing is done then. Before, it makes them zeros or small numbers, and
+    training from scratch falls far behind.
     """
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
+        return
     transformer = network.transformer_module
     embeddings = transformer.queries_embedder, transformer.queries_features, transformer.level_embed
     for module in (*embeddings, *transformer.decoder.mask_predictor.modules()):
@@ -173,8 +176,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     def __init__(self, config: Zs3Config):
         super().__init__(config)
         self.model = Mask2FormerModel(config)
-        if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
-            begin_as_published(self.model)
+        draw_as_mask2former(self.model)
         self.class_projection = class_projection(config.hidden_dim, config.projection_dim, config.class_projection)
         self.text_model = self.vision_model = None
         if config.text_config is not None:

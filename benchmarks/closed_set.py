@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from configuration_zs3 import Zs3Config
-from eval import EvalArgs, deciding_flags
+from eval import EvalArgs, deciding_flags, versions
 from losses_zs3 import mask_ids
+from modeling_zs3 import draw_as_mask2former
 from processing_zs3 import Zs3ImageProcessor
 from train import TrainArgs, make_dataset, make_loader, make_scheduler, parameter_groups
 from zs3.checkpoints import weights_sha256
@@ -63,7 +64,10 @@ def make_model(overrides: dict, class_names: list[str]) -> Mask2FormerForUnivers
     known = {name: value for name, value in overrides.items() if name in Mask2FormerConfig.__dataclass_fields__}
     if isinstance(known.get("backbone_config"), dict):
         known["backbone_config"] = AutoConfig.for_model(**known["backbone_config"])
-    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**known, id2label=dict(enumerate(class_names))))
+    config = Mask2FormerConfig(**known, id2label=dict(enumerate(class_names)))
+    model = Mask2FormerForUniversalSegmentation(config)
+    draw_as_mask2former(model.model)
+    return model
 
 
 def binary_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -132,6 +136,7 @@ def evaluate(args: EvalArgs) -> dict:
     confused = confusion.seen_unseen_confusion(is_seen)._asdict()
     result = {
         "settings": deciding_flags(args),
+        "versions": versions(),
         "checkpoint_sha256": weights_sha256(args.model),
         "unseen": [name for name in label_space.class_names if name in label_space.unseen],
         "seen_unseen_confusion": {group: shares._asdict() for group, shares in confused.items()},

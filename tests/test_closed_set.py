@@ -55,6 +55,7 @@ def test_it_is_trained_and_scored_without_a_name_for_an_unseen_class(tmp_path, m
         pixels += int((label != 255).sum())
     assert result["pixel_accuracy"] == pytest.approx(right / pixels, abs=2e-3)
     assert result["miou_unseen"] == 0 and result["num_images"] == result["split_images"] == 3
+    assert result["versions"]["torch"] == torch.__version__
     assert result["unseen"] == UNSEEN and result["seen_unseen_confusion"]["of_unseen"]["wrong_seen"] == 1
     call(monkeypatch, "train", "--config", RECIPE, "--dataset", data, "--output_dir", folder, *few)
     assert "nothing to do" in capsys.readouterr().out

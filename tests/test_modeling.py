@@ -21,9 +21,9 @@ from transformers import (
 from modeling_zs3 import (
     Zs3ForSemanticSegmentation,
     Zs3Output,
-    begin_as_published,
     class_projection,
     default_image_labels,
+    draw_as_mask2former,
 )
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 
@@ -115,7 +115,7 @@ def test_baseline_and_paper_load_each_others_checkpoints(tmp_path):
             assert torch.equal(weight, back.state_dict()[name]), name
 
 
-def assert_begins_as_pytorch_does(network: Mask2FormerModel) -> None:
+def assert_drawn_by_pytorch(network: Mask2FormerModel) -> None:
     transformer = network.transformer_module
     embeddings = [transformer.queries_embedder, transformer.queries_features, transformer.level_embed]
     for weight in (*(embedding.weight for embedding in embeddings), network.pixel_level_module.decoder.level_embed):
@@ -129,21 +129,37 @@ def assert_begins_as_pytorch_does(network: Mask2FormerModel) -> None:
             assert mine.abs().max().item() == pytest.approx(its.abs().max().item(), rel=0.1)
 
 
-def test_a_new_model_begins_as_pytorchs_own_embeddings_and_layers_do():
-    torch.manual_seed(0)
-    config = tiny_config(text=False, hidden_dim=64, mask_feature_size=64, feature_size=64, num_queries=50)
-    network = Zs3ForSemanticSegmentation(config).model
-    assert_begins_as_pytorch_does(network)
-    attention = network.pixel_level_module.decoder.encoder.layers[0].self_attn
-    before = attention.value_proj.weight.clone()
-    assert before.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.1)  # the rest is transformers'
-    for weight in network.transformer_module.parameters():
-        weight.data.fill_(0.02)  # about what older versions of transformers make of it
-    with pytest.raises(AssertionError):
-        assert_begins_as_pytorch_does(network)
-    begin_as_published(network)
-    assert_begins_as_pytorch_does(network)
-    assert torch.equal(attention.value_proj.weight, before)
+WIDE = {"hidden_dim": 64, "mask_feature_size": 64, "feature_size": 64, "num_queries": 50}
+
+
+def test_a_new_models_queries_levels_and_mask_mlp_are_drawn_by_pytorch():
+    assert_drawn_by_pytorch(Zs3ForSemanticSegmentation(tiny_config(text=False, **WIDE)).model)
+
+
+def test_with_an_older_transformers_they_are_drawn_again_and_nothing_else(monkeypatch):
+    network = Zs3ForSemanticSegmentation(tiny_config(text=False, **WIDE)).model
+    decoder, transformer = network.pixel_level_module.decoder, network.transformer_module
+    drawn = [transformer.queries_embedder, transformer.queries_features, transformer.level_embed]
+    drawn = [decoder.level_embed, *(module.weight for module in drawn)]
+    drawn += transformer.decoder.mask_predictor.parameters()
+    for weight in drawn:
+        weight.data.fill_(0.02)  # about what older versions make of it
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    monkeypatch.setattr("transformers.__version__", "5.23.0")
+    draw_as_mask2former(network)
+    assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+    monkeypatch.setattr("transformers.__version__", "5.22.1")
+    draw_as_mask2former(network)
+    assert_drawn_by_pytorch(network)
+    changed = [name for name, weight in network.state_dict().items() if not torch.equal(weight, before[name])]
+    assert len(changed) == len(drawn)
+
+
+def test_a_new_model_asks_for_the_drawing(monkeypatch):
+    asked = []
+    monkeypatch.setattr("modeling_zs3.draw_as_mask2former", asked.append)
+    model = tiny_model(text=False)
+    assert asked == [model.model]
 
 
 def test_class_projections_are_the_mlp_of_the_contract_or_one_layer():

@@ -5,9 +5,8 @@
 A table is data (zs3/ablation_tables.py): which trainings (`TRAININGS`), looked at with which ensemble (`VIEWS`), which
 pairs are compared, and what the paper has there. The command runs what is missing through the project's own commands,
 each a process of one thread, goes on with what was stopped, repeats nothing that is there, and writes what
-zs3/ablation_report.py makes of it, as JSON and Markdown. A training whose results are all there is not repeated even
-where its weights are gone, so that seeds can be run on several machines and only results be brought together, each
-machine's times.jsonl at the end of the other. Where things lie:
+zs3/ablation_report.py makes of it, as JSON and Markdown. Results stand where the weights are gone, so that seeds can be
+run on several machines and brought together without final/ and checkpoints/. Where things lie:
 
     OUTPUT_DIR/scenes                      the pictures, the same for all seeds; of another benchmark its own folder
     OUTPUT_DIR/seed0/stage1, none, ...     one training each: final/, train.log, gzs3_off.json, gzs3_crops.json, ...
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -186,11 +185,11 @@ def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
     model = args.run_folder(seed, "stage1") / "final"
 
     def is_done() -> bool:
-        """The summary is there, and the scores are of this checkpoint, where that is still there."""
-        if not (folder / "summary.json").exists():
+        """The summary is there, and the scores are of this checkpoint."""
+        if not (folder / "summary.json").exists() or not model.exists():
             return False
         made_with = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        return not model.exists() or made_with["checkpoint_sha256"].get(WEIGHTS) == weights_sha256(str(model))
+        return made_with["checkpoint_sha256"].get(WEIGHTS) == weights_sha256(str(model))
 
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(folder)]
     return Job(
@@ -237,11 +236,10 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
 
 
 def check_trained(args: AblationArgs, seed: int, name: str) -> int:
-    """Steps of this training. One that is there must have been made with the flags of today."""
+    """Steps of this training. One that is there, or has left results, must have been made with the flags of today."""
     training, overrides = read_training(*training_flags(args, seed, name))
     folder = args.run_folder(seed, name)
-    trained = (folder / "final").exists() or any(folder.glob("gzs3_*.json"))
-    if trained and (folder / "recipe.yaml").exists():
+    if has_ended(folder) and (folder / "recipe.yaml").exists():
         before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         wanted = asdict(training) | {key: value for key, value in overrides.items() if not isinstance(value, dict)}
         changed = sorted(key for key, value in wanted.items() if key in before and differ(before[key], value))
@@ -251,6 +249,27 @@ def check_trained(args: AblationArgs, seed: int, name: str) -> int:
                 f"{folder} holds a run with another {', '.join(changed)}: delete {old}, or choose another --output_dir"
             )
     return training.max_steps
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether this training has left a model or results."""
+    return (folder / "final").exists() or any(folder.glob("gzs3_*.json"))
+
+
+def check_nothing_is_trained_anew(args: AblationArgs, planned: list[Job]) -> None:
+    """A model that is gone, but has left results or models that started from it, is not trained again: the new one
+    would be another."""
+    names = {job.name for job in planned}
+    for seed in args.seeds:
+        for name in TRAININGS:
+            followers = [other for other, training in TRAININGS.items() if training.start == name]
+            left = [folder for other in (name, *followers) if has_ended(folder := args.run_folder(seed, other))]
+            if f"seed{seed}/{name}" in names and left:
+                folder = args.run_folder(seed, name)
+                raise InputError(
+                    f"{folder / 'final'} is gone, a missing result needs it, and {left[0]} holds what was made with "
+                    f"it: bring it back, or delete {folder.parent if followers else folder}"
+                )
 
 
 # ---- the runner --------------------------------------------------------------------------------------------
@@ -263,17 +282,17 @@ class Running(NamedTuple):
 
 
 def jobs_to_run(jobs: list[Job]) -> list[Job]:
-    """What is missing for the last results, and what comes after that; jobs stand after those they wait for."""
+    """The evaluations that are not done, and of what they need what is not done either.
+
+    jobs: in an order in which each stands after those it waits for.
+    """
     wanted = {job.name for job in jobs} - {name for job in jobs for name in job.after}
-    chosen: set[str] = set()
+    planned = []
     for job in reversed(jobs):
         if job.name in wanted and not job.is_done():
-            chosen.add(job.name)
+            planned.append(job)
             wanted |= set(job.after)
-    for job in jobs:
-        if chosen.intersection(job.after):
-            chosen.add(job.name)
-    return [job for job in jobs if job.name in chosen]
+    return planned[::-1]
 
 
 def run_jobs(jobs: list[Job], processes: int, times: Path) -> None:
@@ -282,9 +301,9 @@ def run_jobs(jobs: list[Job], processes: int, times: Path) -> None:
     A job that fails ends the others, who go on from their last checkpoint when the same command comes again.
     times: JSON lines, to which the seconds of every job are added, also where it was stopped.
     """
-    waiting = {job.name: job for job in jobs_to_run(jobs)}
+    waiting = {job.name: job for job in jobs}
     running: dict[str, Running] = {}
-    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="job") as bar:
+    with tqdm(total=len(jobs), unit="job") as bar:
         try:
             while waiting or running:
                 before = list(running)
@@ -322,8 +341,8 @@ def note_time(times: Path, one: Running) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def effort(jobs: list[Job], times: Path) -> dict[str, float] | None:
-    """Seconds of these jobs, all their starts counted, by machine; None where a training has left no time."""
+def seconds_by_machine(jobs: list[Job], times: Path) -> dict[str, float] | None:
+    """Of these jobs, all their starts counted; None where a training has left no time."""
     rows = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()] if times.exists() else []
     if not {job.name for job in jobs if job.log.name == "train.log"} <= {row["job"] for row in rows}:
         return None
@@ -331,10 +350,10 @@ def effort(jobs: list[Job], times: Path) -> dict[str, float] | None:
     for row in rows:
         if row["job"] in names:
             seconds[row["machine"]] += row["seconds"]
-    return dict(seconds)
+    return {machine: round(total, 1) for machine, total in seconds.items()}
 
 
-def versions_of(results: list[Path]) -> dict[str, list[str]]:
+def versions_of(results: Iterable[Path]) -> dict[str, list[str]]:
     """By package, those that the evaluations ran with."""
     found = defaultdict(set)
     for path in results:
@@ -398,7 +417,9 @@ def main() -> None:
     steps = {name: check_trained(args, seed, name) for seed in args.seeds for name in trainings(rows)}
     num_train, num_validation = prepare_data(args)
     jobs, times = make_jobs(args, rows), Path(args.output_dir, "times.jsonl")
-    run_jobs(jobs, args.processes, times)
+    planned = jobs_to_run(jobs)
+    check_nothing_is_trained_anew(args, planned)
+    run_jobs(planned, args.processes, times)
 
     def result_paths(row: Row) -> list[Path]:
         return [result_path(args, seed, row) for seed in args.seeds]
@@ -414,8 +435,8 @@ def main() -> None:
         "level": LEVEL,
         "ensemble_weight": ENSEMBLE_WEIGHT,
         "steps": steps,
-        "seconds": effort(jobs, times),
-        "versions": versions_of([path for row in rows for path in result_paths(row)]),
+        "seconds": seconds_by_machine(jobs, times),
+        "versions": versions_of({path for row in rows for path in result_paths(row)}),
         "tables": {name: summarise(table, result_paths) for name, table in tables.items()},
     }
     path = Path(args.result or Path(args.output_dir, "tables.json"))

@@ -243,12 +243,14 @@ def steps_text(steps: dict[str, int]) -> str:
     return "; ".join(told)
 
 
-def effort_text(seconds: dict[str, float] | None) -> str:
-    """seconds: by machine; where they are unknown, nothing is said."""
-    if seconds is None:
-        return ""
-    spent = " and ".join(f"{value / 3600:.1f} job-hours on {machine}" for machine, value in seconds.items())
-    return f"Jobs of one thread, with the loader's process: {spent}. "
+def made_on(result: dict) -> str:
+    """Time by machine, where it is known, and versions."""
+    versions = ", ".join(f"{name} {' and '.join(numbers)}" for name, numbers in result["versions"].items())
+    text = f"Versions of the evaluations: {versions}."
+    if result["seconds"] is None:
+        return text
+    spent = " and ".join(f"{value / 3600:.1f} job-hours on {machine}" for machine, value in result["seconds"].items())
+    return f"Jobs of one thread, with the loader's process: {spent}. {text}"
 
 
 def report(result: dict) -> str:
@@ -276,8 +278,7 @@ def report(result: dict) -> str:
             "",
             f"Training steps: {steps_text(result['steps'])}.",
             "",
-            f"{effort_text(result['seconds'])}Versions: "
-            f"{', '.join(' '.join([name, ' and '.join(its)]) for name, its in result['versions'].items())}.",
+            made_on(result),
             "",
             *(table_text(table) for table in result["tables"].values()),
         ]

@@ -221,6 +221,9 @@ def table6(clip: bool) -> Table:
     )
 
 
+CHOICE_NOTE = "Rows differ from 'stage 2', the recipe of stage 2, by what they are called; the ensemble is off."
+
+
 def beyond_the_paper(matching: str) -> dict[str, Table]:
     matchings = tuple(name for name in ("unpaired", "joint", "hybrid") if name != matching)
     changed = {
@@ -234,7 +237,7 @@ def beyond_the_paper(matching: str) -> dict[str, Table]:
     return {
         key: Table(
             title,
-            "Rows differ from 'stage 2', the recipe of stage 2, by what they are called; the ensemble is off.",
+            CHOICE_NOTE,
             [Row("ground_truth"), *map(Row, names)],
             [Difference(Row(name), Row("ground_truth")) for name in names],
         )
@@ -266,7 +269,7 @@ def parts() -> Table:
     ]
     return Table(
         "The parts of hybrid matching and the label map loss",
-        "Rows differ from 'stage 2', the recipe of stage 2, by what they are called; the ensemble is off.",
+        CHOICE_NOTE,
         [Row(name) for name in ("ground_truth", "hybrid", "label_map_labelled", "label_map", "best", "best_no_rank")],
         [Difference(Row(name), Row(minus)) for name, minus in pairs],
     )
