@@ -248,7 +248,8 @@ def test_the_time_is_told_by_machine_where_every_training_has_left_one(finished,
     times = [(name, 600.0, "a GPU" if "seed2" in name else "a CPU") for name in names]
     times += [("seed0/none", 2400.0, "a CPU"), ("seed0/none/gzs3_off", 360.0, "a CPU"), ("seed9/none", 9e9, "a CPU")]
     rows = [{"job": name, "seconds": seconds, "machine": machine} for name, seconds, machine in times]
-    Path(finished.output_dir, "times.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    Path(finished.output_dir, "times.jsonl").write_text(2 * lines)  # as of two machines, joined twice
     call(monkeypatch, "table5", *flags(finished))
     seconds = json.loads(Path(finished.output_dir, "tables.json").read_text())["seconds"]
     assert seconds == {"a CPU": 8 * 600 + 2400 + 360, "a GPU": 4 * 600}
@@ -347,6 +348,24 @@ def test_results_stand_without_their_weights(finished, monkeypatch):
     assert json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table4"]["rows"]
 
 
+def test_results_stand_where_they_are_moved(finished, monkeypatch, tmp_path):
+    recipe = {"output_dir": "elsewhere/seed0/none", "dataset": "elsewhere/scenes", "init_from": "x/stage1/final"}
+    recipe |= {"unseen_labels": "none", "max_steps": 500}
+    (finished.run_folder(0, "none") / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    delete_weights(finished)
+    Path(finished.output_dir).rename(tmp_path / "moved")
+    monkeypatch.setattr(subprocess, "Popen", None)
+    call(monkeypatch, "table4", "table5", *flags(replace(finished, output_dir=str(tmp_path / "moved"))))
+    assert (tmp_path / "moved" / "tables.json").exists()
+
+
+def test_results_of_other_images_are_no_row(finished, monkeypatch):
+    path = finished.run_folder(1, "none") / "gzs3_off.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_images": 2, "num_images": 2}))
+    with pytest.raises(InputError, match="none/gzs3_off.json is of 2 validation images and .*scenes has 1"):
+        call(monkeypatch, "table5", *flags(finished))
+
+
 def test_a_missing_result_is_made_by_what_is_there(finished):
     (finished.run_folder(1, "none") / "gzs3_crops.json").unlink()
     assert planned(finished) == ["seed1/none/gzs3_crops"]
@@ -360,9 +379,13 @@ def test_a_missing_result_is_made_by_what_is_there(finished):
         (
             "none",
             "none/gzs3_crops.json",
-            "seed1/none/final is gone, .*seed1/none holds what was made with it: .*delete .*/none$",
+            "none/gzs3_crops.json is missing and needs .*/none/final, .*seed1/none holds .*delete .*/none$",
         ),
-        ("stage1", "stage1/gzs3_off.json", "seed1/stage1/final is gone, .*seed1/stage1 holds .*delete .*/seed1$"),
+        (
+            "stage1",
+            "stage1/gzs3_off.json",
+            "stage1/gzs3_off.json is missing and needs .*/stage1/final.*seed1/stage1 holds .*/seed1$",
+        ),
     ],
 )
 def test_a_model_that_is_gone_is_not_trained_again_beside_its_old_results(finished, monkeypatch, name, lost, message):
@@ -375,7 +398,7 @@ def test_a_model_that_is_gone_is_not_trained_again_beside_its_old_results(finish
 
 def test_nor_is_a_stage_1_that_others_started_from(finished, monkeypatch):
     shutil.rmtree(finished.run_folder(2, "stage1"))
-    with pytest.raises(InputError, match="seed2/none holds what was made with it: bring it back, or delete .*/seed2$"):
+    with pytest.raises(InputError, match="seed2/none holds .*: bring one of them back, or delete .*/seed2$"):
         call(monkeypatch, "table5", "table4", *flags(finished))
 
 
@@ -393,11 +416,11 @@ def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch,
     path = finished.run_folder(0, "none") / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     assert ablation.check_trained(finished, 0, "none") == 500
-    with pytest.raises(InputError, match="seed0/none holds a run with another max_steps: delete .*none"):
+    with pytest.raises(InputError, match=r"seed0/none was made with max_steps 500 \(asked for: 20\): .*none, or"):
         call(monkeypatch, "table5", *flags(finished), "--stage2_steps", 20)
     path.write_text(yaml.safe_dump(recipe | {"class_loss": "cross_entropy"}))
     for _ in range(2):  # also where only its results are left
-        with pytest.raises(InputError, match="another class_loss"):
+        with pytest.raises(InputError, match="made with class_loss cross_entropy"):
             call(monkeypatch, "table5", *flags(finished))
         delete_weights(finished)
 

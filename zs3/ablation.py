@@ -45,6 +45,7 @@ from zs3.scenes import write_dataset
 
 POLL_SECONDS = 0.1
 SCENES = "scenes"
+PLACES = ("output_dir", "dataset", "init_from", "unseen_labels", "text_embeds", "model")  # flags that may be paths
 
 
 @dataclass
@@ -223,7 +224,7 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
         return (
             (not model.exists() or result["checkpoint_sha256"] == weights_sha256(str(model)))
             and result["num_images"] == result["split_images"]
-            and result["settings"] == deciding_flags(asked)
+            and by_name(result["settings"]) == by_name(deciding_flags(asked))
         )
 
     return Job(
@@ -235,18 +236,26 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
     )
 
 
+def by_name(settings: dict[str, Any]) -> dict[str, Any]:
+    """With the last parts of paths alone: what lies elsewhere, or is spelled another way, is the same."""
+    return {name: Path(value).name if name in PLACES and value else value for name, value in settings.items()}
+
+
 def check_trained(args: AblationArgs, seed: int, name: str) -> int:
     """Steps of this training. One that is there, or has left results, must have been made with the flags of today."""
     training, overrides = read_training(*training_flags(args, seed, name))
     folder = args.run_folder(seed, name)
     if has_ended(folder) and (folder / "recipe.yaml").exists():
-        before = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        before = by_name(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
         wanted = asdict(training) | {key: value for key, value in overrides.items() if not isinstance(value, dict)}
-        changed = sorted(key for key, value in wanted.items() if key in before and differ(before[key], value))
+        changed = sorted(key for key, value in by_name(wanted).items() if key in before and differ(before[key], value))
         if changed:
-            old = folder.parent if TRAININGS[name].start is None else folder  # others of a seed start from its stage 1
+            values = ", ".join(f"{key} {before[key]} (asked for: {wanted[key]})" for key in changed)
+            start = TRAININGS[name].start
+            alone = start is not None and (args.run_folder(seed, start) / "final").exists()
             raise InputError(
-                f"{folder} holds a run with another {', '.join(changed)}: delete {old}, or choose another --output_dir"
+                f"{folder} was made with {values}: ask for that again, delete {folder if alone else folder.parent}, or "
+                "choose another --output_dir"
             )
     return training.max_steps
 
@@ -261,15 +270,26 @@ def check_nothing_is_trained_anew(args: AblationArgs, planned: list[Job]) -> Non
     would be another."""
     names = {job.name for job in planned}
     for seed in args.seeds:
+        of_seed = [job for job in planned if job.name.startswith(f"seed{seed}/")]  # the last is an evaluation
         for name in TRAININGS:
             followers = [other for other, training in TRAININGS.items() if training.start == name]
             left = [folder for other in (name, *followers) if has_ended(folder := args.run_folder(seed, other))]
             if f"seed{seed}/{name}" in names and left:
                 folder = args.run_folder(seed, name)
                 raise InputError(
-                    f"{folder / 'final'} is gone, a missing result needs it, and {left[0]} holds what was made with "
-                    f"it: bring it back, or delete {folder.parent if followers else folder}"
+                    f"{of_seed[-1].log.with_suffix('.json')} is missing and needs {folder / 'final'}, which is gone, "
+                    f"although {left[0]} holds what was made with it: bring one of them back, or delete "
+                    f"{folder.parent if followers else folder}"
                 )
+
+
+def check_same_images(results: Iterable[Path], args: AblationArgs, num_validation: int) -> None:
+    for path in results:
+        count = json.loads(path.read_text(encoding="utf-8"))["split_images"]
+        if count != num_validation:
+            raise InputError(
+                f"{path} is of {count} validation images and {args.data} has {num_validation}: they do not go together"
+            )
 
 
 # ---- the runner --------------------------------------------------------------------------------------------
@@ -303,7 +323,7 @@ def run_jobs(jobs: list[Job], processes: int, times: Path) -> None:
     """
     waiting = {job.name: job for job in jobs}
     running: dict[str, Running] = {}
-    with tqdm(total=len(jobs), unit="job") as bar:
+    with tqdm(total=len(jobs), unit="job", disable=not jobs) as bar:
         try:
             while waiting or running:
                 before = list(running)
@@ -342,8 +362,10 @@ def note_time(times: Path, one: Running) -> None:
 
 
 def seconds_by_machine(jobs: list[Job], times: Path) -> dict[str, float] | None:
-    """Of these jobs, all their starts counted; None where a training has left no time."""
-    rows = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()] if times.exists() else []
+    """Of these jobs, all their starts counted; None where a training has left no time. A line that is there twice, as
+    of files that were joined twice, counts once."""
+    lines = dict.fromkeys(times.read_text(encoding="utf-8").splitlines()) if times.exists() else []
+    rows = [json.loads(line) for line in lines]
     if not {job.name for job in jobs if job.log.name == "train.log"} <= {row["job"] for row in rows}:
         return None
     names, seconds = {job.name for job in jobs}, defaultdict(float)
@@ -424,6 +446,8 @@ def main() -> None:
     def result_paths(row: Row) -> list[Path]:
         return [result_path(args, seed, row) for seed in args.seeds]
 
+    results = {path for row in rows for path in result_paths(row)}
+    check_same_images(results, args, num_validation)
     result = {
         "command": shlex.join(["python", "-m", "zs3.ablation", *sys.argv[1:]]),
         "benchmark": dataset_name(str(args.data)),
@@ -436,7 +460,7 @@ def main() -> None:
         "ensemble_weight": ENSEMBLE_WEIGHT,
         "steps": steps,
         "seconds": seconds_by_machine(jobs, times),
-        "versions": versions_of({path for row in rows for path in result_paths(row)}),
+        "versions": versions_of(results),
         "tables": {name: summarise(table, result_paths) for name, table in tables.items()},
     }
     path = Path(args.result or Path(args.output_dir, "tables.json"))
