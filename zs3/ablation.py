@@ -284,11 +284,13 @@ def check_nothing_is_trained_anew(args: AblationArgs, planned: list[Job]) -> Non
 
 
 def check_same_images(results: Iterable[Path], args: AblationArgs, num_validation: int) -> None:
-    for path in results:
+    """Results that are there, also from another machine, must be of as many images as are there."""
+    for path in filter(Path.exists, results):
         count = json.loads(path.read_text(encoding="utf-8"))["split_images"]
         if count != num_validation:
             raise InputError(
-                f"{path} is of {count} validation images and {args.data} has {num_validation}: they do not go together"
+                f"{path} is of {count} validation images and {args.data} has {num_validation}: bring those images "
+                "back, or delete it to evaluate again"
             )
 
 
@@ -438,16 +440,16 @@ def main() -> None:
     rows = [row for table in tables.values() for row in table.rows]
     steps = {name: check_trained(args, seed, name) for seed in args.seeds for name in trainings(rows)}
     num_train, num_validation = prepare_data(args)
-    jobs, times = make_jobs(args, rows), Path(args.output_dir, "times.jsonl")
-    planned = jobs_to_run(jobs)
-    check_nothing_is_trained_anew(args, planned)
-    run_jobs(planned, args.processes, times)
 
     def result_paths(row: Row) -> list[Path]:
         return [result_path(args, seed, row) for seed in args.seeds]
 
     results = {path for row in rows for path in result_paths(row)}
     check_same_images(results, args, num_validation)
+    jobs, times = make_jobs(args, rows), Path(args.output_dir, "times.jsonl")
+    planned = jobs_to_run(jobs)
+    check_nothing_is_trained_anew(args, planned)
+    run_jobs(planned, args.processes, times)
     result = {
         "command": shlex.join(["python", "-m", "zs3.ablation", *sys.argv[1:]]),
         "benchmark": dataset_name(str(args.data)),
