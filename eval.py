@@ -426,6 +426,7 @@ def stamps(
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages that the numbers may hang on."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 

@@ -272,13 +272,15 @@ def check_nothing_is_trained_anew(args: AblationArgs, planned: list[Job]) -> Non
     for seed in args.seeds:
         of_seed = [job for job in planned if job.name.startswith(f"seed{seed}/")]  # the last is an evaluation
         for name in TRAININGS:
+            if f"seed{seed}/{name}" not in names:
+                continue
             followers = [other for other, training in TRAININGS.items() if training.start == name]
-            left = [folder for other in (name, *followers) if has_ended(folder := args.run_folder(seed, other))]
-            if f"seed{seed}/{name}" in names and left:
-                folder = args.run_folder(seed, name)
+            folder, *others = (args.run_folder(seed, one) for one in (name, *followers))
+            left = next(filter(has_ended, (folder, *others)), None)
+            if left is not None:
                 raise InputError(
                     f"{of_seed[-1].log.with_suffix('.json')} is missing and needs {folder / 'final'}, which is gone, "
-                    f"although {left[0]} holds what was made with it: bring one of them back, or delete "
+                    f"although {left} holds what was made with it: bring one of them back, or delete "
                     f"{folder.parent if followers else folder}"
                 )
 
