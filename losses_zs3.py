@@ -1,21 +1,24 @@
 """Matching and losses of the paper, one function per equation; `zs3_losses` (Eq. 8) puts them together.
 
-Axes: B image, Q query, C class name, M mask target and L present label of an image, K matched mask, P point,
-H W label map, h w mask.
+Axes: O decoder output, B image, Q query, C class name, M mask target and L present label of an image, K matched mask,
+P point, H W label map, h w mask.
 Equation numbers are those of arXiv 2301.07336. Readings where the paper is silent are marked "Reading:".
 Everything above `zs3_losses` takes tensors and numbers, no config. Sums are made in float32 or better, under
 autocast too.
 
 What makes it cheap: targets stay id maps and are looked up at points, no mask of full size is ever made; points are
-shared by all masks of an image and all decoder outputs; all matching costs of a step go to the CPU in one copy.
+shared by all masks of an image and all decoder outputs; the images of a batch go through every step together; all
+matching costs of a step go to the CPU in one copy.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -32,6 +35,8 @@ except ImportError:  # inference needs no matching
 
 UNMATCHED = -1  # a query without a label
 IGNORED, PADDING = -1, -2  # in a label map
+NO_ID = 2**62  # fills up the ids of an image with fewer masks than others
+AT_ONCE = 2**21  # points of masks whose losses are made at once: more would need memory, fewer take time
 TINY = 1e-6  # divides in place of zero, where the dividend is zero too
 FLOOR = 1e-30  # under a logarithm: its inverse is a float32, too
 
@@ -58,12 +63,17 @@ def mask_ids(labels: Tensor) -> list[Tensor]:
     return [values[values >= 0] for values in ids]
 
 
+def pad_ids(ids: list[Tensor], device: torch.device) -> Tensor:
+    """B times (M,), ascending -> (B, M), ascending, NO_ID where an image has fewer masks than others."""
+    return pad_sequence(ids, batch_first=True, padding_value=NO_ID).to(device)
+
+
 class PointLabels(NamedTuple):
     """What lies at points that all masks of an image share.
 
-    points: (P, 2), (x, y) in [-1, 1] from border to border, as F.grid_sample has them.
-    weight: (P,) in [0, 1], the part of the four pixels around a point that is not ignored.
-    inside: (M, P) in [0, 1], the part that belongs to the target; at most `weight`.
+    points: (B, P, 2), (x, y) in [-1, 1] from border to border, as F.grid_sample has them.
+    weight: (B, P) in [0, 1], the part of the four pixels around a point that is not ignored.
+    inside: (B, M, P) in [0, 1], the part that belongs to the target; at most `weight`.
     """
 
     points: Tensor
@@ -71,39 +81,31 @@ class PointLabels(NamedTuple):
     inside: Tensor
 
 
-def label_points(label_map: Tensor, ids: Tensor, points: Tensor, *, ignored_pixels: str = "ignore") -> PointLabels:
-    """The bilinear samples of an image's mask targets at points (P, 2), read off its id map (H, W).
+def label_points(labels: Tensor, ids: Tensor, points: Tensor, *, ignored_pixels: str = "ignore") -> PointLabels:
+    """The bilinear samples of mask targets at points (B, P, 2), read off the id maps (B, H, W).
 
     The sample of a one-hot mask is the summed weight of those of the four neighbours that have the target's id.
     Points within half a pixel of the border are clamped to it.
-    ids: (M,), ascending.
+    ids: (B, M), see `pad_ids`.
     ignored_pixels: "ignore": they have no weight; "negative": they belong to no mask (Mask2Former's).
     """
-    height, width = label_map.shape
+    batch, height, width = labels.shape
     pixel = (points + 1) / 2 * points.new_tensor([width, height]) - 0.5
     low = pixel.floor()
     fraction = pixel - low
-    ids = ids.to(points.device)
-    weight = torch.zeros_like(points[:, 0])
-    inside = weight.new_zeros(len(ids) + 1, len(points))  # the last row stays empty
+    image = torch.arange(batch, device=labels.device)[:, None]
+    weight = torch.zeros_like(points[..., 0])
+    inside = weight.new_zeros(batch, ids.shape[1] + 1, points.shape[1])  # the last row stays empty
     for dx in (0, 1):
         for dy in (0, 1):
-            x = (low[:, 0] + dx).long().clamp(0, width - 1)
-            y = (low[:, 1] + dy).long().clamp(0, height - 1)
-            label = label_map[y, x]
-            part = (fraction[:, 0] - (1 - dx)).abs() * (fraction[:, 1] - (1 - dy)).abs()
+            x = (low[..., 0] + dx).long().clamp(0, width - 1)
+            y = (low[..., 1] + dy).long().clamp(0, height - 1)
+            label = labels[image, y, x]
+            part = (fraction[..., 0] - (1 - dx)).abs() * (fraction[..., 1] - (1 - dy)).abs()
             valid = part * (label >= 0)  # an ignored neighbour adds nothing, wherever it is put
-            inside.scatter_add_(0, torch.searchsorted(ids, label)[None], valid[None])
+            inside.scatter_add_(1, torch.searchsorted(ids, label)[:, None], valid[:, None])
             weight += part if ignored_pixels == "negative" else valid
-    return PointLabels(points, weight, inside[:-1])
-
-
-def label_batch(targets: Targets, points: Tensor, ignored_pixels: str) -> list[PointLabels]:
-    """`label_points` of each image: points (B, P, 2)."""
-    return [
-        label_points(label_map, ids, image_points, ignored_pixels=ignored_pixels)
-        for label_map, ids, image_points in zip(targets.labels, targets.ids, points, strict=True)
-    ]
+    return PointLabels(points, weight, inside[:, :-1])
 
 
 def grid_points(height: int, width: int, device: torch.device) -> Tensor:
@@ -118,10 +120,10 @@ def random_points(batch: int, count: int, device: torch.device) -> Tensor:
 
 
 def sample_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of mask_logits (K, h, w) at points (K, P, 2) or (P, 2) in [-1, 1] -> (K, P), differentiable."""
-    mask_logits = _full(mask_logits)[:, None]
-    grid = points.to(mask_logits.dtype).expand(len(mask_logits), -1, -1)[:, None]
-    return F.grid_sample(mask_logits, grid, padding_mode="border", align_corners=False)[:, 0, 0]
+    """Bilinear samples of mask_logits (B, Q, h, w) at points (B, P, 2) in [-1, 1] -> (B, Q, P), differentiable."""
+    mask_logits = _full(mask_logits)
+    grid = points.to(mask_logits.dtype)[:, None]
+    return F.grid_sample(mask_logits, grid, padding_mode="border", align_corners=False)[:, :, 0]
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -139,6 +141,17 @@ class Match(NamedTuple):
     target: Tensor
 
 
+class Matches(NamedTuple):
+    """The matched masks of a batch, those of an image after those of the one before, in every decoder output.
+
+    image: (K,) int64; query, target: (O, K) int64, of the image.
+    """
+
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+
 def hungarian(cost: Tensor) -> Match:
     """The cheapest one-to-one assignment of the rows (queries) and columns (targets) of cost (Q, M)."""
     if linear_sum_assignment is None:
@@ -152,23 +165,27 @@ def hungarian(cost: Tensor) -> Match:
 
 
 def pairwise_bce(logits: Tensor, inside: Tensor, weight: Tensor) -> Tensor:
-    """Mean binary cross-entropy of every pair: logits (Q, P), inside (M, P), weight (P,) -> (Q, M).
+    """Mean binary cross-entropy of every pair: logits (B, Q, P), inside (B, M, P), weight (B, P) -> (B, Q, M).
 
     -t log s(x) - (1 - t) log(1 - s(x)) = softplus(x) - x t: one matrix product for all pairs.
     """
-    return ((F.softplus(logits) @ weight)[:, None] - logits @ inside.T) / weight.sum().clamp(min=TINY)
+    total = weight.sum(-1)[..., None, None].clamp(min=TINY)
+    return (F.softplus(logits) @ weight[..., None] - logits @ inside.mT) / total
 
 
 def pairwise_dice(logits: Tensor, inside: Tensor, weight: Tensor) -> Tensor:
-    """Dice loss of every pair: logits (Q, P), inside (M, P), weight (P,) -> (Q, M) in [0, 1]."""
+    """Dice loss of every pair: logits (B, Q, P), inside (B, M, P), weight (B, P) -> (B, Q, M) in [0, 1]."""
     probs = logits.sigmoid()
-    total = (probs @ weight)[:, None] + inside.sum(1)[None, :]
-    return 1 - (2 * probs @ inside.T + 1) / (total + 1)
+    total = probs @ weight[..., None] + inside.sum(-1)[..., None, :]
+    return 1 - (2 * (probs @ inside.mT) + 1) / (total + 1)
 
 
 @torch.no_grad()
 def mask_cost(logits: Tensor, truth: PointLabels, mask_weight: float, dice_weight: float) -> Tensor:
-    """mask_weight * BCE + dice_weight * dice of every pair (section 3.2): logits (Q, P) at `truth.points` -> (Q, M)."""
+    """mask_weight * BCE + dice_weight * dice of every pair (section 3.2).
+
+    logits: (B, Q, P) at `truth.points` -> (B, Q, M).
+    """
     with torch.autocast(logits.device.type, enabled=False):
         logits, weight, inside = _full(logits), truth.weight, truth.inside
         return mask_weight * pairwise_bce(logits, inside, weight) + dice_weight * pairwise_dice(logits, inside, weight)
@@ -233,37 +250,49 @@ def assign(
 
 
 @torch.no_grad()
-def choose_points(mask_logits: Tensor, truth: PointLabels, num_points: int, importance_sample_ratio: float) -> Tensor:
+def choose_points(
+    mask_logits: Tensor, image: Tensor, truth: PointLabels, num_points: int, importance_sample_ratio: float
+) -> Tensor:
     """Mask2Former's points for the mask losses: most where the prediction is uncertain, the rest uniform.
 
-    mask_logits: (K, h, w) of the matched queries of an image.
-    The last (1 - importance_sample_ratio) * num_points of `truth.points` serve all masks. The points before them are
-    candidates: a mask takes those of smallest |logit|, and those without weight only when nothing else is left.
-    Returns (K, num_points) int32, indices into `truth.points`.
+    mask_logits: (K, h, w) of the matched queries; image: (K,).
+    The last (1 - importance_sample_ratio) * num_points of an image's `truth.points` serve all its masks. The points
+    before them are candidates: a mask takes those of smallest |logit|, and those without weight only when nothing else
+    is left.
+    Returns (K, num_points) int32, indices into the image's `truth.points`.
     """
     num_uncertain = int(importance_sample_ratio * num_points)
-    num_candidates = len(truth.points) - (num_points - num_uncertain)
-    certainty = sample_logits(mask_logits, truth.points[:num_candidates]).abs_()
-    certainty += torch.where(truth.weight[:num_candidates] == 0, torch.inf, 0.0)
+    num_candidates = truth.points.shape[1] - (num_points - num_uncertain)
+    certainty = sample_logits(mask_logits[:, None], truth.points[image, :num_candidates])[:, 0].abs_()
+    certainty.masked_fill_(truth.weight[image, :num_candidates] == 0, torch.inf)
     uncertain = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
     chosen = uncertain.new_empty(len(mask_logits), num_points, dtype=torch.int32)
     chosen[:, :num_uncertain] = uncertain
-    chosen[:, num_uncertain:] = torch.arange(num_candidates, len(truth.points), device=chosen.device)
+    chosen[:, num_uncertain:] = torch.arange(num_candidates, truth.points.shape[1], device=chosen.device)
     return chosen
 
 
 def mask_losses(
-    mask_logits: Tensor, match: Match, chosen: Tensor, truth: PointLabels, num_masks: Tensor, mask_loss: str
+    mask_logits: Tensor,
+    image: Tensor,
+    query: Tensor,
+    target: Tensor,
+    chosen: Tensor,
+    truth: PointLabels,
+    num_masks: Tensor,
+    mask_loss: str,
 ) -> tuple[Tensor, Tensor]:
-    """The focal (or BCE) and the dice loss of an image's matched masks at their chosen points (section 3.2).
+    """The focal (or BCE) and the dice loss of the matched masks at their chosen points (section 3.2).
 
-    mask_logits: (Q, h, w); chosen: (K, P), see `choose_points`.
+    mask_logits: (B, Q, h, w); image, query, target: (K,), see `Matches`; chosen: (K, P), see `choose_points`.
     """
-    chosen = chosen.long()
-    points = truth.points.index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
-    logits = sample_logits(mask_logits[match.query], points)  # (K, P)
-    weight = truth.weight.take(chosen)
-    share = truth.inside.take(chosen + match.target[:, None] * len(truth.points)) / weight.clamp(min=TINY)
+    (_, num_targets, num_points), chosen = truth.inside.shape, chosen.long()
+    place = chosen + image[:, None] * num_points
+    points = truth.points.flatten(0, 1).index_select(0, place.flatten()).unflatten(0, place.shape)
+    logits = sample_logits(mask_logits[image, query][:, None], points)[:, 0]  # (K, P)
+    weight = truth.weight.take(place)
+    row = (image * num_targets + target)[:, None]
+    share = truth.inside.take(chosen + row * num_points) / weight.clamp(min=TINY)
     loss = focal_loss if mask_loss == "focal" else bce_loss
     return loss(logits, share, num_masks, weight=weight), dice_loss(logits, share, num_masks, weight=weight)
 
@@ -332,6 +361,11 @@ def class_probabilities(class_logits: Tensor, background_logits: Tensor | None =
     return _full(logits).softmax(-1)[..., :-1]
 
 
+def probabilities_of_cosines(similarity: Tensor, background: Tensor | None, temperature: float) -> Tensor:
+    """p_q of Eq. 2: similarity (..., Q, C) and, where there is a t_0, background (..., Q), both cosine."""
+    return class_probabilities(similarity / temperature, None if background is None else background / temperature)
+
+
 def kl_to_uniform(log_probs: Tensor) -> Tensor:
     """KL(p || U) = ln C - H(p) of log_probs (..., C) -> (...), in [0, ln C] (Eq. 5)."""
     return math.log(log_probs.shape[-1]) + (log_probs.exp() * log_probs).sum(-1)
@@ -349,7 +383,7 @@ def class_loss(
 ) -> Tensor:
     """Background-aware class loss (Eq. 5): matched queries learn their label, the others to prefer none.
 
-    similarity: (B, Q, C) cosine in [-1, 1]; target: (B, Q) class index or UNMATCHED.
+    similarity: (..., Q, C) cosine in [-1, 1]; target: (..., Q) class index or UNMATCHED.
     kl: "p_u" is KL(p || U) as printed, "u_p" is KL(U || p).
     num_matched, num_unmatched: divide the sums over each group; default: its number of queries in `target`.
     Reading: Eq. 5 does not say sum or mean. Mean over each group, or 92 unmatched queries would drown 8 matched.
@@ -386,8 +420,8 @@ def background_class_loss(
 ) -> Tensor:
     """Cross-entropy with a background class t_0 for unmatched queries (Eq. 1-2), the baseline of Table 6.
 
-    similarity: (B, Q, C) cosine; background_similarity: (B, Q) cosine with the background embedding.
-    target: (B, Q) class index or UNMATCHED. The mean is weighted, 1 for matched, unmatched_weight for unmatched.
+    similarity: (..., Q, C) cosine; background_similarity: (..., Q) cosine with the background embedding.
+    target: (..., Q) class index or UNMATCHED. The mean is weighted, 1 for matched, unmatched_weight for unmatched.
     num_matched, num_unmatched: as in `class_loss`.
     """
     logits = torch.cat([similarity, background_similarity[..., None]], dim=-1)
@@ -406,21 +440,21 @@ def background_class_loss(
 def ranking_loss(similarity: Tensor, positive: Tensor, negative: Tensor, *, norm: str = "positives") -> Tensor:
     """Multi-label ranking loss (Eq. 6, 7): every positive label should outrank every negative one.
 
-    similarity: (B, Q, C) cosine in [-1, 1], not divided by the temperature.
+    similarity: (..., B, Q, C) cosine in [-1, 1], not divided by the temperature; a sum over the axes before B.
     positive, negative: (B, C) bool; a label in neither is unknown and takes no part.
     norm: "positives" divides by |P| as printed, "pairs" by |P||N|. An image without P or without N adds 0.
     """
     if norm not in ("positives", "pairs"):
         raise ValueError(f"norm must be 'positives' or 'pairs', got {norm!r}")
-    scores = _full(similarity).amax(dim=1)  # (B, C)  r*: the best query of each class
+    scores = _full(similarity).amax(dim=-2)  # (..., B, C)  r*: the best query of each class
     total = scores.sum() * 0
-    for score, is_positive, is_negative in zip(scores, positive, negative, strict=True):
-        above = score[is_positive.nonzero().squeeze(1).to(score.device)]
-        below = score[is_negative.nonzero().squeeze(1).to(score.device)]
-        gap = below[None, :] - above[:, None]  # (|P|, |N|)  r*_k - r*_j
-        count = len(gap) if norm == "positives" else gap.numel()
+    for score, is_positive, is_negative in zip(scores.unbind(-2), positive, negative, strict=True):
+        above = score[..., is_positive.nonzero().squeeze(1).to(score.device)]
+        below = score[..., is_negative.nonzero().squeeze(1).to(score.device)]
+        gap = below[..., None, :] - above[..., :, None]  # (..., |P|, |N|)  r*_k - r*_j
+        count = above.shape[-1] * (1 if norm == "positives" else below.shape[-1])
         total = total + F.softplus(gap).sum() / max(count, 1)
-    return total / len(scores)  # Eq. 7
+    return total / len(positive)  # Eq. 7
 
 
 # ------------------------------------------------------------------------------------ beyond the paper: label map
@@ -447,36 +481,21 @@ def possible_labels(
 
 
 def label_map_loss(class_probs: Tensor, mask_logits: Tensor, points: Tensor, possible: Tensor) -> Tensor:
-    """Minus the log of the share of Eq. 4's scores that goes to possible classes, mean over points; not the paper's.
+    """Minus the log of the share of Eq. 4's scores that goes to possible classes; not the paper's.
 
+    The mean over an image's points, and over images; an image without a point that has a possible class counts as 0.
     It ties the class of a query to its mask, which Eq. 5 and the mask losses do only through the query. Where unseen
     labels are told it supposes that ignored pixels belong to them.
-    class_probs: (Q, C) of Eq. 2. mask_logits: (Q, h, w). points: (P, 2). possible: (C, P), 1 or 0, see
+    class_probs: (B, Q, C) of Eq. 2. mask_logits: (B, Q, h, w). points: (B, P, 2). possible: (B, C, P), 1 or 0, see
     `possible_labels`; a point without any takes no part.
     """
     with torch.autocast(mask_logits.device.type, enabled=False):
         masks, class_probs = sample_logits(mask_logits, points).sigmoid(), _full(class_probs)
-        possible_scores = (class_probs @ possible * masks).sum(0)  # Eq. 4's, summed over the possible classes
-        scores = (class_probs.sum(1, keepdim=True) * masks).sum(0)
-    known = possible.any(0)
+        possible_scores = (class_probs @ possible * masks).sum(1)  # Eq. 4's, summed over the possible classes
+        scores = (class_probs.sum(2, keepdim=True) * masks).sum(1)
+    known = possible.any(1)
     log_share = possible_scores.clamp(min=FLOOR).log() - scores.clamp(min=FLOOR).log()
-    return -(log_share * known).sum() / known.sum().clamp(min=1)
-
-
-def label_map_term(
-    logits: Tensor, background: Tensor | None, mask_logits: Tensor, points: Tensor, possible: list[Tensor]
-) -> Tensor:
-    """Mean of `label_map_loss` over images; one without a point that has a possible class counts as 0.
-
-    logits: (B, Q, C), background: (B, Q), both cosine over temperature. mask_logits: (B, Q, h, w). points: (B, P, 2).
-    possible: for each image (C, P).
-    """
-    probs = class_probabilities(logits, background)
-    of_images = [
-        checkpoint(label_map_loss, *parts, use_reentrant=False, preserve_rng_state=False)
-        for parts in zip(probs, mask_logits, points, possible, strict=True)
-    ]
-    return torch.stack(of_images).mean()
+    return -((log_share * known).sum(1) / known.sum(1).clamp(min=1)).mean()
 
 
 # ------------------------------------------------------------------------------------------------------ Eq. 8
@@ -508,51 +527,53 @@ def zs3_losses(
     background_similarity (B, Q), else None.
     counts: (3,), what sums are divided by, see `count_targets`; None: of these targets.
     """
-    masks, labels = match_outputs(mask_logits, similarity, background_similarity, targets, config)
+    matches, labels = match_outputs(mask_logits, similarity, background_similarity, targets, config)
     if counts is None:
         counts = count_targets(targets.ids, targets.image_labels, labels.shape[2], config.matching)
     num_masks, num_matched, num_unmatched = mean_over_ranks(counts.to(labels.device)).clamp(min=TINY)
 
+    cosine = torch.stack(similarity)
+    numbers = {"num_matched": num_matched, "num_unmatched": num_unmatched}
+    if config.class_loss == "cross_entropy":
+        background = torch.stack(background_similarity)
+        numbers["unmatched_weight"] = config.no_object_weight
+        of_class = background_class_loss(cosine, background, labels, config.class_temperature, **numbers)
+    else:
+        numbers |= {"matched_weight": config.matched_weight, "kl": config.kl}
+        of_class = class_loss(cosine, labels, config.class_temperature, **numbers)
+    positive, negative = targets.image_labels == 1, targets.image_labels == 0
+    of_ranking = ranking_loss(config.rank_scale * cosine, positive, negative, norm=config.rank_norm)
+    terms = {"class": of_class, "mask": 0, "dice": 0, "rank": of_ranking}
+
     num_points = config.train_num_points
     num_uniform = num_points - int(config.importance_sample_ratio * num_points)
     points = random_points(labels.shape[1], int(config.oversample_ratio * num_points) + num_uniform, labels.device)
-    dtype = torch.promote_types(mask_logits[0].dtype, torch.float32)
-    truths = label_batch(targets, points.to(dtype), config.ignored_pixels)
-    positive, negative = targets.image_labels == 1, targets.image_labels == 0
-    terms = {"class": [], "mask": [], "dice": [], "rank": []}
+    points = points.to(torch.promote_types(mask_logits[0].dtype, torch.float32))
+    ids = pad_ids(targets.ids, labels.device)
+    truth = label_points(targets.labels, ids, points, ignored_pixels=config.ignored_pixels)
     if config.label_map_weight:
-        terms["label_map"] = []
-        pixels = {"pixels": config.label_map_pixels}
-        uniform = (points[:, -num_uniform:] if num_uniform else points).to(dtype)
-        possible = [possible_labels(*parts, **pixels).to(dtype) for parts in zip(*targets, uniform, strict=True)]
-    for logits, cosine, background, matches, target in zip(
-        mask_logits, similarity, background_similarity, masks, labels, strict=True
-    ):
-        for image_logits, match, truth in zip(logits.unbind(), matches, truths, strict=True):
-            chosen = choose_points(image_logits[match.query], truth, num_points, config.importance_sample_ratio)
-            # What the points hold is made again in the backward pass: it would be most of the memory.
-            mask, dice = checkpoint(
-                mask_losses,
-                *(image_logits, match, chosen, truth, num_masks, config.mask_loss),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            terms["mask"].append(mask)
-            terms["dice"].append(dice)
-        numbers = {"num_matched": num_matched, "num_unmatched": num_unmatched}
-        if config.class_loss == "cross_entropy":
-            numbers["unmatched_weight"] = config.no_object_weight
-            loss = background_class_loss(cosine, background, target, config.class_temperature, **numbers)
-        else:
-            loss = class_loss(cosine, target, config.class_temperature, config.matched_weight, kl=config.kl, **numbers)
-        terms["class"].append(loss)
-        terms["rank"].append(ranking_loss(config.rank_scale * cosine, positive, negative, norm=config.rank_norm))
+        terms["label_map"] = 0
+        uniform = points[:, -num_uniform:] if num_uniform else points
+        maps = zip(*targets, uniform, strict=True)
+        possible = torch.stack([possible_labels(*one, pixels=config.label_map_pixels) for one in maps]).to(points.dtype)
+    at_once = max(AT_ONCE // points.shape[1], 1)
+    for output, logits in enumerate(mask_logits):
+        matched = matches.image, matches.query[output], matches.target[output]
+        for some in zip(*(indices.split(at_once) for indices in matched), strict=True):
+            image, query, _ = some
+            chosen = choose_points(logits[image, query], image, truth, num_points, config.importance_sample_ratio)
+            mask, dice = remade_backward(mask_losses, logits, *some, chosen, truth, num_masks, config.mask_loss)
+            terms["mask"], terms["dice"] = terms["mask"] + mask, terms["dice"] + dice
         if config.label_map_weight:
-            at_temperature = None if background is None else background / config.class_temperature
-            term = label_map_term(cosine / config.class_temperature, at_temperature, logits, uniform, possible)
-            terms["label_map"].append(term)
-    rate = same_label_rate(masks[-1], labels[-1], targets.ids)
-    return Losses({name: torch.stack(values).sum() for name, values in terms.items()}, rate)
+            cosines = similarity[output], background_similarity[output]
+            probs = probabilities_of_cosines(*cosines, config.class_temperature)
+            terms["label_map"] += remade_backward(label_map_loss, probs, logits, uniform, possible)
+    return Losses(terms, same_label_rate(matches, labels[-1], targets.ids))
+
+
+def remade_backward(function: Callable, *arguments) -> Any:
+    """What function returns; what it holds is made again in the backward pass: it would be most of the memory."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def count_targets(ids: list[Tensor], image_labels: Tensor, num_queries: int, matching: str) -> Tensor:
@@ -576,8 +597,8 @@ def match_outputs(
     background_similarity: list[Tensor | None],
     targets: Targets,
     config: Zs3Config,
-) -> tuple[list[list[Match]], Tensor]:
-    """For each decoder output the masks of each image's queries, and the labels (outputs, B, Q); see `assign`.
+) -> tuple[Matches, Tensor]:
+    """The masks of the queries of all images and decoder outputs, and their labels (O, B, Q); see `assign`.
 
     The costs of all outputs and images go to the CPU in one copy; so do the indices on their way back.
     """
@@ -587,43 +608,52 @@ def match_outputs(
         points = grid_points(height, width, device).expand(batch, -1, -1)
     else:
         points = random_points(batch, config.train_num_points, device)
-    dtype = torch.promote_types(mask_logits[0].dtype, torch.float32)
-    truths = label_batch(targets, points.to(dtype), config.ignored_pixels)
-    ids, present = targets.ids, present_labels(targets.image_labels)
-    ids_there, present_there = ([row.to(device) for row in rows] for rows in (ids, present))
+    points = points.to(torch.promote_types(mask_logits[0].dtype, torch.float32))
+    ids = pad_ids(targets.ids, device)
+    truth = label_points(targets.labels, ids, points, ignored_pixels=config.ignored_pixels)
+    present = present_labels(targets.image_labels)
+    present_there = pad_sequence(present, batch_first=True).to(device)  # (B, L)
 
     costs = []
     for logits, cosine, background in zip(mask_logits, similarity, background_similarity, strict=True):
+        cost = mask_cost(
+            logits.flatten(2) if on_grid else sample_logits(logits, points),
+            truth,
+            config.mask_weight,
+            config.dice_weight,
+        )
         if config.matching != "unpaired":
-            background = None if background is None else background / config.class_temperature
-            probs = class_probabilities(cosine / config.class_temperature, background)
-        for image, truth in enumerate(truths):
-            at_points = logits[image].flatten(1) if on_grid else sample_logits(logits[image], truth.points)
-            cost = mask_cost(at_points, truth, config.mask_weight, config.dice_weight)
-            if config.matching != "unpaired":
-                cost = cost - config.class_weight * probs[image][:, ids_there[image]]
-            costs += [cost, -cosine[image][:, present_there[image]]]
+            probs = probabilities_of_cosines(cosine, background, config.class_temperature)
+            cost -= config.class_weight * pick_columns(probs, ids.masked_fill(ids == NO_ID, 0))
+        costs.append(torch.cat([cost, -pick_columns(cosine, present_there)], dim=2))  # (B, Q, M + L)
+    costs = torch.stack(costs, dim=1).cpu()
 
-    costs = iter(torch.cat(costs, dim=1).cpu().split([cost.shape[1] for cost in costs], dim=1))
     masks, labels = [], []
-    for image in list(range(batch)) * len(mask_logits):
-        pair = next(costs), next(costs)
-        match, label = assign(*pair, ids[image], present[image], config.matching, config.class_weight)
-        masks.append(torch.stack(match))
-        labels.append(label)
-    matches = torch.cat(masks, dim=1).to(device).split([mask.shape[1] for mask in masks], dim=1)
-    matches = [Match(*match) for match in matches]
-    by_output = [matches[first : first + batch] for first in range(0, len(matches), batch)]
-    return by_output, torch.stack(labels).to(device).unflatten(0, (-1, batch))
+    for of_image, image_ids, image_labels in zip(costs, targets.ids, present, strict=True):
+        of_masks, of_labels = of_image[..., : len(image_ids)], of_image[..., ids.shape[1] :][..., : len(image_labels)]
+        assigned = [
+            assign(*pair, image_ids, image_labels, config.matching, config.class_weight)
+            for pair in zip(of_masks, of_labels, strict=True)
+        ]
+        masks.append(torch.stack([torch.stack(match) for match, _ in assigned], dim=1))  # (2, O, K)
+        labels.append(torch.stack([label for _, label in assigned]))
+    image = torch.repeat_interleave(torch.tensor([mask.shape[2] for mask in masks]))
+    query, target = torch.cat(masks, dim=2).to(device)
+    return Matches(image.to(device), query, target), torch.stack(labels, dim=1).to(device)
 
 
-def same_label_rate(matches: list[Match], labels: Tensor, ids: list[Tensor]) -> Tensor:
-    """How often the label (B, Q) of a query with a mask is its mask's id; scalar, NaN without masks."""
-    same = [
-        label[match.query] == values.to(label.device)[match.target]
-        for match, label, values in zip(matches, labels, ids, strict=True)
-    ]
-    return torch.cat(same).float().mean()
+def pick_columns(values: Tensor, columns: Tensor) -> Tensor:
+    """Some columns of each image: values (B, Q, C), columns (B, L) -> (B, Q, L)."""
+    return values.gather(2, columns[:, None].expand(-1, values.shape[1], -1))
+
+
+def same_label_rate(matches: Matches, labels: Tensor, ids: list[Tensor]) -> Tensor:
+    """How often the label (B, Q) of a query with a mask is its mask's id; scalar, NaN without masks.
+
+    labels: of the last decoder output.
+    """
+    own = pad_ids(ids, labels.device)[matches.image, matches.target[-1]]
+    return (labels[matches.image, matches.query[-1]] == own).float().mean()
 
 
 def mean_over_ranks(counts: Tensor) -> Tensor:

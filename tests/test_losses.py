@@ -38,6 +38,7 @@ from losses_zs3 import (
     mask_cost,
     mask_ids,
     match_labels,
+    pad_ids,
     ranking_loss,
     sample_logits,
     zs3_losses,
@@ -328,7 +329,7 @@ def test_gradients_of_the_class_and_ranking_losses_are_differences(kl):
 
 
 def test_gradients_of_sampled_logits_are_differences():
-    logits = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    logits = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     points = 2 * torch.rand(2, 7, 2, dtype=torch.float64) - 1
     assert torch.autograd.gradcheck(lambda x: sample_logits(x, points), logits)
 
@@ -454,22 +455,26 @@ def pairs_in_loops(logits: Tensor, label_map: Tensor, points: Tensor, ignored_pi
 
 @pytest.mark.parametrize("ignored_pixels", ["ignore", "negative"])
 def test_mask_costs_are_those_of_explicit_masks(ignored_pixels):
-    logits, (labels,) = 2 * torch.randn(5, 6, 8), random_labels(1)
-    points = 2 * torch.rand(40, 2) - 1
-    truth = label_points(labels, mask_ids(labels[None])[0], points, ignored_pixels=ignored_pixels)
-    bce, dice = pairs_in_loops(logits, labels, points, ignored_pixels)
-    close(mask_cost(sample_logits(logits, points), truth, 5.0, 2.0), 5 * bce + 2 * dice)
+    logits, labels = 2 * torch.randn(2, 5, 6, 8), random_labels(2)
+    labels[1][labels[1] == 3] = 0  # fewer masks than the first
+    points, ids = 2 * torch.rand(2, 40, 2) - 1, mask_ids(labels)
+    truth = label_points(labels, pad_ids(ids, labels.device), points, ignored_pixels=ignored_pixels)
+    costs = mask_cost(sample_logits(logits, points), truth, 5.0, 2.0)
+    assert [len(values) for values in ids] == [3, 2] and costs.shape == (2, 5, 3)
+    for cost, values, *image in zip(costs, ids, logits, labels, points, strict=True):
+        bce, dice = pairs_in_loops(*image, ignored_pixels)
+        close(cost[:, : len(values)], 5 * bce + 2 * dice)
 
 
 def test_mask_costs_on_the_grid_are_those_at_the_pixels_centres():
-    logits, (labels,) = 2 * torch.randn(5, 6, 8), random_labels(1, (24, 32))
-    points = grid_points(6, 8, logits.device)
-    close(sample_logits(logits, points), logits.flatten(1))
-    truth = label_points(labels, mask_ids(labels[None])[0], points)
-    middle = torch.stack([labels[1::4, 1::4], labels[1::4, 2::4], labels[2::4, 1::4], labels[2::4, 2::4]]).flatten(1)
-    for value, inside in zip((0, 3, 5), truth.inside, strict=True):  # of 4 x 4 pixels the middle four
+    logits, labels = 2 * torch.randn(1, 5, 6, 8), random_labels(1, (24, 32))
+    points = grid_points(6, 8, logits.device)[None]
+    close(sample_logits(logits, points), logits.flatten(2))
+    truth = label_points(labels, mask_ids(labels)[0][None], points)
+    middle = torch.cat([labels[:, y::4, x::4] for y in (1, 2) for x in (1, 2)]).flatten(1)
+    for value, inside in zip((0, 3, 5), truth.inside[0], strict=True):  # of 4 x 4 pixels the middle four
         close(inside, (middle == value).float().mean(0))
-    close(truth.weight, (middle >= 0).float().mean(0))
+    close(truth.weight[0], (middle >= 0).float().mean(0))
 
 
 def test_joint_matching_is_transformers():
@@ -481,9 +486,10 @@ def test_joint_matching_is_transformers():
     torch.manual_seed(1)
     ((query, target),) = matcher(logits, class_logits, [masks], [ids])
     torch.manual_seed(1)
-    points = 2 * torch.rand(400, 2) - 1
+    points = 2 * torch.rand(1, 400, 2) - 1
     probs = class_probabilities(class_logits[0, :, :-1], class_logits[0, :, -1])
-    cost = mask_cost(sample_logits(logits[0], points), label_points(labels, ids, points), 5.0, 5.0)
+    truth = label_points(labels[None], ids[None], points)
+    (cost,) = mask_cost(sample_logits(logits, points), truth, 5.0, 5.0)
     match, label = assign(cost - 2 * probs[:, ids], torch.zeros(6, 0), ids, ids[:0], "joint", 2.0)
     assert dict(zip(match.target.tolist(), match.query.tolist(), strict=True)) == dict(
         zip(target.tolist(), query.tolist(), strict=True)
@@ -545,45 +551,50 @@ def test_more_masks_and_labels_than_queries(matching):
 
 
 def test_labels_at_points_are_bilinear_samples_of_explicit_masks():
-    (labels,) = random_labels(1)
-    (ids,) = mask_ids(labels[None])
-    points = 2 * torch.rand(500, 2) - 1
-    truth = label_points(labels, ids, points)
-    close(truth.weight, sample(labels >= 0, points), atol=1e-5)
-    for value, inside in zip(ids, truth.inside, strict=True):
-        close(inside, sample(labels == value, points), atol=1e-5)
+    labels = random_labels(2)
+    labels[1][labels[1] == 3] = 0  # fewer masks than the first
+    ids = mask_ids(labels)
+    points = 2 * torch.rand(2, 500, 2) - 1
+    truth = label_points(labels, pad_ids(ids, labels.device), points)
+    assert [len(values) for values in ids] == [3, 2]
+    for image, values in enumerate(ids):
+        close(truth.weight[image], sample(labels[image] >= 0, points[image]), atol=1e-5)
+        for value, inside in zip(values, truth.inside[image, : len(values)], strict=True):
+            close(inside, sample(labels[image] == value, points[image]), atol=1e-5)
+    assert (truth.inside[1, 2] == 0).all()
     assert truth.weight.amin() == 0 and truth.weight.amax() == pytest.approx(1)  # both kinds were met
-    negative = label_points(labels, ids, points, ignored_pixels="negative")
-    close(negative.weight, torch.ones(500), atol=1e-5)
+    negative = label_points(labels, pad_ids(ids, labels.device), points, ignored_pixels="negative")
+    close(negative.weight, torch.ones(2, 500), atol=1e-5)
     assert torch.equal(negative.inside, truth.inside)
 
 
 def test_a_half_ignored_point_has_half_the_weight():
-    points = 2 * torch.tensor([[0.5, 0.5], [0.25, 0.5], [0.9, 0.5]]) - 1
-    truth = label_points(torch.tensor([[4, -1], [4, -1]]), torch.tensor([4]), points)
-    close(truth.weight, torch.tensor([0.5, 1.0, 0.0]))
-    close(truth.inside[0], torch.tensor([0.5, 1.0, 0.0]))
+    points = 2 * torch.tensor([[[0.5, 0.5], [0.25, 0.5], [0.9, 0.5]]]) - 1
+    truth = label_points(torch.tensor([[[4, -1], [4, -1]]]), torch.tensor([[4]]), points)
+    close(truth.weight, torch.tensor([[0.5, 1.0, 0.0]]))
+    close(truth.inside[0], torch.tensor([[0.5, 1.0, 0.0]]))
 
 
 def test_chosen_points_are_the_most_uncertain_and_the_uniform_ones():
-    logits, points = torch.randn(3, 8, 8), 2 * torch.rand(50, 2) - 1
-    truth = PointLabels(points, torch.ones(50), torch.ones(3, 50))
-    chosen = choose_points(logits, truth, 20, 0.75)  # 45 candidates, 15 of them, and the last 5
+    logits, image, points = torch.randn(3, 8, 8), torch.tensor([0, 0, 1]), 2 * torch.rand(2, 50, 2) - 1
+    truth = PointLabels(points, torch.ones(2, 50), torch.ones(2, 2, 50))
+    chosen = choose_points(logits, image, truth, 20, 0.75)  # 45 candidates, 15 of them, and the last 5
     assert chosen.shape == (3, 20)
-    for row, logit in zip(chosen.tolist(), logits, strict=True):
-        certainty = sample(logit, points[:45]).abs()
+    for row, logit, own in zip(chosen.tolist(), logits, points[image], strict=True):
+        certainty = sample(logit, own[:45]).abs()
         assert set(row[:15]) == set(certainty.argsort()[:15].tolist()) and row[15:] == [45, 46, 47, 48, 49]
 
 
 def test_uncertain_points_avoid_ignored_pixels():
-    labels = torch.full((16, 16), -1)
-    labels[:, :8] = 2
+    labels = torch.full((1, 16, 16), -1)
+    labels[..., :8] = 2
     logits = torch.where(torch.arange(16) < 8, 9.0, 0.0).expand(1, 16, 16)  # uncertain where it is ignored
-    truth = label_points(labels, torch.tensor([2]), 2 * torch.rand(120, 2) - 1)
-    chosen = choose_points(logits, truth, 40, 1.0)
-    assert (truth.weight[chosen.long()] > 0).all()
-    truth = label_points(labels, torch.tensor([2]), torch.rand(120, 2))  # nothing but ignored pixels: taken then
-    assert choose_points(logits, truth, 40, 1.0).shape == (1, 40)
+    image, ids = torch.tensor([0]), torch.tensor([[2]])
+    truth = label_points(labels, ids, 2 * torch.rand(1, 120, 2) - 1)
+    chosen = choose_points(logits, image, truth, 40, 1.0)
+    assert (truth.weight[0, chosen.long()] > 0).all()
+    truth = label_points(labels, ids, torch.rand(1, 120, 2))  # nothing but ignored pixels: taken then
+    assert choose_points(logits, image, truth, 40, 1.0).shape == (1, 40)
 
 
 # ------------------------------------------------------------------------------------- Eq. 8, all decoder outputs
@@ -1045,17 +1056,17 @@ def test_the_criterion_sums_low_precision_predictions_in_float32():
 
 
 def test_the_label_map_loss_is_float32_under_autocast():
-    probs, logits = torch.randn(6, 5).softmax(-1), torch.randn(6, 4, 4)
-    points, possible = 2 * torch.rand(40, 2) - 1, torch.randint(0, 2, (5, 40)).float()
+    probs, logits = torch.randn(2, 6, 5).softmax(-1), torch.randn(2, 6, 4, 4)
+    points, possible = 2 * torch.rand(2, 40, 2) - 1, torch.randint(0, 2, (2, 5, 40)).float()
     with autocast():
         low = label_map_loss(probs, logits, points, possible)
     assert torch.equal(low, label_map_loss(probs, logits, points, possible))
 
 
 def test_gradients_of_the_label_map_loss_are_differences():
-    probs, logits = torch.randn(4, 5, dtype=torch.float64).softmax(-1), torch.randn(4, 4, 3, dtype=torch.float64)
-    points, possible = 2 * torch.rand(12, 2, dtype=torch.float64) - 1, torch.randint(0, 2, (5, 12)).double()
-    possible[:, 0] = 0  # a point that takes no part
+    probs, logits = torch.randn(2, 4, 5, dtype=torch.float64).softmax(-1), torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    points, possible = 2 * torch.rand(2, 12, 2, dtype=torch.float64) - 1, torch.randint(0, 2, (2, 5, 12)).double()
+    possible[..., 0] = 0  # a point that takes no part
     inputs = probs.requires_grad_(), logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda p, m: label_map_loss(p, m, points, possible), inputs)
 
@@ -1064,8 +1075,8 @@ def test_a_hopeless_point_still_has_a_gradient():
     """At temperature 0.01 a class that all queries reject has a probability far below float32's precision."""
     cosine = torch.tensor([[0.9, 0.4], [0.8, 0.35]], requires_grad=True)
     probs = class_probabilities(cosine / 0.01)
-    possible = torch.tensor([[0.0] * 3, [1.0] * 3])
-    label_map_loss(probs, torch.ones(2, 4, 4), torch.zeros(3, 2), possible).backward()
+    possible = torch.tensor([[[0.0] * 3, [1.0] * 3]])
+    label_map_loss(probs[None], torch.ones(1, 2, 4, 4), torch.zeros(1, 3, 2), possible).backward()
     assert probs[:, 1].max() < 1e-19 and cosine.grad[:, 1].max() < -1e-3 and cosine.grad.isfinite().all()
 
 
@@ -1081,12 +1092,12 @@ def test_mask_matching_is_float32_under_autocast():
     """Of two nearly equal queries the one that is 0.1 % better gets the mask."""
     labels = torch.zeros(1, 16, 16, dtype=torch.int64)
     labels[:, :, 8:] = -1
-    grid = grid_points(16, 16, labels.device)
+    truth = label_points(labels, torch.tensor([[0]]), grid_points(16, 16, labels.device)[None])
     for better in (0, 1):
         logits = torch.full((1, 2, 16, 16), 1.0)
         logits[0, better] += 0.001
         with autocast():
-            cost = mask_cost(logits[0].flatten(1), label_points(labels[0], torch.tensor([0]), grid), 5.0, 5.0)
+            (cost,) = mask_cost(logits.flatten(2), truth, 5.0, 5.0)
         assert cost.dtype == torch.float32 and hungarian(cost).query.tolist() == [better]
 
 

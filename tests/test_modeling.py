@@ -18,6 +18,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+import modeling_zs3
 from modeling_zs3 import (
     Zs3ForSemanticSegmentation,
     Zs3Output,
@@ -145,10 +146,10 @@ def test_with_an_older_transformers_they_are_drawn_again_and_nothing_else(monkey
     for weight in drawn:
         weight.data.fill_(0.02)  # about what older versions make of it
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
-    monkeypatch.setattr("transformers.__version__", "5.23.0")
+    monkeypatch.setattr(modeling_zs3.transformers, "__version__", "5.23.0")
     draw_as_mask2former(network)
     assert all(torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
-    monkeypatch.setattr("transformers.__version__", "5.22.1")
+    monkeypatch.setattr(modeling_zs3.transformers, "__version__", "5.22.1")
     draw_as_mask2former(network)
     assert_drawn_by_pytorch(network)
     changed = [name for name, weight in network.state_dict().items() if not torch.equal(weight, before[name])]
