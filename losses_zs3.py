@@ -7,13 +7,13 @@ Everything above `zs3_losses` takes tensors and numbers, no config. Sums are mad
 autocast too.
 
 What makes it cheap: targets stay id maps and are looked up at points, no mask of full size is ever made; points are
-shared by all masks of an image and all decoder outputs; the images of a batch go through every step together; all
+shared by all masks of an image and all decoder outputs; samples and sums are made for all images of a batch at once; all
 matching costs of a step go to the CPU in one copy.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,12 @@ except ImportError:  # inference needs no matching
 UNMATCHED = -1  # a query without a label
 IGNORED, PADDING = -1, -2  # in a label map
 NO_ID = 2**62  # fills up the ids of an image with fewer masks than others
-AT_ONCE = 2**21  # points of masks whose losses are made at once: more would need memory, fewer take time
+POINTS_AT_ONCE = 2**21  # points of as many masks as go together: more need memory, fewer take time
 TINY = 1e-6  # divides in place of zero, where the dividend is zero too
 FLOOR = 1e-30  # under a logarithm: its inverse is a float32, too
+
+# What a function holds is made again in the backward pass: it would be most of the memory.
+remade_backward = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 # --------------------------------------------------------------------------------------------------- targets
@@ -86,7 +89,7 @@ def label_points(labels: Tensor, ids: Tensor, points: Tensor, *, ignored_pixels:
 
     The sample of a one-hot mask is the summed weight of those of the four neighbours that have the target's id.
     Points within half a pixel of the border are clamped to it.
-    ids: (B, M), see `pad_ids`.
+    ids: (B, M), see `pad_ids`, on the device of the labels.
     ignored_pixels: "ignore": they have no weight; "negative": they belong to no mask (Mask2Former's).
     """
     batch, height, width = labels.shape
@@ -105,7 +108,7 @@ def label_points(labels: Tensor, ids: Tensor, points: Tensor, *, ignored_pixels:
             valid = part * (label >= 0)  # an ignored neighbour adds nothing, wherever it is put
             inside.scatter_add_(1, torch.searchsorted(ids, label)[:, None], valid[:, None])
             weight += part if ignored_pixels == "negative" else valid
-    return PointLabels(points, weight, inside[:, :-1])
+    return PointLabels(points, weight, inside[:, :-1].contiguous())  # `take` is slow on anything else
 
 
 def grid_points(height: int, width: int, device: torch.device) -> Tensor:
@@ -144,7 +147,8 @@ class Match(NamedTuple):
 class Matches(NamedTuple):
     """The matched masks of a batch, those of an image after those of the one before, in every decoder output.
 
-    image: (K,) int64; query, target: (O, K) int64, of the image.
+    image: (K,) int64; query, target: (O, K) int64. In output o, query[o, k] of image[k] predicts its target[o, k]. K is
+    the same in every output.
     """
 
     image: Tensor
@@ -234,7 +238,8 @@ def assign(
     label_cost, labels = label_cost[:, without_mask], labels[without_mask]
     target = torch.full((len(mask_cost),), UNMATCHED)
     if matching == "hybrid":
-        masks_first = mask_cost.double() - 1e6  # where queries run out; matters nowhere else
+        finite = torch.nan_to_num(mask_cost.double(), nan=1e5, posinf=1e5, neginf=-1e5)
+        masks_first = finite - 1e6  # where queries run out; matters nowhere else
         match = hungarian(torch.cat([masks_first, class_weight * label_cost], dim=1))
         target[match.query] = torch.cat([ids, labels])[match.target]
         has_mask = match.target < len(ids)
@@ -275,24 +280,24 @@ def choose_points(
 def mask_losses(
     mask_logits: Tensor,
     image: Tensor,
-    query: Tensor,
     target: Tensor,
     chosen: Tensor,
     truth: PointLabels,
     num_masks: Tensor,
     mask_loss: str,
 ) -> tuple[Tensor, Tensor]:
-    """The focal (or BCE) and the dice loss of the matched masks at their chosen points (section 3.2).
+    """The focal (or BCE) and the dice loss of matched masks at their chosen points (section 3.2).
 
-    mask_logits: (B, Q, h, w); image, query, target: (K,), see `Matches`; chosen: (K, P), see `choose_points`.
+    mask_logits: (K, h, w) of the matched queries; image, target: (K,), see `Matches`; chosen: see `choose_points`.
     """
-    (_, num_targets, num_points), chosen = truth.inside.shape, chosen.long()
-    place = chosen + image[:, None] * num_points
+    _, num_targets, points_of_image = truth.inside.shape
+    # Flat indices: `take` is several times as fast as an index of three tensors.
+    place = chosen.long() + image[:, None] * points_of_image
     points = truth.points.flatten(0, 1).index_select(0, place.flatten()).unflatten(0, place.shape)
-    logits = sample_logits(mask_logits[image, query][:, None], points)[:, 0]  # (K, P)
+    logits = sample_logits(mask_logits[:, None], points)[:, 0]  # (K, points)
     weight = truth.weight.take(place)
-    row = (image * num_targets + target)[:, None]
-    share = truth.inside.take(chosen + row * num_points) / weight.clamp(min=TINY)
+    row = image * num_targets + target
+    share = truth.inside.take(chosen + row[:, None] * points_of_image) / weight.clamp(min=TINY)
     loss = focal_loss if mask_loss == "focal" else bce_loss
     return loss(logits, share, num_masks, weight=weight), dice_loss(logits, share, num_masks, weight=weight)
 
@@ -363,7 +368,8 @@ def class_probabilities(class_logits: Tensor, background_logits: Tensor | None =
 
 def probabilities_of_cosines(similarity: Tensor, background: Tensor | None, temperature: float) -> Tensor:
     """p_q of Eq. 2: similarity (..., Q, C) and, where there is a t_0, background (..., Q), both cosine."""
-    return class_probabilities(similarity / temperature, None if background is None else background / temperature)
+    background_logits = None if background is None else _full(background) / temperature
+    return class_probabilities(_full(similarity) / temperature, background_logits)
 
 
 def kl_to_uniform(log_probs: Tensor) -> Tensor:
@@ -527,7 +533,8 @@ def zs3_losses(
     background_similarity (B, Q), else None.
     counts: (3,), what sums are divided by, see `count_targets`; None: of these targets.
     """
-    matches, labels = match_outputs(mask_logits, similarity, background_similarity, targets, config)
+    ids = pad_ids(targets.ids, mask_logits[0].device)
+    matches, labels = match_outputs(mask_logits, similarity, background_similarity, targets, ids, config)
     if counts is None:
         counts = count_targets(targets.ids, targets.image_labels, labels.shape[2], config.matching)
     num_masks, num_matched, num_unmatched = mean_over_ranks(counts.to(labels.device)).clamp(min=TINY)
@@ -537,43 +544,60 @@ def zs3_losses(
     if config.class_loss == "cross_entropy":
         background = torch.stack(background_similarity)
         numbers["unmatched_weight"] = config.no_object_weight
-        of_class = background_class_loss(cosine, background, labels, config.class_temperature, **numbers)
+        of_classes = background_class_loss(cosine, background, labels, config.class_temperature, **numbers)
     else:
         numbers |= {"matched_weight": config.matched_weight, "kl": config.kl}
-        of_class = class_loss(cosine, labels, config.class_temperature, **numbers)
+        of_classes = class_loss(cosine, labels, config.class_temperature, **numbers)
     positive, negative = targets.image_labels == 1, targets.image_labels == 0
     of_ranking = ranking_loss(config.rank_scale * cosine, positive, negative, norm=config.rank_norm)
-    terms = {"class": of_class, "mask": 0, "dice": 0, "rank": of_ranking}
 
     num_points = config.train_num_points
     num_uniform = num_points - int(config.importance_sample_ratio * num_points)
-    points = random_points(labels.shape[1], int(config.oversample_ratio * num_points) + num_uniform, labels.device)
+    num_candidates = int(config.oversample_ratio * num_points)
+    points = random_points(len(targets.ids), num_candidates + num_uniform, labels.device)
     points = points.to(torch.promote_types(mask_logits[0].dtype, torch.float32))
-    ids = pad_ids(targets.ids, labels.device)
     truth = label_points(targets.labels, ids, points, ignored_pixels=config.ignored_pixels)
+    mask, dice = mask_terms(mask_logits, matches, truth, num_masks, config)
+    terms = {"class": of_classes, "mask": mask, "dice": dice, "rank": of_ranking}
     if config.label_map_weight:
-        terms["label_map"] = 0
         uniform = points[:, -num_uniform:] if num_uniform else points
-        maps = zip(*targets, uniform, strict=True)
-        possible = torch.stack([possible_labels(*one, pixels=config.label_map_pixels) for one in maps]).to(points.dtype)
-    at_once = max(AT_ONCE // points.shape[1], 1)
-    for output, logits in enumerate(mask_logits):
-        matched = matches.image, matches.query[output], matches.target[output]
-        for some in zip(*(indices.split(at_once) for indices in matched), strict=True):
-            image, query, _ = some
-            chosen = choose_points(logits[image, query], image, truth, num_points, config.importance_sample_ratio)
-            mask, dice = remade_backward(mask_losses, logits, *some, chosen, truth, num_masks, config.mask_loss)
-            terms["mask"], terms["dice"] = terms["mask"] + mask, terms["dice"] + dice
-        if config.label_map_weight:
-            cosines = similarity[output], background_similarity[output]
-            probs = probabilities_of_cosines(*cosines, config.class_temperature)
-            terms["label_map"] += remade_backward(label_map_loss, probs, logits, uniform, possible)
-    return Losses(terms, same_label_rate(matches, labels[-1], targets.ids))
+        terms["label_map"] = label_map_term(mask_logits, similarity, background_similarity, targets, uniform, config)
+    return Losses(terms, same_label_rate(matches, labels, ids))
 
 
-def remade_backward(function: Callable, *arguments) -> Any:
-    """What function returns; what it holds is made again in the backward pass: it would be most of the memory."""
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+def mask_terms(
+    mask_logits: list[Tensor], matches: Matches, truth: PointLabels, num_masks: Tensor, config: Zs3Config
+) -> tuple[Tensor, Tensor]:
+    """The sums of `mask_losses` over the decoder outputs, mask_logits (B, Q, h, w) of each."""
+    masks_at_once = max(POINTS_AT_ONCE // truth.points.shape[1], 1)
+    losses = []
+    for logits, query, targets in zip(mask_logits, matches.query, matches.target, strict=True):
+        parts = (values.split(masks_at_once) for values in (logits[matches.image, query], matches.image, targets))
+        for matched, image, target in zip(*parts, strict=True):
+            chosen = choose_points(matched, image, truth, config.train_num_points, config.importance_sample_ratio)
+            given = matched, image, target, chosen, truth, num_masks, config.mask_loss
+            losses.append(remade_backward(mask_losses, *given))
+    mask, dice = (torch.stack(values).sum() for values in zip(*losses, strict=True))
+    return mask, dice
+
+
+def label_map_term(
+    mask_logits: list[Tensor],
+    similarity: list[Tensor],
+    background_similarity: list[Tensor | None],
+    targets: Targets,
+    points: Tensor,
+    config: Zs3Config,
+) -> Tensor:
+    """The sum of `label_map_loss` over the decoder outputs, at points (B, P, 2)."""
+    images = zip(*targets, points, strict=True)
+    possible = [possible_labels(*image, pixels=config.label_map_pixels) for image in images]
+    possible = torch.stack(possible).to(points.dtype)
+    losses = []
+    for logits, *cosines in zip(mask_logits, similarity, background_similarity, strict=True):
+        probs = probabilities_of_cosines(*cosines, config.class_temperature)
+        losses.append(remade_backward(label_map_loss, probs, logits, points, possible))
+    return torch.stack(losses).sum()
 
 
 def count_targets(ids: list[Tensor], image_labels: Tensor, num_queries: int, matching: str) -> Tensor:
@@ -596,10 +620,12 @@ def match_outputs(
     similarity: list[Tensor],
     background_similarity: list[Tensor | None],
     targets: Targets,
+    ids: Tensor,
     config: Zs3Config,
 ) -> tuple[Matches, Tensor]:
     """The masks of the queries of all images and decoder outputs, and their labels (O, B, Q); see `assign`.
 
+    ids: (B, M), those of the targets on the device of the predictions, see `pad_ids`.
     The costs of all outputs and images go to the CPU in one copy; so do the indices on their way back.
     """
     device, (batch, _, height, width) = mask_logits[0].device, mask_logits[0].shape
@@ -609,19 +635,14 @@ def match_outputs(
     else:
         points = random_points(batch, config.train_num_points, device)
     points = points.to(torch.promote_types(mask_logits[0].dtype, torch.float32))
-    ids = pad_ids(targets.ids, device)
     truth = label_points(targets.labels, ids, points, ignored_pixels=config.ignored_pixels)
     present = present_labels(targets.image_labels)
     present_there = pad_sequence(present, batch_first=True).to(device)  # (B, L)
 
     costs = []
     for logits, cosine, background in zip(mask_logits, similarity, background_similarity, strict=True):
-        cost = mask_cost(
-            logits.flatten(2) if on_grid else sample_logits(logits, points),
-            truth,
-            config.mask_weight,
-            config.dice_weight,
-        )
+        at_points = logits.flatten(2) if on_grid else sample_logits(logits, points)
+        cost = mask_cost(at_points, truth, config.mask_weight, config.dice_weight)
         if config.matching != "unpaired":
             probs = probabilities_of_cosines(cosine, background, config.class_temperature)
             cost -= config.class_weight * pick_columns(probs, ids.masked_fill(ids == NO_ID, 0))
@@ -629,12 +650,10 @@ def match_outputs(
     costs = torch.stack(costs, dim=1).cpu()
 
     masks, labels = [], []
-    for of_image, image_ids, image_labels in zip(costs, targets.ids, present, strict=True):
-        of_masks, of_labels = of_image[..., : len(image_ids)], of_image[..., ids.shape[1] :][..., : len(image_labels)]
-        assigned = [
-            assign(*pair, image_ids, image_labels, config.matching, config.class_weight)
-            for pair in zip(of_masks, of_labels, strict=True)
-        ]
+    for cost, image_ids, image_labels in zip(costs, targets.ids, present, strict=True):
+        of_masks, of_labels = cost.tensor_split([ids.shape[1]], dim=2)  # (O, Q, M), (O, Q, L)
+        pairs = zip(of_masks[..., : len(image_ids)], of_labels[..., : len(image_labels)], strict=True)
+        assigned = [assign(*pair, image_ids, image_labels, config.matching, config.class_weight) for pair in pairs]
         masks.append(torch.stack([torch.stack(match) for match, _ in assigned], dim=1))  # (2, O, K)
         labels.append(torch.stack([label for _, label in assigned]))
     image = torch.repeat_interleave(torch.tensor([mask.shape[2] for mask in masks]))
@@ -647,13 +666,13 @@ def pick_columns(values: Tensor, columns: Tensor) -> Tensor:
     return values.gather(2, columns[:, None].expand(-1, values.shape[1], -1))
 
 
-def same_label_rate(matches: Matches, labels: Tensor, ids: list[Tensor]) -> Tensor:
-    """How often the label (B, Q) of a query with a mask is its mask's id; scalar, NaN without masks.
+def same_label_rate(matches: Matches, labels: Tensor, ids: Tensor) -> Tensor:
+    """How often the label of a query with a mask is its mask's id, in the last decoder output; NaN without masks.
 
-    labels: of the last decoder output.
+    labels: (O, B, Q); ids: (B, M), see `pad_ids`.
     """
-    own = pad_ids(ids, labels.device)[matches.image, matches.target[-1]]
-    return (labels[matches.image, matches.query[-1]] == own).float().mean()
+    own = ids[matches.image, matches.target[-1]]
+    return (labels[-1, matches.image, matches.query[-1]] == own).float().mean()
 
 
 def mean_over_ranks(counts: Tensor) -> Tensor:

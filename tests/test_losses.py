@@ -547,6 +547,14 @@ def test_more_masks_and_labels_than_queries(matching):
         assert label[match.query].tolist() == ids[match.target].tolist()
 
 
+@pytest.mark.parametrize("matching", ["unpaired", "joint", "hybrid"])
+def test_every_mask_is_matched_where_its_costs_are_not_numbers(matching):
+    """Or decoder outputs would differ in the number of their masks."""
+    cost = torch.full((3, 2), torch.nan)
+    match, _ = assign(cost, torch.randn(3, 4), torch.arange(2), torch.arange(2, 6), matching, 2.0)
+    assert sorted(match.target.tolist()) == [0, 1]
+
+
 # ---------------------------------------------------------------------------------------------- point sampling
 
 
@@ -709,6 +717,8 @@ def literal_terms(
 @given(
     seed=st.integers(0, 2**16),
     queries=st.sampled_from([8, 2]),
+    gone=st.sampled_from([[], [3], [5], [0, 3, 5]]),  # ids that the second image has not, so fewer masks
+    points_at_once=st.sampled_from([1, 160, 2**21]),  # of one mask, of few, of all
     switches=st.fixed_dictionaries(
         {
             "class_loss": st.sampled_from(["background_aware", "cross_entropy"]),
@@ -731,20 +741,22 @@ def literal_terms(
         }
     ),
 )
-def test_every_switch_is_what_loops_over_explicit_masks_give(seed, queries, switches):
+def test_every_switch_is_what_loops_over_explicit_masks_give(seed, queries, gone, points_at_once, switches):
     config = tiny_config(text=False, class_temperature=0.1, train_num_points=20, **switches)
     torch.manual_seed(seed)
     mask_logits = [3 * torch.randn(2, queries, 6, 8) for _ in range(2)]
     shapes = (2, queries, 7), (2, queries)
     similarity, background = ([random_similarity(*shape) for _ in range(2)] for shape in shapes)
     labels = random_labels(2, ids=(-2, -1, 0, 3, 5))  # -2 is padding
+    labels[1][torch.isin(labels[1], torch.tensor(gone))] = -1
     image_labels = torch.randint(-1, 2, (2, 7))
     if config.matching != "unpaired":
         for row, ids in zip(image_labels, mask_ids(labels), strict=True):
             row[ids] = 1
     given_background = background if config.class_loss == "cross_entropy" else None
     torch.manual_seed(seed)
-    losses = criterion(mask_logits, similarity, labels, image_labels, config, given_background)
+    with patch("losses_zs3.POINTS_AT_ONCE", points_at_once):
+        losses = criterion(mask_logits, similarity, labels, image_labels, config, given_background)
 
     torch.manual_seed(seed)
     match_points = grid_points(6, 8, labels.device).expand(2, -1, -1)
