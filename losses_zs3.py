@@ -7,8 +7,8 @@ Everything above `zs3_losses` takes tensors and numbers, no config. Sums are mad
 autocast too.
 
 What makes it cheap: targets stay id maps and are looked up at points, no mask of full size is ever made; points are
-shared by all masks of an image and all decoder outputs; samples and sums are made for all images of a batch at once; all
-matching costs of a step go to the CPU in one copy.
+shared by all masks of an image and all decoder outputs; samples and sums are made for all images of a batch at once;
+all matching costs of a step go to the CPU in one copy.
 """
 
 import math
