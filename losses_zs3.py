@@ -638,6 +638,7 @@ def match_outputs(
     truth = label_points(targets.labels, ids, points, ignored_pixels=config.ignored_pixels)
     present = present_labels(targets.image_labels)
     present_there = pad_sequence(present, batch_first=True).to(device)  # (B, L)
+    ids_there = ids.masked_fill(ids == NO_ID, 0)  # columns that fill up are cut off below
 
     costs = []
     for logits, cosine, background in zip(mask_logits, similarity, background_similarity, strict=True):
@@ -645,7 +646,7 @@ def match_outputs(
         cost = mask_cost(at_points, truth, config.mask_weight, config.dice_weight)
         if config.matching != "unpaired":
             probs = probabilities_of_cosines(cosine, background, config.class_temperature)
-            cost -= config.class_weight * pick_columns(probs, ids.masked_fill(ids == NO_ID, 0))
+            cost -= config.class_weight * pick_columns(probs, ids_there)
         costs.append(torch.cat([cost, -pick_columns(cosine, present_there)], dim=2))  # (B, Q, M + L)
     costs = torch.stack(costs, dim=1).cpu()
 

@@ -15,6 +15,7 @@ from zs3.results import TOLD
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROSE = " ".join(README.split())  # wherever its lines are broken
+RESULTS = ROOT / "docs" / "results"
 DEMO = "--num_train 12 --num_validation 2 --stage1_steps 2 --stage2_steps 2 --num_pictures 1"
 SHORT = {
     "train.py": ["--max_steps", "2"],
@@ -86,7 +87,7 @@ def test_the_commands_of_training_evaluation_and_release_work(workplace):
 
 
 def test_the_comparison_of_the_readme_is_that_of_the_result_file():
-    path = ROOT / "docs" / "results" / "zs3-scenes_compare.json"
+    path = RESULTS / "zs3-scenes_compare.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     rows = [result["scores"][name] for name in ("miou_seen", "miou_unseen", "hiou")]
     for side in ("a", "b"):
@@ -95,7 +96,6 @@ def test_the_comparison_of_the_readme_is_that_of_the_result_file():
     assert f"{100 * rows[2]['difference']:.1f} points" in PROSE and f"{low} to {high} over images" in PROSE
 
 
-RESULTS = ROOT / "docs" / "results"
 ABLATIONS = [RESULTS / f"{name}.json" for name in ("scenes_tables", "scenes_choices", "photographs_tables")]
 
 
@@ -119,12 +119,11 @@ def test_the_tables_of_the_evidence_are_those_of_the_result_files():
 
 
 def test_the_ratios_of_the_readme_are_those_of_the_result_files():
-    results = ROOT / "docs" / "results"
-    cost = json.loads((results / "clip_views.json").read_text(encoding="utf-8"))["cost"]
+    cost = json.loads((RESULTS / "clip_views.json").read_text(encoding="utf-8"))["cost"]
     seconds = {row["way"]: row["seconds"] for row in cost}
     one_pass, loop = seconds["single pass"], seconds["loop over crops"]
     assert f"took {one_pass:.2f} s where a loop over 100 crops took {loop:.2f} s" in PROSE
-    _, one, two = json.loads((results / "pseudo_labels.json").read_text(encoding="utf-8"))["rows"]
+    _, one, two = json.loads((RESULTS / "pseudo_labels.json").read_text(encoding="utf-8"))["rows"]
     told = f"made {one['times_faster_than_loop']:.2f} times as fast as by a loop over crops, and two processes were "
     assert told + f"{two['times_faster_than_first']:.2f} times as fast as one" in PROSE
 
@@ -132,7 +131,7 @@ def test_the_ratios_of_the_readme_are_those_of_the_result_files():
 def test_the_network_of_the_readme_is_that_of_the_result_files():
     told = {}
     for name, network in (("network", "zs3"), ("train_step", "zs3, the same losses")):
-        rows = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))["results"]
+        rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
         row = next(row for row in rows if row["backbone"] == "resnet50" and row["size"] == 512)
         assert row.get("norms", "frozen") == "frozen"
         told[name] = row["networks"][network]
@@ -143,7 +142,7 @@ def test_the_network_of_the_readme_is_that_of_the_result_files():
 
 
 def test_the_loader_of_the_readme_is_that_of_the_result_file():
-    rows = json.loads((ROOT / "docs" / "results" / "loader.json").read_text(encoding="utf-8"))["results"]
+    rows = json.loads((RESULTS / "loader.json").read_text(encoding="utf-8"))["results"]
     small, large = [row for row in rows if row["loader"] == "1 process, map-style"]
     assert f"makes {small['samples_per_second']:.1f} samples of 640 x 640 a second" in PROSE
     assert f"640 x 480, {small['times_faster']:.2f} times" in PROSE
@@ -153,7 +152,7 @@ def test_the_loader_of_the_readme_is_that_of_the_result_file():
 
 
 def test_the_label_stage_of_the_readme_is_that_of_the_result_file():
-    rows = json.loads((ROOT / "docs" / "results" / "label_count.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((RESULTS / "label_count.json").read_text(encoding="utf-8"))["rows"]
     rows = {(row["labels"], row["size"], row["method"]): row for row in rows if row["kind"].startswith("like")}
     told = re.findall(r"^\| (\d+), (\d+) x \d+ \| (.+) \| (.+) \|$", README, re.MULTILINE)
     assert len(told) == 4
@@ -167,7 +166,7 @@ def test_the_label_stage_of_the_readme_is_that_of_the_result_file():
 
 
 def test_the_evaluator_of_the_readme_is_that_of_the_result_file():
-    result = json.loads((ROOT / "docs" / "results" / "evaluator.json").read_text(encoding="utf-8"))
+    result = json.loads((RESULTS / "evaluator.json").read_text(encoding="utf-8"))
     shares = {}
     for row in result["times"]:
         shares.setdefault(row["maps"], []).append(100 * row["share_of_inference"])

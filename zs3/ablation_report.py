@@ -208,10 +208,8 @@ def areas_text(table: dict) -> list[str]:
         values = [*row["curve"].values(), *row["areas"].values(), *row["unseen_classes"].values()]
         rows.append([row["title"], *map(plus_minus, values)])
     said = "Scores that no bias towards seen names moves, shares of the labelled area of seen and of unseen classes, "
-    said += (
-        "and IoU of the unseen classes, percent. With the seen names alone a pixel of an unseen class is always wrong, "
-    )
-    said += "as for a model that has no other names:"
+    said += "and IoU of the unseen classes, percent. With the seen names alone a pixel of an unseen class is always "
+    said += "wrong, as for a model that has no other names:"
     curve = table["rows"][0]["curve"]
     head = ["training", *curve, *(title for title, *_ in AREAS), *(f"IoU of {name}" for name in classes)]
     return [said, "", *markdown_table(head, rows)]
