@@ -59,6 +59,7 @@ from zs3.command_line import (
 )
 from zs3.curves import check_matplotlib, draw_reliability, draw_seen_unseen_curve
 from zs3.data import Split, dataset_name, load_split
+from zs3.ensemble_weight import EnsembleWeight, given_weight, read_weight
 from zs3.evaluation import ConfusionMatrix, GeneralizedScores
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
@@ -92,7 +93,10 @@ class EvalArgs:
         "CLIP's view of the proposals joined in (section 4.6): of all their crops, of those that can change the label "
         "map, or from one pass over the image; default: crops where the checkpoint has an image tower and a weight.",
     )
-    ensemble_weight: float | None = flag(None, "w of the ensemble; default: the checkpoint's clip_ensemble_weight.")
+    ensemble_weight: str | None = flag(
+        None,
+        "w of the ensemble: a number, or a file of zs3.ensemble_weight; default: the checkpoint's own weight.",
+    )
     ensemble_tolerance: float = flag(0.0, "Share of an image's pixels that 'lazy' may leave open.")
     seen_bias: str | None = flag(
         None, "What is taken off the scores of seen classes: a number, or a result file, for the best of its curve."
@@ -114,9 +118,11 @@ class EvalArgs:
     def check(self) -> None:
         check_required(self, "model")
         check_at_least(self, 1, "max_images")
-        check_at_least(self, 0, "num_pictures", "seed", "ensemble_weight", "ensemble_tolerance", "num_workers")
-        if max(self.ensemble_weight or 0, self.ensemble_tolerance) > 1:
-            raise InputError("--ensemble_weight and --ensemble_tolerance are shares, at most 1")
+        check_at_least(self, 0, "num_pictures", "seed", "ensemble_tolerance", "num_workers")
+        if self.ensemble_weight is not None:
+            read_weight(self.ensemble_weight)
+        if self.ensemble_tolerance > 1:
+            raise InputError("--ensemble_tolerance is a share, at most 1")
         if self.ensemble_tolerance > 0 and self.ensemble != "lazy":
             raise InputError("--ensemble_tolerance goes with --ensemble lazy")
         if self.seen_bias is not None and (self.setting != "gzs3" or self.suite == "ovs5"):
@@ -210,14 +216,18 @@ def check_code(path: str, processor: ProcessorMixin) -> None:
         raise InputError(f"the code beside {path} is older than this eval.py: copy the project's *_zs3.py over it")
 
 
-def chosen_ensemble(args: EvalArgs, model: PreTrainedModel) -> tuple[str, float | None]:
-    """The view and the weight, of which one that is not given is the checkpoint's; ("off", None) for no ensemble."""
+def chosen_ensemble(args: EvalArgs, model: PreTrainedModel, stamp: dict) -> tuple[str, EnsembleWeight]:
+    """The view and the weight, of which one that is not given is the checkpoint's; "off" for no ensemble."""
+    weight = EnsembleWeight(model.config.clip_ensemble_weight, "the checkpoint's")
+    if args.ensemble_weight is not None:
+        weight = given_weight(args.ensemble_weight, stamp)
+        if weight.value is None:
+            return "off", weight
     try:
-        view = model.ensemble_view(args.ensemble, args.ensemble_weight)
+        view = model.ensemble_view(args.ensemble, None if args.ensemble_weight is None else weight.value)
     except ValueError as error:
         raise InputError(str(error)) from error
-    weight = model.config.clip_ensemble_weight if args.ensemble_weight is None else args.ensemble_weight
-    return view, None if view == "off" else weight
+    return view, EnsembleWeight(None, "none") if view == "off" else weight
 
 
 # ---- the pass ----------------------------------------------------------------------------------------------
@@ -354,14 +364,14 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
         if there is not None:
             return there
     bias = chosen_bias(args.seen_bias, stamp, image_ids)
-    view, weight = chosen_ensemble(args, model)
+    view, weight = chosen_ensemble(args, model, stamp)
     model.to(accelerator.device)
     text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
     text_embeds = text_embeds[candidates.index].to(accelerator.device)
 
     counts = new_counts(args, candidates, bias, calibration=args.calibration and view != "lazy")
     mine = range(accelerator.process_index, num_images, accelerator.num_processes)
-    look = Look(model, processor, text_embeds, candidates.is_trained, view, weight, args.ensemble_tolerance)
+    look = Look(model, processor, text_embeds, candidates.is_trained, view, weight.value, args.ensemble_tolerance)
     count_images(args, look, Images(records, mine, candidates, processor), counts, bias.value, accelerator)
 
     total, *others = gather_object([counts])
@@ -372,12 +382,12 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     result = stamp | {
         "prompts": prompts,
         "clip_ensemble": view,
-        "clip_ensemble_weight": weight,
+        "clip_ensemble_weight": weight.value,
         "ensemble_tolerance": args.ensemble_tolerance,
         "calibration": {
             "seen_bias": bias.value,
             "seen_bias_chosen": bias.chosen,
-            "ensemble_weight_chosen": "none" if view == "off" else weight_chosen(args),
+            "ensemble_weight_chosen": weight.chosen,
         },
     }
     result |= scores(args, total, candidates)
@@ -399,7 +409,7 @@ def stamps(
 ) -> dict:
     """What a reader needs to know of an evaluation before it has begun. Equal stamps stand for equal numbers."""
     unseen = [name for name in candidates.names if name in label_space.unseen]
-    given = (args.text_embeds, args.seen_bias)
+    given = (args.text_embeds, args.seen_bias, args.ensemble_weight)
     return {
         "setting": args.setting,
         "model": args.model,
@@ -433,11 +443,6 @@ def versions() -> dict[str, str]:
 def deciding_flags(args: EvalArgs) -> dict:
     """Those of the flags that decide the numbers."""
     return {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
-
-
-def weight_chosen(args: EvalArgs) -> str:
-    given = args.ensemble_weight is not None
-    return "chosen by hand: it may be tuned on these images" if given else "the checkpoint's"
 
 
 def scores(args: EvalArgs, total: Counts, candidates: Candidates) -> dict:

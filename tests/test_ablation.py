@@ -27,6 +27,7 @@ from zs3.ablation import AblationArgs, Job, make_jobs, trainings
 from zs3.ablation_report import t_interval, verdict
 from zs3.ablation_tables import TRAININGS, VIEWS, Row, make_tables
 from zs3.command_line import InputError, read_arguments, run
+from zs3.ensemble_weight import WeightArgs
 from zs3.pseudo_labels import PseudoLabelArgs
 from zs3.scenes import write_dataset
 
@@ -144,18 +145,23 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
         for row in TRAININGS:
             (args.run_folder(seed, row) / "final").mkdir(parents=True)
             weights = f"{seed} {row}".encode()
+            answer = json.dumps({"checkpoint_sha256": hashlib.sha256(weights).hexdigest()})
+            (args.run_folder(seed, row) / "ensemble_weight.json").write_text(answer)
             (args.run_folder(seed, row) / "final" / "model.safetensors").write_bytes(weights)
             for view in VIEWS:
                 result = {name: rng.uniform(0.2, 0.6) for name in SCORES}
                 areas = [{wrong: rng.uniform(0, 0.2) for wrong in ("wrong_seen", "wrong_unseen")} for _ in range(2)]
                 result |= {"seen_unseen_confusion": dict(zip(("of_seen", "of_unseen"), areas, strict=True))}
-                if row != "mask2former":
+                if row != "mask2former":  # whose result has no ensemble either
                     alone, area = {"miou_seen": 0.5 + 0.1 * seed}, 0.2 if row == "none" else None
                     result |= {"seen_unseen_curve": {"seen_only": alone, "area": area}}
                 result |= {"unseen": ["heart"], "per_class": {"star": 0.9, "heart": 0.1 * seed}}
                 result |= {"miou_unseen": 0.0, "hiou": 0.0} if row == "none" else {}
+                result |= {"miou_unseen": 0.4 + 0.05 * seed} if row == "ground_truth" else {}
                 result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "num_images": 1}
                 result |= {"split_images": 1, "settings": settings_of(args, seed, row, view)}
+                result |= {"clip_ensemble_weight": {"off": None, "chosen": 0.6 if seed else None}.get(view, 0.8)}
+                result |= {"given_sha256": {"elsewhere.json": hashlib.sha256(answer.encode()).hexdigest()}}
                 result |= {"versions": {"torch": "2.13.0" if seed else "2.11.0+cu130", "numpy": "2.4.6"}}
                 (args.run_folder(seed, row) / f"gzs3_{view}.json").write_text(json.dumps(result))
         for row in ("pseudo", "ground_truth"):  # ten lines: the first four mean 20 + seed, the last four 5
@@ -175,8 +181,10 @@ def settings_of(args: AblationArgs, seed: int, row: str, view: str) -> dict:
     """As eval.py stamps them."""
     asked = EvalArgs(model=str(args.run_folder(seed, row) / "final"), dataset=str(args.data), ensemble=view)
     if view == "zegformer":
-        return deciding_flags(replace(asked, ensemble="crops", ensemble_weight=0.6667, seen_bias="0.1"))
-    return deciding_flags(replace(asked, ensemble_weight=None if view == "off" else 0.8))
+        return deciding_flags(replace(asked, ensemble="crops", ensemble_weight="0.6667", seen_bias="0.1"))
+    if view == "chosen":
+        return deciding_flags(replace(asked, ensemble=None, ensemble_weight=f"elsewhere/{row}/ensemble_weight.json"))
+    return deciding_flags(replace(asked, ensemble_weight=None if view == "off" else "0.8"))
 
 
 def call(monkeypatch, *words: object) -> None:
@@ -265,6 +273,9 @@ def test_every_table_is_told(finished, monkeypatch, capsys):
     pairs = 3 * sum(len(table.differences) for table in TABLES.values())
     assert f"of the {pairs} differences here, {0.05 * pairs:.0f} would" in text
     assert "| ZegFormer-like, ensemble on, crops, w = 2/3, bias 0.1 | no image labels |" in text
+    assert "| stage 1 alone, ensemble as chosen | no image labels |" in text
+    head = "| training | weight chosen, every seed |\n| --- | --- |\n| stage 1 alone | none 0.6 0.6 |\n"
+    assert text.count(head) == text.count("weight chosen, every seed") == 1
 
 
 def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_path):
@@ -328,7 +339,7 @@ def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another
     (finished.run_folder(1, "none") / "final" / "model.safetensors").write_bytes(b"trained anew")
     path = finished.run_folder(2, "pseudo") / "gzs3_crops.json"
     before = json.loads(path.read_text())
-    path.write_text(json.dumps(before | {"settings": before["settings"] | {"ensemble_weight": 0.7}}))
+    path.write_text(json.dumps(before | {"settings": before["settings"] | {"ensemble_weight": "0.7"}}))
     repeated = [f"seed1/none/gzs3_{view}" for view in ("off", "crops", "single_pass")]
     assert planned(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
     path.write_text(json.dumps(before | {"split_images": 2}))
@@ -411,6 +422,43 @@ def test_pseudo_labels_of_another_stage_1_are_made_again(finished):
     assert planned(finished) == ["seed0/pseudo_labels", *results]
 
 
+def test_the_weight_is_chosen_anew_for_another_checkpoint(finished):
+    rows = TABLES["ensemble_weight"].rows
+    assert ablation.jobs_to_run(make_jobs(finished, rows)) == []
+    (finished.run_folder(1, "best") / "final" / "model.safetensors").write_bytes(b"trained anew")
+    names = [job.name for job in ablation.jobs_to_run(make_jobs(finished, rows))]
+    assert names == [f"seed1/best/{name}" for name in ("gzs3_off", "ensemble_weight", "gzs3_chosen")]
+    answer = finished.run_folder(0, "none") / "ensemble_weight.json"
+    before = answer.read_text()
+    answer.write_text(before.replace("}", ', "clip_ensemble_weight": 0.9}'))
+    assert "seed0/none/gzs3_chosen" in [job.name for job in ablation.jobs_to_run(make_jobs(finished, rows))]
+    answer.write_text(before)
+    path = finished.run_folder(0, "none") / "gzs3_crops.json"  # of an eval.py that kept the weight as a number
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | {"settings": before["settings"] | {"ensemble_weight": 0.8}}))
+    assert [job.name for job in ablation.jobs_to_run(make_jobs(finished, rows))] == names
+
+
+def test_a_weight_is_chosen_by_what_training_may_know():
+    """The true labels where they were told, else pseudo labels, which are made also where no training needs them."""
+    rows = [Row(name, "chosen") for name in ("stage1", "none", "ground_truth")]
+    jobs = {job.name: job for job in make_jobs(AblationArgs(seeds=[1]), rows)}
+    labels = {"stage1": "runs/ablation/seed1/pseudo_labels", "ground_truth": "ground_truth"}
+    labels["none"] = labels["stage1"]
+    for name, expected in labels.items():
+        folder = f"runs/ablation/seed1/{name}"
+        words = f"-m zs3.ensemble_weight --model {folder}/final --dataset runs/ablation/scenes "
+        words += f"--unseen_labels {expected} --output {folder}/ensemble_weight.json"
+        job = jobs[f"seed1/{name}/ensemble_weight"]
+        assert job.command[1:] == words.split()
+        assert ("seed1/pseudo_labels" in job.after) == (name != "ground_truth")
+        evaluation = jobs[f"seed1/{name}/gzs3_chosen"]
+        words = f"eval.py --model {folder}/final --dataset runs/ablation/scenes --output {folder}/gzs3_chosen.json "
+        assert evaluation.command[1:] == f"{words}--ensemble_weight {folder}/ensemble_weight.json".split()
+        assert job.name in evaluation.after
+    assert "seed1/pseudo_labels" not in {job.name for job in make_jobs(AblationArgs(seeds=[1]), rows[2:])}
+
+
 def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch, capsys):
     recipe = {"max_steps": 500, "learning_rate": 5e-4, "class_loss": "background_aware", "seed": 0, "of_old": 1}
     path = finished.run_folder(0, "none") / "recipe.yaml"
@@ -476,24 +524,28 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
             assert training.max_steps == steps and f"seed{training.seed}" in job.name
         elif job.command[1] == "eval.py":
             evaluation, _ = read_arguments(EvalArgs, job.command[2:])
-            evaluation.check()
             assert evaluation.setting == "gzs3"
+            if job.name.endswith("gzs3_chosen"):  # the file that it takes the weight from is not there yet
+                assert evaluation.ensemble is None and Path(evaluation.ensemble_weight).name == "ensemble_weight.json"
+                continue
+            evaluation.check()
             if job.name.endswith("gzs3_zegformer"):
                 assert (evaluation.ensemble, evaluation.seen_bias) == ("crops", "0.1")
                 continue
-            assert evaluation.ensemble_weight == (None if evaluation.ensemble == "off" else 0.8)
+            assert evaluation.ensemble_weight == (None if evaluation.ensemble == "off" else "0.8")
             assert job.name.endswith(f"gzs3_{evaluation.ensemble}")
         else:
-            assert job.command[1:3] == ["-m", "zs3.pseudo_labels"]
-            read_arguments(PseudoLabelArgs, job.command[3:])[0].check()
+            classes = {"zs3.pseudo_labels": PseudoLabelArgs, "zs3.ensemble_weight": WeightArgs}
+            assert job.command[1] == "-m"
+            read_arguments(classes[job.command[2]], job.command[3:])[0].check()
 
 
 def test_what_a_job_reads_another_before_it_makes():
     args, made = AblationArgs(), {}
     for job in make_jobs(args, ALL):
         words = job.command
-        for name in ("--init_from", "--unseen_labels", "--model"):
-            if name in words and words[words.index(name) + 1] not in ("none", "ground_truth"):
+        for name in ("--init_from", "--unseen_labels", "--model", "--ensemble_weight"):
+            if name in words and words[words.index(name) + 1] not in ("none", "ground_truth", "0.8", "0.6667"):
                 folder = words[words.index(name) + 1].removesuffix("/final")
                 assert made[folder] in job.after
         made[words[words.index("--output" if "--output" in words else "--output_dir") + 1]] = job.name

@@ -1,5 +1,6 @@
 """The choice of the ensemble's weight: its counts against loops over pixels, its verdicts, what it may look at."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from tiny import byte_tokenizer, tiny_model
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from zs3.command_line import InputError, run
 from zs3.data import load_split
-from zs3.ensemble_weight import OFF, Counts, WeightArgs, choose, decide, main, report
+from zs3.ensemble_weight import OFF, Counts, WeightArgs, choose, decide, given_weight, main, report
 from zs3.pseudo_labels import write_shard
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
@@ -111,6 +112,11 @@ def test_the_answer_goes_into_the_checkpoint_and_unseen_masks_do_not_matter(chec
     told = choose(args)
     assert list(told["weights"]) == ["off", "0.6", "0.8"] and told["num_images"] == 5
     assert json.loads((tmp_path / "result.json").read_text()) == told
+    assert told["checkpoint_sha256"] == hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    answer = given_weight(args.output, {**told, "split": "validation"})  # as evaluation takes it
+    assert answer.value == told["clip_ensemble_weight"] and answer.chosen.startswith(
+        "chosen on 5 images of scenes, split train"
+    )
     # The same from ground truth, and from label maps in which unseen classes are void.
     args.unseen_labels = "ground_truth"
     assert choose(args)["weights"] == told["weights"]

@@ -1,6 +1,7 @@
 """eval.py: its numbers against sets of pixels counted by hand, one process against two, and what it refuses."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -136,7 +137,7 @@ def ensemble_by_hand(
 
 @pytest.mark.parametrize("view", ["crops", "lazy"])
 def test_the_ensemble_is_that_of_section_4_6(with_clip, data, view):
-    args = EvalArgs(model=str(with_clip), dataset=str(data), ensemble=view, ensemble_weight=0.6)
+    args = EvalArgs(model=str(with_clip), dataset=str(data), ensemble=view, ensemble_weight="0.6")
     result = evaluate(args)
     assert result["per_class"] == pytest.approx(ensemble_by_hand(with_clip, data, 0.6), abs=2e-3)  # ties may fall apart
     assert (result["clip_ensemble"], result["clip_ensemble_weight"]) == (view, 0.6)
@@ -151,14 +152,14 @@ def test_the_ensemble_trusts_a_model_in_the_names_that_it_was_trained_on(with_cl
     others = [name for name in CLASS_NAMES if name not in UNSEEN][:5]
     space = json.loads((data / "classes.json").read_text()) | {"unseen": others}
     (tmp_path / "classes.json").write_text(json.dumps(space))
-    asked = EvalArgs(model=str(with_clip), dataset=str(data), ensemble="crops", ensemble_weight=0.9, setting="ovs")
+    asked = EvalArgs(model=str(with_clip), dataset=str(data), ensemble="crops", ensemble_weight="0.9", setting="ovs")
     found = evaluate(replace(asked, label_space=str(tmp_path / "classes.json")))["per_class"]
     assert found == pytest.approx(ensemble_by_hand(with_clip, data, 0.9), abs=2e-3)
     assert found != pytest.approx(ensemble_by_hand(with_clip, data, 0.9, others), abs=0.05)
 
 
 def test_a_lazy_ensemble_may_leave_some_pixels_open(with_clip, data):
-    asked = EvalArgs(model=str(with_clip), dataset=str(data), ensemble="lazy", ensemble_weight=0.6)
+    asked = EvalArgs(model=str(with_clip), dataset=str(data), ensemble="lazy", ensemble_weight="0.6")
     exact, open_to_some = evaluate(asked), evaluate(replace(asked, ensemble_tolerance=0.9))
     assert exact["undecided_share"] == 0 < open_to_some["undecided_share"] <= 0.9
     assert open_to_some["proposals_shown_to_clip"] < exact["proposals_shown_to_clip"]
@@ -172,18 +173,60 @@ def test_the_checkpoint_says_whether_to_ensemble(checkpoint, with_clip, data, tm
 
     assert asked(checkpoint) == ("off", None)  # no image tower
     assert asked(with_clip) == ("crops", 0.8)
-    assert asked(with_clip, ensemble_weight=0.7, ensemble="single_pass") == ("single_pass", 0.7)
+    assert asked(with_clip, ensemble_weight="0.7", ensemble="single_pass") == ("single_pass", 0.7)
     with pytest.raises(InputError, match="no CLIP image tower"):
         asked(checkpoint, ensemble="crops")
     shutil.copytree(with_clip, tmp_path / "copy")
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"clip_ensemble_weight": None}))
     assert asked(tmp_path / "copy") == ("off", None)
-    assert asked(tmp_path / "copy", ensemble_weight=0.5) == ("crops", 0.5)
+    assert asked(tmp_path / "copy", ensemble_weight="0.5") == ("crops", 0.5)
     with pytest.raises(InputError, match="says not to"):
         asked(tmp_path / "copy", ensemble="crops")
-    with pytest.raises(InputError, match="at most 1"):
-        asked(with_clip, ensemble_weight=1.5)
+    with pytest.raises(InputError, match=r"must be in \[0, 1\] or a file of zs3.ensemble_weight, got 1.5"):
+        asked(with_clip, ensemble_weight="1.5")
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_weight_may_come_from_the_file_that_chose_it(with_clip, data, tmp_path):
+    path = tmp_path / "weight.json"
+    answer = {
+        "clip_ensemble_weight": 0.6,
+        "checkpoint_sha256": sha256_of(with_clip / "model.safetensors"),
+        "num_images": 5,
+    }
+    answer |= {"dataset": "scenes", "split": "train", "unseen_labels": "runs/pseudo_labels"}
+
+    def asked(**changes) -> dict:
+        path.write_text(json.dumps(answer | changes))
+        return evaluate(EvalArgs(model=str(with_clip), dataset=str(data), ensemble_weight=str(path)))
+
+    found = asked()
+    by_number = evaluate(EvalArgs(model=str(with_clip), dataset=str(data), ensemble_weight="0.6"))
+    assert found["per_class"] == by_number["per_class"]
+    assert (found["clip_ensemble"], found["clip_ensemble_weight"]) == ("crops", 0.6)
+    where = "chosen on 5 images of scenes, split train, with the image labels in pseudo_labels"
+    assert f"weight 0.6, {where})" in found["protocol"] and "by hand" in by_number["protocol"]
+    assert found["given_sha256"] == {str(path): sha256_of(path)}
+
+    none = asked(clip_ensemble_weight=None, unseen_labels="ground_truth")
+    off = evaluate(EvalArgs(model=str(with_clip), dataset=str(data), ensemble="off"))
+    assert (none["clip_ensemble"], none["clip_ensemble_weight"], none["per_class"]) == ("off", None, off["per_class"])
+    told = "chosen on 5 images of scenes, split train, with ground-truth image labels"
+    assert f"no ensemble ({told})" in none["protocol"] and "no ensemble (" not in off["protocol"]
+
+    tuned = asked(dataset=data.name, split="validation")["calibration"]["ensemble_weight_chosen"]
+    assert tuned.startswith(f"TUNED ON THE TEST IMAGES, 5 images of {data.name}, split validation")
+    with pytest.raises(InputError, match="weight.json was chosen for another checkpoint than .*: run python -m"):
+        asked(checkpoint_sha256="of another")
+    path.write_text("{}")
+    with pytest.raises(InputError, match="is no result file of zs3.ensemble_weight, it lacks 'clip_ensemble_weight'"):
+        EvalArgs(model=str(with_clip), dataset=str(data), ensemble_weight=str(path)).check()
+    with pytest.raises(InputError, match="cannot read .*it should be a result file of zs3.ensemble_weight"):
+        EvalArgs(model=str(with_clip), dataset=str(data), ensemble_weight="missing.json").check()
 
 
 def biased_by_hand(checkpoint: Path, data: Path, gamma: float) -> dict[str, float | None]:

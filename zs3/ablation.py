@@ -10,6 +10,7 @@ run on several machines and brought together without final/ and checkpoints/. Wh
 
     OUTPUT_DIR/scenes                      the pictures, the same for all seeds; of another benchmark its own folder
     OUTPUT_DIR/seed0/stage1, none, ...     one training each: final/, train.log, gzs3_off.json, gzs3_crops.json, ...
+    OUTPUT_DIR/seed0/stage1/ensemble_weight.json, ...     where the weight of the ensemble is chosen
     OUTPUT_DIR/seed0/pseudo_labels         of that seed's stage-1 model
     OUTPUT_DIR/times.jsonl                 how long each job took, and on what
 """
@@ -36,7 +37,7 @@ from tqdm.auto import tqdm
 from configuration_zs3 import Zs3Config
 from zs3.ablation_report import LEVEL, draw, report, summarise
 from zs3.ablation_tables import ENSEMBLE_WEIGHT, TRAININGS, VIEWS, Row, Table, make_tables
-from zs3.checkpoints import WEIGHTS, weights_sha256
+from zs3.checkpoints import WEIGHTS, file_sha256, weights_sha256
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.curves import check_matplotlib
 from zs3.data import dataset_name, load_split
@@ -45,7 +46,8 @@ from zs3.scenes import write_dataset
 
 POLL_SECONDS = 0.1
 SCENES = "scenes"
-PLACES = ("output_dir", "dataset", "init_from", "unseen_labels", "text_embeds", "model")  # flags that may be paths
+# flags that may be paths
+PLACES = {"output_dir", "dataset", "init_from", "unseen_labels", "text_embeds", "model", "ensemble_weight"}
 
 
 @dataclass
@@ -123,7 +125,7 @@ def trainings(rows: list[Row]) -> list[str]:
     """The trainings of these rows and those they start from, in the order of TRAININGS."""
     used = {row.training for row in rows}
     used |= {start for name in used if (start := TRAININGS[name].start) is not None}
-    used |= {"stage1" for name in used if TRAININGS[name].told == "pseudo"}
+    used |= {"stage1" for row in rows if row.needs_pseudo_labels}
     return [name for name in TRAININGS if name in used]
 
 
@@ -132,10 +134,13 @@ def make_jobs(args: AblationArgs, rows: list[Row]) -> list[Job]:
     jobs = []
     for seed in args.seeds:
         for name in trainings(rows):
-            if TRAININGS[name].told == "pseudo":
-                jobs.append(pseudo_label_job(args, seed))
             jobs.append(training_job(args, seed, name))
-            jobs += [evaluation_job(args, seed, row) for row in dict.fromkeys(rows) if row.training == name]
+            if name == "stage1" and any(row.needs_pseudo_labels for row in rows):
+                jobs.append(pseudo_label_job(args, seed))
+            for row in dict.fromkeys(rows):
+                if row.training == name:
+                    jobs += [weight_job(args, seed, row)] if VIEWS[row.view].chosen else []
+                    jobs.append(evaluation_job(args, seed, row))
     return jobs
 
 
@@ -149,8 +154,7 @@ def training_flags(args: AblationArgs, seed: int, name: str) -> list[str]:
         flags += ["--init_from", str(args.run_folder(seed, training.start) / "final")]
     elif args.backbone is not None:
         flags += ["--backbone", args.backbone]
-    pseudo = str(args.run_folder(seed, "pseudo_labels"))
-    flags += ["--unseen_labels", pseudo if training.told == "pseudo" else training.told]
+    flags += ["--unseen_labels", str(pseudo_labels(args, seed)) if training.told == "pseudo" else training.told]
     stages = [(args.stage1, args.stage1_steps), (args.stage2, args.stage2_steps)]
     if training.whole:
         steps = sum(steps or read_training("--config", recipe)[0].max_steps for recipe, steps in stages)
@@ -181,8 +185,12 @@ def training_job(args: AblationArgs, seed: int, name: str) -> Job:
     )
 
 
+def pseudo_labels(args: AblationArgs, seed: int) -> Path:
+    return args.run_folder(seed, "pseudo_labels")
+
+
 def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
-    folder = args.run_folder(seed, "pseudo_labels")
+    folder = pseudo_labels(args, seed)
     model = args.run_folder(seed, "stage1") / "final"
 
     def is_done() -> bool:
@@ -206,6 +214,33 @@ def result_path(args: AblationArgs, seed: int, row: Row) -> Path:
     return args.run_folder(seed, row.training) / f"gzs3_{row.view}.json"
 
 
+def weight_path(args: AblationArgs, seed: int, row: Row) -> Path:
+    return args.run_folder(seed, row.training) / "ensemble_weight.json"
+
+
+def weight_job(args: AblationArgs, seed: int, row: Row) -> Job:
+    """The choice of the ensemble's weight by what training may know."""
+    path = weight_path(args, seed, row)
+    model = path.parent / "final"
+
+    def is_done() -> bool:
+        """The answer is there, and for this checkpoint, where that is still there."""
+        if not path.exists():
+            return False
+        answer = json.loads(path.read_text(encoding="utf-8"))
+        return not model.exists() or answer["checkpoint_sha256"] == weights_sha256(str(model))
+
+    labels = str(pseudo_labels(args, seed)) if row.needs_pseudo_labels else "ground_truth"
+    flags = ["--model", str(model), "--dataset", str(args.data), "--unseen_labels", labels, "--output", str(path)]
+    return Job(
+        name=f"seed{seed}/{row.training}/{path.stem}",
+        command=[sys.executable, "-m", "zs3.ensemble_weight", *flags],
+        log=path.with_suffix(".log"),
+        is_done=is_done,
+        after=[f"seed{seed}/{row.training}", *([f"seed{seed}/pseudo_labels"] if row.needs_pseudo_labels else [])],
+    )
+
+
 def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
     from eval import EvalArgs, deciding_flags  # a script of the repository's root
 
@@ -214,16 +249,21 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(path), *VIEWS[row.view].flags]
     if args.text_embeds is not None:
         flags += ["--text_embeds", args.text_embeds]
+    answer = weight_path(args, seed, row) if VIEWS[row.view].chosen else None
+    if answer is not None:
+        flags += ["--ensemble_weight", str(answer)]
     asked, _ = read_arguments(EvalArgs, flags)
 
     def is_done() -> bool:
-        """The result is there, of these flags, on all images, and of this checkpoint, where that is still there."""
+        """The result is there, of these flags, on all images, and of the checkpoint and the chosen weight that are
+        still there."""
         if not path.exists():
             return False
         result = json.loads(path.read_text(encoding="utf-8"))
         return (
             (not model.exists() or result["checkpoint_sha256"] == weights_sha256(str(model)))
             and result["num_images"] == result["split_images"]
+            and (answer is None or not answer.exists() or file_sha256(answer) in result["given_sha256"].values())
             and by_name(result["settings"]) == by_name(deciding_flags(asked))
         )
 
@@ -232,13 +272,13 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
         command=[*args.script("eval", row.training), *flags],
         log=path.with_suffix(".log"),
         is_done=is_done,
-        after=[f"seed{seed}/{row.training}"],
+        after=[f"seed{seed}/{row.training}", *([f"seed{seed}/{row.training}/ensemble_weight"] if answer else [])],
     )
 
 
 def by_name(settings: dict[str, Any]) -> dict[str, Any]:
     """With the last parts of paths alone: what lies elsewhere, or is spelled another way, is the same."""
-    return {name: Path(value).name if name in PLACES and value else value for name, value in settings.items()}
+    return {name: Path(str(value)).name if name in PLACES and value else value for name, value in settings.items()}
 
 
 def check_trained(args: AblationArgs, seed: int, name: str) -> int:

@@ -8,6 +8,8 @@ score is the harmonic mean of the two means. The answer is "do not ensemble" unl
 bootstrap resamples of the pictures: the ensemble costs a look at every proposal, and hurts a model that knows the
 unseen classes better than CLIP does.
 
+`eval.py --ensemble_weight FILE` takes the answer from the file of --output, `--write` puts it into the checkpoint.
+
 Pseudo labels come from the same CLIP, and so speak for it; and the model was trained on these pictures, which speaks
 for the model. Pictures of its own (`--split`) that training left out avoid the second.
 """
@@ -15,13 +17,14 @@ for the model. Pictures of its own (`--split`) that training left out avoid the 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
+from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, weights_sha256
 from zs3.command_line import (
     InputError,
     check_at_least,
@@ -34,6 +37,7 @@ from zs3.command_line import (
 from zs3.data import dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.image_labels import load_unseen_scores, pseudo_labels
 from zs3.label_space import load_label_space
+from zs3.results import read_result
 
 OFF = "off"
 RESAMPLES = 1000
@@ -145,6 +149,7 @@ def choose(args: WeightArgs) -> dict:
     result = decide(counts, len(indices), args.seed)
     result = {
         "model": args.model,
+        "checkpoint_sha256": weights_sha256(args.model),
         "dataset": dataset_name(args.dataset),
         "split": args.split,
         "num_images": len(indices),
@@ -194,6 +199,49 @@ def decide(counts: dict[str | float, Counts], num_images: int, seed: int) -> dic
     sure = [weight for weight in counts if weight != OFF and rows[str(weight)]["better_than_off"] >= SURE]
     best = max(sure, key=lambda weight: rows[str(weight)]["score"], default=None)
     return {"weights": rows, "clip_ensemble_weight": best}
+
+
+# ---- the answer, as an evaluation takes it -----------------------------------------------------------------
+
+
+class EnsembleWeight(NamedTuple):
+    """w of the ensemble, None for no ensemble, and how it was chosen, in words."""
+
+    value: float | None
+    chosen: str
+
+
+def read_weight(given: str) -> float | dict[str, Any]:
+    """A number as it is, or the answer in a file of this command."""
+    try:
+        weight = float(given)
+    except ValueError:
+        needed = ("clip_ensemble_weight", "checkpoint_sha256", "num_images", "dataset", "split", "unseen_labels")
+        return read_result(Path(given), needed, command="zs3.ensemble_weight")
+    if not 0 <= weight <= 1:
+        raise InputError(f"--ensemble_weight must be in [0, 1] or a file of zs3.ensemble_weight, got {given}")
+    return weight
+
+
+def given_weight(given: str, stamp: dict[str, Any]) -> EnsembleWeight:
+    """stamp: of the evaluation; the answer of a file is for its checkpoint alone."""
+    answer = read_weight(given)
+    if not isinstance(answer, dict):
+        return EnsembleWeight(answer, "chosen by hand: it may be tuned on these images")
+    if answer["checkpoint_sha256"] != stamp["checkpoint_sha256"]:
+        raise InputError(
+            f"--ensemble_weight {given} was chosen for another checkpoint than {stamp['model']}: run "
+            "python -m zs3.ensemble_weight for this one"
+        )
+    images = f"{answer['num_images']} images of {answer['dataset']}, split {answer['split']}"
+    same = (answer["dataset"], answer["split"]) == (stamp["dataset"], stamp["split"])
+    where = f"TUNED ON THE TEST IMAGES, {images}" if same else f"chosen on {images}"
+    truth = answer["unseen_labels"] == "ground_truth"
+    labels = "ground-truth image labels" if truth else f"the image labels in {Path(answer['unseen_labels']).name}"
+    return EnsembleWeight(answer["clip_ensemble_weight"], f"{where}, with {labels}")
+
+
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def report(result: dict) -> str:

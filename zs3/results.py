@@ -41,7 +41,8 @@ def protocol(result: dict) -> str:
     if result["num_images"] < result["split_images"]:
         parts.append(f"the first {result['num_images']} of {result['split_images']} images")
     if result["clip_ensemble"] == "off":
-        parts.append("no ensemble")
+        why = calibration["ensemble_weight_chosen"]
+        parts.append("no ensemble" if why == "none" else f"no ensemble ({why})")
     else:
         parts.append(f"ensemble with CLIP ({result['clip_ensemble']}, weight {result['clip_ensemble_weight']}, ")
         parts[-1] += f"{calibration['ensemble_weight_chosen']})"
@@ -67,19 +68,20 @@ def write_result(path: Path, result: dict[str, Any], confusion: ConfusionMatrix)
     write_json(path, result)
 
 
-def read_result(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-    """needed: fields that the caller cannot do without, beside per_class."""
+def read_result(path: Path, needed: Sequence[str] = (), command: str = "eval.py") -> dict[str, Any]:
+    """needed: fields that the caller cannot do without; in a file of eval.py beside per_class."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; it should be a result file of eval.py") from error
+        raise InputError(f"cannot read {path}: {error.strerror}; it should be a result file of {command}") from error
     except ValueError as error:
-        raise InputError(f"{path} is no JSON; it should be a result file of eval.py") from error
+        raise InputError(f"{path} is no JSON; it should be a result file of {command}") from error
     if not isinstance(result, dict):
-        raise InputError(f"{path} is no result file of eval.py: it holds no mapping")
-    missing = [name for name in ("per_class", *needed) if name not in result]
+        raise InputError(f"{path} is no result file of {command}: it holds no mapping")
+    needed = ("per_class", *needed) if command == "eval.py" else needed
+    missing = [name for name in needed if name not in result]
     if missing:
-        raise InputError(f"{path} is no result file of eval.py, it lacks {missing[0]!r}")
+        raise InputError(f"{path} is no result file of {command}, it lacks {missing[0]!r}")
     return result
 
 
