@@ -59,11 +59,20 @@ from zs3.command_line import (
 )
 from zs3.curves import check_matplotlib, draw_reliability, draw_seen_unseen_curve
 from zs3.data import Split, dataset_name, load_split
-from zs3.ensemble_weight import EnsembleWeight, given_weight, read_weight
 from zs3.evaluation import ConfusionMatrix, GeneralizedScores
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
-from zs3.results import SeenBias, chosen_bias, protocol, read_result, report, write_result
+from zs3.results import (
+    EnsembleWeight,
+    SeenBias,
+    check_weight,
+    chosen_bias,
+    chosen_weight,
+    protocol,
+    read_result,
+    report,
+    write_result,
+)
 from zs3.suites import SUITES, Suite, chosen_members, row
 
 
@@ -120,7 +129,7 @@ class EvalArgs:
         check_at_least(self, 1, "max_images")
         check_at_least(self, 0, "num_pictures", "seed", "ensemble_tolerance", "num_workers")
         if self.ensemble_weight is not None:
-            read_weight(self.ensemble_weight)
+            check_weight(self.ensemble_weight)
         if self.ensemble_tolerance > 1:
             raise InputError("--ensemble_tolerance is a share, at most 1")
         if self.ensemble_tolerance > 0 and self.ensemble != "lazy":
@@ -216,18 +225,26 @@ def check_code(path: str, processor: ProcessorMixin) -> None:
         raise InputError(f"the code beside {path} is older than this eval.py: copy the project's *_zs3.py over it")
 
 
-def chosen_ensemble(args: EvalArgs, model: PreTrainedModel, stamp: dict) -> tuple[str, EnsembleWeight]:
-    """The view and the weight, of which one that is not given is the checkpoint's; "off" for no ensemble."""
-    weight = EnsembleWeight(model.config.clip_ensemble_weight, "the checkpoint's")
+def chosen_ensemble(
+    args: EvalArgs, model: PreTrainedModel, stamp: dict, image_ids: list[str]
+) -> tuple[str, EnsembleWeight]:
+    """The view, "off" for no ensemble, and the weight; what is not given is the checkpoint's."""
+    given = None
     if args.ensemble_weight is not None:
-        weight = given_weight(args.ensemble_weight, stamp)
-        if weight.value is None:
-            return "off", weight
+        given = chosen_weight(args.ensemble_weight, stamp, image_ids)
+        if given.value is None and args.ensemble is None:
+            return "off", given
+        if given.value is None:
+            raise InputError(
+                f"{args.ensemble_weight} says not to ensemble: leave --ensemble {args.ensemble} out, or give a number"
+            )
     try:
-        view = model.ensemble_view(args.ensemble, None if args.ensemble_weight is None else weight.value)
+        view = model.ensemble_view(args.ensemble, given and given.value)
     except ValueError as error:
         raise InputError(str(error)) from error
-    return view, EnsembleWeight(None, "none") if view == "off" else weight
+    if view == "off":
+        return view, EnsembleWeight(None, "none")
+    return view, given or EnsembleWeight(model.config.clip_ensemble_weight, "the checkpoint's")
 
 
 # ---- the pass ----------------------------------------------------------------------------------------------
@@ -364,7 +381,7 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
         if there is not None:
             return there
     bias = chosen_bias(args.seen_bias, stamp, image_ids)
-    view, weight = chosen_ensemble(args, model, stamp)
+    view, weight = chosen_ensemble(args, model, stamp, image_ids)
     model.to(accelerator.device)
     text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
     text_embeds = text_embeds[candidates.index].to(accelerator.device)

@@ -27,7 +27,7 @@ from zs3.ablation import AblationArgs, Job, make_jobs, trainings
 from zs3.ablation_report import t_interval, verdict
 from zs3.ablation_tables import TRAININGS, VIEWS, Row, make_tables
 from zs3.command_line import InputError, read_arguments, run
-from zs3.ensemble_weight import WeightArgs
+from zs3.ensemble_weight import WeightArgs, weight_settings
 from zs3.pseudo_labels import PseudoLabelArgs
 from zs3.scenes import write_dataset
 
@@ -113,7 +113,7 @@ def test_best_is_the_recipe_of_that_name():
 
 def test_without_a_clip_no_row_needs_one():
     tables = make_tables(clip=False, matching="joint")
-    assert not {"table4", "comparison"} & set(tables)
+    assert not {"table4", "ensemble_weight", "comparison"} & set(tables)
     assert [row.training for row in tables["table5"].rows] == ["none", "ground_truth"]
     for table in tables.values():
         for row in [*table.rows, *(row for pair in table.differences for row in pair[:2])]:
@@ -145,8 +145,10 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
         for row in TRAININGS:
             (args.run_folder(seed, row) / "final").mkdir(parents=True)
             weights = f"{seed} {row}".encode()
-            answer = json.dumps({"checkpoint_sha256": hashlib.sha256(weights).hexdigest()})
-            (args.run_folder(seed, row) / "ensemble_weight.json").write_text(answer)
+            labels = "ground_truth" if TRAININGS[row].told == "ground_truth" else "elsewhere/pseudo_labels"
+            asked = WeightArgs(model="elsewhere/final", dataset=str(args.data), unseen_labels=labels)
+            answer = {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "settings": weight_settings(asked)}
+            (args.run_folder(seed, row) / "ensemble_weight.json").write_text(json.dumps(answer))
             (args.run_folder(seed, row) / "final" / "model.safetensors").write_bytes(weights)
             for view in VIEWS:
                 result = {name: rng.uniform(0.2, 0.6) for name in SCORES}
@@ -155,13 +157,15 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
                 if row != "mask2former":  # whose result has no ensemble either
                     alone, area = {"miou_seen": 0.5 + 0.1 * seed}, 0.2 if row == "none" else None
                     result |= {"seen_unseen_curve": {"seen_only": alone, "area": area}}
+                    result |= {"clip_ensemble_weight": {"off": None, "chosen": 0.6 if seed else None}.get(view, 0.8)}
                 result |= {"unseen": ["heart"], "per_class": {"star": 0.9, "heart": 0.1 * seed}}
                 result |= {"miou_unseen": 0.0, "hiou": 0.0} if row == "none" else {}
                 result |= {"miou_unseen": 0.4 + 0.05 * seed} if row == "ground_truth" else {}
                 result |= {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "num_images": 1}
                 result |= {"split_images": 1, "settings": settings_of(args, seed, row, view)}
-                result |= {"clip_ensemble_weight": {"off": None, "chosen": 0.6 if seed else None}.get(view, 0.8)}
-                result |= {"given_sha256": {"elsewhere.json": hashlib.sha256(answer.encode()).hexdigest()}}
+                if view == "chosen":
+                    sha256 = hashlib.sha256(json.dumps(answer).encode()).hexdigest()
+                    result |= {"given_sha256": {"elsewhere.json": sha256}}
                 result |= {"versions": {"torch": "2.13.0" if seed else "2.11.0+cu130", "numpy": "2.4.6"}}
                 (args.run_folder(seed, row) / f"gzs3_{view}.json").write_text(json.dumps(result))
         for row in ("pseudo", "ground_truth"):  # ten lines: the first four mean 20 + seed, the last four 5
@@ -273,7 +277,7 @@ def test_every_table_is_told(finished, monkeypatch, capsys):
     pairs = 3 * sum(len(table.differences) for table in TABLES.values())
     assert f"of the {pairs} differences here, {0.05 * pairs:.0f} would" in text
     assert "| ZegFormer-like, ensemble on, crops, w = 2/3, bias 0.1 | no image labels |" in text
-    assert "| stage 1 alone, ensemble as chosen | no image labels |" in text
+    assert "| stage 1 alone, ensemble as chosen by image labels | no image labels |" in text
     head = "| training | weight chosen, every seed |\n| --- | --- |\n| stage 1 alone | none 0.6 0.6 |\n"
     assert text.count(head) == text.count("weight chosen, every seed") == 1
 
@@ -355,7 +359,8 @@ def test_results_stand_without_their_weights(finished, monkeypatch):
     delete_weights(finished)
     (finished.run_folder(1, "pseudo_labels") / "summary.json").unlink()  # what was made of them stands, too
     monkeypatch.setattr(subprocess, "Popen", None)
-    call(monkeypatch, "table4", "table5", *flags(finished))
+    (finished.run_folder(1, "none") / "ensemble_weight.json").unlink()
+    call(monkeypatch, "table4", "table5", "ensemble_weight", *flags(finished))
     assert json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table4"]["rows"]
 
 
@@ -366,7 +371,8 @@ def test_results_stand_where_they_are_moved(finished, monkeypatch, tmp_path):
     delete_weights(finished)
     Path(finished.output_dir).rename(tmp_path / "moved")
     monkeypatch.setattr(subprocess, "Popen", None)
-    call(monkeypatch, "table4", "table5", *flags(replace(finished, output_dir=str(tmp_path / "moved"))))
+    moved = flags(replace(finished, output_dir=str(tmp_path / "moved")))
+    call(monkeypatch, "table4", "table5", "ensemble_weight", *moved)
     assert (tmp_path / "moved" / "tables.json").exists()
 
 
@@ -422,21 +428,30 @@ def test_pseudo_labels_of_another_stage_1_are_made_again(finished):
     assert planned(finished) == ["seed0/pseudo_labels", *results]
 
 
-def test_the_weight_is_chosen_anew_for_another_checkpoint(finished):
-    rows = TABLES["ensemble_weight"].rows
-    assert ablation.jobs_to_run(make_jobs(finished, rows)) == []
+def test_the_weight_is_chosen_anew_for_another_checkpoint_or_by_other_labels(finished):
+    def missing() -> list[str]:
+        return [job.name for job in ablation.jobs_to_run(make_jobs(finished, TABLES["ensemble_weight"].rows))]
+
+    assert missing() == []
+    path = finished.run_folder(0, "none") / "ensemble_weight.json"
+    before = json.loads(path.read_text())
+    other = before["settings"] | {"unseen_labels": "ground_truth"}
+    for answer in (before | {"settings": other}, {"clip_ensemble_weight": 0.9}):
+        path.write_text(json.dumps(answer))
+        assert missing() == ["seed0/none/ensemble_weight", "seed0/none/gzs3_chosen"]
+    path.write_text(json.dumps(before | {"clip_ensemble_weight": 0.9}))  # another than was evaluated
+    assert missing() == ["seed0/none/gzs3_chosen"]
+    path.write_text(json.dumps(before))
     (finished.run_folder(1, "best") / "final" / "model.safetensors").write_bytes(b"trained anew")
-    names = [job.name for job in ablation.jobs_to_run(make_jobs(finished, rows))]
-    assert names == [f"seed1/best/{name}" for name in ("gzs3_off", "ensemble_weight", "gzs3_chosen")]
-    answer = finished.run_folder(0, "none") / "ensemble_weight.json"
-    before = answer.read_text()
-    answer.write_text(before.replace("}", ', "clip_ensemble_weight": 0.9}'))
-    assert "seed0/none/gzs3_chosen" in [job.name for job in ablation.jobs_to_run(make_jobs(finished, rows))]
-    answer.write_text(before)
-    path = finished.run_folder(0, "none") / "gzs3_crops.json"  # of an eval.py that kept the weight as a number
+    assert missing() == [f"seed1/best/{name}" for name in ("gzs3_off", "ensemble_weight", "gzs3_chosen")]
+
+
+def test_a_result_of_an_older_eval_stands(finished):
+    """Which kept the weight as a number."""
+    path = finished.run_folder(0, "none") / "gzs3_crops.json"
     before = json.loads(path.read_text())
     path.write_text(json.dumps(before | {"settings": before["settings"] | {"ensemble_weight": 0.8}}))
-    assert [job.name for job in ablation.jobs_to_run(make_jobs(finished, rows))] == names
+    assert planned(finished) == []
 
 
 def test_a_weight_is_chosen_by_what_training_may_know():

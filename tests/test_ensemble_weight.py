@@ -1,8 +1,8 @@
 """The choice of the ensemble's weight: its counts against loops over pixels, its verdicts, what it may look at."""
 
-import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from tiny import byte_tokenizer, tiny_model
 
+from eval import EvalArgs, evaluate
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from zs3.command_line import InputError, run
 from zs3.data import load_split
-from zs3.ensemble_weight import OFF, Counts, WeightArgs, choose, decide, given_weight, main, report
+from zs3.ensemble_weight import OFF, Counts, WeightArgs, choose, decide, main, report
 from zs3.pseudo_labels import write_shard
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
 
@@ -99,7 +100,7 @@ def test_a_weight_is_taken_only_where_it_is_surely_better_than_none():
     alike = decide({OFF: counts_of(0.7), 0.8: counts_of(0.7)}, 60, seed=0)
     assert alike["clip_ensemble_weight"] is None
     for result, words in ((better, "take the weight 0.8"), (worse, "do not ensemble")):
-        assert words in report({**result, "num_images": 60, "dataset": "d", "split": "train"})
+        assert words in report({**result, "image_ids": ["a"] * 60, "dataset": "d", "settings": {"split": "train"}})
 
 
 def test_the_answer_goes_into_the_checkpoint_and_unseen_masks_do_not_matter(checkpoint, data, tmp_path):
@@ -110,12 +111,13 @@ def test_the_answer_goes_into_the_checkpoint_and_unseen_masks_do_not_matter(chec
     write_shard(tmp_path / "scores.parquet", records.image_ids, truth.astype(np.float32), UNSEEN)
     args.unseen_labels, args.output = str(tmp_path / "scores.parquet"), str(tmp_path / "result.json")
     told = choose(args)
-    assert list(told["weights"]) == ["off", "0.6", "0.8"] and told["num_images"] == 5
+    assert list(told["weights"]) == ["off", "0.6", "0.8"] and len(told["image_ids"]) == 5
     assert json.loads((tmp_path / "result.json").read_text()) == told
-    assert told["checkpoint_sha256"] == hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
-    answer = given_weight(args.output, {**told, "split": "validation"})  # as evaluation takes it
-    assert answer.value == told["clip_ensemble_weight"] and answer.chosen.startswith(
-        "chosen on 5 images of scenes, split train"
+    asked = EvalArgs(model=str(checkpoint), dataset=str(data), split="train", ensemble_weight=args.output)
+    chosen = evaluate(replace(asked, max_images=2))  # the file as evaluation takes it
+    assert chosen["clip_ensemble_weight"] == told["clip_ensemble_weight"]
+    assert chosen["calibration"]["ensemble_weight_chosen"].startswith(
+        "TUNED ON THE TEST IMAGES, 2 of 2, with the image"
     )
     # The same from ground truth, and from label maps in which unseen classes are void.
     args.unseen_labels = "ground_truth"

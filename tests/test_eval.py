@@ -183,7 +183,7 @@ def test_the_checkpoint_says_whether_to_ensemble(checkpoint, with_clip, data, tm
     assert asked(tmp_path / "copy", ensemble_weight="0.5") == ("crops", 0.5)
     with pytest.raises(InputError, match="says not to"):
         asked(tmp_path / "copy", ensemble="crops")
-    with pytest.raises(InputError, match=r"must be in \[0, 1\] or a file of zs3.ensemble_weight, got 1.5"):
+    with pytest.raises(InputError, match=r"must be in \[0, 1\] or a file of zs3.ensemble_weight, got '1.5'"):
         asked(with_clip, ensemble_weight="1.5")
 
 
@@ -192,41 +192,46 @@ def sha256_of(path: Path) -> str:
 
 
 def test_the_weight_may_come_from_the_file_that_chose_it(with_clip, data, tmp_path):
-    path = tmp_path / "weight.json"
-    answer = {
-        "clip_ensemble_weight": 0.6,
-        "checkpoint_sha256": sha256_of(with_clip / "model.safetensors"),
-        "num_images": 5,
-    }
-    answer |= {"dataset": "scenes", "split": "train", "unseen_labels": "runs/pseudo_labels"}
+    path, ids = tmp_path / "weight.json", load_split(data, "validation").image_ids
+    asked = {"split": "train", "unseen_labels": "runs/pseudo_labels"}
+    answer = {"clip_ensemble_weight": 0.6, "weights": {}, "settings": asked, "dataset": data.name}
+    answer |= {"checkpoint_sha256": sha256_of(with_clip / "model.safetensors"), "image_ids": [*ids[:1], "other"]}
 
-    def asked(**changes) -> dict:
+    def evaluated(view: str | None = None, **changes) -> dict:
         path.write_text(json.dumps(answer | changes))
-        return evaluate(EvalArgs(model=str(with_clip), dataset=str(data), ensemble_weight=str(path)))
+        return evaluate(EvalArgs(model=str(with_clip), dataset=str(data), ensemble=view, ensemble_weight=str(path)))
 
-    found = asked()
+    found = evaluated()
     by_number = evaluate(EvalArgs(model=str(with_clip), dataset=str(data), ensemble_weight="0.6"))
     assert found["per_class"] == by_number["per_class"]
     assert (found["clip_ensemble"], found["clip_ensemble_weight"]) == ("crops", 0.6)
-    where = "chosen on 5 images of scenes, split train, with the image labels in pseudo_labels"
+    where = f"chosen on 2 images of {data.name}, split train, with the image labels in pseudo_labels"
     assert f"weight 0.6, {where})" in found["protocol"] and "by hand" in by_number["protocol"]
     assert found["given_sha256"] == {str(path): sha256_of(path)}
+    assert evaluated("single_pass")["clip_ensemble"] == "single_pass"
 
-    none = asked(clip_ensemble_weight=None, unseen_labels="ground_truth")
+    none = evaluated(clip_ensemble_weight=None, settings=asked | {"unseen_labels": "ground_truth"})
     off = evaluate(EvalArgs(model=str(with_clip), dataset=str(data), ensemble="off"))
     assert (none["clip_ensemble"], none["clip_ensemble_weight"], none["per_class"]) == ("off", None, off["per_class"])
-    told = "chosen on 5 images of scenes, split train, with ground-truth image labels"
+    told = f"chosen on 2 images of {data.name}, split train, with ground-truth image labels"
     assert f"no ensemble ({told})" in none["protocol"] and "no ensemble (" not in off["protocol"]
+    with pytest.raises(InputError, match="weight.json says not to ensemble: leave --ensemble lazy out, or give a numb"):
+        evaluated("lazy", clip_ensemble_weight=None)
 
-    tuned = asked(dataset=data.name, split="validation")["calibration"]["ensemble_weight_chosen"]
-    assert tuned.startswith(f"TUNED ON THE TEST IMAGES, 5 images of {data.name}, split validation")
-    with pytest.raises(InputError, match="weight.json was chosen for another checkpoint than .*: run python -m"):
-        asked(checkpoint_sha256="of another")
+    tuned = evaluated(settings=asked | {"split": "validation"})["calibration"]["ensemble_weight_chosen"]
+    assert tuned == f"TUNED ON THE TEST IMAGES, 1 of {len(ids)}, with the image labels in pseudo_labels"
+    others = evaluated(settings=asked | {"split": "validation"}, image_ids=["other"])
+    assert others["calibration"]["ensemble_weight_chosen"].startswith("chosen on 1 images of")
+    with pytest.raises(InputError, match="weight.json was chosen for another checkpoint: choose for this one, python"):
+        evaluated(checkpoint_sha256="of another")
+    for value in (7.0, "0.6", True):
+        with pytest.raises(InputError, match="weight.json: its weight must be null or in"):
+            evaluated(clip_ensemble_weight=value)
     path.write_text("{}")
     with pytest.raises(InputError, match="is no result file of zs3.ensemble_weight, it lacks 'clip_ensemble_weight'"):
-        EvalArgs(model=str(with_clip), dataset=str(data), ensemble_weight=str(path)).check()
-    with pytest.raises(InputError, match="cannot read .*it should be a result file of zs3.ensemble_weight"):
-        EvalArgs(model=str(with_clip), dataset=str(data), ensemble_weight="missing.json").check()
+        evaluate(EvalArgs(model=str(with_clip), dataset=str(data), ensemble_weight=str(path)))
+    with pytest.raises(InputError, match="must be in .* or a file of zs3.ensemble_weight, got '0,6'"):
+        EvalArgs(model=str(with_clip), dataset=str(data), ensemble_weight="0,6").check()
 
 
 def biased_by_hand(checkpoint: Path, data: Path, gamma: float) -> dict[str, float | None]:

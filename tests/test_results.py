@@ -122,6 +122,10 @@ def test_what_was_not_measured_is_not_told():
             {"setting": "ovs", "trained_on_masks_of": ["Sky"]},
             "ovs, 3 names; no ensemble; training saw masks of 1 of them; ",
         ),
+        (
+            {"calibration": {"seen_bias_chosen": "none", "ensemble_weight_chosen": "chosen on 3 images"}},
+            "; no ensemble (chosen on 3 images); training was told",
+        ),
         ({"unseen_labels_in_training": None}, "; training was told what is not known of unseen classes; "),
         (
             {

@@ -9,8 +9,8 @@ zs3/ablation_report.py makes of it, as JSON and Markdown. Results stand where th
 run on several machines and brought together without final/ and checkpoints/. Where things lie:
 
     OUTPUT_DIR/scenes                      the pictures, the same for all seeds; of another benchmark its own folder
-    OUTPUT_DIR/seed0/stage1, none, ...     one training each: final/, train.log, gzs3_off.json, gzs3_crops.json, ...
-    OUTPUT_DIR/seed0/stage1/ensemble_weight.json, ...     where the weight of the ensemble is chosen
+    OUTPUT_DIR/seed0/stage1, none, ...     one training each: final/, train.log, gzs3_off.json, gzs3_crops.json, ...,
+                                           ensemble_weight.json where that is chosen
     OUTPUT_DIR/seed0/pseudo_labels         of that seed's stage-1 model
     OUTPUT_DIR/times.jsonl                 how long each job took, and on what
 """
@@ -41,13 +41,14 @@ from zs3.checkpoints import WEIGHTS, file_sha256, weights_sha256
 from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
 from zs3.curves import check_matplotlib
 from zs3.data import dataset_name, load_split
+from zs3.ensemble_weight import WeightArgs, weight_settings
 from zs3.run_folder import differ
 from zs3.scenes import write_dataset
 
 POLL_SECONDS = 0.1
 SCENES = "scenes"
-# flags that may be paths
-PLACES = {"output_dir", "dataset", "init_from", "unseen_labels", "text_embeds", "model", "ensemble_weight"}
+# Flags that may be paths; the weight of the ensemble was a number in older results.
+PLACES = ("output_dir", "dataset", "init_from", "unseen_labels", "text_embeds", "model", "ensemble_weight")
 
 
 @dataclass
@@ -122,7 +123,8 @@ class Job:
 
 
 def trainings(rows: list[Row]) -> list[str]:
-    """The trainings of these rows and those they start from, in the order of TRAININGS."""
+    """The trainings of these rows, those they start from, and stage 1 where pseudo labels are needed, in the order of
+    TRAININGS."""
     used = {row.training for row in rows}
     used |= {start for name in used if (start := TRAININGS[name].start) is not None}
     used |= {"stage1" for row in rows if row.needs_pseudo_labels}
@@ -139,7 +141,7 @@ def make_jobs(args: AblationArgs, rows: list[Row]) -> list[Job]:
                 jobs.append(pseudo_label_job(args, seed))
             for row in dict.fromkeys(rows):
                 if row.training == name:
-                    jobs += [weight_job(args, seed, row)] if VIEWS[row.view].chosen else []
+                    jobs += [ensemble_weight_job(args, seed, row)] if row.is_chosen else []
                     jobs.append(evaluation_job(args, seed, row))
     return jobs
 
@@ -154,7 +156,7 @@ def training_flags(args: AblationArgs, seed: int, name: str) -> list[str]:
         flags += ["--init_from", str(args.run_folder(seed, training.start) / "final")]
     elif args.backbone is not None:
         flags += ["--backbone", args.backbone]
-    flags += ["--unseen_labels", str(pseudo_labels(args, seed)) if training.told == "pseudo" else training.told]
+    flags += ["--unseen_labels", str(pseudo_labels_path(args, seed)) if training.told == "pseudo" else training.told]
     stages = [(args.stage1, args.stage1_steps), (args.stage2, args.stage2_steps)]
     if training.whole:
         steps = sum(steps or read_training("--config", recipe)[0].max_steps for recipe, steps in stages)
@@ -185,12 +187,12 @@ def training_job(args: AblationArgs, seed: int, name: str) -> Job:
     )
 
 
-def pseudo_labels(args: AblationArgs, seed: int) -> Path:
+def pseudo_labels_path(args: AblationArgs, seed: int) -> Path:
     return args.run_folder(seed, "pseudo_labels")
 
 
 def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
-    folder = pseudo_labels(args, seed)
+    folder = pseudo_labels_path(args, seed)
     model = args.run_folder(seed, "stage1") / "final"
 
     def is_done() -> bool:
@@ -214,24 +216,28 @@ def result_path(args: AblationArgs, seed: int, row: Row) -> Path:
     return args.run_folder(seed, row.training) / f"gzs3_{row.view}.json"
 
 
-def weight_path(args: AblationArgs, seed: int, row: Row) -> Path:
+def ensemble_weight_path(args: AblationArgs, seed: int, row: Row) -> Path:
     return args.run_folder(seed, row.training) / "ensemble_weight.json"
 
 
-def weight_job(args: AblationArgs, seed: int, row: Row) -> Job:
+def ensemble_weight_job(args: AblationArgs, seed: int, row: Row) -> Job:
     """The choice of the ensemble's weight by what training may know."""
-    path = weight_path(args, seed, row)
+    path = ensemble_weight_path(args, seed, row)
     model = path.parent / "final"
 
+    labels = str(pseudo_labels_path(args, seed)) if row.needs_pseudo_labels else "ground_truth"
+    flags = ["--model", str(model), "--dataset", str(args.data), "--unseen_labels", labels, "--output", str(path)]
+    asked, _ = read_arguments(WeightArgs, flags)
+
     def is_done() -> bool:
-        """The answer is there, and for this checkpoint, where that is still there."""
+        """The answer is there, of these flags, and for this checkpoint, where that is still there."""
         if not path.exists():
             return False
         answer = json.loads(path.read_text(encoding="utf-8"))
-        return not model.exists() or answer["checkpoint_sha256"] == weights_sha256(str(model))
+        return by_name(answer.get("settings", {})) == by_name(weight_settings(asked)) and (
+            not model.exists() or answer["checkpoint_sha256"] == weights_sha256(str(model))
+        )
 
-    labels = str(pseudo_labels(args, seed)) if row.needs_pseudo_labels else "ground_truth"
-    flags = ["--model", str(model), "--dataset", str(args.data), "--unseen_labels", labels, "--output", str(path)]
     return Job(
         name=f"seed{seed}/{row.training}/{path.stem}",
         command=[sys.executable, "-m", "zs3.ensemble_weight", *flags],
@@ -249,9 +255,9 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(path), *VIEWS[row.view].flags]
     if args.text_embeds is not None:
         flags += ["--text_embeds", args.text_embeds]
-    answer = weight_path(args, seed, row) if VIEWS[row.view].chosen else None
-    if answer is not None:
-        flags += ["--ensemble_weight", str(answer)]
+    weight = ensemble_weight_path(args, seed, row) if row.is_chosen else None
+    if weight is not None:
+        flags += ["--ensemble_weight", str(weight)]
     asked, _ = read_arguments(EvalArgs, flags)
 
     def is_done() -> bool:
@@ -263,7 +269,7 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
         return (
             (not model.exists() or result["checkpoint_sha256"] == weights_sha256(str(model)))
             and result["num_images"] == result["split_images"]
-            and (answer is None or not answer.exists() or file_sha256(answer) in result["given_sha256"].values())
+            and (weight is None or not weight.exists() or file_sha256(weight) in result["given_sha256"].values())
             and by_name(result["settings"]) == by_name(deciding_flags(asked))
         )
 
@@ -272,7 +278,7 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
         command=[*args.script("eval", row.training), *flags],
         log=path.with_suffix(".log"),
         is_done=is_done,
-        after=[f"seed{seed}/{row.training}", *([f"seed{seed}/{row.training}/ensemble_weight"] if answer else [])],
+        after=[f"seed{seed}/{row.training}", *([f"seed{seed}/{row.training}/{weight.stem}"] if weight else [])],
     )
 
 

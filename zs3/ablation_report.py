@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from zs3.ablation_tables import TRAININGS, VIEWS, Row, Table
+from zs3.ablation_tables import TRAININGS, Row, Table
 from zs3.curves import draw_scores
 from zs3.evaluation import SCORES, GeneralizedScores
 from zs3.results import TOLD, markdown_table
@@ -131,7 +131,7 @@ def summarise(table: Table, paths: Callable[[Row], list[Path]]) -> dict:
             "training": row.training,
             "told": TRAININGS[row.training].told,
             "ensemble": row.view,
-            "ensemble_weights": [result.get("clip_ensemble_weight") for result in runs[row].results],
+            "ensemble_weights": [one["clip_ensemble_weight"] for one in runs[row].results] if row.is_chosen else None,
             "scores": {name: over_seeds(values) for name, values in scores[row].items()},
             "paper": table.paper[row]._asdict() if row in table.paper else None,
             "curve": curve_of(runs[row]),
@@ -207,7 +207,7 @@ def weights_text(table: dict) -> list[str]:
     rows = [
         [TRAININGS[row["training"]].title, " ".join("none" if w is None else str(w) for w in row["ensemble_weights"])]
         for row in table["rows"]
-        if VIEWS[row["ensemble"]].chosen
+        if row["ensemble_weights"]
     ]
     return ["", *markdown_table(["training", "weight chosen, every seed"], rows)] if rows else []
 

@@ -8,16 +8,16 @@ score is the harmonic mean of the two means. The answer is "do not ensemble" unl
 bootstrap resamples of the pictures: the ensemble costs a look at every proposal, and hurts a model that knows the
 unseen classes better than CLIP does.
 
-`eval.py --ensemble_weight FILE` takes the answer from the file of --output, `--write` puts it into the checkpoint.
+`eval.py --ensemble_weight FILE` takes the answer from the file that --output writes; --write puts it into the
+checkpoint.
 
 Pseudo labels come from the same CLIP, and so speak for it; and the model was trained on these pictures, which speaks
 for the model. Pictures of its own (`--split`) that training left out avoid the second.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,6 @@ from zs3.command_line import (
 from zs3.data import dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.image_labels import load_unseen_scores, pseudo_labels
 from zs3.label_space import load_label_space
-from zs3.results import read_result
 
 OFF = "off"
 RESAMPLES = 1000
@@ -73,6 +72,11 @@ class WeightArgs:
             raise InputError(f"--write needs a checkpoint's folder, and {self.model} is none")
         if not self.weights or not all(0 <= weight <= 1 for weight in self.weights):
             raise InputError(f"--weights must lie in [0, 1], got {self.weights}")
+
+
+def weight_settings(args: WeightArgs) -> dict:
+    """Those of the flags that decide the answer."""
+    return {name: value for name, value in asdict(args).items() if name not in ("output", "write")}
 
 
 class Counts:
@@ -120,6 +124,7 @@ def choose(args: WeightArgs) -> dict:
         raise InputError("the label space has no unseen class: there is nothing to choose the weight for")
     records = load_split(args.dataset, args.split, label_space)
     model, processor = load_checkpoint(args.model)
+    checkpoint_sha256 = weights_sha256(args.model)
     check_no_unseen_masks(model.config, label_space, "weight can be chosen without unseen masks")
     if model.vision_model is None:
         raise InputError(f"{args.model} has no CLIP image tower: there is nothing to ensemble with")
@@ -146,17 +151,12 @@ def choose(args: WeightArgs) -> dict:
         label = to_mask_labels(label, positions, label_space.ignore_index)
         for weight, prediction in label_maps(model, processor, image, text_embeds, is_seen, args).items():
             counts[weight].add(prediction, label, here, is_seen.numpy(), args.min_share)
-    result = decide(counts, len(indices), args.seed)
     result = {
-        "model": args.model,
-        "checkpoint_sha256": weights_sha256(args.model),
+        "settings": weight_settings(args),
+        "checkpoint_sha256": checkpoint_sha256,
         "dataset": dataset_name(args.dataset),
-        "split": args.split,
-        "num_images": len(indices),
-        "unseen_labels": args.unseen_labels,
-        "min_share": args.min_share,
-        "seed": args.seed,
-        **result,
+        "image_ids": [records.image_ids[index] for index in indices],
+        **decide(counts, len(indices), args.seed),
     }
     if args.output is not None:
         write_json(Path(args.output), result)
@@ -201,51 +201,9 @@ def decide(counts: dict[str | float, Counts], num_images: int, seed: int) -> dic
     return {"weights": rows, "clip_ensemble_weight": best}
 
 
-# ---- the answer, as an evaluation takes it -----------------------------------------------------------------
-
-
-class EnsembleWeight(NamedTuple):
-    """w of the ensemble, None for no ensemble, and how it was chosen, in words."""
-
-    value: float | None
-    chosen: str
-
-
-def read_weight(given: str) -> float | dict[str, Any]:
-    """A number as it is, or the answer in a file of this command."""
-    try:
-        weight = float(given)
-    except ValueError:
-        needed = ("clip_ensemble_weight", "checkpoint_sha256", "num_images", "dataset", "split", "unseen_labels")
-        return read_result(Path(given), needed, command="zs3.ensemble_weight")
-    if not 0 <= weight <= 1:
-        raise InputError(f"--ensemble_weight must be in [0, 1] or a file of zs3.ensemble_weight, got {given}")
-    return weight
-
-
-def given_weight(given: str, stamp: dict[str, Any]) -> EnsembleWeight:
-    """stamp: of the evaluation; the answer of a file is for its checkpoint alone."""
-    answer = read_weight(given)
-    if not isinstance(answer, dict):
-        return EnsembleWeight(answer, "chosen by hand: it may be tuned on these images")
-    if answer["checkpoint_sha256"] != stamp["checkpoint_sha256"]:
-        raise InputError(
-            f"--ensemble_weight {given} was chosen for another checkpoint than {stamp['model']}: run "
-            "python -m zs3.ensemble_weight for this one"
-        )
-    images = f"{answer['num_images']} images of {answer['dataset']}, split {answer['split']}"
-    same = (answer["dataset"], answer["split"]) == (stamp["dataset"], stamp["split"])
-    where = f"TUNED ON THE TEST IMAGES, {images}" if same else f"chosen on {images}"
-    truth = answer["unseen_labels"] == "ground_truth"
-    labels = "ground-truth image labels" if truth else f"the image labels in {Path(answer['unseen_labels']).name}"
-    return EnsembleWeight(answer["clip_ensemble_weight"], f"{where}, with {labels}")
-
-
-# ---- the command -------------------------------------------------------------------------------------------
-
-
 def report(result: dict) -> str:
-    lines = [f"{result['num_images']} pictures of {result['dataset']} ({result['split']}), percent"]
+    split = result["settings"]["split"]
+    lines = [f"{len(result['image_ids'])} pictures of {result['dataset']} ({split}), percent"]
     lines.append("  weight   mIoU(S)   F1(U)   both   better than off in")
     for weight, row in result["weights"].items():
         numbers = [100 * row[name] for name in ("miou_seen", "f1_unseen", "score")]

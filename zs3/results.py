@@ -68,8 +68,13 @@ def write_result(path: Path, result: dict[str, Any], confusion: ConfusionMatrix)
     write_json(path, result)
 
 
-def read_result(path: Path, needed: Sequence[str] = (), command: str = "eval.py") -> dict[str, Any]:
-    """needed: fields that the caller cannot do without; in a file of eval.py beside per_class."""
+def read_result(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """Of eval.py. needed: fields that the caller cannot do without, beside per_class."""
+    return read_fields(path, ("per_class", *needed), "eval.py")
+
+
+def read_fields(path: Path, needed: Sequence[str], command: str) -> dict[str, Any]:
+    """A result file of this command, with the fields that are needed."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -78,14 +83,16 @@ def read_result(path: Path, needed: Sequence[str] = (), command: str = "eval.py"
         raise InputError(f"{path} is no JSON; it should be a result file of {command}") from error
     if not isinstance(result, dict):
         raise InputError(f"{path} is no result file of {command}: it holds no mapping")
-    needed = ("per_class", *needed) if command == "eval.py" else needed
     missing = [name for name in needed if name not in result]
     if missing:
         raise InputError(f"{path} is no result file of {command}, it lacks {missing[0]!r}")
     return result
 
 
-# ---- the bias that a result has found ----------------------------------------------------------------------
+# ---- the bias and the weight that a result has found -------------------------------------------------------
+
+BY_HAND = "chosen by hand: it may be tuned on these images"
+TUNED = "TUNED ON THE TEST IMAGES"
 
 
 class SeenBias(NamedTuple):
@@ -95,17 +102,24 @@ class SeenBias(NamedTuple):
     chosen: str
 
 
+def as_number(given: str) -> float | None:
+    """None where it is none, but the name of a file."""
+    try:
+        return float(given)
+    except ValueError:
+        return None
+
+
 def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> SeenBias:
     """A number as it is; of a result file the best of its curve, and what its choice knew."""
     if given is None:
         return SeenBias(0.0, "none")
-    try:
-        value = float(given)
-    except ValueError:
+    value = as_number(given)
+    if value is None:
         return best_bias(Path(given), stamp, image_ids)
     if not math.isfinite(value):
         raise InputError(f"--seen_bias must be a finite number, got {given}")
-    return SeenBias(value, "chosen by hand: it may be tuned on these images")
+    return SeenBias(value, BY_HAND)
 
 
 def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> SeenBias:
@@ -122,12 +136,52 @@ def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> SeenBias:
     if (result["dataset"], result["split"]) == (stamp["dataset"], stamp["split"]):
         shared = len({*load_images(images_path(path)).image_ids} & {*image_ids})
     if shared:
-        chosen = f"TUNED ON THE TEST IMAGES, {shared} of {len(image_ids)}, {labels}"
+        chosen = f"{TUNED}, {shared} of {len(image_ids)}, {labels}"
     elif known:
         chosen = f"chosen on other images, {labels}"
     else:
         chosen = f"chosen on other images, on classes held out ({', '.join(result['unseen'])}), {labels}"
     return SeenBias(curve["best"]["gamma"], chosen)
+
+
+class EnsembleWeight(NamedTuple):
+    """w of the ensemble, None for no ensemble, and how it was chosen, in words."""
+
+    value: float | None
+    chosen: str
+
+
+def check_weight(given: str) -> None:
+    weight = as_number(given)
+    if not (Path(given).is_file() if weight is None else 0 <= weight <= 1):
+        raise InputError(f"--ensemble_weight must be in [0, 1] or a file of zs3.ensemble_weight, got {given!r}")
+
+
+def chosen_weight(given: str, stamp: dict, image_ids: list[str]) -> EnsembleWeight:
+    """A number as it is; of a file of zs3.ensemble_weight its answer, and what its choice knew."""
+    weight = as_number(given)
+    return best_weight(Path(given), stamp, image_ids) if weight is None else EnsembleWeight(weight, BY_HAND)
+
+
+def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> EnsembleWeight:
+    needed = ("clip_ensemble_weight", "weights", "settings", "checkpoint_sha256", "dataset", "image_ids")
+    answer = read_fields(path, needed, "zs3.ensemble_weight")
+    weight, asked = answer["clip_ensemble_weight"], answer["settings"]
+    if weight is not None and not (isinstance(weight, float) and 0 <= weight <= 1):
+        raise InputError(f"--ensemble_weight {path}: its weight must be null or in [0, 1], got {weight!r}")
+    if answer["checkpoint_sha256"] != stamp["checkpoint_sha256"]:
+        raise InputError(
+            f"--ensemble_weight {path} was chosen for another checkpoint: choose for this one, python -m "
+            f"zs3.ensemble_weight --model {stamp['model']} --output {path}, with the other flags as before"
+        )
+    shared = 0
+    if (answer["dataset"], asked["split"]) == (stamp["dataset"], stamp["split"]):
+        shared = len({*answer["image_ids"]} & {*image_ids})
+    chosen = f"chosen on {len(answer['image_ids'])} images of {answer['dataset']}, split {asked['split']}"
+    chosen = f"{TUNED}, {shared} of {len(image_ids)}" if shared else chosen
+    truth = asked["unseen_labels"] == "ground_truth"
+    labels = "ground-truth image labels" if truth else f"the image labels in {Path(asked['unseen_labels']).name}"
+    return EnsembleWeight(weight, f"{chosen}, with {labels}")
 
 
 # ---- for people --------------------------------------------------------------------------------------------
