@@ -280,6 +280,7 @@ def choose_points(
 def mask_losses(
     mask_logits: Tensor,
     image: Tensor,
+    query: Tensor,
     target: Tensor,
     chosen: Tensor,
     truth: PointLabels,
@@ -288,13 +289,13 @@ def mask_losses(
 ) -> tuple[Tensor, Tensor]:
     """The focal (or BCE) and the dice loss of matched masks at their chosen points (section 3.2).
 
-    mask_logits: (K, h, w) of the matched queries; image, target: (K,), see `Matches`; chosen: see `choose_points`.
+    mask_logits: (B, Q, h, w); image, query, target: (K,), see `Matches`; chosen: see `choose_points`.
     """
     _, num_targets, points_of_image = truth.inside.shape
     # Flat indices: `take` is several times as fast as an index of three tensors.
     place = chosen.long() + image[:, None] * points_of_image
     points = truth.points.flatten(0, 1).index_select(0, place.flatten()).unflatten(0, place.shape)
-    logits = sample_logits(mask_logits[:, None], points)[:, 0]  # (K, points)
+    logits = sample_logits(mask_logits[image, query][:, None], points)[:, 0]  # (K, points)
     weight = truth.weight.take(place)
     row = image * num_targets + target
     share = truth.inside.take(chosen + row[:, None] * points_of_image) / weight.clamp(min=TINY)
@@ -571,11 +572,13 @@ def mask_terms(
     """The sums of `mask_losses` over the decoder outputs, mask_logits (B, Q, h, w) of each."""
     masks_at_once = max(POINTS_AT_ONCE // truth.points.shape[1], 1)
     losses = []
-    for logits, query, targets in zip(mask_logits, matches.query, matches.target, strict=True):
-        parts = (values.split(masks_at_once) for values in (logits[matches.image, query], matches.image, targets))
-        for matched, image, target in zip(*parts, strict=True):
-            chosen = choose_points(matched, image, truth, config.train_num_points, config.importance_sample_ratio)
-            given = matched, image, target, chosen, truth, num_masks, config.mask_loss
+    sizes = config.train_num_points, config.importance_sample_ratio
+    for logits, queries, targets in zip(mask_logits, matches.query, matches.target, strict=True):
+        parts = (values.split(masks_at_once) for values in (matches.image, queries, targets))
+        for image, query, target in zip(*parts, strict=True):
+            chosen = choose_points(logits[image, query], image, truth, *sizes)
+            # All logits, of which it holds no copy: one of the matched masks would stay until the backward pass.
+            given = logits, image, query, target, chosen, truth, num_masks, config.mask_loss
             losses.append(remade_backward(mask_losses, *given))
     mask, dice = (torch.stack(values).sum() for values in zip(*losses, strict=True))
     return mask, dice
