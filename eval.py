@@ -232,14 +232,14 @@ def chosen_ensemble(
     given = None
     if args.ensemble_weight is not None:
         given = chosen_weight(args.ensemble_weight, stamp, image_ids)
-        if given.value is None and args.ensemble is None:
+    if given is not None and given.value is None:
+        if args.ensemble is None:
             return "off", given
-        if given.value is None:
-            raise InputError(
-                f"{args.ensemble_weight} says not to ensemble: leave --ensemble {args.ensemble} out, or give a number"
-            )
+        raise InputError(
+            f"{args.ensemble_weight} says not to ensemble: leave --ensemble {args.ensemble} out, or give a number"
+        )
     try:
-        view = model.ensemble_view(args.ensemble, given and given.value)
+        view = model.ensemble_view(args.ensemble, None if given is None else given.value)
     except ValueError as error:
         raise InputError(str(error)) from error
     if view == "off":

@@ -577,7 +577,7 @@ def mask_terms(
         parts = (values.split(masks_at_once) for values in (matches.image, queries, targets))
         for image, query, target in zip(*parts, strict=True):
             chosen = choose_points(logits[image, query], image, truth, *sizes)
-            # All logits, of which it holds no copy: one of the matched masks would stay until the backward pass.
+            # The whole logits, which exist anyway: a copy of the matched masks would be kept until the backward pass.
             given = logits, image, query, target, chosen, truth, num_masks, config.mask_loss
             losses.append(remade_backward(mask_losses, *given))
     mask, dice = (torch.stack(values).sum() for values in zip(*losses, strict=True))

@@ -167,7 +167,7 @@ def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> EnsembleWeight
     needed = ("clip_ensemble_weight", "weights", "settings", "checkpoint_sha256", "dataset", "image_ids")
     answer = read_fields(path, needed, "zs3.ensemble_weight")
     weight, asked = answer["clip_ensemble_weight"], answer["settings"]
-    if weight is not None and not (isinstance(weight, float) and 0 <= weight <= 1):
+    if weight is not None and not (type(weight) in (int, float) and 0 <= weight <= 1):
         raise InputError(f"--ensemble_weight {path}: its weight must be null or in [0, 1], got {weight!r}")
     if answer["checkpoint_sha256"] != stamp["checkpoint_sha256"]:
         raise InputError(
@@ -178,7 +178,8 @@ def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> EnsembleWeight
     if (answer["dataset"], asked["split"]) == (stamp["dataset"], stamp["split"]):
         shared = len({*answer["image_ids"]} & {*image_ids})
     chosen = f"chosen on {len(answer['image_ids'])} images of {answer['dataset']}, split {asked['split']}"
-    chosen = f"{TUNED}, {shared} of {len(image_ids)}" if shared else chosen
+    if shared:
+        chosen = f"{TUNED}, {shared} of {len(image_ids)}"
     truth = asked["unseen_labels"] == "ground_truth"
     labels = "ground-truth image labels" if truth else f"the image labels in {Path(asked['unseen_labels']).name}"
     return EnsembleWeight(weight, f"{chosen}, with {labels}")
