@@ -63,8 +63,7 @@ from zs3.evaluation import ConfusionMatrix, GeneralizedScores
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
 from zs3.results import (
-    EnsembleWeight,
-    SeenBias,
+    Choice,
     check_weight,
     chosen_bias,
     chosen_weight,
@@ -225,9 +224,7 @@ def check_code(path: str, processor: ProcessorMixin) -> None:
         raise InputError(f"the code beside {path} is older than this eval.py: copy the project's *_zs3.py over it")
 
 
-def chosen_ensemble(
-    args: EvalArgs, model: PreTrainedModel, stamp: dict, image_ids: list[str]
-) -> tuple[str, EnsembleWeight]:
+def chosen_ensemble(args: EvalArgs, model: PreTrainedModel, stamp: dict, image_ids: list[str]) -> tuple[str, Choice]:
     """The view, "off" for no ensemble, and the weight; what is not given is the checkpoint's."""
     given = None
     if args.ensemble_weight is not None:
@@ -243,8 +240,8 @@ def chosen_ensemble(
     except ValueError as error:
         raise InputError(str(error)) from error
     if view == "off":
-        return view, EnsembleWeight(None, "none")
-    return view, given or EnsembleWeight(model.config.clip_ensemble_weight, "the checkpoint's")
+        return view, Choice(None, "none")
+    return view, given or Choice(model.config.clip_ensemble_weight, "the checkpoint's")
 
 
 # ---- the pass ----------------------------------------------------------------------------------------------
@@ -299,7 +296,7 @@ class Counts:
         self.undecided += other.undecided
 
 
-def new_counts(args: EvalArgs, candidates: Candidates, bias: SeenBias, calibration: bool) -> Counts:
+def new_counts(args: EvalArgs, candidates: Candidates, bias: Choice, calibration: bool) -> Counts:
     """A curve where there are seen and unseen candidates; confidences where no bias changes the winner, whose they
     are."""
     ignored, unbiased = candidates.ignored, calibration and bias.value == 0

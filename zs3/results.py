@@ -95,10 +95,11 @@ BY_HAND = "chosen by hand: it may be tuned on these images"
 TUNED = "TUNED ON THE TEST IMAGES"
 
 
-class SeenBias(NamedTuple):
-    """What is taken off the scores of seen classes, and how it was chosen, in words."""
+class Choice(NamedTuple):
+    """What is taken off the scores of seen classes, or w of the ensemble (None: no ensemble); and how it was chosen, in
+    words."""
 
-    value: float
+    value: float | None
     chosen: str
 
 
@@ -110,19 +111,19 @@ def as_number(given: str) -> float | None:
         return None
 
 
-def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> SeenBias:
+def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> Choice:
     """A number as it is; of a result file the best of its curve, and what its choice knew."""
     if given is None:
-        return SeenBias(0.0, "none")
+        return Choice(0.0, "none")
     value = as_number(given)
     if value is None:
         return best_bias(Path(given), stamp, image_ids)
     if not math.isfinite(value):
         raise InputError(f"--seen_bias must be a finite number, got {given}")
-    return SeenBias(value, BY_HAND)
+    return Choice(value, BY_HAND)
 
 
-def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> SeenBias:
+def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
     result, unseen = read_result(path), stamp["unseen"]
     curve = result.get("seen_unseen_curve")
     if curve is None or curve["best"] is None:
@@ -141,14 +142,7 @@ def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> SeenBias:
         chosen = f"chosen on other images, {labels}"
     else:
         chosen = f"chosen on other images, on classes held out ({', '.join(result['unseen'])}), {labels}"
-    return SeenBias(curve["best"]["gamma"], chosen)
-
-
-class EnsembleWeight(NamedTuple):
-    """w of the ensemble, None for no ensemble, and how it was chosen, in words."""
-
-    value: float | None
-    chosen: str
+    return Choice(curve["best"]["gamma"], chosen)
 
 
 def check_weight(given: str) -> None:
@@ -157,13 +151,13 @@ def check_weight(given: str) -> None:
         raise InputError(f"--ensemble_weight must be in [0, 1] or a file of zs3.ensemble_weight, got {given!r}")
 
 
-def chosen_weight(given: str, stamp: dict, image_ids: list[str]) -> EnsembleWeight:
+def chosen_weight(given: str, stamp: dict, image_ids: list[str]) -> Choice:
     """A number as it is; of a file of zs3.ensemble_weight its answer, and what its choice knew."""
     weight = as_number(given)
-    return best_weight(Path(given), stamp, image_ids) if weight is None else EnsembleWeight(weight, BY_HAND)
+    return best_weight(Path(given), stamp, image_ids) if weight is None else Choice(weight, BY_HAND)
 
 
-def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> EnsembleWeight:
+def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
     needed = ("clip_ensemble_weight", "weights", "settings", "checkpoint_sha256", "dataset", "image_ids")
     answer = read_fields(path, needed, "zs3.ensemble_weight")
     weight, asked = answer["clip_ensemble_weight"], answer["settings"]
@@ -182,7 +176,7 @@ def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> EnsembleWeight
         chosen = f"{TUNED}, {shared} of {len(image_ids)}"
     truth = asked["unseen_labels"] == "ground_truth"
     labels = "ground-truth image labels" if truth else f"the image labels in {Path(asked['unseen_labels']).name}"
-    return EnsembleWeight(weight, f"{chosen}, with {labels}")
+    return Choice(weight, f"{chosen}, with {labels}")
 
 
 # ---- for people --------------------------------------------------------------------------------------------
