@@ -2,11 +2,15 @@
 
 Every number of the paper (arXiv 2301.07336) that the code uses is a field here, under one name, with the paper's
 value as its default. What belongs to one run (learning rate, data, steps) belongs to that run's recipe.
+
+The rule that says when two class names are one is at the end of the file.
 """
 
 import math
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Literal
+from unicodedata import category, normalize
 
 from huggingface_hub.dataclasses import strict
 from transformers import (
@@ -177,11 +181,50 @@ class Zs3Config(Mask2FormerConfig):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
+# ---- names: when are two names one? -------------------------------------------------------------------------
+
+
 def plain(name: str) -> str:
-    """A class name without the differences that mean nothing; what was seen is compared in this form."""
-    return " ".join(name.casefold().split())
+    """The form in which class names are compared: two names with one plain form are one name.
+
+    Case, blanks, how Unicode composes a letter (NFC) and characters that show nothing make no difference.
+    """
+    folded = normalize("NFC", normalize("NFD", name).casefold())
+    return " ".join("".join(letter for letter in folded if category(letter) != "Cf").split())
+
+
+def places(names: Sequence[str], known: Sequence[str] | None) -> list[int | None]:
+    """Of each name, where it stands among the known ones (the first place), or None. known: None is an empty list."""
+    first: dict[str, int] = {}
+    for place, name in enumerate(known or []):
+        first.setdefault(plain(name), place)
+    return [first.get(plain(name)) for name in names]
+
+
+def among(names: Sequence[str], known: Sequence[str] | None) -> list[bool]:
+    """Of each name, whether it is among the known ones."""
+    return [place is not None for place in places(names, known)]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError where names are blank, hold line breaks or control characters, or are one name."""
+    for name in names:
+        if not isinstance(name, str) or not plain(name):
+            raise ValueError(f"a name must be a text that is not blank, got {shortened(name)}")
+        if any(category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+            raise ValueError(f"a name must be one line without control characters, got {shortened(name)}")
+    for place, first in enumerate(places(names, names)):
+        if first != place:
+            one, other = shortened(names[first]), shortened(names[place])
+            raise ValueError(f"names repeat: {one} and {other} are one name (case and blanks make no difference)")
+
+
+def shortened(value: object) -> str:
+    """A value for a message, never whole where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 Zs3Config.register_for_auto_class()
 
-__all__ = ["Zs3Config", "plain"]
+__all__ = ["Zs3Config", "among", "check_names", "places", "plain", "shortened"]
