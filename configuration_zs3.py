@@ -148,9 +148,10 @@ class Zs3Config(Mask2FormerConfig):
 
     def validate_losses(self):
         """Ranges that the losses rely on (called by `strict`)."""
-        for name in ("class_temperature", "matched_weight", "rank_scale", "rank_weight", "class_weight"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
         if self.class_temperature <= 0:
             raise ValueError(f"class_temperature must be positive, got {self.class_temperature}")
         if not 0 <= self.matched_weight <= 1:
@@ -165,7 +166,7 @@ class Zs3Config(Mask2FormerConfig):
             raise ValueError(f"clip_ensemble_weight must lie in [0, 1] or be None, got {self.clip_ensemble_weight}")
         if not 0 < self.pseudo_label_threshold <= 1:
             raise ValueError(f"pseudo_label_threshold must lie in (0, 1], got {self.pseudo_label_threshold}")
-        if not 0 < self.clip_logit_scale < math.inf:
+        if self.clip_logit_scale <= 0:
             raise ValueError(f"clip_logit_scale must be a positive number, got {self.clip_logit_scale}")
         if self.rank_scale <= 0:
             raise ValueError(f"rank_scale must be positive, got {self.rank_scale}")
@@ -216,13 +217,15 @@ def check_names(names: Sequence[str]) -> None:
     for place, first in enumerate(places(names, names)):
         if first != place:
             one, other = shortened(names[first]), shortened(names[place])
-            raise ValueError(f"names repeat: {one} and {other} are one name (case and blanks make no difference)")
+            same = names[first] == names[place]
+            which = f"{one} is there twice" if same else f"{one} and {other} are one name (case and blanks aside)"
+            raise ValueError(f"names repeat: {which}: rename one")
 
 
 def shortened(value: object) -> str:
     """A value for a message, never whole where it is long."""
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 Zs3Config.register_for_auto_class()

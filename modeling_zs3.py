@@ -50,7 +50,7 @@ try:
         single_pass,
         visible_proposals,
     )
-    from .configuration_zs3 import Zs3Config, plain
+    from .configuration_zs3 import Zs3Config, among
     from .label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from .losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
     from .network_zs3 import batch_norms, decoder_outputs, run_plainly
@@ -69,7 +69,7 @@ except ImportError:
         single_pass,
         visible_proposals,
     )
-    from configuration_zs3 import Zs3Config, plain
+    from configuration_zs3 import Zs3Config, among
     from label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
     from network_zs3 import batch_norms, decoder_outputs, run_plainly
@@ -283,9 +283,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         names = [label.name for label in read_labels(class_names)]
         if text_embeds is None:
             text_embeds = self._embed_names(class_names, processor)
-        expected = (len(names), self.config.projection_dim)
-        if tuple(text_embeds.shape) != expected:
-            raise ValueError(f"text_embeds must have shape {expected}, got {tuple(text_embeds.shape)}")
+        check_text_embeds(text_embeds, self.config.projection_dim)
+        if len(text_embeds) != len(names):
+            raise ValueError(f"text_embeds must have a row for each of {len(names)} names, got {len(text_embeds)}")
         self.config.class_names = names
         self.config.id2label = dict(enumerate(names))
         self.config.label2id = {name: index for index, name in enumerate(names)}
@@ -387,7 +387,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 prompts[rows] = text.text_embeds.float()
         embeds = prompts.new_zeros(*exists.shape, prompts.shape[-1])
         embeds[exists] = F.normalize(prompts, dim=-1)  # (C, T, D)
-        return F.normalize(embeds.sum(1), dim=-1)
+        embeds = embeds.sum(1)
+        check_text_embeds(embeds, self.config.projection_dim)
+        return F.normalize(embeds, dim=-1)
 
     def forward(
         self,
@@ -481,8 +483,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                     "no text: pass text_embeds or input_ids, or store a label list with model.set_vocabulary(...)"
                 )
             text_embeds = self.vocabulary
-        if text_embeds.dim() != 2 or text_embeds.shape[-1] != self.config.projection_dim:
-            raise ValueError(f"text_embeds must be (C, {self.config.projection_dim}), got {tuple(text_embeds.shape)}")
+        check_text_embeds(text_embeds, self.config.projection_dim)
         return F.normalize(text_embeds.to(self.device).float(), dim=-1)
 
     def _proposals(self, pixel_values: Tensor, every: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -516,11 +517,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             padded = F.pad(logits[-1], margin, mode="replicate")
             for row, image in enumerate(same):
                 mask_logits[image], class_embeds[image] = padded[row], embeds[-1][row]
-        return {
-            "mask_logits": torch.stack(mask_logits),
-            "class_embeds": torch.stack(class_embeds),
-            "valid_sizes": valid_sizes,
-        }
+        proposals = {"mask_logits": torch.stack(mask_logits), "class_embeds": torch.stack(class_embeds)}
+        for name, values in proposals.items():
+            check_finite_output(name, values)
+        return {**proposals, "valid_sizes": valid_sizes}
 
     @torch.no_grad()
     def embed_proposals(
@@ -571,6 +571,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                         side = tower.config.image_size
                         crops.append(crop_proposals(images[image], masks, side, fill=fill, expansion=expansion))
                     embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops)).image_embeds.float()
+        check_finite_output("CLIP's embeddings of the proposals", embeds)
         return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
 
     def _image_tower(self) -> CLIPVisionModelWithProjection:
@@ -583,7 +584,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         text_embeds: (C, D), or with owner (S, D), see `best_synonyms`. The 1 is that of Xu et al. 2021 for empty masks.
         """
-        logits = self.config.clip_logit_scale * cosine_similarity(proposals.embeds, text_embeds)
+        logits = self.config.clip_logit_scale * label_similarity(proposals.embeds, text_embeds)
         logits = logits if owner is None else best_synonyms(logits, owner)
         return logits.softmax(dim=-1).masked_fill(~proposals.shown[..., None], 1)
 
@@ -646,6 +647,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             probs = ensemble_with_clip(own, see(images), is_seen, weight)
             shown = images.shown
             undecided = probs.new_zeros(len(probs))
+        if owner is None:
+            probs = tie(probs, torch.cat([text_embeds.T, is_seen[None].to(text_embeds)]))
         return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": shown, "undecided": undecided})
 
     def ensemble_view(self, view: str | None = None, weight: float | None = None) -> str:
@@ -703,8 +706,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             names, trained = self.config.class_names, self.config.seen_class_names
             if names is None or trained is None or not stored:
                 raise ValueError("pass is_seen, which of the classes are seen ones: the checkpoint does not say it")
-            trained = {plain(name) for name in trained}
-            is_seen = torch.tensor([plain(name) in trained for name in names])
+            is_seen = torch.tensor(among(names, trained))
         if tuple(is_seen.shape) != (num_classes,):
             raise ValueError(f"is_seen must be ({num_classes},), got {tuple(is_seen.shape)}")
         return is_seen.to(self.device).bool()
@@ -722,7 +724,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         background = self._background_similarity(class_embeds)
         temperature = self.config.class_temperature
         return {
-            "class_logits": cosine_similarity(class_embeds, text_embeds) / temperature,
+            "class_logits": label_similarity(class_embeds, text_embeds) / temperature,
             "background_logits": None if background is None else background / temperature,
         }
 
@@ -738,6 +740,56 @@ def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """R of section 3.2: class_embeds (B, Q, D), text_embeds (C, D) -> (B, Q, C), cosine in [-1, 1]."""
     with torch.autocast(class_embeds.device.type, enabled=False):  # 0.4 % of a cosine is 0.4 of a logit at tau = 0.01
         return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
+
+
+def label_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """`cosine_similarity` with a label list: equal text vectors get equal columns, so that the first of them wins.
+
+    A matrix product alone may round them differently. An exported graph is that product alone.
+    """
+    similarity = cosine_similarity(class_embeds, text_embeds)
+    return similarity if torch.compiler.is_exporting() else tie(similarity, F.normalize(text_embeds.float(), dim=-1).T)
+
+
+def tie(values: Tensor, source: Tensor) -> Tensor:
+    """values (..., C), source (..., C): columns with equal sources become equal to the last bit, as the first of them.
+
+    Products and powers need it: at the end of a row they may be rounded otherwise than in its middle.
+    """
+    columns = source.reshape(-1, source.shape[-1])
+    _, group, size = columns[:4].unique(dim=1, return_inverse=True, return_counts=True)  # tells nearly all apart
+    alike = (size[group] > 1).nonzero()[:, 0]
+    if len(alike) == 0:
+        return values
+    _, group = columns[:, alike].unique(dim=1, return_inverse=True)
+    first = torch.full_like(alike, values.shape[-1]).scatter_reduce(0, group, alike, "amin")
+    order = torch.arange(values.shape[-1], device=values.device).index_copy(0, alike, first[group])
+    return values[..., order]
+
+
+def check_text_embeds(text_embeds: Tensor, size: int) -> None:
+    """Raises ValueError where text vectors are no (C, size) floating-point numbers, or where one has no direction:
+    zeros, NaN, infinities."""
+    if not isinstance(text_embeds, Tensor) or not text_embeds.is_floating_point():
+        kind = text_embeds.dtype if isinstance(text_embeds, Tensor) else type(text_embeds).__name__
+        raise ValueError(f"text vectors must be a tensor of floating-point numbers, got {kind}")
+    if text_embeds.dim() != 2 or len(text_embeds) == 0 or text_embeds.shape[1] != size:
+        raise ValueError(f"text vectors must be (C, {size}), got {tuple(text_embeds.shape)}")
+    lengths = F.normalize(text_embeds.float(), dim=-1).norm(dim=-1)
+    lost = (~((lengths - 1).abs() < 0.01)).nonzero()[:, 0]  # "not": NaN is lost, too
+    if len(lost):
+        raise ValueError(
+            f"{len(lost)} of {len(lengths)} text vectors have no direction, row {int(lost[0])} first: they hold zeros, "
+            "NaN or infinities"
+        )
+
+
+def check_finite_output(name: str, values: Tensor) -> None:
+    """Raises ValueError where an output is not finite: what is made of it would look like an answer."""
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32"
+        )
 
 
 def best_synonyms(logits: Tensor, owner: Tensor) -> Tensor:

@@ -20,20 +20,20 @@ from transformers import Pipeline
 from transformers.image_utils import load_image
 
 try:
-    from .configuration_zs3 import plain
+    from .configuration_zs3 import places, shortened
     from .drawing_zs3 import NONE_OF_THESE, draw
     from .label_maps_zs3 import semantic_map
-    from .modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms
-    from .processing_zs3 import ClassName, padded_size, read_labels
+    from .modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
+    from .processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
     from .text_zs3 import LabelReport, TextCache, lint_labels
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import plain
+    from configuration_zs3 import places, shortened
     from drawing_zs3 import NONE_OF_THESE, draw
     from label_maps_zs3 import semantic_map
-    from modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms
-    from processing_zs3 import ClassName, padded_size, read_labels
+    from modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
+    from processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
     from text_zs3 import LabelReport, TextCache, lint_labels
 
 THRESHOLDS = {"probability": 0.5, "margin": 0.1}  # where `background="reject"` is given no threshold
@@ -125,6 +125,7 @@ class Zs3Pipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         self.text_cache = TextCache()
+        self._readable: list[Label] | None = None  # the last label list that `check_readable` has passed
         super().__init__(*args, **kwargs)
 
     def __call__(
@@ -173,14 +174,14 @@ class Zs3Pipeline(Pipeline):
     def _sanitize_parameters(self, **options) -> tuple[dict, dict, dict]:
         """Checks the options one by one; what they say together is only known where they meet those of the pipeline's
         making, in `_choose`."""
-        places = {
+        steps = {
             "preprocess": ("window", "overlap"),
             "forward": ("candidate_labels", "synonyms", "background", "threshold", "confidence", "propose", *ENSEMBLE),
             "postprocess": ("output",),
         }
-        unknown = sorted(set(options) - {name for names in places.values() for name in names})
+        unknown = sorted(set(options) - {name for names in steps.values() for name in names})
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is no option of this pipeline; there are {sum(places.values(), ())}")
+            raise ValueError(f"{unknown[0]!r} is no option of this pipeline; there are {sum(steps.values(), ())}")
         choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
         choices["ensemble"] = ("off", "crops", "lazy", "single_pass")
         for name, allowed in choices.items():
@@ -205,7 +206,7 @@ class Zs3Pipeline(Pipeline):
             options = {"threshold": None, "confidence": None, **options}
         if "window" in options:
             options = {"overlap": None, **options}
-        return tuple({name: options[name] for name in names if name in options} for names in places.values())
+        return tuple({name: options[name] for name in names if name in options} for names in steps.values())
 
     # ----------------------------------------------------------------------------------------- from labels to vectors
 
@@ -228,55 +229,65 @@ class Zs3Pipeline(Pipeline):
         if candidate_labels is None and self.model.config.class_names is None:
             raise ValueError("no labels: pass candidate_labels=[...]; this checkpoint has no vocabulary of its own")
         if candidate_labels is not None and (not isinstance(candidate_labels, list | tuple) or not candidate_labels):
-            raise ValueError(f"candidate_labels must be a list of labels, and not empty, got {candidate_labels!r}")
+            raise ValueError(
+                f"candidate_labels must be a list of labels, and not empty, got {shortened(candidate_labels)}"
+            )
         if candidate_labels is not None:
-            names, vectors, owner = self._embed([*candidate_labels, *distractors], synonyms)
-        elif not distractors:
-            names, vectors = list(self.model.config.class_names), self.model.vocabulary
-            owner = list(range(len(names)))
-        else:  # the stored vectors may be of other prompts, or from outside
-            stored = list(self.model.config.class_names)
-            read_labels([*stored, *distractors])  # no repeats
-            names, vectors, owner = self._embed(distractors, synonyms)
-            names, vectors = [*stored, *names], torch.cat([self.model.vocabulary, vectors.to(self.model.vocabulary)])
-            owner = [*range(len(stored)), *(len(stored) + place for place in owner)]
+            labels, vectors, owner = self._embed([*candidate_labels, *distractors], synonyms)
+        else:
+            labels, vectors = self._stored(), self.model.vocabulary
+            owner = list(range(len(labels)))
+        if candidate_labels is None and distractors:  # the stored vectors may be of other prompts, or from outside
+            read_labels([*self.model.config.class_names, *distractors])  # no repeats
+            others, more, its_owner = self._embed(distractors, synonyms)
+            owner += [len(labels) + place for place in its_owner]
+            labels, vectors = [*labels, *others], torch.cat([vectors, more.to(vectors)])
+        check_text_embeds(vectors, self.model.config.projection_dim)
+        names = [label.name for label in labels]
         if len(names) == 1 and background == "reject":
             raise ValueError(
-                f"{names[0]!r} alone is compared with nothing: name what else may be there, background=[...]"
+                f"{shortened(names[0])} alone is compared with nothing: name what else may be there, background=[...]"
             )
         owner = torch.tensor(owner, device=vectors.device)
-        trained = {plain(name) for name in self.model.config.seen_class_names or []}
-        is_seen = torch.tensor([plain(name) in trained for name in names])
+        is_seen = torch.tensor(seen_labels(labels, self.model.config.seen_class_names))
         view = self.model.ensemble_view(ensemble, ensemble_weight)
         if view == "lazy" and background == "reject":
             raise ValueError('"lazy" keeps the label map, not the scores that "reject" looks at: use ensemble="crops"')
         num_labels = len(names) - len(distractors)
         return Choice(names, vectors, owner, num_labels, threshold, confidence, is_seen, view, ensemble_weight)
 
-    def _embed(self, entries: list[ClassName], synonyms: str | None) -> tuple[list[str], Tensor, list[int]]:
-        """Names, their text vectors, and which name each vector is of."""
+    def _stored(self) -> list[Label]:
+        """The vocabulary of the checkpoint. (One of an older version may hold a name twice: the first then wins.)"""
+        return read_labels(self.model.config.class_names or [], (), allow_repeats=True)
+
+    def _embed(self, entries: list[ClassName], synonyms: str | None) -> tuple[list[Label], Tensor, list[int]]:
+        """Labels, their text vectors, and which label each vector is of."""
         if self.model.text_model is not None:
             if self.processor is None:
                 raise ValueError("this checkpoint has a text tower, but its Zs3Processor could not be loaded")
             labels = read_labels(entries, self.processor.prompt_templates)
+            if labels != self._readable:
+                self.processor.check_readable(labels)
+                self._readable = labels
             rows = [label.synonyms() if synonyms == "max" else [label] for label in labels]
             owner = [place for place, own in enumerate(rows) for _ in own]
             flat = [label for own in rows for label in own]
-            return [label.name for label in labels], self.text_cache.embed(flat, self.model, self.processor), owner
+            return labels, self.text_cache.embed(flat, self.model, self.processor), owner
         labels = read_labels(entries, ())
         rich = [label.name for label in labels if len(label.words) > 1 or label.templates]
         if rich or synonyms == "max":
             raise ValueError(
-                f"this checkpoint has no text tower: no synonyms or templates ({(rich or ['synonyms'])[0]!r})"
+                f"this checkpoint has no text tower: no synonyms or templates ({shortened((rich or ['synonyms'])[0])})"
             )
-        names = [label.name for label in labels]
         stored = self.model.config.class_names or []
-        missing = [name for name in names if name not in stored]
-        if missing:
+        rows = places([label.name for label in labels], stored)
+        if None in rows:
+            missing = labels[rows.index(None)].name
             raise ValueError(
-                f"{missing[0]!r} is not in this checkpoint's vocabulary, and it has no text tower: {stored}"
+                f"{shortened(missing)} is not in this checkpoint's vocabulary, and it has no text tower: it knows "
+                f"{len(stored)} names, {shortened(stored)}"
             )
-        return names, self.model.vocabulary[[stored.index(name) for name in names]], list(range(len(names)))
+        return labels, self.model.vocabulary[rows], list(range(len(labels)))
 
     # ---------------------------------------------------------------------------------------- from images to results
 

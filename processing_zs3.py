@@ -23,11 +23,13 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 try:
+    from .configuration_zs3 import check_names, plain, shortened
     from .label_maps_zs3 import SemanticMap
     from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 except ImportError:
     if __package__:
         raise
+    from configuration_zs3 import check_names, plain, shortened
     from label_maps_zs3 import SemanticMap
     from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 
@@ -214,33 +216,42 @@ def read_labels(
     class_names: Sequence[ClassName], templates: Sequence[str] = PROMPT_TEMPLATES, allow_repeats: bool = False
 ) -> list[Label]:
     """A label list as users write it: a name, a list of synonyms (the first is the name), or a dict with `name`,
-    and optionally `synonyms` and `templates`. A name that repeats raises, unless allow_repeats."""
+    and optionally `synonyms` and `templates`. Names that are one (see `plain`) raise, unless allow_repeats."""
     if isinstance(class_names, str) or not isinstance(class_names, Sequence):
-        raise ValueError(f"class names must be a list, got {class_names!r}")
+        raise ValueError(f"class names must be a list, got {shortened(class_names)}")
     if not class_names:
         raise ValueError("the list of class names is empty")
     labels = [_read_label(entry, templates) for entry in class_names]
-    names = [label.name for label in labels]
-    if len(set(names)) != len(names) and not allow_repeats:
-        raise ValueError(f"class names repeat: {sorted({name for name in names if names.count(name) > 1})}")
+    if not allow_repeats:
+        check_names([label.name for label in labels])
     return labels
 
 
 def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
     if isinstance(entry, dict):
-        unknown = sorted(set(entry) - {"name", "synonyms", "templates"})
+        unknown = sorted(map(str, set(entry) - {"name", "synonyms", "templates"}))
         if unknown or "name" not in entry:
-            raise ValueError(f"a label's keys are name, synonyms and templates, got {sorted(entry)}")
+            raise ValueError(
+                f"a label's keys are name, synonyms and templates, got {shortened(sorted(map(str, entry)))}"
+            )
         templates = _as_list(entry.get("templates") or templates)
         entry = [entry["name"], *_as_list(entry.get("synonyms") or [])]
     words = _as_list(entry)
     words = [word.strip() if isinstance(word, str) else word for word in words]
-    if not words or not all(isinstance(word, str) and word for word in words):
-        raise ValueError(f"a label must be a name, a list of synonyms or a dict, got {entry!r}")
-    wrong = [template for template in templates if "{}" not in template]
+    if not words or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"a label must be a name, a list of synonyms or a dict, got {shortened(entry)}")
+    for word in words:
+        check_names([word])
+    wrong = [template for template in templates if not isinstance(template, str) or "{}" not in template]
     if wrong:
-        raise ValueError(f"a prompt template needs '{{}}' where the name goes, got {wrong[0]!r}")
+        raise ValueError(f"a prompt template needs '{{}}' where the name goes, got {shortened(wrong[0])}")
     return Label(words[0], tuple(words), tuple(templates))
+
+
+def seen_labels(labels: Sequence[Label], seen_class_names: Sequence[str] | None) -> list[bool]:
+    """Of each label, whether the training saw masks of it: one of its words is a seen class name."""
+    known = {plain(name) for name in seen_class_names or []}
+    return [not known.isdisjoint(plain(word) for word in label.words) for label in labels]
 
 
 def _as_list(value: str | Sequence[str]) -> list[str]:
@@ -272,8 +283,29 @@ class Zs3Processor(ProcessorMixin):
         if images is not None:
             features.update(self.image_processor(images, segmentation_maps, **kwargs))
         if class_names is not None:
-            features.update(self.tokenize(read_labels(class_names, self.prompt_templates)))
+            labels = read_labels(class_names, self.prompt_templates)
+            self.check_readable(labels)
+            features.update(self.tokenize(labels))
         return features
+
+    def check_readable(self, labels: Sequence[Label]) -> None:
+        """Raises ValueError where the tokens do not tell the labels apart, or where they end before a name does.
+
+        Labels with the same tokens would share one text vector. Compared are all words in their label's first template.
+        """
+        words = [[label.templates[0].replace("{}", word) for word in label.words] for label in labels]
+        rows = iter(self.tokenizer([text for own in words for text in own], truncation=True)["input_ids"])
+        first: dict[tuple, str] = {}
+        for label, own in zip(labels, words, strict=True):
+            tokens = sorted(tuple(next(rows)) for _ in own)
+            if any(self.tokenizer.eos_token_id in row[:-1] for row in tokens):  # a CLIP reads up to its end token
+                raise ValueError(f"the tokenizer cannot read {shortened(label.name)}: is tokenizer.json missing?")
+            other = first.setdefault(tuple(tokens), label.name)
+            if other != label.name:
+                raise ValueError(
+                    f"{shortened(other)} and {shortened(label.name)} become the same tokens "
+                    f"({self.tokenizer.model_max_length} are read): give one of them another name"
+                )
 
     def tokenize(self, labels: Sequence[Label]) -> dict[str, Tensor]:
         """input_ids and attention_mask, both (C, T, L) int64, padded no further than the longest prompt."""
@@ -309,4 +341,4 @@ class Zs3Processor(ProcessorMixin):
 Zs3ImageProcessor.register_for_auto_class("AutoImageProcessor")
 Zs3Processor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["PROMPT_TEMPLATES", "Label", "Zs3ImageProcessor", "Zs3Processor", "read_labels"]
+__all__ = ["PROMPT_TEMPLATES", "Label", "Zs3ImageProcessor", "Zs3Processor", "read_labels", "seen_labels"]

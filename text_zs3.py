@@ -28,13 +28,13 @@ from transformers.utils import logging
 try:
     from .configuration_zs3 import plain
     from .modeling_zs3 import Zs3ForSemanticSegmentation
-    from .processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels
+    from .processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import plain
     from modeling_zs3 import Zs3ForSemanticSegmentation
-    from processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels
+    from processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
 
 logger = logging.get_logger(__name__)
 
@@ -157,12 +157,7 @@ class TextCache:
                 return
 
     def _remember(self, side: str, keys: list[bytes], vectors: Tensor) -> None:
-        """Keep vectors (N, D) as a segment; a row that is not finite stands for nothing, and is left out."""
-        finite = vectors.isfinite().all(-1)
-        keys = [key for key, keep in zip(keys, finite.tolist(), strict=True) if keep]
-        if not keys:
-            return
-        vectors = vectors[finite]
+        """Keep vectors (N, D) as a segment."""
         data = save({"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8), "vectors": vectors})
         place = Place(side, hashlib.sha256(data).hexdigest())
         self._segments[place] = Segment({key: row for row, key in enumerate(keys)}, vectors)
@@ -381,7 +376,9 @@ def lint_labels(
     words = [tuple(plain(normalise(word)) for word in label.words) for label in labels]
     report = LabelReport([label.name for label in labels], _duplicates(words), similar)
     if model is not None and model.config.seen_class_names is not None:
-        report.seen, report.unseen = _by_seen(labels, model.config.seen_class_names)
+        is_seen = seen_labels(labels, model.config.seen_class_names)
+        report.seen = [label.name for label, seen in zip(labels, is_seen, strict=True) if seen]
+        report.unseen = [label.name for label, seen in zip(labels, is_seen, strict=True) if not seen]
     if tokenizer is None:
         return report
     text_model = None if model is None else model.text_model
@@ -409,15 +406,6 @@ def _duplicates(words: list[tuple[str, ...]]) -> dict[str, list[int]]:
         for word in of_label:
             places.setdefault(word, []).append(row)
     return {word: rows for word, rows in places.items() if len(rows) > 1}
-
-
-def _by_seen(labels: Sequence[Label], seen_class_names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of the labels with a word among the seen class names, and of the others."""
-    known = {plain(name) for name in seen_class_names}
-    names = ([], [])
-    for label in labels:
-        names[known.isdisjoint(plain(word) for word in label.words)].append(label.name)
-    return names
 
 
 def _prompt_tokens(labels: Sequence[Label], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,12 +1,13 @@
 """Zs3Config: the paper's numbers, refused mistakes, and an exact JSON round trip."""
 
 import json
+import math
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from tiny import CLASS_NAMES, save_checkpoint, tiny_config
 
-from configuration_zs3 import Zs3Config
+from configuration_zs3 import Zs3Config, among, check_names, places, plain
 
 # ValueError of ours, or huggingface_hub's for a field's type.
 REFUSED = (ValueError, TypeError, StrictDataclassError)
@@ -153,3 +154,69 @@ def test_numbers_of_pseudo_labels_and_ensemble_have_a_range(field, value):
     with pytest.raises(Exception, match=field):
         Zs3Config(**{field: value})
     assert Zs3Config(clip_ensemble_weight=None).clip_ensemble_weight is None
+
+
+@pytest.mark.parametrize("field", [name for name, value in Zs3Config().to_dict().items() if type(value) is float])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_are_finite(field, value):
+    with pytest.raises(REFUSED, match=field):
+        Zs3Config(**{field: value})
+
+
+# ------------------------------------------------------------------------------------------------- names
+
+ONE_NAME = [
+    ("cow", "Cow"),
+    ("traffic light", " Traffic   LIGHT "),
+    ("traffic light", "traffic\u00a0light"),  # a blank that does not break
+    ("caf\u00e9", "cafe\u0301"),  # one letter, or two that make one
+    ("\u1e9bx", "\u017f\u0307x"),
+    ("stra\u00dfe", "STRASSE"),
+    ("\u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2", "\u03a3\u038a\u03a3\u03a5\u03a6\u039f\u03a3"),  # a final sigma
+    ("cow", "c\u00adow"),  # a hyphen that does not show
+    ("cow", "\ufeffcow"),  # a byte order mark
+]
+TWO_NAMES = [
+    ("cow", "cows"),
+    ("a-b", "a b"),
+    ("trafficlight", "traffic light"),
+    ("\u0131rmak", "irmak"),  # a Turkish i without a dot
+    ("resume", "r\u00e9sum\u00e9"),
+    ("a1", "a\u00b9"),
+    ("\u0430", "a"),  # Cyrillic
+]
+
+
+@pytest.mark.parametrize(("one", "other"), ONE_NAME)
+def test_spellings_of_one_name_are_one(one, other):
+    assert plain(one) == plain(other) and plain(plain(one)) == plain(one)
+    assert among([other, "x"], ["y", one]) == [True, False] and places([one], ["y", other, one]) == [1]
+    with pytest.raises(ValueError) as refused:
+        check_names(["x", one, other])
+    assert repr(one) in str(refused.value) and repr(other) in str(refused.value)
+
+
+@pytest.mark.parametrize(("one", "other"), TWO_NAMES)
+def test_names_that_differ_are_two(one, other):
+    check_names([one, other])
+    assert among([one], [other]) == [False] and places([other], [one]) == [None]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "\t", "\u200b", "\u00a0\u00ad", "a\nb", "a\r", "\x00", "a\u2029b", "\x7f", "\ud800", None, 3, b"a"],
+)
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(ValueError, match="a name must be"):
+        check_names(["x", name])
+
+
+def test_nothing_is_among_no_names():
+    assert among(["a"], None) == among(["a"], []) == [False] and places([], ["a"]) == []
+    check_names([])
+
+
+def test_a_long_list_of_long_names_is_refused_in_a_short_line():
+    with pytest.raises(ValueError, match="are one name") as refused:
+        check_names([f"{'long ' * 100}{number % 500}{' ' * (1 + number // 500)}x" for number in range(1000)])
+    assert len(str(refused.value)) <= 200

@@ -25,6 +25,8 @@ from modeling_zs3 import (
     class_projection,
     default_image_labels,
     draw_as_mask2former,
+    label_similarity,
+    tie,
 )
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 
@@ -36,6 +38,136 @@ def seed():
 
 def unit(*shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def with_row(value: float) -> Tensor:
+    """Two text vectors, the second one full of a value."""
+    return torch.stack([torch.ones(12), torch.full((12,), value)])
+
+
+WRONG_VECTORS = {
+    "zeros": (with_row(0), "1 of 2 text vectors have no direction, row 1 first"),
+    "NaN": (with_row(torch.nan), "no direction, row 1 first"),
+    "infinite": (with_row(torch.inf), "no direction"),
+    "too large to have a length": (with_row(1e30), "no direction"),
+    "too small to have a length": (with_row(1e-30), "no direction"),
+    "whole numbers": (with_row(1).long(), "floating-point numbers, got torch.int64"),
+    "bool": (with_row(1).bool(), "floating-point"),
+    "complex": (with_row(1).to(torch.complex64), "floating-point"),
+    "an array": (with_row(1).numpy(), "floating-point numbers, got ndarray"),
+    "another size": (torch.ones(2, 11), r"\(C, 12\), got \(2, 11\)"),
+    "one vector": (torch.ones(12), r"\(C, 12\), got \(12,\)"),
+    "none": (torch.ones(0, 12), r"\(C, 12\), got \(0, 12\)"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_VECTORS)
+def test_text_vectors_without_a_direction_or_of_a_wrong_type_are_refused(wrong):
+    vectors, message = WRONG_VECTORS[wrong]
+    with pytest.raises(ValueError, match=message) as refused:
+        tiny_model(text=False)(torch.zeros(1, 3, 64, 32), text_embeds=vectors)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) <= 200
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_text_vectors_may_be_floating_point_numbers_of_any_precision(kind):
+    assert (
+        tiny_model(text=False)(torch.zeros(1, 3, 64, 32), text_embeds=unit(2, 12).to(kind))
+        .class_logits.isfinite()
+        .all()
+    )
+
+
+def test_a_stored_vocabulary_that_is_damaged_is_refused_where_it_is_used():
+    model = tiny_model(text=False)
+    model.set_vocabulary(["cat", "dog"], unit(2, 12))
+    model.vocabulary[1, 3] = torch.nan
+    with pytest.raises(ValueError, match="1 of 2 text vectors have no direction, row 1 first"):
+        model(torch.zeros(1, 3, 64, 32))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "model.pixel_level_module.encoder.embedder.embedder.convolution.weight",
+        "model.pixel_level_module.decoder.mask_projection.weight",
+        "model.transformer_module.queries_features.weight",
+        "class_projection.2.bias",
+    ],
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_are_an_error(part, value):
+    model = tiny_model(text=False)
+    with torch.no_grad():
+        model.get_parameter(part).view(-1)[0] = value
+    with pytest.raises(ValueError, match="(mask_logits|class_embeds) hold NaN or infinities"):
+        model(torch.randn(1, 3, 64, 32), text_embeds=unit(3, 12))
+
+
+def test_pixels_that_are_not_finite_are_an_error():
+    pixels = torch.zeros(1, 3, 64, 32)
+    pixels[0, 0, 5, 5] = torch.nan
+    with pytest.raises(ValueError, match="pixel_values"):
+        tiny_model(text=False)(pixels, text_embeds=unit(3, 12))
+
+
+def test_an_image_tower_that_is_not_finite_is_an_error():
+    model = tiny_model(text=False, vision=True)
+    with torch.no_grad():
+        model.vision_model.visual_projection.weight[0, 0] = torch.nan
+    masks = torch.ones(1, 5, 16, 16)
+    for view in ("crops", "single_pass"):
+        with pytest.raises(ValueError, match="CLIP's embeddings of the proposals hold NaN"):
+            model.embed_proposals(torch.rand(1, 3, 64, 64), masks, view=view)
+
+
+# ------------------------------------------------------------------------------------------------- equal vectors
+
+
+@pytest.mark.parametrize("classes", [2, 5, 7, 9, 17, 33])
+@pytest.mark.parametrize(("queries", "size"), [(2, 12), (5, 31), (20, 64)])
+def test_equal_text_vectors_get_equal_logits_to_the_last_bit(queries, size, classes):
+    vectors = unit(1, size).expand(classes, size).clone()
+    logits = label_similarity(torch.randn(2, queries, size), vectors)
+    assert torch.equal(logits, logits[..., :1].expand_as(logits))
+
+
+def test_a_product_alone_rounds_equal_vectors_differently():
+    """Else the tests of equal scores could not fail."""
+    sizes = [(queries, classes, size) for queries in (2, 5, 20) for classes in (7, 9, 17) for size in (12, 31, 64)]
+    rounded = []
+    for queries, classes, size in sizes:
+        product = torch.randn(2, queries, size) @ unit(1, size).expand(classes, size).T.contiguous()
+        rounded.append(not torch.equal(product, product[..., :1].expand_as(product)))
+    assert any(rounded)
+
+
+def test_columns_are_tied_to_the_first_equal_one_and_others_left_alone():
+    torch.manual_seed(3)
+    for classes in (1, 2, 6, 40):
+        for _ in range(20):
+            source = torch.randint(0, 3, (5, classes)).float()
+            values = torch.randn(2, 3, classes)
+            expected = values.clone()
+            for column in range(classes):
+                first = next(other for other in range(classes) if torch.equal(source[:, other], source[:, column]))
+                expected[..., column] = values[..., first]
+            assert torch.equal(tie(values, source), expected)
+
+
+@pytest.mark.parametrize("ensemble", ["off", "crops", "lazy", "single_pass"])
+def test_of_equal_vectors_the_lowest_index_wins_in_the_label_map(ensemble):
+    model = tiny_model(seed=1, text=False, vision=True)
+    vectors = unit(3, 12).repeat(6, 1)[:17]
+    pixels = torch.randn(1, 3, 64, 96)
+    outputs = model(pixels, text_embeds=vectors)
+    if ensemble != "off":
+        rgb, seen = torch.rand(1, 3, 64, 96), torch.arange(17) % 3 == 0
+        outputs = model.ensemble(outputs, rgb, vectors, is_seen=seen, weight=0.7, view=ensemble)
+    probs = outputs.class_probs
+    assert all(torch.equal(probs[..., column], probs[..., column % 3]) for column in range(17))
+    label_map = modeling_zs3.semantic_map(probs, outputs.mask_logits, (64, 96))
+    assert label_map.max() < 3
 
 
 def plain_mask2former() -> Mask2FormerForUniversalSegmentation:
@@ -337,10 +469,13 @@ def test_a_stored_vocabulary_is_used_and_survives_saving(tmp_path):
 
 def test_a_wrong_vocabulary_is_refused_and_nothing_is_stored():
     model = tiny_model(text=False)
-    with pytest.raises(ValueError, match=r"class names repeat: \['cat'\]"):
-        model.set_vocabulary(["cat", "dog", "cat"], torch.randn(3, 12))
-    with pytest.raises(ValueError, match=r"\(2, 12\), got \(3, 12\)"):
+    with pytest.raises(ValueError, match="'cat' and 'Cat' are one name"):
+        model.set_vocabulary(["cat", "dog", "Cat\u00a0"], torch.randn(3, 12))
+    with pytest.raises(ValueError, match="a row for each of 2 names, got 3"):
         model.set_vocabulary(["cat", "dog"], torch.randn(3, 12))
+    for vectors, message in WRONG_VECTORS.values():
+        with pytest.raises(ValueError, match=message):
+            model.set_vocabulary(["cat", "dog"], vectors)
     assert model.vocabulary is None and model.config.class_names is None
 
 

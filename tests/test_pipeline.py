@@ -276,6 +276,28 @@ def test_confidence_is_what_the_decided_queries_say(folder):
 
 
 @pytest.mark.parametrize(
+    ("labels", "options"),
+    [
+        (["sky", "grass", "Sky"], {}),
+        (["sky", ["  SKY", "heaven"]], {"synonyms": "max"}),
+        (["sky", "grass"], {"background": ["Grass "]}),
+        (None, {"background": ["SKY"]}),
+    ],
+)
+def test_names_that_are_one_are_refused_with_both_spellings(labels, options, segment):
+    with pytest.raises(ValueError, match="names repeat: .* are one name"):
+        segment(IMAGE, candidate_labels=labels, **options)
+
+
+def test_labels_that_the_tokens_do_not_tell_apart_are_refused_whatever_the_cache_holds(segment):
+    for label in ("a-b", "a - b"):
+        segment(IMAGE, candidate_labels=[label, "sky"])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'a-b' and 'a - b' become the same tokens"):
+            segment(IMAGE, candidate_labels=["a-b", "sky", "a - b"])
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"threshold": 0.5}, "background"),
@@ -420,6 +442,14 @@ def test_without_a_text_tower_nothing_is_dropped_silently(tmp_path):
     ):
         with pytest.raises(ValueError, match="no text tower"):
             segment(IMAGE, candidate_labels=labels, **options)
+
+
+def test_without_a_text_tower_a_name_is_found_in_whatever_case(tmp_path):
+    save_checkpoint(tmp_path, text=False)
+    segment = pipeline(model=str(tmp_path), trust_remote_code=True)
+    exact = segment(IMAGE, candidate_labels=["red circle", "grass"], output="map")
+    other = segment(IMAGE, candidate_labels=["Red  Circle ", "GRASS"], output="map")
+    assert np.array_equal(exact["segmentation"], other["segmentation"]) and other["labels"] == ["Red  Circle", "GRASS"]
 
 
 def test_proposals_keep_their_windows(segment):

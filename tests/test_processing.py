@@ -1,13 +1,16 @@
 """Images, label maps and label lists to tensors, worked out with NumPy or by hand."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny import byte_tokenizer, tiny_model
+from transformers import CLIPTokenizer
 
 from pipeline_zs3 import Zs3Pipeline
-from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor, read_labels
+from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor, read_labels, seen_labels
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
 
@@ -198,10 +201,19 @@ def test_repeated_names_are_read_where_they_are_asked_for():
         ([], "empty"),
         ("sky", "must be a list, got 'sky'"),
         (None, "must be a list, got None"),
-        (["sky", "sea", "sky"], r"repeat: \['sky'\]"),
-        (["sky", "sky "], r"repeat: \['sky'\]"),
-        (["sky", {"name": "sky"}], r"repeat: \['sky'\]"),
-        (["sky", " "], "must be a name"),
+        (["sky", "sea", "sky"], "repeat: 'sky' is there twice"),
+        (["sky", "sky "], "repeat: 'sky' is there twice"),
+        (["sky", {"name": "sky"}], "repeat: 'sky' is there twice"),
+        (["sky", "sea", "Sky"], "'sky' and 'Sky' are one name"),
+        (["traffic light", ["traffic  LIGHT", "lamp"]], "'traffic light' and 'traffic  LIGHT' are one name"),
+        (["caf\u00e9", {"name": "cafe\u0301"}], "are one name"),
+        (["sky", " "], "not blank"),
+        (["sky", ["sea", "\u200b"]], "not blank"),
+        (["sky", "s\nea"], "one line"),
+        (["sky", {"name": "sea", "synonyms": ["oc\tean"]}], "one line"),
+        (["sky", "x" * 500, "X" * 500], "names repeat"),
+        ([{"name": "sky", 3: "a"}], "name, synonyms and templates"),
+        ([{"name": "sky", "templates": [3]}], "prompt template"),
         (["sky", 3], "must be a name, a list of synonyms or a dict, got 3"),
         (["sky", []], "must be a name"),
         ([{"synonyms": ["sky"]}], "name, synonyms and templates"),
@@ -212,8 +224,48 @@ def test_repeated_names_are_read_where_they_are_asked_for():
     ],
 )
 def test_a_wrong_label_list_is_refused_in_words(labels, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         read_labels(labels)
+    assert len(str(refused.value)) <= 200 and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a-b", "sky", "a - b"], "'a-b' and 'a - b' become the same tokens"),
+        ([["sea", "a-b"], "sky", ["a - b", "sea"]], "'sea' and 'a - b' become the same tokens"),
+        (["very " * 40 + "long", "very " * 40 + "short"], "become the same tokens (77 are read)"),
+        (["sky <|endoftext|> sea", "grass"], "cannot read 'sky <|endoftext|> sea'"),
+    ],
+)
+def test_names_that_the_tokens_do_not_tell_apart_are_refused(labels, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        processor()(class_names=labels)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["a-b", "ab"],
+        [["sea", "ocean"], ["lake", "sea"]],
+        ["\u0131rmak", "irmak"],
+        ["\u65e5\u672c", "\u65e5\u672c\u8a9e"],
+    ],
+)
+def test_names_that_differ_are_read(labels):
+    assert len(processor()(class_names=labels)["input_ids"]) == 2
+
+
+def test_a_tokenizer_that_was_lost_is_refused_before_all_names_become_one_vector():
+    """What transformers makes of a checkpoint without tokenizer.json."""
+    with pytest.raises(ValueError, match="cannot read 'sky': is tokenizer.json missing"):
+        Zs3Processor(Zs3ImageProcessor(), CLIPTokenizer())(class_names=["sky"])
+
+
+def test_a_label_is_seen_if_one_of_its_words_is():
+    labels = read_labels([["meadow", "Grass "], "sky", {"name": "Cafe\u0301"}, "sea"])
+    assert seen_labels(labels, ["grass", "caf\u00e9", "SEA  "]) == [True, False, True, True]
+    assert seen_labels(labels, None) == [False] * 4
 
 
 def test_prompts_become_one_row_a_class_and_missing_ones_are_masked():

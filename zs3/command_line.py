@@ -169,7 +169,20 @@ def read_arguments(
     for name, values in vars(others).items():
         if name in config_names:
             overrides[name] = values[0] if len(values) == 1 else values
+    for name in names:
+        check_finite_numbers(name, getattr(args, name))
+    for name, value in overrides.items():
+        check_finite_numbers(name, value)
     return args, overrides
+
+
+def check_finite_numbers(name: str, value: Any) -> None:
+    """Refuses a flag with NaN or an infinity in it: neither is a number that a command could mean."""
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+        if isinstance(item, dict | list):
+            check_finite_numbers(name, item)
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise InputError(f"--{name} must be a finite number, got {item}")
 
 
 class _Parser(HfArgumentParser):

@@ -8,7 +8,6 @@ is the value that each class has in the label files of the original archive, and
 import hashlib
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configuration_zs3 import check_names, places, shortened
 from zs3.command_line import InputError, looks_local, one_line
 
 CLASSES_FOLDER = Path(__file__).parent / "classes"
@@ -41,20 +41,23 @@ class LabelSpace:
     def __post_init__(self) -> None:
         for field in ("class_names", "unseen"):
             names = getattr(self, field)
-            if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
-                raise InputError(f"{field} must be a list of non-empty strings, not {_shortened(names)}")
-            repeated = [name for name, times in Counter(names).items() if times > 1]
-            if repeated:
-                raise InputError(f"{field} repeats {_shortened(repeated)}: give every id a name of its own")
+            if not isinstance(names, list | tuple):
+                raise InputError(f"{field} must be a list of names, not {shortened(names)}")
+            try:
+                check_names(names)
+            except ValueError as error:
+                raise InputError(f"{field}: {error}") from error
             object.__setattr__(self, field, list(names))
         if not self.class_names:
             raise InputError("class_names is empty: a label space needs at least one name")
         strangers = [name for name in self.unseen if name not in self.class_names]
         if strangers:
-            raise InputError(f"unseen holds {_shortened(strangers)}, unknown to class_names: spell them alike")
+            (place,) = places(strangers[:1], self.class_names)
+            mend = "add it" if place is None else f"spell it {shortened(self.class_names[place])} in both"
+            raise InputError(f"unseen holds {shortened(strangers[0])}, unknown to class_names: {mend}")
         last = len(self.class_names) - 1
-        if not isinstance(self.ignore_index, int) or 0 <= self.ignore_index <= last:
-            raise InputError(f"ignore_index {self.ignore_index!r} must be an integer outside ids 0 to {last}")
+        if type(self.ignore_index) is not int or 0 <= self.ignore_index <= last:
+            raise InputError(f"ignore_index {shortened(self.ignore_index)} must be an integer outside ids 0 to {last}")
 
     @property
     def is_seen(self) -> Tensor:
@@ -152,8 +155,3 @@ def _downloaded_classes(repo_id: str) -> Path:
         return Path(hf_hub_download(repo_id, "classes.json", repo_type="dataset"))
     except (OSError, ValueError) as error:
         raise InputError(f"no folder {repo_id}, and no Hub dataset's classes.json: {one_line(error)}") from error
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

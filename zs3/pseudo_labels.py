@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from clip_views_zs3 import CROPS_AT_ONCE, proposal_masks
-from modeling_zs3 import cosine_similarity
+from modeling_zs3 import label_similarity
 from processing_zs3 import Zs3ImageProcessor, resize_nearest
 from zs3.augmentation import IGNORED
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint
@@ -110,7 +110,7 @@ def unseen_scores(proposal_embeds: Tensor, text_embeds: Tensor, logit_scale: flo
     """
     if len(proposal_embeds) == 0:
         return text_embeds.new_zeros(len(text_embeds), dtype=torch.float32)
-    probs = (logit_scale * cosine_similarity(proposal_embeds, text_embeds)).softmax(dim=-1)  # Eq. 9
+    probs = (logit_scale * label_similarity(proposal_embeds, text_embeds)).softmax(dim=-1)  # Eq. 9
     return probs.amax(dim=0)  # Eq. 10
 
 
