@@ -27,6 +27,7 @@ class Args:
     resume: bool = False
     shuffle: bool = True
     text_embeds: str | None = "vectors.npy"
+    shares: list[float] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -87,6 +88,30 @@ def test_fields_annotated_by_a_subclass_of_the_configuration_are_accepted_and_th
     assert read_arguments(Args, ["--dataset", "a", "--rank_weight", "2"], Config)[1] == {"rank_weight": 2}
     with pytest.raises(InputError, match="unknown flag --architectures"):
         read_arguments(Args, ["--dataset", "a", "--architectures", "x"], Config)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "name"),
+    [
+        ("", ["--learning_rate", "nan"], "learning_rate"),
+        ("", ["--learning_rate", "inf"], "learning_rate"),
+        ("", ["--learning_rate=-inf"], "learning_rate"),
+        ("", ["--learning_rate", "1e999"], "learning_rate"),
+        ("learning_rate: Infinity", [], "learning_rate"),
+        ("learning_rate: nan", [], "learning_rate"),
+        ("", ["--shares", "0.5", "NaN"], "shares"),
+        ("shares: [0.5, inf]", [], "shares"),
+        ("", ["--class_weight", ".nan"], "class_weight"),
+        ("class_weight: .inf", [], "class_weight"),
+        ("", ["--class_weight=-.INF"], "class_weight"),
+        ("", ["--feature_strides", "4", ".inf"], "feature_strides"),
+        ("backbone_config: {eps: .nan}", [], "backbone_config"),
+        ("backbone_config: {depths: [1, {a: .inf}]}", [], "backbone_config"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_in_every_flag(recipe, text, flags, name):
+    with pytest.raises(InputError, match=f"^--{name} must be a finite number, got "):
+        read_arguments(Args, [*recipe(f"dataset: a\n{text}"), *flags], Mask2FormerConfig)
 
 
 @pytest.mark.parametrize(

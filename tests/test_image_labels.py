@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from zs3.command_line import InputError
-from zs3.image_labels import GroundTruthLabels, NothingTold, PseudoLabels, training_space
+from zs3.image_labels import GroundTruthLabels, NothingTold, PseudoLabels, load_unseen_scores, training_space
 from zs3.label_space import LabelSpace
 
 SPACE = LabelSpace(["sky", "cow", "road", "cat", "sea"], ["cow", "cat"], 255)
@@ -122,3 +122,21 @@ def test_unknown_scores_lie_below_the_threshold(scores_folder):
     for unknown_above in (0.99, 1.0):
         with pytest.raises(InputError, match="must be below the threshold 0.99"):
             PseudoLabels(scores_folder, SPACE, IDS, 0.99, unknown_above)
+
+
+def test_scores_are_found_by_names_in_another_spelling(tmp_path):
+    rows = {image_id: {"CAT": row["cat"], " Cow": row["cow"]} for image_id, row in SCORES.items()}
+    write_scores(tmp_path / "spelt" / "scores-00000-of-00001.parquet", rows)
+    found = load_unseen_scores(tmp_path / "spelt", SPACE, ["p0", "p3"])
+    np.testing.assert_allclose(found, [[0.989, 0.5], [0.9, 0.2]], rtol=1e-6)  # cow, cat
+
+
+@pytest.mark.parametrize(
+    ("names", "odd"),
+    [(["cat", "horse"], "'cow'"), (["cat"], "'cow'"), (["cat", "cow", "sea"], "'sea'"), (["cat", "cow", "Cow"], "")],
+)
+def test_scores_of_other_names_are_refused(tmp_path, names, odd):
+    rows = {image_id: dict.fromkeys(names, 0.5) for image_id in SCORES}
+    write_scores(tmp_path / "other" / "scores-00000-of-00001.parquet", rows)
+    with pytest.raises(InputError, match=f"of other unseen names than the label space.*{odd}"):
+        load_unseen_scores(tmp_path / "other", SPACE, ["p0"])

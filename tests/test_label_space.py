@@ -2,10 +2,18 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from zs3.command_line import InputError
-from zs3.label_space import BENCHMARKS, CLASSES_FOLDER, LabelSpace, load_label_space, source_ids
+from zs3.label_space import (
+    BENCHMARKS,
+    CLASSES_FOLDER,
+    LabelSpace,
+    load_label_space,
+    load_text_embeds,
+    source_ids,
+)
 
 SIZES = {
     "ade20k_150": (150, 0, 255),
@@ -201,3 +209,36 @@ def test_the_docs_name_every_label_space_with_its_stamp():
         content = json.dumps([space.class_names, space.unseen, space.ignore_index])
         digest = hashlib.sha256(content.encode()).hexdigest()
         assert cells == [str(len(space.class_names)), str(len(space.unseen)), str(space.ignore_index), digest]
+
+
+def save(path: Path, rows: np.ndarray) -> Path:
+    np.save(path, rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.array([[1.0, 0], [0, 0]]), "1 of 2 text vectors have no direction, row 1 first"),
+        (np.array([[1.0, 0], [np.nan, 1]]), "row 1 first"),
+        (np.array([[np.inf, 0], [0, 1]]), "row 0 first"),
+        (np.array([[1e300, 0], [0, 1]]), "row 0 first"),
+        (np.eye(2, dtype=np.int64), "holds int64: text vectors are floating-point numbers"),
+        (np.eye(2, dtype=bool), "holds bool"),
+        (np.eye(2, dtype=np.complex64), "holds complex64"),
+        (np.array([["a", "b"], ["c", "d"]]), "holds <U1"),
+        (np.array([[None, 1], [2, 3]]), "cannot read text vectors"),
+        (np.ones(2), "has shape .2,., expected .2, D."),
+        (np.ones((3, 2)), "has shape .3, 2., expected .2, D."),
+        (np.ones((2, 0)), r"\(C, 0\)|no direction"),
+    ],
+)
+def test_text_vectors_without_a_direction_or_of_a_wrong_type_are_refused(tmp_path, rows, message):
+    with pytest.raises(InputError, match=message) as refused:
+        load_text_embeds(save(tmp_path / "text.npy", rows), 2)
+    assert "text.npy" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_text_vectors_come_out_in_unit_length(tmp_path):
+    vectors = load_text_embeds(save(tmp_path / "text.npy", np.array([[3.0, 4], [0, -2]], dtype=np.float16)), 2, 2)
+    assert vectors.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0, -1]]

@@ -19,6 +19,7 @@ from zs3.nouns import (
     CaptionNouns,
     NameFinder,
     NounArgs,
+    chosen_words,
     dropped,
     load_caption_nouns,
     load_tagger,
@@ -501,6 +502,23 @@ def test_nouns_of_another_label_space_or_of_no_run_are_refused(arguments, tmp_pa
         load_caption_nouns(arguments.output, SPACE)
     table.write_bytes(b"half")
     with pytest.raises(InputError, match="cannot read the caption nouns .*make them again"):
+        load_caption_nouns(arguments.output, SPACE)
+
+
+def test_words_that_are_a_name_of_the_label_space_in_another_spelling_are_left_out():
+    space = LabelSpace(["Sky", "TV", "Caf\u00e9"], ["TV", "Caf\u00e9"])
+    frequency = Counter({"tv": 9, "cafe\u0301": 8, "sky": 7, "kite": 2})
+    assert chosen_words(frequency, space, 9, exclude_unseen=True) == ["Sky", "kite"]
+    assert chosen_words(frequency, space, 9, exclude_unseen=False) == ["Sky", "tv", "cafe\u0301", "kite"]
+
+
+def test_a_list_of_nouns_that_lacks_a_seen_name_is_refused(arguments):
+    make_nouns(arguments)
+    path = Path(arguments.output) / "classes.json"
+    content = json.loads(path.read_text())
+    content["classes"][0] = "something else"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="lacks a seen name"):
         load_caption_nouns(arguments.output, SPACE)
 
 

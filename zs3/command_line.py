@@ -21,6 +21,8 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
+from configuration_zs3 import shortened
+
 Args = TypeVar("Args")
 NO_SPACE = {
     errno.ENOSPC: "no space left on the disk for {}; free some and start again",
@@ -169,20 +171,17 @@ def read_arguments(
     for name, values in vars(others).items():
         if name in config_names:
             overrides[name] = values[0] if len(values) == 1 else values
-    for name in names:
-        check_finite_numbers(name, getattr(args, name))
-    for name, value in overrides.items():
-        check_finite_numbers(name, value)
+    for name, value in {**vars(args), **overrides}.items():
+        _check_finite(name, value)
     return args, overrides
 
 
-def check_finite_numbers(name: str, value: Any) -> None:
-    """Refuses a flag with NaN or an infinity in it: neither is a number that a command could mean."""
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
-        if isinstance(item, dict | list):
-            check_finite_numbers(name, item)
-        elif isinstance(item, float) and not math.isfinite(item):
-            raise InputError(f"--{name} must be a finite number, got {item}")
+def _check_finite(name: str, value: Any) -> None:
+    """Refuses a flag that holds NaN or an infinity: no command means one."""
+    try:
+        json.dumps(value, allow_nan=False, default=str)
+    except ValueError as error:
+        raise InputError(f"--{name} must be a finite number, got {shortened(value)}") from error
 
 
 class _Parser(HfArgumentParser):

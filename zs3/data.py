@@ -27,6 +27,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from configuration_zs3 import places
 from zs3.augmentation import IGNORED, Augmentation, augment
 from zs3.command_line import InputError, one_line
 from zs3.image_labels import NothingTold, Told
@@ -384,9 +385,8 @@ def _size(size: tuple[int, int]) -> str:
 
 def mask_positions(label_space: LabelSpace, class_names: list[str]) -> np.ndarray:
     """(number of ids,) int64: place of each id on the class axis; IGNORED for unseen ones, wherever they are."""
-    place = {name: index for index, name in enumerate(class_names)}
-    seen = set(label_space.seen)
-    return np.array([place[name] if name in seen else IGNORED for name in label_space.class_names])
+    found = zip(label_space.is_seen.tolist(), places(label_space.class_names, class_names), strict=True)
+    return np.array([place if is_seen else IGNORED for is_seen, place in found], dtype=np.int64)
 
 
 def to_mask_labels(label: np.ndarray, positions: np.ndarray, ignore_index: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from configuration_zs3 import Zs3Config
+from configuration_zs3 import Zs3Config, among, places, shortened
 from zs3.command_line import InputError, one_line
 from zs3.label_space import LabelSpace
 
@@ -171,14 +171,17 @@ def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
         table = pyarrow.parquet.read_table(file, columns=["image_id", "scores"])
         rows = table["scores"].combine_chunks()
         names = [field.name for field in rows.type]
-        columns = dict(zip(names, rows.flatten(), strict=True))
+        columns = rows.flatten()
         image_ids = [str(image_id) for image_id in table["image_id"].to_pylist()]
     except (OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise InputError(f"cannot read image_id and scores of pseudo labels {file}: {one_line(error)}") from error
-    if set(names) != set(unseen):
-        odd = sorted(set(names) ^ set(unseen))
-        raise InputError(f"{file} has scores of other unseen names than the label space ({odd[0]!r}): make them anew")
-    scores = np.stack([columns[name].to_numpy(zero_copy_only=False) for name in unseen], axis=1).astype(np.float32)
+    own = places(unseen, names)
+    if None in own or len(names) != len(unseen):
+        odd = [*(name for name, place in zip(unseen, own, strict=True) if place is None)]
+        odd += [name for name, known in zip(names, among(names, unseen), strict=True) if not known]
+        which = f" ({shortened(odd[0])})" if odd else ""
+        raise InputError(f"{file} has scores of other unseen names than the label space{which}: make them anew")
+    scores = np.stack([columns[place].to_numpy(zero_copy_only=False) for place in own], axis=1).astype(np.float32)
     if not np.isfinite(scores).all():
         raise InputError(f"{file} has a score that is missing or not finite: make the pseudo labels anew")
     return image_ids, scores

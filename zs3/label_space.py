@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configuration_zs3 import check_names, places, shortened
+from modeling_zs3 import check_text_embeds
 from zs3.command_line import InputError, looks_local, one_line
 
 CLASSES_FOLDER = Path(__file__).parent / "classes"
@@ -111,15 +112,22 @@ def source_ids(benchmark: str) -> list[int]:
 def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None) -> Tensor:
     """(C, D) float32, unit length: ready-made text vectors, a .npy with one row a class name in the order of ids."""
     try:
-        rows = np.load(path)
+        rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"cannot read text vectors {path}: {error}") from error
+        raise InputError(f"cannot read text vectors {path}: {one_line(error)}") from error
     if not isinstance(rows, np.ndarray):
         raise InputError(f"{path} holds several arrays: text vectors are one .npy")
     if rows.ndim != 2 or len(rows) != num_classes or (dim is not None and rows.shape[1] != dim):
         expected = f"({num_classes}, {'D' if dim is None else dim})"
         raise InputError(f"{path} has shape {rows.shape}, expected {expected}: one row for each class name")
-    return F.normalize(torch.from_numpy(rows.astype(np.float32)), dim=-1)
+    if rows.dtype.kind != "f":
+        raise InputError(f"{path} holds {rows.dtype}: text vectors are floating-point numbers")
+    vectors = torch.from_numpy(rows.astype(np.float32))
+    try:
+        check_text_embeds(vectors, rows.shape[1])
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    return F.normalize(vectors, dim=-1)
 
 
 def is_hub_id(name: str) -> bool:

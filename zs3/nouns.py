@@ -42,6 +42,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from configuration_zs3 import among
 from zs3.command_line import (
     InputError,
     check_at_least,
@@ -315,6 +316,10 @@ def load_caption_nouns(path: str | Path, label_space: LabelSpace) -> CaptionNoun
         raise InputError(f"cannot read the caption nouns {folder}: {one_line(error)}; make them again") from error
     if made_for != label_space.sha256:
         raise InputError(f"{folder} was made for another label space ({named}): make caption nouns for this one")
+    if not all(among(label_space.seen, class_names)):
+        raise InputError(
+            f"{folder / 'classes.json'} lacks a seen name of the label space: make the caption nouns again"
+        )
     found = {}
     for image_ids, nouns in rows:
         flat = nouns.values.to_numpy().astype(np.int32)
@@ -369,8 +374,10 @@ class CaptionLabels:
 
 def chosen_words(frequency: Counter[str], label_space: LabelSpace, num_words: int, exclude_unseen: bool) -> list[str]:
     """The class names: every seen one, then other words by frequency, equal ones in alphabetical order."""
-    left_out = {*label_space.seen, *(label_space.unseen if exclude_unseen else [])}
-    others = sorted((word for word in frequency if word not in left_out), key=lambda word: (-frequency[word], word))
+    words = list(frequency)
+    left_out = among(words, [*label_space.seen, *(label_space.unseen if exclude_unseen else [])])
+    others = [word for word, out in zip(words, left_out, strict=True) if not out]
+    others.sort(key=lambda word: (-frequency[word], word))
     return [*label_space.seen, *others[: num_words - len(label_space.seen)]]
 
 
@@ -423,7 +430,7 @@ def make_nouns(args: NounArgs) -> dict:
         "num_captions": sum(map(len, captions)),
         "num_different_words": len(frequency),
         "num_seen": len(label_space.seen),
-        "unseen_listed": [name for name in class_names if name in unseen],
+        "unseen_listed": [name for name, listed in zip(class_names, among(class_names, unseen), strict=True) if listed],
         "images_with": {name: frequency[name] for name in class_names},
     }
     by_id = dict(zip(image_ids, positions, strict=True))
