@@ -235,7 +235,7 @@ class Zs3Pipeline(Pipeline):
         if candidate_labels is not None:
             labels, vectors, owner = self._embed([*candidate_labels, *distractors], synonyms)
         else:
-            labels, vectors = self._stored(), self.model.vocabulary
+            labels, vectors = read_labels(self.model.config.class_names, ()), self.model.vocabulary
             owner = list(range(len(labels)))
         if candidate_labels is None and distractors:  # the stored vectors may be of other prompts, or from outside
             read_labels([*self.model.config.class_names, *distractors])  # no repeats
@@ -255,10 +255,6 @@ class Zs3Pipeline(Pipeline):
             raise ValueError('"lazy" keeps the label map, not the scores that "reject" looks at: use ensemble="crops"')
         num_labels = len(names) - len(distractors)
         return Choice(names, vectors, owner, num_labels, threshold, confidence, is_seen, view, ensemble_weight)
-
-    def _stored(self) -> list[Label]:
-        """The vocabulary of the checkpoint. (One of an older version may hold a name twice: the first then wins.)"""
-        return read_labels(self.model.config.class_names or [], (), allow_repeats=True)
 
     def _embed(self, entries: list[ClassName], synonyms: str | None) -> tuple[list[Label], Tensor, list[int]]:
         """Labels, their text vectors, and which label each vector is of."""

@@ -289,6 +289,26 @@ def test_names_that_are_one_are_refused_with_both_spellings(labels, options, seg
         segment(IMAGE, candidate_labels=labels, **options)
 
 
+def test_a_stored_vocabulary_that_is_damaged_is_refused(folder):
+    segment = pipeline(model=str(folder), trust_remote_code=True)
+    segment.model.config.class_names = ["Sky", *CLASS_NAMES[1:-1], "sky "]
+    with pytest.raises(ValueError, match="'Sky' and 'sky' are one name"):
+        segment(IMAGE)
+    segment.model.config.class_names = CLASS_NAMES
+    segment.model.vocabulary[2] = 0
+    with pytest.raises(ValueError, match="text vectors have no direction, row 2 first"):
+        segment(IMAGE)
+
+
+def test_weights_that_are_not_finite_give_no_label_map(folder):
+    segment = pipeline(model=str(folder), trust_remote_code=True)
+    with torch.no_grad():
+        segment.model.class_projection[0].weight[3, 5] = torch.nan
+    for call in (segment.propose, lambda image: segment(image, candidate_labels=["sky", "sea"])):
+        with pytest.raises(ValueError, match="class_embeds hold NaN or infinities"):
+            call(IMAGE)
+
+
 def test_labels_that_the_tokens_do_not_tell_apart_are_refused_whatever_the_cache_holds(segment):
     for label in ("a-b", "a - b"):
         segment(IMAGE, candidate_labels=[label, "sky"])

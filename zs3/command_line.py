@@ -13,7 +13,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
@@ -33,6 +34,20 @@ NO_SPACE = {
 
 class InputError(ValueError):
     """Bad input. The message is one line which names the thing and the mend."""
+
+
+@contextmanager
+def in_one_line(thing: str) -> Iterator[None]:
+    """The model and its processor say by a ValueError what they cannot take: for a command it is bad input.
+
+    thing: what was given to them, for the message.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{thing}: {one_line(error)}") from error
 
 
 def run(main: Callable[[], None]) -> None:
