@@ -273,9 +273,7 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
         return (
             (not model.exists() or result["checkpoint_sha256"] == weights_sha256(str(model)))
             and result["num_images"] == result["split_images"]
-            and (
-                weight is None or not weight.exists() or file_sha256(weight) in given
-            )
+            and (weight is None or not weight.exists() or file_sha256(weight) in given)
             and by_name(result["settings"]) == by_name(deciding_flags(asked))
         )
 

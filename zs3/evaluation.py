@@ -25,7 +25,8 @@ from zs3.typed_json import shown
 REJECTED = -1  # in a prediction: no class
 RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap: that many x N counts
 LEVEL = 0.95  # of the intervals
-BROKEN = (OSError, ValueError, LookupError, EOFError, TypeError, RuntimeError, BadZipFile, zlib.error)  # of a broken .npz
+# What reading a broken .npz raises.
+BROKEN = (OSError, ValueError, LookupError, EOFError, TypeError, RuntimeError, BadZipFile, zlib.error)
 
 Absent = Literal["union", "truth"]
 SCORES = {

@@ -268,8 +268,12 @@ def contradictions(result: Result) -> Iterable[str]:
             check_names(told)
         except ValueError as error:
             yield str(error)
-    if list(result.get("per_class_intervals", names)) != names:
+    intervals = result.get("per_class_intervals", dict.fromkeys(names))
+    if list(intervals) != names:
         yield "per_class and per_class_intervals have other names"
+    lost = [name for name, iou in result["per_class"].items() if iou is None and any(intervals.get(name) or ())]
+    if lost:
+        yield f"per_class has no number of {shortened(lost[0])}, and per_class_intervals has"
     if "seen" in result and "unseen" in result:
         strangers = sorted({*names} - {*candidates})
         if strangers:

@@ -10,6 +10,7 @@ A reader that cannot do without a key names it as `needed`; a dot leads into a n
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -142,12 +143,16 @@ def _wrong_parts(value: Any, kind: Any, field: str) -> Iterator[Wrong | None]:
             yield first_wrong(key, arguments[0], field)
             yield first_wrong(item, arguments[1], _inside(field, key))
     elif is_typeddict(kind):
-        hints = get_type_hints(kind, include_extras=True)
-        for key, hint in hints.items():
+        for key, hint in _hints(kind).items():
             if key in value:
                 yield first_wrong(value[key], hint, _inside(field, key))
             elif key in kind.__required_keys__:
                 yield Wrong(_inside(field, key), MISSING, _words(hint))
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def _inside(field: str, key: str) -> str:
