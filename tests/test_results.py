@@ -325,6 +325,9 @@ def test_a_curve_must_have_the_best_of_its_points(old, tmp_path, monkeypatch):
     images_path(path).write_bytes(images_path(old).read_bytes())
     path.write_text(json.dumps(content))
     assert read_by_seen_bias(path, content, monkeypatch).value == content["seen_unseen_curve"]["best"]["gamma"]
+    content["seen_unseen_curve"]["points"]["of a later version"] = 5
+    path.write_text(json.dumps(content))
+    assert read_by_seen_bias(path, content, monkeypatch).value == content["seen_unseen_curve"]["best"]["gamma"]
     content["seen_unseen_curve"]["best"]["gamma"] = 0.0
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="gzs3.json: seen_unseen_curve.best is not the best of its points"):

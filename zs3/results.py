@@ -292,14 +292,15 @@ def contradictions(result: Result) -> Iterable[str]:
 
 
 def _contradictions_of_curve(curve: SeenUnseenCurve) -> Iterable[str]:
-    columns = curve.get("points")
-    if columns is None:
+    if "points" not in curve:
         return
+    columns = {name: curve["points"][name] for name in Points.__annotations__ if name in curve["points"]}
     if len({len(column) for column in columns.values()}) > 1:
         yield "seen_unseen_curve.points has columns of several lengths"
         return
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if best_point(rows) != curve.get("best"):
+    best = curve.get("best")
+    if best_point(rows) != (best and {name: best.get(name) for name in columns}):
         yield "seen_unseen_curve.best is not the best of its points"
 
 
