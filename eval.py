@@ -63,7 +63,9 @@ from zs3.evaluation import ConfusionMatrix, GeneralizedScores
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
 from zs3.results import (
+    RESULT_FILE,
     Choice,
+    Result,
     check_weight,
     chosen_bias,
     chosen_weight,
@@ -72,7 +74,8 @@ from zs3.results import (
     report,
     write_result,
 )
-from zs3.suites import SUITES, Suite, chosen_members, row
+from zs3.suites import OF_A_ROW, SUITES, Suite, chosen_members, row
+from zs3.typed_json import check_needed
 
 
 @dataclass
@@ -353,7 +356,7 @@ def draw(item: Item, prediction: Tensor, candidates: Candidates, folder: Path) -
 
 
 @torch.inference_mode()
-def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool = False) -> dict | None:
+def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool = False) -> Result | None:
     """The result, as it is written to args.output; None on processes other than the main one.
 
     reuse: a result of the same evaluation that lies there is taken.
@@ -420,7 +423,7 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
 
 def stamps(
     args: EvalArgs, label_space: LabelSpace, config: PreTrainedConfig, candidates: Candidates, records: Split
-) -> dict:
+) -> Result:
     """What a reader needs to know of an evaluation before it has begun. Equal stamps stand for equal numbers."""
     unseen = [name for name in candidates.names if name in label_space.unseen]
     given = (args.text_embeds, args.seen_bias, args.ensemble_weight)
@@ -459,7 +462,7 @@ def deciding_flags(args: EvalArgs) -> dict:
     return {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
 
 
-def scores(args: EvalArgs, total: Counts, candidates: Candidates) -> dict:
+def scores(args: EvalArgs, total: Counts, candidates: Candidates) -> Result:
     """Shares in [0, 1]; NaN where there is nothing to take one of, None for what does not belong to the setting."""
     confusion, names, is_seen = total.confusion, candidates.names, candidates.is_seen.numpy()
     iou, means = confusion.iou(args.absent), confusion.scores(is_seen, args.absent)
@@ -489,7 +492,7 @@ def scores(args: EvalArgs, total: Counts, candidates: Candidates) -> dict:
     }
 
 
-def draw_curves(result: dict, folder: Path) -> None:
+def draw_curves(result: Result, folder: Path) -> None:
     """PNGs of what was measured."""
     curve, bias = result["seen_unseen_curve"], result["calibration"]["seen_bias"]
     if curve is not None and curve["area"] is not None:
@@ -540,12 +543,15 @@ def member_args(args: EvalArgs, suite: Suite, name: str) -> EvalArgs:
     )
 
 
-def finished(path: Path, stamp: dict) -> dict | None:
+def finished(path: Path, stamp: Result) -> Result | None:
     """The result that is there, if it is that of the same checkpoint, data, flags and versions."""
     if not path.exists():
         return None
     result = read_result(path)
-    return result if {name: result.get(name) for name in stamp} == json.loads(json.dumps(stamp)) else None
+    if {name: result.get(name) for name in stamp} != json.loads(json.dumps(stamp)):
+        return None
+    check_needed(result, OF_A_ROW, path, RESULT_FILE)
+    return result
 
 
 def main() -> None:

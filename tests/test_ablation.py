@@ -352,6 +352,64 @@ def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another
     assert planned(finished) == [*repeated, "seed2/pseudo/gzs3_crops"]
 
 
+def test_a_file_with_a_field_of_a_wrong_type_is_one_line(finished, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    shutil.rmtree(finished.run_folder(0, "pseudo"))  # or the settings of its labels are not looked at
+    for file, changes in (
+        ("none/gzs3_off.json", {"miou_seen": True}),
+        ("none/gzs3_off.json", {"hiou": "0.5"}),
+        ("none/gzs3_off.json", {"unseen": "heart"}),
+        ("none/gzs3_off.json", {"per_class": [0.5]}),
+        ("none/gzs3_off.json", {"seen_unseen_confusion": {"of_seen": 0.5}}),
+        ("none/gzs3_off.json", {"seen_unseen_curve": {"seen_only": {}, "area": 0.5}}),
+        ("none/gzs3_off.json", {"seen_unseen_curve": {"seen_only": {"miou_seen": 0.5}, "area": [0.5]}}),
+        ("none/gzs3_off.json", {"versions": ["torch"]}),
+        ("none/gzs3_off.json", {"settings": 1}),
+        ("none/gzs3_off.json", {"given_sha256": ["a"]}),
+        ("none/gzs3_off.json", {"num_images": "1"}),
+        ("none/gzs3_off.json", {"split_images": None}),
+        ("none/gzs3_chosen.json", {"clip_ensemble_weight": "0.6"}),
+        ("none/ensemble_weight.json", {"settings": ["model"]}),
+        ("none/ensemble_weight.json", {"checkpoint_sha256": 1}),
+        ("pseudo_labels/settings.json", {"checkpoint_sha256": "0123"}),
+        ("pseudo_labels/settings.json", {"checkpoint_sha256": {"model.safetensors": 1}}),
+    ):
+        path = Path(finished.output_dir, "seed0", file)
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | changes))
+        with pytest.raises(InputError) as refused:
+            call(monkeypatch, "table5", "ensemble_weight", *flags(finished))
+        message = str(refused.value)
+        assert path.name in message and next(iter(changes)) in message and len(message) <= 200
+        path.write_text(before)
+
+
+def test_a_result_of_the_ovs_setting_is_no_row(finished, monkeypatch):
+    path = finished.run_folder(0, "none") / "gzs3_off.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seen_unseen_confusion": None}))
+    with pytest.raises(InputError, match="gzs3_off.json is no result .*, it lacks 'seen_unseen_confusion."):
+        call(monkeypatch, "table5", *flags(finished))
+
+
+def test_a_broken_line_of_a_log_is_one_line(finished, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    for file, line in (
+        ("seed0/pseudo/metrics.jsonl", "[1]"),
+        ("seed0/pseudo/metrics.jsonl", '{"loss_rank": "1"}'),
+        ("seed0/pseudo/metrics.jsonl", '{"loss_rank": [1]}'),
+        ("seed0/pseudo/metrics.jsonl", "{"),
+        ("times.jsonl", '{"job": "a"'),
+        ("times.jsonl", '{"job": "a", "seconds": "1", "machine": "m"}'),
+        ("times.jsonl", '{"job": ["a"], "seconds": 1, "machine": "m"}'),
+        ("times.jsonl", '{"job": "a", "seconds": 1}'),
+        ("times.jsonl", "[1]"),
+    ):
+        Path(finished.output_dir, file).write_text(f"{line}\n")
+        with pytest.raises(InputError, match=Path(file).name) as refused:
+            call(monkeypatch, "table5", *flags(finished))
+        assert len(str(refused.value)) <= 200
+
+
 def delete_weights(args: AblationArgs, seed: str = "*", name: str = "*") -> None:
     for folder in Path(args.output_dir).glob(f"seed{seed}/{name}/final"):
         shutil.rmtree(folder)

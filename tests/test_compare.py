@@ -252,6 +252,25 @@ def test_results_with_other_candidates_are_refused_by_their_names(two, tmp_path)
     refused(renamed, "candidates, 'boar', 'boat', 'cow' in one alone")
 
 
+def test_candidates_that_are_not_those_of_seen_and_unseen_are_refused(two, tmp_path):
+    other = write_result(tmp_path / "other.json", draw_images(*B), seen=["sky", "grass", "sea"])
+    with pytest.raises(InputError, match="other.json: per_class has other names than seen and unseen"):
+        compare(CompareArgs(two[0], other))
+
+
+def test_a_difference_is_told_in_a_line_however_long_the_names_and_paths_are(two, tmp_path):
+    folder = tmp_path / ("deep" * 30)
+    folder.mkdir()
+    names = [name * 40 for name in NAMES]
+    long = write_result(folder / "a.json", draw_images(*A), names=names, dataset="d" * 300)
+    same = write_result(folder / "b.json", draw_images(*A), names=names)
+    few = write_result(folder / "c.json", draw_images(*A)[:-1], [f"{image_id}x" * 40 for image_id in IDS[:-1]])
+    for other in (long, same, few):
+        with pytest.raises(InputError) as refused:
+            compare(CompareArgs(two[0], other))
+        assert len(str(refused.value)) <= 200 and "a.json" in str(refused.value)
+
+
 def test_the_protocols_are_shown_where_the_files_have_them(two, tmp_path):
     tuned = "gzs3, bias 0.07 off seen classes, TUNED ON THE TEST IMAGES"
     other = write_result(tmp_path / "other.json", draw_images(*B), protocol=tuned)

@@ -26,7 +26,9 @@ from zs3.command_line import InputError, run
 from zs3.data import load_split
 from zs3.evaluation import load_images
 from zs3.label_space import load_label_space
+from zs3.results import Result, read_images, read_result
 from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
+from zs3.typed_json import first_wrong
 
 ROOT = Path(__file__).parent.parent
 
@@ -410,6 +412,17 @@ def test_what_lies_beside_a_result(checkpoint, data, tmp_path):
     saved = load_images(tmp_path / "r_images.npz")
     assert sorted(saved.image_ids) == [f"{number:05d}" for number in range(5)]
     assert saved.class_names == CLASS_NAMES
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"setting": "zs3"}, {"setting": "ovs"}, {"seen_bias": "0.1", "without": ["sky"]}, {"ensemble": "lazy"}],
+)
+def test_a_result_is_of_its_declared_type_and_reads_as_it_was(with_clip, data, tmp_path, options):
+    path = tmp_path / "r.json"
+    result = evaluate(EvalArgs(model=str(with_clip), dataset=str(data), max_images=2, output=str(path), **options))
+    assert first_wrong(result, Result) is None and list(result) == list(Result.__annotations__)
+    assert read_result(path) == result and read_images(path, result).image_ids == ["00000", "00001"]
 
 
 def test_two_processes_give_the_result_of_one(checkpoint, data, tmp_path):

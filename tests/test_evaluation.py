@@ -463,6 +463,65 @@ def test_files_that_are_no_areas_are_refused_in_one_line(tmp_path):
         matrix.save_images(tmp_path / "wrong.npz", list("abc"))
 
 
+def swapped(values: np.ndarray, place: tuple, value: int) -> np.ndarray:
+    values = values.copy()
+    values[place] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("array", "change"),
+    [
+        ("class_names", lambda names: np.arange(len(names))),
+        ("class_names", lambda names: names[:, None]),
+        ("class_names", lambda names: names[:3]),
+        ("class_names", lambda names: np.array(["a", "b", "c", " A"])),
+        ("class_names", lambda names: np.array(["a", "b", "c", ""])),
+        ("image_ids", lambda ids: np.arange(len(ids))),
+        ("image_ids", lambda ids: ids[:1]),
+        ("image_ids", lambda ids: ids.reshape(1, -1)),
+        ("image", lambda image: image.astype(np.float64)),
+        ("image", lambda image: image[:-1]),
+        ("image", lambda image: image * 0),
+        ("image", lambda image: swapped(image, (0,), -1)),
+        ("image", lambda image: image > 0),
+        ("rows", lambda rows: rows.astype(np.float64)),
+        ("rows", lambda rows: rows.astype(np.uint8)),
+        ("rows", lambda rows: rows[:, :3]),
+        ("rows", lambda rows: rows[None]),
+        ("rows", lambda rows: swapped(rows, (0, 0), 4)),
+        ("rows", lambda rows: swapped(rows, (0, 0), -1)),
+        ("rows", lambda rows: swapped(rows, (0, 1), -1)),
+        ("rows", lambda rows: swapped(rows, (0, 2), -1)),
+        ("rows", lambda rows: swapped(rows, (0, 1), rows[0, 2:].min() + 1)),
+        ("rows", lambda rows: swapped(rows, (slice(None), slice(2, 4)), 2**62)),
+    ],
+)
+def test_areas_that_no_images_can_have_are_refused_in_one_line(tmp_path, array, change):
+    matrix_of(random_pairs(0, 2, 4), 4).save_images(tmp_path / "whole.npz", list("abcd"))
+    content = dict(np.load(tmp_path / "whole.npz"))
+    np.savez(tmp_path / "a_images.npz", **content)
+    assert load_images(tmp_path / "a_images.npz").class_names == list("abcd")
+    np.savez(tmp_path / "a_images.npz", **content | {array: change(content[array])})
+    with pytest.raises(InputError, match="a_images.npz is no file of image areas, or is broken: evaluate again"):
+        load_images(tmp_path / "a_images.npz")
+
+
+def test_a_file_with_a_few_broken_bytes_is_refused_in_one_line_or_is_whole(tmp_path):
+    matrix_of(random_pairs(0, 2, 4), 4).save_images(tmp_path / "whole.npz", list("abcd"))
+    whole, rng = (tmp_path / "whole.npz").read_bytes(), np.random.default_rng(0)
+    names = set()
+    for _ in range(300):
+        broken = bytearray(whole)
+        broken[rng.integers(len(whole))] = rng.integers(256)
+        (tmp_path / "a_images.npz").write_bytes(broken)
+        try:
+            names.add(tuple(load_images(tmp_path / "a_images.npz").class_names))
+        except InputError as error:
+            assert "a_images.npz" in str(error)
+    assert names == {tuple("abcd")}
+
+
 # ---- what was confused with what ---------------------------------------------------------------------------
 
 

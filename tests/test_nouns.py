@@ -496,6 +496,13 @@ def test_nouns_of_another_label_space_or_of_no_run_are_refused(arguments, tmp_pa
     other = LabelSpace(SPACE.class_names, ["cow"])
     with pytest.raises(InputError, match="made for another label space .classes.json."):
         load_caption_nouns(arguments.output, other)
+    settings = Path(arguments.output) / "settings.json"
+    written = settings.read_text()
+    for wrong in ("[1]", "{}", "{", '{"label_space": 1, "label_space_sha256": "0"}', '{"label_space": "a"}'):
+        settings.write_text(wrong)
+        with pytest.raises(InputError, match="settings.json"):
+            load_caption_nouns(arguments.output, SPACE)
+    settings.write_text(written)
     table = Path(arguments.output) / "nouns-train.parquet"
     zs3.nouns.write_nouns(table, ["1"], [np.array([2, 9], np.int32)])
     with pytest.raises(InputError, match="positions outside its 9 class names"):

@@ -26,6 +26,7 @@ from zs3.image_labels import load_unseen_scores
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import (
     PseudoLabelArgs,
+    check_settings,
     main,
     make_pseudo_labels,
     precision_and_recall,
@@ -334,6 +335,15 @@ def test_a_folder_of_other_settings_is_refused_by_the_field(arguments, stage1, d
     with pytest.raises(InputError, match="other pictures of the same names"):  # in training
         check_scored_pictures(Path(args.output), load_split(other, "train"))
     assert shards(args.output) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"checkpoint_sha256": "0123"}', '{"num_images": true}', "null"])
+def test_settings_that_are_none_are_one_line_and_stay_as_they_are(tmp_path, text):
+    (tmp_path / "scores-00000-of-00001.parquet").write_bytes(b"")
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(InputError, match="settings.json"):
+        check_settings(tmp_path, {"num_images": 1})
+    assert (tmp_path / "settings.json").read_text() == text
 
 
 @pytest.mark.parametrize(

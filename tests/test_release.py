@@ -23,7 +23,7 @@ from configuration_zs3 import Zs3Config
 from zs3.checkpoints import settings_sha256, weights_sha256
 from zs3.command_line import InputError, run
 from zs3.label_space import load_label_space
-from zs3.model_card import model_card, recipes_of, runs, slots, starts
+from zs3.model_card import model_card, recipes_of, runs, slots, starts, training
 from zs3.release import HUB_CARDS, chosen_template, code_files, is_sealed, main, release_files
 
 ROOT = Path(__file__).parents[1]
@@ -512,6 +512,12 @@ def test_every_template_is_listed_beside_them():
     assert found == set(TEMPLATES) == set(listed)
 
 
+def test_unseen_names_of_several_results_are_each_told_once(checkpoint):
+    spelled = a_result(checkpoint, unseen=["Red  Square", *SCENES.unseen[2:]])
+    told = training(Zs3Config.from_pretrained(checkpoint), None, [a_result(checkpoint), spelled])
+    assert f"(5): {', '.join(SCENES.unseen)}." in told
+
+
 def test_the_card_says_what_training_saw_and_what_can_be_asked_for(checkpoint):
     text = card_of(checkpoint, "scenes", []).text
     assert f"Masks of 15 classes** were seen in training: {', '.join(SCENES.seen)}." in text
@@ -537,7 +543,8 @@ def test_what_is_known_of_the_runs_is_told_without_paths(checkpoint, tmp_path, m
     assert found == [first, last] and recipes_of(tmp_path / "elsewhere" / "final") == []
     assert recipes_of(tmp_path / "stage2" / "saved_anew") == []  # no checkpoint that train.py wrote
     (tmp_path / "broken" / "final").mkdir(parents=True)
-    for content in ("- a list", "a: [", yaml.safe_dump({"init_from": str(tmp_path / "broken" / "final")})):
+    wrong = ("- a list", "a: [", "init_from: [a]", "init_from: 1", "clip: 1", "backbone: {a: 1}", "mask2former: true")
+    for content in (*wrong, yaml.safe_dump({"init_from": str(tmp_path / "broken" / "final")})):
         (tmp_path / "broken" / "recipe.yaml").write_text(content)
         with pytest.raises(InputError, match=r"recipe\.yaml"):
             recipes_of(tmp_path / "broken" / "final")

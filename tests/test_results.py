@@ -1,11 +1,30 @@
-"""What a result file says to people: every sentence, from numbers written by hand."""
+"""What a result file says to people: every sentence, from numbers written by hand. And what its readers refuse."""
 
 import copy
+import json
+import math
+import zipfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import eval as evaluation
+import zs3.compare
 from zs3.command_line import InputError
-from zs3.results import markdown_table, protocol, read_result, report
+from zs3.compare import CompareArgs, compare
+from zs3.evaluation import images_path
+from zs3.figure import worst_images
+from zs3.label_space import load_label_space
+from zs3.model_card import model_index, tables
+from zs3.release import read_results
+from zs3.results import Result, best_weight, chosen_bias, markdown_table, protocol, read_result, report
+from zs3.suites import SUITES, row
+from zs3.typed_json import first_wrong
+
+TESTS = Path(__file__).parent
 
 RESULT = {
     "setting": "gzs3",
@@ -159,3 +178,218 @@ def test_a_bar_in_a_cell_ends_no_cell():
         "| --- | --- |",
         r"| a \| b | 1.0 |",
     ]
+
+
+# ---- files whose fields are of other types than they should ------------------------------------------------
+
+NUMBERS = [True, "0.5", [0.5], {"a": 0.5}, [[[0.5]]], None, math.nan, math.inf, -math.inf, -1, 1.5, 10**30, 1e300]
+OTHERS = [True, 1, 0.5, "text", ["text", 1], {"a": 1}, {"a": ["text"]}, [[["text"]]], None, math.nan]
+MAY_BE_NONE = {  # by the last name of the way there
+    *("checkpoint_sha256", "settings_sha256", "code_sha256", "trained_on_masks_of", "unseen_labels_in_training"),
+    *("miou", "miou_seen", "miou_unseen", "hiou", "pixel_accuracy", "frequency_weighted_iou", "area", "best", "right"),
+    *("wrong_seen", "wrong_unseen", "rejected", "seen_unseen_confusion", "seen_unseen_curve", "reliability", "ece"),
+    *("rejection", "confidence", "accuracy", "auroc", "threshold_at_95", "fpr_at_95", "threshold", "wrong_share"),
+    *("accepted_share", "low", "high", "grass"),
+}
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory) -> Path:
+    """The result that c24e825 wrote."""
+    folder = tmp_path_factory.mktemp("old")
+    with zipfile.ZipFile(TESTS / "fixtures" / "c24e825.zip") as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith("result/")])
+    return folder / "result" / "gzs3.json"
+
+
+def ways(value: object, way: tuple = ()) -> Iterator[tuple]:
+    """To every field of a mapping at whatever depth, and to the first item of every list."""
+    if isinstance(value, dict):
+        chosen = [*value][:2] if way[:1] in [("per_class",), ("per_class_intervals",)] else value
+        for name in chosen:
+            yield (*way, name)
+            yield from ways(value[name], (*way, name))
+    elif isinstance(value, list) and value:
+        yield (*way, 0)
+        yield from ways(value[0], (*way, 0))
+
+
+def at(value: object, way: tuple) -> object:
+    for step in way:
+        value = value[step]
+    return value
+
+
+def shorten(curve: dict) -> None:
+    """To the first of its points and the best one, for the sake of time."""
+    best = curve["points"]["gamma"].index(curve["best"]["gamma"])
+    curve["points"] = {name: [column[0], column[best]] for name, column in curve["points"].items()}
+
+
+def mutations(content: dict, numbers: list = NUMBERS) -> Iterator[tuple[tuple, dict]]:
+    """Every field of a file, one at a time, with values of other types or outside its range."""
+    for way in ways(content):
+        before = at(content, way)
+        is_number = type(before) in (int, float)
+        for value in numbers if is_number else OTHERS:
+            if type(value) is type(before) and not is_number or value is None and way[-1] in MAY_BE_NONE:
+                continue
+            if way[0] == "settings" and not isinstance(value, dict):
+                continue  # any flag may be there: other flags are another evaluation, which no reader shows
+            mutated = copy.deepcopy(content)
+            at(mutated, way[:-1])[way[-1]] = value
+            yield way, mutated
+
+
+def read_by_compare(path: Path, content: dict, monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setattr(zs3.compare, "RESAMPLES", 3)
+    return zs3.compare.report(compare(CompareArgs(str(path), str(path))))
+
+
+def read_by_release(path: Path, content: dict, monkeypatch: pytest.MonkeyPatch) -> object:
+    results = read_results([str(path)], content["checkpoint_sha256"], content["settings_sha256"])
+    return tables(results, "0" * 64), [vars(entry) for result in results for entry in model_index(result)]
+
+
+def read_by_figure(path: Path, content: dict, monkeypatch: pytest.MonkeyPatch) -> object:
+    ids = ["00000", "00001", "00002"]
+    return worst_images(SimpleNamespace(label_space=load_label_space("scenes"), image_ids=ids), "validation", path, 3)
+
+
+def read_by_seen_bias(path: Path, content: dict, monkeypatch: pytest.MonkeyPatch) -> object:
+    stamp = {name: content[name] for name in ("unseen", "dataset", "split")}
+    return chosen_bias(str(path), stamp, ["00000", "x"])
+
+
+def read_by_suite(path: Path, content: dict, monkeypatch: pytest.MonkeyPatch) -> object:
+    names = ("setting", "model", "dataset", "split", "seen", "unseen", "without", "settings", "versions")
+    result = evaluation.finished(path, {name: content[name] for name in names})
+    return None if result is None else row(SUITES["gzs3"], Path("nowhere"), {"voc_20": result}, {})
+
+
+READERS = [read_by_compare, read_by_release, read_by_figure, read_by_seen_bias, read_by_suite]
+
+
+@pytest.mark.parametrize("place", range(len(READERS)), ids=[reader.__name__ for reader in READERS])
+def test_a_field_of_a_wrong_type_changes_nothing_or_is_one_line(old, tmp_path, monkeypatch, place):
+    """Each command reads every field with a fifth of the wrong values: it refuses the file, or says what it said."""
+    content, path, reader = json.loads(old.read_text()), tmp_path / "gzs3.json", READERS[place]
+    shorten(content["seen_unseen_curve"])
+    images_path(path).write_bytes(images_path(old).read_bytes())
+    path.write_text(json.dumps(content))
+    whole, refused = reader(path, content, monkeypatch), 0
+    for way, mutated in islice(mutations(content), place, None, len(READERS)):
+        path.write_text(json.dumps(mutated))
+        try:
+            found = reader(path, content, monkeypatch)
+        except InputError as error:
+            message = str(error)
+            assert "gzs3" in message and len(message) <= 200 and message.isprintable(), (way, message)
+            refused += 1
+        else:
+            assert found in (whole, None), (way, at(mutated, way))
+    assert refused > 250
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("miou", True, "miou is true, not a share in"),
+        ("miou", 42.0, "miou is 42.0, not a share in"),
+        ("confidence_intervals", {"miou": [0.5, 0.4]}, "confidence_intervals.miou is a list, not [low, high]"),
+        ("confidence_intervals", {"miou": [0.5, None]}, "confidence_intervals.miou is a list, not [low, high]"),
+        ("confidence_intervals", {"miou": [0.1, 0.2, 0.3]}, "confidence_intervals.miou is a list, not [low, high]"),
+        ("setting", "gzs4", "setting is gzs4, not gzs3 or zs3 or ovs"),
+        ("per_class", {"sky": 0.5}, "per_class and per_class_intervals have other names"),
+        ("seen", ["sky"], "'blue heart' of per_class is neither in seen nor in unseen"),
+        ("unseen", ["Sky "], "names repeat: 'sky' and 'Sky ' are one name"),
+        ("seen", ["a\nb"], "a name must be one line"),
+        ("without", ["sky"], "'sky' is in without and in per_class"),
+        ("split_images", 2, "num_images is more than split_images"),
+        ("clip_ensemble_weight", None, "do not agree on whether there is an ensemble"),
+        ("clip_ensemble", "off", "do not agree on whether there is an ensemble"),
+        ("calibration", {"seen_bias": 0.5, "seen_bias_chosen": "none"}, "a seen_bias, and says that none was chosen"),
+    ],
+)
+def test_what_a_result_cannot_be_is_told(old, tmp_path, field, value, words):
+    path = tmp_path / "gzs3.json"
+    path.write_text(json.dumps(json.loads(old.read_text()) | {field: value}))
+    with pytest.raises(InputError) as refused:
+        read_result(path)
+    assert "gzs3.json: " in str(refused.value) and words in str(refused.value)
+    assert len(str(refused.value)) <= 200 and "evaluate again" in str(refused.value)
+
+
+def test_a_curve_must_have_the_best_of_its_points(old, tmp_path, monkeypatch):
+    content, path = json.loads(old.read_text()), tmp_path / "gzs3.json"
+    images_path(path).write_bytes(images_path(old).read_bytes())
+    path.write_text(json.dumps(content))
+    assert read_by_seen_bias(path, content, monkeypatch).value == content["seen_unseen_curve"]["best"]["gamma"]
+    content["seen_unseen_curve"]["points"]["of a later version"] = 5
+    path.write_text(json.dumps(content))
+    assert read_by_seen_bias(path, content, monkeypatch).value == content["seen_unseen_curve"]["best"]["gamma"]
+    content["seen_unseen_curve"]["best"]["gamma"] = 0.0
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="gzs3.json: seen_unseen_curve.best is not the best of its points"):
+        read_by_seen_bias(path, content, monkeypatch)
+
+
+@pytest.mark.parametrize("lost", ["dataset", "split", "seen", "unseen", "trained_on_masks_of"])
+def test_a_bias_needs_what_says_what_its_choice_knew(old, tmp_path, monkeypatch, lost):
+    content, path = json.loads(old.read_text()), tmp_path / "gzs3.json"
+    path.write_text(json.dumps({name: value for name, value in content.items() if name != lost}))
+    with pytest.raises(InputError, match=f"gzs3.json is no result file of eval.py, it lacks '{lost}'"):
+        read_by_seen_bias(path, content, monkeypatch)
+
+
+@pytest.mark.parametrize("lost", ["calibration.seen_bias", "confidence_intervals.hiou", "protocol", "prompts"])
+def test_a_card_needs_keys_also_inside_of_others(old, tmp_path, monkeypatch, lost):
+    content, path = json.loads(old.read_text()), tmp_path / "gzs3.json"
+    mutated = copy.deepcopy(content)
+    *way, last = lost.split(".")
+    del at(mutated, tuple(way))[last]
+    path.write_text(json.dumps(mutated))
+    with pytest.raises(InputError, match=f"gzs3.json is no result file of eval.py, it lacks '{lost}'"):
+        read_by_release(path, content, monkeypatch)
+
+
+def test_areas_beside_a_result_must_be_those_of_its_numbers(old, tmp_path, monkeypatch):
+    """Or "tuned on the test images", and the worst images, would be told of another evaluation."""
+    content, path = json.loads(old.read_text()), tmp_path / "gzs3.json"
+    images_path(path).write_bytes(images_path(old).read_bytes())
+    others = ({"per_class": content["per_class"] | {"sky": 0.5}}, {"num_images": 2, "split_images": 2})
+    for reader in (read_by_compare, read_by_figure, read_by_seen_bias):
+        for other in others:
+            path.write_text(json.dumps(content | other))
+            with pytest.raises(InputError, match="gzs3_images.npz was not written with .*gzs3.json: .*evaluate again"):
+                reader(path, content, monkeypatch)
+
+
+@pytest.mark.parametrize("path", [TESTS.parent / "docs" / "results" / "zs3-scenes.json", None])
+def test_results_of_older_versions_are_read_as_they_are(old, path):
+    path = path or old
+    content = json.loads(path.read_text())
+    assert read_result(path) == content and content.keys() == Result.__annotations__.keys()
+    for later in ("code_sha256", "undecided_share", "given_sha256"):  # as of a version before they were written
+        del content[later]
+        assert first_wrong(content, Result) is None
+
+
+def test_an_answer_of_ensemble_weight_with_a_field_of_a_wrong_type_is_one_line(tmp_path):
+    path, stamp = tmp_path / "weight.json", {"checkpoint_sha256": "0", "dataset": "d", "split": "validation"}
+    answer = {"clip_ensemble_weight": 0.6, "weights": {"0.6": {"score": 0.5}}, "image_ids": ["a"], "dataset": "d"}
+    answer |= {"checkpoint_sha256": "0", "settings": {"split": "train", "unseen_labels": "runs/pseudo_labels"}}
+    path.write_text(json.dumps(answer))
+    assert best_weight(path, stamp, ["a"]).value == 0.6
+    cases = list(mutations(answer, NUMBERS[:6] + NUMBERS[9:]))
+    for way, mutated in cases:
+        path.write_text(json.dumps(mutated))
+        if way in [("checkpoint_sha256",), ("weights", "0.6", "score"), ("clip_ensemble_weight",)]:
+            wrong = at(mutated, way)
+            if wrong is None or way[0] == "weights" and type(wrong) in (int, float):
+                continue
+        with pytest.raises(InputError) as refused:
+            best_weight(path, stamp, ["a"])
+        message = str(refused.value)
+        assert "weight.json" in message and len(message) <= 200 and message.isprintable(), (way, message)
+    assert len(cases) > 60

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import yaml
@@ -42,8 +42,11 @@ from zs3.command_line import InputError, check_at_least, flag, read_arguments, r
 from zs3.curves import check_matplotlib
 from zs3.data import dataset_name, load_split
 from zs3.ensemble_weight import WeightArgs, weight_settings
+from zs3.image_labels import read_settings
+from zs3.results import read_answer, read_result
 from zs3.run_folder import differ
 from zs3.scenes import write_dataset
+from zs3.typed_json import Amount, read_json_lines
 
 POLL_SECONDS = 0.1
 SCENES = "scenes"
@@ -199,8 +202,8 @@ def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
         """The summary is there, and the scores are of this checkpoint."""
         if not (folder / "summary.json").exists() or not model.exists():
             return False
-        made_with = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        return made_with["checkpoint_sha256"].get(WEIGHTS) == weights_sha256(str(model))
+        made_with = read_settings(folder)
+        return made_with.get("checkpoint_sha256", {}).get(WEIGHTS) == weights_sha256(str(model))
 
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(folder)]
     return Job(
@@ -233,9 +236,9 @@ def ensemble_weight_job(args: AblationArgs, seed: int, row: Row) -> Job:
         """The answer is there, of these flags, and for this checkpoint, where that is still there."""
         if not path.exists():
             return False
-        answer = json.loads(path.read_text(encoding="utf-8"))
+        answer = read_answer(path)
         return by_name(answer.get("settings", {})) == by_name(weight_settings(asked)) and (
-            not model.exists() or answer["checkpoint_sha256"] == weights_sha256(str(model))
+            not model.exists() or answer.get("checkpoint_sha256") == weights_sha256(str(model))
         )
 
     return Job(
@@ -265,11 +268,12 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
         still there."""
         if not path.exists():
             return False
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_result(path, ("checkpoint_sha256", "num_images", "split_images", "settings"))
+        given = result.get("given_sha256", {}).values()
         return (
             (not model.exists() or result["checkpoint_sha256"] == weights_sha256(str(model)))
             and result["num_images"] == result["split_images"]
-            and (weight is None or not weight.exists() or file_sha256(weight) in result["given_sha256"].values())
+            and (weight is None or not weight.exists() or file_sha256(weight) in given)
             and by_name(result["settings"]) == by_name(deciding_flags(asked))
         )
 
@@ -334,7 +338,7 @@ def check_nothing_is_trained_anew(args: AblationArgs, planned: list[Job]) -> Non
 def check_same_images(results: Iterable[Path], args: AblationArgs, num_validation: int) -> None:
     """Results that are there, also from another machine, must be of as many images as are there."""
     for path in filter(Path.exists, results):
-        count = json.loads(path.read_text(encoding="utf-8"))["split_images"]
+        count = read_result(path, ("split_images",))["split_images"]
         if count != num_validation:
             raise InputError(
                 f"{path} is of {count} validation images and {args.data} has {num_validation}: bring those images "
@@ -411,11 +415,19 @@ def note_time(times: Path, one: Running) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+class Timed(TypedDict):
+    """A line of times.jsonl."""
+
+    job: str
+    seconds: Amount
+    machine: str
+
+
 def seconds_by_machine(jobs: list[Job], times: Path) -> dict[str, float] | None:
     """Of these jobs, all their starts counted; None where a training has left no time. A line that is there twice, as
     of files that were joined twice, counts once."""
-    lines = dict.fromkeys(times.read_text(encoding="utf-8").splitlines()) if times.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = read_json_lines(times, Timed, "list of the times of jobs", "delete the line") if times.exists() else []
+    rows = {json.dumps(row): row for row in rows}.values()
     if not {job.name for job in jobs if job.log.name == "train.log"} <= {row["job"] for row in rows}:
         return None
     names, seconds = {job.name for job in jobs}, defaultdict(float)
@@ -429,7 +441,7 @@ def versions_of(results: Iterable[Path]) -> dict[str, list[str]]:
     """By package, those that the evaluations ran with."""
     found = defaultdict(set)
     for path in results:
-        for name, number in json.loads(path.read_text(encoding="utf-8"))["versions"].items():
+        for name, number in read_result(path, ("versions",))["versions"].items():
             found[name].add(number)
     return {name: sorted(numbers) for name, numbers in found.items()}
 

@@ -3,7 +3,6 @@
 Scores and shares of areas are in percent.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +14,20 @@ from scipy import stats
 from zs3.ablation_tables import TRAININGS, Row, Table
 from zs3.curves import draw_scores
 from zs3.evaluation import SCORES, GeneralizedScores
-from zs3.results import TOLD, markdown_table
+from zs3.results import TOLD, Result, markdown_table, read_result
+from zs3.typed_json import read_json_lines
 
 LEVEL = 0.95  # of the intervals over seeds
 END = 4  # lines of a log at either end
+LINE = dict[str, float | None]  # of metrics.jsonl
 AREAS = (  # title; whose labelled area it is a share of; what was wrong with the name
     ("seen area with an unseen name", "of_seen", "wrong_unseen"),
     ("unseen area with a seen name", "of_unseen", "wrong_seen"),
     ("unseen area with another unseen name", "of_unseen", "wrong_unseen"),
+)
+OF_A_RUN = (
+    *(*GeneralizedScores._fields, "unseen"),
+    *(f"seen_unseen_confusion.{kind}.{wrong}" for _, kind, wrong in AREAS),
 )
 
 # ---- the statistics, in percent ----------------------------------------------------------------------------
@@ -59,7 +64,7 @@ def verdict(interval: list[float], paper: float | None) -> str:
 class Runs(NamedTuple):
     """What the runs of one row left, one of each a seed."""
 
-    results: list[dict]  # of eval.py
+    results: list[Result]
     logs: list[list[dict]]  # lines of metrics.jsonl; empty where training wrote none
 
 
@@ -67,11 +72,8 @@ def read_runs(results: list[Path]) -> Runs:
     """results: the files of eval.py, each in the folder of its training."""
     logs = [path.parent / "metrics.jsonl" for path in results]
     return Runs(
-        [json.loads(path.read_text(encoding="utf-8")) for path in results],
-        [
-            [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-            for path in logs
-        ],
+        [read_result(path, OF_A_RUN) for path in results],
+        [read_json_lines(path, LINE, "log of train.py", "train again") if path.exists() else [] for path in logs],
     )
 
 
@@ -116,7 +118,7 @@ def logged_by(runs: Runs) -> dict[str, dict]:
     found = {name: {} for name in names}
     for end, lines in {"first": slice(None, END), "last": slice(-END, None)}.items():
         for name in names:
-            values = [np.array([line[name] for line in log[lines]], dtype=float).mean() for log in runs.logs]
+            values = [np.array([line.get(name) for line in log[lines]], dtype=float).mean() for log in runs.logs]
             found[name][end] = over_seeds(values)
     return found
 

@@ -116,8 +116,7 @@ class SeenBiasCurve:
         rows = finite_or_none(rows)
         finite = [row for row in rows if row["gamma"] is not None]
         seen_only, unseen_only = ({name: row[name] for name in row if name != "gamma"} for row in (rows[0], rows[-1]))
-        rated = [row for row in finite if row["hiou"] is not None]
-        best = max(rated, key=lambda row: (row["hiou"], -abs(row["gamma"])), default=None)
+        best = best_point(finite)
         shown = [row for place, row in enumerate(finite) if place % every == 0 or row is best or row["gamma"] == 0]
         ends = [row for row in rows if row["miou_seen"] is not None and row["miou_unseen"] is not None]
         return {
@@ -129,6 +128,12 @@ class SeenBiasCurve:
             "unseen_only": unseen_only,
             "points": {name: [row[name] for row in shown] for name in rows[0]},
         }
+
+
+def best_point(points: list[dict]) -> dict | None:
+    """Of points of a curve, the one with the largest hiou, of equal ones the one with the smallest bias."""
+    rated = [point for point in points if point["hiou"] is not None]
+    return max(rated, key=lambda point: (point["hiou"], -abs(point["gamma"])), default=None)
 
 
 def _switch(gap: Tensor, seen_first: Tensor, seen_wins: Tensor) -> Tensor:

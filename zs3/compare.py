@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from configuration_zs3 import shortened
 from zs3.command_line import (
     InputError,
     check_at_least,
@@ -32,13 +33,13 @@ from zs3.evaluation import (
     images_path,
     interval,
     iou_of_areas,
-    load_images,
     percent,
     resampled_areas,
     scores_of_areas,
     summed_areas,
 )
-from zs3.results import markdown_table, read_result
+from zs3.results import EVALUATE_AGAIN, Result, markdown_table, read_images, read_result
+from zs3.typed_json import cut, refusal, shown
 
 RESAMPLES = 1000
 SAME = {  # what must be alike for a difference to mean anything
@@ -74,58 +75,46 @@ class Evaluated(NamedTuple):
     """A result file with the areas of its images, in the order of their ids."""
 
     path: Path
-    result: dict
+    result: Result
     image_ids: list[str]
     areas: ImageAreas
 
 
 def load_evaluated(path: Path) -> Evaluated:
     result = read_result(path, NEEDED)
-    beside = images_path(path)
-    class_names, image_ids, areas = load_images(beside)
+    class_names, image_ids, areas = read_images(path, result)
+    beside = shown(images_path(path))
+    if class_names != list(result["per_class"]) or {*class_names} != {*result["seen"], *result["unseen"]}:
+        raise refusal(path, "per_class has other names than seen and unseen", EVALUATE_AGAIN)
     if None in image_ids:
         raise InputError(f"{beside} holds images without an id: they cannot be paired; evaluate again")
     repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
     if repeated:
-        raise InputError(f"{beside} holds image {repeated[0]!r} twice: give every image an id of its own")
-    own = list(result["per_class"].values())
-    if class_names != list(result["per_class"]) or not _alike(areas, result["absent"], own):
-        raise InputError(f"{beside} was not written with {path}: the numbers differ; evaluate again")
+        raise InputError(f"{beside} holds image {shortened(repeated[0])} twice: give every image an id of its own")
     order = sorted(range(len(image_ids)), key=image_ids.__getitem__)
     return Evaluated(path, result, [image_ids[at] for at in order], ImageAreas(*(area[:, order] for area in areas)))
 
 
-def _alike(areas: ImageAreas, absent: str, own: list[float | None]) -> bool:
-    iou = iou_of_areas(*summed_areas(areas), absent)
-    return np.allclose(iou, np.array(own, dtype=np.float64), rtol=0, atol=1e-9, equal_nan=True)
-
-
 def check_comparable(a: Evaluated, b: Evaluated) -> None:
+    both = f"{shown(a.path, 30)} and {shown(b.path, 30)}"
     for field, words in SAME.items():
         theirs = [one.result[field] for one in (a, b)]
         if theirs[0] != theirs[1]:
-            raise InputError(
-                f"{a.path} and {b.path} differ in the {words}, {theirs[0]} and {theirs[1]}: "
-                "evaluate both by one protocol"
-            )
+            what = " and ".join(cut(value, 22) for value in theirs)
+            raise InputError(f"{both} differ in the {words}, {what}: evaluate both by one protocol")
     for field, words in CLASSES.items():
         theirs = [list(one.result[field]) for one in (a, b)]
         if theirs[0] != theirs[1]:
             odd = sorted(set(theirs[0]) ^ set(theirs[1]))
-            what = f"{', '.join(map(repr, odd[:3]))} in one alone" if odd else "in their order"
-            raise InputError(
-                f"{a.path} and {b.path} differ in the {words}, {what}: evaluate both with the same names and --without"
-            )
+            what = f"{cut(', '.join(map(repr, odd[:3])), 37)} in one alone" if odd else "in their order"
+            raise InputError(f"{both} differ in the {words}, {what}: evaluate both with the same names and --without")
     odd = sorted(set(a.image_ids) ^ set(b.image_ids))
     if odd:
-        where = a.path if odd[0] in set(a.image_ids) else b.path
-        raise InputError(
-            f"{len(odd)} images are not in both results ({odd[0]!r} is in {where} alone): evaluate both on the same"
-        )
+        where = shown(a.path if odd[0] in set(a.image_ids) else b.path)
+        what = f"{cut(repr(odd[0]), 40)} is in {where} alone"
+        raise InputError(f"{len(odd)} images are not in both results ({what}): evaluate both on the same")
     if (a.areas.truth != b.areas.truth).nnz:
-        raise InputError(
-            f"{a.path} and {b.path} differ in the label maps of their images: evaluate both on the same data"
-        )
+        raise InputError(f"{both} differ in the label maps of their images: evaluate both on the same data")
 
 
 def verdict(low: float | None, high: float | None, num_images: int) -> str:

@@ -415,11 +415,12 @@ def check_output(args: ConvertArgs) -> None:
 
 
 def _read_json(path: Path) -> dict | None:
-    """None of a file that a power cut left empty or in pieces."""
+    """None of a file that holds no mapping, as a power cut leaves it empty or in pieces."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
+    return content if isinstance(content, dict) else None
 
 
 def classes_text(name: str) -> str:

@@ -7,7 +7,6 @@ again. Stage 2 is told which unseen classes an image shows (ground-truth IMAGE l
 it never sees an unseen mask.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from transformers import pipeline
 
 from zs3.command_line import InputError, flag, read_arguments, run, write_text
 from zs3.data import load_split
-from zs3.evaluation import percent
+from zs3.evaluation import GeneralizedScores, percent
 from zs3.figure import draw_figures
 from zs3.pictures import save_picture, stack
-from zs3.results import markdown_table
+from zs3.results import Result, markdown_table, read_result
 from zs3.scenes import write_dataset
 
 OWN_LABELS = [
@@ -99,12 +98,12 @@ def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
     return [result["labels"][index] for index in np.unique(result["segmentation"])]
 
 
-def write_report(folder: Path, results: dict[str, dict], pictures: list[Path], found: list[str]) -> str:
+def write_report(folder: Path, results: dict[str, Result], pictures: list[Path], found: list[str]) -> str:
     """runs/demo/report.md, from the result files; returns its table."""
     rows = []
     for title, result in results.items():
         low, high = result["confidence_intervals"]["hiou"]
-        means = (percent(result[name]) for name in ("miou_seen", "miou_unseen", "hiou"))
+        means = (percent(result[name]) for name in GeneralizedScores._fields)
         rows.append([title, *means, f"{percent(low)} to {percent(high)}"])
     scores = "\n".join(markdown_table(["model", "mIoU(S)", "mIoU(U)", "hIoU", "hIoU, 95 % interval"], rows))
     images = "\n\n".join(f"![{path.stem}]({path.relative_to(folder)})" for path in pictures)
@@ -158,7 +157,7 @@ def main() -> None:
     stack(pictures[:3], folder / "pictures.png")
     found = draw_own_labels(data, stage2 / "final", folder / "own_labels.png")
     results = {
-        title: json.loads((path / "gzs3.json").read_text(encoding="utf-8"))
+        title: read_result(path / "gzs3.json", (*GeneralizedScores._fields, "confidence_intervals.hiou"))
         for title, path in {
             "stage 1 (seen classes only)": stage1,
             "stage 2 (ground-truth image labels)": stage2,

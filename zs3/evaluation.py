@@ -7,6 +7,7 @@ Axes: H W pixels, C classes, N images, R resamples.
 """
 
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,11 +18,15 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from configuration_zs3 import check_names
 from zs3.command_line import InputError
+from zs3.typed_json import shown
 
 REJECTED = -1  # in a prediction: no class
 RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap: that many x N counts
 LEVEL = 0.95  # of the intervals
+# What reading a broken .npz raises.
+BROKEN = (OSError, ValueError, LookupError, EOFError, TypeError, RuntimeError, BadZipFile, zlib.error)
 
 Absent = Literal["union", "truth"]
 SCORES = {
@@ -251,12 +256,36 @@ def load_images(path: Path) -> SavedImages:
     try:
         with np.load(path, allow_pickle=False) as file:
             names, ids, image, rows = (file[name] for name in ("class_names", "image_ids", "image", "rows"))
+        _check_arrays(names, ids, image, rows)
         areas = _image_areas(rows, image, len(names), len(ids))
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: eval.py writes it beside its --output; evaluate again") from None
-    except (OSError, ValueError, LookupError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path} is no file of image areas, or is broken: evaluate again") from error
+        raise InputError(
+            f"{shown(path)} does not exist: eval.py writes it beside its --output; evaluate again"
+        ) from None
+    except BROKEN as error:
+        raise InputError(f"{shown(path)} is no file of image areas, or is broken: evaluate again") from error
     return SavedImages(names.tolist(), [image_id or None for image_id in ids.tolist()], areas)
+
+
+def _check_arrays(names: np.ndarray, ids: np.ndarray, image: np.ndarray, rows: np.ndarray) -> None:
+    """Raises ValueError where these are not what `save_images` writes: class_names, image_ids, image and rows."""
+    for texts in (names, ids):
+        if texts.dtype.kind != "U" or texts.ndim != 1:
+            raise ValueError("names and ids are texts")
+    check_names(names.tolist())
+    for numbers, shape in ((image, (len(rows),)), (rows, (len(rows), 4))):
+        if numbers.dtype != np.int64 or numbers.shape != shape:
+            raise ValueError("image and rows are whole numbers, as many as there are classes in images")
+    place, (intersection, truth, predicted) = rows[:, 0], rows[:, 1:].T
+    for values, end in ((image, len(ids)), (place, len(names))):
+        if len(values) and not 0 <= values.min() <= values.max() < end:
+            raise ValueError("a row is of an image or a class that is not there")
+    if len(rows) and (intersection.min() < 0 or (intersection > np.minimum(truth, predicted)).any()):
+        raise ValueError("an intersection lies in the areas that it is of")
+    if rows[:, 1:].sum(axis=0, dtype=np.float64).max() >= 2**53:
+        raise ValueError("more pixels than are counted exactly")
+    if len(np.unique(image * len(names) + place)) != len(rows):
+        raise ValueError("a class has one row in an image")
 
 
 def summed_areas(areas: ImageAreas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -23,10 +23,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 from zs3.checkpoints import Look, class_vectors, is_trained, load_checkpoint
 from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run
 from zs3.data import Split, load_split
-from zs3.evaluation import SavedImages, images_path, load_images
+from zs3.evaluation import SavedImages, images_path
 from zs3.label_space import load_label_space
 from zs3.pictures import draw_comparison
-from zs3.results import read_result
+from zs3.results import EVALUATE_AGAIN, Result, read_images, read_result
+from zs3.typed_json import refusal, shown
 
 IMAGE, TRUTH = "image", "ground truth (grey: unlabelled)"
 
@@ -103,24 +104,28 @@ def worst_images(records: Split, split: str, result: Path, count: int) -> list[i
     """Places in `records` of the `count` images with the lowest `image_ious`, the lowest first."""
     told = read_result(result)
     if (told.get("split"), told.get("label_space_sha256")) != (split, records.label_space.sha256):
-        raise InputError(f"--result {result} is of other data: give its --split, --dataset and --label_space")
+        raise InputError(f"--result {shown(result)} is of other data: give its --split, --dataset and --label_space")
     check_same_maps(told, result)
-    ious = image_ious(load_images(images_path(result)))
+    saved = read_images(result, told)
+    if saved.class_names != records.label_space.class_names:
+        raise refusal(images_path(result), "it has other names than the label space", EVALUATE_AGAIN)
+    ious = image_ious(saved)
     if count > len(ious):
-        raise InputError(f"--worst {count} is too many: {result} has {len(ious)} images with labelled pixels")
+        raise InputError(f"--worst {count} is too many: {shown(result)} has {len(ious)} images with labelled pixels")
     return places(records, sorted(ious, key=lambda image_id: (ious[image_id], image_id))[:count])
 
 
-def check_same_maps(told: dict, result: Path) -> None:
+def check_same_maps(told: Result, result: Path) -> None:
     """Whether the result is of label maps as they are drawn: every class a candidate, no bias."""
     other = {
         "--setting zs3": told.get("setting") == "zs3",
         "--without": told.get("without"),
-        "--seen_bias": (told.get("calibration") or {}).get("seen_bias"),
+        "--seen_bias": told.get("calibration", {}).get("seen_bias"),
     }
     for flag_given, given in other.items():
         if given:
-            raise InputError(f"--result {result} is of other maps than are drawn: evaluate again without {flag_given}")
+            what = f"--result {shown(result)} is of other maps than are drawn"
+            raise InputError(f"{what}: evaluate again without {flag_given}")
 
 
 def image_ious(images: SavedImages) -> dict[str, float]:

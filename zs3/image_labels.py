@@ -9,13 +9,14 @@ Axes: C names on the class axis of the run, N images, U unseen names.
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 
 from configuration_zs3 import Zs3Config, among, places, shortened
 from zs3.command_line import InputError, one_line
 from zs3.label_space import LabelSpace
+from zs3.typed_json import Count, read_json
 
 # What a training may see of the unseen classes. "inductive": nothing, and their names are not on the class axis;
 # "transductive": their names, and whether they are in a picture, but never where; "supervised": their masks, as if they
@@ -100,6 +101,20 @@ class PseudoLabels:
 
     def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self.labels[_rows_of([image_id], self.row_of, self.path)[0]]
+
+
+class PseudoLabelSettings(TypedDict, total=False):
+    """The content of settings.json beside the scores, as far as a reader asks for it."""
+
+    checkpoint_sha256: dict[str, str]
+    num_images: Count
+    picture_sizes_sha256: str | None
+
+
+def read_settings(folder: Path) -> PseudoLabelSettings:
+    """Of a folder of `python -m zs3.pseudo_labels`, checked."""
+    what = "settings file of zs3.pseudo_labels"
+    return read_json(folder / "settings.json", PseudoLabelSettings, what, "make the pseudo labels anew")
 
 
 def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Sequence[str]) -> np.ndarray:

@@ -10,17 +10,20 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import jinja2.meta  # of torch's own dependencies
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from configuration_zs3 import places
 from zs3.archives import ARCHIVES
 from zs3.command_line import InputError, one_line
 from zs3.evaluation import SCORES, percent
 from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
-from zs3.results import candidates, markdown_table
+from zs3.results import Result, candidates, markdown_table
+from zs3.typed_json import check_content, shown
 
 TOLD = {
     "none": "nothing, their names were not among those of the training",
@@ -64,7 +67,7 @@ def model_card(
     config: PreTrainedConfig,
     checkpoint_sha256: str,
     recipes: Sequence[dict],
-    results: Sequence[dict],
+    results: Sequence[Result],
 ) -> str:
     """README.md of the checkpoint's Hub repository.
 
@@ -107,7 +110,7 @@ def slots(
     checkpoint_sha256: str,
     label_space: LabelSpace | None,
     recipes: Sequence[dict],
-    results: Sequence[dict],
+    results: Sequence[Result],
 ) -> dict[str, str]:
     """What a template can show. Empty where there is nothing to say: results without a result file."""
     return {
@@ -124,7 +127,7 @@ def slots(
 # ---- the checkpoint ----------------------------------------------------------------------------------------
 
 
-def status(config: PreTrainedConfig, recipes: Sequence[dict], results: Sequence[dict]) -> str:
+def status(config: PreTrainedConfig, recipes: Sequence[dict], results: Sequence[Result]) -> str:
     """What a reader must know before anything else; nothing once there are results."""
     if results:
         return ""
@@ -148,13 +151,14 @@ def example_labels(config: PreTrainedConfig) -> list[str]:
     return (config.class_names or config.seen_class_names or ["sky", "grass"])[:2]
 
 
-def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: Sequence[dict]) -> str:
+def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: Sequence[Result]) -> str:
     """What the training saw, and which names can be asked for."""
     seen = config.seen_class_names
     if label_space is not None:
         unseen = label_space.unseen
     else:  # a result made without some names lacks these
-        unseen = list(dict.fromkeys(name for r in results if r["setting"] != "ovs" for name in r["unseen"]))
+        names = [name for result in results if result["setting"] != "ovs" for name in result["unseen"]]
+        unseen = [name for at, (name, first) in enumerate(zip(names, places(names, names), strict=True)) if at == first]
     if config.text_config is not None:
         names = "any names: the text tower is part of the checkpoint"
     else:
@@ -170,6 +174,15 @@ def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: 
     return "\n".join(line for line in lines if line)
 
 
+class Recipe(TypedDict, total=False):
+    """The content of recipe.yaml, of what a card reads of it."""
+
+    init_from: str | None
+    mask2former: str | None
+    backbone: str | None
+    clip: str | None
+
+
 def recipes_of(model: Path) -> list[dict]:
     """The recipes of the runs of training that led to RUN/final, the first one first, as far as they are found."""
     found: list[dict] = []
@@ -180,8 +193,9 @@ def recipes_of(model: Path) -> list[dict]:
             recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"cannot read {path}: {one_line(error)}") from error
-        if not isinstance(recipe, dict) or recipe in found:
-            raise InputError(f"{path} is not the recipe of a run: move it away")
+        check_content(recipe, Recipe, path, "recipe of a run", "move it away")
+        if recipe in found:
+            raise InputError(f"{shown(path)} starts from itself: move it away")
         found.insert(0, recipe)
         folder = Path(recipe["init_from"]).resolve() if recipe.get("init_from") else None
     return found
@@ -212,7 +226,7 @@ def runs(recipes: Sequence[dict]) -> str:
 # ---- results -----------------------------------------------------------------------------------------------
 
 
-def model_index(result: dict) -> list[EvalResult]:
+def model_index(result: Result) -> list[EvalResult]:
     """The scores of one result file as the Hub has them, in [0, 1]."""
     stamps = ("setting", "absent", "calibration", "num_images", "split_images", "label_space_sha256", "split_sha256")
     protocol = {"candidates": candidates(result), "without": result["without"] or None}
@@ -236,21 +250,21 @@ def model_index(result: dict) -> list[EvalResult]:
     ]
 
 
-def data_name(result: dict) -> str:
+def data_name(result: Result) -> str:
     synthetic = result["label_space_sha256"] == load_label_space("scenes").sha256
     return f"{result['dataset']} (synthetic)" if synthetic else result["dataset"]
 
 
-def is_partial(result: dict) -> bool:
+def is_partial(result: Result) -> bool:
     return result["num_images"] < result["split_images"]
 
 
-def images(result: dict) -> str:
+def images(result: Result) -> str:
     of = f" of {result['split_images']:,}" if is_partial(result) else ""
     return f"{result['num_images']:,}{of} images"
 
 
-def deviations(result: dict) -> list[str]:
+def deviations(result: Result) -> list[str]:
     """What makes the scores of a row others than those of its setting as it is."""
     without, calibration = result["without"], result["calibration"]
     told = [f"without {', '.join(map(repr, without))}"] if without else []
@@ -260,12 +274,12 @@ def deviations(result: dict) -> list[str]:
     return told
 
 
-def ensemble(result: dict) -> str:
+def ensemble(result: Result) -> str:
     view, weight = result["clip_ensemble"], result["clip_ensemble_weight"]
     return "off" if view == "off" else f"{view}, w = {weight}"
 
 
-def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
+def tables(results: Sequence[Result], checkpoint_sha256: str) -> str:
     """Scores with their intervals, the protocol of each row, and IoUs of single classes; percent."""
     settings = dict.fromkeys(result["setting"] for result in results)
     told = "; ".join(f"{setting}: {SETTINGS[setting]}" for setting in settings)
@@ -289,7 +303,7 @@ def tables(results: Sequence[dict], checkpoint_sha256: str) -> str:
     return "\n".join(lines)
 
 
-def exceptions(results: Sequence[dict]) -> list[str]:
+def exceptions(results: Sequence[Result]) -> list[str]:
     """Sentences on what `deviations` and `images` say of some rows."""
     biased = any(result["calibration"]["seen_bias"] for result in results)
     told = {
@@ -306,7 +320,7 @@ def score(value: float | None, interval: list[float | None]) -> str:
     return percent(value) + ("" if low is None else f" [{percent(low)}, {percent(high)}]")
 
 
-def origin(result: dict) -> str:
+def origin(result: Result) -> str:
     """How a row came about."""
     prompts = result["prompts"] or []  # none where the vectors were given
     parts = [
@@ -318,7 +332,7 @@ def origin(result: dict) -> str:
     return "; ".join(part for part in parts if part) + "."
 
 
-def per_class(result: dict) -> str:
+def per_class(result: Result) -> str:
     """IoUs in a row; unseen is no word of the ovs setting."""
     bold = [] if result["setting"] == "ovs" else result["unseen"]
     told = {

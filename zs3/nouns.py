@@ -27,7 +27,6 @@ Axes: C class name, N image.
 """
 
 import importlib
-import json
 import re
 import shutil
 from collections import Counter
@@ -36,7 +35,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -55,6 +54,7 @@ from zs3.command_line import (
 )
 from zs3.data import dataset_name
 from zs3.label_space import LabelSpace, load_label_space
+from zs3.typed_json import cut, read_json, shown
 
 IMAGES_AT_ONCE = 32  # what a process hands over at a time
 PACKAGES = {"hanta": ("HanTa", "lemminflect"), "nltk": ("nltk", "lemminflect")}  # of each tagger
@@ -292,6 +292,13 @@ def write_folder(
     partial.rename(folder)
 
 
+class CaptionSettings(TypedDict):
+    """The content of settings.json, of what `load_caption_nouns` reads."""
+
+    label_space: str
+    label_space_sha256: str
+
+
 class CaptionNouns(NamedTuple):
     class_names: list[str]  # C, the seen names of the label space first
     positions: dict[str, np.ndarray]  # image_id -> int32, ascending: those of its nouns on the class axis
@@ -307,19 +314,18 @@ def load_caption_nouns(path: str | Path, label_space: LabelSpace) -> CaptionNoun
     if not files or not (folder / "settings.json").is_file():
         raise InputError(f"{folder} holds no caption nouns: give the --output of python -m zs3.nouns")
     class_names = load_label_space(folder).class_names
+    what, mend = "settings file of zs3.nouns", "make the caption nouns again"
+    settings = read_json(folder / "settings.json", CaptionSettings, what, mend)
     try:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        made_for, named = settings["label_space_sha256"], settings["label_space"]
         tables = [pyarrow.parquet.read_table(file, columns=["image_id", "nouns"]) for file in files]
         rows = [(table["image_id"].to_pylist(), table["nouns"].combine_chunks()) for table in tables]
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise InputError(f"cannot read the caption nouns {folder}: {one_line(error)}; make them again") from error
-    if made_for != label_space.sha256:
-        raise InputError(f"{folder} was made for another label space ({named}): make caption nouns for this one")
+    if settings["label_space_sha256"] != label_space.sha256:
+        named = cut(settings["label_space"], 60)
+        raise InputError(f"{shown(folder)} was made for another label space ({named}): make caption nouns for this one")
     if not all(among(label_space.seen, class_names)):
-        raise InputError(
-            f"{folder / 'classes.json'} lacks a seen name of the label space: make the caption nouns again"
-        )
+        raise InputError(f"{shown(folder)} lacks a seen name of the label space in its classes.json: make it again")
     found = {}
     for image_ids, nouns in rows:
         flat = nouns.values.to_numpy().astype(np.int32)

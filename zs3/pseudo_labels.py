@@ -19,7 +19,6 @@ mask size.
 """
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,7 +46,7 @@ from zs3.checkpoints import check_no_unseen_masks, class_vectors, file_sha256, l
 from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run, write_json
 from zs3.data import Split, dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.evaluation import average_precision, percent
-from zs3.image_labels import load_unseen_scores, pseudo_labels, shard_name
+from zs3.image_labels import load_unseen_scores, pseudo_labels, read_settings, shard_name
 from zs3.label_space import LabelSpace, load_label_space
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -286,7 +285,7 @@ def check_settings(folder: Path, settings: dict) -> None:
     if any(folder.glob("scores-*.parquet")):
         if not path.exists():
             raise InputError(f"{folder} holds shards without settings.json: choose another --output or delete it")
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_settings(folder)
         changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
         if changed:
             raise InputError(

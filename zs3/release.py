@@ -9,7 +9,6 @@ which the project cannot be imported, has loaded it and segmented a picture (zs3
 """
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -37,8 +37,9 @@ from zs3.command_line import InputError, check_required, flag, one_line, read_ar
 from zs3.evaluation import SCORES
 from zs3.label_space import is_hub_id, load_label_space
 from zs3.model_card import example_labels, model_card, recipes_of
-from zs3.results import read_result
+from zs3.results import Result, read_result
 from zs3.run_folder import rename
+from zs3.typed_json import read_json, shown
 
 HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
 OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates called as the label space that they are for
@@ -46,7 +47,9 @@ OF_A_RESULT = (
     *("setting", "dataset", "split", "split_sha256", "split_images", "num_images", "label_space_sha256"),
     *("checkpoint_sha256", "settings_sha256", "seen", "unseen", "without", "absent", "prompts", "calibration"),
     *("clip_ensemble", "clip_ensemble_weight", "protocol", "versions"),
+    *("calibration.seen_bias", "calibration.seen_bias_chosen"),
     *(*SCORES, "confidence_intervals", "per_class_intervals"),
+    *(f"confidence_intervals.{name}" for name in SCORES),
 )
 NOT_THE_STRANGERS = ("HF_", "HUGGINGFACE_", "PYTHON", "TRANSFORMERS_")  # variables of the environment
 SEAL = "\n<!-- Made by python -m zs3.release. sha256 of this folder: "
@@ -124,11 +127,11 @@ def class_references(content: object) -> Iterator[str]:
             yield from class_references(value)
 
 
-def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[dict]:
+def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[Result]:
     """Result files of eval.py, all of the checkpoint with these hashes of its weights and of its configuration."""
-    results: list[dict] = []
-    for path in paths:
-        result = read_result(Path(path), OF_A_RESULT)
+    results: list[Result] = []
+    for file in map(Path, paths):
+        result, path = read_result(file, OF_A_RESULT), shown(file)
         if result["checkpoint_sha256"] is None:
             raise InputError(f"{path} does not say which weights it is of: evaluate the folder of --model itself")
         if result["checkpoint_sha256"] != sha256:
@@ -138,17 +141,10 @@ def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[dict]
             )
         if result["settings_sha256"] != settings:
             raise InputError(f"{path} is of these weights with another configuration: evaluate this checkpoint again")
-        wrong = [name for name in SCORES if not _is_share(result[name])]
-        if wrong:
-            raise InputError(f"{path}: {wrong[0]} is {result[wrong[0]]}, not a share in [0, 1]: evaluate again")
         if result in results:
             raise InputError(f"{path} says the same as another of --results: give each once")
         results.append(result)
     return results
-
-
-def _is_share(value: object) -> bool:
-    return value is None or (isinstance(value, int | float) and 0 <= value <= 1)
 
 
 def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequence[dict]) -> Path:
@@ -176,13 +172,7 @@ def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequenc
 
 
 def _json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} as JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no mapping: is it the right file?")
-    return content
+    return read_json(path, dict[str, Any], "configuration of a checkpoint", "copy the whole checkpoint")
 
 
 # ---- the folder --------------------------------------------------------------------------------------------

@@ -1,22 +1,35 @@
 """Result files of an evaluation.
 
-FILE.json has the scores, in [0, 1], with what a reader needs to know how they came about; beside it lie FILE.md for
-people, FILE.csv with a line a class, and FILE_images.npz with the areas of every image, which zs3.compare needs.
+FILE.json has the scores, in [0, 1], with what a reader needs to know how they came about: a `Result`. Beside it lie
+FILE.md for people, FILE.csv with a line a class, and FILE_images.npz with the areas of every image, which zs3.compare
+needs. Every command reads them with `read_result` and `read_images`.
 """
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
 
 import numpy as np
 
-from configuration_zs3 import plain
+from configuration_zs3 import among, check_names, shortened
+from zs3.calibration import best_point
 from zs3.command_line import InputError, write_json, write_text
-from zs3.evaluation import SCORES, ConfusionMatrix, class_areas, images_path, load_images, percent
+from zs3.evaluation import (
+    SCORES,
+    Absent,
+    ConfusionMatrix,
+    SavedImages,
+    class_areas,
+    images_path,
+    iou_of_areas,
+    load_images,
+    percent,
+    summed_areas,
+)
+from zs3.typed_json import Amount, Count, Rule, Share, check_needed, read_json, refusal, shown, shown_value
 
 TOLD = {
     "none": "no image labels",
@@ -25,15 +38,184 @@ TOLD = {
     "ground_truth": "ground-truth image labels",
 }
 
+RESULT_FILE, EVALUATE_AGAIN = "result file of eval.py", "move it away and evaluate again"
 
-def candidates(result: dict) -> str:
+
+# ---- what a result file holds ------------------------------------------------------------------------------
+
+# Confidences are sums of float32: a mean of them may exceed 1 by its rounding.
+RoundedShare = Annotated[float, Rule("a share in [0, 1]", lambda value: 0 <= value <= 1 + 1e-6)]
+Interval = Annotated[
+    list[Share | None],
+    Rule("[low, high] or [null, null]", lambda value: value == [None, None] or _is_interval(value)),
+]
+
+
+def _is_interval(value: list[float | None]) -> bool:
+    return len(value) == 2 and None not in value and value[0] <= value[1]
+
+
+class Calibration(TypedDict, total=False):
+    """What was taken off the scores of seen classes, and who chose it and the weight of the ensemble, in words."""
+
+    seen_bias: float
+    seen_bias_chosen: str
+    ensemble_weight_chosen: str
+
+
+class Scores(TypedDict, total=False):
+    """Of one bias; None where there is no class to take the mean over."""
+
+    miou: Share | None
+    miou_seen: Required[Share | None]
+    miou_unseen: Share | None
+    hiou: Share | None
+
+
+class Point(Scores, total=False):
+    gamma: Required[float]
+
+
+class Points(TypedDict, total=False):
+    """Columns of equal length."""
+
+    gamma: Required[list[float]]
+    miou: list[Share | None]
+    miou_seen: list[Share | None]
+    miou_unseen: list[Share | None]
+    hiou: Required[list[Share | None]]
+
+
+class SeenUnseenCurve(TypedDict, total=False):
+    """See `zs3.calibration.SeenBiasCurve.result`."""
+
+    absent: Absent
+    area: Required[RoundedShare | None]
+    unbiased: Point
+    best: Point | None
+    seen_only: Required[Scores]
+    unseen_only: Scores
+    points: Points
+
+
+class Bin(TypedDict, total=False):
+    low: Share
+    high: Share
+    count: Count
+    confidence: RoundedShare | None
+    accuracy: Share | None
+
+
+class Reliability(TypedDict, total=False):
+    """See `zs3.calibration.Reliability.result`."""
+
+    pixels: Count
+    ece: RoundedShare | None
+    bins: list[Bin]
+
+
+class Conformal(TypedDict, total=False):
+    alpha: Share
+    threshold: Share | None
+    rejects_everything: bool
+    num_calibration_images: Count
+    num_check_images: Count
+    wrong_share: RoundedShare | None
+    accepted_share: RoundedShare | None
+
+
+class Rejection(TypedDict, total=False):
+    """See `zs3.calibration.Rejection.result`."""
+
+    insiders: Count
+    outsiders: Count
+    auroc: RoundedShare | None
+    threshold_at_95: Share | None
+    fpr_at_95: Share | None
+    conformal: Conformal
+
+
+class AreaShares(TypedDict, total=False):
+    """See `zs3.evaluation.AreaShares`."""
+
+    right: Share | None
+    wrong_seen: Share | None
+    wrong_unseen: Share | None
+    rejected: Share | None
+
+
+class SeenUnseenConfusion(TypedDict, total=False):
+    of_seen: AreaShares
+    of_unseen: AreaShares
+
+
+class ConfusedPair(TypedDict, total=False):
+    truth: str
+    predicted: str
+    pixels: Count
+    share: Share
+
+
+class Result(TypedDict, total=False):
+    """The content of a result file, in its order. None: not measured, or it does not belong to the setting."""
+
+    protocol: str
+    setting: Literal["gzs3", "zs3", "ovs"]
+    model: str
+    dataset: str
+    split: str
+    split_sha256: str
+    split_images: Count
+    label_space: str
+    label_space_sha256: str
+    checkpoint_sha256: str | None  # None of a Hub id that was not downloaded, as the next two
+    settings_sha256: str | None
+    code_sha256: str | None
+    given_sha256: dict[str, str]
+    seen: list[str]
+    unseen: list[str]
+    without: list[str]
+    trained_on_masks_of: list[str] | None
+    unseen_labels_in_training: Literal["none", "pseudo", "captions", "ground_truth"] | None
+    absent: Absent
+    seed: Count
+    settings: dict[str, bool | float | str | list[str] | None]  # flags of eval.py
+    versions: dict[str, str]
+    prompts: list[str]
+    clip_ensemble: Literal["off", "crops", "lazy", "single_pass"]
+    clip_ensemble_weight: Share | None
+    ensemble_tolerance: Share
+    calibration: Calibration
+    num_images: Count
+    miou: Share | None
+    miou_seen: Share | None
+    miou_unseen: Share | None
+    hiou: Share | None
+    pixel_accuracy: Share | None
+    frequency_weighted_iou: Share | None
+    confidence_intervals: dict[str, Interval]
+    per_class: dict[str, Share | None]
+    per_class_intervals: dict[str, Interval]
+    seen_unseen_confusion: SeenUnseenConfusion | None
+    worst_pairs: list[ConfusedPair]
+    seen_unseen_curve: SeenUnseenCurve | None
+    reliability: Reliability | None
+    rejection: Rejection | None
+    proposals_shown_to_clip: Amount
+    undecided_share: RoundedShare
+
+
+# ---- a result in words, to the disk and back ---------------------------------------------------------------
+
+
+def candidates(result: Result) -> str:
     """How many names were to choose from, in the words of the setting."""
     seen, unseen = len(result["seen"]), len(result["unseen"])
     told = {"gzs3": f"{seen} seen and {unseen} unseen names", "zs3": f"{unseen} unseen names"}
     return told.get(result["setting"], f"{seen + unseen} names")
 
 
-def protocol(result: dict) -> str:
+def protocol(result: Result) -> str:
     """The stamps in a sentence."""
     calibration, parts = result["calibration"], [f"{result['setting']}, {candidates(result)}"]
     if result["without"]:
@@ -54,13 +236,13 @@ def protocol(result: dict) -> str:
         told = TOLD.get(result["unseen_labels_in_training"], "what is not known")
         parts.append(f"training was told {told} of unseen classes")
     elif result["trained_on_masks_of"] is not None:
-        trained = {*map(plain, result["trained_on_masks_of"])}
-        parts.append(f"training saw masks of {sum(plain(name) in trained for name in result['per_class'])} of them")
+        trained = among(list(result["per_class"]), result["trained_on_masks_of"])
+        parts.append(f"training saw masks of {sum(trained)} of them")
     absent = {"union": "truth and prediction", "truth": "the truth"}[result["absent"]]
     return "; ".join([*parts, f"classes absent from {absent} are left out of means"])
 
 
-def write_result(path: Path, result: dict[str, Any], confusion: ConfusionMatrix) -> None:
+def write_result(path: Path, result: Result, confusion: ConfusionMatrix) -> None:
     """The JSON last: where it is, the others are."""
     confusion.save_images(images_path(path), list(result["per_class"]))
     write_text(path.with_suffix(".csv"), class_table(result, confusion))
@@ -68,25 +250,74 @@ def write_result(path: Path, result: dict[str, Any], confusion: ConfusionMatrix)
     write_json(path, result)
 
 
-def read_result(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-    """Of eval.py. needed: fields that the caller cannot do without, beside per_class."""
-    return read_fields(path, ("per_class", *needed), "eval.py")
-
-
-def read_fields(path: Path, needed: Sequence[str], command: str) -> dict[str, Any]:
-    """A result file of this command, with the fields that are needed."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; it should be a result file of {command}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON; it should be a result file of {command}") from error
-    if not isinstance(result, dict):
-        raise InputError(f"{path} is no result file of {command}: it holds no mapping")
-    missing = [name for name in needed if name not in result]
-    if missing:
-        raise InputError(f"{path} is no result file of {command}, it lacks {missing[0]!r}")
+def read_result(path: Path, needed: Sequence[str] = ()) -> Result:
+    """Of eval.py, checked. needed: keys that the caller cannot do without, beside per_class."""
+    result = read_json(path, Result, RESULT_FILE, EVALUATE_AGAIN, ("per_class",))
+    contradiction = next(contradictions(result), None)
+    if contradiction is not None:
+        raise refusal(path, contradiction, EVALUATE_AGAIN)
+    check_needed(result, needed, path, RESULT_FILE)
     return result
+
+
+def contradictions(result: Result) -> Iterable[str]:
+    """What cannot be true of a result, in words; of the keys that are there."""
+    names, candidates = list(result["per_class"]), [*result.get("seen", []), *result.get("unseen", [])]
+    for told in (names, candidates):
+        try:
+            check_names(told)
+        except ValueError as error:
+            yield str(error)
+    intervals = result.get("per_class_intervals", dict.fromkeys(names))
+    if list(intervals) != names:
+        yield "per_class and per_class_intervals have other names"
+    lost = [name for name, iou in result["per_class"].items() if iou is None and any(intervals.get(name) or ())]
+    if lost:
+        yield f"per_class has no number of {shortened(lost[0])}, and per_class_intervals has"
+    if "seen" in result and "unseen" in result:
+        strangers = sorted({*names} - {*candidates})
+        if strangers:
+            yield f"{shortened(strangers[0])} of per_class is neither in seen nor in unseen"
+    both = [name for name in result.get("without", []) if name in names]
+    if both:
+        yield f"{shortened(both[0])} is in without and in per_class"
+    if result.get("num_images", 0) > result.get("split_images", math.inf):
+        yield "num_images is more than split_images"
+    if "clip_ensemble" in result and (result["clip_ensemble"] == "off") != (result.get("clip_ensemble_weight") is None):
+        yield "clip_ensemble and clip_ensemble_weight do not agree on whether there is an ensemble"
+    calibration = result.get("calibration", {})
+    if calibration.get("seen_bias_chosen") == "none" and calibration.get("seen_bias", 0) != 0:
+        yield "calibration has a seen_bias, and says that none was chosen"
+    yield from _contradictions_of_curve(result.get("seen_unseen_curve") or {})
+
+
+def _contradictions_of_curve(curve: SeenUnseenCurve) -> Iterable[str]:
+    if "points" not in curve:
+        return
+    columns = {name: curve["points"][name] for name in Points.__annotations__ if name in curve["points"]}
+    if len({len(column) for column in columns.values()}) > 1:
+        yield "seen_unseen_curve.points has columns of several lengths"
+        return
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    best = curve.get("best")
+    if best_point(rows) != (best and {name: best.get(name) for name in columns}):
+        yield "seen_unseen_curve.best is not the best of its points"
+
+
+def read_images(path: Path, result: Result) -> SavedImages:
+    """The areas beside a result file, which must be those that its numbers are made of."""
+    beside = images_path(path)
+    saved = load_images(beside)
+    told = result["per_class"]
+    iou = iou_of_areas(*summed_areas(saved.areas), result.get("absent", "union"))
+    alike = result.get("num_images", len(saved.image_ids)) == len(saved.image_ids)
+    if told:
+        own = np.array(list(told.values()), dtype=np.float64)
+        alike = alike and list(told) == saved.class_names
+        alike = alike and np.allclose(iou, own, rtol=0, atol=1e-9, equal_nan=True)
+    if not alike:
+        raise InputError(f"{shown(beside)} was not written with {shown(path)}: the numbers differ; evaluate again")
+    return saved
 
 
 # ---- the bias and the weight that a result has found -------------------------------------------------------
@@ -124,18 +355,23 @@ def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> Choice:
 
 
 def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
-    result, unseen = read_result(path), stamp["unseen"]
-    curve = result.get("seen_unseen_curve")
-    if curve is None or curve["best"] is None:
-        raise InputError(f"--seen_bias {path}: it has no curve; evaluate again, with --setting gzs3 and calibration")
-    leaked = [name for name in unseen if plain(name) in map(plain, result["trained_on_masks_of"] or [])]
+    result, unseen = read_result(path, ("dataset", "split", "seen", "unseen", "trained_on_masks_of")), stamp["unseen"]
+    curve = result.get("seen_unseen_curve") or {}
+    if curve.get("best") is None:
+        raise InputError(
+            f"--seen_bias {shown(path)}: it has no curve; evaluate again, with --setting gzs3 and calibration"
+        )
+    leaked = [name for name, saw in zip(unseen, among(unseen, result["trained_on_masks_of"]), strict=True) if saw]
     if leaked:
-        raise InputError(f"--seen_bias {path}: its model saw masks of {leaked}, which are unseen here")
-    known = [name for name in unseen if plain(name) in map(plain, [*result["seen"], *result["unseen"]])]
+        raise InputError(
+            f"--seen_bias {shown(path)}: its model saw masks of {shortened(leaked)}, which are unseen here"
+        )
+    theirs = among(unseen, [*result["seen"], *result["unseen"]])
+    known = [name for name, is_theirs in zip(unseen, theirs, strict=True) if is_theirs]
     labels = f"with labels of the unseen classes ({', '.join(known)})" if known else "without labels of unseen classes"
     shared = 0
     if (result["dataset"], result["split"]) == (stamp["dataset"], stamp["split"]):
-        shared = len({*load_images(images_path(path)).image_ids} & {*image_ids})
+        shared = len({*read_images(path, result).image_ids} & {*image_ids})
     if shared:
         chosen = f"{TUNED}, {shared} of {len(image_ids)}, {labels}"
     elif known:
@@ -157,16 +393,40 @@ def chosen_weight(given: str, stamp: dict, image_ids: list[str]) -> Choice:
     return best_weight(Path(given), stamp, image_ids) if weight is None else Choice(weight, BY_HAND)
 
 
+class WeightSettings(TypedDict, total=False):
+    """Those of the flags of zs3.ensemble_weight that say what its answer knew."""
+
+    split: str
+    unseen_labels: str
+
+
+class WeightAnswer(TypedDict, total=False):
+    """The content of a file of zs3.ensemble_weight, of what eval.py reads."""
+
+    settings: WeightSettings
+    checkpoint_sha256: str | None
+    dataset: str
+    image_ids: list[str]
+    weights: dict[str, dict[str, float | None]]
+    clip_ensemble_weight: Any  # best_weight has its own words for it
+
+
+def read_answer(path: Path, needed: Sequence[str] = ()) -> WeightAnswer:
+    """Of zs3.ensemble_weight, checked."""
+    return read_json(path, WeightAnswer, "result file of zs3.ensemble_weight", "choose again", needed)
+
+
 def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
-    needed = ("clip_ensemble_weight", "weights", "settings", "checkpoint_sha256", "dataset", "image_ids")
-    answer = read_fields(path, needed, "zs3.ensemble_weight")
+    needed = ("clip_ensemble_weight", "weights", "settings.split", "settings.unseen_labels")
+    answer = read_answer(path, (*needed, "checkpoint_sha256", "dataset", "image_ids"))
     weight, asked = answer["clip_ensemble_weight"], answer["settings"]
     if weight is not None and not (type(weight) in (int, float) and 0 <= weight <= 1):
-        raise InputError(f"--ensemble_weight {path}: its weight must be null or in [0, 1], got {weight!r}")
+        what = f"its weight must be null or in [0, 1], got {shown_value(weight)}"
+        raise InputError(f"--ensemble_weight {shown(path)}: {what}")
     if answer["checkpoint_sha256"] != stamp["checkpoint_sha256"]:
         raise InputError(
-            f"--ensemble_weight {path} was chosen for another checkpoint: choose for this one, python -m "
-            f"zs3.ensemble_weight --model {stamp['model']} --output {path}, with the other flags as before"
+            f"--ensemble_weight {shown(path)} was chosen for another checkpoint: choose for this one, python -m "
+            "zs3.ensemble_weight, the other flags as before"
         )
     shared = 0
     if (answer["dataset"], asked["split"]) == (stamp["dataset"], stamp["split"]):
@@ -188,7 +448,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def class_table(result: dict[str, Any], confusion: ConfusionMatrix) -> str:
+def class_table(result: Result, confusion: ConfusionMatrix) -> str:
     """CSV, one line a class: IoU in [0, 1] with its interval, areas in pixels."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -201,7 +461,7 @@ def class_table(result: dict[str, Any], confusion: ConfusionMatrix) -> str:
     return text.getvalue()
 
 
-def report(result: dict[str, Any]) -> str:
+def report(result: Result) -> str:
     """Markdown, percent."""
     title = f"{result['setting']}: {result['model']} on {result['num_images']} images of {result['dataset']}"
     lines = [f"{title}, {result['split']}", "", f"Protocol: {result['protocol']}.", ""]
@@ -229,7 +489,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *markdown_table(["class", "IoU", "95 % interval"], rows)]) + "\n"
 
 
-def _sentences(result: dict[str, Any]) -> Iterable[str]:
+def _sentences(result: Result) -> Iterable[str]:
     """What the other measures say, a line each."""
     if result["seen_unseen_confusion"] is not None:
         shares = {name: percent(share) for name, share in result["seen_unseen_confusion"]["of_unseen"].items()}
@@ -250,7 +510,7 @@ def _sentences(result: dict[str, Any]) -> Iterable[str]:
         yield from _rejection(result["rejection"])
 
 
-def _rejection(rejection: dict[str, Any]) -> Iterable[str]:
+def _rejection(rejection: Rejection) -> Iterable[str]:
     if rejection["auroc"] is not None:
         yield (
             f"- confidence tells pixels of other classes from the candidates' with an AUROC of "

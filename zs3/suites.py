@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from zs3.command_line import InputError
 from zs3.evaluation import SCORES, GeneralizedScores, percent
 from zs3.label_space import CLASSES_FOLDER, load_label_space
-from zs3.results import markdown_table
+from zs3.results import Result, markdown_table
 
 
 class Suite(NamedTuple):
@@ -47,6 +47,9 @@ SUITES = {
     ),
 }
 
+# Keys of a member's result that a row cannot do without.
+OF_A_ROW = ("model", "num_images", "protocol", *SCORES, *(f"confidence_intervals.{name}" for name in SCORES))
+
 
 def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:
     """Those named, or all that lie under root; in the table's order."""
@@ -62,7 +65,7 @@ def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:
     return chosen
 
 
-def row(suite: Suite, root: Path, results: Mapping[str, dict], reasons: Mapping[str, str]) -> str:
+def row(suite: Suite, root: Path, results: Mapping[str, Result], reasons: Mapping[str, str]) -> str:
     """The suite's table in Markdown, percent; below it, what each number is, or why there is none."""
     members = [name for name in suite.members if name in results or name in reasons or name not in suite.on_request]
     head, cells, lines = [], [], []
@@ -75,7 +78,7 @@ def row(suite: Suite, root: Path, results: Mapping[str, dict], reasons: Mapping[
     return "\n".join([f"{models}: {suite.title}; percent", "", *markdown_table(head, [cells]), "", *lines]) + "\n"
 
 
-def _told(suite: Suite, root: Path, name: str, result: dict | None, reason: str | None) -> str:
+def _told(suite: Suite, root: Path, name: str, result: Result | None, reason: str | None) -> str:
     if result is None:
         absent = "not asked for" if (root / name).is_dir() else "no such folder"
         return f"not evaluated, {reason or absent}"
