@@ -28,11 +28,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
 from configuration_zs3 import Zs3Config
 from zs3.ablation_report import LEVEL, draw, report, summarise

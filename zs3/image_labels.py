@@ -9,9 +9,10 @@ Axes: C names on the class axis of the run, N images, U unseen names.
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, TypedDict
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from configuration_zs3 import Zs3Config, among, places, shortened
 from zs3.command_line import InputError, one_line

@@ -10,12 +10,12 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import jinja2.meta  # of torch's own dependencies
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
+from typing_extensions import TypedDict
 
 from configuration_zs3 import places
 from zs3.archives import ARCHIVES

@@ -35,11 +35,12 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
 from configuration_zs3 import among
 from zs3.command_line import (

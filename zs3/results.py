@@ -10,9 +10,10 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Required, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, Required
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from configuration_zs3 import among, check_names, shortened
 from zs3.calibration import best_point
@@ -29,7 +30,7 @@ from zs3.evaluation import (
     percent,
     summed_areas,
 )
-from zs3.typed_json import Amount, Count, Rule, Share, check_needed, read_json, refusal, shown, shown_value
+from zs3.typed_json import Amount, Count, Share, check_needed, read_json, refusal, rule, shown, shown_value
 
 TOLD = {
     "none": "no image labels",
@@ -44,10 +45,10 @@ RESULT_FILE, EVALUATE_AGAIN = "result file of eval.py", "move it away and evalua
 # ---- what a result file holds ------------------------------------------------------------------------------
 
 # Confidences are sums of float32: a mean of them may exceed 1 by its rounding.
-RoundedShare = Annotated[float, Rule("a share in [0, 1]", lambda value: 0 <= value <= 1 + 1e-6)]
+RoundedShare = Annotated[float, rule("a share in [0, 1]", lambda value: 0 <= value <= 1 + 1e-6)]
 Interval = Annotated[
     list[Share | None],
-    Rule("[low, high] or [null, null]", lambda value: value == [None, None] or _is_interval(value)),
+    rule("[low, high] or [null, null]", lambda value: value == [None, None] or _is_interval(value)),
 ]
 
 

@@ -1,51 +1,52 @@
 """JSON files that a command reads: their content is declared as a type, and checked once, where it is read.
 
-A type is a TypedDict of `str`, `int`, `float`, `bool`, `None`, lists, dicts, unions, `Literal` and further TypedDicts.
-`Annotated[type, Rule]` narrows one. A key may be missing unless it is Required. A key that is not declared may hold
-anything: a later version wrote it.
+The types are TypedDicts; pydantic holds the content against them. A key may be missing unless it is Required. A key
+that is not declared may hold anything: a later version wrote it.
 
 A reader that cannot do without a key names it as `needed`; a dot leads into a nested mapping.
 """
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    Required,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-    is_typeddict,
-)
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from configuration_zs3 import shortened
 from zs3.command_line import InputError
 
 Content = TypeVar("Content")
-MISSING = object()
-LARGEST = sys.float_info.max
-WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
 
 
-class Rule(NamedTuple):
-    """What the values of a type have to be, in words, and whether one is."""
+# What a value should be, by the kind of pydantic's error.
+WORDS = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "string_type": "a text",
+}
 
-    words: str
-    holds: Callable[[Any], bool]
+
+def rule(words: str, holds: Callable[[Any], bool]) -> AfterValidator:
+    """Narrows a type: Annotated[float, rule("a share", ...)]. words: what a value should be."""
+
+    def check(value: Any) -> Any:
+        if not holds(value):
+            raise PydanticCustomError("rule", words)
+        return value
+
+    return AfterValidator(check)
 
 
-Count = Annotated[int, Rule("a count", lambda value: 0 <= value < 2**53)]
-Share = Annotated[float, Rule("a share in [0, 1]", lambda value: 0 <= value <= 1)]
-Amount = Annotated[float, Rule("a number of 0 or more", lambda value: value >= 0)]
+Count = Annotated[int, rule("a count", lambda value: 0 <= value < 2**53)]
+Share = Annotated[float, rule("a share in [0, 1]", lambda value: 0 <= value <= 1)]
+Amount = Annotated[float, rule("a number of 0 or more", lambda value: value >= 0)]
 
 
 class Wrong(NamedTuple):
@@ -53,10 +54,11 @@ class Wrong(NamedTuple):
 
     field: str
     value: object
-    words: str  # what it should be
+    words: str  # what it should be; "" of a key that is missing
 
     def __str__(self) -> str:
-        return f"{cut(self.field, 40)} is {shown_value(self.value)}, not {cut(self.words, 40)}"
+        should = f"is {shown_value(self.value)}, not {cut(self.words, 40)}" if self.words else "is missing"
+        return f"{cut(self.field, 40)} {should}".strip()
 
 
 def read_json(path: Path, kind: type[Content], what: str, mend: str, needed: Sequence[str] = ()) -> Content:
@@ -111,80 +113,35 @@ def shown(path: Path, length: int = 60) -> str:
 # ---- a value against its type --------------------------------------------------------------------------------
 
 
-def first_wrong(value: object, kind: Any, field: str = "") -> Wrong | None:
-    """The first part of the value that is not of its type, or None. field: where the value stands."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Required:
-        return first_wrong(value, arguments[0], field)
-    if origin is Annotated:
-        base, rule = arguments
-        wrong = first_wrong(value, base, field)
-        if wrong is not None and wrong.field != field:
-            return wrong  # a part of it
-        return None if wrong is None and rule.holds(value) else Wrong(field, value, rule.words)
-    if origin in (Union, UnionType):
-        found = [first_wrong(value, one, field) for one in arguments]
-        if None in found:
-            return None
-        return next((wrong for wrong in found if wrong.field != field), Wrong(field, value, _words(kind)))
-    if not _is_of(value, origin or kind, arguments):
-        return Wrong(field, value, _words(kind))
-    return next((wrong for wrong in _wrong_parts(value, kind, field) if wrong is not None), None)
-
-
-def _wrong_parts(value: Any, kind: Any, field: str) -> Iterator[Wrong | None]:
-    """Of the items of a list, and of the keys and values of a mapping."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is list:
-        for place, item in enumerate(value):
-            yield first_wrong(item, arguments[0], f"{field}[{place}]")
-    elif origin is dict:
-        for key, item in value.items():
-            yield first_wrong(key, arguments[0], field)
-            yield first_wrong(item, arguments[1], _inside(field, key))
-    elif is_typeddict(kind):
-        for key, hint in _hints(kind).items():
-            if key in value:
-                yield first_wrong(value[key], hint, _inside(field, key))
-            elif key in kind.__required_keys__:
-                yield Wrong(_inside(field, key), MISSING, _words(hint))
+def first_wrong(value: object, kind: Any) -> Wrong | None:
+    """The first part of the value that is not of its type, or None."""
+    try:
+        _adapter(kind).validate_python(value, strict=True)  # strict: true is no number, and 2.0 no whole one
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        kind = first["type"]
+        words = "" if kind == "missing" else WORDS.get(kind) or first.get("ctx", {}).get("expected") or first["msg"]
+        return Wrong(_field(value, first["loc"]), first["input"], words)
+    return None
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind)
 
 
-def _inside(field: str, key: str) -> str:
-    """The name of what stands in a mapping."""
-    return ".".join(filter(None, (field, shortened(key)[1:-1])))
-
-
-def _is_of(value: object, kind: Any, arguments: tuple) -> bool:
-    """Whether a value is of a type, its parts aside."""
-    if kind is Any:
-        return True
-    if kind is Literal:
-        return any(value == one and type(value) is type(one) for one in arguments)
-    if kind is float:  # true is an int for Python, JSON has whole numbers, and NaN is none
-        return type(value) in (int, float) and -LARGEST <= value <= LARGEST
-    if kind is str:  # half a surrogate pair cannot be printed
-        return type(value) is str and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    return type(value) is (dict if is_typeddict(kind) else kind)
-
-
-def _words(kind: Any) -> str:
-    """What a value of the type is, in words."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Required:
-        return _words(arguments[0])
-    if origin is Annotated:
-        return arguments[1].words
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_words(one) for one in arguments))
-    return WORDS.get(kind) or ("a list" if (origin or kind) is list else "a mapping")
+def _field(value: Any, location: tuple[str | int, ...]) -> str:
+    """Where in the value a part lies, as "per_class.sky" or "points.gamma[2]"; pydantic's names of types left out."""
+    field = ""
+    for part in location:
+        if isinstance(value, dict) and part in value:
+            field += ("." if field else "") + shortened(part)[1:-1]
+        elif isinstance(value, list) and isinstance(part, int):
+            field += f"[{part}]"
+        else:  # a missing key ends the way, the name of a type does not lead on
+            return f"{field}.{part}".strip(".") if isinstance(value, dict) else field
+        value = value[part]
+    return field
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------
@@ -201,17 +158,25 @@ def _text(path: Path, what: str) -> str:
 
 def _parsed(text: str, path: Path, what: str) -> Any:
     try:
-        return json.loads(text)
+        content = json.loads(text, parse_constant=_number, parse_float=_number)
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
     except (ValueError, RecursionError) as error:  # of too many brackets
-        raise InputError(f"{shown(path)} is no JSON; it should be a {what}") from error
+        raise InputError(f"{shown(path)} is no JSON ({cut(str(error), 60)}); it should be a {what}") from error
+    return content
+
+
+def _number(text: str) -> float:
+    """Neither NaN nor an infinity: they are no JSON, and no result."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number")
+    return number
 
 
 def shown_value(value: object) -> str:
     """A value for a message, as JSON writes it, on one line; a text without its marks, a container by its kind."""
-    if value is MISSING:
-        return "missing"
     if isinstance(value, dict | list):
-        return _words(type(value))
+        return "a list" if isinstance(value, list) else "a mapping"
     text = shortened(value) if isinstance(value, str) else json.dumps(value)
     return cut(text[1:-1] if isinstance(value, str) and value else text, 20)
 
