@@ -180,7 +180,14 @@ class TrainArgs:
             raise InputError("--caption_nouns are names beside the seen ones: leave out --unseen_labels")
         if self.caption_nouns is not None and self.text_embeds is not None:
             raise InputError("--caption_nouns need a text tower for their names: give --clip, not --text_embeds")
-        if self.max_grad_norm <= 0:
+        # AdamW divides the rate by 0.1 in its first step, or multiplies it with the decay.
+        largest = self.learning_rate * max(1.0, self.backbone_multiplier) * max(10.0, self.weight_decay)
+        if not largest <= torch.finfo(torch.float32).max:
+            raise InputError(
+                f"--learning_rate {self.learning_rate}, --weight_decay {self.weight_decay} and --backbone_multiplier "
+                f"{self.backbone_multiplier} are together beyond float32: give smaller ones"
+            )
+        if not self.max_grad_norm > 0:
             raise InputError(f"--max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.init_from is None and self.clip is None and self.text_embeds is None:
             raise InputError(
@@ -262,7 +269,9 @@ def record_supervision(model: Zs3ForSemanticSegmentation, args: TrainArgs, label
     """
     leaked = trained_on(model.config, label_space.unseen)
     if leaked:
-        raise InputError(f"{args.init_from} was trained on masks of {leaked}, which are unseen here")
+        raise InputError(
+            f"{args.init_from} was trained on masks of {shortened(leaked)}, which are unseen here: take another start"
+        )
     start = record_of(model.config) if args.init_from is not None else Record([], "none")
     told = {"none": "none", "masks": "none", "ground_truth": "ground_truth"}.get(args.unseen_labels, "pseudo")
     if args.caption_nouns is not None:
@@ -564,7 +573,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
             lock = lock_folder(output_dir)
             check_final(output_dir / "final")
             start = None if args.init_from is None else record_of(Zs3Config.from_pretrained(args.init_from))
-            stamp = make_stamp(args, whole_space, dataset.records, prompts, start, record_of(model.config))
+            stamp = make_stamp(args, whole_space, dataset.records, prompts, start, model)
             stamps = [check_stamp(output_dir, stamp, args, label_space.unseen)]
             check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config), recipe_defaults())
             write_json(output_dir / STAMP, stamps[0])

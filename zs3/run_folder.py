@@ -12,7 +12,6 @@ would be read without it, hence none is.)
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProcessorMixin
 
-from configuration_zs3 import Zs3Config, shortened
+from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
 from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, file_sha256, weight_files
@@ -45,13 +44,12 @@ from zs3.command_line import (
     write_json,
     write_text,
 )
-from zs3.stamp import STAMP, check_not_unseen, check_unchanged, joined, read_stamp, record_in, record_of
+from zs3.stamp import STAMP, TOWERS, brief, check_not_unseen, check_unchanged, joined, read_stamp, record_in, record_of
 from zs3.stopping import agree, all_refuse
 
 if TYPE_CHECKING:
     from train import TrainArgs
 
-TOWERS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
 MANIFEST = "manifest.json"
 LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP)  # there, in a manifest
 # What torch.save says when the disk takes no more: the system's reason is lost in its C++.
@@ -80,13 +78,15 @@ def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None
     defaults: of the flags, those that came after the run's recipe was written among them.
     """
     if has_begun(path.parent):
-        missing = {**(defaults or {}), **BEFORE_THERE_WERE}
-        before = {**{name: missing[name] for name in missing.keys() & recipe.keys()}, **read_recipe(path)}
-        fixed = (before.keys() | recipe.keys()) - may_change(recipe)
-        changed = [name for name in sorted(fixed) if differ(before.get(name), recipe.get(name))]
+        written, added = read_recipe(path), {**(defaults or {}), **BEFORE_THERE_WERE}
+        before = {**{name: added[name] for name in added.keys() & recipe.keys()}, **written}
+        fixed = sorted(
+            (before.keys() | recipe.keys()) - may_change(recipe), key=lambda name: (name not in written, name)
+        )
+        changed = [name for name in fixed if differ(before.get(name), recipe.get(name))]
         if changed:
             name, others = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            old, new = (shortened(values.get(name)) for values in (before, recipe))
+            old, new = (brief(values.get(name)) for values in (before, recipe))
             raise InputError(
                 f"the run has {name} {old}, this command {new}{others}: give it that, or choose another --output_dir"
             )
@@ -149,7 +149,7 @@ def check_stamp(folder: Path, stamp: dict, args: "TrainArgs", unseen: list[str])
 
 def differ(before: object, now: object) -> bool:
     """Two spellings of the path of one thing that is there do not."""
-    if isinstance(before, str) and isinstance(now, str) and Path(now).exists():
+    if isinstance(before, str) and isinstance(now, str) and os.path.exists(now):
         return Path(before).resolve() != Path(now).resolve()
     return before != now
 
@@ -225,7 +225,6 @@ class Checkpoints:
         self.progress = progress
         self.kept = kept
         self.stamp = stamp
-        self.towers_sha256 = towers_sha256(model)
         accelerator.register_save_state_pre_hook(self._leave_towers_out)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -255,7 +254,7 @@ class Checkpoints:
     def check_finite(self) -> None:
         """By all processes together, before weights are saved: the loss shows what a step did only in the next one."""
         name = not_finite(self.model.state_dict())
-        mend = "nothing of it is saved; choose a lower --learning_rate and another --output_dir"
+        mend = "not saved; take a lower --learning_rate, and another --output_dir"
         fault = f"{name} is not finite after step {self.progress.step}: {mend}"
         agree(self.accelerator, False, None if name is None else fault)
 
@@ -265,7 +264,7 @@ class Checkpoints:
             state = {
                 **asdict(self.progress),
                 "num_processes": self.accelerator.num_processes,
-                "towers_sha256": self.towers_sha256,
+                "towers_sha256": self.stamp["towers_sha256"],
                 "scheduler": self.scheduler.state_dict(),
             }
             torch.save(state, folder / "progress.bin")
@@ -284,7 +283,7 @@ class Checkpoints:
         if path is None:
             return None
         state = read_progress(path)
-        if state["towers_sha256"] != self.towers_sha256:
+        if state["towers_sha256"] != self.stamp["towers_sha256"]:
             raise InputError(
                 f"{path} was trained with other CLIP towers: start from the same --clip or --init_from as before"
             )
@@ -384,16 +383,6 @@ def not_finite(state: dict[str, Tensor]) -> str | None:
         if not bool(torch.isfinite(own).all()):
             return name
     return None
-
-
-def towers_sha256(model: nn.Module) -> str:
-    """Of the weights that checkpoints leave out."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if name.startswith(TOWERS):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def write_manifest(folder: Path) -> None:

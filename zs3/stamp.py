@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from configuration_zs3 import Zs3Config, places, plain, shortened
+from configuration_zs3 import Zs3Config, places, plain
+from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.checkpoints import INDEX, WEIGHTS, file_sha256, local_folder, weights_sha256
 from zs3.command_line import InputError
 from zs3.data import Split, StreamedSplit
@@ -26,8 +28,11 @@ if TYPE_CHECKING:
 STAMP = "stamp.json"
 TOLD = ("none", "pseudo", "captions", "ground_truth")  # of unseen classes, from the least to the most
 
+TOWERS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
+
 # Of each key of a stamp, what is said where it has changed; in the braces are flags, and the two values.
 CHANGES = {
+    "towers_sha256": "other CLIP towers",
     "text_embeds_sha256": "other text vectors in {text_embeds}",
     "prompts_sha256": "other prompts, or another tokenizer",
     "layout": "the data were {before}, are {now} now",
@@ -48,7 +53,7 @@ CHANGES = {
     "mask2former_sha256": "other weights in {mask2former}",
     "backbone_sha256": "other weights in {backbone}",
 }
-STARTS = ("init_from", "mask2former", "backbone")  # the CLIP towers are compared with each checkpoint
+STARTS = ("init_from", "mask2former", "backbone")
 
 
 # ---- the record --------------------------------------------------------------------------------------------
@@ -85,12 +90,13 @@ def make_stamp(
     records: Split | StreamedSplit,
     prompts: Mapping[str, Tensor] | None,
     start: Record | None,
-    seen: Record,
+    model: Zs3ForSemanticSegmentation,
 ) -> dict[str, Any]:
     """What a start of a run finds. What it cannot know, such as the weights of a Hub id, has no key.
 
     prompts: the token ids that the text tower embeds; None where --text_embeds has the vectors.
-    start: the record of --init_from. seen: of the run.
+    start: the record of --init_from.
+    model: as it starts, its configuration with the record of this start.
     """
     space = {"class_names": label_space.class_names, "unseen": label_space.unseen}
     found = {"label_space": {**space, "ignore_index": label_space.ignore_index}, **records.contents()}
@@ -111,7 +117,17 @@ def make_stamp(
             found[f"{name}_sha256"] = weights_sha256(path)
     if start is not None:
         found["init_from_record"] = list(start)
-    return {**found, **seen._asdict()}
+    return {**found, "towers_sha256": towers_sha256(model), **record_of(model.config)._asdict()}
+
+
+def towers_sha256(model: nn.Module) -> str:
+    """Of the weights that checkpoints leave out."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(TOWERS):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _files_sha256(files: Iterable[Path]) -> str:
@@ -165,16 +181,16 @@ def label_space_change(before: dict[str, Any], now: dict[str, Any]) -> str | Non
     kinds, its_kinds = ([unseen_or_seen(space, name) for name in space["class_names"]] for space in (before, now))
     for name, kind, place in zip(names, kinds, places(names, its_names), strict=True):
         if place is not None and its_kinds[place] != kind:
-            return f"{_short(name)} was {kind}, is {its_kinds[place]} now"
+            return f"{brief(name)} was {kind}, is {its_kinds[place]} now"
     for name, kind, place in zip(names, kinds, places(names, its_names), strict=True):
         if place is None:
-            return f"{_short(name)} was {kind}, is no class now"
+            return f"{brief(name)} was {kind}, is no class now"
     for name, place in zip(its_names, places(its_names, names), strict=True):
         if place is None:
-            return f"{_short(name)} is a new class"
+            return f"{brief(name)} is a new class"
     for index, (name, its_name) in enumerate(zip(names, its_names, strict=False)):
         if name != its_name:
-            return f"id {index} was {_short(name)}, is {_short(its_name)} now"
+            return f"id {index} was {brief(name)}, is {brief(its_name)} now"
     if len(names) != len(its_names):
         return f"{len(names)} classes then, {len(its_names)} now"
     if before["ignore_index"] != now["ignore_index"]:
@@ -190,12 +206,13 @@ def check_not_unseen(seen: Record, unseen: Sequence[str]) -> None:
     """The leak guard: what any start of a run saw masks of cannot be unseen in another."""
     for name, place in zip(unseen, places(unseen, seen.seen_class_names), strict=True):
         if place is not None:
-            raise InputError(f"this run saw masks of {_short(name)}, which is unseen now: choose another --output_dir")
+            raise InputError(f"this run saw masks of {brief(name)}, which is unseen now: choose another --output_dir")
 
 
-def _short(name: str) -> str:
+def brief(value: object) -> str:
     """For messages that hold two of them."""
-    return shortened(name if len(name) <= 40 else f"{name[:37]}...")
+    text = repr(value)
+    return text if len(text) <= 45 else f"{text[:42]}..."
 
 
 def _tail(path: str) -> str:
