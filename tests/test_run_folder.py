@@ -460,7 +460,7 @@ def test_a_half_written_line_of_metrics_is_written_again(tmp_path):
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.25, 0.5, 0.75]
 
 
-@pytest.mark.parametrize("bad", ["{nothing}", "[1, 2]}", '{"loss": 3}', '{"step": "2"}', "3}"])
+@pytest.mark.parametrize("bad", ["{nothing}", "[1, 2]}", '{"loss": 3}', '{"step": "2"}', "3", "\x00", ""])
 def test_a_damaged_line_of_metrics_is_left_out_with_a_warning(bad, tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "loss": 0.25}}\n{bad}\n{{"step": 3, "loss": 0.5}}\n')

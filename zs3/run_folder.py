@@ -1,4 +1,4 @@
-"""The output folder of a training run: its recipe, checkpoints, metrics and the final model.
+"""The output folder of a training run: its recipe, its stamp, checkpoints, metrics and the final model.
 
 Whatever is there under its own name is whole: files and folders are written beside, brought to the disk and renamed.
 So a run may be killed at any moment. What happens to a checkpoint later (a truncated file, a flipped bit) its manifest
@@ -51,7 +51,9 @@ if TYPE_CHECKING:
     from train import TrainArgs
 
 MANIFEST = "manifest.json"
-LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP)  # there, in a manifest
+LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP)  # a checkpoint that has them lists them in its manifest
+# What progress.bin holds.
+PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_sha256": str, "scheduler": dict}
 # What torch.save says when the disk takes no more: the system's reason is lost in its C++.
 TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter")
 
@@ -80,10 +82,9 @@ def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None
     if has_begun(path.parent):
         written, added = read_recipe(path), {**(defaults or {}), **BEFORE_THERE_WERE}
         before = {**{name: added[name] for name in added.keys() & recipe.keys()}, **written}
-        fixed = sorted(
-            (before.keys() | recipe.keys()) - may_change(recipe), key=lambda name: (name not in written, name)
-        )
-        changed = [name for name in fixed if differ(before.get(name), recipe.get(name))]
+        fixed = (before.keys() | recipe.keys()) - may_change(recipe)
+        changed = [name for name in sorted(fixed) if differ(before.get(name), recipe.get(name))]
+        changed.sort(key=lambda name: name not in written)  # what the run's own file says comes first
         if changed:
             name, others = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             old, new = (brief(values.get(name)) for values in (before, recipe))
@@ -358,9 +359,6 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if not path.suffix)
 
 
-PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_sha256": str, "scheduler": dict}
-
-
 def read_progress(folder: Path) -> dict:
     """What a checkpoint says beside its weights. Raises InputError where it is not what `Checkpoints` wrote there."""
     try:
@@ -455,9 +453,10 @@ class MetricsLog:
     def __init__(self, path: Path, step: int):
         self.path = path
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        written = [self._values(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
-        if None in written:
-            print(f"warning: {written.count(None)} lines of {path} are damaged: they are left out")
+        written = [self._values(line) for line in lines]
+        damaged = written[:-1].count(None)  # the last one may be the half of a line that a killed run leaves
+        if damaged:
+            print(f"warning: {damaged} lines of {path} are damaged: they are left out")
         kept = [values for values in written if values is not None and values["step"] <= step]
         self.last: dict = kept[-1] if kept else {}
         write_text(path, "".join(json.dumps(values) + "\n" for values in kept))

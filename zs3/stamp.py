@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 STAMP = "stamp.json"
 TOLD = ("none", "pseudo", "captions", "ground_truth")  # of unseen classes, from the least to the most
-
 TOWERS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
 
 # Of each key of a stamp, what is said where it has changed; in the braces are flags, and the two values.
