@@ -24,6 +24,7 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     ProjectConfiguration,
+    broadcast_object_list,
     gather_object,
     parse_flag_from_env,
     set_seed,
@@ -34,7 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
-from configuration_zs3 import Zs3Config
+from configuration_zs3 import Zs3Config, among, shortened
 from losses_zs3 import count_targets, mask_ids
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
 from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor
@@ -63,8 +64,19 @@ from zs3.data import (
 from zs3.image_labels import GroundTruthLabels, PseudoLabels, Setting, training_space
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.nouns import CaptionLabels, load_caption_nouns
-from zs3.run_folder import Checkpoints, MetricsLog, Progress, check_final, check_recipe, lock_folder, save_final
+from zs3.run_folder import (
+    Checkpoints,
+    MetricsLog,
+    Progress,
+    check_final,
+    check_recipe,
+    check_stamp,
+    lock_folder,
+    not_finite,
+    save_final,
+)
 from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, describe
+from zs3.stamp import STAMP, Record, joined, make_stamp, record_in, record_of
 from zs3.stopping import EXIT_CODE, Termination, agree, all_refuse, outlive_first_sigterm
 
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
@@ -168,7 +180,14 @@ class TrainArgs:
             raise InputError("--caption_nouns are names beside the seen ones: leave out --unseen_labels")
         if self.caption_nouns is not None and self.text_embeds is not None:
             raise InputError("--caption_nouns need a text tower for their names: give --clip, not --text_embeds")
-        if self.max_grad_norm <= 0:
+        # AdamW divides the rate by 0.1 in its first step, or multiplies it with the decay.
+        largest = self.learning_rate * max(1.0, self.backbone_multiplier) * max(10.0, self.weight_decay)
+        if not largest <= torch.finfo(torch.float32).max:
+            raise InputError(
+                f"--learning_rate {self.learning_rate}, --weight_decay {self.weight_decay} and --backbone_multiplier "
+                f"{self.backbone_multiplier} are together beyond float32: give smaller ones"
+            )
+        if not self.max_grad_norm > 0:
             raise InputError(f"--max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.init_from is None and self.clip is None and self.text_embeds is None:
             raise InputError(
@@ -248,19 +267,18 @@ def record_supervision(model: Zs3ForSemanticSegmentation, args: TrainArgs, label
 
     A Mask2Former from elsewhere saw masks nobody here knows of: its classes stay unknown (None).
     """
-    before = model.config.seen_class_names if args.init_from is not None else []
     leaked = trained_on(model.config, label_space.unseen)
     if leaked:
-        raise InputError(f"{args.init_from} was trained on masks of {leaked}, which are unseen here")
-    unknown = before is None or args.mask2former is not None
-    model.config.seen_class_names = None if unknown else list(dict.fromkeys([*before, *label_space.seen]))
-    order = ["none", "pseudo", "captions", "ground_truth"]  # the strongest of all stages counts
-    now = {"none": "none", "masks": "none", "ground_truth": "ground_truth"}.get(args.unseen_labels, "pseudo")
+        raise InputError(
+            f"{args.init_from} was trained on masks of {shortened(leaked)}, which are unseen here: take another start"
+        )
+    start = record_of(model.config) if args.init_from is not None else Record([], "none")
+    told = {"none": "none", "masks": "none", "ground_truth": "ground_truth"}.get(args.unseen_labels, "pseudo")
     if args.caption_nouns is not None:
         listed = load_label_space(args.caption_nouns).class_names
-        now = "captions" if set(listed) & set(label_space.unseen) else "none"
-    told = model.config.unseen_labels if args.init_from is not None else "none"
-    model.config.unseen_labels = None if unknown or told is None else max(told, now, key=order.index)
+        told = "captions" if any(among(listed, label_space.unseen)) else "none"
+    now = Record(None, None) if args.mask2former is not None else Record(label_space.seen, told)
+    model.config.seen_class_names, model.config.unseen_labels = joined([start, now])
 
 
 def make_processor(
@@ -354,6 +372,11 @@ def resolved_recipe(args: TrainArgs, config: Zs3Config) -> dict:
     names = [name for name in model_fields(Zs3Config) if name not in (*FILLED_IN, *TOWERS)]
     left_out = [name for name in TOWERS if saved[name] is None]
     return {**{name: saved[name] for name in [*names, *left_out]}, **asdict(args)}
+
+
+def recipe_defaults() -> dict:
+    """Of every flag of a recipe."""
+    return {**Zs3Config().to_dict(), **asdict(TrainArgs())}
 
 
 def make_dataset(
@@ -502,12 +525,13 @@ def train(args: TrainArgs, overrides: dict) -> None:
             raise InputError(f"{name} is written by the training itself: leave it out")
     check_fields(overrides)
     output_dir = Path(args.output_dir)
-    label_space = training_space(load_label_space(args.label_space or args.dataset), args.setting)
+    whole_space = load_label_space(args.label_space or args.dataset)
+    label_space = training_space(whole_space, args.setting)
     accelerator, parts = make_accelerator(args)
     set_seed(args.seed)
 
     # Text vectors, model, data; nothing is written before they are known to be good
-    all_embeds = None
+    all_embeds, prompts = None, None
     if args.text_embeds is not None:
         all_embeds = load_text_embeds(args.text_embeds, len(label_space.class_names))
     with accelerator.local_main_process_first():
@@ -517,13 +541,22 @@ def train(args: TrainArgs, overrides: dict) -> None:
     if all_embeds is None:
         if model.text_model is None:
             raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
-        all_embeds = model.encode_text(**processor(class_names=label_space.class_names))
+        prompts = processor(class_names=label_space.class_names)
+        all_embeds = model.encode_text(**prompts)
     elif model.text_model is not None:
         source = args.init_from or args.clip
         raise InputError(f"{source} has a text tower: leave out --text_embeds, or add --text_config null")
     if all_embeds.shape[1] != model.config.projection_dim:
         raise InputError(
             f"{args.text_embeds} has {all_embeds.shape[1]} columns, the model {model.config.projection_dim}"
+        )
+    name = not_finite(model.state_dict())
+    if name is not None:
+        start = args.init_from or args.mask2former or args.backbone or args.clip
+        raise InputError(f"{start} has weights that are not finite ({name}): take another checkpoint")
+    if not_finite({"": all_embeds}) is not None:
+        raise InputError(
+            f"text vectors of {args.text_embeds or args.clip or args.init_from} are not finite: make them anew"
         )
     model.set_vocabulary(label_space.class_names, all_embeds)
     image_processor = getattr(processor, "image_processor", processor)
@@ -534,12 +567,18 @@ def train(args: TrainArgs, overrides: dict) -> None:
     else:
         text_embeds = model.encode_text(**processor(class_names=dataset.class_names))
     text_embeds = text_embeds.to(accelerator.device)
-    lock = None
+    lock, stamps = None, [None]
     with all_refuse(accelerator):
         if accelerator.is_main_process:
             lock = lock_folder(output_dir)
-            check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config))
             check_final(output_dir / "final")
+            start = None if args.init_from is None else record_of(Zs3Config.from_pretrained(args.init_from))
+            stamp = make_stamp(args, whole_space, dataset.records, prompts, start, model)
+            stamps = [check_stamp(output_dir, stamp, args, label_space.unseen)]
+            check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config), recipe_defaults())
+            write_json(output_dir / STAMP, stamps[0])
+    (stamp,) = broadcast_object_list(stamps)
+    model.config.seen_class_names, model.config.unseen_labels = record_in(stamp)
     if (output_dir / "final").exists():
         accelerator.print(f"{output_dir / 'final'} is there already: nothing to do")
         accelerator.end_training()
@@ -555,7 +594,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
         enable()
     progress = Progress()
     folder = output_dir / "checkpoints"
-    checkpoints = Checkpoints(accelerator, folder, model, scheduler, progress, kept=args.checkpoints_kept)
+    checkpoints = Checkpoints(accelerator, folder, model, scheduler, progress, kept=args.checkpoints_kept, stamp=stamp)
     if accelerator.is_fsdp2:
         model.get_input_embeddings = lambda: None  # accelerate asks for them; an image model has none
     elif accelerator.num_processes > 1:
@@ -591,7 +630,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
                     outputs = model(**batch, text_embeds=text_embeds)
                 if not torch.isfinite(outputs.loss):
                     loss = float(outputs.loss.detach())
-                    fault = f"the loss is {loss} at step {progress.step}, images {image_ids}: stopped"
+                    fault = f"the loss is {loss} at step {progress.step}, images {shortened(image_ids)}: stopped"
                 mean.add(outputs)
                 accelerator.backward(outputs.loss)
                 if accelerator.sync_gradients:
@@ -601,7 +640,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
                         step_ids = gather_object(step_ids)
                         raise InputError(
                             f"the gradients' norm is {grad_norm} at step {progress.step} although the loss is finite, "
-                            f"images {step_ids}: stopped"
+                            f"images {shortened(step_ids)}: stopped"
                         )
                 optimizer.step()
                 optimizer.zero_grad()
@@ -633,6 +672,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
     # Save
     complete = progress.step == args.max_steps
     accelerator.wait_for_everyone()
+    if complete:
+        checkpoints.check_finite()
     trained = whole_model(accelerator, model) if complete else None
     if complete and accelerator.is_main_process:
         results = {

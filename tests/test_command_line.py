@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import Mask2FormerConfig
 
-from zs3.command_line import InputError, read_arguments, run
+from zs3.command_line import OLD_NAMES, InputError, read_arguments, run
 
 
 @dataclass
@@ -159,6 +159,38 @@ def test_help_lists_run_and_model_fields(capsys):
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert "Trains a model." in text and "folder or Hub id" in text and "--num_queries" in text and "--config" in text
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    monkeypatch.setitem(OLD_NAMES, "iterations", "max_steps")
+    monkeypatch.setitem(OLD_NAMES, "mix", "shuffle")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--iterations", "3"], ""),
+        (["--iterations=3"], ""),
+        ([], "iterations: 3"),
+        (["--iterations", "3"], "max_steps: 4"),
+        (["--max_steps", "3"], "iterations: 4"),
+    ],
+)
+def test_a_flag_of_an_old_name_is_taken_and_a_line_says_so(argv, text, renamed, recipe, capsys):
+    assert read_arguments(Args, ["--dataset", "a", *recipe(text), *argv])[0].max_steps == 3
+    assert capsys.readouterr().err == "note: --iterations is called --max_steps now\n"
+
+
+@pytest.mark.parametrize("argv", [["--no_mix"], ["--no-mix"], ["--mix", "false"]])
+def test_a_switch_of_an_old_name_can_be_turned_off(argv, renamed, capsys):
+    assert read_arguments(Args, ["--dataset", "a", *argv])[0].shuffle is False
+    assert capsys.readouterr().err == "note: --mix is called --shuffle now\n"
+
+
+def test_a_recipe_with_a_flags_old_and_new_name_is_refused(renamed, recipe):
+    with pytest.raises(InputError, match="'iterations' and 'max_steps', which are one flag"):
+        read_arguments(Args, recipe("dataset: a\niterations: 3\nmax_steps: 4"))
 
 
 def exit_code_and_stderr(main, capsys) -> tuple[int, str]:

@@ -27,15 +27,25 @@ import torch
 import yaml
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import save_checkpoint
 from tiny_run import flags, write_data
 
 import train
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from train import TrainArgs, go_on_after
-from zs3.command_line import InputError, run
-from zs3.run_folder import MetricsLog, Progress, check_recipe, complete_checkpoints, damage, lock_folder
+from zs3.command_line import BEFORE_THERE_WERE, OLD_NAMES, InputError, run
+from zs3.run_folder import (
+    Checkpoints,
+    MetricsLog,
+    Progress,
+    check_recipe,
+    complete_checkpoints,
+    damage,
+    lock_folder,
+    save_final,
+    write_manifest,
+)
 
 SETTINGS = {"max_steps": 12, "checkpointing_steps": 3, "logging_steps": 1, "lr_milestones": 7}
 KILLS = int(os.environ.get("ZS3_KILLS", 2))
@@ -151,6 +161,18 @@ def spoil_loss(term: Callable[[torch.Tensor], torch.Tensor], step: int, rank: st
         return outputs
 
     Zs3ForSemanticSegmentation.forward = spoiled
+
+
+def spoil_weights(step: int) -> None:
+    """In every process an update, and not the loss before it, makes one weight infinite."""
+    update, calls = torch.optim.AdamW.step, count(1)
+
+    def spoiled(self, *args, **kwargs):
+        update(self, *args, **kwargs)
+        if next(calls) == step:
+            self.param_groups[0]["params"][0].data.view(-1)[0] = math.inf
+
+    torch.optim.AdamW.step = spoiled
 
 
 def infinite(weight: torch.Tensor) -> torch.Tensor:
@@ -281,6 +303,120 @@ def test_a_damaged_checkpoint_is_recognised(words, straight, tmp_path):
     assert words in damage(whole)
 
 
+def test_an_empty_manifest_is_no_proof(straight, tmp_path):
+    whole = shutil.copytree(complete_checkpoints(straight / "checkpoints")[-1], tmp_path / "copy")
+    manifest = json.loads((whole / "manifest.json").read_text())
+    for name in ("model.safetensors", "optimizer.bin", "progress.bin", "stamp.json"):
+        (whole / "manifest.json").write_text(
+            json.dumps({other: manifest[other] for other in manifest if other != name})
+        )
+        assert damage(whole) == f"manifest.json does not list {name}"
+    (whole / "manifest.json").write_text("{}")
+    assert "manifest.json does not list" in damage(whole)
+
+
+def certify(path: Path) -> None:
+    """A checkpoint that somebody changed gets the manifest for it."""
+    (path / "manifest.json").unlink()
+    write_manifest(path)
+
+
+def state_with(path: Path, **changes: object) -> None:
+    """progress.bin with other values; None: without."""
+    state = {**torch.load(path / "progress.bin", weights_only=True), **changes}
+    torch.save({name: value for name, value in state.items() if value is not None}, path / "progress.bin")
+    certify(path)
+
+
+def weights_with(path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    state = load_file(path / "model.safetensors")
+    state["class_projection.0.weight"] = change(state["class_projection.0.weight"])
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    certify(path)
+
+
+def save_another(path: Path, content: object) -> None:
+    torch.save(content, path / "progress.bin")
+    certify(path)
+
+
+# What a checkpoint can be that is as its manifest says
+UNFIT = {
+    "progress.bin lacks seconds": lambda path: state_with(path, seconds=None),
+    "progress.bin lacks scheduler": lambda path: state_with(path, scheduler="multistep"),
+    "progress.bin lacks step": lambda path: save_another(path, [3]),
+    "it is the checkpoint of step 9": lambda path: state_with(path, step=9),
+    "class_projection.0.weight is not finite": lambda path: weights_with(path, lambda weight: weight * math.nan),
+    "class_projection.0.weight is of torch.float16": lambda path: weights_with(path, lambda weight: weight.half()),
+}
+
+
+@pytest.mark.parametrize("words", UNFIT)
+def test_of_a_checkpoint_that_cannot_be_gone_on_from_the_one_before_is_taken(words, straight, tmp_path, capsys):
+    folder = shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    UNFIT[words](folder / "step_00000012")
+    assert newest_whole(folder, straight).name == "step_00000009"
+    assert words in capsys.readouterr().out
+    assert (folder / "step_00000012.damaged").is_dir()  # nothing is lost
+
+
+def test_checkpoints_that_changed_their_names_are_refused_and_stay(straight, tmp_path):
+    folder = shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    (folder / "step_00000012").rename(folder / "a")
+    (folder / "step_00000009").rename(folder / "step_00000012")
+    (folder / "a").rename(folder / "step_00000009")
+    with pytest.raises(InputError, match="no checkpoint in .* is whole"):
+        newest_whole(folder, straight)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000009", "step_00000012"]
+
+
+def newest_whole(folder: Path, run: Path) -> Path | None:
+    """The checkpoint that a run of this model would take."""
+    model = Zs3ForSemanticSegmentation.from_pretrained(run / "final", dtype=torch.float32)
+    return Checkpoints(Accelerator(cpu=True), folder, model, None, Progress(), kept=2, stamp={})._newest_whole()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "a: [", "\x00", None])
+def test_a_recipe_that_is_none_is_one_line_beside_checkpoints(content, tmp_path):
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(InputError, match="recipe.yaml .*: put back what the run began with"):
+        check_recipe(tmp_path / "recipe.yaml", {"max_steps": 3})
+    assert (tmp_path / "recipe.yaml").exists() == (content is not None)
+
+
+def test_a_flag_that_a_recipe_is_too_old_for_has_its_default(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"max_steps": 3}))
+    with pytest.raises(InputError, match="has newer 1, this command 2: "):
+        check_recipe(path, {"max_steps": 3, "newer": 2}, {"newer": 1, "of_another_command": 5})
+    monkeypatch.setitem(BEFORE_THERE_WERE, "newer", 2)
+    check_recipe(path, {"max_steps": 3, "newer": 2}, {"newer": 1})
+    assert yaml.safe_load(path.read_text()) == {"max_steps": 3, "newer": 2}
+
+
+def test_a_flag_that_was_renamed_is_the_same_flag(tmp_path, monkeypatch):
+    monkeypatch.setitem(OLD_NAMES, "iterations", "max_steps")
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"iterations": 3}))
+    with pytest.raises(InputError, match="has max_steps 3, this command 4: "):
+        check_recipe(path, {"max_steps": 4})
+    check_recipe(path, {"max_steps": 3})
+    assert yaml.safe_load(path.read_text()) == {"max_steps": 3}
+
+
+def test_many_other_flags_are_one_short_line(tmp_path):
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    before = {"zeta": 1, **{f"flag_{index}": index for index in range(50)}, "long": "x" * 500}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(before))
+    with pytest.raises(InputError, match=r"\(and 51 more\)") as refusal:
+        check_recipe(tmp_path / "recipe.yaml", dict.fromkeys(before, "y" * 500))
+    assert len(str(refusal.value)) <= 200
+
+
 def test_of_a_damaged_checkpoint_the_one_before_is_taken(straight, stopped):
     folder, command = stopped
     flip_bit(folder / "checkpoints" / "step_00000012" / "optimizer.bin")
@@ -322,6 +458,15 @@ def test_a_half_written_line_of_metrics_is_written_again(tmp_path):
     assert log.last["loss"] == 0.5
     log.write(Progress(3, 9.0), {"loss": 0.75})
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("bad", ["{nothing}", "[1, 2]}", '{"loss": 3}', '{"step": "2"}', "3", "\x00", ""])
+def test_a_damaged_line_of_metrics_is_left_out_with_a_warning(bad, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 0.25}}\n{bad}\n{{"step": 3, "loss": 0.5}}\n')
+    assert MetricsLog(path, 3).last == {"step": 3, "loss": 0.5}
+    assert "metrics.jsonl" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin"])
@@ -413,6 +558,25 @@ def test_infinite_gradients_of_a_finite_loss_stop_the_run(data, tmp_path):
     assert ended(start(command, tmp_path / "log", partial(spoil_loss, flat_but_steep, 4, "0"))) == 2
     assert "at step 4 although the loss is finite" in (tmp_path / "log").read_text()
     assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
+
+
+def test_weights_that_are_not_finite_after_the_last_step_stop_all_and_leave_no_model(data, tmp_path):
+    command = flags(data, tmp_path / "run", **{**SETTINGS, "max_steps": 4})
+    spoil = partial(spoil_weights, 4)
+    assert [ended(process) for process in start_two(command, tmp_path / "log", spoil)] == [2, 2]
+    (line,) = {line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")}
+    assert "is not finite after step 4: not saved" in line and "--learning_rate" in line
+    assert "model.pixel_level_module.encoder" in line and len(line) <= 200
+    assert not (tmp_path / "run" / "final").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_a_final_model_that_is_not_finite_is_not_written(straight, tmp_path):
+    model = Zs3ForSemanticSegmentation.from_pretrained(straight / "final", dtype=torch.float32)
+    model.class_projection[0].bias.data[0] = math.inf
+    with pytest.raises(InputError, match="class_projection.0.bias is not finite"):
+        save_final(model, None, tmp_path / "final")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,19 @@ from tiny_run import RECIPE, flags, write_data
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
-from train import StepMean, TrainArgs, main, make_accelerator, make_scheduler, parameter_groups, straighten_gradients
+from train import (
+    StepMean,
+    TrainArgs,
+    main,
+    make_accelerator,
+    make_scheduler,
+    parameter_groups,
+    record_supervision,
+    straighten_gradients,
+)
 from zs3.command_line import run
 from zs3.data import load_split
-from zs3.label_space import load_label_space
+from zs3.label_space import LabelSpace, load_label_space
 from zs3.nouns import write_nouns
 from zs3.pseudo_labels import write_shard
 from zs3.scenes import CLASS_NAMES, UNSEEN
@@ -563,6 +572,70 @@ def test_a_checkpoint_that_saw_unseen_masks_is_no_start(data, tmp_path, monkeypa
     model.save_pretrained(tmp_path / "start")
     line = refused(monkeypatch, capsys, plain_flags(data, tmp_path / "out", tmp_path / "start"))
     assert "stone wall" in line and "unseen" in line
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"learning_rate": "inf"},
+        {"learning_rate": "nan"},
+        {"learning_rate": "1e39"},
+        {"learning_rate": "1e38", "weight_decay": "1e38"},
+        {"weight_decay": "inf"},
+        {"max_grad_norm": "nan"},
+        {"backbone_multiplier": "inf"},
+        {"learning_rate": "1e20", "backbone_multiplier": "1e20"},
+    ],
+)
+def test_rates_that_spoil_the_weights_leave_no_model(extreme, data, tmp_path, monkeypatch, capsys):
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", max_steps=1, **extreme))
+    assert len(line) <= 200
+    assert not (tmp_path / "out" / "final").exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("extreme", [{"learning_rate": "1e30"}, {"max_grad_norm": "1e38"}, {"weight_decay": "1e38"}])
+def test_extremes_leave_a_finite_model_or_none(extreme, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "out", max_steps=2, **extreme)])
+    try:
+        run(main)
+    except SystemExit as stopped:
+        assert stopped.code == 2 and not (tmp_path / "out" / "final").exists()
+    else:
+        weights = load_file(tmp_path / "out" / "final" / "model.safetensors")
+        assert all(bool(torch.isfinite(weight).all()) for weight in weights.values())
+
+
+def test_a_start_that_is_not_finite_is_refused_by_its_tensor(data, tmp_path, monkeypatch, capsys):
+    model = save_checkpoint(tmp_path / "start", text=False, seen_class_names=[], unseen_labels="none")
+    model.class_projection[0].bias.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "start")
+    line = refused(monkeypatch, capsys, plain_flags(data, tmp_path / "out", tmp_path / "start"))
+    assert "class_projection.0.bias" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_text_vectors_that_are_not_finite_are_refused(value, data, tmp_path, monkeypatch, capsys):
+    vectors = np.load(data.parent / "text.npy")
+    vectors[3, 2] = value
+    np.save(tmp_path / "spoiled.npy", vectors)
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", text_embeds=tmp_path / "spoiled.npy"))
+    assert "spoiled.npy" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("listed", "told"), [("Stone  WALL", "captions"), ("stone", "none")])
+def test_captions_that_say_an_unseen_name_are_recorded_however_it_is_spelled(listed, told, tmp_path):
+    content = {"classes": ["grass", listed], "unseen": [], "ignore_label": 255}
+    (tmp_path / "classes.json").write_text(json.dumps(content))
+    model = tiny_model(text=False, seen_class_names=[], unseen_labels="none")
+    args = TrainArgs(init_from="start", caption_nouns=str(tmp_path))
+    record_supervision(model, args, LabelSpace(["grass", "stone wall"], ["stone wall"]))
+    assert model.config.unseen_labels == told
+
+
+def test_a_name_that_two_stages_saw_is_recorded_once(tmp_path):
+    model = tiny_model(text=False, seen_class_names=["Grass", "zebra"], unseen_labels="pseudo")
+    record_supervision(model, TrainArgs(init_from="start"), LabelSpace(["grass", "sky"], []))
+    assert model.config.seen_class_names == ["Grass", "zebra", "sky"] and model.config.unseen_labels == "pseudo"
 
 
 def copy_of(data: Path, folder: Path) -> Path:

@@ -32,6 +32,12 @@ NO_SPACE = {
 }
 
 
+# Flags that were renamed: the old name, which recipes and commands may still have, and the name now.
+OLD_NAMES: dict[str, str] = {}
+# Flags that came after commit c24e825 and whose default is not what was done before: their value for older recipes.
+BEFORE_THERE_WERE: dict[str, Any] = {}
+
+
 class InputError(ValueError):
     """Bad input. The message is one line which names the thing and the mend."""
 
@@ -163,10 +169,10 @@ def read_arguments(
 
     `--config FILE` names the recipe. Unknown names and wrong values raise InputError.
     """
-    argv = sys.argv[1:] if argv is None else argv
     types = get_type_hints(args_class)
     names = [field.name for field in fields(args_class) if field.init]
     config_names = [name for name in model_fields(config_class) if name not in names]
+    argv = [_renamed_flag(token) for token in (sys.argv[1:] if argv is None else argv)]
     _check_flags(argv, [*names, *config_names, "config", "help"])
 
     usage = "%(prog)s [--config FILE] [--any_field value ...]"
@@ -275,7 +281,33 @@ def _load_recipe(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     if not isinstance(as_typed, dict):
         raise InputError(f"{path}: a recipe is a mapping, one `field: value` a line")
-    return as_written, {str(name): value for name, value in as_typed.items()}
+    for old in OLD_NAMES.keys() & as_written.keys():
+        _say_renamed(old)
+    return renamed(as_written, path), renamed({str(name): value for name, value in as_typed.items()}, path)
+
+
+def renamed(recipe: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """A recipe with the names of today."""
+    both = [old for old, name in OLD_NAMES.items() if old in recipe and name in recipe]
+    if both:
+        raise InputError(f"{path} has {both[0]!r} and {OLD_NAMES[both[0]]!r}, which are one flag: leave out the first")
+    return {OLD_NAMES.get(name, name): value for name, value in recipe.items()}
+
+
+def _renamed_flag(token: str) -> str:
+    """An argument with the name of today, if it is a flag of an old name."""
+    given, equals, value = token.partition("=")
+    name = given.removeprefix("--").replace("-", "_")
+    no = "" if name in OLD_NAMES else "no_"  # of a switch that is turned off
+    if not given.startswith("--") or name.removeprefix(no) not in OLD_NAMES:
+        return token
+    now = OLD_NAMES[name.removeprefix(no)]
+    _say_renamed(name.removeprefix(no))
+    return f"--{no if name.startswith(no) else ''}{now}{equals}{value}"
+
+
+def _say_renamed(old: str) -> None:
+    print(f"note: --{old} is called --{OLD_NAMES[old]} now", file=sys.stderr)
 
 
 def _check_flags(argv: list[str], names: list[str]) -> None:

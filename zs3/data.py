@@ -16,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LABEL_SUFFIXES = (".png",)
 COLUMNS = ("image", "label", "image_id")
 READING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, of a damaged file
+
+HUB_CARD = ("README.md", ".gitattributes")  # of a Hub dataset: they may change, and its data stay
+ENDS = 1000  # files of a split whose ends are read to tell it from another
+END_BYTES = 2**16
 
 Sample = dict[str, Any]
 Row = dict[str, Any]  # "image" and "label": a path, or {"bytes": ..., "path": ...}; "image_id"
@@ -81,12 +86,18 @@ class StoredRecord(NamedTuple):
 
 
 class Split(Sequence[Record]):
-    """The records of one split, read when asked for."""
+    """The records of one split, read when asked for.
 
-    def __init__(self, rows: Sequence[Row], image_ids: list[str], label_space: LabelSpace):
+    shards: the files of a table, see `table_files`.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], image_ids: list[str], label_space: LabelSpace, shards: Sequence[Path] | str = ()
+    ):
         self.rows = rows
         self.image_ids = image_ids
         self.label_space = label_space
+        self.shards = shards
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -103,29 +114,104 @@ class Split(Sequence[Record]):
         row, image_id = self.rows[index % len(self)], self.image_ids[index]
         return _read_label(row["label"], image_id, self.label_space)[1].astype(np.int32)
 
-    def picture_sizes_sha256(self, count: int) -> str | None:
-        """Of the first pictures of a folder, the sizes of their files: other pictures have others. None for tables."""
-        if not isinstance(self.rows, list):
-            return None
-        sizes = [row["image"].stat().st_size for row in self.rows[:count]]
-        return hashlib.sha256(str(sizes).encode()).hexdigest()
+    def contents(self, count: int | None = None) -> dict[str, int | str]:
+        """What the split, or its first `count` records, is made of; see `contents_of`."""
+        rows = self.rows[:count] if isinstance(self.rows, list) else None
+        shards = self.shards if count is None else ()  # they say nothing of some records alone
+        return contents_of(self.image_ids[:count], rows, shards)
 
 
 class StreamedSplit:
     """The records of one split, one after the other: a shard is read (or downloaded) when its turn comes.
 
     table: rows as `Row`, its pictures not decoded.
+    rows: those of a folder, which are known beforehand. shards: as of a Split.
     """
 
-    def __init__(self, table: "datasets.IterableDataset", label_space: LabelSpace):
+    def __init__(
+        self,
+        table: "datasets.IterableDataset",
+        label_space: LabelSpace,
+        rows: list[Row] | None = None,
+        shards: Sequence[Path] | str = (),
+    ):
         self.table = table
         self.label_space = label_space
+        self.rows = rows
+        self.shards = shards
 
     def __iter__(self) -> Iterator[Record]:
         return (self.stored(row).record() for row in read_rows(self.table))
 
     def stored(self, row: Row) -> StoredRecord:
         return _stored(row, _image_id(row["image_id"]), self.label_space)
+
+    def contents(self) -> dict[str, int | str]:
+        """What the split is made of; see `contents_of`."""
+        image_ids = None if self.rows is None else [row["image_id"] for row in self.rows]
+        return contents_of(image_ids, self.rows, self.shards)
+
+
+def contents_of(
+    image_ids: list[str] | None, rows: list[Row] | None, shards: Sequence[Path] | str
+) -> dict[str, int | str]:
+    """What tells a split from another one, found without decoding a picture. What is not known has no key.
+
+    Of all files the sizes, of up to ENDS of them the last bytes: a JPEG's pixels, a PNG's checksums, a table's footer.
+
+    image_ids: None, of a table that is streamed. rows: of a folder. shards: of a table, see `table_files`.
+    """
+    found: dict[str, int | str] = {}
+    if image_ids is not None:
+        found |= {"num_images": len(image_ids), "image_ids_sha256": _sha256("\n".join(image_ids))}
+    if rows is not None:
+        pictures, labels = ([row[name] for row in rows] for name in ("image", "label"))
+        found["layout"] = "files"
+        found |= {"picture_sizes_sha256": _sizes_sha256(pictures), "picture_ends_sha256": _ends_sha256(pictures)}
+        found |= {"label_sizes_sha256": _sizes_sha256(labels), "label_ends_sha256": _ends_sha256(labels)}
+    elif isinstance(shards, str):
+        listed = hub_files(shards)
+        found["layout"] = "the Hub's"
+        found |= {} if listed is None else {"hub_files_sha256": _sha256(str(listed))}
+    elif shards:
+        found["layout"] = "parquet"
+        found |= {"shard_names_sha256": _sha256(str([shard.name for shard in shards]))}
+        found |= {"shard_sizes_sha256": _sizes_sha256(shards), "shard_ends_sha256": _ends_sha256(shards)}
+    return found
+
+
+def hub_files(repo_id: str) -> list[tuple[str, str]] | None:
+    """Names and hashes of the files of a Hub dataset, its card aside; None where the Hub does not answer.
+
+    Not tried against the Hub itself.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError  # of httpx, whose name depends on the version
+
+    try:
+        files = HfApi().dataset_info(repo_id, files_metadata=True).siblings
+    except (OSError, HTTPError) as error:
+        print(f"note: the Hub does not list the files of {repo_id}, so they are not compared ({one_line(error)[:80]})")
+        return None
+    return sorted((file.rfilename, file.blob_id) for file in files if file.rfilename not in HUB_CARD)
+
+
+def _sizes_sha256(files: Sequence[Path]) -> str:
+    return _sha256(str([file.stat().st_size for file in files]))
+
+
+def _ends_sha256(files: Sequence[Path]) -> str:
+    """Of the last bytes of up to ENDS files, spread evenly."""
+    digest = hashlib.sha256()
+    for file in files[:: max(math.ceil(len(files) / ENDS), 1)]:
+        with file.open("rb") as content:
+            content.seek(max(file.stat().st_size - END_BYTES, 0))
+            digest.update(content.read())
+    return digest.hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_rows(table: "datasets.IterableDataset") -> Iterator[Row]:
@@ -156,7 +242,7 @@ def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None =
     repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
     if repeated:
         raise InputError(f"split {split!r} of {dataset} has image_id {repeated[0]!r} twice: give every picture its own")
-    return Split(table, image_ids, label_space)
+    return Split(table, image_ids, label_space, table_files(dataset, split))
 
 
 def stream_split(dataset: str | Path, split: str, label_space: LabelSpace | None = None) -> StreamedSplit:
@@ -167,8 +253,9 @@ def stream_split(dataset: str | Path, split: str, label_space: LabelSpace | None
         label_space = load_label_space(dataset)
     if (Path(dataset) / split).is_dir():
         rows = _folder_rows(Path(dataset) / split)  # a list is dealt out to readers, and shuffled, entry by entry
-        return StreamedSplit(datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": rows}), label_space)
-    return StreamedSplit(_table(dataset, split, streaming=True), label_space)
+        table = datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": rows})
+        return StreamedSplit(table, label_space, rows)
+    return StreamedSplit(_table(dataset, split, streaming=True), label_space, shards=table_files(dataset, split))
 
 
 def _each(rows: list[Row]) -> Iterator[Row]:
@@ -178,9 +265,12 @@ def _each(rows: list[Row]) -> Iterator[Row]:
 def check_scored_pictures(path: Path, records: Split) -> None:
     """Refuses scores of a folder's pictures for another folder whose image ids are the same."""
     settings = path / "settings.json"
-    made_of = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    known, count = made_of.get("picture_sizes_sha256"), made_of.get("num_images", 0)
-    own = records.picture_sizes_sha256(count)
+    try:
+        made_of = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        known, count = made_of.get("picture_sizes_sha256"), int(made_of.get("num_images", 0))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{settings} is damaged: put it back, or make the pseudo labels anew") from error
+    own = records.contents(count).get("picture_sizes_sha256")
     if None not in (known, own) and known != own:
         raise InputError(f"{path} was made of other pictures of the same names: make the pseudo labels of this dataset")
 
@@ -260,7 +350,7 @@ def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Datase
 
     folder = Path(dataset)
     if folder.is_dir():
-        source, options = "parquet", {"data_files": {split: _shards(folder, split)}}
+        source, options = "parquet", {"data_files": {split: [str(shard) for shard in _shards(folder, split)]}}
     elif is_hub_id(str(dataset)):
         source, options = str(dataset), {}
     else:
@@ -283,7 +373,12 @@ def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Datase
     return table
 
 
-def _shards(folder: Path, split: str) -> list[str]:
+def table_files(dataset: str | Path, split: str) -> list[Path] | str:
+    """The parquet files of a split of a folder; or the Hub id, whose files the Hub knows."""
+    return _shards(Path(dataset), split) if Path(dataset).is_dir() else str(dataset)
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
     """The split's parquet files, all of those that their names promise."""
     shards = sorted(folder.glob(f"data/{split}-*.parquet"))
     if not shards:
@@ -297,7 +392,7 @@ def _shards(folder: Path, split: str) -> list[str]:
             f"{folder}/data holds {len(shards)} shards of {split!r}, of {' and '.join(sorted(promised))}: "
             "the conversion or the copy is not complete, go on with it"
         )
-    return [str(shard) for shard in shards]
+    return shards
 
 
 def _image_id(cell: object) -> str:

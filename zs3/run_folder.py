@@ -1,4 +1,4 @@
-"""The output folder of a training run: its recipe, checkpoints, metrics and the final model.
+"""The output folder of a training run: its recipe, its stamp, checkpoints, metrics and the final model.
 
 Whatever is there under its own name is whole: files and folders are written beside, brought to the disk and renamed.
 So a run may be killed at any moment. What happens to a checkpoint later (a truncated file, a flipped bit) its manifest
@@ -12,32 +12,48 @@ would be read without it, hence none is.)
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from pickle import UnpicklingError
+from typing import IO, TYPE_CHECKING
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import safe_open
-from safetensors.torch import load_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProcessorMixin
 
+from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
-from zs3.checkpoints import CHECKPOINT_ERRORS, file_sha256, weight_files
-from zs3.command_line import InputError, finite_or_none, one_line, write_json, write_text
-from zs3.stopping import all_refuse
+from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, file_sha256, weight_files
+from zs3.command_line import (
+    BEFORE_THERE_WERE,
+    InputError,
+    finite_or_none,
+    one_line,
+    renamed,
+    write_json,
+    write_text,
+)
+from zs3.stamp import STAMP, TOWERS, brief, check_not_unseen, check_unchanged, joined, read_stamp, record_in, record_of
+from zs3.stopping import agree, all_refuse
 
-TOWERS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
+if TYPE_CHECKING:
+    from train import TrainArgs
+
 MANIFEST = "manifest.json"
+LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP)  # a checkpoint that has them lists them in its manifest
+# What progress.bin holds.
+PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_sha256": str, "scheduler": dict}
 # What torch.save says when the disk takes no more: the system's reason is lost in its C++.
 TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter")
 
@@ -52,27 +68,89 @@ def may_change(recipe: dict) -> set[str]:
     return free
 
 
-def check_recipe(path: Path, recipe: dict) -> None:
+def has_begun(folder: Path) -> bool:
+    """A run that left neither a checkpoint nor a final model never was: its folder is free."""
+    return bool(complete_checkpoints(folder / "checkpoints")) or (folder / "final").exists()
+
+
+def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None:
     """A folder holds one run: its recipe is written at the start and must be the same when the run resumes, but for
     what `may_change`.
 
-    A run that left neither a checkpoint nor a final model never was: its folder is free.
+    defaults: of the flags, those that came after the run's recipe was written among them.
     """
-    if path.exists() and (complete_checkpoints(path.parent / "checkpoints") or (path.parent / "final").exists()):
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if has_begun(path.parent):
+        written, added = read_recipe(path), {**(defaults or {}), **BEFORE_THERE_WERE}
+        before = {**{name: added[name] for name in added.keys() & recipe.keys()}, **written}
         fixed = (before.keys() | recipe.keys()) - may_change(recipe)
-        pairs = {name: (before.get(name), recipe.get(name)) for name in sorted(fixed)}
-        changed = [f"{name} {old!r}, this command {new!r}" for name, (old, new) in pairs.items() if differ(old, new)]
+        changed = [name for name in sorted(fixed) if differ(before.get(name), recipe.get(name))]
+        changed.sort(key=lambda name: name not in written)  # what the run's own file says comes first
         if changed:
+            name, others = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            old, new = (brief(values.get(name)) for values in (before, recipe))
             raise InputError(
-                f"the run in {path.parent} has {'; '.join(changed)}: give it that, or choose another --output_dir"
+                f"the run has {name} {old}, this command {new}{others}: give it that, or choose another --output_dir"
             )
     write_text(path, yaml.safe_dump(recipe, sort_keys=False))
 
 
+def read_recipe(path: Path) -> dict:
+    """What a run that has begun was begun with, with the names of today."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read: put back what the run began with") from error
+    if not recipe or not isinstance(recipe, dict):
+        raise InputError(f"{path} is no recipe: put back what the run began with")
+    return renamed(recipe, path)
+
+
+# ---- the stamp ---------------------------------------------------------------------------------------------
+
+
+def kept_stamps(folder: Path) -> list[dict]:
+    """The stamps of the run in a folder, the one to believe first.
+
+    Each checkpoint has a copy under its manifest. The file beside the recipe can be changed by hand: it counts where no
+    checkpoint has a copy.
+    """
+    newest_first = reversed(complete_checkpoints(folder / "checkpoints"))
+    copies = [path / STAMP for path in newest_first if (path / STAMP).is_file() and damage(path, STAMP) is None]
+    found = [read_stamp(path) for path in copies]
+    if (folder / STAMP).exists():
+        try:
+            found.append(read_stamp(folder / STAMP))
+        except InputError as error:
+            if not found:
+                raise
+            print(f"warning: {one_line(error)}, or leave it: the checkpoints' copy is taken")
+    return found
+
+
+def check_stamp(folder: Path, stamp: dict, args: "TrainArgs", unseen: list[str]) -> dict:
+    """Refuses to go on with a run that began with something else. The stamp to keep: the record of what was seen is
+    joined with those of all starts before.
+
+    unseen: the names whose masks training never shows.
+    """
+    if not has_begun(folder):
+        return stamp
+    before = kept_stamps(folder)
+    if before:
+        check_unchanged(before[0], stamp, args)
+    else:
+        print(f"warning: the run in {folder} has no {STAMP}: whether its data have changed could not be checked")
+    records = [*map(record_in, before), record_in(stamp)]
+    if (folder / "final" / "config.json").is_file():
+        records.append(record_of(Zs3Config.from_pretrained(folder / "final")))
+    seen = joined(records)
+    check_not_unseen(seen, unseen)
+    return {**(before[0] if before else {}), **stamp, **seen._asdict()}
+
+
 def differ(before: object, now: object) -> bool:
     """Two spellings of the path of one thing that is there do not."""
-    if isinstance(before, str) and isinstance(now, str) and Path(now).exists():
+    if isinstance(before, str) and isinstance(now, str) and os.path.exists(now):
         return Path(before).resolve() != Path(now).resolve()
     return before != now
 
@@ -82,7 +160,7 @@ def check_final(folder: Path) -> None:
     if not folder.exists():
         return
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        Zs3Config.from_pretrained(folder)
         for path in weight_files(folder):
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
@@ -128,6 +206,7 @@ class Checkpoints:
     folder: seen by all processes, those on other machines too.
     model: not prepared yet.
     kept: how many stay when a new one is complete.
+    stamp: of the run, each checkpoint has a copy.
     """
 
     def __init__(
@@ -138,6 +217,7 @@ class Checkpoints:
         scheduler: LRScheduler,
         progress: Progress,
         kept: int,
+        stamp: dict,
     ):
         self.accelerator = accelerator
         self.folder = folder
@@ -145,12 +225,13 @@ class Checkpoints:
         self.scheduler = scheduler
         self.progress = progress
         self.kept = kept
-        self.towers_sha256 = towers_sha256(model)
+        self.stamp = stamp
         accelerator.register_save_state_pre_hook(self._leave_towers_out)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
     def save(self) -> None:
         """By all processes together. Older checkpoints go only when the new one is complete."""
+        self.check_finite()
         final = self.folder / f"step_{self.progress.step:08d}"
         partial = final.with_suffix(".partial")
         try:
@@ -171,16 +252,24 @@ class Checkpoints:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
+    def check_finite(self) -> None:
+        """By all processes together, before weights are saved: the loss shows what a step did only in the next one."""
+        name = not_finite(self.model.state_dict())
+        mend = "not saved; take a lower --learning_rate, and another --output_dir"
+        fault = f"{name} is not finite after step {self.progress.step}: {mend}"
+        agree(self.accelerator, False, None if name is None else fault)
+
     def _write(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
         if self.accelerator.is_main_process:
             state = {
                 **asdict(self.progress),
                 "num_processes": self.accelerator.num_processes,
-                "towers_sha256": self.towers_sha256,
+                "towers_sha256": self.stamp["towers_sha256"],
                 "scheduler": self.scheduler.state_dict(),
             }
             torch.save(state, folder / "progress.bin")
+            write_json(folder / STAMP, self.stamp)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_manifest(folder)
@@ -194,8 +283,8 @@ class Checkpoints:
         (path,) = broadcast_object_list(found)
         if path is None:
             return None
-        state = torch.load(path / "progress.bin", weights_only=True)
-        if state["towers_sha256"] != self.towers_sha256:
+        state = read_progress(path)
+        if state["towers_sha256"] != self.stamp["towers_sha256"]:
             raise InputError(
                 f"{path} was trained with other CLIP towers: start from the same --clip or --init_from as before"
             )
@@ -213,7 +302,7 @@ class Checkpoints:
         damaged = []
         found = complete_checkpoints(self.folder)
         for path in reversed(found):
-            fault = damage(path)
+            fault = damage(path) or self._unfit(path)
             if fault is None:
                 break
             print(f"warning: checkpoint {path} is damaged ({fault}): it is not used")
@@ -232,6 +321,22 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(other, aside)
         return path
+
+    def _unfit(self, folder: Path) -> str | None:
+        """Why a checkpoint that is as it was written cannot be gone on from; None if it can."""
+        try:
+            read_progress(folder)
+            if self.accelerator.is_fsdp2:  # sharded, and checked before the next save
+                return None
+            weights = load_file(folder / WEIGHTS)
+        except (InputError, OSError, SafetensorError) as error:
+            return one_line(error)
+        state = self.model.state_dict()
+        others = [name for name in weights.keys() & state.keys() if weights[name].dtype != state[name].dtype]
+        if others:
+            return f"{others[0]} is of {weights[others[0]].dtype}, not of {state[others[0]].dtype}"
+        name = not_finite(weights)
+        return None if name is None else f"{name} is not finite"
 
     def _leave_towers_out(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         """accelerate's hook before it writes the weights; sharded ones (FSDP) it has written already, whole."""
@@ -254,14 +359,28 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if not path.suffix)
 
 
-def towers_sha256(model: nn.Module) -> str:
-    """Of the weights that checkpoints leave out."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if name.startswith(TOWERS):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def read_progress(folder: Path) -> dict:
+    """What a checkpoint says beside its weights. Raises InputError where it is not what `Checkpoints` wrote there."""
+    try:
+        state = torch.load(folder / "progress.bin", weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        raise InputError(f"progress.bin cannot be read: {one_line(error)[:80]}") from error
+    state = state if isinstance(state, dict) else {}
+    lacking = [name for name, kind in PROGRESS.items() if not isinstance(state.get(name), kind)]
+    if lacking:
+        raise InputError(f"progress.bin lacks {lacking[0]}")
+    if folder.name != f"step_{state['step']:08d}":
+        raise InputError(f"it is the checkpoint of step {state['step']}")
+    return state
+
+
+def not_finite(state: dict[str, Tensor]) -> str | None:
+    """The first tensor with a NaN or an infinity in it; of one that is divided over processes, in this one's part."""
+    for name, tensor in state.items():
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if not bool(torch.isfinite(own).all()):
+            return name
+    return None
 
 
 def write_manifest(folder: Path) -> None:
@@ -274,11 +393,17 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, manifest)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest; None if it is as it was written."""
+def damage(folder: Path, only: str | None = None) -> str | None:
+    """What is wrong with a checkpoint by its manifest; None if it is as it was written.
+
+    only: the one file to look at; None: all.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, written in manifest.items():
+        unlisted = [name for name in LISTED if name not in manifest and (folder / name).exists()]
+        if unlisted or "progress.bin" not in manifest:
+            return f"{MANIFEST} does not list {[*unlisted, 'progress.bin'][0]}"
+        for name, written in manifest.items() if only is None else [(only, manifest[only])]:
             size = (folder / name).stat().st_size
             if size != written["bytes"]:
                 return f"{name} has {size} bytes, not {written['bytes']}"
@@ -311,6 +436,10 @@ def _to_disk(path: Path) -> None:
 
 
 def save_final(model: Zs3ForSemanticSegmentation, processor: ProcessorMixin | Zs3ImageProcessor, folder: Path) -> None:
+    """Refuses weights that are not finite: no number can be had of them."""
+    name = not_finite(model.state_dict())
+    if name is not None:
+        raise InputError(f"{name} is not finite: {folder} is not written")
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -324,10 +453,22 @@ class MetricsLog:
     def __init__(self, path: Path, step: int):
         self.path = path
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        written = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
-        kept = [values for values in written if values["step"] <= step]
+        written = [self._values(line) for line in lines]
+        damaged = written[:-1].count(None)  # the last one may be the half of a line that a killed run leaves
+        if damaged:
+            print(f"warning: {damaged} lines of {path} are damaged: they are left out")
+        kept = [values for values in written if values is not None and values["step"] <= step]
         self.last: dict = kept[-1] if kept else {}
         write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
+
+    @staticmethod
+    def _values(line: str) -> dict | None:
+        """What `write` wrote in a line; None if that cannot be."""
+        try:
+            values = json.loads(line)
+        except ValueError:
+            return None
+        return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
     def write(self, progress: Progress, values: dict[str, float]) -> None:
         self.last = finite_or_none({"step": progress.step, **values, "seconds": round(progress.seconds, 2)})

@@ -55,7 +55,8 @@ def all_refuse(accelerator: Accelerator) -> Iterator[None]:
 
 
 def agree(accelerator: Accelerator, terminated: bool, fault: str | None) -> bool:
-    """Whether any process got SIGTERM. Called by all, once a step, before a weight changes.
+    """Whether any process got SIGTERM. Called by all together: once a step, before a weight changes, and before weights
+    are saved.
 
     fault: what is wrong with this process's part of the step. If any process has one, all raise InputError with it.
     """
@@ -64,7 +65,7 @@ def agree(accelerator: Accelerator, terminated: bool, fault: str | None) -> bool
         mine = torch.tensor([terminated, fault is not None], dtype=torch.int32, device=accelerator.device)
         terminated, faulty = (bool(count) for count in accelerator.reduce(mine, "sum"))
         faults = gather_object(faults) if faulty else []
-    told = [text for text in faults if text is not None]
+    told = list(dict.fromkeys(text for text in faults if text is not None))
     if told:
         # The same words from all: who ends first has the others stopped, perhaps before they could say theirs.
         raise InputError("; ".join(told))

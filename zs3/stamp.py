@@ -1,0 +1,218 @@
+"""What a training run starts on, and whether a later start of it finds the same.
+
+A run may be stopped, and go on days later. The contents of its paths may have changed meanwhile: other classes, other
+vectors, other pictures. Its stamp says what was there at first. It also holds the record of what the training saw, by
+which every zero-shot claim goes: the record never shrinks. zs3.run_folder keeps the stamps.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from configuration_zs3 import Zs3Config, places, plain
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from zs3.checkpoints import INDEX, WEIGHTS, file_sha256, local_folder, weights_sha256
+from zs3.command_line import InputError
+from zs3.data import Split, StreamedSplit
+from zs3.label_space import LabelSpace
+
+if TYPE_CHECKING:
+    from train import TrainArgs
+
+STAMP = "stamp.json"
+TOLD = ("none", "pseudo", "captions", "ground_truth")  # of unseen classes, from the least to the most
+TOWERS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
+
+# Of each key of a stamp, what is said where it has changed; in the braces are flags, and the two values.
+CHANGES = {
+    "towers_sha256": "other CLIP towers",
+    "text_embeds_sha256": "other text vectors in {text_embeds}",
+    "prompts_sha256": "other prompts, or another tokenizer",
+    "layout": "the data were {before}, are {now} now",
+    "num_images": "{before} pictures then, {now} now",
+    "image_ids_sha256": "pictures of other names in {dataset}",
+    "picture_sizes_sha256": "other pictures in {dataset}",
+    "picture_ends_sha256": "other pictures in {dataset}",
+    "label_sizes_sha256": "other label maps in {dataset}",
+    "label_ends_sha256": "other label maps in {dataset}",
+    "shard_names_sha256": "other parquet files in {dataset}",
+    "shard_sizes_sha256": "other parquet files in {dataset}",
+    "shard_ends_sha256": "other parquet files in {dataset}",
+    "hub_files_sha256": "other files in {dataset} on the Hub",
+    "caption_nouns_sha256": "other caption nouns in {caption_nouns}",
+    "pseudo_labels_sha256": "other pseudo labels in {unseen_labels}",
+    "init_from_sha256": "other weights in {init_from}",
+    "init_from_record": "another record of what was seen in {init_from}",
+    "mask2former_sha256": "other weights in {mask2former}",
+    "backbone_sha256": "other weights in {backbone}",
+}
+STARTS = ("init_from", "mask2former", "backbone")
+
+
+# ---- the record --------------------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """What a training saw, as Zs3Config says it; None: not known."""
+
+    seen_class_names: list[str] | None
+    unseen_labels: str | None
+
+
+def record_of(config: Zs3Config) -> Record:
+    return Record(config.seen_class_names, config.unseen_labels)
+
+
+def joined(records: Iterable[Record]) -> Record:
+    """What a training saw that saw what all of these say: each name once, and the most that was told."""
+    names, told = zip(*records, strict=True)
+    if None in names:
+        return Record(None, None)
+    once: dict[str, str] = {}
+    for name in (name for part in names for name in part):
+        once.setdefault(plain(name), name)
+    return Record(list(once.values()), None if None in told else max(told, key=TOLD.index))
+
+
+# ---- the stamp ---------------------------------------------------------------------------------------------
+
+
+def make_stamp(
+    args: "TrainArgs",
+    label_space: LabelSpace,
+    records: Split | StreamedSplit,
+    prompts: Mapping[str, Tensor] | None,
+    start: Record | None,
+    model: Zs3ForSemanticSegmentation,
+) -> dict[str, Any]:
+    """What a start of a run finds. What it cannot know, such as the weights of a Hub id, has no key.
+
+    prompts: the token ids that the text tower embeds; None where --text_embeds has the vectors.
+    start: the record of --init_from.
+    model: as it starts, its configuration with the record of this start.
+    """
+    space = {"class_names": label_space.class_names, "unseen": label_space.unseen}
+    found = {"label_space": {**space, "ignore_index": label_space.ignore_index}, **records.contents()}
+    if prompts is None:
+        found["text_embeds_sha256"] = _sha256([np.load(args.text_embeds).astype(np.float32).tobytes()])
+    else:
+        found["prompts_sha256"] = _sha256(tensor.numpy().tobytes() for _, tensor in sorted(prompts.items()))
+    if args.caption_nouns is not None:
+        folder = Path(args.caption_nouns)
+        found["caption_nouns_sha256"] = _files_sha256([folder / "classes.json", *folder.glob("nouns-*.parquet")])
+    if args.unseen_labels not in ("none", "ground_truth", "masks"):
+        path = Path(args.unseen_labels)
+        found["pseudo_labels_sha256"] = _files_sha256([path] if path.is_file() else path.glob("scores-*.parquet"))
+    for name in STARTS:
+        path = getattr(args, name)
+        folder = None if path is None else local_folder(path)
+        if folder is not None and any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+            found[f"{name}_sha256"] = weights_sha256(path)
+    if start is not None:
+        found["init_from_record"] = list(start)
+    return {**found, "towers_sha256": towers_sha256(model), **record_of(model.config)._asdict()}
+
+
+def towers_sha256(model: nn.Module) -> str:
+    """Of the weights that checkpoints leave out."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(TOWERS):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _files_sha256(files: Iterable[Path]) -> str:
+    return _sha256(f"{file.name} {file_sha256(file)}\n".encode() for file in sorted(files))
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def read_stamp(path: Path) -> dict[str, Any]:
+    """Raises InputError where the file is not what `make_stamp` made."""
+    try:
+        stamp = json.loads(path.read_text(encoding="utf-8"))
+        space, seen, told = stamp["label_space"], stamp["seen_class_names"], stamp["unseen_labels"]
+        LabelSpace(space["class_names"], space["unseen"], space["ignore_index"])
+        if seen is not None and not (isinstance(seen, list) and all(isinstance(name, str) for name in seen)):
+            raise TypeError("seen_class_names is no list of names")
+        TOLD.index(told or "none")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: put it back") from error
+    return stamp
+
+
+def record_in(stamp: dict[str, Any]) -> Record:
+    return Record(stamp["seen_class_names"], stamp["unseen_labels"])
+
+
+# ---- what has changed --------------------------------------------------------------------------------------
+
+
+def check_unchanged(before: dict[str, Any], now: dict[str, Any], args: "TrainArgs") -> None:
+    """Refuses to go on with what is not there any more. A key that one of the stamps lacks is not known to it."""
+    change = label_space_change(before["label_space"], now["label_space"])
+    flags = {name: _tail(str(value)) for name, value in vars(args).items()}
+    for name, words in CHANGES.items():
+        if change is None and name in before and name in now and before[name] != now[name]:
+            change = words.format(before=before[name], now=now[name], **flags)
+    if change is not None:
+        raise InputError(f"{change}: restore what this run began with, or choose another --output_dir")
+
+
+def label_space_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first difference of two label spaces, in words; None if there is none."""
+    if before == now:
+        return None
+    names, its_names = before["class_names"], now["class_names"]
+    kinds, its_kinds = ([unseen_or_seen(space, name) for name in space["class_names"]] for space in (before, now))
+    for name, kind, place in zip(names, kinds, places(names, its_names), strict=True):
+        if place is not None and its_kinds[place] != kind:
+            return f"{brief(name)} was {kind}, is {its_kinds[place]} now"
+    for name, kind, place in zip(names, kinds, places(names, its_names), strict=True):
+        if place is None:
+            return f"{brief(name)} was {kind}, is no class now"
+    for name, place in zip(its_names, places(its_names, names), strict=True):
+        if place is None:
+            return f"{brief(name)} is a new class"
+    for index, (name, its_name) in enumerate(zip(names, its_names, strict=False)):
+        if name != its_name:
+            return f"id {index} was {brief(name)}, is {brief(its_name)} now"
+    if len(names) != len(its_names):
+        return f"{len(names)} classes then, {len(its_names)} now"
+    if before["ignore_index"] != now["ignore_index"]:
+        return f"the ignored id was {before['ignore_index']}, is {now['ignore_index']} now"
+    return "the unseen names are in another order"
+
+
+def unseen_or_seen(space: dict[str, Any], name: str) -> str:
+    return "unseen" if places([name], space["unseen"]) != [None] else "seen"
+
+
+def check_not_unseen(seen: Record, unseen: Sequence[str]) -> None:
+    """The leak guard: what any start of a run saw masks of cannot be unseen in another."""
+    for name, place in zip(unseen, places(unseen, seen.seen_class_names), strict=True):
+        if place is not None:
+            raise InputError(f"this run saw masks of {brief(name)}, which is unseen now: choose another --output_dir")
+
+
+def brief(value: object) -> str:
+    """For messages that hold two of them."""
+    text = repr(value)
+    return text if len(text) <= 45 else f"{text[:42]}..."
+
+
+def _tail(path: str) -> str:
+    return path if len(path) <= 60 else f"...{path[-57:]}"
