@@ -119,7 +119,11 @@ def test_the_answer_goes_into_the_checkpoint_and_unseen_masks_do_not_matter(chec
     assert chosen["calibration"]["ensemble_weight_chosen"].startswith(
         "TUNED ON THE TEST IMAGES, 2 of 2, with the image"
     )
-    # The same from ground truth, and from label maps in which unseen classes are void.
+    # The same with the unseen names in another order,
+    content = {"classes": list(CLASS_NAMES), "unseen": UNSEEN[::-1], "ignore_label": 255}
+    (tmp_path / "classes.json").write_text(json.dumps(content))
+    assert choose(replace(args, label_space=str(tmp_path / "classes.json")))["weights"] == told["weights"]
+    # from ground truth, and from label maps in which unseen classes are void.
     args.unseen_labels = "ground_truth"
     assert choose(args)["weights"] == told["weights"]
     void = tmp_path / "void"

@@ -77,6 +77,13 @@ def test_scores_become_labels_where_they_are_read(scores_folder, threshold, unkn
         assert told_of(told, image_id) == [0, expected[0], 0, expected[1], 0]
 
 
+def test_labels_belong_to_their_names_whatever_the_order_of_the_unseen_ones(scores_folder):
+    other = LabelSpace(SPACE.class_names, SPACE.unseen[::-1], 255)
+    for image_id in IDS:
+        expected = told_of(PseudoLabels(scores_folder, SPACE, IDS, 0.9), image_id)
+        assert told_of(PseudoLabels(scores_folder, other, IDS, 0.9), image_id) == expected
+
+
 def test_the_threshold_of_the_paper_is_the_default(scores_folder):
     told = PseudoLabels(scores_folder, SPACE, IDS)
     assert [told_of(told, image_id) for image_id in IDS] == [[0] * 5, [0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from configuration_zs3 import places
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, weights_sha256
 from zs3.command_line import (
     InputError,
@@ -137,7 +138,8 @@ def choose(args: WeightArgs) -> dict:
     present = None
     if args.unseen_labels != "ground_truth":
         scores = load_unseen_scores(args.unseen_labels, label_space, records.image_ids)
-        present = pseudo_labels(scores, model.config.pseudo_label_threshold) == 1  # (all of the split, U)
+        order = np.argsort(places(label_space.unseen, label_space.class_names))  # from the scores' to the ids'
+        present = pseudo_labels(scores, model.config.pseudo_label_threshold)[:, order] == 1  # (all of the split, U)
     text_embeds, _ = class_vectors(model, processor, label_space.class_names, args.text_embeds)
     is_seen = label_space.is_seen
     unseen_ids = np.flatnonzero(~is_seen.numpy())

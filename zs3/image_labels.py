@@ -96,7 +96,8 @@ class PseudoLabels:
         self.row_of, scores = read_scores(path, label_space)
         rows = slice(None) if image_ids is None else _rows_of(image_ids, self.row_of, path)
         self.labels = np.zeros((len(scores), len(self.class_names)), dtype=np.int8)
-        self.labels[:, ~label_space.is_seen.numpy()] = pseudo_labels(scores, threshold, unknown_above)
+        columns = places(label_space.unseen, label_space.class_names)  # in the order of the scores
+        self.labels[:, columns] = pseudo_labels(scores, threshold, unknown_above)
         is_positive = self.labels[rows] == 1
         self.positives = Positives(int(is_positive.sum()), int(is_positive.any(axis=1).sum()), len(is_positive))
 
