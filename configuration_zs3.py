@@ -222,10 +222,10 @@ def check_names(names: Sequence[str]) -> None:
             raise ValueError(f"names repeat: {which}: rename one")
 
 
-def shortened(value: object) -> str:
+def shortened(value: object, length: int = 60) -> str:
     """A value for a message, never whole where it is long."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 Zs3Config.register_for_auto_class()

@@ -320,7 +320,7 @@ def test_where_no_checkpoint_has_a_copy_a_damaged_stamp_is_one_line(here, monkey
     main()
     shutil.rmtree("runs/folder/checkpoints")
     Path("runs/folder/stamp.json").write_text("{")
-    assert "runs/folder/stamp.json is damaged: put it back" in refusal("folder", monkeypatch, capsys)
+    assert "runs/folder/stamp.json is no JSON" in refusal("folder", monkeypatch, capsys)
 
 
 def test_a_finished_run_without_a_stamp_keeps_what_its_model_saw(here, monkeypatch, capsys):

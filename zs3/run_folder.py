@@ -18,7 +18,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import torch
 import yaml
@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProcessorMixin
 
-from configuration_zs3 import Zs3Config
+from configuration_zs3 import Zs3Config, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
 from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, file_sha256, weight_files
@@ -44,7 +44,7 @@ from zs3.command_line import (
     write_json,
     write_text,
 )
-from zs3.stamp import STAMP, TOWERS, brief, check_not_unseen, check_unchanged, joined, read_stamp, record_in, record_of
+from zs3.stamp import BRIEF, STAMP, TOWERS, check_not_unseen, check_unchanged, joined, read_stamp, record_in, record_of
 from zs3.stopping import agree, all_refuse
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None
         changed.sort(key=lambda name: name not in written)  # what the run's own file says comes first
         if changed:
             name, others = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            old, new = (brief(values.get(name)) for values in (before, recipe))
+            old, new = (shortened(values.get(name), BRIEF) for values in (before, recipe))
             raise InputError(
                 f"the run has {name} {old}, this command {new}{others}: give it that, or choose another --output_dir"
             )
@@ -447,28 +447,40 @@ def save_final(model: Zs3ForSemanticSegmentation, processor: ProcessorMixin | Zs
     rename(partial, folder)
 
 
+class Metrics(NamedTuple):
+    """What a metrics.jsonl holds: its lines in order, and how many more there are that the training did not write."""
+
+    rows: list[dict]
+    damaged: int
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The last line may be the half of one that a killed run leaves: it does not count as damaged."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    rows = [_values(line) for line in lines]
+    return Metrics([row for row in rows if row is not None], rows[:-1].count(None))
+
+
+def _values(line: str) -> dict | None:
+    """What `MetricsLog.write` wrote in a line; None if that cannot be."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON a logged step. Lines past the step a run resumes at are dropped."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-        written = [self._values(line) for line in lines]
-        damaged = written[:-1].count(None)  # the last one may be the half of a line that a killed run leaves
+        rows, damaged = read_metrics(path)
         if damaged:
             print(f"warning: {damaged} lines of {path} are damaged: they are left out")
-        kept = [values for values in written if values is not None and values["step"] <= step]
+        kept = [values for values in rows if values["step"] <= step]
         self.last: dict = kept[-1] if kept else {}
         write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
-
-    @staticmethod
-    def _values(line: str) -> dict | None:
-        """What `write` wrote in a line; None if that cannot be."""
-        try:
-            values = json.loads(line)
-        except ValueError:
-            return None
-        return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
     def write(self, progress: Progress, values: dict[str, float]) -> None:
         self.last = finite_or_none({"step": progress.step, **values, "seconds": round(progress.seconds, 2)})

@@ -6,21 +6,22 @@ which every zero-shot claim goes: the record never shrinks. zs3.run_folder keeps
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Required
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from configuration_zs3 import Zs3Config, places, plain
+from configuration_zs3 import Zs3Config, places, plain, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.checkpoints import INDEX, WEIGHTS, file_sha256, local_folder, weights_sha256
-from zs3.command_line import InputError
+from zs3.command_line import InputError, one_line
 from zs3.data import Split, StreamedSplit
 from zs3.label_space import LabelSpace
+from zs3.typed_json import read_json, refusal, shown
 
 if TYPE_CHECKING:
     from train import TrainArgs
@@ -53,6 +54,24 @@ CHANGES = {
     "backbone_sha256": "other weights in {backbone}",
 }
 STARTS = ("init_from", "mask2former", "backbone")
+MEND = "put it back"  # of a damaged stamp
+BRIEF = 45  # characters of a name, in messages that hold two
+
+
+class Space(TypedDict):
+    """The fields of a LabelSpace."""
+
+    class_names: list[str]
+    unseen: list[str]
+    ignore_index: int
+
+
+class Stamp(TypedDict, total=False):
+    """What every stamp has; the keys of CHANGES come on top, as far as they are known."""
+
+    label_space: Required[Space]
+    seen_class_names: Required[list[str] | None]
+    unseen_labels: Required[Literal["none", "pseudo", "captions", "ground_truth"] | None]
 
 
 # ---- the record --------------------------------------------------------------------------------------------
@@ -140,17 +159,13 @@ def _sha256(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def read_stamp(path: Path) -> dict[str, Any]:
+def read_stamp(path: Path) -> Stamp:
     """Raises InputError where the file is not what `make_stamp` made."""
+    stamp = read_json(path, Stamp, "stamp of a run", MEND)
     try:
-        stamp = json.loads(path.read_text(encoding="utf-8"))
-        space, seen, told = stamp["label_space"], stamp["seen_class_names"], stamp["unseen_labels"]
-        LabelSpace(space["class_names"], space["unseen"], space["ignore_index"])
-        if seen is not None and not (isinstance(seen, list) and all(isinstance(name, str) for name in seen)):
-            raise TypeError("seen_class_names is no list of names")
-        TOLD.index(told or "none")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: put it back") from error
+        LabelSpace(**stamp["label_space"])
+    except (InputError, TypeError) as error:
+        raise refusal(path, one_line(error), MEND) from error
     return stamp
 
 
@@ -164,7 +179,7 @@ def record_in(stamp: dict[str, Any]) -> Record:
 def check_unchanged(before: dict[str, Any], now: dict[str, Any], args: "TrainArgs") -> None:
     """Refuses to go on with what is not there any more. A key that one of the stamps lacks is not known to it."""
     change = label_space_change(before["label_space"], now["label_space"])
-    flags = {name: _tail(str(value)) for name, value in vars(args).items()}
+    flags = {name: shown(value) for name, value in vars(args).items()}
     for name, words in CHANGES.items():
         if change is None and name in before and name in now and before[name] != now[name]:
             change = words.format(before=before[name], now=now[name], **flags)
@@ -180,16 +195,16 @@ def label_space_change(before: dict[str, Any], now: dict[str, Any]) -> str | Non
     kinds, its_kinds = ([unseen_or_seen(space, name) for name in space["class_names"]] for space in (before, now))
     for name, kind, place in zip(names, kinds, places(names, its_names), strict=True):
         if place is not None and its_kinds[place] != kind:
-            return f"{brief(name)} was {kind}, is {its_kinds[place]} now"
+            return f"{shortened(name, BRIEF)} was {kind}, is {its_kinds[place]} now"
     for name, kind, place in zip(names, kinds, places(names, its_names), strict=True):
         if place is None:
-            return f"{brief(name)} was {kind}, is no class now"
+            return f"{shortened(name, BRIEF)} was {kind}, is no class now"
     for name, place in zip(its_names, places(its_names, names), strict=True):
         if place is None:
-            return f"{brief(name)} is a new class"
+            return f"{shortened(name, BRIEF)} is a new class"
     for index, (name, its_name) in enumerate(zip(names, its_names, strict=False)):
         if name != its_name:
-            return f"id {index} was {brief(name)}, is {brief(its_name)} now"
+            return f"id {index} was {shortened(name, BRIEF)}, is {shortened(its_name, BRIEF)} now"
     if len(names) != len(its_names):
         return f"{len(names)} classes then, {len(its_names)} now"
     if before["ignore_index"] != now["ignore_index"]:
@@ -205,14 +220,6 @@ def check_not_unseen(seen: Record, unseen: Sequence[str]) -> None:
     """The leak guard: what any start of a run saw masks of cannot be unseen in another."""
     for name, place in zip(unseen, places(unseen, seen.seen_class_names), strict=True):
         if place is not None:
-            raise InputError(f"this run saw masks of {brief(name)}, which is unseen now: choose another --output_dir")
-
-
-def brief(value: object) -> str:
-    """For messages that hold two of them."""
-    text = repr(value)
-    return text if len(text) <= 45 else f"{text[:42]}..."
-
-
-def _tail(path: str) -> str:
-    return path if len(path) <= 60 else f"...{path[-57:]}"
+            raise InputError(
+                f"this run saw masks of {shortened(name, BRIEF)}, which is unseen now: choose another --output_dir"
+            )
