@@ -48,6 +48,7 @@ class WeightArgs:
     """One choice for one checkpoint."""
 
     model: str | None = flag(None, "Checkpoint with an image tower: a folder or a Hub id.")
+    trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     split: str = flag("train", "Split to choose on; not the one to report on.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
@@ -76,7 +77,8 @@ class WeightArgs:
 
 def weight_settings(args: WeightArgs) -> dict:
     """Those of the flags that decide the answer."""
-    return {name: value for name, value in asdict(args).items() if name not in ("output", "write")}
+    others = ("output", "write", "trust_remote_code")
+    return {name: value for name, value in asdict(args).items() if name not in others}
 
 
 class Counts:
@@ -123,7 +125,7 @@ def choose(args: WeightArgs) -> dict:
     if not label_space.unseen:
         raise InputError("the label space has no unseen class: there is nothing to choose the weight for")
     records = load_split(args.dataset, args.split, label_space)
-    model, processor = load_checkpoint(args.model)
+    model, processor = load_checkpoint(args.model, args.trust_remote_code)
     checkpoint_sha256 = weights_sha256(args.model)
     check_no_unseen_masks(model.config, label_space, "weight can be chosen without unseen masks")
     if model.vision_model is None:

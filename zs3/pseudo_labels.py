@@ -58,6 +58,7 @@ class PseudoLabelArgs:
     """Pseudo labels of one split, from the proposals of a stage-1 model."""
 
     model: str | None = flag(None, "Stage-1 checkpoint with a CLIP image tower: a folder or a Hub id.")
+    trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     output: str | None = flag(None, "Folder for the scores; the same command again goes on where it stopped.")
     split: str = flag("train", "Split of the dataset to make pseudo labels for.")
@@ -233,7 +234,8 @@ def resolved_settings(
 
     Pictures are known by their ids, and those of a folder by the sizes of their files: nobody reads them all again.
     """
-    return {
+    own_code = {"trust_remote_code": True} if args.trust_remote_code else {}
+    return own_code | {
         "checkpoint_sha256": checkpoint_sha256(args.model),
         "checkpoint_commit": getattr(model.config, "_commit_hash", None),
         "dataset": dataset_name(args.dataset),
@@ -389,7 +391,7 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     if len(set(records.image_ids)) < len(records):
         raise InputError(f"image_id repeats in split {args.split!r}: pseudo labels are told apart by it")
     with accelerator.local_main_process_first():
-        model, processor = load_checkpoint(args.model)
+        model, processor = load_checkpoint(args.model, args.trust_remote_code)
     check_source(model.config, label_space)
     model.to(accelerator.device)
     image_processor = getattr(processor, "image_processor", processor)
