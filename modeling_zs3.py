@@ -352,8 +352,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         model.config.auto_map = dict(AUTO_MAP)
         model.config.custom_pipelines = dict(CUSTOM_PIPELINES)
         for name in model.config.sub_configs:  # code that a part's own checkpoint named is none of this one's
-            if getattr(model.config, name) is not None:
-                vars(getattr(model.config, name)).pop("auto_map", None)
+            for key in ("auto_map", "custom_pipelines"):
+                if hasattr(getattr(model.config, name), key):
+                    delattr(getattr(model.config, name), key)
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(Zs3Pipeline, save_directory)  # before the weights, with which the folder may be uploaded
         Zs3PreTrainedModel.save_pretrained(model, save_directory, **kwargs)

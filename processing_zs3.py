@@ -330,8 +330,11 @@ def saved_tokenizer(source: str, revision: str = "main") -> CLIPTokenizer:
     if not _saved(source, "tokenizer.json", revision):
         for name in ("vocab.json", "merges.txt"):
             if not _saved(source, name, revision):
-                raise ValueError(f"{source} has no tokenizer.json (nor {name}): processor.save_pretrained writes it")
-    tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
+                raise ValueError(f"there is no tokenizer.json (nor {name}): processor.save_pretrained writes it")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
+    except Exception as error:  # the library of tokenizers raises plain ones
+        raise ValueError(f"its tokenizer cannot be read ({type(error).__name__}: {error})") from error
     tokenizer.init_kwargs.pop("auto_map", None)
     return tokenizer
 

@@ -89,7 +89,8 @@ def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
         raise InputError(f"--{flag_name} {path}: no such folder (relative paths start where the command does)")
     config = config_of(f"--{flag_name}", path)
     found = config.get("model_type")
-    if found != model_type if model_type is not None else not isinstance(found, str) or found not in CONFIG_MAPPING:
+    known = found == model_type if model_type is not None else isinstance(found, str) and found in CONFIG_MAPPING
+    if not known:
         wanted = "of a model that transformers has" if model_type is None else f"of {model_type!r}"
         raise InputError(f"--{flag_name} {path} is a checkpoint of {shortened(found)}, not {wanted}")
     check_settings("config.json", config)
@@ -171,6 +172,7 @@ def check_weights(folder: Path) -> None:
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """As `load_model`, the configuration alone."""
     try:
         if trust_remote_code:
             return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -196,6 +198,9 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
         lost = sorted(key if isinstance(key, str) else str(key[0]) for key in loading[keys])
         if lost:
             raise InputError(f"checkpoint {path} is incomplete: {trouble} {lost[0]} ({len(lost)} weights in all)")
+    folder = local_folder(path)
+    if folder is not None:
+        check_weights(folder)  # again, for what has only now come from the Hub
     check_finite(model, path)
     return model.eval()
 
@@ -244,7 +249,7 @@ def check_finite(model: nn.Module, name: str) -> None:
             continue
         if not torch.stack(tensor.detach().aminmax()).isfinite().all():  # of a NaN both are NaN
             count = int((~tensor.isfinite()).sum())
-            raise InputError(f"{name}: {key} holds {count} values that are no finite numbers: train or copy it again")
+            raise InputError(f"{name}: {key} holds {count} NaN or infinite values: take another copy, or train anew")
 
 
 def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
@@ -295,29 +300,25 @@ def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrained
     """Names become tokens, and these are rows of the text tower."""
     longest = tokenizer.model_max_length
     if not _is_number(longest) or longest < text_config.max_position_embeddings:
+        most = text_config.max_position_embeddings
         raise InputError(
-            f"the tokenizer of {path} cuts texts at {shortened(longest)} tokens, its text tower takes "
-            f"{text_config.max_position_embeddings}: its tokenizer_config.json is another checkpoint's"
+            f"{path}: tokenizer_config.json cuts texts at {shortened(longest)} tokens, the text tower at {most}"
         )
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= text_config.vocab_size:
-        raise InputError(
-            f"the tokenizer of {path} knows a token {largest}, its text tower {text_config.vocab_size} tokens: "
-            "its tokenizer.json is another checkpoint's"
-        )
+        rows = text_config.vocab_size
+        raise InputError(f"{path}: tokenizer.json knows a token {largest}, the text tower {rows}: take the tower's own")
     texts = [*LETTERS, *(2 * letter for letter in LETTERS)]  # within a word and at its end
     try:
         spelled = [tuple(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     except Exception as error:  # tokenizers raises plain ones
-        raise refusal(f"the tokenizer of {path} cannot be used", error) from error
+        raise refusal(f"{path}: tokenizer.json cannot be used", error) from error
     for text, tokens in zip(texts, spelled, strict=True):
         if not tokens or tokenizer.unk_token_id in tokens or spelled.count(tokens) > 1:
-            raise InputError(f"the tokenizer of {path} cannot spell {text!r}: its tokenizer.json is damaged")
+            raise InputError(f"{path}: tokenizer.json cannot spell {text!r}: copy it again")
     if text_config.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: as CLIP's own say, and the largest is meant
-        raise InputError(
-            f"the tokenizer of {path} ends texts by token {tokenizer.eos_token_id}, its text tower by "
-            f"{text_config.eos_token_id}: its tokenizer.json is another checkpoint's"
-        )
+        ends = f"by token {tokenizer.eos_token_id}, the text tower by {text_config.eos_token_id}"
+        raise InputError(f"{path}: its tokenizer ends texts {ends}: take the tower's own tokenizer.json")
 
 
 # ---- vectors ------------------------------------------------------------------------------------------------
