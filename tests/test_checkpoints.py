@@ -216,6 +216,18 @@ def test_code_of_others_is_trusted_through_the_flag_alone(path):
             assert trusted is not None, f"{called} may ask whether code shall run"
 
 
+@pytest.mark.parametrize(
+    "name", ["eval", *(f"zs3/{name}" for name in ("ensemble_weight", "export", "figure", "pseudo_labels", "release"))]
+)
+def test_the_flag_of_a_command_reaches_what_it_loads(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    loads = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and "load_" in ast.unparse(node.func)]
+    loads = [ast.unparse(node) for node in loads if node.func.id in ("load_model", "load_checkpoint", "load_config")]
+    assert loads and all("trust_remote_code" in load for load in loads)
+    flags = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.AnnAssign)]
+    assert any(flag.startswith("trust_remote_code: bool = flag(False, ") for flag in flags)
+
+
 def test_the_hash_of_the_code_is_of_that_which_runs(saved, checkpoint):
     own = code_sha256(str(saved))
     assert own == code_sha256(str(saved), trust_remote_code=True)  # save_pretrained copied this project's
