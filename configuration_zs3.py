@@ -136,7 +136,7 @@ class Zs3Config(Mask2FormerConfig):
         unknown = sorted(set(kwargs) - WRITTEN_BY_TRANSFORMERS)
         if unknown:
             close = get_close_matches(unknown[0], self.__dataclass_fields__, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "; a newer version may have it"
             raise ValueError(f"{unknown[0]!r} is not a field of Zs3Config{hint}")
         # Made here, not by transformers: how its own sub-config defaults are declared changes between versions.
         if self.backbone_config is None:

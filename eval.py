@@ -4,7 +4,8 @@
     accelerate launch eval.py --model runs/stage2/final --suite ovs5 --data_root data --output runs/stage2/ovs5
 
 Settings (section 3.1): gzs3, candidates and pixels of all classes; zs3, of the unseen classes alone; ovs, any label
-space, without a claim about seen and unseen. The checkpoint is loaded through AutoModel and AutoProcessor only.
+space, without a claim about seen and unseen. The checkpoint runs with this project's code; with --trust_remote_code,
+with its own.
 
 One pass over the images gives everything in FILE.json: the scores, the seen/unseen curve over all biases, reliability
 and rejection (zs3.calibration). Beside it lie FILE.md, FILE.csv (per class) and FILE_images.npz (zs3.compare's).
@@ -31,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from configuration_zs3 import among, shortened
 from label_maps_zs3 import SemanticMap
 from zs3.calibration import OUTSIDER, Rejection, Reliability, SeenBiasCurve
 from zs3.checkpoints import (
@@ -52,6 +54,7 @@ from zs3.command_line import (
     check_required,
     finite_or_none,
     flag,
+    in_one_line,
     read_arguments,
     run,
     write_json,
@@ -83,6 +86,7 @@ class EvalArgs:
     """One evaluation of one checkpoint: on one dataset, or on the datasets of a suite."""
 
     model: str | None = flag(None, "Checkpoint: a folder or a Hub id.")
+    trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     suite: Literal["gzs3", "ovs5"] | None = flag(None, "Datasets and setting of the paper's Tables 1-2, or 3.")
     data_root: str | None = flag(None, "Folder of the suite's datasets, each named as zs3.convert names it.")
@@ -165,7 +169,10 @@ class EvalArgs:
 
 WORST_PAIRS = 10
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "zs3")
-NOT_OF_THE_RESULT = {"output", "pictures", "num_pictures", "curves", "num_workers", "suite", "data_root", "members"}
+NOT_OF_THE_RESULT = {
+    *("output", "pictures", "num_pictures", "curves", "num_workers", "suite", "data_root", "members"),
+    "trust_remote_code",  # code_sha256 says which code it was
+}
 
 
 # ---- what is asked -----------------------------------------------------------------------------------------
@@ -196,11 +203,13 @@ class Candidates(NamedTuple):
 
 def candidates_of(label_space: LabelSpace, setting: str, without: list[str], config: PreTrainedConfig) -> Candidates:
     names = label_space.class_names
-    strangers = [name for name in without if name not in names]
+    strangers = [name for name, known in zip(without, among(without, names), strict=True) if not known]
     if strangers:
         raise InputError(f"--without {strangers[0]!r}: the label space has no such name (quote names of two words)")
-    chosen = [name not in without and (setting != "zs3" or name in label_space.unseen) for name in names]
-    index = torch.nonzero(torch.tensor(chosen)).squeeze(1)
+    chosen = ~torch.tensor(among(names, without))
+    if setting == "zs3":
+        chosen &= ~label_space.is_seen
+    index = torch.nonzero(chosen).squeeze(1)
     if len(index) == 0:
         raise InputError(f"no candidate is left: --setting {setting} asks for names that the label space has not got")
     place = np.full(len(names) + 1, OUTSIDER)
@@ -338,7 +347,8 @@ def count_images(
     quiet = not accelerator.is_local_main_process
     for item in tqdm(loader, desc=dataset_name(args.dataset), unit="image", mininterval=1, disable=quiet):
         size = item.label.shape
-        outputs = look(item.inputs.to(accelerator.device), size)
+        with in_one_line(f"image {shortened(item.image_id)}"):
+            outputs = look(item.inputs.to(accelerator.device), size)
         if look.view != "off":
             counts.shown += int(outputs.shown_to_clip.sum())
             counts.undecided += float(outputs.undecided.sum())
@@ -366,8 +376,9 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     label_space = load_label_space(args.label_space or args.dataset)
     records = load_split(args.dataset, args.split, label_space)
     with accelerator.local_main_process_first():
-        model, processor = load_checkpoint(args.model)
-    check_code(args.model, processor)
+        model, processor = load_checkpoint(args.model, args.trust_remote_code)
+    if args.trust_remote_code:
+        check_code(args.model, processor)
     check_claim(model.config, label_space, args.setting)
     candidates = candidates_of(label_space, args.setting, args.without, model.config)
     image_ids = records.image_ids[: args.max_images]
@@ -438,7 +449,7 @@ def stamps(
         "label_space_sha256": label_space.sha256,
         "checkpoint_sha256": weights_sha256(args.model),
         "settings_sha256": settings_sha256(args.model),
-        "code_sha256": code_sha256(args.model),
+        "code_sha256": code_sha256(args.model, args.trust_remote_code),
         "given_sha256": {name: file_sha256(Path(name)) for name in given if name is not None and Path(name).is_file()},
         "seen": [name for name in candidates.names if name not in unseen],
         "unseen": unseen,

@@ -24,7 +24,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoProcessor,
     CLIPModel,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
@@ -227,14 +226,14 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         fields = {}
         if mask2former is not None:
             known = set(Zs3Config.__dataclass_fields__) - {"id2label", "label2id", "architectures"}
-            fields = AutoConfig.from_pretrained(mask2former).to_dict()
+            fields = AutoConfig.from_pretrained(mask2former, trust_remote_code=False).to_dict()
             fields = {name: value for name, value in fields.items() if name in known}
         if backbone is not None:
             fields["backbone_config"] = AutoConfig.from_pretrained(
-                backbone, out_features=["stage1", "stage2", "stage3", "stage4"]
+                backbone, trust_remote_code=False, out_features=["stage1", "stage2", "stage3", "stage4"]
             )
         if clip is not None:
-            clip_config = AutoConfig.from_pretrained(clip)
+            clip_config = AutoConfig.from_pretrained(clip, trust_remote_code=False)
             fields["text_config"] = clip_config.text_config.to_dict()
             fields["vision_config"] = clip_config.vision_config.to_dict()
             fields["projection_dim"] = clip_config.projection_dim
@@ -305,17 +304,19 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         return self.encode_text(**processor(class_names=class_names))
 
     def _saved_processor(self) -> ProcessorMixin:
-        """The processor beside the checkpoint that this model was loaded from.
-
-        Its code may run where this class came with that checkpoint, which the user has trusted by then.
-        """
+        """The processor beside the checkpoint that this model was loaded from, of the classes beside this one."""
+        try:
+            from .processing_zs3 import saved_processor
+        except ImportError:
+            if __package__:
+                raise
+            from processing_zs3 import saved_processor
         source = self.config.name_or_path
         if not source:
             raise ValueError("this model comes from no checkpoint that a processor lies beside: pass processor=")
-        trusted = type(self).__module__.startswith("transformers_modules.")
         revision = getattr(self.config, "_commit_hash", None) or "main"
         try:
-            return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trusted)
+            return saved_processor(source, revision=revision)
         except (OSError, ValueError) as error:
             raise ValueError(f"the processor of {source} cannot be loaded here: pass processor=") from error
 
@@ -350,6 +351,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 kwargs["state_dict"] = {k: v for k, v in weights if not k.startswith("text_model.")}
         model.config.auto_map = dict(AUTO_MAP)
         model.config.custom_pipelines = dict(CUSTOM_PIPELINES)
+        for name in model.config.sub_configs:  # code that a part's own checkpoint named is none of this one's
+            for key in ("auto_map", "custom_pipelines"):
+                if hasattr(getattr(model.config, name), key):
+                    delattr(getattr(model.config, name), key)
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(Zs3Pipeline, save_directory)  # before the weights, with which the folder may be uploaded
         Zs3PreTrainedModel.save_pretrained(model, save_directory, **kwargs)

@@ -4,13 +4,15 @@ Zs3ImageProcessor: image (and label map) -> pixel_values, pixel_mask, labels. PI
 Zs3Processor: the same plus class names -> input_ids of T prompts a class.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, CLIPTokenizer, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
@@ -21,6 +23,7 @@ from transformers.image_utils import (
     SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import cached_file
 
 try:
     from .configuration_zs3 import check_names, plain, shortened
@@ -265,6 +268,9 @@ class Zs3Processor(ProcessorMixin):
         self, image_processor=None, tokenizer=None, prompt_templates: Sequence[str] = PROMPT_TEMPLATES, **kwargs
     ):
         super().__init__(image_processor, tokenizer, **kwargs)
+        wrong = isinstance(prompt_templates, str) or not isinstance(prompt_templates, Sequence) or not prompt_templates
+        if wrong or not all(isinstance(template, str) and "{}" in template for template in prompt_templates):
+            raise ValueError("prompt_templates must be a list of texts with '{}' where the name goes")
         self.prompt_templates = list(prompt_templates)
 
     def __call__(
@@ -338,7 +344,56 @@ class Zs3Processor(ProcessorMixin):
         return self.image_processor.to_rgb(pixel_values)
 
 
+# ---- from a checkpoint, with the classes of this file -------------------------------------------------------
+# `Zs3Processor.from_pretrained` would ask the Auto classes for the parts, which run the checkpoint's code or ask to.
+
+
+def saved_processor(source: str, *, text: bool = True, revision: str = "main") -> Zs3Processor | Zs3ImageProcessor:
+    """What lies beside a checkpoint, a folder or a Hub id. text: whether it has a text tower, and so a tokenizer."""
+    image_processor = Zs3ImageProcessor.from_pretrained(source, revision=revision)
+    vars(image_processor).pop("auto_map", None)  # names code of the checkpoint, and would be saved again
+    if not text:
+        return image_processor
+    return Zs3Processor(image_processor, saved_tokenizer(source, revision), saved_templates(source, revision))
+
+
+def saved_tokenizer(source: str, revision: str = "main") -> CLIPTokenizer:
+    """Without its files transformers would make one that knows no word, and say nothing."""
+    if not _saved(source, "tokenizer.json", revision):
+        for name in ("vocab.json", "merges.txt"):
+            if not _saved(source, name, revision):
+                raise ValueError(f"there is no tokenizer.json (nor {name}): processor.save_pretrained writes it")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
+    except Exception as error:  # the library of tokenizers raises plain ones
+        raise ValueError(f"its tokenizer cannot be read ({type(error).__name__}: {error})") from error
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
+
+
+def saved_templates(source: str, revision: str = "main") -> Sequence[str]:
+    """The prompt templates; ViLD's where the checkpoint names none."""
+    file = _saved(source, "processor_config.json", revision)
+    settings = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    return settings.get("prompt_templates", PROMPT_TEMPLATES)
+
+
+def _saved(source: str, name: str, revision: str) -> str | None:
+    """Where the file lies on this disk, once downloaded; None: there is no such file."""
+    return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
 Zs3ImageProcessor.register_for_auto_class("AutoImageProcessor")
 Zs3Processor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["PROMPT_TEMPLATES", "Label", "Zs3ImageProcessor", "Zs3Processor", "read_labels", "seen_labels"]
+__all__ = [
+    "PROMPT_TEMPLATES",
+    "Label",
+    "Zs3ImageProcessor",
+    "Zs3Processor",
+    "read_labels",
+    "saved_processor",
+    "saved_templates",
+    "saved_tokenizer",
+    "seen_labels",
+]

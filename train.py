@@ -33,19 +33,27 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import CLIPTokenizer
 
 from configuration_zs3 import Zs3Config, among, shortened
 from losses_zs3 import count_targets, mask_ids
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
-from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor
+from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor, saved_templates
 from zs3.augmentation import Augmentation
-from zs3.checkpoints import CHECKPOINT_ERRORS, check_checkpoint, trained_on
+from zs3.checkpoints import (
+    CHECKPOINT_ERRORS,
+    check_checkpoint,
+    check_finite,
+    load_config,
+    load_tokenizer,
+    refusal,
+    trained_on,
+)
 from zs3.command_line import (
     InputError,
     check_at_least,
     check_required,
     flag,
+    in_one_line,
     model_fields,
     one_line,
     read_arguments,
@@ -72,7 +80,6 @@ from zs3.run_folder import (
     check_recipe,
     check_stamp,
     lock_folder,
-    not_finite,
     save_final,
 )
 from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, describe
@@ -213,9 +220,11 @@ def make_model(
     args: TrainArgs, overrides: dict, label_space: LabelSpace, text_embeds: Tensor | None
 ) -> Zs3ForSemanticSegmentation:
     """The model a run starts from: a whole checkpoint, or joined parts. Refuses one that saw unseen masks."""
-    for name, model_type in {"init_from": "zs3", "mask2former": "mask2former", "clip": "clip"}.items():
+    types = {"init_from": "zs3", "mask2former": "mask2former", "clip": "clip", "backbone": None}
+    for name, model_type in types.items():
         if getattr(args, name) is not None:
             check_checkpoint(name, getattr(args, name), model_type)
+    start = args.init_from or args.mask2former or args.backbone or args.clip
     try:
         if args.init_from is not None:
             model = load_whole(args.init_from, overrides)
@@ -227,8 +236,8 @@ def make_model(
     except InputError:
         raise
     except CHECKPOINT_ERRORS as error:
-        start = args.init_from or args.mask2former or args.backbone or args.clip
-        raise InputError(f"cannot make the model from {start}: {one_line(error)}") from error
+        raise refusal(f"cannot make the model from {start}", error) from error
+    check_finite(model, str(start))
     if args.init_parts == "backbone":
         model = keep_backbone(model)
     record_supervision(model, args, label_space)
@@ -237,10 +246,9 @@ def make_model(
 
 def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
     """A checkpoint of this project under changed fields. Every weight must be found, a background embedding aside."""
-    config = Zs3Config(**{**Zs3Config.from_pretrained(path).to_dict(), **overrides})
-    model, loading = Zs3ForSemanticSegmentation.from_pretrained(
-        path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    config = Zs3Config(**{**load_config(path).to_dict(), **overrides})
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, config=config, dtype=torch.float32, **options)
     left_out = [name.replace("_config", "_model.") for name in TOWERS if getattr(config, name) is None]
     changed = {*loading["missing_keys"], *loading["unexpected_keys"], *(str(k[0]) for k in loading["mismatched_keys"])}
     lost = sorted(
@@ -290,14 +298,14 @@ def make_processor(
     if model.text_model is None:
         return image_processor
     source = args.clip or args.init_from
+    tokenizer = load_tokenizer(source, model.config.text_config)
     templates = args.prompt_templates
+    if templates is None:
+        templates = PROMPT_TEMPLATES if args.init_from is None else saved_templates(source)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(source)
-        if templates is None and args.init_from is not None:
-            templates = Zs3Processor.get_processor_dict(source)[0].get("prompt_templates")
-    except CHECKPOINT_ERRORS as error:
-        raise InputError(f"cannot load the tokenizer of {source}: {one_line(error)}") from error
-    return Zs3Processor(image_processor, tokenizer, templates or PROMPT_TEMPLATES)
+        return Zs3Processor(image_processor, tokenizer, templates)
+    except ValueError as error:
+        raise refusal("--prompt_templates" if args.prompt_templates else source, error) from error
 
 
 def choose_what_learns(model: Zs3ForSemanticSegmentation, backbone_norm: str) -> None:
@@ -541,22 +549,15 @@ def train(args: TrainArgs, overrides: dict) -> None:
     if all_embeds is None:
         if model.text_model is None:
             raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
-        prompts = processor(class_names=label_space.class_names)
-        all_embeds = model.encode_text(**prompts)
+        with in_one_line(f"names of {args.label_space or args.dataset}"):
+            prompts = processor(class_names=label_space.class_names)
+            all_embeds = model.encode_text(**prompts)
     elif model.text_model is not None:
         source = args.init_from or args.clip
         raise InputError(f"{source} has a text tower: leave out --text_embeds, or add --text_config null")
     if all_embeds.shape[1] != model.config.projection_dim:
         raise InputError(
             f"{args.text_embeds} has {all_embeds.shape[1]} columns, the model {model.config.projection_dim}"
-        )
-    name = not_finite(model.state_dict())
-    if name is not None:
-        start = args.init_from or args.mask2former or args.backbone or args.clip
-        raise InputError(f"{start} has weights that are not finite ({name}): take another checkpoint")
-    if not_finite({"": all_embeds}) is not None:
-        raise InputError(
-            f"text vectors of {args.text_embeds or args.clip or args.init_from} are not finite: make them anew"
         )
     model.set_vocabulary(label_space.class_names, all_embeds)
     image_processor = getattr(processor, "image_processor", processor)
@@ -565,7 +566,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
     if args.caption_nouns is None:
         text_embeds = all_embeds[[label_space.class_names.index(name) for name in dataset.class_names]]
     else:
-        text_embeds = model.encode_text(**processor(class_names=dataset.class_names))
+        with in_one_line(f"names of {args.caption_nouns}"):
+            text_embeds = model.encode_text(**processor(class_names=dataset.class_names))
     text_embeds = text_embeds.to(accelerator.device)
     lock, stamps = None, [None]
     with all_refuse(accelerator):

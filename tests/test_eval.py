@@ -348,8 +348,10 @@ def test_code_that_is_older_than_the_evaluation_is_told(checkpoint, data, tmp_pa
     shutil.copytree(checkpoint, tmp_path / "old")
     code = (tmp_path / "old" / "processing_zs3.py").read_text()
     (tmp_path / "old" / "processing_zs3.py").write_text(code.replace("is_seen: Tensor | None = None,", ""))
+    args = EvalArgs(model=str(tmp_path / "old"), dataset=str(data), max_images=1)
     with pytest.raises(InputError, match="is older than this eval.py: copy"):
-        evaluate(EvalArgs(model=str(tmp_path / "old"), dataset=str(data)))
+        evaluate(replace(args, trust_remote_code=True))
+    evaluate(args)  # with this project's
 
 
 def test_options_reach_what_they_are_for(checkpoint, data):
@@ -386,6 +388,12 @@ def test_names_left_out_are_no_candidates_and_their_pixels_outsiders(checkpoint,
         int((labels != 255).sum()) - outsiders,
     )
     assert 0 <= result["rejection"]["auroc"] <= 1
+    other = [left_out[0].upper(), left_out[1].replace(" ", "  ")]
+    assert (
+        other != left_out
+        and evaluate(EvalArgs(model=str(checkpoint), dataset=str(data), without=other))["per_class"]
+        == result["per_class"]
+    )
     with pytest.raises(InputError, match="no such name"):
         evaluate(EvalArgs(model=str(checkpoint), dataset=str(data), without=["nothing"]))
     with pytest.raises(InputError, match="no candidate is left"):

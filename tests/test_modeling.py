@@ -507,9 +507,23 @@ def test_names_that_nothing_can_embed_are_refused_and_nothing_is_stored(tmp_path
     with pytest.raises(ValueError, match="not a Zs3ImageProcessor: pass processor="):
         model.set_vocabulary(["cat"], processor=Zs3ImageProcessor())
     assert model.vocabulary is None and model.config.class_names is None
-    save_checkpoint(tmp_path)  # the class did not come with this folder, whose code is therefore not run
+    save_checkpoint(tmp_path)
+    model = Zs3ForSemanticSegmentation.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="cannot be loaded here: pass processor="):
-        Zs3ForSemanticSegmentation.from_pretrained(tmp_path).set_vocabulary(["cat"])
+        model.set_vocabulary(["cat"])
+
+
+def test_names_are_embedded_by_the_processor_beside_the_checkpoint(tmp_path):
+    save_checkpoint(tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings | {"prompt_templates": ["one {}"]}))
+    model, tokenizer = Zs3ForSemanticSegmentation.from_pretrained(tmp_path), byte_tokenizer()
+    model.set_vocabulary(["cat", "dog"])
+    with torch.no_grad():
+        alone = [model.text_model(**tokenizer([f"one {name}"], return_tensors="pt")) for name in ("cat", "dog")]
+    expected = torch.cat([text.text_embeds / text.text_embeds.norm() for text in alone])
+    torch.testing.assert_close(model.vocabulary, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "100KB"}, {"state_dict": None}])

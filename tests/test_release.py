@@ -24,7 +24,7 @@ from zs3.checkpoints import settings_sha256, weights_sha256
 from zs3.command_line import InputError, run
 from zs3.label_space import load_label_space
 from zs3.model_card import model_card, recipes_of, runs, slots, starts, training
-from zs3.release import HUB_CARDS, chosen_template, code_files, is_sealed, main, release_files
+from zs3.release import HUB_CARDS, chosen_template, code_files, is_sealed, main, project_code_of, release_files
 
 ROOT = Path(__file__).parents[1]
 SCENES = load_label_space("scenes")
@@ -175,7 +175,8 @@ def test_what_a_stranger_cannot_use_is_not_made(checkpoint, tmp_path, monkeypatc
     else:
         source = (model / "modeling_zs3.py").read_text()
         (model / "modeling_zs3.py").write_text(f"{source}\n{damage}")
-    assert command(monkeypatch, "--model", model, "--repo_id", "me/a-model", "--output", folder) == 2
+    words_given = ["--model", model, "--repo_id", "me/a-model", "--output", folder]
+    assert command(monkeypatch, *words_given, *(["--trust_remote_code"] if damage != "weights" else [])) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: a stranger cannot use this checkpoint, nothing was made") and words in last
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final"]
@@ -304,10 +305,60 @@ def test_code_is_what_the_configurations_name_and_what_that_imports(checkpoint, 
     shutil.copytree(checkpoint, folder)
     (folder / "further_zs3.py").write_text("from .deep_zs3 import thing\n")
     (folder / "deep_zs3.py").write_text("thing = 1\n")
-    assert {path.name for path in code_files(folder)} == {f"{name}.py" for name in HUB_HALF}
+    assert code_files(folder) == {folder / f"{name}.py" for name in HUB_HALF}
+    assert project_code_of(folder) == {ROOT / f"{name}.py" for name in HUB_HALF}
     refer(folder, AutoModelForImageSegmentation="further_zs3.Further", AutoTokenizer=["further_zs3.Slow", None])
-    expected = {f"{name}.py" for name in (*HUB_HALF, "further_zs3", "deep_zs3")}
-    assert {path.name for path in code_files(folder)} == expected
+    expected = {folder / f"{name}.py" for name in (*HUB_HALF, "further_zs3", "deep_zs3")}
+    assert code_files(folder) == expected
+    with pytest.raises(InputError, match="names further_zs3.*, which is none of this project's"):
+        project_code_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"auto_map": {"AutoModel": "modeling_zs3.Other"}}),
+        ("config.json", {"auto_map": {"AutoModel": "me/code--modeling_zs3.Zs3ForSemanticSegmentation"}}),
+        ("config.json", {"auto_map": {"AutoModel": "../modeling_zs3.Zs3ForSemanticSegmentation"}}),
+        ("config.json", {"auto_map": 3}),
+        ("config.json", {"auto_map": {"AutoModel": 3}}),
+        ("config.json", {"backbone_config": {"auto_map": {"AutoBackbone": "evil.Evil"}}}),
+        ("config.json", {"id2label": [{"auto_map": {"AutoModel": "evil.Evil"}}]}),
+        ("config.json", {"custom_pipelines": {"a": {"impl": "evil.Evil", "pt": ["AutoModel"]}}}),
+        ("config.json", {"custom_pipelines": {"a": {"pt": ["AutoModel"]}}}),
+        ("config.json", {"custom_pipelines": [1]}),
+        ("processor_config.json", {"image_processor": {"auto_map": {"AutoImageProcessor": "evil.Evil"}}}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}),
+        ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "evil.Evil"}}),
+    ],
+)
+def test_settings_that_name_code_which_the_project_has_not_got_are_not_released(checkpoint, tmp_path, file, changes):
+    folder = shutil.copytree(checkpoint, tmp_path / "final")
+    content = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    write(folder / file, content | changes)
+    with pytest.raises(InputError, match=file):
+        project_code_of(folder)
+
+
+def test_changed_code_beside_a_checkpoint_is_not_released_but_with_the_flag(checkpoint, tmp_path, monkeypatch, untried):
+    folder, out = shutil.copytree(checkpoint, tmp_path / "final"), tmp_path / "out"
+    changed = (folder / "losses_zs3.py").read_text() + "\nCHANGED = True\n"
+    (folder / "losses_zs3.py").write_text(changed)
+    words = ["--model", folder, "--repo_id", "me/a-model", "--output", out]
+    assert command(monkeypatch, *words) == 0
+    assert (out / "losses_zs3.py").read_bytes() == (ROOT / "losses_zs3.py").read_bytes()
+    assert command(monkeypatch, *words, "--trust_remote_code") == 0
+    assert (out / "losses_zs3.py").read_text() == changed
+
+
+def test_weights_that_are_no_numbers_are_not_released(checkpoint, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(checkpoint, tmp_path / "final")
+    weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights["vocabulary"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert command(monkeypatch, "--model", folder, "--repo_id", "me/a", "--output", tmp_path / "out") == 2
+    assert "vocabulary holds values that are no finite numbers" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # ---- results -----------------------------------------------------------------------------------------------

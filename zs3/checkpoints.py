@@ -1,22 +1,45 @@
-"""Checkpoints as the commands meet them: loaded through the public door, and asked what their training saw."""
+"""Checkpoints as the commands meet them: looked through, loaded, and asked what their training saw.
+
+They are loaded with this project's classes. The code that lies beside a checkpoint runs where a command was given
+--trust_remote_code, and nowhere else: the Auto classes, which run it, are asked for nothing before.
+"""
 
 import hashlib
-import json
-from collections.abc import Iterable
+import math
+import re
+import string
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoModel, AutoProcessor, BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    BatchFeature,
+    CLIPTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.utils import ModelOutput
 
-from configuration_zs3 import plain
-from zs3.command_line import InputError, looks_local, one_line
+import modeling_zs3
+from configuration_zs3 import Zs3Config, among, places, shortened
+from modeling_zs3 import Zs3ForSemanticSegmentation, check_text_embeds
+from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
+from zs3.command_line import InputError, in_one_line, looks_local, one_line
 from zs3.label_space import LabelSpace, load_text_embeds
+from zs3.typed_json import read_json
 
 
 class NoClaim(InputError):
@@ -27,47 +50,280 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
+SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb")
+NOT_OURS = ("do_center_crop", "data_format", "input_data_format", "return_tensors", "device")  # label maps know none
+FLOATS = ("F16", "BF16", "F32", "F64")  # as the headers of safetensors files call them
+LETTERS = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation})
+COUNTS = ("num_batches_tracked", "position_ids", "relative_position_index")  # buffers of whole numbers, I64
+
+# Settings that make transformers fetch code or weights from elsewhere, or read another file than the one at hand.
+# Neither this project nor transformers writes them into a checkpoint of it.
+LEAD_ELSEWHERE = {
+    *("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"),
+    *("audio_tokenizer", "configuration_files", "fast_tokenizer_files", "gguf_file", "transformers_weights"),
+}
+PARALLEL_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers it to WEIGHTS
+
 # What loading a damaged checkpoint, or one of another architecture, raises.
-CHECKPOINT_ERRORS = (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError, SafetensorError)
+CHECKPOINT_ERRORS = (
+    *(OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, SafetensorError),
+    *(TypeError, AttributeError, ArithmeticError, AssertionError),  # of settings of a wrong kind
+)
 
 
-def check_checkpoint(flag_name: str, path: str, model_type: str) -> None:
-    """Before anything is loaded, and without running code of the checkpoint: is it there, and of this model?"""
+# ---- before anything is loaded ------------------------------------------------------------------------------
+
+
+def refusal(thing: str, error: Exception) -> InputError:
+    """What a library says of a thing, in one line."""
+    said = f"nothing is called {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
+    return InputError(f"{thing}: {said}"[:200])
+
+
+def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
+    """Before anything is loaded, and without running code of the checkpoint: is it there, of this model, and whole?
+
+    model_type: None for any that transformers has. Files are looked into where they lie on this disk.
+    """
     if looks_local(path) and not Path(path).is_dir():
         raise InputError(f"--{flag_name} {path}: no such folder (relative paths start where the command does)")
-    if (Path(path) / "final").is_dir() and not (Path(path) / "config.json").is_file():
-        raise InputError(f"--{flag_name} {path} is the folder of a run: did you mean {Path(path) / 'final'}?")
+    config = config_of(f"--{flag_name}", path)
+    found = config.get("model_type")
+    known = found == model_type if model_type is not None else isinstance(found, str) and found in CONFIG_MAPPING
+    if not known:
+        wanted = "of a model that transformers has" if model_type is None else f"of {model_type!r}"
+        raise InputError(f"--{flag_name} {path} is a checkpoint of {shortened(found)}, not {wanted}")
+    check_settings("config.json", config)
+    folder = local_folder(path)
+    if folder is None:
+        return
+    for name in CONFIGS[1:]:
+        if (folder / name).is_file():
+            check_settings(name, read_settings(folder / name))
+    if model_type == "zs3" or any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        check_weights(folder)
+
+
+def config_of(flag: str, path: str) -> dict:
+    """What a checkpoint's config.json says."""
+    if Path(path).is_dir():
+        file = Path(path, "config.json")
+        if Path(path, "final").is_dir() and not file.is_file():
+            raise InputError(f"{flag} {path} is the folder of a run: did you mean {Path(path) / 'final'}?")
+        if not file.is_file():
+            raise InputError(f"{flag} {path} is no checkpoint: it has no config.json, model.save_pretrained writes it")
+        return read_settings(file)
     try:
-        found = PreTrainedConfig.get_config_dict(path)[0].get("model_type")
+        return PreTrainedConfig.get_config_dict(path)[0]
     except CHECKPOINT_ERRORS as error:
-        raise InputError(f"--{flag_name} {path} cannot be read: {one_line(error)}") from error
-    if found != model_type:
-        raise InputError(f"--{flag_name} {path} is a checkpoint of {found!r}, not of {model_type!r}")
+        raise refusal(f"{flag} {path} cannot be read", error) from error
 
 
-def load_model(path: str) -> PreTrainedModel:
-    """The model of a checkpoint through the public door, in float32, evaluating."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping."""
+    return read_json(path, dict[str, Any], "configuration of a checkpoint", "copy the whole checkpoint")
+
+
+def entries(content: object) -> Iterator[tuple[str, object]]:
+    """The keys of settings with their values, at whatever depth."""
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+def check_settings(file_name: str, content: dict) -> None:
+    for key, value in entries(content):
+        if key in LEAD_ELSEWHERE and value is not None:
+            raise InputError(f"{file_name} has {key}, which leads away from this checkpoint: take it out of the file")
+
+
+def check_weights(folder: Path) -> None:
+    """The files of the weights, by their headers: nothing else is read of them."""
+    for path in folder.iterdir():
+        if PARALLEL_SHARD.match(path.name):
+            raise InputError(f"{path} would be read in place of {WEIGHTS}: move it away")
+    for path in weight_files(folder):
+        if path.name == INDEX:
+            continue
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return  # no whole file: loading it, which comes next, says so
+        for name, kind in kinds.items():
+            if kind not in FLOATS and not (kind == "I64" and name.rpartition(".")[2] in COUNTS):
+                raise InputError(
+                    f"{path.name}: {name} is of type {kind}, weights are {', '.join(FLOATS)}: save it anew"
+                )
+
+
+# ---- loading ------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """As `load_model`, the configuration alone."""
+    try:
+        if trust_remote_code:
+            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return Zs3Config.from_pretrained(path)
+    except CHECKPOINT_ERRORS as error:
+        raise refusal(f"cannot load checkpoint {path}", error) from error
+
+
+def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint, in float32, evaluating. trust_remote_code: of the class that the checkpoint brings."""
     check_checkpoint("model", path, "zs3")
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model, loading = AutoModel.from_pretrained(
-            path, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-        )
+        if trust_remote_code:
+            model, loading = AutoModel.from_pretrained(
+                path, trust_remote_code=trust_remote_code, dtype=torch.float32, **options
+            )
+        else:
+            model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, dtype=torch.float32, **options)
     except CHECKPOINT_ERRORS as error:
-        raise InputError(f"cannot load checkpoint {path}: {one_line(error)}") from error
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        lost = sorted(loading["missing_keys"]) or sorted(str(key[0]) for key in loading["mismatched_keys"])
-        raise InputError(f"checkpoint {path} is incomplete: it lacks {lost[0]} ({len(lost)} weights in all)")
+        raise refusal(f"cannot load checkpoint {path}", error) from error
+    for keys, trouble in (("missing_keys", "it lacks"), ("mismatched_keys", "of another shape is")):
+        lost = sorted(key if isinstance(key, str) else str(key[0]) for key in loading[keys])
+        if lost:
+            raise InputError(f"checkpoint {path} is incomplete: {trouble} {lost[0]} ({len(lost)} weights in all)")
+    folder = local_folder(path)
+    if folder is not None:
+        check_weights(folder)  # again, for what has only now come from the Hub
+    check_finite(model, path)
     return model.eval()
 
 
-def load_checkpoint(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor through the public door."""
-    model = load_model(path)
+def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> ProcessorMixin:
+    """What lies beside a checkpoint: a Zs3Processor where it has a text tower, else a Zs3ImageProcessor."""
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        if trust_remote_code:
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        else:
+            processor = saved_processor(path, text=config.text_config is not None)
     except CHECKPOINT_ERRORS as error:
-        raise InputError(f"cannot load checkpoint {path}: {one_line(error)}") from error
-    return model, processor
+        raise refusal(f"cannot load the processor of {path}", error) from error
+    image_processor = getattr(processor, "image_processor", processor)
+    if isinstance(image_processor, Zs3ImageProcessor):
+        check_image_processor(path, image_processor)
+    if config.text_config is not None:
+        if not hasattr(processor, "tokenizer"):
+            raise InputError(f"{path} has a text tower, and no Zs3Processor: processor.save_pretrained writes it")
+        check_tokenizer(path, processor.tokenizer, config.text_config)
+    return processor
+
+
+def load_tokenizer(path: str, text_config: PreTrainedConfig) -> CLIPTokenizer:
+    """Of a checkpoint of this project or of CLIP, whose text tower has this configuration."""
+    try:
+        tokenizer = saved_tokenizer(path)
+    except CHECKPOINT_ERRORS as error:
+        raise refusal(f"cannot load the tokenizer of {path}", error) from error
+    check_tokenizer(path, tokenizer, text_config)
+    return tokenizer
+
+
+def load_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
+    model = load_model(path, trust_remote_code)
+    return model, load_processor(path, model.config, trust_remote_code)
+
+
+# ---- what was loaded ----------------------------------------------------------------------------------------
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Every weight is a number. name: of the checkpoint, for the message."""
+    state = model.state_dict()
+    key = not_finite(state)
+    if key is not None:
+        count = int((~state[key].isfinite()).sum())
+        raise InputError(f"{name}: {key} holds {count} NaN or infinite values: take another copy, or train anew")
+
+
+def not_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The first tensor with a NaN or an infinity in it; of one that is divided over processes, in this one's part."""
+    for name, tensor in state.items():
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if own.is_floating_point() and own.numel() and not torch.stack(own.detach().aminmax()).isfinite().all():
+            return name  # of a NaN both the smallest and the largest value are NaN
+    return None
+
+
+def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
+    """The settings that a checkpoint's file gives it are of the kinds that it computes with."""
+    fits = {
+        **dict.fromkeys(SWITCHES, lambda value: isinstance(value, bool)),
+        **dict.fromkeys(NOT_OURS, lambda value: value is None or value is False),
+        "image_mean": _is_color,
+        "image_std": lambda value: _is_color(value) and min(value) > 0,
+        "rescale_factor": lambda value: _is_number(value) and value > 0,
+        "size": _is_size,
+        "size_divisor": lambda value: _is_whole(value) and value > 0,
+        "ignore_index": lambda value: value is None or _is_whole(value),
+        "resample": lambda value: value in list(PILImageResampling),
+    }
+    own = vars(processor)
+    wrong = [name for name, is_right in fits.items() if not is_right(getattr(processor, name))]
+    wrong += [name for name in own if callable(getattr(type(processor), name, None))]  # would hide a method
+    if wrong:
+        value = getattr(processor, wrong[0])
+        value = _sides(value) if isinstance(value, SizeDict) else value
+        raise InputError(f"the image processor of {path} has a wrong {wrong[0]}: {shortened(value)}"[:200])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_color(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))
+
+
+def _is_size(value: object) -> bool:
+    sides = _sides(value) if isinstance(value, SizeDict) else {}
+    enough = "shortest_edge" in sides or {"height", "width"} <= sides.keys()
+    return enough and all(_is_whole(side) and side > 0 for side in sides.values())
+
+
+def _sides(size: SizeDict) -> dict[str, object]:
+    return {name: side for name, side in dict(size).items() if side is not None}
+
+
+def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrainedConfig) -> None:
+    """Names become tokens, and these are rows of the text tower."""
+    longest = tokenizer.model_max_length
+    if not _is_number(longest) or longest < text_config.max_position_embeddings:
+        most = text_config.max_position_embeddings
+        raise InputError(
+            f"{path}: tokenizer_config.json cuts texts at {shortened(longest)} tokens, the text tower at {most}"
+        )
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= text_config.vocab_size:
+        rows = text_config.vocab_size
+        raise InputError(f"{path}: tokenizer.json knows a token {largest}, the text tower {rows}: take the tower's own")
+    texts = [*LETTERS, *(2 * letter for letter in LETTERS)]  # within a word and at its end
+    try:
+        spelled = [tuple(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    except Exception as error:  # tokenizers raises plain ones
+        raise refusal(f"{path}: tokenizer.json cannot be used", error) from error
+    for text, tokens in zip(texts, spelled, strict=True):
+        if not tokens or tokenizer.unk_token_id in tokens or spelled.count(tokens) > 1:
+            raise InputError(f"{path}: tokenizer.json cannot spell {text!r}: copy it again")
+    if text_config.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: as CLIP's own say, and the largest is meant
+        ends = f"by token {tokenizer.eos_token_id}, the text tower by {text_config.eos_token_id}"
+        raise InputError(f"{path}: its tokenizer ends texts {ends}: take the tower's own tokenizer.json")
+
+
+# ---- vectors ------------------------------------------------------------------------------------------------
 
 
 def class_vectors(
@@ -81,12 +337,20 @@ def class_vectors(
         vectors = load_text_embeds(text_embeds, len(class_names), model.config.projection_dim)
         return vectors, [f"vectors of {Path(text_embeds).name}"]
     if model.text_model is not None:
-        return model.encode_text(**processor(class_names=class_names)), list(processor.prompt_templates)
-    stored = model.config.class_names or []
-    missing = [name for name in class_names if name not in stored]
-    if missing:
-        raise InputError(f"the checkpoint has no text tower and no vector for {missing[0]!r}: give --text_embeds")
-    return model.vocabulary[[stored.index(name) for name in class_names]], ["the checkpoint's vocabulary"]
+        with in_one_line("class names"):
+            vectors = model.encode_text(**processor(class_names=class_names))
+        return vectors, list(processor.prompt_templates)
+    rows = places(class_names, model.config.class_names)
+    if None in rows:
+        missing = class_names[rows.index(None)]
+        raise InputError(f"the checkpoint has no text tower and no vector for {missing!r}: give --text_embeds")
+    vectors = model.vocabulary[rows]
+    with in_one_line("the checkpoint's vocabulary"):
+        check_text_embeds(vectors, model.config.projection_dim)
+    return vectors, ["the checkpoint's vocabulary"]
+
+
+# ---- files --------------------------------------------------------------------------------------------------
 
 
 def file_sha256(path: Path) -> str:
@@ -100,10 +364,13 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder} has no {WEIGHTS}: model.save_pretrained writes it; other formats are not read")
-    try:
-        shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, LookupError, AttributeError, TypeError) as error:
-        raise InputError(f"{folder / INDEX} is no index of weights: copy the whole checkpoint") from error
+    weight_map = read_settings(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / INDEX} is no index of weights: copy the whole checkpoint")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", name):
+            raise InputError(f"{INDEX} names {shortened(name)}, no .safetensors file of its own folder: save it anew")
+    shards = sorted(set(weight_map.values()))
     lost = [name for name in shards if not (folder / name).is_file()]
     if lost:
         raise InputError(f"{folder} lacks {', '.join(lost)} of its weights: copy the whole checkpoint")
@@ -122,16 +389,32 @@ def weights_sha256(path: str) -> str | None:
 def settings_sha256(path: str) -> str | None:
     """Of the configuration, the processor and the tokenizer. None as above."""
     folder = local_folder(path)
-    return None if folder is None else _files_sha256(folder / name for name in (*CONFIGS, *TOKENIZER))
+    return None if folder is None else files_sha256(folder / name for name in (*CONFIGS, *TOKENIZER))
 
 
-def code_sha256(path: str) -> str | None:
-    """Of the code that the checkpoint brings. None as above."""
+def code_sha256(path: str, trust_remote_code: bool = False) -> str | None:
+    """Of the code that a checkpoint runs with: this project's, or the one that it brings. None as above."""
+    if not trust_remote_code:
+        return files_sha256(project_code())
     folder = local_folder(path)
-    return None if folder is None else _files_sha256(folder.glob("*.py"))
+    return None if folder is None else files_sha256(folder.glob("*.py"))
 
 
-def _files_sha256(files: Iterable[Path]) -> str:
+def project_code() -> set[Path]:
+    """The modules of this project that a checkpoint needs beside its weights."""
+    root = Path(modeling_zs3.__file__).parent
+    return with_imports(root / f"{name}_zs3.py" for name in ("modeling", "pipeline", "processing"))
+
+
+def with_imports(modules: Iterable[Path]) -> set[Path]:
+    """The modules and those beside them that they import."""
+    found = set()
+    for module in modules:
+        found |= {module, *(Path(file) for file in get_relative_import_files(module))}
+    return found
+
+
+def files_sha256(files: Iterable[Path]) -> str:
     told = sorted(f"{file.name} {file_sha256(file)}\n" for file in files if file.is_file())
     return hashlib.sha256("".join(told).encode()).hexdigest()
 
@@ -146,14 +429,12 @@ def local_folder(path: str) -> Path | None:
 
 def trained_on(config: PreTrainedConfig, names: list[str]) -> list[str]:
     """Those of the names whose masks the training saw; none where that is not known."""
-    trained = {plain(name) for name in config.seen_class_names or []}
-    return [name for name in names if plain(name) in trained]
+    return [name for name, known in zip(names, among(names, config.seen_class_names), strict=True) if known]
 
 
 def is_trained(config: PreTrainedConfig, names: list[str]) -> Tensor:
     """(C,) bool: of which names the training saw masks."""
-    trained = trained_on(config, names)
-    return torch.tensor([name in trained for name in names])
+    return torch.tensor(among(names, config.seen_class_names))
 
 
 class Look(NamedTuple):

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import pipeline
 
+from pipeline_zs3 import Zs3Pipeline
+from zs3.checkpoints import load_checkpoint
 from zs3.command_line import InputError, flag, read_arguments, run, write_text
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores, percent
@@ -92,7 +93,8 @@ def train_stage(recipe: str, data: Path, output_dir: Path, processes: int, steps
 def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
     """The pipeline with a label list of its own, on the first validation scene; returns the labels found."""
     image, _, _ = load_split(data, "validation")[0]
-    segment = pipeline(model=str(model), trust_remote_code=True)
+    network, processor = load_checkpoint(str(model))
+    segment = Zs3Pipeline(model=network, processor=processor, image_processor=processor.image_processor)
     result = segment(image, candidate_labels=OWN_LABELS, output="map")
     save_picture(segment.draw(image, result), path)
     return [result["labels"][index] for index in np.unique(result["segmentation"])]

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from configuration_zs3 import places
+from configuration_zs3 import places, shortened
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, weights_sha256
 from zs3.command_line import (
     InputError,
     check_at_least,
     check_required,
     flag,
+    in_one_line,
     read_arguments,
     run,
     write_json,
@@ -49,6 +50,7 @@ class WeightArgs:
     """One choice for one checkpoint."""
 
     model: str | None = flag(None, "Checkpoint with an image tower: a folder or a Hub id.")
+    trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     split: str = flag("train", "Split to choose on; not the one to report on.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
@@ -77,7 +79,8 @@ class WeightArgs:
 
 def weight_settings(args: WeightArgs) -> dict:
     """Those of the flags that decide the answer."""
-    return {name: value for name, value in asdict(args).items() if name not in ("output", "write")}
+    others = ("output", "write", "trust_remote_code")
+    return {name: value for name, value in asdict(args).items() if name not in others}
 
 
 class Counts:
@@ -124,7 +127,7 @@ def choose(args: WeightArgs) -> dict:
     if not label_space.unseen:
         raise InputError("the label space has no unseen class: there is nothing to choose the weight for")
     records = load_split(args.dataset, args.split, label_space)
-    model, processor = load_checkpoint(args.model)
+    model, processor = load_checkpoint(args.model, args.trust_remote_code)
     checkpoint_sha256 = weights_sha256(args.model)
     check_no_unseen_masks(model.config, label_space, "weight can be chosen without unseen masks")
     if model.vision_model is None:
@@ -151,7 +154,9 @@ def choose(args: WeightArgs) -> dict:
         image, label, _ = records[index]
         here = np.isin(unseen_ids, label) if present is None else present[index]
         label = to_mask_labels(label, positions, label_space.ignore_index)
-        for weight, prediction in label_maps(model, processor, image, text_embeds, is_seen, args).items():
+        with in_one_line(f"image {shortened(records.image_ids[index])}"):
+            predictions = label_maps(model, processor, image, text_embeds, is_seen, args)
+        for weight, prediction in predictions.items():
             counts[weight].add(prediction, label, here, is_seen.numpy(), args.min_share)
     result = {
         "settings": weight_settings(args),

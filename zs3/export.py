@@ -142,6 +142,7 @@ class ExportArgs:
     """One checkpoint to one file."""
 
     model: str | None = flag(None, "Checkpoint: a folder or a Hub id.")
+    trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     output: str | None = flag(None, "File to write: .pt2 (torch.export) or .onnx, which needs the extra `export`.")
 
     def check(self) -> None:
@@ -156,7 +157,7 @@ class ExportArgs:
 def main() -> None:
     args, _ = read_arguments(ExportArgs)
     args.check()
-    model = load_model(args.model)
+    model = load_model(args.model, args.trust_remote_code)
     print("tracing: about a minute, for ONNX several", flush=True)
     save(export_visual(model), Path(args.output))
     print(f"{args.output}: {', '.join(INPUTS)} (C, {model.config.projection_dim}) -> {', '.join(OUTPUTS)}")

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from configuration_zs3 import shortened
 from zs3.checkpoints import Look, class_vectors, is_trained, load_checkpoint
-from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run
+from zs3.command_line import InputError, check_at_least, check_required, flag, in_one_line, read_arguments, run
 from zs3.data import Split, load_split
 from zs3.evaluation import SavedImages, images_path
 from zs3.label_space import load_label_space
@@ -40,6 +41,7 @@ class FigureArgs:
     split: str = flag("validation", "Split of the dataset.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     models: list[str] = flag([], "Checkpoints, folders or Hub ids, in the order of their panels.")
+    trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     titles: list[str] = flag([], "What stands above the models' panels; default: --models.")
     output: str | None = flag(None, "Folder for the pictures.")
     images: list[str] = flag([], "Ids of the images to draw.")
@@ -62,7 +64,13 @@ class FigureArgs:
             raise InputError("--worst N and --result FILE.json go together")
 
 
-def draw_figures(records: Split, models: Mapping[str, str | Path], indices: Sequence[int], folder: Path) -> list[Path]:
+def draw_figures(
+    records: Split,
+    models: Mapping[str, str | Path],
+    indices: Sequence[int],
+    folder: Path,
+    trust_remote_code: bool = False,
+) -> list[Path]:
     """Writes folder/IMAGE_ID.png for each record: image, truth, and the label map of each model.
 
     models: title -> checkpoint.
@@ -70,7 +78,7 @@ def draw_figures(records: Split, models: Mapping[str, str | Path], indices: Sequ
     names = records.label_space.class_names
     loaded = {}
     for title, path in models.items():
-        model, processor = load_checkpoint(str(path))
+        model, processor = load_checkpoint(str(path), trust_remote_code)
         text_embeds, _ = class_vectors(model, processor, names, None)
         loaded[title] = (model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, text_embeds)
     drawn = []
@@ -78,7 +86,8 @@ def draw_figures(records: Split, models: Mapping[str, str | Path], indices: Sequ
         image, label, image_id = records[index]
         panels = {IMAGE: image, TRUTH: label}
         for title, (model, processor, text_embeds) in loaded.items():
-            panels[title] = label_map(model, processor, image, names, text_embeds)
+            with in_one_line(f"image {shortened(image_id)}"):
+                panels[title] = label_map(model, processor, image, names, text_embeds)
         drawn.append(folder / f"{image_id}.png")
         draw_comparison(panels, names, drawn[-1])
     return drawn
@@ -161,7 +170,7 @@ def main() -> None:
     else:
         indices = worst_images(records, args.split, Path(args.result), args.worst)
     models = dict(zip(args.titles, args.models, strict=True))
-    for path in draw_figures(records, models, indices, Path(args.output)):
+    for path in draw_figures(records, models, indices, Path(args.output), args.trust_remote_code):
         print(path)
 
 

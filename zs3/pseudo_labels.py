@@ -39,11 +39,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from clip_views_zs3 import CROPS_AT_ONCE, proposal_masks
+from configuration_zs3 import shortened
 from modeling_zs3 import label_similarity
 from processing_zs3 import Zs3ImageProcessor, resize_nearest
 from zs3.augmentation import IGNORED
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint
-from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run, write_json
+from zs3.command_line import (
+    InputError,
+    check_at_least,
+    check_required,
+    flag,
+    in_one_line,
+    read_arguments,
+    run,
+    write_json,
+)
 from zs3.data import Split, dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.evaluation import average_precision, percent
 from zs3.image_labels import load_unseen_scores, pseudo_labels, read_settings, shard_name
@@ -57,6 +67,7 @@ class PseudoLabelArgs:
     """Pseudo labels of one split, from the proposals of a stage-1 model."""
 
     model: str | None = flag(None, "Stage-1 checkpoint with a CLIP image tower: a folder or a Hub id.")
+    trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     output: str | None = flag(None, "Folder for the scores; the same command again goes on where it stopped.")
     split: str = flag("train", "Split of the dataset to make pseudo labels for.")
@@ -232,7 +243,8 @@ def resolved_settings(
 
     Pictures are known by their ids, and those of a folder by the sizes of their files: nobody reads them all again.
     """
-    return {
+    own_code = {"trust_remote_code": True} if args.trust_remote_code else {}
+    return own_code | {
         "checkpoint_sha256": checkpoint_sha256(args.model),
         "checkpoint_commit": getattr(model.config, "_commit_hash", None),
         "dataset": dataset_name(args.dataset),
@@ -388,7 +400,7 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     if len(set(records.image_ids)) < len(records):
         raise InputError(f"image_id repeats in split {args.split!r}: pseudo labels are told apart by it")
     with accelerator.local_main_process_first():
-        model, processor = load_checkpoint(args.model)
+        model, processor = load_checkpoint(args.model, args.trust_remote_code)
     check_source(model.config, label_space)
     model.to(accelerator.device)
     image_processor = getattr(processor, "image_processor", processor)
@@ -425,7 +437,9 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
         for number in mine:
             scores = []
             for batch in islice(batches, len(cut(shards[number], args.batch_size))):
-                scores.append(score_batch(model, image_processor, text_embeds, batch, args)[:, :num_unseen].cpu())
+                with in_one_line(f"one of the images from {shortened(image_ids[shards[number][0]])} on"):
+                    found = score_batch(model, image_processor, text_embeds, batch, args)
+                scores.append(found[:, :num_unseen].cpu())
                 bar.update(len(batch.pixel_values))
             shard_ids = [image_ids[index] for index in shards[number]]
             write_shard(paths[number], shard_ids, torch.cat(scores).numpy(), label_space.unseen)
@@ -436,6 +450,8 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
 
     # Summary
     scores = load_unseen_scores(folder, label_space, image_ids)
+    if not scores.any():
+        raise InputError("CLIP was shown no proposal of any image: lower --mask_threshold or --unannotated_share")
     truth = unseen_truth(records, label_space, len(image_ids)) if args.measure else None
     if truth is not None and not truth.any():
         truth = None  # the label maps do not hold unseen classes

@@ -4,34 +4,40 @@
     python -m zs3.release --model runs/stage2/final --results runs/stage2/gzs3.json --repo_id owner/name --push --tag v1
 
 Without --push it is a dry run: all is made, tried and listed, nothing is uploaded. The card is a template of hub_cards/
-and has the scores of the result files only (zs3.model_card). The folder gets its name after a stranger, a process in
-which the project cannot be imported, has loaded it and segmented a picture (zs3.stranger).
+and has the scores of the result files only (zs3.model_card). The code is this project's, in place of what lies beside
+the checkpoint; with --trust_remote_code, the checkpoint's own. The folder gets its name after a stranger, a process in
+which the project cannot be imported, has run that code: loaded it and segmented a picture (zs3.stranger).
 """
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers import PreTrainedConfig
 
-from configuration_zs3 import plain
+from configuration_zs3 import plain, shortened
+from modeling_zs3 import AUTO_MAP, CUSTOM_PIPELINES
 from zs3.checkpoints import (
-    CHECKPOINT_ERRORS,
     CONFIGS,
     TOKENIZER,
     check_checkpoint,
+    entries,
     file_sha256,
+    load_config,
+    load_processor,
+    project_code,
+    read_settings,
     settings_sha256,
     weight_files,
     weights_sha256,
+    with_imports,
 )
 from zs3.command_line import InputError, check_required, flag, one_line, read_arguments, run, write_text
 from zs3.evaluation import SCORES
@@ -39,7 +45,7 @@ from zs3.label_space import is_hub_id, load_label_space
 from zs3.model_card import example_labels, model_card, recipes_of
 from zs3.results import Result, read_result
 from zs3.run_folder import rename
-from zs3.typed_json import read_json, shown
+from zs3.typed_json import shown
 
 HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
 OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates called as the label space that they are for
@@ -51,6 +57,11 @@ OF_A_RESULT = (
     *(*SCORES, "confidence_intervals", "per_class_intervals"),
     *(f"confidence_intervals.{name}" for name in SCORES),
 )
+OWN_CLASSES = {
+    *AUTO_MAP.values(),
+    *(pipeline["impl"] for pipeline in CUSTOM_PIPELINES.values()),
+    *("processing_zs3.Zs3ImageProcessor", "processing_zs3.Zs3Processor"),
+}
 NOT_THE_STRANGERS = ("HF_", "HUGGINGFACE_", "PYTHON", "TRANSFORMERS_")  # variables of the environment
 SEAL = "\n<!-- Made by python -m zs3.release. sha256 of this folder: "
 
@@ -60,6 +71,9 @@ class ReleaseArgs:
     """A checkpoint to a folder for the Hub, and with --push to the Hub."""
 
     model: str | None = flag(None, "Folder of the checkpoint.")
+    trust_remote_code: bool = flag(
+        False, "Release and run the code that lies beside the checkpoint, in place of this project's."
+    )
     results: list[str] = flag([], "Result files of eval.py for this checkpoint; without one the card has no scores.")
     repo_id: str | None = flag(None, "Hub id, owner/name, of the repository.")
     card: str | None = flag(
@@ -85,46 +99,58 @@ class ReleaseArgs:
 # ---- what goes into the folder -----------------------------------------------------------------------------
 
 
-def release_files(model: Path) -> list[Path]:
-    """The checkpoint's configuration, weights, processor and code, all that a stranger needs of its folder."""
+def release_files(model: Path, code: Iterable[Path] | None = None) -> list[Path]:
+    """All that a stranger needs: configuration, weights and processor of the checkpoint, and code.
+
+    code: the modules; None: the checkpoint's own.
+    """
     named = [model / name for name in (*CONFIGS, *TOKENIZER) if (model / name).is_file()]
     if not {"processor_config.json", "preprocessor_config.json"} & {path.name for path in named}:
         raise InputError(f"{model} has no processor: processor.save_pretrained writes it beside the weights")
-    return sorted({*named, *weight_files(model), *code_files(model)})
+    return sorted({*named, *weight_files(model), *(code_files(model) if code is None else code)})
+
+
+def project_code_of(model: Path) -> set[Path]:
+    """This project's modules, which must have all classes that the checkpoint's configurations name."""
+    for reference, name in named_classes(model):
+        if reference not in OWN_CLASSES:
+            raise InputError(f"{model / name} names {reference}, which is none of this project's: save it anew")
+    return project_code()
 
 
 def code_files(model: Path) -> set[Path]:
     """The modules that the configurations name, and those that these import."""
-    found = set()
+    try:
+        return with_imports({model / f"{reference.rpartition('.')[0]}.py" for reference, _ in named_classes(model)})
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise InputError(f"{model} lacks {missing}, code that it needs: model.save_pretrained writes it") from error
+
+
+def named_classes(model: Path) -> list[tuple[str, str]]:
+    """Each "module.Class" that a checkpoint's configurations name, and in which file."""
+    found = []
     for name in CONFIGS:
-        for reference in class_references(_json(model / name) if (model / name).is_file() else {}):
+        for reference in class_references(read_settings(model / name)) if (model / name).is_file() else ():
+            if not isinstance(reference, str) or not re.fullmatch(r"(\S+--)?\w+\.\w+", reference):
+                raise InputError(f"{model / name} names no class by {shortened(reference)}: save it anew")
             if "--" in reference:
                 raise InputError(f"{model / name}: the code of {reference} lies in another repository, save it anew")
-            entry = model / f"{reference.rpartition('.')[0]}.py"
-            try:
-                found |= {entry, *(Path(file) for file in get_relative_import_files(entry))}
-            except FileNotFoundError as error:
-                missing = Path(error.filename).name
-                raise InputError(
-                    f"{model} lacks {missing}, code that it needs: model.save_pretrained writes it"
-                ) from error
+            found.append((reference, name))
     if not found:
         raise InputError(f"{model / 'config.json'} names no code (auto_map): model.save_pretrained writes it")
     return found
 
 
-def class_references(content: object) -> Iterator[str]:
-    """The "module.Class" of every auto_map and custom pipeline of a configuration, at whatever depth."""
-    if not isinstance(content, dict):
-        return
-    for key, value in content.items():
+def class_references(settings: dict) -> Iterator[object]:
+    """The "module.Class" of every auto_map and custom pipeline, at whatever depth; anything where they are no maps."""
+    for key, value in entries(settings):
         if key == "auto_map":
-            for reference in value.values():
-                yield from [reference] if isinstance(reference, str) else filter(None, reference)
+            for reference in value.values() if isinstance(value, dict) else [value]:
+                yield from filter(None, reference) if isinstance(reference, list) else [reference]
         elif key == "custom_pipelines":
-            yield from (pipeline["impl"] for pipeline in value.values())
-        else:
-            yield from class_references(value)
+            for pipeline in value.values() if isinstance(value, dict) else [value]:
+                yield pipeline.get("impl") if isinstance(pipeline, dict) else pipeline
 
 
 def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[Result]:
@@ -169,10 +195,6 @@ def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequenc
     if not path.is_file() or path.stem == "README":
         raise InputError(f"--card {card}: no such template; there are {', '.join(names)}, or a .md file of your own")
     return path
-
-
-def _json(path: Path) -> dict:
-    return read_json(path, dict[str, Any], "configuration of a checkpoint", "copy the whole checkpoint")
 
 
 # ---- the folder --------------------------------------------------------------------------------------------
@@ -291,11 +313,10 @@ def main() -> None:
     model = Path(args.model)
     folder = Path(args.output or Path("runs", "release", args.repo_id.split("/")[-1]))
     check_replaceable(folder)
-    files, sha256 = release_files(model), weights_sha256(args.model)
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=True)
-    except CHECKPOINT_ERRORS as error:
-        raise InputError(f"--model {model} cannot be read: {one_line(error)}") from error
+    files = release_files(model, None if args.trust_remote_code else project_code_of(model))
+    sha256 = weights_sha256(args.model)
+    config = load_config(args.model, args.trust_remote_code)
+    load_processor(args.model, config, args.trust_remote_code)  # for its checks
     results = read_results(args.results, sha256, settings_sha256(args.model))
     template = chosen_template(args.card, config, results)
     card = model_card(template, args.repo_id, config, sha256, recipes_of(model), results)

@@ -27,14 +27,13 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProcessorMixin
 
 from configuration_zs3 import Zs3Config, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
-from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, file_sha256, weight_files
+from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, file_sha256, not_finite, weight_files
 from zs3.command_line import (
     BEFORE_THERE_WERE,
     InputError,
@@ -372,15 +371,6 @@ def read_progress(folder: Path) -> dict:
     if folder.name != f"step_{state['step']:08d}":
         raise InputError(f"it is the checkpoint of step {state['step']}")
     return state
-
-
-def not_finite(state: dict[str, Tensor]) -> str | None:
-    """The first tensor with a NaN or an infinity in it; of one that is divided over processes, in this one's part."""
-    for name, tensor in state.items():
-        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if not bool(torch.isfinite(own).all()):
-            return name
-    return None
 
 
 def write_manifest(folder: Path) -> None:

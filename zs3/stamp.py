@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from configuration_zs3 import Zs3Config, places, plain, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.checkpoints import INDEX, WEIGHTS, file_sha256, local_folder, weights_sha256
+from zs3.checkpoints import INDEX, WEIGHTS, files_sha256, local_folder, weights_sha256
 from zs3.command_line import InputError, one_line
 from zs3.data import Split, StreamedSplit
 from zs3.label_space import LabelSpace
@@ -119,15 +119,15 @@ def make_stamp(
     space = {"class_names": label_space.class_names, "unseen": label_space.unseen}
     found = {"label_space": {**space, "ignore_index": label_space.ignore_index}, **records.contents()}
     if prompts is None:
-        found["text_embeds_sha256"] = _sha256([np.load(args.text_embeds).astype(np.float32).tobytes()])
+        found["text_embeds_sha256"] = _sha256([np.load(args.text_embeds, allow_pickle=False).astype(np.float32)])
     else:
-        found["prompts_sha256"] = _sha256(tensor.numpy().tobytes() for _, tensor in sorted(prompts.items()))
+        found["prompts_sha256"] = _sha256(tensor.numpy() for _, tensor in sorted(prompts.items()))
     if args.caption_nouns is not None:
         folder = Path(args.caption_nouns)
-        found["caption_nouns_sha256"] = _files_sha256([folder / "classes.json", *folder.glob("nouns-*.parquet")])
+        found["caption_nouns_sha256"] = files_sha256([folder / "classes.json", *folder.glob("nouns-*.parquet")])
     if args.unseen_labels not in ("none", "ground_truth", "masks"):
         path = Path(args.unseen_labels)
-        found["pseudo_labels_sha256"] = _files_sha256([path] if path.is_file() else path.glob("scores-*.parquet"))
+        found["pseudo_labels_sha256"] = files_sha256([path] if path.is_file() else path.glob("scores-*.parquet"))
     for name in STARTS:
         path = getattr(args, name)
         folder = None if path is None else local_folder(path)
@@ -148,14 +148,10 @@ def towers_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _files_sha256(files: Iterable[Path]) -> str:
-    return _sha256(f"{file.name} {file_sha256(file)}\n".encode() for file in sorted(files))
-
-
-def _sha256(parts: Iterable[bytes]) -> str:
+def _sha256(arrays: Iterable[np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
+    for array in arrays:
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

@@ -27,6 +27,9 @@ def visit(folder: str, labels: list[str]) -> str:
     lost = sorted(loading["missing_keys"] | loading["unexpected_keys"])
     if lost:
         raise ValueError(f"{lost[0]} and {len(lost) - 1} other weights do not fit the configuration")
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are no finite numbers")
     AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     image = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
     segmentation = pipeline(model=folder, trust_remote_code=True)(image, candidate_labels=labels, output="map")[

@@ -31,7 +31,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from processing_zs3 import PROMPT_TEMPLATES
 from zs3 import scenes
@@ -483,7 +483,7 @@ def _train_command(folder: Path, steps: int, seed: int) -> None:
 def _evaluate_command(folder: Path) -> None:
     if not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder} holds no model.safetensors: name a folder that `train` made")
-    print(table(evaluate(CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))))
+    print(table(evaluate(CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))))
 
 
 def main() -> None:
