@@ -153,8 +153,8 @@ def check_weights(folder: Path) -> None:
         try:
             with safe_open(path, framework="pt") as tensors:
                 kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return  # no whole file: loading it, which comes next, says so
+        except (OSError, SafetensorError) as error:
+            raise refusal(f"{path} is no whole file of weights, copy it again", error) from error
         for name, kind in kinds.items():
             if kind not in FLOATS and not (kind == "I64" and name.rpartition(".")[2] in COUNTS):
                 raise InputError(

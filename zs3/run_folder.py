@@ -136,7 +136,7 @@ def check_stamp(folder: Path, stamp: dict, args: "TrainArgs", unseen: list[str])
         return stamp
     before = kept_stamps(folder)
     if before:
-        check_unchanged(before[0], stamp, args)
+        check_unchanged(before[0], stamp, vars(args))
     else:
         print(f"warning: the run in {folder} has no {STAMP}: whether its data have changed could not be checked")
     records = [*map(record_in, before), record_in(stamp)]

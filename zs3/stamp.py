@@ -116,8 +116,7 @@ def make_stamp(
     start: the record of --init_from.
     model: as it starts, its configuration with the record of this start.
     """
-    space = {"class_names": label_space.class_names, "unseen": label_space.unseen}
-    found = {"label_space": {**space, "ignore_index": label_space.ignore_index}, **records.contents()}
+    found = {"label_space": space_of(label_space), **records.contents()}
     if prompts is None:
         found["text_embeds_sha256"] = _sha256([np.load(args.text_embeds, allow_pickle=False).astype(np.float32)])
     else:
@@ -136,6 +135,10 @@ def make_stamp(
     if start is not None:
         found["init_from_record"] = list(start)
     return {**found, "towers_sha256": towers_sha256(model), **record_of(model.config)._asdict()}
+
+
+def space_of(label_space: LabelSpace) -> Space:
+    return Space(class_names=label_space.class_names, unseen=label_space.unseen, ignore_index=label_space.ignore_index)
 
 
 def towers_sha256(model: nn.Module) -> str:
@@ -172,10 +175,13 @@ def record_in(stamp: dict[str, Any]) -> Record:
 # ---- what has changed --------------------------------------------------------------------------------------
 
 
-def check_unchanged(before: dict[str, Any], now: dict[str, Any], args: "TrainArgs") -> None:
-    """Refuses to go on with what is not there any more. A key that one of the stamps lacks is not known to it."""
+def check_unchanged(before: Stamp, now: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """Refuses to go on with what is not there any more. A key that one of the stamps lacks is not known to it.
+
+    flags: of the run, for the message.
+    """
     change = label_space_change(before["label_space"], now["label_space"])
-    flags = {name: shown(value) for name, value in vars(args).items()}
+    flags = {name: shown(value) for name, value in flags.items()}
     for name, words in CHANGES.items():
         if change is None and name in before and name in now and before[name] != now[name]:
             change = words.format(before=before[name], now=now[name], **flags)

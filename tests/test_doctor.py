@@ -1,0 +1,221 @@
+"""zs3.doctor: what it says of runs and checkpoints, and each damage by its name."""
+
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import CLASS_NAMES, save_checkpoint
+from tiny_run import flags, write_data
+
+import train
+from zs3.command_line import InputError, run
+from zs3.doctor import examine, main
+
+FIXTURE = Path(__file__).parent / "fixtures" / "c24e825.zip"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A finished run with two states, its data, and a checkpoint with both towers; nothing changes them."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = write_data(folder / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *flags(data, folder / "run", max_steps=4, checkpointing_steps=2)])
+        train.main()
+    record = {"seen_class_names": CLASS_NAMES[:2], "unseen_labels": "pseudo"}
+    save_checkpoint(folder / "checkpoint", seed=1, vision=True, **record)
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    """Its own copy, for a test to damage; the run's recipe still names the data of `whole`."""
+    return Path(shutil.copytree(whole, tmp_path / "copy"))
+
+
+def said(folder: Path) -> str:
+    found = examine(folder)
+    assert found.problems == []
+    return "\n".join(found.lines)
+
+
+def test_a_whole_checkpoint_is_described_by_what_it_is_and_saw(whole):
+    text = said(whole / "checkpoint")
+    for words in (
+        "resnet backbone, 5 queries, vectors of 12, text and image towers of CLIP",
+        "masks of 2 classes: sky, grass",
+        "pseudo image labels of unseen classes",
+        "a vocabulary of 4 classes: sky, grass, red circle, blue square; masks of 2 of them were seen",
+        "all of them finite",
+        "this project's of today",
+    ):
+        assert words in text, words
+
+
+def test_a_finished_run_is_described_with_its_stamp_its_states_and_its_model(whole):
+    text = said(whole / "run")
+    for words in (
+        "complete",
+        "label space of 20 classes, 5 of them unseen",
+        "6 pictures; sha256 of image_ids ",
+        "the label space and the pictures are what they were",
+        "step_00000002, step_00000004",
+        "the last of step 4",
+        "masks of 15 classes",
+        "no image labels of unseen classes",
+    ):
+        assert words in text, words
+
+
+def test_what_an_older_version_left_is_whole(tmp_path, monkeypatch):
+    with zipfile.ZipFile(FIXTURE) as archive:
+        archive.extractall(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text = said(Path("run"))
+    assert "stopped after step 3 of 6" in text and "none: made by an older version" in text
+    assert "another than this project's of today" in said(Path("checkpoint"))
+
+
+def change_json(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def replace_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
+    save_file({**load_file(path), name: tensor}, path, {"format": "pt"})
+
+
+def spoil(path: Path, name: str, value: float) -> None:
+    tensor = load_file(path)[name].clone()
+    tensor.view(-1)[0] = value
+    replace_tensor(path, name, tensor)
+
+
+WEIGHT = "class_projection.0.weight"
+OF_A_CHECKPOINT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a weight that is no number": (
+        lambda c: spoil(c / "model.safetensors", WEIGHT, torch.nan),
+        f"{WEIGHT} holds 1 NaN",
+    ),
+    "a stored vector of zeros": (
+        lambda c: replace_tensor(c / "model.safetensors", "vocabulary", torch.zeros(4, 12)),
+        "text vectors have no direction",
+    ),
+    "no tokenizer": (lambda c: (c / "tokenizer.json").unlink(), "tokenizer"),
+    "no processor": (lambda c: (c / "processor_config.json").unlink(), "processor"),
+    "half of the weights": (lambda c: (c / "model.safetensors").write_bytes(b"half"), "model.safetensors"),
+    "no weights": (lambda c: (c / "model.safetensors").unlink(), "model.safetensors"),
+    "names that are one": (
+        lambda c: change_json(c / "config.json", class_names=["sky", "grass", "Sky", "sea"]),
+        "'sky' and 'Sky' are one name",
+    ),
+    "names that the tokens do not tell apart": (
+        lambda c: change_json(c / "config.json", class_names=["a-b", "grass", "a - b", "sea"]),
+        "'a-b' and 'a - b' become the same tokens",
+    ),
+    "a blank seen name": (
+        lambda c: change_json(c / "config.json", seen_class_names=["sky", " "]),
+        "seen names: a name",
+    ),
+    "a setting of a wrong kind": (lambda c: change_json(c / "config.json", num_queries="many"), "num_queries"),
+    "another model": (lambda c: change_json(c / "config.json", model_type="bert"), "'bert'"),
+    "a configuration cut off": (lambda c: (c / "config.json").write_text("{"), "config.json"),
+}
+
+
+@pytest.mark.parametrize("damage", OF_A_CHECKPOINT)
+def test_a_damaged_checkpoint_has_its_damage_named(damage, copy):
+    change, words = OF_A_CHECKPOINT[damage]
+    change(copy / "checkpoint")
+    problems = examine(copy / "checkpoint").problems
+    assert any(words in problem for problem in problems), problems
+    assert all("\n" not in problem for problem in problems)
+
+
+def forget(run_folder: Path) -> None:
+    names = json.loads((run_folder / "final" / "config.json").read_text())["seen_class_names"]
+    change_json(run_folder / "final" / "config.json", seen_class_names=names[1:])
+
+
+OF_A_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a state with a flipped file": (
+        lambda r: (r / "checkpoints" / "step_00000002" / "optimizer.bin").write_bytes(b"x"),
+        "optimizer.bin has 1 bytes",
+    ),
+    "a state without its manifest": (
+        lambda r: (r / "checkpoints" / "step_00000004" / "manifest.json").unlink(),
+        "manifest.json is missing",
+    ),
+    "an empty recipe": (lambda r: (r / "recipe.yaml").write_text(""), "recipe.yaml is no recipe"),
+    "a stamp cut off": (lambda r: (r / "stamp.json").write_text("{"), "stamp.json is no JSON"),
+    "a stamp changed by hand": (
+        lambda r: change_json(r / "stamp.json", seen_class_names=["grass"]),
+        "says another label space or record",
+    ),
+    "a damaged line of metrics": (
+        lambda r: (r / "metrics.jsonl").write_text('oops\n{"step": 4, "loss": 1.0}\n'),
+        "1 lines are damaged",
+    ),
+    "a loss that is no number": (
+        lambda r: (r / "metrics.jsonl").write_text('{"step": 4, "loss": null}\n'),
+        "the loss of step 4 is no number",
+    ),
+    "a final model that forgot what was seen": (forget, "final/ does not say that it saw masks of 1 classes: grass"),
+    "a final model with a weight that is no number": (
+        lambda r: spoil(r / "final" / "model.safetensors", WEIGHT, torch.inf),
+        f"{WEIGHT} holds 1 NaN or infinite",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", OF_A_RUN)
+def test_a_damaged_run_has_its_damage_named(damage, copy):
+    change, words = OF_A_RUN[damage]
+    change(copy / "run")
+    problems = examine(copy / "run").problems
+    assert any(words in problem for problem in problems), problems
+
+
+def test_data_that_have_changed_are_named(copy):
+    recipe = (copy / "run" / "recipe.yaml").read_text()
+    moved = copy / "data" / "scenes"
+    lines = [f"dataset: {moved}" if line.startswith("dataset:") else line for line in recipe.splitlines()]
+    (copy / "run" / "recipe.yaml").write_text("\n".join(lines))
+    assert "are what they were" in said(copy / "run")
+    change_json(moved / "classes.json", unseen=[])
+    (problem,) = examine(copy / "run").problems
+    assert "was unseen, is seen now" in problem
+    shutil.rmtree(moved)
+    assert "is not here: not compared" in said(copy / "run")
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("data/scenes", "is neither: a run has a recipe.yaml, a checkpoint a config.json"),
+        ("run/checkpoints/step_00000004", "is one state of a run: give the folder of the run"),
+    ],
+)
+def test_what_is_neither_is_refused(folder, words, whole):
+    with pytest.raises(InputError, match=words):
+        examine(whole / folder)
+
+
+def test_the_exit_code_is_0_for_the_whole_and_2_for_the_damaged(copy, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["doctor", str(copy / "checkpoint")])
+    run(main)
+    assert "healthy" in capsys.readouterr().out
+    (copy / "checkpoint" / "tokenizer.json").unlink()
+    for arguments in ([str(copy / "checkpoint")], ["--path", str(copy / "checkpoint")], [str(copy / "nowhere")], []):
+        monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            run(main)
+        assert stopped.value.code == 2
+        printed = capsys.readouterr()
+        assert len([line for line in printed.err.splitlines() if line.startswith("error: ")]) == 1
+        assert "healthy" not in printed.out
