@@ -85,6 +85,7 @@ from zs3.run_folder import (
 from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, describe
 from zs3.stamp import STAMP, Record, joined, make_stamp, record_in, record_of
 from zs3.stopping import EXIT_CODE, Termination, agree, all_refuse, outlive_first_sigterm
+from zs3.typed_json import shown
 
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")
@@ -236,7 +237,7 @@ def make_model(
     except InputError:
         raise
     except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot make the model from {start}", error) from error
+        raise refusal(f"cannot make the model from {shown(start)}", error) from error
     check_finite(model, str(start))
     if args.init_parts == "backbone":
         model = keep_backbone(model)

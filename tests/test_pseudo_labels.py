@@ -188,8 +188,10 @@ def test_the_other_options_change_the_scores(arguments, tmp_path):
 
 def test_images_whose_proposals_are_nowhere_score_nothing(arguments):
     args = replace(arguments, mask_threshold=0.999999, max_images=4)
-    make_pseudo_labels(args)
+    result = make_pseudo_labels(args)
     assert [list(row["scores"].values()) for row in rows_of(args)] == [[0.0] * len(UNSEEN)] * 4
+    assert result["images_without_proposals"] == 4 and "all scores are 0 and say nothing" in report(result)
+    assert "warning" not in report({**result, "images_without_proposals": 3})
 
 
 def test_the_filter_counts_pixels_as_a_loop_does():

@@ -39,7 +39,7 @@ from modeling_zs3 import Zs3ForSemanticSegmentation, check_text_embeds
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
 from zs3.command_line import InputError, in_one_line, looks_local, one_line
 from zs3.label_space import LabelSpace, load_text_embeds
-from zs3.typed_json import read_json
+from zs3.typed_json import read_json, shown
 
 
 class NoClaim(InputError):
@@ -116,7 +116,7 @@ def config_of(flag: str, path: str) -> dict:
     try:
         return PreTrainedConfig.get_config_dict(path)[0]
     except CHECKPOINT_ERRORS as error:
-        raise refusal(f"{flag} {path} cannot be read", error) from error
+        raise refusal(f"{flag} {shown(path)} cannot be read", error) from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def check_weights(folder: Path) -> None:
             with safe_open(path, framework="pt") as tensors:
                 kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise refusal(f"{path} is no whole file of weights, copy it again", error) from error
+            raise refusal(f"{shown(path)} is no whole file of weights, copy it again", error) from error
         for name, kind in kinds.items():
             if kind not in FLOATS and not (kind == "I64" and name.rpartition(".")[2] in COUNTS):
                 raise InputError(
@@ -172,7 +172,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
             return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         return Zs3Config.from_pretrained(path)
     except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot load checkpoint {path}", error) from error
+        raise refusal(f"cannot load checkpoint {shown(path)}", error) from error
 
 
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -187,7 +187,7 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
         else:
             model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, dtype=torch.float32, **options)
     except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot load checkpoint {path}", error) from error
+        raise refusal(f"cannot load checkpoint {shown(path)}", error) from error
     for keys, trouble in (("missing_keys", "it lacks"), ("mismatched_keys", "of another shape is")):
         lost = sorted(key if isinstance(key, str) else str(key[0]) for key in loading[keys])
         if lost:
@@ -207,7 +207,7 @@ def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool 
         else:
             processor = saved_processor(path, text=config.text_config is not None)
     except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot load the processor of {path}", error) from error
+        raise refusal(f"cannot load the processor of {shown(path)}", error) from error
     image_processor = getattr(processor, "image_processor", processor)
     if isinstance(image_processor, Zs3ImageProcessor):
         check_image_processor(path, image_processor)
@@ -223,7 +223,7 @@ def load_tokenizer(path: str, text_config: PreTrainedConfig) -> CLIPTokenizer:
     try:
         tokenizer = saved_tokenizer(path)
     except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot load the tokenizer of {path}", error) from error
+        raise refusal(f"cannot load the tokenizer of {shown(path)}", error) from error
     check_tokenizer(path, tokenizer, text_config)
     return tokenizer
 
@@ -314,10 +314,10 @@ def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrained
     try:
         spelled = [tuple(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     except Exception as error:  # tokenizers raises plain ones
-        raise refusal(f"{path}: tokenizer.json cannot be used", error) from error
+        raise refusal(f"{shown(path)}: tokenizer.json cannot be used", error) from error
     for text, tokens in zip(texts, spelled, strict=True):
         if not tokens or tokenizer.unk_token_id in tokens or spelled.count(tokens) > 1:
-            raise InputError(f"{path}: tokenizer.json cannot spell {text!r}: copy it again")
+            raise InputError(f"{shown(path)}: tokenizer.json cannot spell {text!r}: copy it again")
     if text_config.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: as CLIP's own say, and the largest is meant
         ends = f"by token {tokenizer.eos_token_id}, the text tower by {text_config.eos_token_id}"
         raise InputError(f"{path}: its tokenizer ends texts {ends}: take the tower's own tokenizer.json")

@@ -348,7 +348,13 @@ def summary(scores: np.ndarray, truth: np.ndarray | None, unseen: list[str], own
         labels = pseudo_labels(scores, threshold) == 1
         measures = {} if truth is None else precision_and_recall(labels, truth)
         thresholds.append({"threshold": threshold, "labels": labels.sum(0).tolist(), **measures})
-    result = {"num_images": len(scores), "unseen": unseen, "pseudo_label_threshold": own, "thresholds": thresholds}
+    result = {
+        "num_images": len(scores),
+        "images_without_proposals": int((~scores.any(axis=1)).sum()),  # a softmax is above 0 for each of its names
+        "unseen": unseen,
+        "pseudo_label_threshold": own,
+        "thresholds": thresholds,
+    }
     if truth is not None:
         found = np.array([average_precision(*columns) for columns in zip(scores.T, truth.T, strict=True)])
         known = found[~np.isnan(found)]
@@ -361,6 +367,8 @@ def report(result: dict) -> str:
     """The tables for the terminal; precision (P), recall (R) and AP in percent."""
     measured = "average_precision" in result
     lines = [f"labels of {len(result['unseen'])} unseen names in {result['num_images']} images"]
+    if result["images_without_proposals"] == result["num_images"]:
+        lines.append("warning: CLIP was shown no proposal of any image, so all scores are 0 and say nothing")
     lines.append("  threshold   labels" + "   P micro     R   P macro     R" * measured)
     for row in result["thresholds"]:
         line = f"  {row['threshold']:<9g} {sum(row['labels']):8d}"
@@ -450,8 +458,6 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
 
     # Summary
     scores = load_unseen_scores(folder, label_space, image_ids)
-    if not scores.any():
-        raise InputError("CLIP was shown no proposal of any image: lower --mask_threshold or --unannotated_share")
     truth = unseen_truth(records, label_space, len(image_ids)) if args.measure else None
     if truth is not None and not truth.any():
         truth = None  # the label maps do not hold unseen classes

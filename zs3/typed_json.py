@@ -104,7 +104,7 @@ def refusal(path: Path, words: str, mend: str) -> InputError:
     return InputError(f"{shown(path)}: {cut(words, 105)}: {mend}")
 
 
-def shown(path: Path, length: int = 60) -> str:
+def shown(path: str | Path, length: int = 60) -> str:
     """A path for a message: its end, where it is long."""
     text = str(path)
     return text if len(text) <= length else f"...{text[3 - length :]}"
