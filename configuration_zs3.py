@@ -164,6 +164,8 @@ class Zs3Config(Mask2FormerConfig):
             raise ValueError(f"importance_sample_ratio must lie in [0, 1], got {self.importance_sample_ratio}")
         if self.clip_ensemble_weight is not None and not 0 <= self.clip_ensemble_weight <= 1:
             raise ValueError(f"clip_ensemble_weight must lie in [0, 1] or be None, got {self.clip_ensemble_weight}")
+        if not 0 <= self.word_drop_probability <= 1:
+            raise ValueError(f"word_drop_probability must lie in [0, 1], got {self.word_drop_probability}")
         if not 0 < self.pseudo_label_threshold <= 1:
             raise ValueError(f"pseudo_label_threshold must lie in (0, 1], got {self.pseudo_label_threshold}")
         if self.clip_logit_scale <= 0:
@@ -216,7 +218,7 @@ def check_names(names: Sequence[str]) -> None:
             raise ValueError(f"a name must be one line without control characters, got {shortened(name)}")
     for place, first in enumerate(places(names, names)):
         if first != place:
-            one, other = shortened(names[first]), shortened(names[place])
+            one, other = shortened(names[first], 45), shortened(names[place], 45)
             same = names[first] == names[place]
             which = f"{one} is there twice" if same else f"{one} and {other} are one name (case and blanks aside)"
             raise ValueError(f"names repeat: {which}: rename one")

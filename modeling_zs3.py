@@ -288,7 +288,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self.config.class_names = names
         self.config.id2label = dict(enumerate(names))
         self.config.label2id = {name: index for index, name in enumerate(names)}
-        self.vocabulary = F.normalize(text_embeds.detach().float(), dim=-1).to(self.device)
+        self.vocabulary = F.normalize(text_embeds.detach().float(), dim=-1).contiguous().to(self.device)
 
     def _embed_names(
         self, class_names: Sequence[str | Sequence[str] | dict], processor: ProcessorMixin | None

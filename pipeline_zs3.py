@@ -196,9 +196,10 @@ class Zs3Pipeline(Pipeline):
             value = options.get(name)
             if value is None:
                 continue
-            if not isinstance(value, kind) or value < least or (most is not None and value > most):
+            fits = isinstance(value, kind) and not isinstance(value, bool) and value >= least  # NaN is not
+            if not fits or not (most is None or value <= most):
                 allowed = f"a number in [{least}, {most}]" if most else f"a whole number of pixels, {least} or more"
-                raise ValueError(f"{name} must be {allowed}, got {value!r}")
+                raise ValueError(f"{name} must be {allowed}, got {shortened(value)}")
         background = options.get("background")
         if not isinstance(background, list | tuple | None) and background != "reject":
             raise ValueError(f"background must be 'reject' or a list of labels, got {background!r}")

@@ -308,10 +308,9 @@ class Zs3Processor(ProcessorMixin):
                 raise ValueError(f"the tokenizer cannot read {shortened(label.name)}: is tokenizer.json missing?")
             other = first.setdefault(tuple(tokens), label.name)
             if other != label.name:
-                raise ValueError(
-                    f"{shortened(other)} and {shortened(label.name)} become the same tokens "
-                    f"({self.tokenizer.model_max_length} are read): give one of them another name"
-                )
+                both = f"{shortened(other, 45)} and {shortened(label.name, 45)}"
+                limit = self.tokenizer.model_max_length
+                raise ValueError(f"{both} become the same tokens ({limit} are read): rename one")
 
     def tokenize(self, labels: Sequence[Label]) -> dict[str, Tensor]:
         """input_ids and attention_mask, both (C, T, L) int64, padded no further than the longest prompt."""
@@ -372,10 +371,13 @@ def saved_tokenizer(source: str, revision: str = "main") -> CLIPTokenizer:
 
 
 def saved_templates(source: str, revision: str = "main") -> Sequence[str]:
-    """The prompt templates; ViLD's where the checkpoint names none."""
+    """The prompt templates of a checkpoint with a text tower."""
     file = _saved(source, "processor_config.json", revision)
-    settings = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-    return settings.get("prompt_templates", PROMPT_TEMPLATES)
+    if file is None:
+        raise ValueError(
+            "there is no processor_config.json, which has its prompts: processor.save_pretrained writes it"
+        )
+    return json.loads(Path(file).read_text(encoding="utf-8")).get("prompt_templates", PROMPT_TEMPLATES)
 
 
 def _saved(source: str, name: str, revision: str) -> str | None:

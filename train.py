@@ -300,11 +300,9 @@ def make_processor(
         return image_processor
     source = args.clip or args.init_from
     tokenizer = load_tokenizer(source, model.config.text_config)
-    templates = args.prompt_templates
-    if templates is None:
-        templates = PROMPT_TEMPLATES if args.init_from is None else saved_templates(source)
     try:
-        return Zs3Processor(image_processor, tokenizer, templates)
+        own = PROMPT_TEMPLATES if args.init_from is None else saved_templates(source)
+        return Zs3Processor(image_processor, tokenizer, own if args.prompt_templates is None else args.prompt_templates)
     except ValueError as error:
         raise refusal("--prompt_templates" if args.prompt_templates else source, error) from error
 

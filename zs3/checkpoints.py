@@ -10,6 +10,7 @@ import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +35,12 @@ from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.utils import ModelOutput
 
 import modeling_zs3
-from configuration_zs3 import Zs3Config, among, places, shortened
+from configuration_zs3 import Zs3Config, among, check_names, places, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation, check_text_embeds
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
 from zs3.command_line import InputError, in_one_line, looks_local, one_line
 from zs3.label_space import LabelSpace, load_text_embeds
-from zs3.typed_json import read_json, shown
+from zs3.typed_json import cut, read_json, shown
 
 
 class NoClaim(InputError):
@@ -68,6 +69,7 @@ PARALLEL_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  #
 CHECKPOINT_ERRORS = (
     *(OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, SafetensorError),
     *(TypeError, AttributeError, ArithmeticError, AssertionError),  # of settings of a wrong kind
+    *(UnpicklingError, EOFError),  # of weights that are no safetensors
 )
 
 
@@ -77,7 +79,7 @@ CHECKPOINT_ERRORS = (
 def refusal(thing: str, error: Exception) -> InputError:
     """What a library says of a thing, in one line."""
     said = f"nothing is called {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
-    return InputError(f"{thing}: {said}"[:200])
+    return InputError(cut(f"{thing}: {said}", 190))
 
 
 def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
@@ -155,6 +157,8 @@ def check_weights(folder: Path) -> None:
                 kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise refusal(f"{shown(path)} is no whole file of weights, copy it again", error) from error
+        if not kinds:  # transformers would report none missing
+            raise InputError(f"{shown(path)} holds no weight: copy it again, or train anew")
         for name, kind in kinds.items():
             if kind not in FLOATS and not (kind == "I64" and name.rpartition(".")[2] in COUNTS):
                 raise InputError(
@@ -196,6 +200,8 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     if folder is not None:
         check_weights(folder)  # again, for what has only now come from the Hub
     check_finite(model, path)
+    with in_one_line(f"the vocabulary of {shown(path)}"):
+        check_names(model.config.class_names or [])
     return model.eval()
 
 

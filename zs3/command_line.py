@@ -38,6 +38,9 @@ OLD_NAMES: dict[str, str] = {}
 BEFORE_THERE_WERE: dict[str, Any] = {}
 
 
+MOST_OF_A_LIBRARY = 110  # characters of its message in one of ours
+
+
 class InputError(ValueError):
     """Bad input. The message is one line which names the thing and the mend."""
 
@@ -86,9 +89,7 @@ def _is(error: Exception, code: int) -> bool:
 def _own_message(error: InputError) -> str:
     """The line an InputError was raised with; one from a DataLoader worker comes wrapped in a traceback."""
     message = str(error).strip()
-    if message.startswith("Caught "):
-        return message.splitlines()[-1].split("InputError: ", 1)[-1]
-    return message
+    return message.splitlines()[-1].split("InputError: ", 1)[-1] if message.startswith("Caught ") else message
 
 
 def flag(default: Any, text: str) -> Any:
@@ -120,7 +121,8 @@ def looks_local(name: str) -> bool:
 
 def one_line(error: Exception) -> str:
     """The beginning of a library's message, which may go over many lines, or have none."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST_OF_A_LIBRARY else f"{text[: MOST_OF_A_LIBRARY - 3]}..."
 
 
 def write_text(path: Path, text: str) -> None:

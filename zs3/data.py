@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from configuration_zs3 import places
 from zs3.augmentation import IGNORED, Augmentation, augment
 from zs3.command_line import InputError, one_line
-from zs3.image_labels import NothingTold, Told
+from zs3.image_labels import NothingTold, Told, read_settings
 from zs3.label_space import LabelSpace, is_hub_id, load_label_space
 
 if TYPE_CHECKING:
@@ -264,12 +264,8 @@ def _each(rows: list[Row]) -> Iterator[Row]:
 
 def check_scored_pictures(path: Path, records: Split) -> None:
     """Refuses scores of a folder's pictures for another folder whose image ids are the same."""
-    settings = path / "settings.json"
-    try:
-        made_of = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        known, count = made_of.get("picture_sizes_sha256"), int(made_of.get("num_images", 0))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{settings} is damaged: put it back, or make the pseudo labels anew") from error
+    made_of = read_settings(path) if (path / "settings.json").is_file() else {}
+    known, count = made_of.get("picture_sizes_sha256"), made_of.get("num_images", 0)
     own = records.contents(count).get("picture_sizes_sha256")
     if None not in (known, own) and known != own:
         raise InputError(f"{path} was made of other pictures of the same names: make the pseudo labels of this dataset")

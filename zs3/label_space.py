@@ -122,7 +122,7 @@ def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None)
         raise InputError(f"{path} has shape {rows.shape}, expected {expected}: one row for each class name")
     if rows.dtype.kind != "f":
         raise InputError(f"{path} holds {rows.dtype}: text vectors are floating-point numbers")
-    vectors = torch.from_numpy(rows.astype(np.float32))
+    vectors = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
     try:
         check_text_embeds(vectors, rows.shape[1])
     except ValueError as error:
@@ -138,8 +138,8 @@ def is_hub_id(name: str) -> bool:
 def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} as JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path} as JSON: {one_line(error)}") from error
     missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else list(KEYS)
     if missing:  # no default: a misspelled "unseen" would train on the masks of unseen classes
         raise InputError(f"{path} lacks {', '.join(missing)}: it needs the keys {', '.join(KEYS)}")

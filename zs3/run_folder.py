@@ -287,7 +287,10 @@ class Checkpoints:
             raise InputError(
                 f"{path} was trained with other CLIP towers: start from the same --clip or --init_from as before"
             )
-        self.accelerator.load_state(str(path))
+        try:
+            self.accelerator.load_state(str(path))
+        except UnpicklingError as error:  # torch's `weights_only` ran nothing of it
+            raise InputError(f"{path} holds objects that no run saves: nothing was read of them, delete it") from error
         # accelerate counts micro-batches. A checkpoint lies between two steps, on any number of micro-batches a step.
         self.accelerator.step = 0
         self.scheduler.load_state_dict(state["scheduler"])
