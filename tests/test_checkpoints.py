@@ -297,7 +297,7 @@ def test_a_folder_without_config_or_with_another_thing_in_its_place_is_refused(c
         (None, {"text_config": "x"}, "text_config"),
         ("backbone_config", {"depths": "abc"}, "depths"),
         ("backbone_config", {"hidden_sizes": [8]}, ""),
-        ("backbone_config", {"out_features": ["stage9"]}, "stage9"),
+        ("backbone_config", {"out_features": ["stage9"]}, "out_features"),
         ("text_config", {"vocab_size": "x"}, "vocab_size"),
         ("text_config", {"num_attention_heads": 0}, ""),
         ("vision_config", {"patch_size": 0}, ""),

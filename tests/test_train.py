@@ -427,7 +427,7 @@ def test_a_damaged_start_is_refused(data, tmp_path, monkeypatch, capsys):
     weights = tmp_path / "start" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     line = refused(monkeypatch, capsys, plain_flags(data, tmp_path / "out", tmp_path / "start"))
-    assert "cannot make the model" in line and "start" in line
+    assert "start/model.safetensors is no whole file of weights" in line
 
 
 def plain_flags(data: Path, output_dir: Path, start: Path, **overrides) -> list[str]:
