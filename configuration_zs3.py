@@ -41,6 +41,9 @@ WRITTEN_BY_TRANSFORMERS = {
     "transformers_version",
 }
 
+# What a training can be given about unseen classes, from the least to the most; see `unseen_labels`.
+Supervision = Literal["none", "pseudo", "captions", "ground_truth"]
+
 
 @strict
 class Zs3Config(Mask2FormerConfig):
@@ -129,7 +132,7 @@ class Zs3Config(Mask2FormerConfig):
     word_drop_probability: float | int = 0.25
 
     seen_class_names: list[str] | None = None
-    unseen_labels: Literal["none", "pseudo", "captions", "ground_truth"] | None = None
+    unseen_labels: Supervision | None = None
     class_names: list[str] | None = None
 
     def __post_init__(self, **kwargs):
@@ -192,8 +195,12 @@ def plain(name: str) -> str:
 
     Case, blanks, how Unicode composes a letter (NFC) and characters that show nothing make no difference.
     """
-    folded = normalize("NFC", normalize("NFD", name).casefold())
-    return " ".join("".join(letter for letter in folded if category(letter) != "Cf").split())
+    if name.isascii():
+        folded = name.casefold()
+    else:
+        shown = "".join(letter for letter in name if category(letter) != "Cf")
+        folded = normalize("NFC", normalize("NFD", shown).casefold())
+    return " ".join(folded.split())
 
 
 def places(names: Sequence[str], known: Sequence[str] | None) -> list[int | None]:
@@ -204,24 +211,38 @@ def places(names: Sequence[str], known: Sequence[str] | None) -> list[int | None
     return [first.get(plain(name)) for name in names]
 
 
+def once(names: Sequence[str]) -> list[str]:
+    """The names without those that are one with an earlier name."""
+    return [name for row, (name, first) in enumerate(zip(names, places(names, names), strict=True)) if row == first]
+
+
 def among(names: Sequence[str], known: Sequence[str] | None) -> list[bool]:
     """Of each name, whether it is among the known ones."""
     return [place is not None for place in places(names, known)]
 
 
+class Refused(ValueError):
+    """What was given cannot be used. The message is one line for whoever gave it."""
+
+
 def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError where names are blank, hold line breaks or control characters, or are one name."""
+    """Raises Refused where names are blank, hold line breaks or control characters, or are one name."""
     for name in names:
-        if not isinstance(name, str) or not plain(name):
-            raise ValueError(f"a name must be a text that is not blank, got {shortened(name)}")
-        if any(category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
-            raise ValueError(f"a name must be one line without control characters, got {shortened(name)}")
+        check_name(name)
     for place, first in enumerate(places(names, names)):
         if first != place:
             one, other = shortened(names[first], 45), shortened(names[place], 45)
             same = names[first] == names[place]
             which = f"{one} is there twice" if same else f"{one} and {other} are one name (case and blanks aside)"
-            raise ValueError(f"names repeat: {which}: rename one")
+            raise Refused(f"names repeat: {which}: rename one")
+
+
+def check_name(name: object) -> None:
+    """Raises Refused where a name is blank, or holds line breaks or control characters."""
+    if not isinstance(name, str) or not plain(name):
+        raise Refused(f"a name must be a text that is not blank, got {shortened(name)}")
+    if not name.isprintable() and any(category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+        raise Refused(f"a name must be one line without control characters, got {shortened(name)}")
 
 
 def shortened(value: object, length: int = 60) -> str:
@@ -232,4 +253,15 @@ def shortened(value: object, length: int = 60) -> str:
 
 Zs3Config.register_for_auto_class()
 
-__all__ = ["Zs3Config", "among", "check_names", "places", "plain", "shortened"]
+__all__ = [
+    "Refused",
+    "Supervision",
+    "Zs3Config",
+    "among",
+    "check_name",
+    "check_names",
+    "once",
+    "places",
+    "plain",
+    "shortened",
+]

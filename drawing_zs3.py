@@ -13,6 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+try:
+    from .configuration_zs3 import plain
+except ImportError:
+    if __package__:
+        raise
+    from configuration_zs3 import plain
+
 # The first n differ by at least .10 (n = 8), .088 (20), .053 (32), .038 (64) in OKLab, where .02 is just visible: the
 # least over normal vision, protanopia, deuteranopia and tritanopia, simulated as in Machado et al. 2009. NOTHING is
 # as far from all of them. The first 20 were found by repulsion; each later one is as far as can be from those before.
@@ -31,7 +38,7 @@ LONGER_SIDE = 320  # pixels, about: what smaller pictures are enlarged to
 
 
 def colour_of(name: str) -> tuple[int, int, int]:
-    """A name's own colour, the same everywhere; upper and lower case are one."""
+    """A name's own colour, the same everywhere and in every spelling of it."""
     return tuple(PALETTE[_place(name)].tolist())
 
 
@@ -42,7 +49,7 @@ def colours_of(names: Sequence[str]) -> np.ndarray:
     colour that no name has. The order of `names` does not matter, and a further name whose own colour is free changes
     nobody else's. Once all 64 are taken, the names that are left share their own with others.
     """
-    places = {name: _place(name) for name in sorted(set(names), key=lambda name: (name.casefold(), name))}
+    places = {name: _place(name) for name in sorted(set(names), key=lambda name: (plain(name), name))}
     moved, taken = [], set()
     for name, place in places.items():
         if place in taken:
@@ -57,7 +64,7 @@ def colours_of(names: Sequence[str]) -> np.ndarray:
 
 
 def _place(name: str) -> int:
-    digest = hashlib.sha256(name.casefold().encode()).digest()
+    digest = hashlib.sha256(plain(name).encode()).digest()
     return int.from_bytes(digest[:8], "big") % PREFERRED
 
 

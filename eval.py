@@ -45,7 +45,6 @@ from zs3.checkpoints import (
     is_trained,
     load_checkpoint,
     settings_sha256,
-    trained_on,
     weights_sha256,
 )
 from zs3.command_line import (
@@ -224,9 +223,13 @@ def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str)
     if setting == "ovs":
         return
     check_no_unseen_masks(config, label_space, f"{setting} result can be claimed, --setting ovs is open to it")
-    missing = [name for name in label_space.seen if name not in trained_on(config, label_space.seen)]
+    trained = among(label_space.seen, config.seen_class_names)
+    missing = [name for name, is_known in zip(label_space.seen, trained, strict=True) if not is_known]
     if missing and setting == "gzs3":
-        raise NoClaim(f"the checkpoint saw no masks of {missing[:3]}, seen classes here: use --setting ovs")
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise NoClaim(
+            f"the checkpoint saw no masks of {shortened(missing[0])}{more}, seen classes here: use --setting ovs"
+        )
 
 
 def check_code(path: str, processor: ProcessorMixin) -> None:

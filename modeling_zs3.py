@@ -49,7 +49,7 @@ try:
         single_pass,
         visible_proposals,
     )
-    from .configuration_zs3 import Zs3Config, among
+    from .configuration_zs3 import Refused, Zs3Config, among
     from .label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from .losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
     from .network_zs3 import batch_norms, decoder_outputs, run_plainly
@@ -68,7 +68,7 @@ except ImportError:
         single_pass,
         visible_proposals,
     )
-    from configuration_zs3 import Zs3Config, among
+    from configuration_zs3 import Refused, Zs3Config, among
     from label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
     from network_zs3 import batch_norms, decoder_outputs, run_plainly
@@ -644,16 +644,17 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             parts = self._ensemble_lazily(outputs, images, see, is_seen, weight, sizes, tolerance, crops)
             probs, shown, undecided = (list(values) for values in zip(*parts, strict=True))
             probs, shown, undecided = torch.stack(probs), torch.stack(shown), probs[0].new_tensor(undecided)
+            if owner is None:  # with one, CLIP's view of the synonyms that it was not shown is not known
+                probs = tie(probs, torch.cat([text_embeds.T, is_seen[None].to(text_embeds)]))
         else:
             if isinstance(images, Tensor):
                 views = {"view": view, **crops}
                 images = self.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes, **views)
-            own = class_probabilities(outputs.class_logits, outputs.background_logits)
-            probs = ensemble_with_clip(own, see(images), is_seen, weight)
+            own, its = class_probabilities(outputs.class_logits, outputs.background_logits), see(images)
+            probs = ensemble_with_clip(own, its, is_seen, weight)
+            probs = tie(probs, torch.cat([own.flatten(0, 1), its.flatten(0, 1), is_seen[None].to(own)]))
             shown = images.shown
             undecided = probs.new_zeros(len(probs))
-        if owner is None:
-            probs = tie(probs, torch.cat([text_embeds.T, is_seen[None].to(text_embeds)]))
         return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": shown, "undecided": undecided})
 
     def ensemble_view(self, view: str | None = None, weight: float | None = None) -> str:
@@ -727,9 +728,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         class_embeds: (B, Q, D); text_embeds: (C, D).
         """
         background = self._background_similarity(class_embeds)
+        similarity = cosine_similarity if self.training else label_similarity  # in training nobody looks at ties
         temperature = self.config.class_temperature
         return {
-            "class_logits": label_similarity(class_embeds, text_embeds) / temperature,
+            "class_logits": similarity(class_embeds, text_embeds) / temperature,
             "background_logits": None if background is None else background / temperature,
         }
 
@@ -750,10 +752,9 @@ def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
 def label_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """`cosine_similarity` with a label list: equal text vectors get equal columns, so that the first of them wins.
 
-    A matrix product alone may round them differently. An exported graph is that product alone.
+    A matrix product alone may round them differently. A compiled or exported graph is that product alone.
     """
-    similarity = cosine_similarity(class_embeds, text_embeds)
-    return similarity if torch.compiler.is_exporting() else tie(similarity, F.normalize(text_embeds.float(), dim=-1).T)
+    return tie(cosine_similarity(class_embeds, text_embeds), F.normalize(text_embeds.float(), dim=-1).T)
 
 
 def tie(values: Tensor, source: Tensor) -> Tensor:
@@ -761,6 +762,8 @@ def tie(values: Tensor, source: Tensor) -> Tensor:
 
     Products and powers need it: at the end of a row they may be rounded otherwise than in its middle.
     """
+    if source.shape[-1] < 2 or source.is_meta or torch.compiler.is_compiling():
+        return values
     columns = source.reshape(-1, source.shape[-1])
     _, group, size = columns[:4].unique(dim=1, return_inverse=True, return_counts=True)  # tells nearly all apart
     alike = (size[group] > 1).nonzero()[:, 0]
@@ -773,28 +776,26 @@ def tie(values: Tensor, source: Tensor) -> Tensor:
 
 
 def check_text_embeds(text_embeds: Tensor, size: int) -> None:
-    """Raises ValueError where text vectors are no (C, size) floating-point numbers, or where one has no direction:
+    """Raises Refused where text vectors are no (C, size) floating-point numbers, or where one has no direction:
     zeros, NaN, infinities."""
     if not isinstance(text_embeds, Tensor) or not text_embeds.is_floating_point():
         kind = text_embeds.dtype if isinstance(text_embeds, Tensor) else type(text_embeds).__name__
-        raise ValueError(f"text vectors must be a tensor of floating-point numbers, got {kind}")
+        raise Refused(f"text vectors must be a tensor of floating-point numbers, got {kind}")
     if text_embeds.dim() != 2 or len(text_embeds) == 0 or text_embeds.shape[1] != size:
-        raise ValueError(f"text vectors must be (C, {size}), got {tuple(text_embeds.shape)}")
+        raise Refused(f"text vectors must be (C, {size}), got {tuple(text_embeds.shape)}")
     lengths = F.normalize(text_embeds.float(), dim=-1).norm(dim=-1)
     lost = (~((lengths - 1).abs() < 0.01)).nonzero()[:, 0]  # "not": NaN is lost, too
     if len(lost):
-        raise ValueError(
-            f"{len(lost)} of {len(lengths)} text vectors have no direction, row {int(lost[0])} first: they hold zeros, "
-            "NaN or infinities"
+        raise Refused(
+            f"{len(lost)} of {len(lengths)} text vectors have no direction, row {int(lost[0])} first: zero, too large "
+            "or not finite; make them again"
         )
 
 
 def check_finite_output(name: str, values: Tensor) -> None:
-    """Raises ValueError where an output is not finite: what is made of it would look like an answer."""
+    """Raises Refused where an output is not finite: what is made of it would look like an answer."""
     if not torch.isfinite(values).all():
-        raise ValueError(
-            f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32"
-        )
+        raise Refused(f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32")
 
 
 def best_synonyms(logits: Tensor, owner: Tensor) -> Tensor:

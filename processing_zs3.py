@@ -26,13 +26,13 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import cached_file
 
 try:
-    from .configuration_zs3 import check_names, plain, shortened
+    from .configuration_zs3 import Refused, among, check_name, check_names, shortened
     from .label_maps_zs3 import SemanticMap
     from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import check_names, plain, shortened
+    from configuration_zs3 import Refused, among, check_name, check_names, shortened
     from label_maps_zs3 import SemanticMap
     from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 
@@ -244,7 +244,7 @@ def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
     if not words or not all(isinstance(word, str) for word in words):
         raise ValueError(f"a label must be a name, a list of synonyms or a dict, got {shortened(entry)}")
     for word in words:
-        check_names([word])
+        check_name(word)
     wrong = [template for template in templates if not isinstance(template, str) or "{}" not in template]
     if wrong:
         raise ValueError(f"a prompt template needs '{{}}' where the name goes, got {shortened(wrong[0])}")
@@ -253,8 +253,10 @@ def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
 
 def seen_labels(labels: Sequence[Label], seen_class_names: Sequence[str] | None) -> list[bool]:
     """Of each label, whether the training saw masks of it: one of its words is a seen class name."""
-    known = {plain(name) for name in seen_class_names or []}
-    return [not known.isdisjoint(plain(word) for word in label.words) for label in labels]
+    words = [(row, word) for row, label in enumerate(labels) for word in label.words]
+    is_seen = among([word for _, word in words], seen_class_names)
+    rows = {row for (row, _), seen in zip(words, is_seen, strict=True) if seen}
+    return [row in rows for row in range(len(labels))]
 
 
 def _as_list(value: str | Sequence[str]) -> list[str]:
@@ -295,22 +297,28 @@ class Zs3Processor(ProcessorMixin):
         return features
 
     def check_readable(self, labels: Sequence[Label]) -> None:
-        """Raises ValueError where the tokens do not tell the labels apart, or where they end before a name does.
+        """Raises Refused where the tokens do not tell two labels apart, or where they end before a name does.
 
-        Labels with the same tokens would share one text vector. Compared are all words in their label's first template.
+        Labels with the same tokens would share one text vector.
         """
-        words = [[label.templates[0].replace("{}", word) for word in label.words] for label in labels]
-        rows = iter(self.tokenizer([text for own in words for text in own], truncation=True)["input_ids"])
-        first: dict[tuple, str] = {}
-        for label, own in zip(labels, words, strict=True):
-            tokens = sorted(tuple(next(rows)) for _ in own)
+        first: dict[tuple, Label] = {}
+        short = [Label(label.name, label.words, label.templates[:1]) for label in labels]
+        for label, tokens in zip(labels, self._tokens(short), strict=True):
             if any(self.tokenizer.eos_token_id in row[:-1] for row in tokens):  # a CLIP reads up to its end token
-                raise ValueError(f"the tokenizer cannot read {shortened(label.name)}: is tokenizer.json missing?")
-            other = first.setdefault(tuple(tokens), label.name)
-            if other != label.name:
-                both = f"{shortened(other, 45)} and {shortened(label.name, 45)}"
+                ends = any(str(self.tokenizer.eos_token) in word for word in label.words)
+                why = "a name must not hold the tokenizer's end token" if ends else "is tokenizer.json missing?"
+                raise Refused(f"the tokenizer cannot read {shortened(label.name)}: {why}")
+            other = first.setdefault(tokens, label)
+            if other is not label and len({*self._tokens([other, label])}) == 1:
+                both = f"{shortened(other.name, 45)} and {shortened(label.name, 45)}"
                 limit = self.tokenizer.model_max_length
-                raise ValueError(f"{both} become the same tokens ({limit} are read): rename one")
+                raise Refused(f"{both} become the same tokens ({limit} are read): rename one")
+
+    def _tokens(self, labels: Sequence[Label]) -> list[tuple]:
+        """Of each label the tokens of its prompts, in an order that its words do not decide."""
+        texts = [text for label in labels for text in label.prompts]
+        rows = iter(self.tokenizer(texts, truncation=True)["input_ids"])
+        return [tuple(sorted(tuple(next(rows)) for _ in label.prompts)) for label in labels]
 
     def tokenize(self, labels: Sequence[Label]) -> dict[str, Tensor]:
         """input_ids and attention_mask, both (C, T, L) int64, padded no further than the longest prompt."""

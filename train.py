@@ -302,9 +302,9 @@ def make_processor(
     tokenizer = load_tokenizer(source, model.config.text_config)
     try:
         own = PROMPT_TEMPLATES if args.init_from is None else saved_templates(source)
-        return Zs3Processor(image_processor, tokenizer, own if args.prompt_templates is None else args.prompt_templates)
-    except ValueError as error:
-        raise refusal("--prompt_templates" if args.prompt_templates else source, error) from error
+        return Zs3Processor(image_processor, tokenizer, args.prompt_templates or own)
+    except CHECKPOINT_ERRORS as error:
+        raise refusal("--prompt_templates" if args.prompt_templates else shown(source), error) from error
 
 
 def choose_what_learns(model: Zs3ForSemanticSegmentation, backbone_norm: str) -> None:
@@ -673,8 +673,6 @@ def train(args: TrainArgs, overrides: dict) -> None:
     # Save
     complete = progress.step == args.max_steps
     accelerator.wait_for_everyone()
-    if complete:
-        checkpoints.check_finite()
     trained = whole_model(accelerator, model) if complete else None
     if complete and accelerator.is_main_process:
         results = {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from tiny_run import flags, write_data
 import train
 from zs3.command_line import InputError, run
 from zs3.doctor import examine, main
+from zs3.run_folder import write_manifest
 
+ROOT = Path(__file__).parents[1]
 FIXTURE = Path(__file__).parent / "fixtures" / "c24e825.zip"
 
 
@@ -142,6 +145,21 @@ def forget(run_folder: Path) -> None:
     change_json(run_folder / "final" / "config.json", seen_class_names=names[1:])
 
 
+def restamp(run_folder: Path, **record: object) -> None:
+    for path in [run_folder / "stamp.json", *run_folder.glob("checkpoints/*/stamp.json")]:
+        change_json(path, **record)
+    for state in run_folder.glob("checkpoints/*"):
+        (state / "manifest.json").unlink()
+        write_manifest(state)
+
+
+def certified(run_folder: Path, weights: bytes) -> None:
+    state = run_folder / "checkpoints" / "step_00000004"
+    (state / "model.safetensors").write_bytes(weights)
+    (state / "manifest.json").unlink()
+    write_manifest(state)
+
+
 OF_A_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a state with a flipped file": (
         lambda r: (r / "checkpoints" / "step_00000002" / "optimizer.bin").write_bytes(b"x"),
@@ -165,7 +183,19 @@ OF_A_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: (r / "metrics.jsonl").write_text('{"step": 4, "loss": null}\n'),
         "the loss of step 4 is no number",
     ),
-    "a final model that forgot what was seen": (forget, "final/ does not say that it saw masks of 1 classes: grass"),
+    "a final model that forgot what was seen": (forget, "it saw masks of 1 classes: grass"),
+    "a final model that forgot which image labels it was given": (
+        lambda r: restamp(r, unseen_labels="ground_truth"),
+        "it was given ground-truth image labels",
+    ),
+    "a final model that claims what the stamp does not know": (
+        lambda r: restamp(r, seen_class_names=None, unseen_labels=None),
+        "final/ does not say all that the run's stamp does",
+    ),
+    "weights of a state that are none, under a manifest that fits": (
+        lambda r: certified(r, b"x" * 20),
+        "deserializing header",
+    ),
     "a final model with a weight that is no number": (
         lambda r: spoil(r / "final" / "model.safetensors", WEIGHT, torch.inf),
         f"{WEIGHT} holds 1 NaN or infinite",
@@ -192,6 +222,22 @@ def test_data_that_have_changed_are_named(copy):
     assert "was unseen, is seen now" in problem
     shutil.rmtree(moved)
     assert "is not here: not compared" in said(copy / "run")
+
+
+def test_other_folders_beside_the_states_are_no_states(copy):
+    (copy / "run" / "checkpoints" / "step_old").mkdir()
+    assert "step_old" not in said(copy / "run")
+
+
+def test_a_run_that_is_writing_is_left_alone(copy):
+    held = "import sys, time; from pathlib import Path; from zs3.run_folder import lock_folder\n"
+    held += "lock = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", held, str(copy / "run")], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout.readline()
+        with pytest.raises(InputError, match="a run writes in .* now"):
+            examine(copy / "run")
+        other.kill()
+    said(copy / "run")
 
 
 @pytest.mark.parametrize(

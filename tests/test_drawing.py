@@ -327,3 +327,7 @@ def test_the_colour_before_a_name_is_that_of_its_region():
     assert {colour_of(name) for name in NAMES} | {NOTHING, STRIPE} <= colours
     heights = [np.argwhere((pixels(drawn) == colour_of(name)).all(-1))[:, 0].mean() for name in NAMES]
     assert heights == sorted(heights)
+
+
+def test_a_names_colour_is_that_of_its_other_spellings():
+    assert colour_of("Red  Circle ") == colour_of("red circle") and colour_of("cafe\u0301") == colour_of("CAF\u00c9")

@@ -25,6 +25,7 @@ from modeling_zs3 import (
     class_projection,
     default_image_labels,
     draw_as_mask2former,
+    ensemble_with_clip,
     label_similarity,
     tie,
 )
@@ -145,6 +146,32 @@ def test_equal_text_vectors_get_equal_logits_to_the_last_bit(uneven, classes):
     logits = label_similarity(embeds, vectors)
     assert torch.equal(logits, logits[..., :1].expand_as(logits))
     torch.testing.assert_close(logits, product, rtol=1e-5, atol=1e-6)
+
+
+def test_equal_vectors_tie_when_each_is_a_synonym_of_its_own(uneven):
+    model = tiny_model(seed=1, text=False, vision=True)
+    vectors, pixels = unit(3, 12).repeat(6, 1)[:17], torch.randn(1, 3, 64, 96)
+    outputs = model(pixels, text_embeds=vectors)
+    seen, owner = torch.zeros(17, dtype=torch.bool), torch.arange(17)
+    probs = model.ensemble(
+        outputs, torch.rand(1, 3, 64, 96), vectors, owner=owner, is_seen=seen, weight=0.7
+    ).class_probs
+    assert all(torch.equal(probs[..., column], probs[..., column % 3]) for column in range(17))
+
+
+def test_equal_vectors_do_not_tie_where_one_is_seen_and_one_is_not():
+    model = tiny_model(seed=1, text=False, vision=True)
+    vectors, pixels = unit(1, 12).expand(2, 12), torch.randn(1, 3, 64, 96)
+    outputs, seen = model(pixels, text_embeds=vectors), torch.tensor([True, False])
+    probs = model.ensemble(outputs, torch.rand(1, 3, 64, 96), vectors, is_seen=seen, weight=0.7).class_probs
+    assert torch.equal(outputs.class_logits[..., 0], outputs.class_logits[..., 1])
+    whole = ensemble_with_clip(torch.full((1, 5, 2), 0.5), torch.full((1, 5, 2), 0.5), seen, 0.7)
+    torch.testing.assert_close(probs, whole)
+
+
+def test_a_list_of_one_or_no_vector_needs_no_tie():
+    for classes in (0, 1):
+        assert label_similarity(torch.randn(1, 4, 12), torch.randn(classes, 12)).shape == (1, 4, classes)
 
 
 def test_columns_are_tied_to_the_first_equal_one_and_others_left_alone():

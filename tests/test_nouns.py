@@ -19,6 +19,7 @@ from zs3.nouns import (
     CaptionNouns,
     NameFinder,
     NounArgs,
+    Word,
     chosen_words,
     dropped,
     load_caption_nouns,
@@ -517,6 +518,14 @@ def test_words_that_are_a_name_of_the_label_space_in_another_spelling_are_left_o
     frequency = Counter({"tv": 9, "cafe\u0301": 8, "sky": 7, "kite": 2})
     assert chosen_words(frequency, space, 9, exclude_unseen=True) == ["Sky", "kite"]
     assert chosen_words(frequency, space, 9, exclude_unseen=False) == ["Sky", "tv", "cafe\u0301", "kite"]
+
+
+def test_nouns_that_are_one_name_become_one():
+    """As a caption may write them: two letters or one, a sharp s or two."""
+    find = NameFinder(["Caf\u00e9", "sky"])
+    said = [find([Word(text, text)]) for text in ("stra\u00dfe", "strasse", "\ufb01sh", "fish")]
+    assert said == [{"strasse"}, {"strasse"}, {"fish"}, {"fish"}]
+    assert find(load_tagger("hanta")("There is a cafe\u0301 at the corner.")) >= {"Caf\u00e9"}
 
 
 def test_a_list_of_nouns_that_lacks_a_seen_name_is_refused(arguments):

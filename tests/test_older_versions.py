@@ -30,7 +30,7 @@ def test_a_run_goes_on_with_one_warning_that_its_data_are_not_known(older, monke
     ours, theirs = ([json.loads(line) for line in log] for log in logs)
     assert [values["step"] for values in ours] == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "loss_class", "loss_mask", "loss_dice", "loss_rank", "learning_rate"):
-        assert [values[name] for values in ours] == pytest.approx([values[name] for values in theirs], rel=1e-2)
+        assert [values[name] for values in ours] == pytest.approx([values[name] for values in theirs], rel=5e-2)
     main()
     second = capsys.readouterr().out
     assert "warning" not in second and "nothing to do" in second

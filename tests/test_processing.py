@@ -235,7 +235,7 @@ def test_a_wrong_label_list_is_refused_in_words(labels, message):
         (["a-b", "sky", "a - b"], "'a-b' and 'a - b' become the same tokens"),
         ([["sea", "a-b"], "sky", ["a - b", "sea"]], "'sea' and 'a - b' become the same tokens"),
         (["very " * 40 + "long", "very " * 40 + "short"], "become the same tokens (77 are read)"),
-        (["sky <|endoftext|> sea", "grass"], "cannot read 'sky <|endoftext|> sea'"),
+        (["sky <|endoftext|> sea", "grass"], "'sky <|endoftext|> sea': a name must not hold the tokenizer's end token"),
     ],
 )
 def test_names_that_the_tokens_do_not_tell_apart_are_refused(labels, message):
@@ -254,6 +254,13 @@ def test_names_that_the_tokens_do_not_tell_apart_are_refused(labels, message):
 )
 def test_names_that_differ_are_read(labels):
     assert len(processor()(class_names=labels)["input_ids"]) == 2
+
+
+def test_names_that_one_template_cuts_off_may_differ_in_another():
+    ours = processor(prompt_templates=["very " * 90 + "{}", "a {}"])
+    assert len(ours(class_names=["cat", "dog"])["input_ids"]) == 2
+    with pytest.raises(ValueError, match="become the same tokens"):
+        processor(prompt_templates=["very " * 90 + "{}"])(class_names=["cat", "dog"])
 
 
 def test_a_tokenizer_that_was_lost_is_refused_before_all_names_become_one_vector():

@@ -136,7 +136,7 @@ def test_what_a_checkpoint_cannot_claim_has_its_reason(checkpoint, data_root, tm
     code, printed, _ = suite(monkeypatch, capsys, *words)
     assert code == 0 and printed.splitlines()[4] == "| - | - | - | - | - | - |"
     assert "- COCO-Stuff: not evaluated, no such folder" in printed
-    assert "- VOC-20: not evaluated, the checkpoint saw no masks of ['aeroplane'" in printed
+    assert "- VOC-20: not evaluated, the checkpoint saw no masks of 'aeroplane'" in printed
     assert not list(tmp_path.glob("voc_20*"))
 
 

@@ -79,11 +79,11 @@ def test_what_is_of_its_type_is_read_as_it_is(tmp_path, content):
         ('{"inner": {"low": 1, "names": [["a"]]}}', "inner.names[0] is a list, not a text"),
         ('{"inners": {"low": 1}}', "inners is a mapping, not a list"),
         ('{"inners": [{"low": 1}, {"low": false}]}', "inners[1].low is false, not a number"),
-        ('{"several": [1]}', "several is a list"),
+        ('{"several": [1]}', "several is a list, not true or false or a number or a text: make it again"),
         ("[1]", "is no result file of a test: it holds no mapping"),
         ("null", "is no result file of a test: it holds no mapping"),
-        ("", "it should be a result file of a test"),
-        (100000 * "[", "it should be a result file of a test"),
+        ("", "so no result file of a test: make it again"),
+        (100000 * "[", "so no result file of a test: make it again"),
     ],
 )
 def test_what_is_not_of_its_type_is_one_line_with_file_field_value_and_mend(tmp_path, text, words):
@@ -128,7 +128,16 @@ def test_of_lines_the_wrong_one_is_named(tmp_path):
     path.write_text('{"a": 1}\n{"b": null}\n')
     kind = dict[str, float | None]
     assert read_json_lines(path, kind, "log", "train again") == [{"a": 1}, {"b": None}]
-    for line, words in (('{"a": true}', "line 3, a is true"), ("[1]", "line 3, is a list"), ("{", "is no JSON")):
+    for line, words in (
+        ('{"a": true}', "line 3, a is true, not a number: train again"),
+        ("[1]", "line 3, is a list"),
+        ('{\n{"a": 1}', "line 3 is no JSON: train again"),
+    ):
         path.write_text('{"a": 1}\n{"b": null}\n' + line)
         with pytest.raises(InputError, match=words):
             read_json_lines(path, kind, "log", "train again")
+
+
+def test_half_a_last_line_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n{"a": 2')
+    assert read_json_lines(tmp_path / "log.jsonl", dict[str, float], "log", "train again") == [{"a": 1}]

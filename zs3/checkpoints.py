@@ -18,7 +18,6 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -60,9 +59,11 @@ COUNTS = ("num_batches_tracked", "position_ids", "relative_position_index")  # b
 # Settings that make transformers fetch code or weights from elsewhere, or read another file than the one at hand.
 # Neither this project nor transformers writes them into a checkpoint of it.
 LEAD_ELSEWHERE = {
-    *("attn_implementation", "_attn_implementation", "experts_implementation", "quantization_config"),
-    *("audio_tokenizer", "configuration_files", "fast_tokenizer_files", "gguf_file", "transformers_weights"),
+    *("audio_tokenizer", "configuration_files", "fast_tokenizer_files", "gguf_file", "quantization_config"),
+    "transformers_weights",
 }
+KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementation"}  # by name, or from a repository
+ADAPTER = "adapter_config.json"  # where peft is installed, transformers puts the adapter onto the model
 PARALLEL_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers it to WEIGHTS
 
 # What loading a damaged checkpoint, or one of another architecture, raises.
@@ -88,13 +89,13 @@ def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
     model_type: None for any that transformers has. Files are looked into where they lie on this disk.
     """
     if looks_local(path) and not Path(path).is_dir():
-        raise InputError(f"--{flag_name} {path}: no such folder (relative paths start where the command does)")
+        raise InputError(f"--{flag_name} {shown(path)}: no such folder (relative paths start where the command does)")
     config = config_of(f"--{flag_name}", path)
     found = config.get("model_type")
     known = found == model_type if model_type is not None else isinstance(found, str) and found in CONFIG_MAPPING
     if not known:
         wanted = "of a model that transformers has" if model_type is None else f"of {model_type!r}"
-        raise InputError(f"--{flag_name} {path} is a checkpoint of {shortened(found)}, not {wanted}")
+        raise InputError(f"--{flag_name} {shown(path)} is a checkpoint of {shortened(found)}, not {wanted}")
     check_settings("config.json", config)
     folder = local_folder(path)
     if folder is None:
@@ -113,7 +114,9 @@ def config_of(flag: str, path: str) -> dict:
         if Path(path, "final").is_dir() and not file.is_file():
             raise InputError(f"{flag} {path} is the folder of a run: did you mean {Path(path) / 'final'}?")
         if not file.is_file():
-            raise InputError(f"{flag} {path} is no checkpoint: it has no config.json, model.save_pretrained writes it")
+            raise InputError(
+                f"{flag} {shown(path)} is no checkpoint: it has no config.json, model.save_pretrained writes it"
+            )
         return read_settings(file)
     try:
         return PreTrainedConfig.get_config_dict(path)[0]
@@ -140,15 +143,15 @@ def entries(content: object) -> Iterator[tuple[str, object]]:
 
 def check_settings(file_name: str, content: dict) -> None:
     for key, value in entries(content):
-        if key in LEAD_ELSEWHERE and value is not None:
+        if key in LEAD_ELSEWHERE and value is not None or key in KERNELS and "/" in str(value):
             raise InputError(f"{file_name} has {key}, which leads away from this checkpoint: take it out of the file")
 
 
 def check_weights(folder: Path) -> None:
     """The files of the weights, by their headers: nothing else is read of them."""
     for path in folder.iterdir():
-        if PARALLEL_SHARD.match(path.name):
-            raise InputError(f"{path} would be read in place of {WEIGHTS}: move it away")
+        if PARALLEL_SHARD.match(path.name) or path.name == ADAPTER:
+            raise InputError(f"{shown(path)} would change the weights of {WEIGHTS}: move it away")
     for path in weight_files(folder):
         if path.name == INDEX:
             continue
@@ -193,7 +196,9 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     for keys, trouble in (("missing_keys", "it lacks"), ("mismatched_keys", "of another shape is")):
         lost = sorted(key if isinstance(key, str) else str(key[0]) for key in loading[keys])
         if lost:
-            raise InputError(f"checkpoint {path} is incomplete: {trouble} {lost[0]} ({len(lost)} weights in all)")
+            raise InputError(
+                f"checkpoint {shown(path)} is incomplete: {trouble} {lost[0]} ({len(lost)} weights in all)"
+            )
     folder = local_folder(path)
     if folder is not None:
         check_weights(folder)  # again, for what has only now come from the Hub
@@ -217,7 +222,9 @@ def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool 
         check_image_processor(path, image_processor)
     if config.text_config is not None:
         if not hasattr(processor, "tokenizer"):
-            raise InputError(f"{path} has a text tower, and no Zs3Processor: processor.save_pretrained writes it")
+            raise InputError(
+                f"{shown(path)} has a text tower, and no Zs3Processor: processor.save_pretrained writes it"
+            )
         check_tokenizer(path, processor.tokenizer, config.text_config)
     return processor
 
@@ -252,7 +259,7 @@ def check_finite(model: nn.Module, name: str) -> None:
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
     """The first tensor with a NaN or an infinity in it; of one that is divided over processes, in this one's part."""
     for name, tensor in state.items():
-        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if own.is_floating_point() and own.numel() and not torch.stack(own.detach().aminmax()).isfinite().all():
             return name  # of a NaN both the smallest and the largest value are NaN
     return None
@@ -277,7 +284,9 @@ def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
     if wrong:
         value = getattr(processor, wrong[0])
         value = _sides(value) if isinstance(value, SizeDict) else value
-        raise InputError(f"the image processor of {path} has a wrong {wrong[0]}: {shortened(value)}"[:200])
+        raise InputError(
+            f"the image processor of {shown(path)} has a wrong {wrong[0]}, {shortened(value)}: save the processor anew"
+        )
 
 
 def _is_number(value: object) -> bool:
@@ -308,12 +317,14 @@ def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrained
     if not _is_number(longest) or longest < text_config.max_position_embeddings:
         most = text_config.max_position_embeddings
         raise InputError(
-            f"{path}: tokenizer_config.json cuts texts at {shortened(longest)} tokens, the text tower at {most}"
+            f"{shown(path)}: tokenizer_config.json cuts texts at {shortened(longest)} tokens, the text tower at {most}"
         )
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= text_config.vocab_size:
         rows = text_config.vocab_size
-        raise InputError(f"{path}: tokenizer.json knows a token {largest}, the text tower {rows}: take the tower's own")
+        raise InputError(
+            f"{shown(path)}: tokenizer.json knows a token {largest}, the text tower {rows}: take the tower's own"
+        )
     texts = [*LETTERS, *(2 * letter for letter in LETTERS)]  # within a word and at its end
     try:
         spelled = [tuple(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -324,7 +335,7 @@ def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrained
             raise InputError(f"{shown(path)}: tokenizer.json cannot spell {text!r}: copy it again")
     if text_config.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: as CLIP's own say, and the largest is meant
         ends = f"by token {tokenizer.eos_token_id}, the text tower by {text_config.eos_token_id}"
-        raise InputError(f"{path}: its tokenizer ends texts {ends}: take the tower's own tokenizer.json")
+        raise InputError(f"{shown(path)}: its tokenizer ends texts {ends}: take the tower's own tokenizer.json")
 
 
 # ---- vectors ------------------------------------------------------------------------------------------------
@@ -377,7 +388,8 @@ def weight_files(folder: Path) -> list[Path]:
     shards = sorted(set(weight_map.values()))
     lost = [name for name in shards if not (folder / name).is_file()]
     if lost:
-        raise InputError(f"{folder} lacks {', '.join(lost)} of its weights: copy the whole checkpoint")
+        more = f" and {len(lost) - 1} more" if lost[1:] else ""
+        raise InputError(f"{shown(folder)} lacks {lost[0]}{more} of its weights: copy the whole checkpoint")
     return [folder / INDEX, *(folder / name for name in shards)]
 
 
@@ -475,4 +487,4 @@ def check_no_unseen_masks(config: PreTrainedConfig, label_space: LabelSpace, cla
         raise NoClaim(f"the checkpoint does not say which classes its training saw masks of: no {claim}")
     leaked = trained_on(config, label_space.unseen)
     if leaked:
-        raise NoClaim(f"the checkpoint was trained on masks of {leaked}, which are unseen here: no {claim}")
+        raise NoClaim(f"the checkpoint was trained on masks of {shortened(leaked)}, which are unseen here: no {claim}")

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
-from configuration_zs3 import shortened
+from configuration_zs3 import Refused, shortened
 
 Args = TypeVar("Args")
 NO_SPACE = {
@@ -34,8 +34,6 @@ NO_SPACE = {
 
 # Flags that were renamed: the old name, which recipes and commands may still have, and the name now.
 OLD_NAMES: dict[str, str] = {}
-# Flags that came after commit c24e825 and whose default is not what was done before: their value for older recipes.
-BEFORE_THERE_WERE: dict[str, Any] = {}
 
 
 MOST_OF_A_LIBRARY = 110  # characters of its message in one of ours
@@ -47,15 +45,10 @@ class InputError(ValueError):
 
 @contextmanager
 def in_one_line(thing: str) -> Iterator[None]:
-    """The model and its processor say by a ValueError what they cannot take: for a command it is bad input.
-
-    thing: what was given to them, for the message.
-    """
+    """Turns a refusal of the model or the processor into an InputError. thing: what was given, for the message."""
     try:
         yield
-    except InputError:
-        raise
-    except ValueError as error:
+    except Refused as error:
         raise InputError(f"{thing}: {one_line(error)}") from error
 
 

@@ -114,11 +114,15 @@ class Split(Sequence[Record]):
         row, image_id = self.rows[index % len(self)], self.image_ids[index]
         return _read_label(row["label"], image_id, self.label_space)[1].astype(np.int32)
 
-    def contents(self, count: int | None = None) -> dict[str, int | str]:
-        """What the split, or its first `count` records, is made of; see `contents_of`."""
-        rows = self.rows[:count] if isinstance(self.rows, list) else None
-        shards = self.shards if count is None else ()  # they say nothing of some records alone
-        return contents_of(self.image_ids[:count], rows, shards)
+    def contents(self) -> dict[str, int | str]:
+        """What the split is made of; see `contents_of`."""
+        return contents_of(self.image_ids, self.rows if isinstance(self.rows, list) else None, self.shards)
+
+    def picture_sizes_sha256(self, count: int) -> str | None:
+        """Of the sizes of the first pictures of a folder; None for tables."""
+        if not isinstance(self.rows, list):
+            return None
+        return _sizes_sha256([row["image"] for row in self.rows[:count]])
 
 
 class StreamedSplit:
@@ -266,7 +270,7 @@ def check_scored_pictures(path: Path, records: Split) -> None:
     """Refuses scores of a folder's pictures for another folder whose image ids are the same."""
     made_of = read_settings(path) if (path / "settings.json").is_file() else {}
     known, count = made_of.get("picture_sizes_sha256"), made_of.get("num_images", 0)
-    own = records.contents(count).get("picture_sizes_sha256")
+    own = records.picture_sizes_sha256(count)
     if None not in (known, own) and known != own:
         raise InputError(f"{path} was made of other pictures of the same names: make the pseudo labels of this dataset")
 

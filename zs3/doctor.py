@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from configuration_zs3 import Zs3Config, among, check_names
 from modeling_zs3 import check_text_embeds
 from processing_zs3 import read_labels
@@ -24,7 +22,6 @@ from zs3.checkpoints import (
     load_config,
     load_model,
     load_processor,
-    not_finite,
     project_code,
     weights_sha256,
 )
@@ -32,11 +29,11 @@ from zs3.command_line import InputError, check_required, flag, in_one_line, read
 from zs3.data import load_split, stream_split
 from zs3.label_space import load_label_space
 from zs3.results import TOLD
-from zs3.run_folder import complete_checkpoints, damage, read_metrics, read_progress, read_recipe
-from zs3.stamp import STAMP, Record, Stamp, check_unchanged, read_stamp, record_in, record_of, space_of
+from zs3.run_folder import complete_checkpoints, damage, is_locked, read_metrics, read_recipe, unfit
+from zs3.stamp import STAMP, Record, Stamp, change_since, joined, read_stamp, record_in, record_of, space_of
 
 SHOWN = 8  # names in a line
-TOWERS = {"text": "text_config", "image": "vision_config"}
+TOWER_FIELDS = {"text": "text_config", "image": "vision_config"}
 
 
 @dataclass
@@ -82,7 +79,7 @@ def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
         config = load_config(str(folder))
     if config is None:
         return None
-    towers = [name for name in ("text", "image") if getattr(config, TOWERS[name]) is not None]
+    towers = [name for name in ("text", "image") if getattr(config, TOWER_FIELDS[name]) is not None]
     found.say(
         "model",
         f"{config.backbone_config.model_type} backbone, {config.num_queries} queries, vectors of "
@@ -113,7 +110,7 @@ def say_record(found: Findings, record: Record) -> None:
         found.say("saw", "nobody knows whose masks: no zero-shot result can be claimed")
         return
     found.say("saw", f"masks of {names_line(record.seen_class_names)}")
-    found.say("was told", f"{TOLD.get(record.unseen_labels, 'what is not known')} of unseen classes")
+    found.say("was given", f"{TOLD.get(record.unseen_labels, 'what is not known')} of unseen classes")
 
 
 def names_line(names: Sequence[str]) -> str:
@@ -161,6 +158,8 @@ def examine_run(folder: Path, found: Findings) -> None:
     states = complete_checkpoints(folder / "checkpoints")
     newest = int(states[-1].name.removeprefix("step_")) if states else 0
     final = folder / "final"
+    if is_locked(folder):
+        raise InputError(f"a run writes in {folder} now: look at it when it has ended")
     state = "complete" if final.exists() else f"stopped after step {newest} of {steps}; its command goes on"
     found.say("run", f"{folder}, {state}")
     if recipe:
@@ -221,21 +220,18 @@ def examine_data(stamp: Stamp, recipe: dict, found: Findings) -> None:
     with found.looking():
         space = load_label_space(recipe.get("label_space") or dataset)
         read = stream_split if recipe.get("streaming") else load_split
-        check_unchanged(stamp, {"label_space": space_of(space), **read(dataset, split, space).contents()}, recipe)
+        now = {"label_space": space_of(space), **read(dataset, split, space).contents()}
+        change = change_since(stamp, now, recipe)
+        if change is not None:
+            raise InputError(f"the data are not what the run began with: {change}")
         found.say("now", "the label space and the pictures are what they were")
 
 
 def examine_state(folder: Path, found: Findings) -> None:
     """One state that the run can go on from."""
-    with found.looking():
-        fault = damage(folder)
-        if fault is None:
-            read_progress(folder)
-            weights = folder / "model.safetensors"  # FSDP's are other files
-            name = not_finite(load_file(weights)) if weights.exists() else None
-            fault = None if name is None else f"{name} is not finite"
-        if fault is not None:
-            raise InputError(f"{folder}: {fault}; a start of the run takes the one before")
+    fault = damage(folder) or unfit(folder)
+    if fault is not None:
+        found.problems.append(f"{folder}: {fault}; a start of the run takes the one before")
 
 
 def examine_metrics(path: Path, found: Findings) -> None:
@@ -253,11 +249,15 @@ def examine_metrics(path: Path, found: Findings) -> None:
 
 def examine_final_record(final: Record, stamped: Record, found: Findings) -> None:
     """The final model must not claim to have seen less than the run's stamp says."""
-    names = stamped.seen_class_names or []
-    claimed = among(names, final.seen_class_names)
-    lost = [name for name, known in zip(names, claimed, strict=True) if not known]
-    if final.seen_class_names is not None and lost:
-        found.problems.append(f"final/ does not say that it saw masks of {names_line(lost)}; the run's stamp does")
+    both = joined([final, stamped])
+    if both == joined([final]):
+        return
+    what = "it saw"
+    if both.seen_class_names is not None:
+        names = stamped.seen_class_names or []
+        lost = [name for name, known in zip(names, among(names, final.seen_class_names), strict=True) if not known]
+        what = f"it saw masks of {names_line(lost)}" if lost else f"it was given {TOLD[both.unseen_labels]}"
+    found.problems.append(f"final/ does not say all that the run's stamp does: {what}")
 
 
 # ---- the command -------------------------------------------------------------------------------------------

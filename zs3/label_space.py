@@ -21,6 +21,7 @@ from torch import Tensor
 from configuration_zs3 import check_names, places, shortened
 from modeling_zs3 import check_text_embeds
 from zs3.command_line import InputError, looks_local, one_line
+from zs3.typed_json import shown
 
 CLASSES_FOLDER = Path(__file__).parent / "classes"
 BENCHMARKS = (*sorted(file.stem for file in CLASSES_FOLDER.glob("*.json")), "scenes")
@@ -114,19 +115,20 @@ def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None)
     try:
         rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"cannot read text vectors {path}: {one_line(error)}") from error
+        raise InputError(f"cannot read text vectors {shown(path)}: {one_line(error)}") from error
     if not isinstance(rows, np.ndarray):
-        raise InputError(f"{path} holds several arrays: text vectors are one .npy")
+        raise InputError(f"{shown(path)} holds several arrays: text vectors are one .npy")
     if rows.ndim != 2 or len(rows) != num_classes or (dim is not None and rows.shape[1] != dim):
         expected = f"({num_classes}, {'D' if dim is None else dim})"
-        raise InputError(f"{path} has shape {rows.shape}, expected {expected}: one row for each class name")
+        raise InputError(f"{shown(path)} has shape {rows.shape}, expected {expected}: one row for each class name")
     if rows.dtype.kind != "f":
-        raise InputError(f"{path} holds {rows.dtype}: text vectors are floating-point numbers")
-    vectors = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
+        raise InputError(f"{shown(path)} holds {rows.dtype}: text vectors are floating-point numbers")
+    with np.errstate(over="ignore"):  # what is too large is refused below
+        vectors = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
     try:
         check_text_embeds(vectors, rows.shape[1])
     except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{shown(path)}: {error}") from error
     return F.normalize(vectors, dim=-1)
 
 
@@ -139,10 +141,10 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path} as JSON: {one_line(error)}") from error
+        raise InputError(f"cannot read {shown(path)} as JSON: {one_line(error)}") from error
     missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else list(KEYS)
     if missing:  # no default: a misspelled "unseen" would train on the masks of unseen classes
-        raise InputError(f"{path} lacks {', '.join(missing)}: it needs the keys {', '.join(KEYS)}")
+        raise InputError(f"{shown(path)} lacks {', '.join(missing)}: it needs the keys {', '.join(KEYS)}")
     return content
 
 
@@ -153,7 +155,7 @@ def _read_classes(path: Path) -> LabelSpace:
     except InputError as error:
         # In the words of the file, not of the class.
         message = str(error).replace("class_names", "classes").replace("ignore_index", "ignore_label")
-        raise InputError(f"{path}: {message}") from error
+        raise InputError(f"{shown(path)}: {message}") from error
 
 
 def _downloaded_classes(repo_id: str) -> Path:

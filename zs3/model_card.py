@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 from typing_extensions import TypedDict
 
-from configuration_zs3 import places
+from configuration_zs3 import once
 from zs3.archives import ARCHIVES
 from zs3.command_line import InputError, one_line
 from zs3.evaluation import SCORES, percent
@@ -68,11 +68,12 @@ def model_card(
     checkpoint_sha256: str,
     recipes: Sequence[dict],
     results: Sequence[Result],
+    code_sha256: str | None = None,
 ) -> str:
     """README.md of the checkpoint's Hub repository.
 
     config: the checkpoint's. recipes: of its training's stages, the first one first, as train.py leaves them.
-    results: of eval.py, all of this checkpoint.
+    results: of eval.py, all of this checkpoint. code_sha256: of the code in the repository.
     """
     name = repo_id.split("/")[-1]
     data = ModelCardData(
@@ -84,6 +85,8 @@ def model_card(
     )
     label_space = load_label_space(template.stem) if template.stem in BENCHMARKS else None
     filled = slots(repo_id, config, checkpoint_sha256, label_space, recipes, results)
+    if results:
+        filled["results"] = tables(results, checkpoint_sha256, code_sha256)
     filled["data_licence"] = ARCHIVES[template.stem].licence if template.stem in ARCHIVES else ""
     try:
         card = str(ModelCard.from_template(data, template_path=str(template), **filled))
@@ -158,7 +161,7 @@ def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: 
         unseen = label_space.unseen
     else:  # a result made without some names lacks these
         names = [name for result in results if result["setting"] != "ovs" for name in result["unseen"]]
-        unseen = [name for at, (name, first) in enumerate(zip(names, places(names, names), strict=True)) if at == first]
+        unseen = once(names)
     if config.text_config is not None:
         names = "any names: the text tower is part of the checkpoint"
     else:
@@ -279,7 +282,7 @@ def ensemble(result: Result) -> str:
     return "off" if view == "off" else f"{view}, w = {weight}"
 
 
-def tables(results: Sequence[Result], checkpoint_sha256: str) -> str:
+def tables(results: Sequence[Result], checkpoint_sha256: str, code_sha256: str | None = None) -> str:
     """Scores with their intervals, the protocol of each row, and IoUs of single classes; percent."""
     settings = dict.fromkeys(result["setting"] for result in results)
     told = "; ".join(f"{setting}: {SETTINGS[setting]}" for setting in settings)
@@ -295,6 +298,9 @@ def tables(results: Sequence[Result], checkpoint_sha256: str) -> str:
     lines = [f"Percent; in brackets 95 % intervals (bootstrap over images). {told.strip()}\n"]
     lines += markdown_table(["", "data", "setting", "ensemble with CLIP", *titles.values()], rows)
     lines += ["", f"All rows are of these weights (sha256 `{checkpoint_sha256}`).\n"]
+    others = [str(row) for row, r in enumerate(results, start=1) if r.get("code_sha256") != code_sha256]
+    if code_sha256 is not None and others:
+        lines[-1] = lines[-1].rstrip() + f" Evaluated with other code than lies here: row {', '.join(others)}.\n"
     lines += [f"{row}. {origin(result)}" for row, result in enumerate(results, start=1)]
     for row, result in enumerate(results, start=1):
         bold = "" if result["setting"] == "ovs" else ", unseen ones in bold"

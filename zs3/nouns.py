@@ -36,13 +36,14 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
-from configuration_zs3 import among
+from configuration_zs3 import among, plain
 from zs3.command_line import (
     InputError,
     check_at_least,
@@ -111,7 +112,7 @@ def load_tagger(name: str) -> Tagger:
     number_of_nouns = _hanta() if name == "hanta" else _nltk()
 
     def tagger(caption: str) -> list[Word]:
-        texts = WORDS.findall(caption.lower())
+        texts = WORDS.findall(normalize("NFC", caption).lower())
         numbers = number_of_nouns(texts) if texts else []
         return [Word(text, _listed(text, number)) for text, number in zip(texts, numbers, strict=True)]
 
@@ -168,7 +169,7 @@ def _nltk() -> Callable[[list[str]], list[str | None]]:
 def spellings(name: str) -> list[str]:
     """How a caption may write a class name, see the top of the file; never empty."""
     found = []
-    for synonym in name.lower().split(","):
+    for synonym in normalize("NFC", name).lower().split(","):
         first, hyphen, last = synonym.strip().partition("-")
         if last in ("other", "stuff"):
             found.append(first)
@@ -210,7 +211,7 @@ class NameFinder:
             name = self.names.get(_solid(part)) or self.names.get(_solid(map(noun_lemma, part)))
             if name is not None and (length > 1 or words[0].noun is not None):
                 return length, name
-        return 1, words[0].noun
+        return 1, None if words[0].noun is None else plain(words[0].noun)
 
 
 def _solid(words: Iterable[str]) -> str:

@@ -251,7 +251,7 @@ def resolved_settings(
         "split": args.split,
         "num_images": len(image_ids),
         "image_ids_sha256": sha256("\n".join(image_ids).encode()),
-        "picture_sizes_sha256": records.contents(len(image_ids)).get("picture_sizes_sha256"),
+        "picture_sizes_sha256": records.picture_sizes_sha256(len(image_ids)),
         "label_space_sha256": label_space.sha256,
         "unseen": label_space.unseen,
         "prompts": prompts,

@@ -22,12 +22,13 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from configuration_zs3 import plain, shortened
+from configuration_zs3 import among, shortened
 from modeling_zs3 import AUTO_MAP, CUSTOM_PIPELINES
 from zs3.checkpoints import (
     CONFIGS,
     TOKENIZER,
     check_checkpoint,
+    code_sha256,
     entries,
     file_sha256,
     load_config,
@@ -179,9 +180,9 @@ def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequenc
     if card is not None and card.endswith(".md"):
         path = Path(card)
     else:
-        trained = {plain(name) for name in config.seen_class_names or []}
-        spaces = {name: load_label_space(name) for name in OF_BENCHMARKS}
-        fitting = [name for name, space in spaces.items() if {plain(seen) for seen in space.seen} == trained]
+        trained = config.seen_class_names or []
+        spaces = {name: load_label_space(name).seen for name in OF_BENCHMARKS}
+        fitting = [name for name, seen in spaces.items() if all(among(seen, trained)) and all(among(trained, seen))]
         fitting += ["ovs"] if "coco_stuff_171" in fitting else []
         elsewhere = bool(results) and all(result["setting"] == "ovs" for result in results)
         chosen = card or next(iter(fitting[:: -1 if elsewhere else 1]), "")
@@ -319,7 +320,15 @@ def main() -> None:
     load_processor(args.model, config, args.trust_remote_code)  # for its checks
     results = read_results(args.results, sha256, settings_sha256(args.model))
     template = chosen_template(args.card, config, results)
-    card = model_card(template, args.repo_id, config, sha256, recipes_of(model), results)
+    card = model_card(
+        template,
+        args.repo_id,
+        config,
+        sha256,
+        recipes_of(model),
+        results,
+        code_sha256(args.model, args.trust_remote_code),
+    )
     print("a stranger loads it and segments a picture ...", flush=True)
     told = make_folder(files, card, folder, example_labels(config))
     print(listing(folder))

@@ -279,7 +279,8 @@ def contradictions(result: Result) -> Iterable[str]:
         strangers = sorted({*names} - {*candidates})
         if strangers:
             yield f"{shortened(strangers[0])} of per_class is neither in seen nor in unseen"
-    both = [name for name in result.get("without", []) if name in names]
+    without = result.get("without", [])
+    both = [name for name, there in zip(without, among(without, names), strict=True) if there]
     if both:
         yield f"{shortened(both[0])} is in without and in per_class"
     if result.get("num_images", 0) > result.get("split_images", math.inf):

@@ -14,7 +14,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,7 +37,6 @@ from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
 from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, file_sha256, not_finite, weight_files
 from zs3.command_line import (
-    BEFORE_THERE_WERE,
     InputError,
     finite_or_none,
     one_line,
@@ -43,13 +44,14 @@ from zs3.command_line import (
     write_json,
     write_text,
 )
-from zs3.stamp import BRIEF, STAMP, TOWERS, check_not_unseen, check_unchanged, joined, read_stamp, record_in, record_of
+from zs3.stamp import BRIEF, STAMP, TOWERS, change_since, check_not_unseen, joined, read_stamp, record_in, record_of
 from zs3.stopping import agree, all_refuse
 
 if TYPE_CHECKING:
     from train import TrainArgs
 
 MANIFEST = "manifest.json"
+LOCK = "run.lock"
 LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP)  # a checkpoint that has them lists them in its manifest
 # What progress.bin holds.
 PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_sha256": str, "scheduler": dict}
@@ -76,11 +78,11 @@ def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None
     """A folder holds one run: its recipe is written at the start and must be the same when the run resumes, but for
     what `may_change`.
 
-    defaults: of the flags, those that came after the run's recipe was written among them.
+    defaults: of every flag; they stand for flags that the run's recipe lacks.
     """
     if has_begun(path.parent):
-        written, added = read_recipe(path), {**(defaults or {}), **BEFORE_THERE_WERE}
-        before = {**{name: added[name] for name in added.keys() & recipe.keys()}, **written}
+        written = read_recipe(path)
+        before = {**{name: value for name, value in (defaults or {}).items() if name in recipe}, **written}
         fixed = (before.keys() | recipe.keys()) - may_change(recipe)
         changed = [name for name in sorted(fixed) if differ(before.get(name), recipe.get(name))]
         changed.sort(key=lambda name: name not in written)  # what the run's own file says comes first
@@ -119,10 +121,10 @@ def kept_stamps(folder: Path) -> list[dict]:
     if (folder / STAMP).exists():
         try:
             found.append(read_stamp(folder / STAMP))
-        except InputError as error:
+        except InputError:
             if not found:
                 raise
-            print(f"warning: {one_line(error)}, or leave it: the checkpoints' copy is taken")
+            print(f"warning: {folder / STAMP} is damaged, so the newest checkpoint's copy is used")
     return found
 
 
@@ -136,7 +138,9 @@ def check_stamp(folder: Path, stamp: dict, args: "TrainArgs", unseen: list[str])
         return stamp
     before = kept_stamps(folder)
     if before:
-        check_unchanged(before[0], stamp, vars(args))
+        change = change_since(before[0], stamp, vars(args))
+        if change is not None:
+            raise InputError(f"{change}: restore what this run began with, or choose another --output_dir")
     else:
         print(f"warning: the run in {folder} has no {STAMP}: whether its data have changed could not be checked")
     records = [*map(record_in, before), record_in(stamp)]
@@ -176,16 +180,28 @@ def lock_folder(folder: Path) -> IO:
     if folder.is_file():
         raise InputError(f"--output_dir {folder} is a file: choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "run.lock").open("w")
+    file = (folder / LOCK).open("w")
+    if _is_taken(file, fcntl.LOCK_EX):
+        raise InputError(f"another run writes in {folder} now: let it end, or choose another --output_dir")
+    return file
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a run writes in the folder now."""
+    if not (folder / LOCK).exists():
+        return False
+    with (folder / LOCK).open() as file:
+        return _is_taken(file, fcntl.LOCK_SH)
+
+
+def _is_taken(file: IO, kind: int) -> bool:
+    """Whether another process has locked the file; if not, this one has now."""
     try:
         # Not flock: the loader's workers would inherit it, and hold it for seconds after their parent was killed.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
-            raise InputError(
-                f"another run writes in {folder} now: let it end, or choose another --output_dir"
-            ) from error
-    return file
+        return error.errno in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
+    return False
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -290,7 +306,7 @@ class Checkpoints:
         try:
             self.accelerator.load_state(str(path))
         except UnpicklingError as error:  # torch's `weights_only` ran nothing of it
-            raise InputError(f"{path} holds objects that no run saves: nothing was read of them, delete it") from error
+            raise InputError(f"{path} holds Python objects, which are never read: delete it") from error
         # accelerate counts micro-batches. A checkpoint lies between two steps, on any number of micro-batches a step.
         self.accelerator.step = 0
         self.scheduler.load_state_dict(state["scheduler"])
@@ -304,7 +320,7 @@ class Checkpoints:
         damaged = []
         found = complete_checkpoints(self.folder)
         for path in reversed(found):
-            fault = damage(path) or self._unfit(path)
+            fault = damage(path) or unfit(path, self.model.state_dict())
             if fault is None:
                 break
             print(f"warning: checkpoint {path} is damaged ({fault}): it is not used")
@@ -324,22 +340,6 @@ class Checkpoints:
             os.replace(other, aside)
         return path
 
-    def _unfit(self, folder: Path) -> str | None:
-        """Why a checkpoint that is as it was written cannot be gone on from; None if it can."""
-        try:
-            read_progress(folder)
-            if self.accelerator.is_fsdp2:  # sharded, and checked before the next save
-                return None
-            weights = load_file(folder / WEIGHTS)
-        except (InputError, OSError, SafetensorError) as error:
-            return one_line(error)
-        state = self.model.state_dict()
-        others = [name for name in weights.keys() & state.keys() if weights[name].dtype != state[name].dtype]
-        if others:
-            return f"{others[0]} is of {weights[others[0]].dtype}, not of {state[others[0]].dtype}"
-        name = not_finite(weights)
-        return None if name is None else f"{name} is not finite"
-
     def _leave_towers_out(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         """accelerate's hook before it writes the weights; sharded ones (FSDP) it has written already, whole."""
         if weights:
@@ -358,7 +358,25 @@ class Checkpoints:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in order of their steps. One still being written, or put aside as damaged, has another name."""
-    return sorted(path for path in folder.glob("step_*") if not path.suffix)
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+
+
+def unfit(folder: Path, state: Mapping[str, Tensor] | None = None) -> str | None:
+    """Why a run cannot continue from a checkpoint that is as it was written, or None.
+
+    state: of the run's model, whose types the weights must have; None: not known. FSDP's sharded weights are checked
+    before the next save.
+    """
+    try:
+        read_progress(folder)
+        weights = load_file(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
+    except (InputError, OSError, SafetensorError) as error:
+        return one_line(error)
+    for name in weights.keys() & (state or {}).keys():
+        if weights[name].dtype != state[name].dtype:
+            return f"{name} is of {weights[name].dtype}, not of {state[name].dtype}"
+    name = not_finite(weights)
+    return None if name is None else f"{name} is not finite"
 
 
 def read_progress(folder: Path) -> dict:
@@ -432,7 +450,7 @@ def save_final(model: Zs3ForSemanticSegmentation, processor: ProcessorMixin | Zs
     """Refuses weights that are not finite: no number can be had of them."""
     name = not_finite(model.state_dict())
     if name is not None:
-        raise InputError(f"{name} is not finite: {folder} is not written")
+        raise InputError(f"{name} is not finite, so {folder} is not written: take a lower --learning_rate")
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

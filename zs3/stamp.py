@@ -8,14 +8,14 @@ which every zero-shot claim goes: the record never shrinks. zs3.run_folder keeps
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Required
+from typing import TYPE_CHECKING, Any, NamedTuple, Required, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from configuration_zs3 import Zs3Config, places, plain, shortened
+from configuration_zs3 import Supervision, Zs3Config, once, places, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.checkpoints import INDEX, WEIGHTS, files_sha256, local_folder, weights_sha256
 from zs3.command_line import InputError, one_line
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from train import TrainArgs
 
 STAMP = "stamp.json"
-TOLD = ("none", "pseudo", "captions", "ground_truth")  # of unseen classes, from the least to the most
 TOWERS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
 
 # Of each key of a stamp, what is said where it has changed; in the braces are flags, and the two values.
@@ -71,7 +70,7 @@ class Stamp(TypedDict, total=False):
 
     label_space: Required[Space]
     seen_class_names: Required[list[str] | None]
-    unseen_labels: Required[Literal["none", "pseudo", "captions", "ground_truth"] | None]
+    unseen_labels: Required[Supervision | None]
 
 
 # ---- the record --------------------------------------------------------------------------------------------
@@ -89,14 +88,12 @@ def record_of(config: Zs3Config) -> Record:
 
 
 def joined(records: Iterable[Record]) -> Record:
-    """What a training saw that saw what all of these say: each name once, and the most that was told."""
-    names, told = zip(*records, strict=True)
+    """Joins records: every name once, and the strongest image labels. If one record is unknown, so is the result."""
+    names, labels = zip(*records, strict=True)
     if None in names:
         return Record(None, None)
-    once: dict[str, str] = {}
-    for name in (name for part in names for name in part):
-        once.setdefault(plain(name), name)
-    return Record(list(once.values()), None if None in told else max(told, key=TOLD.index))
+    strongest = None if None in labels else max(labels, key=get_args(Supervision).index)
+    return Record(once([name for part in names for name in part]), strongest)
 
 
 # ---- the stamp ---------------------------------------------------------------------------------------------
@@ -175,18 +172,17 @@ def record_in(stamp: dict[str, Any]) -> Record:
 # ---- what has changed --------------------------------------------------------------------------------------
 
 
-def check_unchanged(before: Stamp, now: dict[str, Any], flags: Mapping[str, Any]) -> None:
-    """Refuses to go on with what is not there any more. A key that one of the stamps lacks is not known to it.
+def change_since(before: Stamp, now: Mapping[str, Any], flags: Mapping[str, Any]) -> str | None:
+    """What is not what it was, in words; None if all is. A key that one of the stamps lacks is not known to it.
 
-    flags: of the run, for the message.
+    flags: of the run, for the words.
     """
     change = label_space_change(before["label_space"], now["label_space"])
-    flags = {name: shown(value) for name, value in flags.items()}
+    shown_flags = {name: shown(value) for name, value in flags.items()}
     for name, words in CHANGES.items():
         if change is None and name in before and name in now and before[name] != now[name]:
-            change = words.format(before=before[name], now=now[name], **flags)
-    if change is not None:
-        raise InputError(f"{change}: restore what this run began with, or choose another --output_dir")
+            change = words.format(before=before[name], now=now[name], **shown_flags)
+    return change
 
 
 def label_space_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -22,6 +22,7 @@ from zs3.command_line import InputError
 Content = TypeVar("Content")
 
 
+TYPES = ("bool", "float", "str", "list[str]")  # pydantic's names, of those that stand in a union here
 # What a value should be, by the kind of pydantic's error.
 WORDS = {
     "bool_type": "true or false",
@@ -63,20 +64,31 @@ class Wrong(NamedTuple):
 
 def read_json(path: Path, kind: type[Content], what: str, mend: str, needed: Sequence[str] = ()) -> Content:
     """The content of a file, checked. what, mend: for messages, as "result file of eval.py", "evaluate again"."""
-    content = _parsed(_text(path, what), path, what)
+    text = _text(path, what)
+    try:
+        content = _parsed(text)
+    except (ValueError, RecursionError) as error:  # of too many brackets
+        raise InputError(f"{shown(path)} is no JSON ({cut(str(error), 50)}), so no {what}: {mend}") from error
     check_content(content, kind, path, what, mend)
     check_needed(content, needed, path, what)
     return content
 
 
 def read_json_lines(path: Path, kind: type[Content], what: str, mend: str) -> list[Content]:
-    """The content of a file with a JSON value a line, each of them checked."""
-    rows = []
-    for number, line in enumerate(_text(path, what).splitlines(), start=1):
-        rows.append(_parsed(line, path, what))
-        wrong = first_wrong(rows[-1], kind)
+    """The content of a file with a JSON value a line, each of them checked. Half a line at the end, without its line
+    break, is what a killed process leaves: it is left out."""
+    rows: list[Content] = []
+    for number, line in enumerate(_text(path, what).splitlines(keepends=True), start=1):
+        try:
+            row = _parsed(line)
+        except (ValueError, RecursionError) as error:
+            if not line.endswith("\n"):
+                break
+            raise refusal(path, f"line {number} is no JSON", mend) from error
+        wrong = first_wrong(row, kind)
         if wrong is not None:
             raise refusal(path, f"line {number}, {wrong}", mend)
+        rows.append(row)
     return rows
 
 
@@ -118,11 +130,19 @@ def first_wrong(value: object, kind: Any) -> Wrong | None:
     try:
         _adapter(kind).validate_python(value, strict=True)  # strict: true is no number, and 2.0 no whole one
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        kind = first["type"]
-        words = "" if kind == "missing" else WORDS.get(kind) or first.get("ctx", {}).get("expected") or first["msg"]
-        return Wrong(_field(value, first["loc"]), first["input"], words)
+        faults = error.errors(include_url=False)
+        first = faults[0]
+        if first["type"] == "missing":
+            return Wrong(_field(value, first["loc"]), first["input"], "")
+        # Where several types are allowed, pydantic has a fault for each, and their names at the end of the way.
+        alike = [one for one in faults if one["loc"][:-1] == first["loc"][:-1] and one["input"] is first["input"]]
+        return Wrong(_field(value, first["loc"]), first["input"], " or ".join(dict.fromkeys(map(_words, alike))))
     return None
+
+
+def _words(fault: Any) -> str:
+    """What the value of one of pydantic's faults should be."""
+    return WORDS.get(fault["type"]) or fault.get("ctx", {}).get("expected") or fault["msg"]
 
 
 @cache
@@ -138,8 +158,9 @@ def _field(value: Any, location: tuple[str | int, ...]) -> str:
             field += ("." if field else "") + shortened(part)[1:-1]
         elif isinstance(value, list) and isinstance(part, int):
             field += f"[{part}]"
-        else:  # a missing key ends the way, the name of a type does not lead on
-            return f"{field}.{part}".strip(".") if isinstance(value, dict) else field
+        else:  # a key that is missing, or the name of a type, which no declared key is called
+            is_missing = isinstance(value, dict) and part not in TYPES
+            return f"{field}.{part}".strip(".") if is_missing else field
         value = value[part]
     return field
 
@@ -156,12 +177,10 @@ def _text(path: Path, what: str) -> str:
         raise InputError(f"{shown(path)} is no JSON; it should be a {what}") from error
 
 
-def _parsed(text: str, path: Path, what: str) -> Any:
-    try:
-        content = json.loads(text, parse_constant=_number, parse_float=_number)
-        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
-    except (ValueError, RecursionError) as error:  # of too many brackets
-        raise InputError(f"{shown(path)} is no JSON ({cut(str(error), 60)}); it should be a {what}") from error
+def _parsed(text: str) -> Any:
+    """Raises ValueError or RecursionError where a text is no JSON."""
+    content = json.loads(text, parse_constant=_number, parse_float=_number)
+    json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
     return content
 
 
