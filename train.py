@@ -574,8 +574,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
             lock = lock_folder(output_dir)
             check_final(output_dir / "final")
             start = None if args.init_from is None else record_of(Zs3Config.from_pretrained(args.init_from))
-            stamp = make_stamp(args, whole_space, dataset.records, prompts, start, model)
-            stamps = [check_stamp(output_dir, stamp, args, label_space.unseen)]
+            stamp = make_stamp(vars(args), whole_space, dataset.records, prompts, start, model)
+            stamps = [check_stamp(output_dir, stamp, vars(args), label_space.unseen)]
             check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config), recipe_defaults())
             write_json(output_dir / STAMP, stamps[0])
     (stamp,) = broadcast_object_list(stamps)

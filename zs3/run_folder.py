@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import yaml
@@ -44,11 +44,18 @@ from zs3.command_line import (
     write_json,
     write_text,
 )
-from zs3.stamp import BRIEF, STAMP, TOWERS, change_since, check_not_unseen, joined, read_stamp, record_in, record_of
+from zs3.stamp import (
+    BRIEF,
+    STAMP,
+    TOWER_WEIGHTS,
+    change_since,
+    check_not_unseen,
+    joined,
+    read_stamp,
+    record_in,
+    record_of,
+)
 from zs3.stopping import agree, all_refuse
-
-if TYPE_CHECKING:
-    from train import TrainArgs
 
 MANIFEST = "manifest.json"
 LOCK = "run.lock"
@@ -128,17 +135,17 @@ def kept_stamps(folder: Path) -> list[dict]:
     return found
 
 
-def check_stamp(folder: Path, stamp: dict, args: "TrainArgs", unseen: list[str]) -> dict:
+def check_stamp(folder: Path, stamp: dict, flags: Mapping[str, Any], unseen: list[str]) -> dict:
     """Refuses to go on with a run that began with something else. The stamp to keep: the record of what was seen is
     joined with those of all starts before.
 
-    unseen: the names whose masks training never shows.
+    flags: of train.py. unseen: the names whose masks training never shows.
     """
     if not has_begun(folder):
         return stamp
     before = kept_stamps(folder)
     if before:
-        change = change_since(before[0], stamp, vars(args))
+        change = change_since(before[0], stamp, flags)
         if change is not None:
             raise InputError(f"{change}: restore what this run began with, or choose another --output_dir")
     else:
@@ -344,14 +351,14 @@ class Checkpoints:
         """accelerate's hook before it writes the weights; sharded ones (FSDP) it has written already, whole."""
         if weights:
             state = self.model.state_dict()
-            weights[:] = [{name: tensor for name, tensor in state.items() if not name.startswith(TOWERS)}]
+            weights[:] = [{name: tensor for name, tensor in state.items() if not name.startswith(TOWER_WEIGHTS)}]
 
     def _load_weights(self, models: list[nn.Module], folder: str) -> None:
         """accelerate's hook before it reads the weights; those that it is to read itself (FSDP's) are not listed."""
         if models:
             models.clear()
             missing, unexpected = load_model(self.model, Path(folder) / "model.safetensors", strict=False)
-            lost = sorted(name for name in missing if not name.startswith(TOWERS)) + unexpected
+            lost = sorted(name for name in missing if not name.startswith(TOWER_WEIGHTS)) + unexpected
             if lost:
                 raise InputError(f"{folder} is of another architecture: {lost[0]} and {len(lost) - 1} other weights")
 

@@ -8,7 +8,7 @@ which every zero-shot claim goes: the record never shrinks. zs3.run_folder keeps
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Required, get_args
+from typing import Any, NamedTuple, Required, get_args
 
 import numpy as np
 import torch
@@ -23,11 +23,8 @@ from zs3.data import Split, StreamedSplit
 from zs3.label_space import LabelSpace
 from zs3.typed_json import read_json, refusal, shown
 
-if TYPE_CHECKING:
-    from train import TrainArgs
-
 STAMP = "stamp.json"
-TOWERS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
+TOWER_WEIGHTS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
 
 # Of each key of a stamp, what is said where it has changed; in the braces are flags, and the two values.
 CHANGES = {
@@ -100,7 +97,7 @@ def joined(records: Iterable[Record]) -> Record:
 
 
 def make_stamp(
-    args: "TrainArgs",
+    flags: Mapping[str, Any],
     label_space: LabelSpace,
     records: Split | StreamedSplit,
     prompts: Mapping[str, Tensor] | None,
@@ -109,23 +106,24 @@ def make_stamp(
 ) -> dict[str, Any]:
     """What a start of a run finds. What it cannot know, such as the weights of a Hub id, has no key.
 
+    flags: of train.py.
     prompts: the token ids that the text tower embeds; None where --text_embeds has the vectors.
     start: the record of --init_from.
     model: as it starts, its configuration with the record of this start.
     """
     found = {"label_space": space_of(label_space), **records.contents()}
     if prompts is None:
-        found["text_embeds_sha256"] = _sha256([np.load(args.text_embeds, allow_pickle=False).astype(np.float32)])
+        found["text_embeds_sha256"] = _sha256([np.load(flags["text_embeds"], allow_pickle=False).astype(np.float32)])
     else:
         found["prompts_sha256"] = _sha256(tensor.numpy() for _, tensor in sorted(prompts.items()))
-    if args.caption_nouns is not None:
-        folder = Path(args.caption_nouns)
+    if flags["caption_nouns"] is not None:
+        folder = Path(flags["caption_nouns"])
         found["caption_nouns_sha256"] = files_sha256([folder / "classes.json", *folder.glob("nouns-*.parquet")])
-    if args.unseen_labels not in ("none", "ground_truth", "masks"):
-        path = Path(args.unseen_labels)
+    if flags["unseen_labels"] not in ("none", "ground_truth", "masks"):
+        path = Path(flags["unseen_labels"])
         found["pseudo_labels_sha256"] = files_sha256([path] if path.is_file() else path.glob("scores-*.parquet"))
     for name in STARTS:
-        path = getattr(args, name)
+        path = flags[name]
         folder = None if path is None else local_folder(path)
         if folder is not None and any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
             found[f"{name}_sha256"] = weights_sha256(path)
@@ -142,7 +140,7 @@ def towers_sha256(model: nn.Module) -> str:
     """Of the weights that checkpoints leave out."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if name.startswith(TOWERS):
+        if name.startswith(TOWER_WEIGHTS):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
