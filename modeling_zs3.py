@@ -765,14 +765,15 @@ def tie(values: Tensor, source: Tensor) -> Tensor:
     if source.shape[-1] < 2 or source.is_meta or torch.compiler.is_compiling():
         return values
     columns = source.reshape(-1, source.shape[-1])
-    _, group, size = columns[:4].unique(dim=1, return_inverse=True, return_counts=True)  # tells nearly all apart
+    # On the CPU: not every device has `unique` along an axis. Four rows tell nearly all columns apart.
+    _, group, size = columns[:4].cpu().unique(dim=1, return_inverse=True, return_counts=True)
     alike = (size[group] > 1).nonzero()[:, 0]
     if len(alike) == 0:
         return values
-    _, group = columns[:, alike].unique(dim=1, return_inverse=True)
+    _, group = columns[:, alike.to(columns.device)].cpu().unique(dim=1, return_inverse=True)
     first = torch.full_like(alike, values.shape[-1]).scatter_reduce(0, group, alike, "amin")
-    order = torch.arange(values.shape[-1], device=values.device).index_copy(0, alike, first[group])
-    return values[..., order]
+    order = torch.arange(values.shape[-1]).index_copy(0, alike, first[group])
+    return values[..., order.to(values.device)]
 
 
 def check_text_embeds(text_embeds: Tensor, size: int) -> None:
