@@ -233,7 +233,11 @@ def check_names(names: Sequence[str]) -> None:
         if first != place:
             one, other = shortened(names[first], 45), shortened(names[place], 45)
             same = names[first] == names[place]
-            which = f"{one} is there twice" if same else f"{one} and {other} are one name (case and blanks aside)"
+            which = (
+                f"{one} is there twice"
+                if same
+                else f"{one} and {other} are one name (case, blanks and Unicode form aside)"
+            )
             raise Refused(f"names repeat: {which}: rename one")
 
 

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,11 +65,12 @@ def test_a_whole_checkpoint_is_described_by_what_it_is_and_saw(whole):
 def test_a_finished_run_is_described_with_its_stamp_its_states_and_its_model(whole):
     text = said(whole / "run")
     for words in (
-        "complete",
+        "it has a final model",
         "label space of 20 classes, 5 of them unseen",
         "6 pictures; sha256 of image_ids ",
-        "the label space and the pictures are what they were",
-        "step_00000002, step_00000004",
+        "compared with the stamp; not compared: towers_sha256",
+        "step_00000002, whole",
+        "step_00000004, whole",
         "the last of step 4",
         "masks of 15 classes",
         "no image labels of unseen classes",
@@ -81,7 +83,7 @@ def test_what_an_older_version_left_is_whole(tmp_path, monkeypatch):
         archive.extractall(tmp_path)
     monkeypatch.chdir(tmp_path)
     text = said(Path("run"))
-    assert "stopped after step 3 of 6" in text and "none: made by an older version" in text
+    assert "its command goes on after step 3" in text and "none: made by an older version" in text
     assert "another than this project's of today" in said(Path("checkpoint"))
 
 
@@ -173,7 +175,7 @@ OF_A_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a stamp cut off": (lambda r: (r / "stamp.json").write_text("{"), "stamp.json is no JSON"),
     "a stamp changed by hand": (
         lambda r: change_json(r / "stamp.json", seen_class_names=["grass"]),
-        "says another label space or record",
+        "stamp.json differs from the copy in step_00000004, which counts",
     ),
     "a damaged line of metrics": (
         lambda r: (r / "metrics.jsonl").write_text('oops\n{"step": 4, "loss": 1.0}\n'),
@@ -216,12 +218,40 @@ def test_data_that_have_changed_are_named(copy):
     moved = copy / "data" / "scenes"
     lines = [f"dataset: {moved}" if line.startswith("dataset:") else line for line in recipe.splitlines()]
     (copy / "run" / "recipe.yaml").write_text("\n".join(lines))
-    assert "are what they were" in said(copy / "run")
+    assert "compared with the stamp" in said(copy / "run")
     change_json(moved / "classes.json", unseen=[])
     (problem,) = examine(copy / "run").problems
     assert "was unseen, is seen now" in problem
     shutil.rmtree(moved)
-    assert "is not here: not compared" in said(copy / "run")
+    (line,) = [line for line in said(copy / "run").splitlines() if "not compared:" in line]
+    assert "label_space" in line and "num_images" in line and "picture_sizes_sha256" in line
+
+
+def test_text_vectors_that_have_changed_are_named(copy):
+    lines = (copy / "run" / "recipe.yaml").read_text().splitlines()
+    text = copy / "data" / "text.npy"
+    lines = [f"text_embeds: {text}" if line.startswith("text_embeds:") else line for line in lines]
+    (copy / "run" / "recipe.yaml").write_text("\n".join(lines))
+    said(copy / "run")
+    np.save(text, np.load(text) + 1)
+    (problem,) = examine(copy / "run").problems
+    assert "other text vectors in" in problem
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        (["final", "checkpoints/step_00000004/manifest.json"], "its command goes on after step 2"),
+        (["final", *(f"checkpoints/step_0000000{step}/manifest.json" for step in (2, 4))], "so its command refuses"),
+        (["final", "checkpoints"], "so its command begins anew"),
+        (["stamp.json"], "that of step_00000004 counts; stamp.json is missing or damaged beside it"),
+    ],
+)
+def test_it_is_said_what_the_runs_command_does_next(lost, words, copy):
+    for name in lost:
+        path = copy / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert words in "\n".join(examine(copy / "run").lines)
 
 
 def test_other_folders_beside_the_states_are_no_states(copy):
@@ -243,8 +273,8 @@ def test_a_run_that_is_writing_is_left_alone(copy):
 @pytest.mark.parametrize(
     ("folder", "words"),
     [
-        ("data/scenes", "is neither: a run has a recipe.yaml, a checkpoint a config.json"),
-        ("run/checkpoints/step_00000004", "is one state of a run: give the folder of the run"),
+        ("data/scenes", "is neither a run .recipe.yaml. nor a model .config.json."),
+        ("run/checkpoints/step_00000004", "is a training checkpoint: give the folder of the run"),
     ],
 )
 def test_what_is_neither_is_refused(folder, words, whole):

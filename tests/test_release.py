@@ -371,7 +371,7 @@ def test_weights_that_are_no_numbers_are_not_released(checkpoint, tmp_path, monk
         ({"settings_sha256": "f" * 64}, "of these weights with another configuration"),
         ({"checkpoint_sha256": None}, "does not say which weights"),
         ({"miou_unseen": 42.0}, "miou_unseen is 42.0, not a share in"),
-        ({"miou": "high"}, "miou is high, not a number"),
+        ({"miou": "high"}, "miou is 'high', not a number"),
         ({"hiou": -0.1}, "hiou is -0.1, not a share in"),
         ("{", "is no JSON"),
         ([1], "is no result file of eval.py"),

@@ -299,7 +299,7 @@ def test_a_field_of_a_wrong_type_changes_nothing_or_is_one_line(old, tmp_path, m
         ("confidence_intervals", {"miou": [0.5, 0.4]}, "confidence_intervals.miou is a list, not [low, high]"),
         ("confidence_intervals", {"miou": [0.5, None]}, "confidence_intervals.miou is a list, not [low, high]"),
         ("confidence_intervals", {"miou": [0.1, 0.2, 0.3]}, "confidence_intervals.miou is a list, not [low, high]"),
-        ("setting", "gzs4", "setting is gzs4, not 'gzs3', 'zs3' or 'ovs'"),
+        ("setting", "gzs4", "setting is 'gzs4', not 'gzs3', 'zs3' or 'ovs'"),
         ("per_class", {"sky": 0.5}, "per_class and per_class_intervals have other names"),
         ("seen", ["sky"], "'blue heart' of per_class is neither in seen nor in unseen"),
         ("unseen", ["Sky "], "names repeat: 'sky' and 'Sky ' are one name"),

@@ -332,7 +332,7 @@ def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrained
         raise refusal(f"{shown(path)}: tokenizer.json cannot be used", error) from error
     for text, tokens in zip(texts, spelled, strict=True):
         if not tokens or tokenizer.unk_token_id in tokens or spelled.count(tokens) > 1:
-            raise InputError(f"{shown(path)}: tokenizer.json cannot spell {text!r}: copy it again")
+            raise InputError(f"{shown(path)}: tokenizer.json cannot spell {text!r}: is it missing or damaged?")
     if text_config.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: as CLIP's own say, and the largest is meant
         ends = f"by token {tokenizer.eos_token_id}, the text tower by {text_config.eos_token_id}"
         raise InputError(f"{shown(path)}: its tokenizer ends texts {ends}: take the tower's own tokenizer.json")

@@ -3,8 +3,8 @@
     python -m zs3.doctor runs/stage2
     python -m zs3.doctor runs/stage2/final
 
-It changes nothing, and no code that lies beside a checkpoint runs. Each problem is one line; with one the exit code is
-2. Of a run folder the checkpoints, the stamp and the final model are looked at.
+It changes nothing, and no code that lies beside a checkpoint runs. Each problem is one line. If there is a problem, the
+exit code is 2. Of a run folder it checks the checkpoints, the stamp and the final model.
 """
 
 import math
@@ -27,10 +27,22 @@ from zs3.checkpoints import (
 )
 from zs3.command_line import InputError, check_required, flag, in_one_line, read_arguments, run
 from zs3.data import load_split, stream_split
-from zs3.label_space import load_label_space
+from zs3.label_space import load_label_space, load_text_embeds
 from zs3.results import TOLD
 from zs3.run_folder import complete_checkpoints, damage, is_locked, read_metrics, read_recipe, unfit
-from zs3.stamp import STAMP, Record, Stamp, change_since, joined, read_stamp, record_in, record_of, space_of
+from zs3.stamp import (
+    STAMP,
+    Record,
+    Stamp,
+    change_since,
+    joined,
+    read_stamp,
+    record_in,
+    record_of,
+    space_of,
+    vectors_sha256,
+)
+from zs3.typed_json import shown
 
 SHOWN = 8  # names in a line
 TOWER_FIELDS = {"text": "text_config", "image": "vision_config"}
@@ -38,14 +50,17 @@ TOWER_FIELDS = {"text": "text_config", "image": "vision_config"}
 
 @dataclass
 class DoctorArgs:
-    """Is a run folder, or a checkpoint, what it should be?"""
+    """Checks the folder of a run or of a model."""
 
-    path: str | None = flag(None, "Folder of a run or of a checkpoint. It may be given without the flag.")
+    path: str | None = flag(
+        None, "Folder of a run (--output_dir of train.py) or of a model (final/). The flag's name may be left out."
+    )
 
     def check(self) -> None:
         check_required(self, "path")
         if not Path(self.path).is_dir():
-            raise InputError(f"--path {self.path}: no such folder; give that of a run or of a checkpoint")
+            what = "is a file" if Path(self.path).exists() else "does not exist"
+            raise InputError(f"--path {self.path} {what}: give the folder of a run or of a model")
 
 
 @dataclass
@@ -64,7 +79,8 @@ class Findings:
         try:
             yield
         except InputError as error:
-            self.problems.append(str(error))
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
 
 
 # ---- a checkpoint ------------------------------------------------------------------------------------------
@@ -74,7 +90,7 @@ def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
     """Its configuration, if that can be read."""
     config = None
     with found.looking():
-        check_checkpoint("path", str(folder), "zs3")
+        check_checkpoint("model", str(folder), "zs3")
     with found.looking():
         config = load_config(str(folder))
     if config is None:
@@ -86,7 +102,7 @@ def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
         f"{config.projection_dim}, {' and '.join(towers) or 'no'} tower{'s' * (len(towers) != 1)} of CLIP",
     )
     say_record(found, record_of(config))
-    examine_names(found, config)
+    examine_names(found, folder, config)
     with found.looking():
         model = load_model(str(folder))
         count = sum(parameter.numel() for parameter in model.parameters())
@@ -107,7 +123,7 @@ def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
 
 def say_record(found: Findings, record: Record) -> None:
     if record.seen_class_names is None:
-        found.say("saw", "nobody knows whose masks: no zero-shot result can be claimed")
+        found.say("saw", "unknown: no zero-shot result can be claimed")
         return
     found.say("saw", f"masks of {names_line(record.seen_class_names)}")
     found.say("was given", f"{TOLD.get(record.unseen_labels, 'what is not known')} of unseen classes")
@@ -119,16 +135,16 @@ def names_line(names: Sequence[str]) -> str:
     return f"{len(names)} classes: {', '.join(names[:SHOWN])}{more}" if names else "no class"
 
 
-def examine_names(found: Findings, config: Zs3Config) -> None:
+def examine_names(found: Findings, folder: Path, config: Zs3Config) -> None:
     """Names that are one, or that cannot be compared."""
-    for title, names in (("vocabulary", config.class_names), ("seen names", config.seen_class_names)):
-        if names is None:
-            continue
-        with found.looking(), in_one_line(title):
-            check_names(names)
-            if title == "vocabulary":
-                seen = sum(among(names, config.seen_class_names))
-                found.say("names", f"a vocabulary of {names_line(names)}; masks of {seen} of them were seen")
+    with found.looking(), in_one_line(f"the vocabulary of {shown(folder)}"):
+        check_names(config.class_names or [])
+    with found.looking(), in_one_line("seen names"):
+        check_names(config.seen_class_names or [])
+    if config.class_names is not None:
+        seen = sum(among(config.class_names, config.seen_class_names))
+        more = "" if config.seen_class_names is None else f"; masks of {seen} of them were seen"
+        found.say("names", f"a vocabulary of {names_line(config.class_names)}{more}")
 
 
 def say_code(found: Findings, folder: Path) -> None:
@@ -144,6 +160,7 @@ def say_code(found: Findings, folder: Path) -> None:
         text = f"another than this project's of today ({', '.join(other[:3])}{', ...' * (len(other) > 3)})"
     elif missing:
         text = f"this project's of today, without {', '.join(missing)}"
+        found.problems.append(f"{shown(folder)} lacks {missing[0]}, without which nobody else can load it")
     found.say("code", text)
 
 
@@ -151,17 +168,16 @@ def say_code(found: Findings, folder: Path) -> None:
 
 
 def examine_run(folder: Path, found: Findings) -> None:
+    if is_locked(folder):
+        raise InputError(f"a run writes in {folder} now: look at it when it has ended")
     recipe: dict = {}
     with found.looking():
         recipe = read_recipe(folder / "recipe.yaml")
-    steps = recipe.get("max_steps", "?")
     states = complete_checkpoints(folder / "checkpoints")
-    newest = int(states[-1].name.removeprefix("step_")) if states else 0
+    faults = {path: damage(path) or unfit(path) for path in states}
+    whole = [path for path in states if faults[path] is None]
     final = folder / "final"
-    if is_locked(folder):
-        raise InputError(f"a run writes in {folder} now: look at it when it has ended")
-    state = "complete" if final.exists() else f"stopped after step {newest} of {steps}; its command goes on"
-    found.say("run", f"{folder}, {state}")
+    found.say("run", f"{folder}, {what_comes_next(final, states, whole)}")
     if recipe:
         found.say(
             "data", f"{recipe.get('dataset')} ({recipe.get('split')}), unseen labels {recipe.get('unseen_labels')}"
@@ -169,13 +185,13 @@ def examine_run(folder: Path, found: Findings) -> None:
         found.say(
             "start", str(recipe.get("init_from") or recipe.get("mask2former") or recipe.get("backbone") or "random")
         )
-    stamp = examine_stamp(folder, states, found)
+    stamp = examine_stamp(folder, whole, found)
     if stamp is not None and recipe:
         examine_data(stamp, recipe, found)
-    for path in states:
-        examine_state(path, found)
-    if states:
-        found.say("states", ", ".join(path.name for path in states))
+    for path, fault in faults.items():
+        found.say("checkpoint", f"{path.name}, {'whole' if fault is None else 'damaged'}")
+        if fault is not None:
+            found.problems.append(f"{path}: {fault}; the next start does not use it")
     examine_metrics(folder / "metrics.jsonl", found)
     if final.exists():
         found.say("final", str(final))
@@ -184,54 +200,61 @@ def examine_run(folder: Path, found: Findings) -> None:
             examine_final_record(record_of(config), record_in(stamp), found)
 
 
-def examine_stamp(folder: Path, states: Sequence[Path], found: Findings) -> Stamp | None:
-    """What the run was stamped with; its copies in the states must say the same of what was seen."""
-    stamp = None
-    if not (folder / STAMP).exists():
-        found.say("stamp", "none: made by an older version; the next start of its command writes one")
-        return None
-    with found.looking():
-        stamp = read_stamp(folder / STAMP)
+def what_comes_next(final: Path, states: Sequence[Path], whole: Sequence[Path]) -> str:
+    """What the run's own command does."""
+    if final.exists():
+        return "it has a final model"
+    if whole:
+        return f"its command goes on after step {int(whole[-1].name.removeprefix('step_'))}"
+    return "no checkpoint is whole, so its command refuses" if states else "no checkpoint, so its command begins anew"
+
+
+def examine_stamp(folder: Path, whole: Sequence[Path], found: Findings) -> Stamp | None:
+    """What the run was stamped with. The copy in the newest checkpoint counts, before the file beside the recipe."""
+    own, copy, copies = None, None, [path / STAMP for path in whole if (path / STAMP).exists()]
+    if (folder / STAMP).exists():
+        with found.looking():
+            own = read_stamp(folder / STAMP)
+    if copies:
+        with found.looking():
+            copy = read_stamp(copies[-1])
+    stamp = own if copy is None else copy
+    if own is None or copy is not None and own != copy:
+        state = "differs from" if own is not None else "is missing or damaged beside"
+        where = "none: made by an older version; the next start writes one"
+        where = where if copy is None else f"that of {copies[-1].parent.name} counts; {STAMP} {state} it"
+        found.say("stamp", where)
+        if own is not None:
+            found.problems.append(f"{folder / STAMP} differs from the copy in {copies[-1].parent.name}, which counts")
     if stamp is None:
         return None
     space = stamp["label_space"]
     found.say("stamp", f"label space of {len(space['class_names'])} classes, {len(space['unseen'])} of them unseen")
     known = {name: value for name, value in stamp.items() if name not in Stamp.__annotations__}
-    hashes = [
-        f"{name.removesuffix('_sha256')} {value[:12]}" for name, value in known.items() if name.endswith("sha256")
-    ]
+    hashes = [f"{name.removesuffix('_sha256')} {known[name][:12]}" for name in known if name.endswith("_sha256")]
     found.say("", f"{known.get('num_images', 'a stream of')} pictures; sha256 of {', '.join(hashes)}")
     say_record(found, record_in(stamp))
-    for path in states:
-        if (path / STAMP).exists():
-            with found.looking():
-                copy = read_stamp(path / STAMP)
-                if (copy["label_space"], record_in(copy)) != (space, record_in(stamp)):
-                    raise InputError(f"{path / STAMP} says another label space or record than {folder / STAMP}")
     return stamp
 
 
 def examine_data(stamp: Stamp, recipe: dict, found: Findings) -> None:
-    """Whether the run's data are what they were, as far as they are here. Text vectors are not made for it."""
-    dataset, split = recipe.get("dataset"), recipe.get("split")
-    if not isinstance(dataset, str) or not isinstance(split, str) or not Path(dataset).is_dir():
-        found.say("now", f"{dataset} is not here: not compared")
-        return
+    """Compares the dataset and the text vectors with the stamp, where they are here. Nothing else is compared."""
+    dataset, split, vectors = recipe.get("dataset"), recipe.get("split"), recipe.get("text_embeds")
+    now: dict = {"label_space": stamp["label_space"]}
     with found.looking():
-        space = load_label_space(recipe.get("label_space") or dataset)
-        read = stream_split if recipe.get("streaming") else load_split
-        now = {"label_space": space_of(space), **read(dataset, split, space).contents()}
+        if isinstance(dataset, str) and isinstance(split, str) and Path(dataset).is_dir():
+            space = load_label_space(recipe.get("label_space") or dataset)
+            read = stream_split if recipe.get("streaming") else load_split
+            now = {"label_space": space_of(space), **read(dataset, split, space).contents()}
+        if isinstance(vectors, str) and Path(vectors).is_file():
+            load_text_embeds(vectors, len(stamp["label_space"]["class_names"]))
+            now["text_embeds_sha256"] = vectors_sha256(vectors)
         change = change_since(stamp, now, recipe)
         if change is not None:
-            raise InputError(f"the data are not what the run began with: {change}")
-        found.say("now", "the label space and the pictures are what they were")
-
-
-def examine_state(folder: Path, found: Findings) -> None:
-    """One state that the run can go on from."""
-    fault = damage(folder) or unfit(folder)
-    if fault is not None:
-        found.problems.append(f"{folder}: {fault}; a start of the run takes the one before")
+            raise InputError(f"the run's inputs have changed: {change}; its command refuses")
+    others = [name for name in stamp if name not in now and name not in Record._fields]
+    others += ["label_space"] if len(now) == 1 or "layout" not in now else []
+    found.say("inputs", f"compared with the stamp; not compared: {', '.join(others) or 'nothing'}")
 
 
 def examine_metrics(path: Path, found: Findings) -> None:
@@ -269,12 +292,14 @@ def examine(folder: Path) -> Findings:
     if (folder / "recipe.yaml").exists() or (folder / "checkpoints").is_dir():
         examine_run(folder, found)
     elif (folder / "progress.bin").exists():
-        raise InputError(f"{folder} is one state of a run: give the folder of the run, {folder.resolve().parents[1]}")
+        raise InputError(
+            f"{folder} is a training checkpoint: give the folder of the run, {folder.resolve().parents[1]}"
+        )
     elif (folder / "config.json").exists():
-        found.say("checkpoint", str(folder))
+        found.say("folder", str(folder))
         examine_checkpoint(folder, found)
     else:
-        raise InputError(f"{folder} is neither: a run has a recipe.yaml, a checkpoint a config.json")
+        raise InputError(f"{folder} is neither a run (recipe.yaml) nor a model (config.json)")
     return found
 
 

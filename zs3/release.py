@@ -320,20 +320,16 @@ def main() -> None:
     load_processor(args.model, config, args.trust_remote_code)  # for its checks
     results = read_results(args.results, sha256, settings_sha256(args.model))
     template = chosen_template(args.card, config, results)
-    card = model_card(
-        template,
-        args.repo_id,
-        config,
-        sha256,
-        recipes_of(model),
-        results,
-        code_sha256(args.model, args.trust_remote_code),
-    )
+    code = code_sha256(args.model, args.trust_remote_code)
+    card = model_card(template, args.repo_id, config, sha256, recipes_of(model), results, code)
     print("a stranger loads it and segments a picture ...", flush=True)
     told = make_folder(files, card, folder, example_labels(config))
     print(listing(folder))
     print(f"stranger  {told}")
     print(f"card      {template.stem}, {len(results)} result files")
+    others = sum(result["code_sha256"] != code for result in results if "code_sha256" in result)
+    if others:
+        print(f"note      {others} of the results were evaluated with other code than is released; the card says so")
     print(f"folder    {folder}")
     if args.push:
         push(folder, args.repo_id, args.tag)

@@ -132,6 +132,8 @@ def kept_stamps(folder: Path) -> list[dict]:
             if not found:
                 raise
             print(f"warning: {folder / STAMP} is damaged, so the newest checkpoint's copy is used")
+    if len(found) > 1 and found[0] != found[-1]:
+        print(f"warning: {STAMP} differs from the newest checkpoint's copy, which counts; both records are joined")
     return found
 
 

@@ -1,8 +1,8 @@
-"""What a training run starts on, and whether a later start of it finds the same.
+"""Records the inputs of a training run, and compares them when it resumes.
 
 A run may be stopped, and go on days later. The contents of its paths may have changed meanwhile: other classes, other
-vectors, other pictures. Its stamp says what was there at first. It also holds the record of what the training saw, by
-which every zero-shot claim goes: the record never shrinks. zs3.run_folder keeps the stamps.
+vectors, other pictures. Its stamp says what was there at first. It also has the record of what the training saw, on
+which every zero-shot claim depends. The record never shrinks. zs3.run_folder keeps the stamps.
 """
 
 import hashlib
@@ -113,7 +113,7 @@ def make_stamp(
     """
     found = {"label_space": space_of(label_space), **records.contents()}
     if prompts is None:
-        found["text_embeds_sha256"] = _sha256([np.load(flags["text_embeds"], allow_pickle=False).astype(np.float32)])
+        found["text_embeds_sha256"] = vectors_sha256(flags["text_embeds"])
     else:
         found["prompts_sha256"] = _sha256(tensor.numpy() for _, tensor in sorted(prompts.items()))
     if flags["caption_nouns"] is not None:
@@ -134,6 +134,11 @@ def make_stamp(
 
 def space_of(label_space: LabelSpace) -> Space:
     return Space(class_names=label_space.class_names, unseen=label_space.unseen, ignore_index=label_space.ignore_index)
+
+
+def vectors_sha256(path: str) -> str:
+    """Of the numbers in a --text_embeds file."""
+    return _sha256([np.load(path, allow_pickle=False).astype(np.float32)])
 
 
 def towers_sha256(model: nn.Module) -> str:
@@ -171,7 +176,7 @@ def record_in(stamp: dict[str, Any]) -> Record:
 
 
 def change_since(before: Stamp, now: Mapping[str, Any], flags: Mapping[str, Any]) -> str | None:
-    """What is not what it was, in words; None if all is. A key that one of the stamps lacks is not known to it.
+    """What is not what it was, in words; None if all is. Keys that one of the stamps lacks are skipped.
 
     flags: of the run, for the words.
     """

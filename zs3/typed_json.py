@@ -1,6 +1,6 @@
 """JSON files that a command reads: their content is declared as a type, and checked once, where it is read.
 
-The types are TypedDicts; pydantic holds the content against them. A key may be missing unless it is Required. A key
+The types are TypedDicts; pydantic validates the content. A key may be missing unless it is Required. A key
 that is not declared may hold anything: a later version wrote it.
 
 A reader that cannot do without a key names it as `needed`; a dot leads into a nested mapping.
@@ -193,11 +193,10 @@ def _number(text: str) -> float:
 
 
 def shown_value(value: object) -> str:
-    """A value for a message, as JSON writes it, on one line; a text without its marks, a container by its kind."""
+    """A value for a message, on one line: a text in quotes, a container by its kind."""
     if isinstance(value, dict | list):
         return "a list" if isinstance(value, list) else "a mapping"
-    text = shortened(value) if isinstance(value, str) else json.dumps(value)
-    return cut(text[1:-1] if isinstance(value, str) and value else text, 20)
+    return cut(shortened(value) if isinstance(value, str) else json.dumps(value), 25)
 
 
 def cut(text: str, length: int) -> str:
