@@ -232,12 +232,9 @@ def check_names(names: Sequence[str]) -> None:
     for place, first in enumerate(places(names, names)):
         if first != place:
             one, other = shortened(names[first], 45), shortened(names[place], 45)
-            same = names[first] == names[place]
-            which = (
-                f"{one} is there twice"
-                if same
-                else f"{one} and {other} are one name (case, blanks and Unicode form aside)"
-            )
+            which = f"{one} and {other} are one name (case, blanks and Unicode form aside)"
+            if names[first] == names[place]:
+                which = f"{one} is there twice"
             raise Refused(f"names repeat: {which}: rename one")
 
 

@@ -233,7 +233,7 @@ def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str)
 
 
 def check_code(path: str, processor: ProcessorMixin) -> None:
-    """A checkpoint brings its own code, which may be older than this evaluation."""
+    """With --trust_remote_code the code comes with the checkpoint, and may be older than this evaluation."""
     known = signature(processor.post_process_semantic_segmentation).parameters
     if not {"return_scores", "is_seen"} <= known.keys():
         raise InputError(f"the code beside {path} is older than this eval.py: copy the project's *_zs3.py over it")
@@ -380,8 +380,7 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     records = load_split(args.dataset, args.split, label_space)
     with accelerator.local_main_process_first():
         model, processor = load_checkpoint(args.model, args.trust_remote_code)
-    if args.trust_remote_code:
-        check_code(args.model, processor)
+    check_code(args.model, processor)
     check_claim(model.config, label_space, args.setting)
     candidates = candidates_of(label_space, args.setting, args.without, model.config)
     image_ids = records.image_ids[: args.max_images]

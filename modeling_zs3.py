@@ -40,7 +40,6 @@ try:
     from .clip_views_zs3 import (
         MASK_THRESHOLD,
         Fill,
-        LazyEnsemble,
         ProposalEmbeds,
         crop_proposals,
         ensemble_lazily,
@@ -59,7 +58,6 @@ except ImportError:
     from clip_views_zs3 import (
         MASK_THRESHOLD,
         Fill,
-        LazyEnsemble,
         ProposalEmbeds,
         crop_proposals,
         ensemble_lazily,
@@ -641,9 +639,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         see = partial(self.clip_probs, text_embeds=text_embeds, owner=owner)
         if view == "lazy" and isinstance(images, Tensor):
             sizes = outputs.valid_sizes.tolist() if image_sizes is None else image_sizes
-            parts = self._ensemble_lazily(outputs, images, see, is_seen, weight, sizes, tolerance, crops)
-            probs, shown, undecided = (list(values) for values in zip(*parts, strict=True))
-            probs, shown, undecided = torch.stack(probs), torch.stack(shown), probs[0].new_tensor(undecided)
+            probs, shown, undecided = self._join_lazily(outputs, images, see, is_seen, weight, sizes, tolerance, crops)
             if owner is None:  # with one, CLIP's view of the synonyms that it was not shown is not known
                 probs = tie(probs, torch.cat([text_embeds.T, is_seen[None].to(text_embeds)]))
         else:
@@ -673,7 +669,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             raise ValueError(f"no ensemble: {lacks}")
         return view or "crops"
 
-    def _ensemble_lazily(
+    def _join_lazily(
         self,
         outputs: Zs3Output,
         images: Tensor,
@@ -683,8 +679,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         image_sizes: Sequence[tuple[int, int]],
         tolerance: float,
         crops: dict,
-    ) -> list[LazyEnsemble]:
-        """One of each image."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all images: probs (B, Q, C), shown (B, Q) bool, undecided (B,)."""
         if len(image_sizes) != len(images):
             raise ValueError(f"{len(images)} images, but {len(image_sizes)} image_sizes")
         own, results = class_probabilities(outputs.class_logits, outputs.background_logits), []
@@ -704,7 +700,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                     own[image], mask_logits[0], visible[0], look, is_seen, weight, **sizes, tolerance=tolerance
                 )
             )
-        return results
+        probs, shown, undecided = zip(*results, strict=True)
+        return torch.stack(probs), torch.stack(shown), probs[0].new_tensor(undecided)
 
     def _is_seen(self, is_seen: Tensor | None, num_classes: int, stored: bool) -> Tensor:
         """(C,) bool: as given, or which names of the stored vocabulary the training saw masks of."""

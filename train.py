@@ -525,6 +525,31 @@ def whole_model(accelerator: Accelerator, model: nn.Module) -> Zs3ForSemanticSeg
     return whole
 
 
+def text_vectors(
+    args: TrainArgs,
+    model: Zs3ForSemanticSegmentation,
+    processor: Zs3Processor | Zs3ImageProcessor,
+    class_names: list[str],
+    given: Tensor | None,
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """(C, D), those of --text_embeds (given) or of the model's text tower; and the tokens that the tower was given."""
+    prompts = None
+    if given is not None:
+        if model.text_model is not None:
+            source = args.init_from or args.clip
+            raise InputError(f"{source} has a text tower: leave out --text_embeds, or add --text_config null")
+        embeds = given
+    else:
+        if model.text_model is None:
+            raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
+        with in_one_line(f"names of {args.label_space or args.dataset}"):
+            prompts = processor(class_names=class_names)
+            embeds = model.encode_text(**prompts)
+    if embeds.shape[1] != model.config.projection_dim:
+        raise InputError(f"{args.text_embeds} has {embeds.shape[1]} columns, the model {model.config.projection_dim}")
+    return embeds, prompts
+
+
 def train(args: TrainArgs, overrides: dict) -> None:
     args.check()
     for name in FILLED_IN:
@@ -538,26 +563,14 @@ def train(args: TrainArgs, overrides: dict) -> None:
     set_seed(args.seed)
 
     # Text vectors, model, data; nothing is written before they are known to be good
-    all_embeds, prompts = None, None
+    all_embeds = None
     if args.text_embeds is not None:
         all_embeds = load_text_embeds(args.text_embeds, len(label_space.class_names))
     with accelerator.local_main_process_first():
         model = make_model(args, overrides, label_space, all_embeds).to(accelerator.device)
         processor = make_processor(args, model, label_space)
     choose_what_learns(model, args.backbone_norm)
-    if all_embeds is None:
-        if model.text_model is None:
-            raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
-        with in_one_line(f"names of {args.label_space or args.dataset}"):
-            prompts = processor(class_names=label_space.class_names)
-            all_embeds = model.encode_text(**prompts)
-    elif model.text_model is not None:
-        source = args.init_from or args.clip
-        raise InputError(f"{source} has a text tower: leave out --text_embeds, or add --text_config null")
-    if all_embeds.shape[1] != model.config.projection_dim:
-        raise InputError(
-            f"{args.text_embeds} has {all_embeds.shape[1]} columns, the model {model.config.projection_dim}"
-        )
+    all_embeds, prompts = text_vectors(args, model, processor, label_space.class_names, all_embeds)
     model.set_vocabulary(label_space.class_names, all_embeds)
     image_processor = getattr(processor, "image_processor", processor)
     with accelerator.local_main_process_first():  # datasets caches what it prepares
@@ -573,7 +586,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
         if accelerator.is_main_process:
             lock = lock_folder(output_dir)
             check_final(output_dir / "final")
-            start = None if args.init_from is None else record_of(Zs3Config.from_pretrained(args.init_from))
+            start = None if args.init_from is None else record_of(load_config(args.init_from))
             stamp = make_stamp(vars(args), whole_space, dataset.records, prompts, start, model)
             stamps = [check_stamp(output_dir, stamp, vars(args), label_space.unseen)]
             check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config), recipe_defaults())

@@ -49,32 +49,31 @@ def said(folder: Path) -> str:
     return "\n".join(found.lines)
 
 
-def test_a_whole_checkpoint_is_described_by_what_it_is_and_saw(whole):
-    text = said(whole / "checkpoint")
-    for words in (
-        "resnet backbone, 5 queries, vectors of 12, text and image towers of CLIP",
-        "masks of 2 classes: sky, grass",
-        "pseudo image labels of unseen classes",
-        "a vocabulary of 4 classes: sky, grass, red circle, blue square; masks of 2 of them were seen",
-        "all of them finite",
-        "this project's of today",
-    ):
-        assert words in text, words
+CHECKPOINT_SAYS = (
+    "resnet backbone, 5 queries, vectors of 12, text and image towers of CLIP",
+    "masks of 2 classes: sky, grass",
+    "pseudo image labels of unseen classes",
+    "a vocabulary of 4 classes: sky, grass, red circle, blue square; masks of 2 of them were seen",
+    "all of them finite",
+    "this project's of today",
+)
+RUN_SAYS = (
+    "it has a final model",
+    "label space of 20 classes, 5 of them unseen",
+    "6 pictures; sha256 of image_ids ",
+    "compared with the stamp; not compared: towers_sha256",
+    "step_00000002, whole",
+    "step_00000004, whole",
+    "the last of step 4",
+    "masks of 15 classes",
+    "no image labels of unseen classes",
+)
 
 
-def test_a_finished_run_is_described_with_its_stamp_its_states_and_its_model(whole):
-    text = said(whole / "run")
-    for words in (
-        "it has a final model",
-        "label space of 20 classes, 5 of them unseen",
-        "6 pictures; sha256 of image_ids ",
-        "compared with the stamp; not compared: towers_sha256",
-        "step_00000002, whole",
-        "step_00000004, whole",
-        "the last of step 4",
-        "masks of 15 classes",
-        "no image labels of unseen classes",
-    ):
+@pytest.mark.parametrize(("folder", "expected"), [("checkpoint", CHECKPOINT_SAYS), ("run", RUN_SAYS)])
+def test_what_is_whole_is_described(whole, folder, expected):
+    text = said(whole / folder)
+    for words in expected:
         assert words in text, words
 
 

@@ -37,9 +37,9 @@ import modeling_zs3
 from configuration_zs3 import Zs3Config, among, check_names, places, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation, check_text_embeds
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
-from zs3.command_line import InputError, in_one_line, looks_local, one_line
+from zs3.command_line import InputError, cut, in_one_line, looks_local, one_line
 from zs3.label_space import LabelSpace, load_text_embeds
-from zs3.typed_json import cut, read_json, shown
+from zs3.typed_json import read_json, shown
 
 
 class NoClaim(InputError):
@@ -199,9 +199,10 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
             raise InputError(
                 f"checkpoint {shown(path)} is incomplete: {trouble} {lost[0]} ({len(lost)} weights in all)"
             )
-    folder = local_folder(path)
-    if folder is not None:
-        check_weights(folder)  # again, for what has only now come from the Hub
+    if not Path(path).is_dir():  # it came from the Hub, perhaps only now
+        folder = local_folder(path)
+        if folder is not None:
+            check_weights(folder)
     check_finite(model, path)
     with in_one_line(f"the vocabulary of {shown(path)}"):
         check_names(model.config.class_names or [])

@@ -114,8 +114,13 @@ def looks_local(name: str) -> bool:
 
 def one_line(error: Exception) -> str:
     """The beginning of a library's message, which may go over many lines, or have none."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MOST_OF_A_LIBRARY else f"{text[: MOST_OF_A_LIBRARY - 3]}..."
+    return cut(str(error), MOST_OF_A_LIBRARY) or type(error).__name__
+
+
+def cut(text: str, length: int) -> str:
+    """A text for a message: on one line, its beginning where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from configuration_zs3 import shortened
 from zs3.command_line import (
     InputError,
     check_at_least,
+    cut,
     finite_or_none,
     flag,
     read_arguments,
@@ -39,7 +40,7 @@ from zs3.evaluation import (
     summed_areas,
 )
 from zs3.results import EVALUATE_AGAIN, Result, markdown_table, read_images, read_result
-from zs3.typed_json import cut, refusal, shown
+from zs3.typed_json import refusal, shown
 
 RESAMPLES = 1000
 SAME = {  # what must be alike for a difference to mean anything

@@ -221,7 +221,7 @@ def examine_stamp(folder: Path, whole: Sequence[Path], found: Findings) -> Stamp
     stamp = own if copy is None else copy
     if own is None or copy is not None and own != copy:
         state = "differs from" if own is not None else "is missing or damaged beside"
-        where = "none: made by an older version; the next start writes one"
+        where = "damaged" if (folder / STAMP).exists() else "none: made by an older version; the next start writes one"
         where = where if copy is None else f"that of {copies[-1].parent.name} counts; {STAMP} {state} it"
         found.say("stamp", where)
         if own is not None:
@@ -253,7 +253,7 @@ def examine_data(stamp: Stamp, recipe: dict, found: Findings) -> None:
         if change is not None:
             raise InputError(f"the run's inputs have changed: {change}; its command refuses")
     others = [name for name in stamp if name not in now and name not in Record._fields]
-    others += ["label_space"] if len(now) == 1 or "layout" not in now else []
+    others += ["label_space"] if "layout" not in now else []
     found.say("inputs", f"compared with the stamp; not compared: {', '.join(others) or 'nothing'}")
 
 

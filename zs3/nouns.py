@@ -48,6 +48,7 @@ from zs3.command_line import (
     InputError,
     check_at_least,
     check_required,
+    cut,
     flag,
     one_line,
     read_arguments,
@@ -56,7 +57,7 @@ from zs3.command_line import (
 )
 from zs3.data import dataset_name
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.typed_json import cut, read_json, shown
+from zs3.typed_json import read_json, shown
 
 IMAGES_AT_ONCE = 32  # what a process hands over at a time
 PACKAGES = {"hanta": ("HanTa", "lemminflect"), "nltk": ("nltk", "lemminflect")}  # of each tagger

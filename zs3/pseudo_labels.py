@@ -309,15 +309,18 @@ def check_settings(folder: Path, settings: dict) -> None:
 # ---- the summary -------------------------------------------------------------------------------------------
 
 
-def unseen_truth(records: Split, label_space: LabelSpace, count: int) -> np.ndarray:
-    """(N, U) bool: which unseen classes the label maps of the first `count` images hold; for measuring alone."""
+def unseen_truth(records: Split, label_space: LabelSpace, count: int) -> np.ndarray | None:
+    """(N, U) bool: which unseen classes the label maps of the first `count` images hold; for measuring alone.
+
+    None where they hold none of them.
+    """
     ids = [label_space.class_names.index(name) for name in label_space.unseen]
     truth = np.zeros((count, len(ids)), dtype=bool)
     for index in tqdm(range(count), desc="truth", unit="image", mininterval=1):
         label = records.label(index)
         label = label[label != label_space.ignore_index]
         truth[index] = np.bincount(label, minlength=len(label_space.class_names))[ids] > 0
-    return truth
+    return truth if truth.any() else None
 
 
 def precision_and_recall(labels: np.ndarray, truth: np.ndarray) -> dict[str, dict[str, list[float] | float]]:
@@ -459,8 +462,6 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     # Summary
     scores = load_unseen_scores(folder, label_space, image_ids)
     truth = unseen_truth(records, label_space, len(image_ids)) if args.measure else None
-    if truth is not None and not truth.any():
-        truth = None  # the label maps do not hold unseen classes
     own = model.config.pseudo_label_threshold
     result = summary(scores, truth, label_space.unseen, own, args.threshold_sweep)
     write_json(folder / "summary.json", result)

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from configuration_zs3 import shortened
-from zs3.command_line import InputError
+from zs3.command_line import InputError, cut
 
 Content = TypeVar("Content")
 
@@ -197,9 +197,3 @@ def shown_value(value: object) -> str:
     if isinstance(value, dict | list):
         return "a list" if isinstance(value, list) else "a mapping"
     return cut(shortened(value) if isinstance(value, str) else json.dumps(value), 25)
-
-
-def cut(text: str, length: int) -> str:
-    """A text for a message: on one line, its beginning where it is long."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 3]}..."
