@@ -15,10 +15,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 try:
     from .configuration_zs3 import plain
+    from .files_zs3 import load_picture
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import plain
+    from files_zs3 import load_picture
 
 # The first n differ by at least .10 (n = 8), .088 (20), .053 (32), .038 (64) in OKLab, where .02 is just visible: the
 # least over normal vision, protanopia, deuteranopia and tritanopia, simulated as in Machado et al. 2009. NOTHING is
@@ -113,9 +115,7 @@ def _read_image(image: Image.Image | np.ndarray | str | Path) -> Image.Image:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ValueError(f"an image array must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
         image = Image.fromarray(image)
-    elif not isinstance(image, Image.Image):
-        image = Image.open(image)
-    return ImageOps.exif_transpose(image).convert("RGB")  # turned as the pipeline turns it
+    return load_picture(image)  # turned as the pipeline turns it
 
 
 class Regions(NamedTuple):

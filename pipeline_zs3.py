@@ -12,16 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Pipeline
-from transformers.image_utils import load_image
 
 try:
-    from .configuration_zs3 import places, shortened
+    from .configuration_zs3 import Refused, places, shortened
     from .drawing_zs3 import NONE_OF_THESE, draw
+    from .files_zs3 import PICTURE_SUFFIXES, is_address, is_picture_name, load_picture, save_map
     from .label_maps_zs3 import semantic_map
     from .modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
     from .processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
@@ -29,8 +28,9 @@ try:
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import places, shortened
+    from configuration_zs3 import Refused, places, shortened
     from drawing_zs3 import NONE_OF_THESE, draw
+    from files_zs3 import PICTURE_SUFFIXES, is_address, is_picture_name, load_picture, save_map
     from label_maps_zs3 import semantic_map
     from modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
     from processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
@@ -38,7 +38,6 @@ except ImportError:
 
 THRESHOLDS = {"probability": 0.5, "margin": 0.1}  # where `background="reject"` is given no threshold
 ENSEMBLE = ("ensemble", "ensemble_weight")
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -136,7 +135,7 @@ class Zs3Pipeline(Pipeline):
     ) -> dict | list[dict] | list[list[dict]] | Iterator:
         if candidate_labels is not None:
             options["candidate_labels"] = candidate_labels
-        if isinstance(images, str | Path) and not _is_address(images) and Path(images).is_dir():
+        if isinstance(images, str | Path) and not is_address(images) and Path(images).is_dir():
             images = _folder(Path(images))
         if isinstance(images, str | Path | Image.Image | Proposals) or getattr(images, "ndim", None) in (2, 3):
             return super().__call__([images], **options)[0]
@@ -166,6 +165,10 @@ class Zs3Pipeline(Pipeline):
     def draw(self, image: ImageLike, result: dict | list[dict], **options) -> Image.Image:
         """The result over its image, with a legend: see `draw` of drawing_zs3."""
         return draw(_load(image), result, **options)
+
+    def save_map(self, result: dict, path: str | Path) -> None:
+        """Saves a result with output="map" as a PNG of ids: see `save_map` of files_zs3."""
+        save_map(result, path)
 
     def lint_labels(self, class_names: Sequence[ClassName]) -> LabelReport:
         """What to know of a label list before it is used: see `lint_labels` of text_zs3."""
@@ -453,9 +456,9 @@ class Zs3Pipeline(Pipeline):
 
 
 def _folder(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if is_picture_name(file.name))
     if not files:
-        raise ValueError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ValueError(f"{folder} holds no images ({', '.join(PICTURE_SUFFIXES)})")
     return files
 
 
@@ -469,25 +472,11 @@ def _load(image: ImageLike) -> Image.Image:
                 f"an image array must be uint8, (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}"
             )
         image = Image.fromarray(image)
-    name = "the image" if isinstance(image, Image.Image) else str(image)
-    if _is_address(name):
-        if not name.startswith("data:") and constants.HF_HUB_OFFLINE:
-            raise ValueError(f"{name} is an address, but this process is offline (HF_HUB_OFFLINE): download it first")
-    elif not isinstance(image, Image.Image) and not Path(name).is_file():
-        raise ValueError(
-            f"{name} is a folder: give it alone" if Path(name).is_dir() else f"{name[:200]}: no such image"
-        )
+    name = "the image" if isinstance(image, Image.Image) else shortened(str(image), 200)[1:-1]
     try:
-        image = image if isinstance(image, Image.Image) or _is_address(name) else Image.open(name)
-        if isinstance(image, Image.Image) and (image.mode[0] in "IF"):
-            raise ValueError(f"mode {image.mode} holds more than 8 bits a channel; convert it to 8 first")
-        return load_image(name if isinstance(image, str) else image)
-    except Exception as error:  # whatever decoders and downloads raise
-        raise ValueError(f"{name[:200]} cannot be read as an image: {' '.join(str(error).split())[:200]}") from error
-
-
-def _is_address(image: str | Path) -> bool:
-    return str(image).startswith(("http://", "https://", "data:image/"))
+        return load_picture(image)
+    except Refused as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _views(width: int, height: int, window: int | None, overlap: int | None) -> list[View]:

@@ -7,7 +7,7 @@ Zs3Processor: the same plus class names -> input_ids of T prompts a class.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,14 @@ from transformers.utils import cached_file
 
 try:
     from .configuration_zs3 import Refused, among, check_name, check_names, shortened
+    from .files_zs3 import load_picture
     from .label_maps_zs3 import SemanticMap
     from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import Refused, among, check_name, check_names, shortened
+    from files_zs3 import load_picture
     from label_maps_zs3 import SemanticMap
     from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 
@@ -90,6 +92,12 @@ class Zs3ImageProcessor(PilBackend):
         Returns pixel_values (B, 3, H, W), pixel_mask (B, H, W) int64, and labels (B, H, W) int64, -1 on padding.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Paths and addresses are opened as the pipeline opens them: see `load_picture`."""
+        if isinstance(image_url_or_urls, str):
+            return load_picture(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
 
     def resize(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
         """As ever, but a side of a very long, thin image never becomes 0 pixels."""
@@ -385,7 +393,7 @@ def saved_templates(source: str, revision: str = "main") -> Sequence[str]:
         raise ValueError(
             "there is no processor_config.json, which has its prompts: processor.save_pretrained writes it"
         )
-    return json.loads(Path(file).read_text(encoding="utf-8")).get("prompt_templates", PROMPT_TEMPLATES)
+    return json.loads(Path(file).read_text(encoding="utf-8-sig")).get("prompt_templates", PROMPT_TEMPLATES)
 
 
 def _saved(source: str, name: str, revision: str) -> str | None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,12 +26,14 @@ from transformers.utils import logging
 
 try:
     from .configuration_zs3 import plain
+    from .files_zs3 import whole
     from .modeling_zs3 import Zs3ForSemanticSegmentation
     from .processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import plain
+    from files_zs3 import whole
     from modeling_zs3 import Zs3ForSemanticSegmentation
     from processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
 
@@ -42,7 +43,7 @@ FORMAT = "1"  # another one where encode_text or the files change their meaning
 DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
 KEY_BYTES = 16
 # What TextCache may remove from its folder; other people's files there are none of its business.
-OWN_FILE = re.compile(r"[0-9a-f]{64}/[0-9a-f]{64}\.(safetensors|[0-9a-f]{32}\.partial)")
+OWN_FILE = re.compile(r"[0-9a-f]{64}/([0-9a-f]{64}\.safetensors|([0-9a-f]{64})?\.[0-9a-f]{32}\.partial)")
 # Fields of a CLIPTextConfig that change the vectors, but not the names and shapes of the weights.
 ENCODER_FIELDS = ("eos_token_id", "hidden_act", "layer_norm_eps", "num_attention_heads", "projection_dim")
 
@@ -165,7 +166,8 @@ class TextCache:
         if self.folder is None or not self._writable:
             return
         try:
-            _write_beside(self._path(place), data)
+            with whole(self._path(place)) as partial:
+                partial.write_bytes(data)
             self._trim_folder()
         except OSError as error:
             self._writable = False
@@ -207,17 +209,6 @@ def _read_segment(path: Path) -> Segment:
     except OSError:
         return nothing
     return nothing
-
-
-def _write_beside(path: Path, data: bytes) -> None:
-    """Written beside and renamed, so that a file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{uuid4().hex}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------- fingerprints

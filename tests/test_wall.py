@@ -12,6 +12,7 @@ HUB_HALF = (
     "clip_views_zs3",
     "configuration_zs3",
     "drawing_zs3",
+    "files_zs3",
     "label_maps_zs3",
     "losses_zs3",
     "modeling_zs3",
