@@ -41,27 +41,16 @@ from zs3.checkpoints import (
     check_no_unseen_masks,
     class_vectors,
     code_sha256,
-    file_sha256,
     is_trained,
     load_checkpoint,
     settings_sha256,
     weights_sha256,
 )
-from zs3.command_line import (
-    InputError,
-    check_at_least,
-    check_required,
-    finite_or_none,
-    flag,
-    in_one_line,
-    read_arguments,
-    run,
-    write_json,
-    write_text,
-)
+from zs3.command_line import InputError, check_at_least, check_required, flag, in_one_line, read_arguments, run
 from zs3.curves import check_matplotlib, draw_reliability, draw_seen_unseen_curve
 from zs3.data import Split, dataset_name, load_split
 from zs3.evaluation import ConfusionMatrix, GeneralizedScores
+from zs3.files import file_sha256, finite_or_none, write_json, write_text
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
 from zs3.results import (

@@ -7,6 +7,7 @@ Axes: H W pixels.
 """
 
 import base64
+import codecs
 import io
 import os
 import stat
@@ -33,6 +34,7 @@ except ImportError:
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAP_FORMATS = ("PNG",)  # JPEG and its like change ids, writers of GIF renumber them
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 MAX_PIXELS = 2**27  # of an image that is opened: 0.5 GB decoded
 
 
@@ -142,6 +144,18 @@ def _fetched(address: str) -> bytes:
         if constants.HF_HUB_OFFLINE:
             raise Refused("this process is offline (HF_HUB_OFFLINE): download it first")
         return get_session().get(address, follow_redirects=True).content
+
+
+def read_text(path: str | Path) -> str:
+    """UTF-8, or what a byte order mark at the beginning says. Raises OSError, or ValueError where it is no text."""
+    content = Path(path).read_bytes()
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    return content.decode(encoding)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, without their ends. Other than `splitlines` it cuts at no separator inside a JSON string."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

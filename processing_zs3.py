@@ -6,7 +6,6 @@ Zs3Processor: the same plus class names -> input_ids of T prompts a class.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,14 +26,14 @@ from transformers.utils import cached_file
 
 try:
     from .configuration_zs3 import Refused, among, check_name, check_names, shortened
-    from .files_zs3 import load_picture
+    from .files_zs3 import load_picture, read_text
     from .label_maps_zs3 import SemanticMap
     from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import Refused, among, check_name, check_names, shortened
-    from files_zs3 import load_picture
+    from files_zs3 import load_picture, read_text
     from label_maps_zs3 import SemanticMap
     from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 
@@ -393,7 +392,7 @@ def saved_templates(source: str, revision: str = "main") -> Sequence[str]:
         raise ValueError(
             "there is no processor_config.json, which has its prompts: processor.save_pretrained writes it"
         )
-    return json.loads(Path(file).read_text(encoding="utf-8-sig")).get("prompt_templates", PROMPT_TEMPLATES)
+    return json.loads(read_text(file)).get("prompt_templates", PROMPT_TEMPLATES)
 
 
 def _saved(source: str, name: str, revision: str) -> str | None:

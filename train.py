@@ -58,7 +58,7 @@ from zs3.command_line import (
     one_line,
     read_arguments,
     run,
-    write_json,
+    shown,
 )
 from zs3.data import (
     SegmentationDataset,
@@ -69,23 +69,14 @@ from zs3.data import (
     load_split,
     stream_split,
 )
+from zs3.files import lock_folder, write_json
 from zs3.image_labels import GroundTruthLabels, PseudoLabels, Setting, training_space
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.nouns import CaptionLabels, load_caption_nouns
-from zs3.run_folder import (
-    Checkpoints,
-    MetricsLog,
-    Progress,
-    check_final,
-    check_recipe,
-    check_stamp,
-    lock_folder,
-    save_final,
-)
+from zs3.run_folder import Checkpoints, MetricsLog, Progress, check_final, check_recipe, check_stamp, save_final
 from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, describe
 from zs3.stamp import STAMP, Record, joined, make_stamp, record_in, record_of
 from zs3.stopping import EXIT_CODE, Termination, agree, all_refuse, outlive_first_sigterm
-from zs3.typed_json import shown
 
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")

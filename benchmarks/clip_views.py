@@ -32,17 +32,10 @@ from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 from clip_views_zs3 import ProposalEmbeds, crop_proposals, proposal_masks, single_pass
 from modeling_zs3 import Zs3Output
 from zs3.checkpoints import class_vectors, load_checkpoint
-from zs3.command_line import (
-    InputError,
-    check_at_least,
-    check_required,
-    flag,
-    read_arguments,
-    run,
-    write_report,
-)
+from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
+from zs3.files import write_report
 from zs3.results import markdown_table
 
 OFF = "no ensemble"

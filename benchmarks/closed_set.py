@@ -33,9 +33,10 @@ from modeling_zs3 import draw_as_mask2former
 from processing_zs3 import Zs3ImageProcessor
 from train import TrainArgs, make_dataset, make_loader, make_scheduler, parameter_groups
 from zs3.checkpoints import weights_sha256
-from zs3.command_line import InputError, check_required, finite_or_none, read_arguments, run, write_json
+from zs3.command_line import InputError, check_required, read_arguments, run
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix
+from zs3.files import finite_or_none, write_json
 from zs3.image_labels import training_space
 from zs3.label_space import load_label_space
 from zs3.run_folder import check_recipe, save_final

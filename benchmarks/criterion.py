@@ -29,7 +29,8 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from configuration_zs3 import Zs3Config
 from losses_zs3 import Targets, mask_ids, zs3_losses
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.files import write_report
 from zs3.results import markdown_table
 
 SAME_LOSSES = {"matching": "joint", "class_loss": "cross_entropy", "mask_loss": "bce", "match_points": "random"}

@@ -36,8 +36,9 @@ from benchmarks.label_count import trained_proposals
 from benchmarks.network import device_named, machine_name, make_zs3
 from label_maps_zs3 import semantic_map
 from zs3.calibration import Rejection, Reliability, SeenBiasCurve
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
 from zs3.evaluation import ConfusionMatrix
+from zs3.files import write_report
 from zs3.results import markdown_table
 
 INFERENCE, OBJECTS, NOISE = "inference", "objects", "noise"

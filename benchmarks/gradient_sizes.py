@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 import train as training
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import check_at_least, check_required, flag, read_arguments, run, write_report
+from zs3.command_line import check_at_least, check_required, flag, read_arguments, run
 from zs3.data import StepSampler, collate
 from zs3.demo import train_stage
+from zs3.files import write_report
 from zs3.label_space import load_label_space
 from zs3.results import markdown_table
 

@@ -34,7 +34,8 @@ from tqdm.auto import tqdm
 from transformers import Mask2FormerImageProcessorPil
 
 from label_maps_zs3 import semantic_map, semantic_scores
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.files import write_report
 from zs3.results import markdown_table
 
 PEER, DENSE, CHUNKED = "transformers' Mask2Former post-processing", "dense einsum", "running maximum over chunks"

@@ -32,7 +32,7 @@ from benchmarks.criterion import in_fresh_process
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.augmentation import Augmentation, augment
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
 from zs3.data import (
     SegmentationDataset,
     StepSampler,
@@ -43,6 +43,7 @@ from zs3.data import (
     load_split,
     stream_split,
 )
+from zs3.files import write_report
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.results import markdown_table
 

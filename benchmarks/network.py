@@ -42,7 +42,8 @@ import network_zs3
 from benchmarks.criterion import in_fresh_process, measure, peak_memory
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report, write_text
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.files import write_report, write_text
 from zs3.results import markdown_table
 
 PEER, OURS, GEMM = "transformers' Mask2Former", "zs3", "matrix product"

@@ -22,16 +22,9 @@ from tqdm.auto import tqdm
 
 from benchmarks.clip_views import crop_loop
 from zs3.checkpoints import class_vectors, load_checkpoint
-from zs3.command_line import (
-    InputError,
-    check_at_least,
-    check_required,
-    flag,
-    read_arguments,
-    run,
-    write_report,
-)
+from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run
 from zs3.data import load_split
+from zs3.files import write_report
 from zs3.image_labels import load_unseen_scores
 from zs3.pseudo_labels import unseen_scores
 from zs3.results import markdown_table

@@ -31,7 +31,8 @@ from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import PROMPT_TEMPLATES, Label, Zs3ImageProcessor, Zs3Processor, read_labels
 from text_zs3 import TextCache
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.files import write_report
 from zs3.label_space import load_label_space
 from zs3.results import markdown_table
 

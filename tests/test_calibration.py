@@ -26,7 +26,8 @@ from zs3.calibration import (
     conformal_threshold,
     in_check_half,
 )
-from zs3.command_line import InputError, write_json
+from zs3.command_line import InputError
+from zs3.files import write_json
 
 IGNORE = 255
 SCORES = ("miou_seen", "miou_unseen", "hiou", "miou")

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from zs3 import compare as module
-from zs3.command_line import InputError, finite_or_none, run
+from zs3.command_line import InputError, run
 from zs3.compare import BETTER, OPEN, WORSE, CompareArgs, compare, main, report, verdict
 from zs3.evaluation import ConfusionMatrix, images_path
+from zs3.files import finite_or_none
 
 NAMES, UNSEEN = ["sky", "grass", "cow", "boat"], ["cow", "boat"]
 IGNORE = 255

@@ -321,7 +321,7 @@ FAULTS = {  # image -> kind and what is said
     "missing_map": ("ADE_train_00000001", "annotations/training/ADE_train_00000001.png is missing"),
     "unreadable_picture": ("ADE_train_00000002", "truncated"),
     "ids_outside": ("ADE_train_00000002", "holds value 151"),
-    "unreadable_map": ("ADE_train_00000004", "cannot identify image file"),
+    "unreadable_map": ("ADE_train_00000004", "it is no image of a format that is read (PNG), or it is damaged"),
     "size_mismatch": ("ADE_train_00000005", "is 24 x 17 pixels, ADEChallengeData2016/images/training"),
     "wrong_mode": ("ADE_train_00000006", "is of mode RGB: one value a pixel is expected"),
 }

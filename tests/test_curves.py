@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.test_calibration import IGNORE, map_of, map_with_confidence
 from zs3.calibration import Reliability, SeenBiasCurve
-from zs3.command_line import InputError, write_json
+from zs3.command_line import InputError
 from zs3.curves import (
     _reliability_figure,
     _scores_figure,
@@ -18,6 +18,7 @@ from zs3.curves import (
     draw_reliability,
     draw_seen_unseen_curve,
 )
+from zs3.files import write_json
 
 
 def curve(shift: float = 0.3) -> dict:

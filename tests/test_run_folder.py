@@ -35,6 +35,7 @@ import train
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from train import TrainArgs, go_on_after
 from zs3.command_line import OLD_NAMES, InputError, run
+from zs3.files import lock_folder
 from zs3.run_folder import (
     Checkpoints,
     MetricsLog,
@@ -42,7 +43,6 @@ from zs3.run_folder import (
     check_recipe,
     complete_checkpoints,
     damage,
-    lock_folder,
     save_final,
     write_manifest,
 )

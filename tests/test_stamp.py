@@ -19,7 +19,8 @@ from transformers import CLIPTokenizer
 
 from train import TrainArgs, main
 from zs3.command_line import InputError, run
-from zs3.data import contents_of, load_split, stream_split
+from zs3.contents import contents_of
+from zs3.data import load_split, stream_split
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.nouns import write_nouns
 from zs3.pseudo_labels import write_shard

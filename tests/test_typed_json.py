@@ -131,11 +131,16 @@ def test_of_lines_the_wrong_one_is_named(tmp_path):
     for line, words in (
         ('{"a": true}', "line 3, a is true, not a number: train again"),
         ("[1]", "line 3, is a list"),
-        ('{\n{"a": 1}', "line 3 is no JSON: train again"),
     ):
         path.write_text('{"a": 1}\n{"b": null}\n' + line)
         with pytest.raises(InputError, match=words):
             read_json_lines(path, kind, "log", "train again")
+
+
+def test_a_damaged_line_is_left_out_with_a_word(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n{"a"{"a": 2}\n{"a": 3}\n')
+    assert read_json_lines(tmp_path / "log.jsonl", dict[str, int], "log", "train again") == [{"a": 1}, {"a": 3}]
+    assert capsys.readouterr().out.startswith("warning: line 2 of ")
 
 
 def test_half_a_last_line_is_left_out(tmp_path):

@@ -38,11 +38,12 @@ from typing_extensions import TypedDict
 from configuration_zs3 import Zs3Config
 from zs3.ablation_report import LEVEL, draw, report, summarise
 from zs3.ablation_tables import ENSEMBLE_WEIGHT, TRAININGS, VIEWS, Row, Table, make_tables
-from zs3.checkpoints import WEIGHTS, file_sha256, weights_sha256
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run, write_report
+from zs3.checkpoints import WEIGHTS, weights_sha256
+from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
 from zs3.curves import check_matplotlib
 from zs3.data import dataset_name, load_split
 from zs3.ensemble_weight import WeightArgs, weight_settings
+from zs3.files import file_sha256, write_report
 from zs3.image_labels import read_settings
 from zs3.results import read_answer, read_result
 from zs3.run_folder import differ

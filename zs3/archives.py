@@ -9,6 +9,7 @@ Axes: H W pixels.
 
 import io
 import json
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,10 +19,14 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
+from configuration_zs3 import Refused
+from files_zs3 import MAX_PIXELS, check_regular, decoding, lines_of, read_text
 from zs3.command_line import InputError, one_line
-from zs3.data import READING_ERRORS, unfit_depth
+from zs3.data import open_stored
 
 SPLITS = ("train", "validation")
+COMPRESSED = 15  # of the types of elements in MATLAB's files
+MOST_OF_A_MAT = 2 * MAX_PIXELS  # bytes: the largest map in 16 bits
 _VOC_VALUES = 20  # the highest index of VOC's palette that is a class; 255 is void
 
 
@@ -68,17 +73,16 @@ class Archive(NamedTuple):
 
 def opened(path: Path, what: str) -> tuple[bytes, Image.Image]:
     """A file's bytes, and the image in it, decoded to the end. what: "picture" or "map", for the BadFile."""
+    if not path.exists():
+        raise BadFile(f"missing_{what}", f"{path} is missing")
     try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            fault = unfit_depth(image, what)
+        with decoding():
+            check_regular(path)
+            content = path.read_bytes()
+            image = open_stored(content, what)
             image.load()
-    except FileNotFoundError as error:
-        raise BadFile(f"missing_{what}", f"{path} is missing") from error
-    except READING_ERRORS as error:
-        raise BadFile(f"unreadable_{what}", f"cannot read {path}: {one_line(error)}") from error
-    if fault is not None:
-        raise BadFile("wrong_mode", f"{path} {fault}")
+    except Refused as error:
+        raise BadFile(f"unreadable_{what}", f"cannot read {path}: {error}") from error
     return content, image
 
 
@@ -122,12 +126,16 @@ def _of_mode(path: Path, modes: Sequence[str], otherwise: str) -> Image.Image:
 
 
 def _from_mat(path: Path, name: str, part: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    if not path.is_file():
+    if not path.exists():
         raise BadFile("missing_map", f"{path} is missing")
     try:
-        stored = part(scipy.io.loadmat(path, variable_names=[name], appendmat=False)[name])
-    except Exception as error:  # of a damaged file scipy raises anything, its own bugs included
-        raise BadFile("unreadable_map", f"cannot read {name} of {path}: {one_line(error)}") from error
+        with decoding():  # of a damaged file scipy raises anything, its own bugs included
+            check_regular(path)
+            content = path.read_bytes()
+            check_inflated(content)
+            stored = part(scipy.io.loadmat(io.BytesIO(content), variable_names=[name])[name])
+    except Refused as error:
+        raise BadFile("unreadable_map", f"cannot read {name} of {path}: {error}") from error
     if stored.ndim != 2 or stored.dtype.kind not in "uif":
         raise BadFile("unreadable_map", f"{name} of {path} is no map: {stored.ndim} axes of type {stored.dtype}")
     with np.errstate(invalid="ignore"):
@@ -135,6 +143,25 @@ def _from_mat(path: Path, name: str, part: Callable[[np.ndarray], np.ndarray]) -
     if not np.array_equal(values, stored):
         raise BadFile("ids_outside", f"{name} of {path} holds values that are no whole numbers from 0 to 65535")
     return values
+
+
+def check_inflated(content: bytes) -> None:
+    """Raises Refused where the variables of a MATLAB 5 file are larger, unpacked, than any label map is.
+
+    The file is a header of 128 bytes and elements: type and length, 4 bytes each, and the data, here zlib's.
+    """
+    order = "big" if content[126:128] == b"MI" else "little"
+    place, total = 128, 0
+    while place + 8 <= len(content):
+        kind, length = (int.from_bytes(content[place + at : place + at + 4], order) for at in (0, 4))
+        if kind == COMPRESSED:
+            unpacker, packed = zlib.decompressobj(), content[place + 8 : place + 8 + length]
+            while packed and total <= MOST_OF_A_MAT:
+                total += len(unpacker.decompress(packed, 2**20))
+                packed = unpacker.unconsumed_tail
+        if total > MOST_OF_A_MAT:
+            raise Refused(f"it is more than {MOST_OF_A_MAT:,} bytes unpacked, no label map is: replace it")
+        place += 8 + length
 
 
 # ---- layouts -----------------------------------------------------------------------------------------------
@@ -226,11 +253,11 @@ def coco_captions(source: Path, split: str) -> list[Captioned]:
     path = _first_file(source, [f"annotations/{name}", name])
     captions = defaultdict(list)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         image_ids = [(image["id"], Path(image["file_name"]).stem) for image in content["images"]]
         for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
             captions[annotation["image_id"]].append(annotation["caption"].strip())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is no captions file of COCO ({one_line(error)}): copy the original") from error
     strangers = captions.keys() - {number for number, _ in image_ids}
     if strangers:
@@ -249,9 +276,20 @@ def _voc_root(source: Path, year: int) -> Path:
 
 
 def _pairs_of_folders(images: Path, labels: Path, pattern: str, values: Callable[[Path], np.ndarray]) -> list[Pair]:
-    """Pictures and PNGs of one stem. One without its partner is a pair, too: the other file is missing."""
-    stems = {file.stem for file in (*images.glob(f"{pattern}.jpg"), *labels.glob(f"{pattern}.png"))}
+    """Pictures and PNGs of one stem. One without its partner is a pair, too: the other file is missing.
+
+    Other tools put maps of their own beside, as 000000000139_labelTrainIds.png: a picture's name, and more.
+    """
+    pictures = {file.stem for file in images.glob(f"{pattern}.jpg")}
+    maps = {file.stem for file in labels.glob(f"{pattern}.png")}
+    stems = pictures | {stem for stem in maps if pictures.isdisjoint(_beginnings(stem))}
     return [Pair(stem, images / f"{stem}.jpg", labels / f"{stem}.png", values) for stem in stems]
+
+
+def _beginnings(stem: str) -> set[str]:
+    """What stands before each underscore of a name."""
+    parts = stem.split("_")
+    return {"_".join(parts[:count]) for count in range(1, len(parts))}
 
 
 def _folder(bases: Sequence[Path], names: Sequence[str], pattern: str, what: str) -> Path:
@@ -281,8 +319,8 @@ def _first_file(folder: Path, names: Sequence[str]) -> Path:
 def _listed(path: Path) -> list[str]:
     """The image ids of a list: the first word of each line, which may be the path of the picture."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = lines_of(read_text(path))
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read the list {path} ({one_line(error)}): copy it from the archive") from error
     return [Path(line.split()[0]).stem for line in lines if line.strip()]
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from label_maps_zs3 import SemanticMap
-from zs3.command_line import InputError, finite_or_none
+from zs3.command_line import InputError
 from zs3.evaluation import Absent, headline_scores, iou_of_areas
+from zs3.files import finite_or_none
 
 # Gaps between the best seen and the best unseen score are of any order of magnitude: about 1 where the model is sure,
 # some thousandths where it hardly tells hundreds of classes apart. So 32 gammas to each doubling: neighbours differ by

@@ -16,8 +16,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run, write_json
+from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run
 from zs3.data import Split, dataset_name, exif_orientation, load_split
+from zs3.files import write_json
 from zs3.label_space import LabelSpace, load_label_space
 
 SHOWN = 20  # problems in the terminal

@@ -37,9 +37,10 @@ import modeling_zs3
 from configuration_zs3 import Zs3Config, among, check_names, places, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation, check_text_embeds
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
-from zs3.command_line import InputError, cut, in_one_line, looks_local, one_line
+from zs3.command_line import InputError, cut, in_one_line, looks_local, one_line, shown
+from zs3.files import file_sha256
 from zs3.label_space import LabelSpace, load_text_embeds
-from zs3.typed_json import read_json, shown
+from zs3.typed_json import read_json
 
 
 class NoClaim(InputError):
@@ -367,11 +368,6 @@ def class_vectors(
 
 
 # ---- files --------------------------------------------------------------------------------------------------
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:

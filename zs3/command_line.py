@@ -9,20 +9,20 @@ import difflib
 import errno
 import inspect
 import json
-import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
 from configuration_zs3 import Refused, shortened
+from files_zs3 import read_text
 
 Args = TypeVar("Args")
 NO_SPACE = {
@@ -52,27 +52,62 @@ def in_one_line(thing: str) -> Iterator[None]:
         raise InputError(f"{thing}: {one_line(error)}") from error
 
 
+# Reasons why a system does not let a file be read or written, all of its making and none of ours.
+OF_THE_SYSTEM = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EMFILE, errno.EBUSY),
+)
+# What would move a cursor, ring a bell or turn the direction of reading around: escaped where text is shown.
+UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """For people to see: characters that a terminal obeys, or does not show, as escapes. Line ends and tabs stay."""
+    return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Shown:
+    """A stream to which no name from the data can send more than letters, and no letter is a fault of the encoding."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def run(main: Callable[[], None]) -> None:
     """Calls main. Bad input or a disk that takes no more becomes one line and exit code 2; Ctrl-C, exit code 130.
 
-    Any other exception is a bug, and keeps its traceback.
+    Any other exception is a bug, and keeps its traceback. What is printed is `printable`.
     """
     try:
-        main()
+        with redirect_stdout(_Shown(sys.stdout)):
+            main()
     except InputError as error:
-        print(f"error: {_own_message(error)}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(_own_message(error))
     except Exception as error:
-        # Each writer has its own exception for it: Python OSError, safetensors and torch theirs.
-        reasons = [text for code, text in NO_SPACE.items() if _is(error, code)]
+        # Each writer has its own exception for a full disk: Python OSError, safetensors and torch theirs.
+        thing = printable(str(getattr(error, "filename", None) or "a file"))
+        reasons = [text.format(thing) for code, text in NO_SPACE.items() if _is(error, code)]
+        if isinstance(error, OSError) and error.filename and error.errno in OF_THE_SYSTEM:
+            reasons.append(f"{thing}: {error.strerror}; give another place, or mend this one")
         if not reasons:
             raise
-        thing = getattr(error, "filename", None) or "a file"
-        print(f"error: {reasons[0].format(thing)}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(reasons[0])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {printable(message)}", file=_Shown(sys.stderr))
+    sys.exit(2)
 
 
 def _is(error: Exception, code: int) -> bool:
@@ -85,11 +120,15 @@ def _own_message(error: InputError) -> str:
     return message.splitlines()[-1].split("InputError: ", 1)[-1] if message.startswith("Caught ") else message
 
 
-def flag(default: Any, text: str) -> Any:
-    """A field of an argument dataclass: its default and its sentence in --help."""
+def flag(default: Any, text: str, writes: Literal["file", "folder"] | None = None) -> Any:
+    """A field of an argument dataclass: its default and its sentence in --help.
+
+    writes: what the command makes there, which `files.check_outputs` tries before the work.
+    """
+    metadata = {"help": text} | ({} if writes is None else {"writes": writes})
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_required(args: Any, *names: str) -> None:
@@ -117,41 +156,16 @@ def one_line(error: Exception) -> str:
     return cut(str(error), MOST_OF_A_LIBRARY) or type(error).__name__
 
 
+def shown(path: str | Path, length: int = 60) -> str:
+    """A path for a message: its end, where it is long."""
+    text = printable(str(path))
+    return text if len(text) <= length else f"...{text[3 - length :]}"
+
+
 def cut(text: str, length: int) -> str:
     """A text for a message: on one line, its beginning where it is long."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def write_text(path: Path, text: str) -> None:
-    """Written beside and renamed, so that a file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # its name must not come to the disk before it
-    os.replace(partial, path)
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """As `write_text`; a number that is not finite becomes null, since JSON has no word for it."""
-    write_text(path, json.dumps(finite_or_none(result), indent=2) + "\n")
-
-
-def write_report(path: Path, result: dict[str, Any], text: str) -> None:
-    """The result, and what was printed of it beside it as .md."""
-    write_json(path, result)
-    write_text(path.with_suffix(".md"), text)
-
-
-def finite_or_none(value: Any) -> Any:
-    """The value with None for every NaN or infinity in it."""
-    if isinstance(value, dict):
-        return {name: finite_or_none(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_or_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_arguments(
@@ -225,8 +239,8 @@ _NULL = ("", "~", "null", "Null", "NULL")  # how YAML writes None
 def _yaml_value(text: str) -> Any:
     try:
         return yaml.load(text, _RecipeLoader)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no YAML value") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is no YAML value") from error
 
 
 def _recipe_path(argv: list[str]) -> str | None:
@@ -265,18 +279,16 @@ def _read_recipe(
 def _load_recipe(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe's mapping twice: scalars as the strings written there, and as the values they stand for."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
         as_written, as_typed = yaml.load(text, yaml.BaseLoader), yaml.load(text, _RecipeLoader)
     except OSError as error:
         raise InputError(f"cannot read recipe {path}: {error.strerror}; --config takes a file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"recipe {path} is no UTF-8 text; --config takes a YAML file") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: broken YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: broken YAML: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8; a number of 5,000 digits; 1,000 brackets
+        raise InputError(f"{path} is no YAML file: {one_line(error)}") from error
     if as_typed is None:  # an empty file, or comments alone
         return {}, {}
     if not isinstance(as_typed, dict):

@@ -17,16 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configuration_zs3 import shortened
-from zs3.command_line import (
-    InputError,
-    check_at_least,
-    cut,
-    finite_or_none,
-    flag,
-    read_arguments,
-    run,
-    write_report,
-)
+from zs3.command_line import InputError, check_at_least, cut, flag, read_arguments, run, shown
 from zs3.evaluation import (
     SCORES,
     GeneralizedScores,
@@ -39,8 +30,9 @@ from zs3.evaluation import (
     scores_of_areas,
     summed_areas,
 )
+from zs3.files import finite_or_none, write_report
 from zs3.results import EVALUATE_AGAIN, Result, markdown_table, read_images, read_result
-from zs3.typed_json import refusal, shown
+from zs3.typed_json import refusal
 
 RESAMPLES = 1000
 SAME = {  # what must be alike for a difference to mean anything

@@ -42,20 +42,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from zs3.archives import ARCHIVES, NUM_CAPTIONS, SPLITS, BadFile, Captioned, Pair, opened
-from zs3.command_line import (
-    NO_SPACE,
-    InputError,
-    check_at_least,
-    check_required,
-    flag,
-    one_line,
-    read_arguments,
-    run,
-    write_json,
-    write_text,
-)
+from zs3.command_line import NO_SPACE, InputError, check_at_least, check_required, flag, one_line, read_arguments, run
 from zs3.data import exif_orientation
 from zs3.dataset_card import card
+from zs3.files import write_json, write_text
 from zs3.label_space import CLASSES_FOLDER, is_hub_id, load_label_space, source_ids
 
 if TYPE_CHECKING:

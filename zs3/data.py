@@ -12,13 +12,14 @@ the crop. What may leave, when asked for, is whether they are in the picture.
 Axes: H W pixels, C names on the class axis of the run, S side of the crop.
 """
 
+import glob
 import hashlib
-import io
 import itertools
 import json
-import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -28,26 +29,31 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from configuration_zs3 import places
+from configuration_zs3 import Refused, places, shortened
+from files_zs3 import (
+    MAP_FORMATS,
+    PICTURE_FORMATS,
+    PICTURE_SUFFIXES,
+    decoding,
+    is_leftover,
+    lines_of,
+    open_image,
+    read_text,
+    verify_checksums,
+)
 from zs3.augmentation import IGNORED, Augmentation, augment
 from zs3.command_line import InputError, one_line
+from zs3.contents import Row, contents_of, sizes_sha256
 from zs3.image_labels import NothingTold, Told, read_settings
 from zs3.label_space import LabelSpace, is_hub_id, load_label_space
 
 if TYPE_CHECKING:
     import datasets
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-LABEL_SUFFIXES = (".png",)
+MAP_SUFFIXES = (".png",)
 COLUMNS = ("image", "label", "image_id")
-READING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # PIL's, of a damaged file
-
-HUB_CARD = ("README.md", ".gitattributes")  # of a Hub dataset: they may change, and its data stay
-ENDS = 1000  # files of a split whose ends are read to tell it from another
-END_BYTES = 2**16
 
 Sample = dict[str, Any]
-Row = dict[str, Any]  # "image" and "label": a path, or {"bytes": ..., "path": ...}; "image_id"
 
 
 # ---- records -----------------------------------------------------------------------------------------------
@@ -74,12 +80,16 @@ class StoredRecord(NamedTuple):
         size: width and height that will do: a JPEG is then decoded at a half, quarter or eighth of its size, as long
             as that is no less, which costs less time and memory.
         """
-        try:
+        with readable(self.name):
             if size is not None:
                 self.image.draft("RGB", size)
             return self.image.convert("RGB")
-        except READING_ERRORS as error:
-            raise _unreadable(self.name, error) from error
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the picture has an EXIF rotation, which nothing here applies."""
+        with readable(self.name):
+            return exif_orientation(self.image) in range(2, 9)
 
     def record(self) -> Record:
         return Record(self.decoded(), self.label.astype(np.int32), self.image_id)
@@ -122,7 +132,7 @@ class Split(Sequence[Record]):
         """Of the sizes of the first pictures of a folder; None for tables."""
         if not isinstance(self.rows, list):
             return None
-        return _sizes_sha256([row["image"] for row in self.rows[:count]])
+        return sizes_sha256([row["image"] for row in self.rows[:count]])
 
 
 class StreamedSplit:
@@ -156,82 +166,37 @@ class StreamedSplit:
         return contents_of(image_ids, self.rows, self.shards)
 
 
-def contents_of(
-    image_ids: list[str] | None, rows: list[Row] | None, shards: Sequence[Path] | str
-) -> dict[str, int | str]:
-    """What tells a split from another one, found without decoding a picture. What is not known has no key.
-
-    Of all files the sizes, of up to ENDS of them the last bytes: a JPEG's pixels, a PNG's checksums, a table's footer.
-
-    image_ids: None, of a table that is streamed. rows: of a folder. shards: of a table, see `table_files`.
-    """
-    found: dict[str, int | str] = {}
-    if image_ids is not None:
-        found |= {"num_images": len(image_ids), "image_ids_sha256": _sha256("\n".join(image_ids))}
-    if rows is not None:
-        pictures, labels = ([row[name] for row in rows] for name in ("image", "label"))
-        found["layout"] = "files"
-        found |= {"picture_sizes_sha256": _sizes_sha256(pictures), "picture_ends_sha256": _ends_sha256(pictures)}
-        found |= {"label_sizes_sha256": _sizes_sha256(labels), "label_ends_sha256": _ends_sha256(labels)}
-    elif isinstance(shards, str):
-        listed = hub_files(shards)
-        found["layout"] = "the Hub's"
-        found |= {} if listed is None else {"hub_files_sha256": _sha256(str(listed))}
-    elif shards:
-        found["layout"] = "parquet"
-        found |= {"shard_names_sha256": _sha256(str([shard.name for shard in shards]))}
-        found |= {"shard_sizes_sha256": _sizes_sha256(shards), "shard_ends_sha256": _ends_sha256(shards)}
-    return found
-
-
-def hub_files(repo_id: str) -> list[tuple[str, str]] | None:
-    """Names and hashes of the files of a Hub dataset, its card aside; None where the Hub does not answer.
-
-    Not tried against the Hub itself.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # of httpx, whose name depends on the version
-
-    try:
-        files = HfApi().dataset_info(repo_id, files_metadata=True).siblings
-    except (OSError, HTTPError) as error:
-        print(f"note: the Hub does not list the files of {repo_id}, so they are not compared ({one_line(error)[:80]})")
-        return None
-    return sorted((file.rfilename, file.blob_id) for file in files if file.rfilename not in HUB_CARD)
-
-
-def _sizes_sha256(files: Sequence[Path]) -> str:
-    return _sha256(str([file.stat().st_size for file in files]))
-
-
-def _ends_sha256(files: Sequence[Path]) -> str:
-    """Of the last bytes of up to ENDS files, spread evenly."""
-    digest = hashlib.sha256()
-    for file in files[:: max(math.ceil(len(files) / ENDS), 1)]:
-        with file.open("rb") as content:
-            content.seek(max(file.stat().st_size - END_BYTES, 0))
-            digest.update(content.read())
-    return digest.hexdigest()
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_rows(table: "datasets.IterableDataset") -> Iterator[Row]:
     """The rows of a stream; what is wrong with a shard, or with the way to it, is an InputError."""
-    import datasets
-
-    try:
+    with whole_table("cannot read on in the stream"):
         yield from table
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"cannot read on in the stream: {one_line(error)}") from error
+
+
+@contextmanager
+def whole_table(trouble: str) -> Iterator[None]:
+    """Whatever the reader of a table raises within the block is raised as an InputError, in one line.
+
+    Of a damaged file pyarrow and datasets raise errors of many kinds, some of them their own bugs.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{trouble}: {one_line(_cause(error))}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What datasets wraps in an error of its own ("An error occurred while generating the dataset")."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None = None) -> Split:
     """The records of `split` ("train", "validation", ...).
 
-    dataset: a folder with `{split}/images` and `{split}/labels` (pairs of one stem; jpg or png, labels png) or with
+    dataset: a folder with `{split}/images` and `{split}/labels` (pairs of one stem, labels png) or with
         `{split}/metadata.jsonl`, a folder with `data/{split}-*.parquet`, or a Hub id; the last two with columns image,
         label, image_id.
     label_space: what the ids of the label maps mean; None reads the dataset's own classes.json.
@@ -242,7 +207,10 @@ def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None =
         rows = _folder_rows(Path(dataset) / split)
         return Split(rows, [row["image_id"] for row in rows], label_space)
     table = _table(dataset, split, streaming=False)
-    image_ids = [_image_id(image_id) for image_id in table["image_id"]]
+    with whole_table(f"cannot read image_id of split {split!r} of {dataset}"):
+        image_ids = [_image_id(image_id) for image_id in table["image_id"]]
+    if not image_ids:
+        raise InputError(f"split {split!r} of {dataset} has no row: name another split, or another dataset")
     repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
     if repeated:
         raise InputError(f"split {split!r} of {dataset} has image_id {repeated[0]!r} twice: give every picture its own")
@@ -283,31 +251,35 @@ def dataset_name(dataset: str) -> str:
 def _folder_rows(folder: Path) -> list[Row]:
     if (folder / "metadata.jsonl").is_file():
         return _listed_rows(folder / "metadata.jsonl")
-    images, labels = _by_stem(folder / "images", IMAGE_SUFFIXES), _by_stem(folder / "labels", LABEL_SUFFIXES)
+    images, labels = _by_stem(folder / "images", PICTURE_SUFFIXES), _by_stem(folder / "labels", MAP_SUFFIXES)
     for ours, others, missing in ((images, labels, "labels"), (labels, images, "images")):
         alone = sorted(ours.keys() - others.keys())
         if alone:
-            shown = ", ".join(ours[stem].name for stem in alone[:3]) + (", ..." if len(alone) > 3 else "")
+            shown_names = ", ".join(ours[stem].name for stem in alone[:3]) + (", ..." if len(alone) > 3 else "")
             raise InputError(
-                f"{folder / missing} lacks the partner of {len(alone)} of {len(ours)} ({shown}): partners have "
-                f"one name, pictures end in {', '.join(IMAGE_SUFFIXES)}, label maps in {', '.join(LABEL_SUFFIXES)}"
+                f"{folder / missing} lacks the partner of {len(alone)} of {len(ours)} ({shown_names}): partners have "
+                f"one name, pictures end in {', '.join(PICTURE_SUFFIXES)}, label maps in {', '.join(MAP_SUFFIXES)}"
             )
     if not images:
-        raise InputError(f"{folder / 'images'} has no picture ({', '.join(IMAGE_SUFFIXES)})")
-    return [{"image": images[stem], "label": labels[stem], "image_id": stem} for stem in sorted(images)]
+        raise InputError(f"{folder / 'images'} has no picture ({', '.join(PICTURE_SUFFIXES)})")
+    return [{"image": images[stem], "label": labels[stem], "image_id": _image_id(stem)} for stem in sorted(images)]
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Stem -> file. What systems leave is passed over; no other file is left out without a word."""
     if not folder.is_dir():
         raise InputError(f"folder {folder} is missing: a split holds images and labels, or a metadata.jsonl")
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        if file.is_dir() and not file.name.startswith("."):
+        if is_leftover(file.name):
+            continue
+        if file.is_dir():
             raise InputError(f"{file} is a folder: put all files side by side, or list them in a metadata.jsonl")
-        if file.suffix.lower() in suffixes and not file.name.startswith("."):
-            if file.stem in found:
-                raise InputError(f"{found[file.stem]} and {file.name} have one name: rename one of them")
-            found[file.stem] = file
+        if file.suffix.lower() not in suffixes:
+            raise InputError(f"{file} ends in none of {', '.join(suffixes)}: convert it, or move it out of the folder")
+        if file.stem in found:
+            raise InputError(f"{found[file.stem]} and {file.name} have one name: rename one of them")
+        found[file.stem] = file
     return found
 
 
@@ -315,7 +287,7 @@ def _listed_rows(metadata: Path) -> list[Row]:
     """The lines of a metadata.jsonl in their order; datasets' own "imagefolder" reads the same file."""
     rows: dict[str, Row] = {}
     try:
-        lines = metadata.read_text(encoding="utf-8-sig").splitlines()
+        lines = lines_of(read_text(metadata))
     except UnicodeDecodeError as error:
         raise InputError(f"{metadata} is no UTF-8 text: save it as such") from error
     for number, line in enumerate(lines, start=1):
@@ -324,7 +296,7 @@ def _listed_rows(metadata: Path) -> list[Row]:
         try:
             entry = json.loads(line)
             image, label = (metadata.parent / entry[key] for key in ("image_file_name", "label_file_name"))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
             raise InputError(
                 f'{metadata}, line {number} ({reason}): a line is {{"image_file_name": "...", "label_file_name": '
@@ -332,11 +304,15 @@ def _listed_rows(metadata: Path) -> list[Row]:
             ) from error
         for file in (image, label):
             if not file.is_file():
-                raise InputError(f"{metadata}, line {number}: {file} does not exist")
-        image_id = str(entry.get("image_id", image.stem))
+                fault = "is no file" if file.exists() else "does not exist"
+                raise InputError(f"{metadata}, line {number}: {file} {fault}")
+        try:
+            image_id = _image_id(entry.get("image_id", image.stem))
+        except InputError as error:
+            raise InputError(f"{metadata}, line {number}: {error}") from error
         if image_id in rows:
             raise InputError(
-                f"{metadata}, line {number}: {image_id!r} was there before: give each line another image_id"
+                f"{metadata}, line {number}: {shortened(image_id)} was there before: give each line another image_id"
             )
         rows[image_id] = {"image": image, "label": label, "image_id": image_id}
     if not rows:
@@ -348,28 +324,25 @@ def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Datase
     """A split in parquet, of a folder or from the Hub, its pictures as bytes."""
     import datasets
 
-    folder = Path(dataset)
-    if folder.is_dir():
-        source, options = "parquet", {"data_files": {split: [str(shard) for shard in _shards(folder, split)]}}
+    if Path(dataset).is_dir():
+        shards = _shards(Path(dataset), split)
+        # The name is a part of the cache's: a shard that was replaced, at the same path and time, is read anew.
+        source, options = "parquet", {"name": _identity(shards), "split": "rows"}
+        options["data_files"] = {"rows": [glob.escape(str(shard.absolute())) for shard in shards]}
     elif is_hub_id(str(dataset)):
-        source, options = str(dataset), {}
+        source, options = str(dataset), {"split": split}
     else:
         raise InputError(f"dataset {dataset} is no folder, and no Hub id of the form owner/name")
-    try:
-        table = datasets.load_dataset(source, split=split, streaming=streaming, **options)
+    with whole_table(f"cannot load split {split!r} of {dataset}"):
+        table = datasets.load_dataset(source, streaming=streaming, **options)
         if table.column_names is None:  # a stream whose columns are not known before its first rows are read
             table = table._resolve_features()
-        missing = [name for name in COLUMNS if name not in table.column_names]
+        missing = [name for name in COLUMNS if name not in (table.column_names or [])]
         if missing:
             raise InputError(f"{dataset} has no column {', '.join(missing)}; its columns are {table.column_names}")
         table = table.select_columns(list(COLUMNS))
         for name in ("image", "label"):
             table = table.cast_column(name, datasets.Image(decode=False))
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = one_line(error)
-        raise InputError(f"cannot load split {split!r} of {dataset}: {reason}") from error
     return table
 
 
@@ -378,26 +351,48 @@ def table_files(dataset: str | Path, split: str) -> list[Path] | str:
     return _shards(Path(dataset), split) if Path(dataset).is_dir() else str(dataset)
 
 
+def _identity(files: Sequence[Path]) -> str:
+    """Of files as they are now. ctime changes with every change of a file, and nobody sets it back."""
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
 def _shards(folder: Path, split: str) -> list[Path]:
-    """The split's parquet files, all of those that their names promise."""
-    shards = sorted(folder.glob(f"data/{split}-*.parquet"))
-    if not shards:
+    """The split's parquet files, all of those that their names promise.
+
+    `train-00000-of-00008.parquet`, with a digest before the suffix in older uploads; or any names that begin so.
+    """
+    names = re.compile(rf"{re.escape(split)}-(?:(\d+)-of-(\d+)(?:-\w+)?|(?!.*-of-).+)\.parquet")
+    files = sorted((folder / "data").iterdir()) if (folder / "data").is_dir() else []
+    found = [(file, match) for file in files if (match := names.fullmatch(file.name))]
+    if not found:
         raise InputError(
             f"{folder} has no split {split!r}: neither {split}/images nor {split}/metadata.jsonl nor "
             f"data/{split}-*.parquet"
         )
-    promised = {shard.stem.rpartition("-of-")[2] for shard in shards if "-of-" in shard.stem}
-    if promised and promised != {f"{len(shards):05d}"}:
+    shards = [file for file, _ in found]
+    if "::" in str(shards[0].absolute()):
+        raise InputError(f"{shards[0]}: datasets takes '::' in a path for an address, rename the folder")
+    numbered = sorted((int(match[1]), int(match[2])) for _, match in found if match[1])
+    totals = sorted({total for _, total in numbered})
+    if numbered and (numbered != [(n, totals[0]) for n in range(totals[0])] or len(numbered) != len(shards)):
         raise InputError(
-            f"{folder}/data holds {len(shards)} shards of {split!r}, of {' and '.join(sorted(promised))}: "
-            "the conversion or the copy is not complete, go on with it"
+            f"{folder}/data holds {len(shards)} shards of {split!r}, of {' and '.join(f'{n:05d}' for n in totals)}: "
+            "the conversion or the copy is not complete, or shards of another one lie between"
         )
     return shards
 
 
 def _image_id(cell: object) -> str:
+    """An id as it stands in a list, a table or a file's name."""
     if cell is None:
         raise InputError("a row has no image_id: give every picture its own")
+    if isinstance(cell, bool) or not isinstance(cell, str | int) or cell == "":
+        raise InputError(f"image_id {shortened(cell)} is neither a text nor a whole number: give every picture its own")
+    try:
+        str(cell).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"image_id {shortened(cell)} is no UTF-8 text: rename the picture, or its file") from error
     return str(cell)
 
 
@@ -417,11 +412,9 @@ def _read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> t
     name, image = _opened(source, "map", image_id)
     if image.mode not in ("L", "P") and not image.mode.startswith("I"):
         raise InputError(f"{name} has mode {image.mode}: store one id a pixel, as PNG of mode L, P or I;16")
-    try:
+    with readable(name):
         label = np.asarray(image)  # a palette's indices are the ids
-    except READING_ERRORS as error:
-        raise _unreadable(name, error) from error
-    found = np.flatnonzero(image.histogram()) if label.dtype == np.uint8 else np.unique(label)
+        found = np.flatnonzero(image.histogram()) if label.dtype == np.uint8 else np.unique(label)
     ids = found[found != label_space.ignore_index]
     num_classes = len(label_space.class_names)
     outside = ids[(ids < 0) | (ids >= num_classes)]
@@ -439,36 +432,43 @@ def _opened(source: Path | Row | None, what: Literal["picture", "map"], image_id
         file, name = source, str(source)
     else:
         cell = source or {"bytes": None, "path": None}
-        file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
-        name = f"{'image' if what == 'picture' else 'label map'} of {image_id!r}"
+        file = cell["path"] if cell["bytes"] is None else cell["bytes"]
+        name = f"{'image' if what == 'picture' else 'label map'} of {shortened(image_id)}"
     if file is None:
         raise InputError(f"the {name} is empty: give the row a picture and a map, or remove it")
+    with readable(name):
+        return name, open_stored(file, what)
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """What a decoder refuses within the block is an InputError that names the file."""
     try:
-        image = Image.open(file)
-    except READING_ERRORS as error:
-        raise _unreadable(name, error) from error
-    fault = unfit_depth(image, what)
-    if fault is not None:
-        raise InputError(f"{name} {fault}")
-    return name, image
+        with decoding():
+            yield
+    except Refused as error:
+        raise InputError(f"cannot read {name} ({error}): replace it, or remove it with its partner") from error
+
+
+def open_stored(source: str | Path | bytes, what: Literal["picture", "map"]) -> Image.Image:
+    """A dataset's picture or label map, not decoded yet. Raises Refused, whose message is the reason.
+
+    Whoever decodes it gets the values that were written, or an error: of a PNG the checksums are right, and none is
+    of a depth that Pillow would stretch or cut.
+    """
+    image = open_image(source, PICTURE_FORMATS if what == "picture" else MAP_FORMATS)
+    if image.format == "PNG":
+        verify_checksums(source)
+    if what == "picture" and (image.mode.startswith("I") or image.mode == "F"):
+        raise Refused("it has more than 8 bits a channel: save it with 8")
+    if what == "map" and image.tile and image.tile[0].args in ("L;2", "L;4"):  # Pillow fills 8 bits with them
+        raise Refused("it has less than 8 bits a pixel: save it with 8")
+    return image
 
 
 def exif_orientation(image: Image.Image) -> int:
     """1 as stored, 2 to 8 turned or mirrored, from 5 on with the edges exchanged; nothing here applies it."""
     return image.getexif().get(ExifTags.Base.Orientation, 1)
-
-
-def unfit_depth(image: Image.Image, what: Literal["picture", "map"]) -> str | None:
-    """Why an image that is not decoded yet would be decoded to other values than it holds; None if it would not."""
-    if what == "picture":
-        wide = image.mode.startswith("I") or image.mode == "F"
-        return "has more than 8 bits a channel: save it with 8" if wide else None
-    stretched = bool(image.tile) and image.tile[0].args in ("L;2", "L;4")  # Pillow fills 8 bits with them
-    return "has less than 8 bits a pixel: save it with 8" if stretched else None
-
-
-def _unreadable(name: str, error: Exception) -> InputError:
-    return InputError(f"cannot read {name} ({one_line(error)}): replace it, or remove it with its partner")
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -18,10 +18,11 @@ import torch
 
 from pipeline_zs3 import Zs3Pipeline
 from zs3.checkpoints import load_checkpoint
-from zs3.command_line import InputError, flag, read_arguments, run, write_text
+from zs3.command_line import InputError, flag, read_arguments, run
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores, percent
 from zs3.figure import draw_figures
+from zs3.files import write_text
 from zs3.pictures import save_picture, stack
 from zs3.results import Result, markdown_table, read_result
 from zs3.scenes import write_dataset

@@ -25,11 +25,12 @@ from zs3.checkpoints import (
     project_code,
     weights_sha256,
 )
-from zs3.command_line import InputError, check_required, flag, in_one_line, read_arguments, run
+from zs3.command_line import InputError, check_required, flag, in_one_line, read_arguments, run, shown
 from zs3.data import load_split, stream_split
+from zs3.files import is_locked
 from zs3.label_space import load_label_space, load_text_embeds
 from zs3.results import TOLD
-from zs3.run_folder import complete_checkpoints, damage, is_locked, read_metrics, read_recipe, unfit
+from zs3.run_folder import complete_checkpoints, damage, read_metrics, read_recipe, unfit
 from zs3.stamp import (
     STAMP,
     Record,
@@ -42,7 +43,6 @@ from zs3.stamp import (
     space_of,
     vectors_sha256,
 )
-from zs3.typed_json import shown
 
 SHOWN = 8  # names in a line
 TOWER_FIELDS = {"text": "text_config", "image": "vision_config"}

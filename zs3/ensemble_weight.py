@@ -26,17 +26,9 @@ from tqdm.auto import tqdm
 
 from configuration_zs3 import places, shortened
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, weights_sha256
-from zs3.command_line import (
-    InputError,
-    check_at_least,
-    check_required,
-    flag,
-    in_one_line,
-    read_arguments,
-    run,
-    write_json,
-)
+from zs3.command_line import InputError, check_at_least, check_required, flag, in_one_line, read_arguments, run
 from zs3.data import dataset_name, load_split, mask_positions, to_mask_labels
+from zs3.files import write_json
 from zs3.image_labels import load_unseen_scores, pseudo_labels
 from zs3.label_space import load_label_space
 

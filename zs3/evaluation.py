@@ -19,8 +19,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from configuration_zs3 import check_names
-from zs3.command_line import InputError
-from zs3.typed_json import shown
+from zs3.command_line import InputError, shown
 
 REJECTED = -1  # in a prediction: no class
 RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap: that many x N counts

@@ -22,13 +22,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from configuration_zs3 import shortened
 from zs3.checkpoints import Look, class_vectors, is_trained, load_checkpoint
-from zs3.command_line import InputError, check_at_least, check_required, flag, in_one_line, read_arguments, run
+from zs3.command_line import InputError, check_at_least, check_required, flag, in_one_line, read_arguments, run, shown
 from zs3.data import Split, load_split
 from zs3.evaluation import SavedImages, images_path
 from zs3.label_space import load_label_space
 from zs3.pictures import draw_comparison
 from zs3.results import EVALUATE_AGAIN, Result, read_images, read_result
-from zs3.typed_json import refusal, shown
+from zs3.typed_json import refusal
 
 IMAGE, TRUTH = "image", "ground truth (grey: unlabelled)"
 

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from configuration_zs3 import check_names, places, shortened
 from modeling_zs3 import check_text_embeds
-from zs3.command_line import InputError, looks_local, one_line
-from zs3.typed_json import shown
+from zs3.command_line import InputError, looks_local, one_line, shown
 
 CLASSES_FOLDER = Path(__file__).parent / "classes"
 BENCHMARKS = (*sorted(file.stem for file in CLASSES_FOLDER.glob("*.json")), "scenes")

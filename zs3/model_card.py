@@ -19,11 +19,11 @@ from typing_extensions import TypedDict
 
 from configuration_zs3 import once
 from zs3.archives import ARCHIVES
-from zs3.command_line import InputError, one_line
+from zs3.command_line import InputError, one_line, shown
 from zs3.evaluation import SCORES, percent
 from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
 from zs3.results import Result, candidates, markdown_table
-from zs3.typed_json import check_content, shown
+from zs3.typed_json import check_content
 
 TOLD = {
     "none": "nothing, their names were not among those of the training",

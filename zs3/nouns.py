@@ -44,20 +44,11 @@ from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
 from configuration_zs3 import among, plain
-from zs3.command_line import (
-    InputError,
-    check_at_least,
-    check_required,
-    cut,
-    flag,
-    one_line,
-    read_arguments,
-    run,
-    write_json,
-)
+from zs3.command_line import InputError, check_at_least, check_required, cut, flag, one_line, read_arguments, run, shown
 from zs3.data import dataset_name
+from zs3.files import write_json
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.typed_json import read_json, shown
+from zs3.typed_json import read_json
 
 IMAGES_AT_ONCE = 32  # what a process hands over at a time
 PACKAGES = {"hanta": ("HanTa", "lemminflect"), "nltk": ("nltk", "lemminflect")}  # of each tagger

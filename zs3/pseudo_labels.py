@@ -43,19 +43,11 @@ from configuration_zs3 import shortened
 from modeling_zs3 import label_similarity
 from processing_zs3 import Zs3ImageProcessor, resize_nearest
 from zs3.augmentation import IGNORED
-from zs3.checkpoints import check_no_unseen_masks, class_vectors, file_sha256, load_checkpoint
-from zs3.command_line import (
-    InputError,
-    check_at_least,
-    check_required,
-    flag,
-    in_one_line,
-    read_arguments,
-    run,
-    write_json,
-)
+from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
+from zs3.command_line import InputError, check_at_least, check_required, flag, in_one_line, read_arguments, run
 from zs3.data import Split, dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.evaluation import average_precision, percent
+from zs3.files import file_sha256, write_json
 from zs3.image_labels import load_unseen_scores, pseudo_labels, read_settings, shard_name
 from zs3.label_space import LabelSpace, load_label_space
 

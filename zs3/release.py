@@ -30,7 +30,6 @@ from zs3.checkpoints import (
     check_checkpoint,
     code_sha256,
     entries,
-    file_sha256,
     load_config,
     load_processor,
     project_code,
@@ -40,13 +39,12 @@ from zs3.checkpoints import (
     weights_sha256,
     with_imports,
 )
-from zs3.command_line import InputError, check_required, flag, one_line, read_arguments, run, write_text
+from zs3.command_line import InputError, check_required, flag, one_line, read_arguments, run, shown
 from zs3.evaluation import SCORES
+from zs3.files import file_sha256, rename, write_text
 from zs3.label_space import is_hub_id, load_label_space
 from zs3.model_card import example_labels, model_card, recipes_of
 from zs3.results import Result, read_result
-from zs3.run_folder import rename
-from zs3.typed_json import shown
 
 HUB_CARDS = Path(__file__).parents[1] / "hub_cards"
 OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates called as the label space that they are for

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from configuration_zs3 import among, check_names, shortened
 from zs3.calibration import best_point
-from zs3.command_line import InputError, write_json, write_text
+from zs3.command_line import InputError, shown
 from zs3.evaluation import (
     SCORES,
     Absent,
@@ -30,7 +30,8 @@ from zs3.evaluation import (
     percent,
     summed_areas,
 )
-from zs3.typed_json import Amount, Count, Share, check_needed, read_json, refusal, rule, shown, shown_value
+from zs3.files import write_json, write_text
+from zs3.typed_json import Amount, Count, Share, check_needed, read_json, refusal, rule, shown_value
 
 TOLD = {
     "none": "no image labels",

@@ -10,8 +10,6 @@ all read with torch's `weights_only`, which runs no code of the file. (Objects g
 would be read without it, hence none is.)
 """
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -20,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -35,15 +33,9 @@ from transformers import ProcessorMixin
 from configuration_zs3 import Zs3Config, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
-from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, file_sha256, not_finite, weight_files
-from zs3.command_line import (
-    InputError,
-    finite_or_none,
-    one_line,
-    renamed,
-    write_json,
-    write_text,
-)
+from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, not_finite, weight_files
+from zs3.command_line import InputError, one_line, renamed
+from zs3.files import file_sha256, finite_or_none, rename, write_json, write_text
 from zs3.stamp import (
     BRIEF,
     STAMP,
@@ -58,7 +50,6 @@ from zs3.stamp import (
 from zs3.stopping import agree, all_refuse
 
 MANIFEST = "manifest.json"
-LOCK = "run.lock"
 LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP)  # a checkpoint that has them lists them in its manifest
 # What progress.bin holds.
 PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_sha256": str, "scheduler": dict}
@@ -182,35 +173,6 @@ def check_final(folder: Path) -> None:
             f"{folder} is damaged ({one_line(error)}): delete it and give the command again, which makes it of the "
             "last checkpoint"
         ) from error
-
-
-def lock_folder(folder: Path) -> IO:
-    """The output folder is this process's until it ends, or the file returned is closed."""
-    if folder.is_file():
-        raise InputError(f"--output_dir {folder} is a file: choose a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("w")
-    if _is_taken(file, fcntl.LOCK_EX):
-        raise InputError(f"another run writes in {folder} now: let it end, or choose another --output_dir")
-    return file
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a run writes in the folder now."""
-    if not (folder / LOCK).exists():
-        return False
-    with (folder / LOCK).open() as file:
-        return _is_taken(file, fcntl.LOCK_SH)
-
-
-def _is_taken(file: IO, kind: int) -> bool:
-    """Whether another process has locked the file; if not, this one has now."""
-    try:
-        # Not flock: the loader's workers would inherit it, and hold it for seconds after their parent was killed.
-        fcntl.lockf(file, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
-    return False
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -434,22 +396,6 @@ def damage(folder: Path, only: str | None = None) -> str | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # unreadable, or a damaged manifest
         return one_line(error)
     return None
-
-
-def rename(partial: Path, final: Path) -> None:
-    """A folder takes its name when all of it is on the disk."""
-    for path in [*partial.rglob("*"), partial]:
-        _to_disk(path)
-    os.replace(partial, final)
-    _to_disk(final.parent)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- results -----------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from typing_extensions import TypedDict
 from configuration_zs3 import Supervision, Zs3Config, once, places, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.checkpoints import INDEX, WEIGHTS, files_sha256, local_folder, weights_sha256
-from zs3.command_line import InputError, one_line
+from zs3.command_line import InputError, one_line, shown
 from zs3.data import Split, StreamedSplit
 from zs3.label_space import LabelSpace
-from zs3.typed_json import read_json, refusal, shown
+from zs3.typed_json import read_json, refusal
 
 STAMP = "stamp.json"
 TOWER_WEIGHTS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from

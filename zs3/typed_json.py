@@ -17,7 +17,8 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from configuration_zs3 import shortened
-from zs3.command_line import InputError, cut
+from files_zs3 import read_text
+from zs3.command_line import InputError, cut, shown
 
 Content = TypeVar("Content")
 
@@ -75,16 +76,20 @@ def read_json(path: Path, kind: type[Content], what: str, mend: str, needed: Seq
 
 
 def read_json_lines(path: Path, kind: type[Content], what: str, mend: str) -> list[Content]:
-    """The content of a file with a JSON value a line, each of them checked. Half a line at the end, without its line
-    break, is what a killed process leaves: it is left out."""
+    """The content of a file with a JSON value a line, each of them checked.
+
+    Half a line is what a killed process leaves, and a power cut leaves worse: what is no JSON is left out, and a line
+    says so, unless it is the end of the file.
+    """
     rows: list[Content] = []
-    for number, line in enumerate(_text(path, what).splitlines(keepends=True), start=1):
+    lines = _text(path, what).split("\n")  # no other separator ends a line: it may stand in a JSON string
+    for number, line in enumerate(lines, start=1):
         try:
             row = _parsed(line)
-        except (ValueError, RecursionError) as error:
-            if not line.endswith("\n"):
-                break
-            raise refusal(path, f"line {number} is no JSON", mend) from error
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                print(f"warning: line {number} of {shown(path)} is damaged: it is left out")
+            continue
         wrong = first_wrong(row, kind)
         if wrong is not None:
             raise refusal(path, f"line {number}, {wrong}", mend)
@@ -114,12 +119,6 @@ def check_needed(content: dict, needed: Sequence[str], path: Path, what: str) ->
 def refusal(path: Path, words: str, mend: str) -> InputError:
     """One line of at most 200 characters: the file, what is wrong with it, the mend."""
     return InputError(f"{shown(path)}: {cut(words, 105)}: {mend}")
-
-
-def shown(path: str | Path, length: int = 60) -> str:
-    """A path for a message: its end, where it is long."""
-    text = str(path)
-    return text if len(text) <= length else f"...{text[3 - length :]}"
 
 
 # ---- a value against its type --------------------------------------------------------------------------------
@@ -170,10 +169,10 @@ def _field(value: Any, location: tuple[str | int, ...]) -> str:
 
 def _text(path: Path, what: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except OSError as error:
         raise InputError(f"cannot read {shown(path)}: {error.strerror}; it should be a {what}") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise InputError(f"{shown(path)} is no JSON; it should be a {what}") from error
 
 

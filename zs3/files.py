@@ -1,0 +1,256 @@
+"""Files out: names, files and folders written whole, locks, trials. (What is read: files_zs3.)
+
+What is written takes its name when it is whole and on the disk. A folder that a command owns is locked as long as it
+runs. Outputs are tried before the work (`check_outputs`), so that no pass ends in a place that cannot be written.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+from configuration_zs3 import shortened
+from files_zs3 import whole
+from zs3.command_line import NO_SPACE, InputError, one_line, shown
+
+LOCK = "run.lock"
+LONGEST_NAME = 120  # bytes of an id in a file's name; file systems take 255
+NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps them for devices
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- names -------------------------------------------------------------------------------------------------
+
+
+def file_name(image_id: str, suffix: str) -> str:
+    """The name of a file that belongs to an image: its id, if that can only be a name, in its own folder.
+
+    Of any other id the letters that can stand in a name, and a digest: two ids never share a file.
+    """
+    letters = "".join(letter if letter.isprintable() and letter not in '/\\:*?"<>|' else "_" for letter in image_id)
+    plain = letters == image_id and not image_id.startswith(".") and image_id.strip(" .") == image_id
+    if plain and image_id and len(image_id.encode()) <= LONGEST_NAME and not NO_NAMES.fullmatch(image_id):
+        return image_id + suffix
+    begin = letters.strip(" .").encode("utf-8", "replace")[: LONGEST_NAME // 2].decode("utf-8", "ignore")
+    return f"{begin}-{hashlib.sha256(image_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}{suffix}"
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def naming(thing: str | Path) -> Iterator[None]:
+    """Lets an error that does not say which file it is of (a full disk's, mostly) say it: see `command_line.run`."""
+    try:
+        yield
+    except Exception as error:
+        if not getattr(error, "filename", None):
+            error.filename = str(thing)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """As `whole`; a place that cannot be written is an InputError."""
+    try:
+        with naming(path), whole(path) as partial:
+            yield partial
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    if error.errno in NO_SPACE:
+        return InputError(NO_SPACE[error.errno].format(shown(path)))
+    return InputError(f"cannot write {shown(path)} ({error.strerror or one_line(error)}): choose another place")
+
+
+def write_text(path: Path, text: str) -> None:
+    with writing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """A number that is not finite becomes null, since JSON has no word for it."""
+    write_text(path, json.dumps(finite_or_none(result), indent=2) + "\n")
+
+
+def write_report(path: Path, result: dict[str, Any], text: str) -> None:
+    """The result, and what was printed of it beside it as .md."""
+    write_json(path, result)
+    write_text(path.with_suffix(".md"), text)
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value with None for every NaN or infinity in it."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file, to the disk. Half a line, which a killed process may have left at the end, is ended."""
+    with naming(path), path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else "\n" + line
+        file.write((line + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rename(partial: Path, final: Path) -> None:
+    """A folder takes its name when all of it is on the disk."""
+    for path in [*partial.rglob("*"), partial]:
+        _to_disk(path)
+    os.replace(partial, final)
+    _to_disk(final.parent)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside to fill, which takes its name at the end of the block; what a killed process left of it goes.
+
+    Nobody else fills it at the same time. What stands under the name is not touched: look before.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        with locked(partial) as lock, naming(folder):
+            for left in set(partial.iterdir()) - {partial / LOCK}:
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            try:
+                yield partial
+                (partial / LOCK).unlink()  # still held, and checked by whoever opened it before
+                rename(partial, folder)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            finally:
+                lock.close()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+# ---- locks -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[IO]:
+    """The folder, made if need be, is this process's within the block."""
+    with lock_folder(folder) as file:
+        yield file
+
+
+def lock_folder(folder: Path) -> IO:
+    """The folder, made if need be, is this process's until it ends, or the file returned is closed."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{shown(folder)} is a file: choose a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    if _is_taken(file, fcntl.LOCK_EX) or not _is_of(file, folder / LOCK):
+        file.close()
+        raise InputError(f"another run writes in {folder} now: let it end, or choose another folder")
+    return file
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a run writes in the folder now."""
+    if not (folder / LOCK).exists():
+        return False
+    with (folder / LOCK).open() as file:
+        return _is_taken(file, fcntl.LOCK_SH)
+
+
+def _is_taken(file: IO, kind: int) -> bool:
+    """Whether another process has locked the file; if not, this one has now."""
+    try:
+        # Not flock: the loader's workers would inherit it, and hold it for seconds after their parent was killed.
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
+    return False
+
+
+def _is_of(file: IO, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+# ---- trials ------------------------------------------------------------------------------------------------
+
+
+def check_outputs(args: Any) -> None:
+    """Tries the places of a command's outputs before its work: the flags that `command_line.flag` marks with `writes`.
+
+    Nothing is left there. Raises InputError.
+    """
+    for field in fields(args):
+        kind, value = field.metadata.get("writes"), getattr(args, field.name)
+        if kind is not None and value is not None:
+            check_output(f"--{field.name}", Path(value), kind)
+
+
+def check_output(flag: str, path: Path, kind: str) -> None:
+    """kind: "file" or "folder"."""
+    what = f"{flag} {shown(path)}"
+    try:
+        if path.exists() or path.is_symlink():
+            mode = path.stat().st_mode
+            if kind == "folder" and not stat.S_ISDIR(mode):
+                raise InputError(f"{what} is a file: choose a folder")
+            if kind == "file" and not stat.S_ISREG(mode):
+                raise InputError(f"{what} is {'a folder' if stat.S_ISDIR(mode) else 'a device'}: choose a file")
+        place = path if kind == "folder" else path.parent
+        missing = []
+        while not place.exists():
+            missing.append(place.name)
+            place = place.parent
+        if not place.is_dir():
+            raise InputError(f"{what}: {shown(place)} is a file, no folder: choose another place")
+        longest = os.pathconf(place, "PC_NAME_MAX")
+        beside = f"{path.stem}_images.npz" if kind == "file" else path.name  # the longest name beside a file
+        for name in (*missing, path.name, beside):
+            if len(os.fsencode(name)) > longest:
+                raise InputError(f"{what}: {shortened(name, 30)} is longer than the {longest} bytes of a file's name")
+        trial = place / f".{uuid4().hex}.trial"
+        try:
+            with trial.open("wb") as file:
+                file.write(b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise InputError(f"{what} cannot be written ({reason}): choose another place") from error
