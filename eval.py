@@ -16,7 +16,9 @@ row of the paper's table; members that are there are not repeated.
 import hashlib
 import json
 import platform
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -46,11 +48,21 @@ from zs3.checkpoints import (
     settings_sha256,
     weights_sha256,
 )
-from zs3.command_line import InputError, check_at_least, check_required, flag, in_one_line, read_arguments, run
+from zs3.command_line import (
+    InputError,
+    Output,
+    OutputFolder,
+    check_at_least,
+    check_required,
+    flag,
+    in_one_line,
+    read_arguments,
+    run,
+)
 from zs3.curves import check_matplotlib, draw_reliability, draw_seen_unseen_curve
 from zs3.data import Split, dataset_name, load_split
 from zs3.evaluation import ConfusionMatrix, GeneralizedScores
-from zs3.files import file_sha256, finite_or_none, write_json, write_text
+from zs3.files import file_name, file_sha256, finite_or_none, locked, write_json, write_text
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
 from zs3.results import (
@@ -65,8 +77,9 @@ from zs3.results import (
     report,
     write_result,
 )
+from zs3.stopping import all_refuse
 from zs3.suites import OF_A_ROW, SUITES, Suite, chosen_members, row
-from zs3.typed_json import check_needed
+from zs3.typed_json import check_needed, unless_damaged
 
 
 @dataclass
@@ -86,7 +99,7 @@ class EvalArgs:
         "Candidates: all classes (gzs3), the unseen alone (zs3), or of any label space, with no claim (ovs).",
     )
     without: list[str] = flag([], "Names that are no candidates; their pixels count for rejection alone.")
-    output: str | None = flag(None, "Result file (JSON); of a suite, a folder.")
+    output: Output | None = flag(None, "Result file (JSON); of a suite, a folder.")
     text_embeds: str | None = flag(
         None,
         "Text vectors for a checkpoint without text tower: a .npy, one row a class; of a suite, a folder of NAME.npy.",
@@ -111,9 +124,11 @@ class EvalArgs:
     absent: Literal["union", "truth"] = flag(
         "union", "A class is left out of means where truth and prediction (union) or truth alone lack it."
     )
-    pictures: str | None = flag(None, "Folder for pictures: image, truth, prediction.")
+    pictures: OutputFolder | None = flag(None, "Folder for pictures: image, truth, prediction.")
     num_pictures: int = flag(8, "How many pictures to draw, spread evenly over the split.")
-    curves: str | None = flag(None, "Folder for the curve and the reliability diagram (PNG; needs matplotlib).")
+    curves: OutputFolder | None = flag(
+        None, "Folder for the curve and the reliability diagram (PNG; needs matplotlib)."
+    )
     max_images: int | None = flag(None, "Evaluate the first N images only.")
     num_workers: int = flag(2, "Processes that read images ahead; 0 reads them in the main one.")
     seed: int = flag(0, "Of the bootstrap.")
@@ -354,7 +369,7 @@ def count_images(
 def draw(item: Item, prediction: Tensor, candidates: Candidates, folder: Path) -> None:
     truth = np.where((item.label == OUTSIDER) | (item.label == candidates.ignored), -1, item.label)
     panels = {"image": item.image, "truth (grey: not counted)": truth, "prediction": prediction.cpu()}
-    draw_comparison(panels, candidates.names, folder / f"{item.image_id}.png")
+    draw_comparison(panels, candidates.names, folder / file_name(item.image_id, ".png"))
 
 
 @torch.inference_mode()
@@ -414,7 +429,11 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     result |= {"proposals_shown_to_clip": total.shown / num_images, "undecided_share": total.undecided / num_images}
     result = finite_or_none(result)
     if args.output is not None:
-        write_result(Path(args.output), result, total.confusion)
+        try:
+            write_result(Path(args.output), result, total.confusion)
+        except InputError:
+            print(report(result))  # the pass is not lost with its file
+            raise
     if args.curves is not None:
         draw_curves(result, Path(args.curves))
     return result
@@ -513,6 +532,15 @@ def evaluate_suite(args: EvalArgs, accelerator: Accelerator) -> str | None:
     A member whose number cannot be claimed with this checkpoint has its reason in the place of one.
     """
     args.check()
+    with ExitStack() as held:
+        with all_refuse(accelerator):
+            if accelerator.is_main_process:
+                held.enter_context(locked(Path(args.output)))
+        return evaluate_members(args, accelerator)
+
+
+def evaluate_members(args: EvalArgs, accelerator: Accelerator) -> str | None:
+    """As `evaluate_suite`, into a folder that is nobody else's now."""
     suite, root, folder = SUITES[args.suite], Path(args.data_root), Path(args.output)
     results, reasons = {}, {}
     for name in chosen_members(suite, root, args.members):
@@ -549,8 +577,8 @@ def finished(path: Path, stamp: Result) -> Result | None:
     """The result that is there, if it is that of the same checkpoint, data, flags and versions."""
     if not path.exists():
         return None
-    result = read_result(path)
-    if {name: result.get(name) for name in stamp} != json.loads(json.dumps(stamp)):
+    result = unless_damaged(partial(read_result, path))
+    if result is None or {name: result.get(name) for name in stamp} != json.loads(json.dumps(stamp)):
         return None
     check_needed(result, OF_A_ROW, path, RESULT_FILE)
     return result

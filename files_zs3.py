@@ -164,11 +164,13 @@ def lines_of(text: str) -> list[str]:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write the file to: it takes its name at the end of the block, on the disk and whole, or
-    not at all."""
+    not at all. A block that removes what it has written writes nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid4().hex}.partial")
     try:
         yield partial
+        if not partial.exists():
+            return
         descriptor = os.open(partial, os.O_RDONLY)
         try:
             os.fsync(descriptor)  # its name must not come to the disk before it

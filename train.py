@@ -50,6 +50,7 @@ from zs3.checkpoints import (
 )
 from zs3.command_line import (
     InputError,
+    OutputFolder,
     check_at_least,
     check_required,
     flag,
@@ -89,7 +90,7 @@ class TrainArgs:
     """One training run. Section numbers are the paper's; its values are the defaults."""
 
     dataset: str | None = flag(None, "Folder or Hub id of the training data.")
-    output_dir: str | None = flag(None, "Folder for checkpoints, metrics and the final model.")
+    output_dir: OutputFolder | None = flag(None, "Folder for checkpoints, metrics and the final model.")
     split: str = flag("train", "Split of the dataset to train on.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     streaming: bool = flag(False, "Read shard after shard, from the disk or the Hub, without a copy in the cache.")

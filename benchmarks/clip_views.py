@@ -32,7 +32,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 from clip_views_zs3 import ProposalEmbeds, crop_proposals, proposal_masks, single_pass
 from modeling_zs3 import Zs3Output
 from zs3.checkpoints import class_vectors, load_checkpoint
-from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_at_least, check_required, flag, read_arguments, run
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
 from zs3.files import write_report
@@ -57,7 +57,7 @@ class ClipViewsArgs:
     rounds: int = flag(3, "Rounds of the cost; times are medians.")
     large_images: int = flag(20, "Of the scenes, those looked at with the large tower too.")
     layers: int = flag(12, "Layers of the large tower.")
-    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset")

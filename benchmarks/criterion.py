@@ -29,7 +29,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from configuration_zs3 import Zs3Config
 from losses_zs3 import Targets, mask_ids, zs3_losses
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
 from zs3.files import write_report
 from zs3.results import markdown_table
 
@@ -56,7 +56,7 @@ class CriterionArgs:
     points: int = flag(12544, "Points of the mask losses.")
     rounds: int = flag(7, "Rounds; the first is not counted.")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
-    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
 
 @dataclass

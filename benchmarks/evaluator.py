@@ -36,7 +36,7 @@ from benchmarks.label_count import trained_proposals
 from benchmarks.network import device_named, machine_name, make_zs3
 from label_maps_zs3 import semantic_map
 from zs3.calibration import Rejection, Reliability, SeenBiasCurve
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
 from zs3.evaluation import ConfusionMatrix
 from zs3.files import write_report
 from zs3.results import markdown_table
@@ -68,7 +68,7 @@ class EvaluatorArgs:
     bootstrap_classes: int = flag(171, "Its classes.")
     resamples: int = flag(1000, "Its resamples.")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
-    output: str | None = flag(None, "Result file; the printed tables go beside it as .md.")
+    output: OutputFile | None = flag(None, "Result file; the printed tables go beside it as .md.")
 
     def check(self) -> None:
         check_at_least(self, 1, "maps", "rounds", "kept_images", "bootstrap_images", "resamples")

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 import train as training
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import check_at_least, check_required, flag, read_arguments, run
+from zs3.command_line import OutputFile, check_at_least, check_required, flag, read_arguments, run
 from zs3.data import StepSampler, collate
 from zs3.demo import train_stage
 from zs3.files import write_report
@@ -39,7 +39,7 @@ class GradientArgs:
     output_dir: str = flag("runs/gradient_sizes", "Folder of the training between the measurements.")
     steps: int = flag(200, "Steps of stage 2 before the last measurement.")
     batches: int = flag(8, "Batches a measurement.")
-    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
 
 def gradient_norms(model: Zs3ForSemanticSegmentation, batches: list[dict], text_embeds: Tensor) -> dict[str, float]:

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import Mask2FormerImageProcessorPil
 
 from label_maps_zs3 import semantic_map, semantic_scores
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
 from zs3.files import write_report
 from zs3.results import markdown_table
 
@@ -62,7 +62,7 @@ class LabelCountArgs:
     checked: int = flag(
         2 * 10**9, "Scores (labels x pixels) of the float64 reference; a random sample if there are more."
     )
-    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
 
 class Proposals(NamedTuple):

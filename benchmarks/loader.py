@@ -32,7 +32,7 @@ from benchmarks.criterion import in_fresh_process
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.augmentation import Augmentation, augment
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
 from zs3.data import (
     SegmentationDataset,
     StepSampler,
@@ -69,7 +69,7 @@ class LoaderBenchArgs:
     steps: int = flag(2, "Steps of the model, after one that is not counted.")
     device: str = flag("cpu", "Of the model.")
     seed: int = flag(0, "Of pictures, weights and draws.")
-    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
         if len(self.sizes) != 4:

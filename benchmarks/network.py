@@ -42,7 +42,7 @@ import network_zs3
 from benchmarks.criterion import in_fresh_process, measure, peak_memory
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
 from zs3.files import write_report, write_text
 from zs3.results import markdown_table
 
@@ -77,8 +77,8 @@ class NetworkArgs:
     rounds: int = flag(7, "Rounds; the first is not counted.")
     gemm_size: int = flag(2048, "Side of the matrices whose product gives the machine's rate; 8192 suits a GPU.")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
-    profile: str | None = flag(None, "Text file for the operators that took longest.")
-    output: str | None = flag(None, "Result file; the printed tables go beside it as .md.")
+    profile: OutputFile | None = flag(None, "Text file for the operators that took longest.")
+    output: OutputFile | None = flag(None, "Result file; the printed tables go beside it as .md.")
 
     def check(self) -> None:
         check_at_least(self, 1, "batch_size", "class_names", "rounds", "gemm_size")

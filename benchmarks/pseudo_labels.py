@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.clip_views import crop_loop
 from zs3.checkpoints import class_vectors, load_checkpoint
-from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_at_least, check_required, flag, read_arguments, run
 from zs3.data import load_split
 from zs3.files import write_report
 from zs3.image_labels import load_unseen_scores
@@ -43,7 +43,7 @@ class PseudoLabelBenchArgs:
     many: int = flag(1088, "Images of the long run.")
     shard_size: int = flag(32, "Images a shard.")
     processes: list[int] = flag([1, 2], "Numbers of processes; the first is what the others are compared with.")
-    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset")

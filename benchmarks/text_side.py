@@ -31,7 +31,7 @@ from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import PROMPT_TEMPLATES, Label, Zs3ImageProcessor, Zs3Processor, read_labels
 from text_zs3 import TextCache
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
 from zs3.files import write_report
 from zs3.label_space import load_label_space
 from zs3.results import markdown_table
@@ -53,7 +53,7 @@ class TextArgs:
     width: int = flag(512, "Its width; its heads have 64 channels.")
     rounds: int = flag(20, "Calls that find their vectors in memory or on disk; the time is their median.")
     tokenizer: str | None = flag(None, f"Folder with OpenAI's {MERGES_FILE}; without it, one token a word.")
-    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
 
 def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:

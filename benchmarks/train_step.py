@@ -45,7 +45,7 @@ from benchmarks.network import (
 )
 from losses_zs3 import mask_ids
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
 from zs3.results import markdown_table
 
 SAME, EQ8 = "zs3, the same losses", "zs3, Eq. 8"
@@ -69,8 +69,8 @@ class TrainStepArgs:
     rounds: int = flag(3, "Rounds; the first is not counted.")
     gemm_size: int = flag(2048, "Side of the matrices whose product gives the machine's rate; 8192 suits a GPU.")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
-    profile: str | None = flag(None, "Text file for the operators that took longest.")
-    output: str | None = flag(None, "Result file; the printed table goes beside it as .md.")
+    profile: OutputFile | None = flag(None, "Text file for the operators that took longest.")
+    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
         check_at_least(self, 1, "batch_size", "class_names", "classes", "points", "rounds", "gemm_size")

@@ -108,7 +108,7 @@ def test_the_answer_goes_into_the_checkpoint_and_unseen_masks_do_not_matter(chec
     records = load_split(data, "train")
     truth = np.stack([np.isin([CLASS_NAMES.index(name) for name in UNSEEN], label) for _, label, _ in records])
     assert truth.any()
-    write_shard(tmp_path / "scores.parquet", records.image_ids, truth.astype(np.float32), UNSEEN)
+    write_shard(tmp_path / "scores.parquet", records.image_ids, truth.astype(np.float32), UNSEEN, b"")
     args.unseen_labels, args.output = str(tmp_path / "scores.parquet"), str(tmp_path / "result.json")
     told = choose(args)
     assert list(told["weights"]) == ["off", "0.6", "0.8"] and len(told["image_ids"]) == 5

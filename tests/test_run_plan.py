@@ -127,7 +127,7 @@ def test_a_device_batch_size_that_does_not_divide_the_batch_is_noted(plan, devic
 def test_pseudo_labels_are_counted_and_none_is_noted(plan, tmp_path):
     label_space = LabelSpace(CLASS_NAMES, CLASS_NAMES[:2], 255)
     scores = np.array([[0.5, 0.9], [0.1, 0.2], [0.8, 0.7], [0.9, 0.9]], np.float32)
-    write_shard(tmp_path / "scores-00000-of-00001.parquet", ["a", "b", "c", "other"], scores, label_space.unseen)
+    write_shard(tmp_path / "scores-00000-of-00001.parquet", ["a", "b", "c", "other"], scores, label_space.unseen, b"")
     found = {}
     for threshold in (0.7, 0.99):
         told = PseudoLabels(tmp_path, label_space, ["a", "b", "c"], threshold)

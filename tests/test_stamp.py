@@ -94,7 +94,7 @@ def write_parquet(folder: Path, one_map: bool = False) -> None:
 def write_scores(folder: Path, seed: int) -> None:
     folder.mkdir(exist_ok=True)
     scores = np.random.default_rng(seed).random((6, len(UNSEEN))).astype(np.float32)
-    write_shard(folder / "scores-00000-of-00001.parquet", IMAGE_IDS, scores, UNSEEN)
+    write_shard(folder / "scores-00000-of-00001.parquet", IMAGE_IDS, scores, UNSEEN, b"")
 
 
 def write_captions(folder: Path, said: int) -> None:

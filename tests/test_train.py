@@ -190,7 +190,7 @@ def test_pseudo_labels_reach_the_model_by_image_and_threshold(data, tmp_path, mo
     image_ids = [f"{index:05d}" for index in range(6)]
     scores = np.random.default_rng(0).random((6, len(UNSEEN))).astype(np.float32)
     (tmp_path / "scores").mkdir()
-    write_shard(tmp_path / "scores" / "scores-00000-of-00001.parquet", image_ids, scores, UNSEEN)
+    write_shard(tmp_path / "scores" / "scores-00000-of-00001.parquet", image_ids, scores, UNSEEN, b"")
     overrides = {"pseudo_label_threshold": 0.7, "pseudo_label_unknown_above": 0.3, "batch_size": 6, "max_steps": 1}
     arguments = flags(data, tmp_path / "run", unseen_labels=tmp_path / "scores", **overrides)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])

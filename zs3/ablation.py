@@ -26,12 +26,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
@@ -39,16 +38,16 @@ from configuration_zs3 import Zs3Config
 from zs3.ablation_report import LEVEL, draw, report, summarise
 from zs3.ablation_tables import ENSEMBLE_WEIGHT, TRAININGS, VIEWS, Row, Table, make_tables
 from zs3.checkpoints import WEIGHTS, weights_sha256
-from zs3.command_line import InputError, check_at_least, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, OutputFolder, check_at_least, flag, read_arguments, run
 from zs3.curves import check_matplotlib
 from zs3.data import dataset_name, load_split
 from zs3.ensemble_weight import WeightArgs, weight_settings
-from zs3.files import file_sha256, write_report
+from zs3.files import append_line, file_sha256, locked, write_report
 from zs3.image_labels import read_settings
 from zs3.results import read_answer, read_result
-from zs3.run_folder import differ
+from zs3.run_folder import differ, read_recipe
 from zs3.scenes import write_dataset
-from zs3.typed_json import Amount, read_json_lines
+from zs3.typed_json import Amount, read_json_lines, unless_damaged
 
 POLL_SECONDS = 0.1
 SCENES = "scenes"
@@ -73,13 +72,13 @@ class AblationArgs:
     )
     seeds: list[int] = flag([0, 1, 2], "One run of everything for each.")
     processes: int = flag(1, "Jobs side by side, each a process of one thread.")
-    output_dir: str = flag("runs/ablation", "Folder for everything the command makes but the tables.")
+    output_dir: OutputFolder = flag("runs/ablation", "Folder for everything the command makes but the tables.")
     num_train: int = flag(3000, "Training scenes.")
     num_validation: int = flag(200, "Validation scenes.")
     stage1_steps: int | None = flag(None, "Default: the recipe's.")
     stage2_steps: int | None = flag(None, "Default: the recipe's.")
-    result: str | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")
-    picture: str | None = flag(None, "Draw all scores over seeds into this PNG (needs matplotlib).")
+    result: OutputFile | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")
+    picture: OutputFile | None = flag(None, "Draw all scores over seeds into this PNG (needs matplotlib).")
 
     def check(self) -> None:
         unknown = [name for name in self.table if name not in self.known_tables]
@@ -204,7 +203,7 @@ def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
         """The summary is there, and the scores are of this checkpoint."""
         if not (folder / "summary.json").exists() or not model.exists():
             return False
-        made_with = read_settings(folder)
+        made_with = unless_damaged(partial(read_settings, folder)) or {}
         return made_with.get("checkpoint_sha256", {}).get(WEIGHTS) == weights_sha256(str(model))
 
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(folder)]
@@ -238,9 +237,11 @@ def ensemble_weight_job(args: AblationArgs, seed: int, row: Row) -> Job:
         """The answer is there, of these flags, and for this checkpoint, where that is still there."""
         if not path.exists():
             return False
-        answer = read_answer(path)
-        return by_name(answer.get("settings", {})) == by_name(weight_settings(asked)) and (
-            not model.exists() or answer.get("checkpoint_sha256") == weights_sha256(str(model))
+        answer = unless_damaged(partial(read_answer, path))
+        return (
+            answer is not None
+            and by_name(answer.get("settings", {})) == by_name(weight_settings(asked))
+            and (not model.exists() or answer.get("checkpoint_sha256") == weights_sha256(str(model)))
         )
 
     return Job(
@@ -270,7 +271,10 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
         still there."""
         if not path.exists():
             return False
-        result = read_result(path, ("checkpoint_sha256", "num_images", "split_images", "settings"))
+        needed = ("checkpoint_sha256", "num_images", "split_images", "settings")
+        result = unless_damaged(partial(read_result, path, needed))
+        if result is None:
+            return False
         given = result.get("given_sha256", {}).values()
         return (
             (not model.exists() or result["checkpoint_sha256"] == weights_sha256(str(model)))
@@ -298,7 +302,7 @@ def check_trained(args: AblationArgs, seed: int, name: str) -> int:
     training, overrides = read_training(*training_flags(args, seed, name))
     folder = args.run_folder(seed, name)
     if has_ended(folder) and (folder / "recipe.yaml").exists():
-        before = by_name(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+        before = by_name(read_recipe(folder / "recipe.yaml"))
         wanted = asdict(training) | {key: value for key, value in overrides.items() if not isinstance(value, dict)}
         changed = sorted(key for key, value in by_name(wanted).items() if key in before and differ(before[key], value))
         if changed:
@@ -340,7 +344,8 @@ def check_nothing_is_trained_anew(args: AblationArgs, planned: list[Job]) -> Non
 def check_same_images(results: Iterable[Path], args: AblationArgs, num_validation: int) -> None:
     """Results that are there, also from another machine, must be of as many images as are there."""
     for path in filter(Path.exists, results):
-        count = read_result(path, ("split_images",))["split_images"]
+        result = unless_damaged(partial(read_result, path, ("split_images",)))
+        count = num_validation if result is None else result["split_images"]
         if count != num_validation:
             raise InputError(
                 f"{path} is of {count} validation images and {args.data} has {num_validation}: bring those images "
@@ -413,8 +418,7 @@ def run_jobs(jobs: list[Job], processes: int, times: Path) -> None:
 
 def note_time(times: Path, one: Running) -> None:
     row = {"job": one.job.name, "seconds": round(time.monotonic() - one.began, 1), "machine": machine()}
-    with times.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_line(times, json.dumps(row))
 
 
 class Timed(TypedDict):
@@ -497,7 +501,12 @@ def main() -> None:
     if not Path("train.py").exists():
         raise InputError("train.py is not here: start the ablation from the root of the repository")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the jobs, too
+    with locked(Path(args.output_dir)):
+        make_all(args)
 
+
+def make_all(args: AblationArgs) -> None:
+    """What is not done yet, and the tables, into a folder that is nobody else's now."""
     tables = {name: args.known_tables[name] for name in args.table}
     rows = [row for table in tables.values() for row in table.rows]
     steps = {name: check_trained(args, seed, name) for seed in args.seeds for name in trainings(rows)}

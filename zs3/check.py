@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from zs3.command_line import InputError, check_at_least, check_required, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_at_least, check_required, flag, read_arguments, run
 from zs3.data import Split, dataset_name, exif_orientation, load_split
 from zs3.files import write_json
 from zs3.label_space import LabelSpace, load_label_space
@@ -32,7 +32,7 @@ class CheckArgs:
     splits: list[str] = flag(["train", "validation"], "Splits to read.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     num_workers: int = flag(0, "Processes that read pictures; 0 reads in the main one.")
-    output: str | None = flag(None, "Result file (JSON), with all problems and counts.")
+    output: OutputFile | None = flag(None, "Result file (JSON), with all problems and counts.")
 
     def check(self) -> None:
         check_required(self, "dataset")

@@ -35,6 +35,7 @@ from transformers.utils import ModelOutput
 
 import modeling_zs3
 from configuration_zs3 import Zs3Config, among, check_names, places, shortened
+from files_zs3 import is_leftover
 from modeling_zs3 import Zs3ForSemanticSegmentation, check_text_embeds
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
 from zs3.command_line import InputError, cut, in_one_line, looks_local, one_line, shown
@@ -428,7 +429,9 @@ def with_imports(modules: Iterable[Path]) -> set[Path]:
 
 
 def files_sha256(files: Iterable[Path]) -> str:
-    told = sorted(f"{file.name} {file_sha256(file)}\n" for file in files if file.is_file())
+    told = sorted(
+        f"{file.name} {file_sha256(file)}\n" for file in files if file.is_file() and not is_leftover(file.name)
+    )
     return hashlib.sha256("".join(told).encode()).hexdigest()
 
 

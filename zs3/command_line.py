@@ -11,12 +11,14 @@ import inspect
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from uuid import uuid4
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
@@ -25,6 +27,10 @@ from configuration_zs3 import Refused, shortened
 from files_zs3 import read_text
 
 Args = TypeVar("Args")
+# Flags that name what a command makes; `try_outputs` tries the places before the work.
+OutputFile = Annotated[str, "file"]
+OutputFolder = Annotated[str, "folder"]
+Output = Annotated[str, "file or folder"]
 NO_SPACE = {
     errno.ENOSPC: "no space left on the disk for {}; free some and start again",
     errno.EDQUOT: "no space left in the disk quota for {}; free some and start again",
@@ -120,15 +126,11 @@ def _own_message(error: InputError) -> str:
     return message.splitlines()[-1].split("InputError: ", 1)[-1] if message.startswith("Caught ") else message
 
 
-def flag(default: Any, text: str, writes: Literal["file", "folder"] | None = None) -> Any:
-    """A field of an argument dataclass: its default and its sentence in --help.
-
-    writes: what the command makes there, which `files.check_outputs` tries before the work.
-    """
-    metadata = {"help": text} | ({} if writes is None else {"writes": writes})
+def flag(default: Any, text: str) -> Any:
+    """A field of an argument dataclass: its default and its sentence in --help."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 def check_required(args: Any, *names: str) -> None:
@@ -144,6 +146,54 @@ def check_at_least(args: Any, least: float, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and not value >= least:
             raise InputError(f"--{name} must be {least} or more, got {value}")
+
+
+def try_outputs(args: Any) -> None:
+    """Tries the places of a command's outputs before its work, so that no pass ends where nothing can be written.
+
+    Outputs are the fields of the types Output, OutputFile and OutputFolder. Nothing is left there. Raises InputError.
+    """
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        kinds = [kind.__metadata__[0] for kind in (hint, *get_args(hint)) if get_origin(kind) is Annotated]
+        if kinds and getattr(args, name) is not None:
+            try_output(f"--{name}", Path(getattr(args, name)), kinds[0])
+
+
+def try_output(flag: str, path: Path, kind: str) -> None:
+    """kind: "file", "folder" or "file or folder"."""
+    what = f"{flag} {shown(path)}"
+    try:
+        if path.exists() or path.is_symlink():
+            mode = path.stat().st_mode
+            if kind == "folder" and not stat.S_ISDIR(mode):
+                raise InputError(f"{what} is a file: choose a folder")
+            if kind == "file" and stat.S_ISDIR(mode):
+                raise InputError(f"{what} is a folder: choose a file")
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise InputError(f"{what} is a device or a pipe: choose a file")
+        place = path.parent if kind == "file" else path
+        missing = []
+        while not place.exists():
+            missing.append(place.name)
+            place = place.parent
+        if not place.is_dir():
+            raise InputError(f"{what}: {shown(place)} is a file, no folder: choose another place")
+        longest = os.pathconf(place, "PC_NAME_MAX")
+        beside = f"{path.stem}_images.npz" if kind == "file" else path.name  # the longest name beside a file
+        for name in (*missing, path.name, beside):
+            if len(os.fsencode(name)) > longest:
+                raise InputError(f"{what}: {shortened(name, 30)} is longer than the {longest} bytes of a file's name")
+        trial = place / f".{uuid4().hex}.trial"
+        try:
+            with trial.open("wb") as file:
+                file.write(b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise InputError(f"{what} cannot be written ({reason}): choose another place") from error
 
 
 def looks_local(name: str) -> bool:
@@ -181,7 +231,7 @@ def read_arguments(
         dict, read as YAML (`--backbone_config "{hidden_size: 8}"` is a mapping). Their types are the
         configuration's own to check.
 
-    `--config FILE` names the recipe. Unknown names and wrong values raise InputError.
+    `--config FILE` names the recipe. Unknown names, wrong values and outputs that cannot be written raise InputError.
     """
     types = get_type_hints(args_class)
     names = [field.name for field in fields(args_class) if field.init]
@@ -208,6 +258,7 @@ def read_arguments(
             overrides[name] = values[0] if len(values) == 1 else values
     for name, value in {**vars(args), **overrides}.items():
         _check_finite(name, value)
+    try_outputs(args)
     return args, overrides
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configuration_zs3 import shortened
-from zs3.command_line import InputError, check_at_least, cut, flag, read_arguments, run, shown
+from zs3.command_line import InputError, OutputFile, check_at_least, cut, flag, read_arguments, run, shown
 from zs3.evaluation import (
     SCORES,
     GeneralizedScores,
@@ -55,7 +55,7 @@ class CompareArgs:
 
     a: str | None = flag(None, "Result file of eval.py. The two files may be given without their flags.")
     b: str | None = flag(None, "Another one; differences are B - A.")
-    output: str | None = flag(None, "Result file (JSON); the printed tables go beside it as .md.")
+    output: OutputFile | None = flag(None, "Result file (JSON); the printed tables go beside it as .md.")
     seed: int = flag(0, "Of the bootstrap.")
 
     def check(self) -> None:

@@ -18,7 +18,6 @@ Axes: H W pixels.
 import difflib
 import functools
 import hashlib
-import io
 import json
 import math
 import multiprocessing
@@ -41,11 +40,22 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from configuration_zs3 import shortened
+from files_zs3 import is_leftover, map_png, read_text
 from zs3.archives import ARCHIVES, NUM_CAPTIONS, SPLITS, BadFile, Captioned, Pair, opened
-from zs3.command_line import NO_SPACE, InputError, check_at_least, check_required, flag, one_line, read_arguments, run
+from zs3.command_line import (
+    InputError,
+    OutputFolder,
+    check_at_least,
+    check_required,
+    flag,
+    one_line,
+    read_arguments,
+    run,
+)
 from zs3.data import exif_orientation
 from zs3.dataset_card import card
-from zs3.files import write_json, write_text
+from zs3.files import file_sha256, locked, write_json, write_text, writing
 from zs3.label_space import CLASSES_FOLDER, is_hub_id, load_label_space, source_ids
 
 if TYPE_CHECKING:
@@ -53,6 +63,7 @@ if TYPE_CHECKING:
 
 ROW_GROUP = 64  # pictures that are read, and held in memory, at once
 SHOWN = 5  # problems in the terminal
+PROGRESS = ".progress"  # in the output: settings, measurements, and the shards until all are there
 OUTSIDE = -1  # in the table of ids: no value of the archive's
 
 
@@ -62,7 +73,7 @@ class ConvertArgs:
 
     name: str | None = flag(None, f"The benchmark: {', '.join(ARCHIVES)}.")
     source: str | None = flag(None, "Folder of the unpacked archive, or the one above.")
-    output: str | None = flag(None, "Folder for the dataset; the same command again goes on where it stopped.")
+    output: OutputFolder | None = flag(None, "Folder for the dataset; the same command again goes on where it stopped.")
     splits: list[str] = flag(list(SPLITS), "Splits to convert.")
     num_proc: int = flag(1, "Processes that read pictures.")
     on_problem: Literal["stop", "skip"] = flag(
@@ -140,9 +151,10 @@ def convert_pair(pair: Pair, name: str) -> Converted:
         return Converted(None, [_remark(pair, "size_mismatch", mismatch(pair, image, ids))], [], {})
     counts = np.bincount(ids.ravel())
     pixels = {int(i): int(counts[i]) for i in np.nonzero(counts)[0]}
+    label = map_png(np.where(ids == ignore_index, -1, ids), len(source_ids(name)))
     row = {
         "image": {"bytes": content, "path": pair.image.name},
-        "label": {"bytes": label_png(ids, ignore_index), "path": f"{pair.image_id}.png"},
+        "label": {"bytes": label, "path": f"{pair.image_id}.png"},
         "image_id": pair.image_id,
         "class_ids": [i for i in pixels if i != ignore_index],
     }
@@ -167,13 +179,6 @@ def mismatch(pair: Pair, image: Image.Image, ids: np.ndarray) -> str:
             f"{sizes}: the map was drawn on the picture turned as its EXIF tag says; save it turned and without the tag"
         )
     return sizes
-
-
-def label_png(ids: np.ndarray, ignore_index: int) -> bytes:
-    """A grey PNG of 8 bits where 255 is the ignored id, of 16 where it is above."""
-    file = io.BytesIO()
-    Image.fromarray(ids.astype(np.uint8 if ignore_index <= 255 else np.uint16)).save(file, "PNG")
-    return file.getvalue()
 
 
 def _remark(item: Pair | Captioned, kind: str, message: str) -> dict[str, str]:
@@ -251,7 +256,7 @@ def cut(split: str, items: list[Pair | Captioned]) -> list[Shard]:
 
 def record(output: Path, shard: Shard) -> Path:
     """Where the measurements of a shard lie."""
-    return output / ".progress" / f"{shard.name}.json"
+    return output / PROGRESS / f"{shard.name}.json"
 
 
 def recorded(output: Path, shard: Shard) -> dict | None:
@@ -271,12 +276,11 @@ def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schem
     """Its measurements. Written beside and renamed; with a problem and --on_problem stop, only examined."""
     import pyarrow.parquet
 
-    partial = path.with_name(f".{path.name}.partial")
     measures = {"num_images": 0, "num_captions": 0, "all_ignored": 0, "problems": [], "notes": []}
     pixels, images, rows = Counter(), Counter(), []
-    try:
-        # Pictures are compressed already, and no use in dictionaries and statistics.
-        options = {"compression": "none", "use_dictionary": False, "write_statistics": ["image_id"]}
+    # Pictures are compressed already, and no use in dictionaries and statistics.
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": ["image_id"]}
+    with writing(path) as partial:
         with pyarrow.parquet.ParquetWriter(partial, schema, **options) as writer:
             for result in results:
                 measures["problems"] += [_of_source(remark, args.source) for remark in result.problems]
@@ -295,17 +299,10 @@ def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schem
             if rows:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema))
         if args.on_problem == "stop" and measures["problems"]:
+            partial.unlink()
             return measures
-        with partial.open("rb") as file:
-            measures["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())  # its name must not come to the disk before it
-        measures |= {"bytes": partial.stat().st_size, "pixels": _by_id(pixels), "images": _by_id(images)}
-        os.replace(partial, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # pyarrow says none
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
+        measures |= {"sha256": file_sha256(partial), "bytes": partial.stat().st_size}
+        measures |= {"pixels": _by_id(pixels), "images": _by_id(images)}
     return measures
 
 
@@ -373,8 +370,17 @@ def counts(name: str, split: str, items: list[Pair | Captioned]) -> dict[str, tu
     return found
 
 
-def check_output(args: ConvertArgs) -> None:
-    """A folder holds one conversion: its settings are written at the start and must be the same when it goes on."""
+def check_free(output: Path) -> None:
+    """A folder holds one conversion, and nothing else."""
+    begun = (output / PROGRESS / "settings.json").exists()
+    others = [file.name for file in output.iterdir() if file.name != PROGRESS] if output.is_dir() and not begun else []
+    others = [name for name in others if not is_leftover(name)]
+    if others:
+        raise InputError(f"--output {output} holds other files ({shortened(others[0])}): choose a new folder")
+
+
+def check_settings(args: ConvertArgs) -> None:
+    """The settings of a conversion are written at the start and must be the same when it goes on."""
     output = Path(args.output)
     settings = {
         "name": args.name,
@@ -383,7 +389,7 @@ def check_output(args: ConvertArgs) -> None:
         "classes_sha256": hashlib.sha256(classes_text(args.name).encode()).hexdigest(),
         "versions": versions(),
     }
-    path = output / ".progress" / "settings.json"
+    path = output / PROGRESS / "settings.json"
     before = _read_json(path) if path.exists() else None
     if before is not None:
         whole = (output / "data").is_dir()  # no shard of another version will join it
@@ -393,22 +399,14 @@ def check_output(args: ConvertArgs) -> None:
                 f"{output} was made with another {', '.join(changed)}: choose another --output, or delete it"
             )
         return
-    if output.is_dir() and any(file.name != ".progress" for file in output.iterdir()):
-        raise InputError(f"--output {output} holds other files: choose a new folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno in NO_SPACE:
-            raise
-        raise InputError(f"--output {output} cannot be made ({one_line(error)}): choose another folder") from error
     write_json(path, settings)
 
 
 def _read_json(path: Path) -> dict | None:
     """None of a file that holds no mapping, as a power cut leaves it empty or in pieces."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -528,11 +526,17 @@ def convert(args: ConvertArgs) -> dict:
     """What was measured, as conversion.json holds it."""
     args.check()
     args = replace(args, splits=[split for split in SPLITS if split in args.splits])
-    output = Path(args.output)
-    whole, begun = output / "data", output / ".progress" / "data"
     items = list_items(args)
-    check_output(args)
+    check_free(Path(args.output))
+    with locked(Path(args.output, PROGRESS)):
+        check_settings(args)
+        return convert_items(args, items)
 
+
+def convert_items(args: ConvertArgs, items: dict[str, list[Pair | Captioned]]) -> dict:
+    """As `convert`, of a folder that is nobody else's now."""
+    output = Path(args.output)
+    whole, begun = output / "data", output / PROGRESS / "data"
     folder = whole if whole.is_dir() else begun
     shards = [shard for split in args.splits for shard in cut(split, items[split])]
     done = [(shard, finished(output, folder, shard)) for shard in shards]

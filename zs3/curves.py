@@ -4,7 +4,6 @@ They draw what zs3.calibration's counters and zs3.ablation result in, fresh or r
 matplotlib draws, and is only imported here (`pip install -e ".[figures]"`).
 """
 
-import os
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from zs3.command_line import InputError
 from zs3.evaluation import SCORES, GeneralizedScores
+from zs3.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -171,8 +171,6 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    """A PNG, written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=150)
-    os.replace(partial, path)
+    """A PNG."""
+    with writing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)

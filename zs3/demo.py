@@ -18,11 +18,11 @@ import torch
 
 from pipeline_zs3 import Zs3Pipeline
 from zs3.checkpoints import load_checkpoint
-from zs3.command_line import InputError, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFolder, flag, read_arguments, run
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores, percent
 from zs3.figure import draw_figures
-from zs3.files import write_text
+from zs3.files import locked, write_text
 from zs3.pictures import save_picture, stack
 from zs3.results import Result, markdown_table, read_result
 from zs3.scenes import write_dataset
@@ -43,7 +43,7 @@ OWN_LABELS = [
 class DemoArgs:
     """Sizes of the demo; the defaults take about 7 minutes on 2 CPU cores, with half of the recipes' steps."""
 
-    output_dir: str = flag("runs/demo", "Folder for everything the demo makes.")
+    output_dir: OutputFolder = flag("runs/demo", "Folder for everything the demo makes.")
     num_train: int = flag(3000, "Training scenes.")
     num_validation: int = flag(200, "Validation scenes.")
     stage1_steps: int = flag(600, "Optimizer steps; the recipe has 1400.")
@@ -135,7 +135,12 @@ def main() -> None:
     args, _ = read_arguments(DemoArgs)
     if not Path("train.py").exists():
         raise InputError("train.py is not here: start the demo from the root of the repository")
-    folder = Path(args.output_dir)
+    with locked(Path(args.output_dir)):
+        demonstrate(args, Path(args.output_dir))
+
+
+def demonstrate(args: DemoArgs, folder: Path) -> None:
+    """The six steps, into a folder that is nobody else's now."""
     data, stage1, stage2 = folder / "scenes", folder / "stage1", folder / "stage2"
     processes = args.num_processes or (1 if torch.cuda.is_available() else min(2, cpu_cores()))
 

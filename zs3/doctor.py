@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configuration_zs3 import Zs3Config, among, check_names
+from files_zs3 import is_leftover
 from modeling_zs3 import check_text_embeds
 from processing_zs3 import read_labels
 from zs3.checkpoints import (
@@ -30,7 +31,7 @@ from zs3.data import load_split, stream_split
 from zs3.files import is_locked
 from zs3.label_space import load_label_space, load_text_embeds
 from zs3.results import TOLD
-from zs3.run_folder import complete_checkpoints, damage, read_metrics, read_recipe, unfit
+from zs3.run_folder import complete_checkpoints, damage, read_metrics, read_recipe, true_name, unfit
 from zs3.stamp import (
     STAMP,
     Record,
@@ -150,7 +151,7 @@ def examine_names(found: Findings, folder: Path, config: Zs3Config) -> None:
 def say_code(found: Findings, folder: Path) -> None:
     """Whose code lies beside the weights. It was not run."""
     own = {path.name: path.read_bytes() for path in project_code()}
-    there = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    there = {path.name: path.read_bytes() for path in folder.glob("*.py") if not is_leftover(path.name)}
     other = sorted(name for name in there if there[name] != own.get(name))
     missing = sorted(own.keys() - there.keys())
     text = "this project's of today"
@@ -192,6 +193,8 @@ def examine_run(folder: Path, found: Findings) -> None:
         found.say("checkpoint", f"{path.name}, {'whole' if fault is None else 'damaged'}")
         if fault is not None:
             found.problems.append(f"{path}: {fault}; the next start does not use it")
+        elif true_name(path) != path.name:
+            found.problems.append(f"{path} is the checkpoint of {true_name(path)}; the next start gives it that name")
     examine_metrics(folder / "metrics.jsonl", found)
     if final.exists():
         found.say("final", str(final))
@@ -205,7 +208,8 @@ def what_comes_next(final: Path, states: Sequence[Path], whole: Sequence[Path]) 
     if final.exists():
         return "it has a final model"
     if whole:
-        return f"its command goes on after step {int(whole[-1].name.removeprefix('step_'))}"
+        newest = max(map(true_name, whole))
+        return f"its command goes on after step {int(newest.removeprefix('step_'))}"
     return "no checkpoint is whole, so its command refuses" if states else "no checkpoint, so its command begins anew"
 
 

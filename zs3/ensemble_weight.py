@@ -26,7 +26,16 @@ from tqdm.auto import tqdm
 
 from configuration_zs3 import places, shortened
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, weights_sha256
-from zs3.command_line import InputError, check_at_least, check_required, flag, in_one_line, read_arguments, run
+from zs3.command_line import (
+    InputError,
+    OutputFile,
+    check_at_least,
+    check_required,
+    flag,
+    in_one_line,
+    read_arguments,
+    run,
+)
 from zs3.data import dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.files import write_json
 from zs3.image_labels import load_unseen_scores, pseudo_labels
@@ -55,7 +64,7 @@ class WeightArgs:
     num_images: int = flag(300, "Pictures, spread evenly over the split.")
     min_share: float = flag(0.01, "Share of its label map from which a picture shows a class.")
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
-    output: str | None = flag(None, "Result file (JSON).")
+    output: OutputFile | None = flag(None, "Result file (JSON).")
     write: bool = flag(False, "Write the answer into the checkpoint's config.json, where evaluation and pipeline look.")
     seed: int = flag(0, "Of the bootstrap.")
 

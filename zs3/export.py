@@ -26,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 from losses_zs3 import class_probabilities
 from modeling_zs3 import SIZE_DIVISOR, Zs3ForSemanticSegmentation
 from zs3.checkpoints import load_model
-from zs3.command_line import InputError, check_required, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFile, check_required, flag, read_arguments, run
+from zs3.files import naming
 
 INPUTS, OUTPUTS = ["pixel_values", "text_embeds"], ["class_probs", "mask_logits"]
 SIZES = {"pixel_values": {0: "batch", 2: "height", 3: "width"}, "text_embeds": {0: "num_classes"}}  # free at run time
@@ -117,7 +118,7 @@ def export_visual(model: Zs3ForSemanticSegmentation) -> ExportedProgram:
 def save(program: ExportedProgram, path: Path) -> None:
     """As .pt2 or .onnx, by the suffix; made in a folder beside and moved, so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with naming(path), tempfile.TemporaryDirectory(prefix=".export.", dir=path.parent) as folder:
         partial = Path(folder) / path.name
         if path.suffix == ".onnx":
             _onnx(program).save(partial)
@@ -143,7 +144,9 @@ class ExportArgs:
 
     model: str | None = flag(None, "Checkpoint: a folder or a Hub id.")
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
-    output: str | None = flag(None, "File to write: .pt2 (torch.export) or .onnx, which needs the extra `export`.")
+    output: OutputFile | None = flag(
+        None, "File to write: .pt2 (torch.export) or .onnx, which needs the extra `export`."
+    )
 
     def check(self) -> None:
         check_required(self, "model", "output")

@@ -22,9 +22,20 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from configuration_zs3 import shortened
 from zs3.checkpoints import Look, class_vectors, is_trained, load_checkpoint
-from zs3.command_line import InputError, check_at_least, check_required, flag, in_one_line, read_arguments, run, shown
+from zs3.command_line import (
+    InputError,
+    OutputFolder,
+    check_at_least,
+    check_required,
+    flag,
+    in_one_line,
+    read_arguments,
+    run,
+    shown,
+)
 from zs3.data import Split, load_split
 from zs3.evaluation import SavedImages, images_path
+from zs3.files import file_name
 from zs3.label_space import load_label_space
 from zs3.pictures import draw_comparison
 from zs3.results import EVALUATE_AGAIN, Result, read_images, read_result
@@ -43,7 +54,7 @@ class FigureArgs:
     models: list[str] = flag([], "Checkpoints, folders or Hub ids, in the order of their panels.")
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     titles: list[str] = flag([], "What stands above the models' panels; default: --models.")
-    output: str | None = flag(None, "Folder for the pictures.")
+    output: OutputFolder | None = flag(None, "Folder for the pictures.")
     images: list[str] = flag([], "Ids of the images to draw.")
     worst: int | None = flag(None, "Draw the N images with the lowest mean IoU of their classes, by --result.")
     result: str | None = flag(None, "Result file of eval.py for --worst, with its counts NAME_images.npz beside it.")
@@ -71,7 +82,7 @@ def draw_figures(
     folder: Path,
     trust_remote_code: bool = False,
 ) -> list[Path]:
-    """Writes folder/IMAGE_ID.png for each record: image, truth, and the label map of each model.
+    """Writes folder/IMAGE_ID.png (see `file_name`) for each record: image, truth, and the label map of each model.
 
     models: title -> checkpoint.
     """
@@ -88,7 +99,7 @@ def draw_figures(
         for title, (model, processor, text_embeds) in loaded.items():
             with in_one_line(f"image {shortened(image_id)}"):
                 panels[title] = label_map(model, processor, image, names, text_embeds)
-        drawn.append(folder / f"{image_id}.png")
+        drawn.append(folder / file_name(image_id, ".png"))
         draw_comparison(panels, names, drawn[-1])
     return drawn
 

@@ -1,7 +1,7 @@
-"""Files out: names, files and folders written whole, locks, trials. (What is read: files_zs3.)
+"""Files out: names, files and folders written whole, locks. (What is read: files_zs3.)
 
 What is written takes its name when it is whole and on the disk. A folder that a command owns is locked as long as it
-runs. Outputs are tried before the work (`check_outputs`), so that no pass ends in a place that cannot be written.
+runs. (Outputs are tried before the work: `command_line.try_outputs`.)
 """
 
 import errno
@@ -12,15 +12,11 @@ import math
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
-from uuid import uuid4
 
-from configuration_zs3 import shortened
 from files_zs3 import whole
 from zs3.command_line import NO_SPACE, InputError, one_line, shown
 
@@ -145,8 +141,8 @@ def writing_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             try:
                 yield partial
-                (partial / LOCK).unlink()  # still held, and checked by whoever opened it before
                 rename(partial, folder)
+                (folder / LOCK).unlink()  # whoever still waits for it finds that its place is gone
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -205,52 +201,3 @@ def _is_of(file: IO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-# ---- trials ------------------------------------------------------------------------------------------------
-
-
-def check_outputs(args: Any) -> None:
-    """Tries the places of a command's outputs before its work: the flags that `command_line.flag` marks with `writes`.
-
-    Nothing is left there. Raises InputError.
-    """
-    for field in fields(args):
-        kind, value = field.metadata.get("writes"), getattr(args, field.name)
-        if kind is not None and value is not None:
-            check_output(f"--{field.name}", Path(value), kind)
-
-
-def check_output(flag: str, path: Path, kind: str) -> None:
-    """kind: "file" or "folder"."""
-    what = f"{flag} {shown(path)}"
-    try:
-        if path.exists() or path.is_symlink():
-            mode = path.stat().st_mode
-            if kind == "folder" and not stat.S_ISDIR(mode):
-                raise InputError(f"{what} is a file: choose a folder")
-            if kind == "file" and not stat.S_ISREG(mode):
-                raise InputError(f"{what} is {'a folder' if stat.S_ISDIR(mode) else 'a device'}: choose a file")
-        place = path if kind == "folder" else path.parent
-        missing = []
-        while not place.exists():
-            missing.append(place.name)
-            place = place.parent
-        if not place.is_dir():
-            raise InputError(f"{what}: {shown(place)} is a file, no folder: choose another place")
-        longest = os.pathconf(place, "PC_NAME_MAX")
-        beside = f"{path.stem}_images.npz" if kind == "file" else path.name  # the longest name beside a file
-        for name in (*missing, path.name, beside):
-            if len(os.fsencode(name)) > longest:
-                raise InputError(f"{what}: {shortened(name, 30)} is longer than the {longest} bytes of a file's name")
-        trial = place / f".{uuid4().hex}.trial"
-        try:
-            with trial.open("wb") as file:
-                file.write(b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            trial.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise InputError(f"{what} cannot be written ({reason}): choose another place") from error

@@ -6,16 +6,18 @@ Nothing of the unseen classes (inductive); or whether each is in the picture, by
 Axes: C names on the class axis of the run, N images, U unseen names.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from typing_extensions import TypedDict
 
 from configuration_zs3 import Zs3Config, among, places, shortened
-from zs3.command_line import InputError, one_line
+from zs3.command_line import InputError, one_line, shown
 from zs3.label_space import LabelSpace
 from zs3.typed_json import Count, read_json
 
@@ -23,6 +25,7 @@ from zs3.typed_json import Count, read_json
 # "transductive": their names, and whether they are in a picture, but never where; "supervised": their masks, as if they
 # were seen, which leaves no zero-shot claim (the upper bound).
 Setting = Literal["inductive", "transductive", "supervised"]
+SETTINGS_KEY = b"zs3_settings_sha256"  # of a shard of scores
 
 
 def training_space(label_space: LabelSpace, setting: Setting) -> LabelSpace:
@@ -119,6 +122,23 @@ def read_settings(folder: Path) -> PseudoLabelSettings:
     return read_json(folder / "settings.json", PseudoLabelSettings, what, "make the pseudo labels anew")
 
 
+def settings_digest(settings: Mapping[str, Any]) -> bytes:
+    """What binds a shard to the settings that it was made with."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest().encode()
+
+
+def bound_to(file: Path) -> bytes | None:
+    """The digest of the settings that a shard was made with; None where it has none: it is damaged, or of an older
+    version."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return (pyarrow.parquet.read_schema(file).metadata or {}).get(SETTINGS_KEY) or None
+    except (OSError, ValueError, pyarrow.ArrowException):
+        return None
+
+
 def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Sequence[str]) -> np.ndarray:
     """(N, U) float32: what `python -m zs3.pseudo_labels` says of the unseen names, in the order of label_space.unseen.
 
@@ -133,7 +153,13 @@ def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Seq
 def read_scores(path: str | Path, label_space: LabelSpace) -> tuple[dict[str, int], np.ndarray]:
     """The row of each image_id, and all the scores (N, U)."""
     row_of, scores = {}, []
-    for file in _score_files(Path(path)):
+    files, told = _score_files(Path(path)), None
+    if (Path(path) / "settings.json").is_file():
+        told = settings_digest(read_settings(Path(path)))
+    for file in files:
+        told = told or bound_to(file)
+        if bound_to(file) not in (None, told):
+            raise InputError(f"{shown(file)} was made with other settings than the folder's: delete it, make it again")
         ids, part = _read_scores(file, label_space.unseen)
         row_of.update(zip(ids, range(len(row_of), len(row_of) + len(ids)), strict=True))
         scores.append(part)

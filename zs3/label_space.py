@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configuration_zs3 import check_names, places, shortened
+from files_zs3 import read_text
 from modeling_zs3 import check_text_embeds
 from zs3.command_line import InputError, looks_local, one_line, shown
 
 CLASSES_FOLDER = Path(__file__).parent / "classes"
 BENCHMARKS = (*sorted(file.stem for file in CLASSES_FOLDER.glob("*.json")), "scenes")
 KEYS = ("classes", "unseen", "ignore_label")
+MAX_CLASSES = 10_000  # an evaluation counts every pair of classes: 0.8 GB for so many
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,26 @@ class LabelSpace:
             object.__setattr__(self, field, list(names))
         if not self.class_names:
             raise InputError("class_names is empty: a label space needs at least one name")
-        strangers = [name for name in self.unseen if name not in self.class_names]
+        if len(self.class_names) > MAX_CLASSES:
+            raise InputError(
+                f"class_names holds {len(self.class_names):,} names: a label space has {MAX_CLASSES:,} or less"
+            )
+        known = set(self.class_names)
+        strangers = [name for name in self.unseen if name not in known]
         if strangers:
             (place,) = places(strangers[:1], self.class_names)
             mend = "add it" if place is None else f"spell it {shortened(self.class_names[place])} in both"
             raise InputError(f"unseen holds {shortened(strangers[0])}, unknown to class_names: {mend}")
         last = len(self.class_names) - 1
-        if type(self.ignore_index) is not int or 0 <= self.ignore_index <= last:
+        fits = type(self.ignore_index) is int and abs(self.ignore_index) < 2**31
+        if not fits or 0 <= self.ignore_index <= last:
             raise InputError(f"ignore_index {shortened(self.ignore_index)} must be an integer outside ids 0 to {last}")
 
     @property
     def is_seen(self) -> Tensor:
         """(C,) bool tensor."""
-        return torch.tensor([name not in self.unseen for name in self.class_names])
+        unseen = set(self.unseen)
+        return torch.tensor([name not in unseen for name in self.class_names])
 
     @property
     def sha256(self) -> str:
@@ -74,7 +83,8 @@ class LabelSpace:
     @property
     def seen(self) -> list[str]:
         """The names that are not unseen, in the order of their ids."""
-        return [name for name in self.class_names if name not in self.unseen]
+        unseen = set(self.unseen)
+        return [name for name in self.class_names if name not in unseen]
 
 
 def load_label_space(name_or_path: str | Path) -> LabelSpace:
@@ -112,7 +122,7 @@ def source_ids(benchmark: str) -> list[int]:
 def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None) -> Tensor:
     """(C, D) float32, unit length: ready-made text vectors, a .npy with one row a class name in the order of ids."""
     try:
-        rows = np.load(path, allow_pickle=False)
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: of its header's size the file must be
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"cannot read text vectors {shown(path)}: {one_line(error)}") from error
     if not isinstance(rows, np.ndarray):
@@ -138,7 +148,7 @@ def is_hub_id(name: str) -> bool:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {shown(path)} as JSON: {one_line(error)}") from error
     missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else list(KEYS)

@@ -18,11 +18,13 @@ from transformers import PreTrainedConfig
 from typing_extensions import TypedDict
 
 from configuration_zs3 import once
+from files_zs3 import read_text
 from zs3.archives import ARCHIVES
 from zs3.command_line import InputError, one_line, shown
 from zs3.evaluation import SCORES, percent
 from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
 from zs3.results import Result, candidates, markdown_table
+from zs3.run_folder import read_recipe
 from zs3.typed_json import check_content
 
 TOLD = {
@@ -98,7 +100,7 @@ def model_card(
 
 def check_slots(template: Path) -> None:
     """Without these a card would hide its scores from people or from the Hub."""
-    asked = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(template.read_text(encoding="utf-8")))
+    asked = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(read_text(template)))
     missing = [f"{{{{ {name} }}}}" for name in NEEDED_SLOTS if name not in asked]
     if missing:
         raise InputError(
@@ -192,10 +194,7 @@ def recipes_of(model: Path) -> list[dict]:
     folder: Path | None = model.resolve()
     while folder is not None and folder.name == "final" and (folder.parent / "recipe.yaml").is_file():
         path = folder.parent / "recipe.yaml"
-        try:
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"cannot read {path}: {one_line(error)}") from error
+        recipe = read_recipe(path)
         check_content(recipe, Recipe, path, "recipe of a run", "move it away")
         if recipe in found:
             raise InputError(f"{shown(path)} starts from itself: move it away")

@@ -28,7 +28,6 @@ Axes: C class name, N image.
 
 import importlib
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -44,9 +43,21 @@ from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
 from configuration_zs3 import among, plain
-from zs3.command_line import InputError, check_at_least, check_required, cut, flag, one_line, read_arguments, run, shown
+from files_zs3 import ignored_id
+from zs3.command_line import (
+    InputError,
+    OutputFolder,
+    check_at_least,
+    check_required,
+    cut,
+    flag,
+    one_line,
+    read_arguments,
+    run,
+    shown,
+)
 from zs3.data import dataset_name
-from zs3.files import write_json
+from zs3.files import write_json, writing_folder
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.typed_json import read_json
 
@@ -60,7 +71,7 @@ class NounArgs:
 
     captions: str | None = flag(None, "Folder with data/{split}-*.parquet: image_id and captions, a list of strings.")
     label_space: str | None = flag(None, "Benchmark name or classes.json, whose seen names come first.")
-    output: str | None = flag(None, "Folder for the result; it must not exist yet.")
+    output: OutputFolder | None = flag(None, "Folder for the result; it must not exist yet.")
     splits: list[str] = flag(["train"], "Splits whose captions are read.")
     num_words: int = flag(1047, "Class names in all, the seen ones among them.")
     exclude_unseen: bool = flag(True, "Leave out nouns that are an unseen name.")
@@ -273,17 +284,12 @@ def write_nouns(path: Path, image_ids: list[str], positions: list[np.ndarray]) -
 def write_folder(
     folder: Path, class_names: list[str], positions: dict[str, dict[str, np.ndarray]], settings: dict
 ) -> None:
-    """Written beside and renamed. positions: split -> image_id -> those of its nouns."""
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of a run that was killed
-    partial.mkdir(parents=True)
-    ignored = 255 if len(class_names) <= 255 else 65535
-    write_json(partial / "classes.json", {"classes": class_names, "unseen": [], "ignore_label": ignored})
+    """positions: split -> image_id -> those of its nouns."""
+    ignored = ignored_id(len(class_names))
+    write_json(folder / "classes.json", {"classes": class_names, "unseen": [], "ignore_label": ignored})
     for split, found in positions.items():
-        write_nouns(partial / f"nouns-{split}.parquet", list(found), list(found.values()))
-    write_json(partial / "settings.json", settings)
-    partial.rename(folder)
+        write_nouns(folder / f"nouns-{split}.parquet", list(found), list(found.values()))
+    write_json(folder / "settings.json", settings)
 
 
 class CaptionSettings(TypedDict):
@@ -384,10 +390,16 @@ def chosen_words(frequency: Counter[str], label_space: LabelSpace, num_words: in
 def make_nouns(args: NounArgs) -> dict:
     """Writes the folder; what its settings.json says."""
     args.check()
-    folder, source = Path(args.output), Path(args.captions)
+    folder = Path(args.output)
     if folder.exists():
         raise InputError(f"--output {folder} exists: choose another or delete it")
-    label_space = load_label_space(args.label_space)
+    with writing_folder(folder) as partial:
+        return fill_folder(args, partial)
+
+
+def fill_folder(args: NounArgs, folder: Path) -> dict:
+    """As `make_nouns`, into an empty folder."""
+    source, label_space = Path(args.captions), load_label_space(args.label_space)
     if args.num_words < len(label_space.seen):
         raise InputError(f"--num_words {args.num_words} is less than the {len(label_space.seen)} seen names")
     if not source.is_dir():

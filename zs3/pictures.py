@@ -1,6 +1,5 @@
 """Pictures of label maps: panels side by side, with a legend of the classes that occur."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from drawing_zs3 import (
     outline,
     paint,
 )
+from files_zs3 import open_image
+from zs3.files import writing
 
 MARGIN = 8
 
@@ -70,7 +71,7 @@ def _panel(panel: Image.Image | np.ndarray, colours: np.ndarray) -> Image.Image:
 
 def stack(paths: Sequence[Path], path: Path) -> None:
     """One PNG of several, one below the other."""
-    pictures = [Image.open(source) for source in paths]
+    pictures = [open_image(source) for source in paths]
     canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), BACKGROUND)
     y = 0
     for picture in pictures:
@@ -80,8 +81,6 @@ def stack(paths: Sequence[Path], path: Path) -> None:
 
 
 def save_picture(canvas: Image.Image, path: Path) -> None:
-    """A PNG, written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    canvas.save(partial, format="PNG", optimize=True)
-    os.replace(partial, path)
+    """A PNG."""
+    with writing(path) as partial:
+        canvas.save(partial, format="PNG", optimize=True)

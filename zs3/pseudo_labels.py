@@ -19,7 +19,7 @@ mask size.
 """
 
 import hashlib
-import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -40,16 +40,36 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from clip_views_zs3 import CROPS_AT_ONCE, proposal_masks
 from configuration_zs3 import shortened
+from files_zs3 import is_leftover
 from modeling_zs3 import label_similarity
 from processing_zs3 import Zs3ImageProcessor, resize_nearest
 from zs3.augmentation import IGNORED
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
-from zs3.command_line import InputError, check_at_least, check_required, flag, in_one_line, read_arguments, run
+from zs3.command_line import (
+    InputError,
+    OutputFolder,
+    check_at_least,
+    check_required,
+    flag,
+    in_one_line,
+    read_arguments,
+    run,
+    shown,
+)
 from zs3.data import Split, dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.evaluation import average_precision, percent
-from zs3.files import file_sha256, write_json
-from zs3.image_labels import load_unseen_scores, pseudo_labels, read_settings, shard_name
+from zs3.files import file_sha256, locked, write_json, writing
+from zs3.image_labels import (
+    SETTINGS_KEY,
+    bound_to,
+    load_unseen_scores,
+    pseudo_labels,
+    read_settings,
+    settings_digest,
+    shard_name,
+)
 from zs3.label_space import LabelSpace, load_label_space
+from zs3.stopping import all_refuse
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,7 +81,7 @@ class PseudoLabelArgs:
     model: str | None = flag(None, "Stage-1 checkpoint with a CLIP image tower: a folder or a Hub id.")
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
-    output: str | None = flag(None, "Folder for the scores; the same command again goes on where it stopped.")
+    output: OutputFolder | None = flag(None, "Folder for the scores; the same command again goes on where it stopped.")
     split: str = flag("train", "Split of the dataset to make pseudo labels for.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
@@ -193,16 +213,16 @@ def cut(indices: range, size: int) -> list[range]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def write_shard(path: Path, image_ids: list[str], scores: np.ndarray, unseen: list[str]) -> None:
-    """Written beside and renamed. scores: (N, U) float32."""
+def write_shard(path: Path, image_ids: list[str], scores: np.ndarray, unseen: list[str], settings: bytes) -> None:
+    """scores: (N, U) float32. settings: the digest of those that they were made with."""
     import pyarrow
     import pyarrow.parquet
 
     columns = [pyarrow.array(np.ascontiguousarray(column)) for column in scores.T]
     table = pyarrow.table({"image_id": image_ids, "scores": pyarrow.StructArray.from_arrays(columns, names=unseen)})
-    partial = path.with_name(path.name + ".partial")
-    pyarrow.parquet.write_table(table, partial)
-    os.replace(partial, path)
+    table = table.replace_schema_metadata({SETTINGS_KEY: settings})
+    with writing(path) as partial:
+        pyarrow.parquet.write_table(table, partial)
 
 
 # ---- what decides the scores -------------------------------------------------------------------------------
@@ -271,7 +291,7 @@ def device_name(device: torch.device) -> str:
 def checkpoint_sha256(path: str) -> dict[str, str]:
     """Of each file of a local checkpoint that its outputs hang on; one from the Hub has its commit."""
     files = sorted(file for kind in ("*.safetensors", "*.json", "*.py") for file in Path(path).glob(kind))
-    return {file.name: file_sha256(file) for file in files}
+    return {file.name: file_sha256(file) for file in files if not is_leftover(file.name)}
 
 
 def sha256(content: bytes) -> str:
@@ -281,20 +301,28 @@ def sha256(content: bytes) -> str:
 def check_settings(folder: Path, settings: dict) -> None:
     """A folder holds one run: its settings are written at the start and must be the same when it goes on.
 
-    One that left no shard never was: its folder is free.
+    One that left no shard never was: its folder is free. Shards know their settings: where the file is gone or damaged,
+    they stand for it.
     """
-    if folder.is_file():
-        raise InputError(f"--output {folder} is a file: choose a folder")
-    path = folder / "settings.json"
-    if any(folder.glob("scores-*.parquet")):
-        if not path.exists():
-            raise InputError(f"{folder} holds shards without settings.json: choose another --output or delete it")
-        before = read_settings(folder)
+    path, shards, known = folder / "settings.json", sorted(folder.glob("scores-*.parquet")), settings_digest(settings)
+    if shards and not path.exists() and {bound_to(shard) for shard in shards} != {known}:
+        raise InputError(f"{folder} holds shards without settings.json: choose another --output or delete it")
+    if shards and path.exists():
+        try:
+            before = read_settings(folder)
+        except InputError as error:
+            if {bound_to(shard) for shard in shards} != {known}:
+                raise
+            print(f"warning: {error}; all shards were made with the settings of this command, which are written anew")
+            before = settings
         changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
         if changed:
             raise InputError(
                 f"{folder} holds shards made with another {', '.join(changed)}: choose another --output or delete it"
             )
+    strangers = [shard for shard in shards if bound_to(shard) not in (None, known)]
+    if strangers:
+        raise InputError(f"{shown(strangers[0])} was made with other settings: delete it, and start again")
     write_json(path, settings)
 
 
@@ -412,52 +440,66 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     text_embeds = text_embeds[[label_space.class_names.index(name) for name in in_softmax]].to(accelerator.device)
 
     # Shards: which are there, and who makes the others
-    folder, num_unseen = Path(args.output), len(label_space.unseen)
-    image_ids = records.image_ids[: args.max_images]
-    shards = cut(range(len(image_ids)), args.shard_size)
-    if accelerator.is_main_process:
-        check_settings(folder, resolved_settings(args, model, label_space, records, image_ids, prompts, text_embeds))
-    accelerator.wait_for_everyone()
-    paths = [folder / shard_name(number, len(shards)) for number in range(len(shards))]
-    remaining = [number for number, path in enumerate(paths) if not path.exists()]
-    accelerator.wait_for_everyone()  # nobody writes while another still looks
-    mine = remaining[accelerator.process_index :: accelerator.num_processes]
+    folder, image_ids = Path(args.output), records.image_ids[: args.max_images]
+    parts = cut(range(len(image_ids)), args.shard_size)
+    shards = {folder / shard_name(number, len(parts)): part for number, part in enumerate(parts)}
+    settings = resolved_settings(args, model, label_space, records, image_ids, prompts, text_embeds)
+    with ExitStack() as held:
+        with all_refuse(accelerator):
+            if accelerator.is_main_process:
+                held.enter_context(locked(folder))
+                check_settings(folder, settings)
+        remaining = {path: part for path, part in shards.items() if not path.exists()}
+        accelerator.wait_for_everyone()  # nobody writes while another still looks
+        mine = dict(list(remaining.items())[accelerator.process_index :: accelerator.num_processes])
+        resumed = len(image_ids) - sum(map(len, remaining.values()))
+        total = resumed + sum(map(len, mine.values()))
+        quiet = not accelerator.is_local_main_process
+        with tqdm(total=total, initial=resumed, unit="image", mininterval=1, disable=quiet) as bar:
+            make_shards(args, model, image_processor, text_embeds, records, mine, settings_digest(settings), bar)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        if not accelerator.is_main_process:
+            return None
 
-    # Scores
+        # Summary
+        scores = load_unseen_scores(folder, label_space, image_ids)
+        truth = unseen_truth(records, label_space, len(image_ids)) if args.measure else None
+        own = model.config.pseudo_label_threshold
+        result = summary(scores, truth, label_space.unseen, own, args.threshold_sweep)
+        write_json(folder / "summary.json", result)
+        return result
+
+
+def make_shards(
+    args: PseudoLabelArgs,
+    model: PreTrainedModel,
+    image_processor: Zs3ImageProcessor,
+    text_embeds: Tensor,
+    records: Split,
+    shards: dict[Path, range],
+    settings: bytes,
+    bar: tqdm,
+) -> None:
+    """Scores the images of each shard and writes it; see `score_batch` and `write_shard`."""
+    label_space, unseen = records.label_space, records.label_space.unseen
     batches = iter(
         DataLoader(
             ScoredImages(records, label_space),
-            batch_sampler=[batch for number in mine for batch in cut(shards[number], args.batch_size)],
+            batch_sampler=[batch for part in shards.values() for batch in cut(part, args.batch_size)],
             collate_fn=partial(collate, image_processor),
             num_workers=args.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
+            pin_memory=model.device.type == "cuda",
         )
     )
-    resumed = len(image_ids) - sum(len(shards[number]) for number in remaining)
-    total = resumed + sum(len(shards[number]) for number in mine)
-    quiet = not accelerator.is_local_main_process
-    with tqdm(total=total, initial=resumed, unit="image", mininterval=1, disable=quiet) as bar:
-        for number in mine:
-            scores = []
-            for batch in islice(batches, len(cut(shards[number], args.batch_size))):
-                with in_one_line(f"one of the images from {shortened(image_ids[shards[number][0]])} on"):
-                    found = score_batch(model, image_processor, text_embeds, batch, args)
-                scores.append(found[:, :num_unseen].cpu())
-                bar.update(len(batch.pixel_values))
-            shard_ids = [image_ids[index] for index in shards[number]]
-            write_shard(paths[number], shard_ids, torch.cat(scores).numpy(), label_space.unseen)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if not accelerator.is_main_process:
-        return None
-
-    # Summary
-    scores = load_unseen_scores(folder, label_space, image_ids)
-    truth = unseen_truth(records, label_space, len(image_ids)) if args.measure else None
-    own = model.config.pseudo_label_threshold
-    result = summary(scores, truth, label_space.unseen, own, args.threshold_sweep)
-    write_json(folder / "summary.json", result)
-    return result
+    for path, part in shards.items():
+        image_ids, scores = [records.image_ids[index] for index in part], []
+        for batch in islice(batches, len(cut(part, args.batch_size))):
+            with in_one_line(f"one of the images from {shortened(image_ids[0])} on"):
+                found = score_batch(model, image_processor, text_embeds, batch, args)
+            scores.append(found[:, : len(unseen)].cpu())
+            bar.update(len(batch.pixel_values))
+        write_shard(path, image_ids, torch.cat(scores).numpy(), unseen, settings)
 
 
 def main() -> None:

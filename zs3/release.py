@@ -23,6 +23,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from configuration_zs3 import among, shortened
+from files_zs3 import is_leftover, read_text
 from modeling_zs3 import AUTO_MAP, CUSTOM_PIPELINES
 from zs3.checkpoints import (
     CONFIGS,
@@ -39,9 +40,9 @@ from zs3.checkpoints import (
     weights_sha256,
     with_imports,
 )
-from zs3.command_line import InputError, check_required, flag, one_line, read_arguments, run, shown
+from zs3.command_line import InputError, OutputFolder, check_required, flag, one_line, read_arguments, run, shown
 from zs3.evaluation import SCORES
-from zs3.files import file_sha256, rename, write_text
+from zs3.files import LOCK, file_sha256, naming, write_text, writing_folder
 from zs3.label_space import is_hub_id, load_label_space
 from zs3.model_card import example_labels, model_card, recipes_of
 from zs3.results import Result, read_result
@@ -80,7 +81,7 @@ class ReleaseArgs:
         "Template of hub_cards/, or a .md file of your own with {{ card_data }} in its front matter and {{ results }} "
         "below; default: the one of the names whose masks training saw.",
     )
-    output: str | None = flag(None, "Folder to make; default: runs/release/NAME.")
+    output: OutputFolder | None = flag(None, "Folder to make; default: runs/release/NAME.")
     push: bool = flag(False, "Upload the folder; without it this is a dry run.")
     tag: str | None = flag(None, "Tag of the uploaded version, as v1.")
 
@@ -212,23 +213,20 @@ def make_folder(files: Sequence[Path], card: str, folder: Path, labels: Sequence
 
     A folder that is there is replaced: see `check_replaceable`.
     """
-    partial, old = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".old"))
-    for left in (partial, old):
-        shutil.rmtree(left, ignore_errors=True)  # of a run that was stopped
-    partial.mkdir(parents=True)
+    old = folder.with_name(folder.name + ".old")
     try:
-        for path in files:
-            shutil.copyfile(path, partial / path.name)
-        write_text(partial / "README.md", card + SEAL + f"{contents_sha256(partial, card)} -->\n")
-        told = visited(partial, labels)
-        if folder.exists():
-            os.replace(folder, old)
-        rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        with writing_folder(folder) as partial:
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was stopped
+            for path in files:
+                with naming(folder / path.name):
+                    shutil.copyfile(path, partial / path.name)
+            write_text(partial / "README.md", card + SEAL + f"{contents_sha256(partial, card)} -->\n")
+            told = visited(partial, labels)
+            if folder.exists():
+                os.replace(folder, old)
+    finally:
         if old.exists() and not folder.exists():
             os.replace(old, folder)
-        raise
     shutil.rmtree(old, ignore_errors=True)
     return told
 
@@ -240,7 +238,8 @@ def _is_empty(folder: Path) -> bool:
 def contents_sha256(folder: Path, card: str) -> str:
     """Of the names and contents of all files, the card as given in place of the README."""
     digest = hashlib.sha256(card.encode())
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "README.md"):
+    files = (path for path in folder.rglob("*") if path.is_file() and not is_leftover(path.name))
+    for path in sorted({*files} - {folder / "README.md", folder / LOCK}):
         digest.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
@@ -248,8 +247,8 @@ def contents_sha256(folder: Path, card: str) -> str:
 def is_sealed(folder: Path) -> bool:
     """Whether `make_folder` made the folder, and it is still as it was."""
     try:
-        card, _, seal = (folder / "README.md").read_text(encoding="utf-8").rpartition(SEAL)
-    except (OSError, UnicodeDecodeError):
+        card, _, seal = read_text(folder / "README.md").rpartition(SEAL)
+    except (OSError, ValueError):
         return False
     return seal.removesuffix(" -->\n") == contents_sha256(folder, card)
 

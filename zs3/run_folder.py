@@ -31,11 +31,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import ProcessorMixin
 
 from configuration_zs3 import Zs3Config, shortened
+from files_zs3 import is_leftover, lines_of, read_text
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
 from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, not_finite, weight_files
 from zs3.command_line import InputError, one_line, renamed
-from zs3.files import file_sha256, finite_or_none, rename, write_json, write_text
+from zs3.files import append_line, file_sha256, finite_or_none, naming, rename, write_json, write_text
 from zs3.stamp import (
     BRIEF,
     STAMP,
@@ -50,7 +51,14 @@ from zs3.stamp import (
 from zs3.stopping import agree, all_refuse
 
 MANIFEST = "manifest.json"
-LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP)  # a checkpoint that has them lists them in its manifest
+RECIPE = "recipe.yaml"
+LISTED = (
+    "progress.bin",
+    WEIGHTS,
+    "optimizer.bin",
+    STAMP,
+    RECIPE,
+)  # a checkpoint that has them lists them in its manifest
 # What progress.bin holds.
 PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_sha256": str, "scheduler": dict}
 # What torch.save says when the disk takes no more: the system's reason is lost in its C++.
@@ -94,10 +102,21 @@ def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None
 
 
 def read_recipe(path: Path) -> dict:
-    """What a run that has begun was begun with, with the names of today."""
+    """What a run that has begun was begun with, with the names of today; of a damaged file the newest copy."""
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return parse_recipe(path)
+    except InputError as error:
+        for checkpoint in reversed(complete_checkpoints(path.parent / "checkpoints")):
+            if (checkpoint / RECIPE).is_file() and damage(checkpoint, RECIPE) is None:
+                print(f"warning: {path} is damaged: the copy in {checkpoint.name} counts")
+                return parse_recipe(checkpoint / RECIPE)
+        raise error
+
+
+def parse_recipe(path: Path) -> dict:
+    try:
+        recipe = yaml.safe_load(read_text(path))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read: put back what the run began with") from error
     if not recipe or not isinstance(recipe, dict):
         raise InputError(f"{path} is no recipe: put back what the run began with")
@@ -221,7 +240,8 @@ class Checkpoints:
         final = self.folder / f"step_{self.progress.step:08d}"
         partial = final.with_suffix(".partial")
         try:
-            self._write(partial)
+            with naming(partial):
+                self._write(partial)
         except Exception as error:
             if self.accelerator.is_main_process:  # others may be writing there
                 shutil.rmtree(partial, ignore_errors=True)  # a full disk has this much room again
@@ -256,6 +276,7 @@ class Checkpoints:
             }
             torch.save(state, folder / "progress.bin")
             write_json(folder / STAMP, self.stamp)
+            shutil.copyfile(self.folder.parent / RECIPE, folder / RECIPE)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_manifest(folder)
@@ -288,6 +309,7 @@ class Checkpoints:
         """Damaged ones after it are put aside; what a killed run left half written is deleted."""
         for partial in self.folder.glob("*.partial"):
             shutil.rmtree(partial)
+        give_true_names(self.folder)
         damaged = []
         found = complete_checkpoints(self.folder)
         for path in reversed(found):
@@ -360,14 +382,30 @@ def read_progress(folder: Path) -> dict:
     lacking = [name for name, kind in PROGRESS.items() if not isinstance(state.get(name), kind)]
     if lacking:
         raise InputError(f"progress.bin lacks {lacking[0]}")
-    if folder.name != f"step_{state['step']:08d}":
-        raise InputError(f"it is the checkpoint of step {state['step']}")
     return state
+
+
+def true_name(folder: Path) -> str:
+    """What a checkpoint is to be called: names may have been exchanged. Raises InputError of a damaged one."""
+    return f"step_{read_progress(folder)['step']:08d}"
+
+
+def give_true_names(folder: Path) -> None:
+    """Of the checkpoints in a folder; a line says which had another's."""
+    wrong = {}
+    for path in complete_checkpoints(folder):
+        if damage(path, "progress.bin") is None and true_name(path) != path.name:
+            wrong[path] = folder / true_name(path)
+    aside = {path: path.replace(path.with_suffix(".misnamed")) for path in wrong}
+    for path, place in wrong.items():
+        if not place.exists():  # else it is a copy, and stays aside
+            aside[path].replace(place)
+        print(f"warning: {path} is the checkpoint of {place.name}: it has that name now")
 
 
 def write_manifest(folder: Path) -> None:
     """The size and hash of every file of a folder, in a file of its own."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_leftover(path.name))
     manifest = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in files
@@ -381,7 +419,7 @@ def damage(folder: Path, only: str | None = None) -> str | None:
     only: the one file to look at; None: all.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(folder / MANIFEST))
         unlisted = [name for name in LISTED if name not in manifest and (folder / name).exists()]
         if unlisted or "progress.bin" not in manifest:
             return f"{MANIFEST} does not list {[*unlisted, 'progress.bin'][0]}"
@@ -393,7 +431,14 @@ def damage(folder: Path, only: str | None = None) -> str | None:
                 return f"the contents of {name} have changed"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # unreadable, or a damaged manifest
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # unreadable, or a damaged manifest
         return one_line(error)
     return None
 
@@ -408,9 +453,10 @@ def save_final(model: Zs3ForSemanticSegmentation, processor: ProcessorMixin | Zs
         raise InputError(f"{name} is not finite, so {folder} is not written: take a lower --learning_rate")
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    rename(partial, folder)
+    with naming(folder):
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        rename(partial, folder)
 
 
 class Metrics(NamedTuple):
@@ -422,8 +468,8 @@ class Metrics(NamedTuple):
 
 def read_metrics(path: Path) -> Metrics:
     """The last line may be the half of one that a killed run leaves: it does not count as damaged."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    rows = [_values(line) for line in lines]
+    text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
+    rows = [_values(line) for line in lines_of(text)]
     return Metrics([row for row in rows if row is not None], rows[:-1].count(None))
 
 
@@ -431,7 +477,7 @@ def _values(line: str) -> dict | None:
     """What `MetricsLog.write` wrote in a line; None if that cannot be."""
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
@@ -450,7 +496,4 @@ class MetricsLog:
 
     def write(self, progress: Progress, values: dict[str, float]) -> None:
         self.last = finite_or_none({"step": progress.step, **values, "seconds": round(progress.seconds, 2)})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.last) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # no later than the checkpoint after which it is not written again
+        append_line(self.path, json.dumps(self.last))  # to the disk before the checkpoint that passes it

@@ -13,11 +13,9 @@ Axes: H W picture, h w the part of it that a thing can touch, P corner of an out
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -453,7 +451,7 @@ def _write_scene(job: tuple[str, int, int], *, folder: Path, seed: int) -> None:
     split, number, index = job
     scene = render_scene(seed, index)
     Image.fromarray(scene.image).save(folder / split / "images" / f"{number:05d}.png")
-    Image.fromarray(scene.label).save(folder / split / "labels" / f"{number:05d}.png")
+    Image.fromarray(scene.label).save(folder / split / "labels" / f"{number:05d}.png")  # 8 bits, 255: as save_map's
 
 
 def _write_all(folder: Path, jobs: list[tuple[str, int, int]], seed: int) -> None:
@@ -478,6 +476,7 @@ def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed:
     script again: call this below `if __name__ == "__main__":`.
     """
     from zs3.command_line import InputError
+    from zs3.files import write_json, writing_folder
 
     folder = Path(folder)
     if not 1 <= num_train <= FIRST_VALIDATION:
@@ -488,18 +487,15 @@ def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed:
         raise InputError(f"seed {seed} must be 0 or more")
     if folder.exists():
         raise InputError(f"{folder} exists already: name another folder, or remove it first")
-    unfinished = folder.with_name(folder.name + ".partial")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)  # left by a run that was stopped
-    for split in ("train", "validation"):
-        for kind in ("images", "labels"):
-            (unfinished / split / kind).mkdir(parents=True)
     jobs = [("train", number, number) for number in range(num_train)]
     jobs += [("validation", number, FIRST_VALIDATION + number) for number in range(num_validation)]
-    _write_all(unfinished, jobs, seed)
-    classes = {"name": "scenes", "classes": CLASS_NAMES, "unseen": UNSEEN, "ignore_label": IGNORE_INDEX}
-    (unfinished / "classes.json").write_text(json.dumps(classes, indent=2) + "\n")
-    os.rename(unfinished, folder)
+    with writing_folder(folder) as unfinished:
+        for split in ("train", "validation"):
+            for kind in ("images", "labels"):
+                (unfinished / split / kind).mkdir(parents=True)
+        _write_all(unfinished, jobs, seed)
+        classes = {"name": "scenes", "classes": CLASS_NAMES, "unseen": UNSEEN, "ignore_label": IGNORE_INDEX}
+        write_json(unfinished / "classes.json", classes)
 
 
 def main() -> None:

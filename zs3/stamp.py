@@ -138,7 +138,7 @@ def space_of(label_space: LabelSpace) -> Space:
 
 def vectors_sha256(path: str) -> str:
     """Of the numbers in a --text_embeds file."""
-    return _sha256([np.load(path, allow_pickle=False).astype(np.float32)])
+    return _sha256([np.load(path, mmap_mode="r", allow_pickle=False).astype(np.float32)])
 
 
 def towers_sha256(model: nn.Module) -> str:

@@ -13,9 +13,7 @@ Axes: B picture, N name, T template, L token, D embedding.
 import argparse
 import json
 import math
-import os
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +34,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from processing_zs3 import PROMPT_TEMPLATES
 from zs3 import scenes
 from zs3.command_line import InputError, run
+from zs3.files import write_json, write_text, writing_folder
 from zs3.results import markdown_table
 
 CROP = 48  # pixels, both sides of what the image tower sees
@@ -359,7 +358,7 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
         "do_center_crop": False, "crop_size": size, "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": MEAN, "image_std": STD, "do_convert_rgb": True,
     }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    write_json(folder / "preprocessor_config.json", preprocessor)
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -415,7 +414,7 @@ def table(result: dict) -> str:
 def write_card(folder: Path) -> None:
     """README.md from results.json."""
     result = json.loads((folder / "results.json").read_text())
-    (folder / "README.md").write_text(CARD.format(table=table(result), num_names=len(scenes.WORLD_NAMES), **result))
+    write_text(folder / "README.md", CARD.format(table=table(result), num_names=len(scenes.WORLD_NAMES), **result))
 
 
 CARD = """---
@@ -459,25 +458,26 @@ def _train_command(folder: Path, steps: int, seed: int) -> None:
         raise InputError(f"{folder} exists already: name another folder, or remove it first")
     if steps < 1 or seed < 0:
         raise InputError(f"steps {steps} must be 1 or more and seed {seed} 0 or more")
-    unfinished = folder.with_name(folder.name + ".partial")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)  # left by a run that was stopped
-    unfinished.mkdir(parents=True)
+    with writing_folder(folder) as unfinished:
+        print(_fill(unfinished, steps, seed, folder.name))
+    print(f"the tiny CLIP and its card are in {folder}")
+
+
+def _fill(folder: Path, steps: int, seed: int, name: str) -> str:
+    """Trains into an empty folder, whose name will be `name`; the tables of its card."""
     start = time.monotonic()
-    model = train(unfinished, steps, seed)
+    model = train(folder, steps, seed)
     minutes = (time.monotonic() - start) / 60
     vision = model.config.vision_config
     result = {
-        "command": f"python -m zs3.tiny_clip train --output {folder.name} --steps {steps} --seed {seed}",
+        "command": f"python -m zs3.tiny_clip train --output {name} --steps {steps} --seed {seed}",
         "seed": seed, "steps": steps, "batch": BATCH, "minutes": minutes, "threads": torch.get_num_threads(),
         "num_parameters": model.num_parameters(), "image_size": vision.image_size, "patch_size": vision.patch_size,
         "projection_dim": model.config.projection_dim,
     } | evaluate(model, world_tokenizer())  # fmt: skip
-    (unfinished / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-    write_card(unfinished)
-    os.rename(unfinished, folder)
-    print(table(result))
-    print(f"the tiny CLIP and its card are in {folder}")
+    write_json(folder / "results.json", result)
+    write_card(folder)
+    return table(result)
 
 
 def _evaluate_command(folder: Path) -> None:

@@ -97,6 +97,15 @@ def read_json_lines(path: Path, kind: type[Content], what: str, mend: str) -> li
     return rows
 
 
+def unless_damaged(read: Callable[[], Content]) -> Content | None:
+    """What `read` reads; None of a file that is damaged. A line then says so: what made the file will make it again."""
+    try:
+        return read()
+    except InputError as error:
+        print(f"warning: {error}; it counts as not there")
+        return None
+
+
 def check_content(content: object, kind: type, path: Path, what: str, mend: str) -> None:
     """Raises InputError where the content is no mapping, or a value of it is not of its type."""
     if not isinstance(content, dict):
