@@ -56,6 +56,7 @@ from zs3.command_line import (
     check_required,
     flag,
     in_one_line,
+    printable,
     read_arguments,
     run,
 )
@@ -352,7 +353,7 @@ def count_images(
     workers = min(args.num_workers, len(images))
     loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=as_it_is)
     quiet = not accelerator.is_local_main_process
-    for item in tqdm(loader, desc=dataset_name(args.dataset), unit="image", mininterval=1, disable=quiet):
+    for item in tqdm(loader, desc=printable(dataset_name(args.dataset)), unit="image", mininterval=1, disable=quiet):
         size = item.label.shape
         with in_one_line(f"image {shortened(item.image_id)}"):
             outputs = look(item.inputs.to(accelerator.device), size)

@@ -14,7 +14,7 @@ from scipy import stats
 from zs3.ablation_tables import TRAININGS, Row, Table
 from zs3.curves import draw_scores
 from zs3.evaluation import SCORES, GeneralizedScores
-from zs3.results import TOLD, Result, markdown_table, read_result
+from zs3.results import TOLD, Result, markdown, markdown_table, read_result
 from zs3.typed_json import read_json_lines
 
 LEVEL = 0.95  # of the intervals over seeds
@@ -280,7 +280,7 @@ def report(result: dict) -> str:
             "",
             f"    {result['command']}",
             "",
-            f"The benchmark `{result['benchmark']}` is {kind}: {result['num_train']} training and "
+            f"The benchmark {markdown(result['benchmark'])} is {kind}: {result['num_train']} training and "
             f"{result['num_validation']} validation {images}. The paper's numbers are those of COCO-Stuff, to compare "
             "signs with, not sizes.",
             "",

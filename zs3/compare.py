@@ -31,7 +31,7 @@ from zs3.evaluation import (
     summed_areas,
 )
 from zs3.files import finite_or_none, write_report
-from zs3.results import EVALUATE_AGAIN, Result, markdown_table, read_images, read_result
+from zs3.results import EVALUATE_AGAIN, Result, markdown, markdown_table, read_images, read_result
 from zs3.typed_json import refusal
 
 RESAMPLES = 1000
@@ -161,7 +161,8 @@ def _row(a: float, b: float, drawn_a: np.ndarray, drawn_b: np.ndarray) -> dict:
 def report(result: dict) -> str:
     """Markdown, percent; the classes from B's largest gain to its largest loss."""
     lines = [
-        f"{result['setting']} on {result['num_images']} images of {result['dataset']} ({result['split']}); percent, "
+        f"{result['setting']} on {result['num_images']} images of {markdown(result['dataset'])} "
+        f"({markdown(result['split'])}); percent, "
         f"differences in points, 95 % intervals of {result['resamples']} resamples of the images.",
         "",
         *_told("A", result["a"]),
@@ -175,7 +176,7 @@ def report(result: dict) -> str:
     )
     unseen = set() if result["setting"] == "ovs" else set(result["unseen"])
     gains = sorted(result["per_class"].items(), key=_smaller_gain)
-    told = ([name + (" (unseen)" if name in unseen else ""), *_cells(row)] for name, row in gains)
+    told = ([markdown(name) + (" (unseen)" if name in unseen else ""), *_cells(row)] for name, row in gains)
     lines += ["", *markdown_table(["class", *head], told)]
     lines += [
         "",
@@ -186,8 +187,8 @@ def report(result: dict) -> str:
 
 
 def _told(letter: str, source: dict) -> list[str]:
-    protocol = source["protocol"]
-    return [f"- {letter}: {source['result']} ({source['model']})", *([f"  - {protocol}"] if protocol else [])]
+    name, protocol = markdown(f"{source['result']} ({source['model']})"), source["protocol"]
+    return [f"- {letter}: {name}", *([f"  - {markdown(protocol)}"] if protocol else [])]
 
 
 def _smaller_gain(item: tuple[str, dict]) -> tuple[bool, float]:

@@ -50,6 +50,7 @@ from zs3.command_line import (
     check_required,
     flag,
     one_line,
+    printable,
     read_arguments,
     run,
 )
@@ -593,7 +594,7 @@ def check_problems(args: ConvertArgs, measured: list[tuple[Shard, dict]]) -> Non
     problems = [{"split": shard.split, **remark} for shard, measures in measured for remark in measures["problems"]]
     if problems and args.on_problem == "stop":
         write_json(path, {"problems": problems})
-        print(f"problems    {tally(problems)}", file=sys.stderr)
+        print(printable(f"problems    {tally(problems)}"), file=sys.stderr)
         raise InputError(
             f"{len(problems):,} problem{'s' * (len(problems) > 1)}, all in {path}: mend them and run the same command "
             "again, which redoes only what is missing, or --on_problem skip"
@@ -601,7 +602,7 @@ def check_problems(args: ConvertArgs, measured: list[tuple[Shard, dict]]) -> Non
     path.unlink(missing_ok=True)
     for split in args.splits:
         if not any(measures["num_images"] for shard, measures in measured if shard.split == split):
-            print(f"problems    {tally(problems)}", file=sys.stderr)
+            print(printable(f"problems    {tally(problems)}"), file=sys.stderr)
             raise InputError(f"not one picture of {split} can be used: give the archive as it was released")
 
 

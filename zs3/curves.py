@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zs3.command_line import InputError
+from zs3.command_line import InputError, printable
 from zs3.evaluation import SCORES, GeneralizedScores
 from zs3.files import writing
 
@@ -94,7 +94,12 @@ def _legend_entry(title: str, result: dict) -> str:
     for name in ("best", "chosen"):
         if result.get(name) is not None:
             parts.append(f"{name} {100 * result[name]['hiou']:.1f} (bias {result[name]['gamma']:.3g})")
-    return f"{title}, area {100 * result['area']:.1f} %\n" + ", ".join(parts)
+    return f"{as_text(title)}, area {100 * result['area']:.1f} %\n" + ", ".join(parts)
+
+
+def as_text(title: str) -> str:
+    """For matplotlib, which takes what stands between dollar signs for a formula."""
+    return printable(title).replace("$", r"\$")
 
 
 def _marker(name: str, colour: str) -> dict[str, str | float]:
@@ -137,8 +142,8 @@ def _scores_figure(tables: dict[str, dict[str, dict]]) -> "Figure":
     figure = _figure(10, 0.5 + sum(0.28 * count + 0.6 for count in counts))
     grid = figure.subplots(len(counts), len(names), sharex="col", sharey="row", squeeze=False, height_ratios=counts)
     for panels, (title, rows) in zip(grid, tables.items(), strict=True):
-        panels[0].set_title(title, loc="left", fontsize=10)
-        panels[0].set_yticks(range(len(rows)), list(rows), fontsize=8)
+        panels[0].set_title(as_text(title), loc="left", fontsize=10)
+        panels[0].set_yticks(range(len(rows)), list(map(as_text, rows)), fontsize=8)
         panels[0].set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
         for axes, name in zip(panels, names, strict=True):
             for height, row in enumerate(rows.values()):

@@ -124,6 +124,11 @@ class Split(Sequence[Record]):
         row, image_id = self.rows[index % len(self)], self.image_ids[index]
         return _read_label(row["label"], image_id, self.label_space)[1].astype(np.int32)
 
+    def ids(self) -> Iterator[np.ndarray]:
+        """Of each label map in turn the ids that are in it, the ignored one aside."""
+        for row, image_id in zip(self.rows, self.image_ids, strict=True):
+            yield _read_label(row["label"], image_id, self.label_space)[2]
+
     def contents(self) -> dict[str, int | str]:
         """What the split is made of; see `contents_of`."""
         return contents_of(self.image_ids, self.rows if isinstance(self.rows, list) else None, self.shards)
@@ -156,6 +161,11 @@ class StreamedSplit:
 
     def __iter__(self) -> Iterator[Record]:
         return (self.stored(row).record() for row in read_rows(self.table))
+
+    def ids(self) -> Iterator[np.ndarray]:
+        """As of a Split."""
+        for row in read_rows(self.table):
+            yield _read_label(row["label"], _image_id(row["image_id"]), self.label_space)[2]
 
     def stored(self, row: Row) -> StoredRecord:
         return _stored(row, _image_id(row["image_id"]), self.label_space)

@@ -25,7 +25,7 @@ from zs3.files import writing
 REJECTED = -1  # in a prediction: no class
 RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap: that many x N counts
 LEVEL = 0.95  # of the intervals
-MOST_OF_AREAS = 2**29  # bytes, unpacked: of all 118,287 training images of COCO-Stuff they are 0.1 GB
+MOST_OF_AREAS = 2**29  # bytes, unpacked; a class in an image takes 40
 # What reading a broken .npz raises.
 BROKEN = (OSError, ValueError, LookupError, EOFError, TypeError, RuntimeError, MemoryError, BadZipFile, zlib.error)
 

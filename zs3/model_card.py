@@ -20,10 +20,10 @@ from typing_extensions import TypedDict
 from configuration_zs3 import once
 from files_zs3 import read_text
 from zs3.archives import ARCHIVES
-from zs3.command_line import InputError, one_line, shown
+from zs3.command_line import InputError, one_line, printable, shown
 from zs3.evaluation import SCORES, percent
 from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
-from zs3.results import Result, candidates, markdown_table
+from zs3.results import Result, candidates, markdown, markdown_table
 from zs3.run_folder import read_recipe
 from zs3.typed_json import check_content
 
@@ -169,10 +169,10 @@ def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: 
     else:
         names = f"the {len(config.class_names or [])} names stored in the checkpoint; it has no text tower"
     lines = [
-        f"- **Masks of {len(seen)} classes** were seen in training: {', '.join(seen)}."
+        f"- **Masks of {len(seen)} classes** were seen in training: {markdown(', '.join(seen))}."
         if seen is not None
         else "- **Which masks were seen in training** is not known: no zero-shot claim can be made.",
-        f"- **Unseen names** of the benchmark ({len(unseen)}): {', '.join(unseen)}." if unseen else "",
+        f"- **Unseen names** of the benchmark ({len(unseen)}): {markdown(', '.join(unseen))}." if unseen else "",
         f"- **Told of unseen names**: {TOLD[config.unseen_labels]}.",
         f"- **Names that can be asked for**: {names}.",
     ]
@@ -218,7 +218,7 @@ def runs(recipes: Sequence[dict]) -> str:
         told = {name: recipe[name] for name in OF_A_RUN if name in recipe}
         if told.get("unseen_labels") not in (None, "none", "ground_truth", "masks"):
             told["unseen_labels"] = "pseudo labels"  # of a folder
-        told = ", ".join(f"{name} {value}" for name, value in told.items())
+        told = markdown(", ".join(f"{name} {value}" for name, value in told.items()))
         lines.append(f"- Run {stage} of {len(recipes)}: {told}.")
     if recipes[0].get("init_from"):
         lines.insert(0, "- Before: a run whose recipe is not known here.")
@@ -289,8 +289,8 @@ def tables(results: Sequence[Result], checkpoint_sha256: str, code_sha256: str |
     titles = {name: title for name, title in SCORES.items() if any(r[name] is not None for r in results)}
     rows = []
     for row, result in enumerate(results, start=1):
-        data = f"{data_name(result)}, {result['split']}, {images(result)}"
-        setting = ", ".join([result["setting"], *deviations(result)])
+        data = markdown(f"{data_name(result)}, {result['split']}, {images(result)}")
+        setting = markdown(", ".join([result["setting"], *deviations(result)]))
         intervals = result["confidence_intervals"]
         scores = [score(result[name], intervals[name]) for name in titles]
         rows.append([str(row), data, setting, ensemble(result), *scores])
@@ -328,10 +328,11 @@ def score(value: float | None, interval: list[float | None]) -> str:
 def origin(result: Result) -> str:
     """How a row came about."""
     prompts = result["prompts"] or []  # none where the vectors were given
+    first = printable(prompts[0]).replace("`", "'") if prompts else ""
     parts = [
         f"label space sha256 `{result['label_space_sha256']}`",
-        result["protocol"],
-        f"prompts: `{prompts[0]}`" + (f" and {len(prompts) - 1} more" if prompts[1:] else "") if prompts else "",
+        markdown(result["protocol"]),
+        f"prompts: `{first}`" + (f" and {len(prompts) - 1} more" if prompts[1:] else "") if prompts else "",
         ", ".join(f"{name} {number}" for name, number in result["versions"].items()),
     ]
     return "; ".join(part for part in parts if part) + "."
@@ -341,6 +342,7 @@ def per_class(result: Result) -> str:
     """IoUs in a row; unseen is no word of the ovs setting."""
     bold = [] if result["setting"] == "ovs" else result["unseen"]
     told = {
-        name: f"{name} {score(iou, result['per_class_intervals'][name])}" for name, iou in result["per_class"].items()
+        name: f"{markdown(name)} {score(iou, result['per_class_intervals'][name])}"
+        for name, iou in result["per_class"].items()
     }
     return ", ".join(f"**{text}**" if name in bold else text for name, text in told.items()) + "."

@@ -8,6 +8,7 @@ needs. Every command reads them with `read_result` and `read_images`.
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Required
@@ -17,7 +18,7 @@ from typing_extensions import TypedDict
 
 from configuration_zs3 import among, check_names, shortened
 from zs3.calibration import best_point
-from zs3.command_line import InputError, shown
+from zs3.command_line import InputError, printable, shown
 from zs3.evaluation import (
     SCORES,
     Absent,
@@ -445,9 +446,21 @@ def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
 # ---- for people --------------------------------------------------------------------------------------------
 
 
+def markdown(text: str) -> str:
+    """A name, a path or a sentence as it is, for a Markdown text: nothing in it is markup, HTML or a line's end."""
+    one_line = " ".join(printable(text).split())
+    return re.sub(r"[\\`*\[\]<>|&~$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line)
+
+
+def csv_text(text: str) -> str:
+    """A name for a CSV file: what a spreadsheet would take for a formula gets an apostrophe."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of Markdown; a bar in a cell ends no cell."""
-    lines = [[cell.replace("|", r"\|") for cell in cells] for cells in (head, ["---"] * len(head), *rows)]
+    lines = [[re.sub(r"(?<!\\)\|", r"\|", cell) for cell in cells] for cells in (head, ["---"] * len(head), *rows)]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
@@ -460,14 +473,14 @@ def class_table(result: Result, confusion: ConfusionMatrix) -> str:
     writer.writerow(["class", "kind", "iou", "low", "high", "intersection", "truth", "predicted"])
     areas = np.stack(class_areas(confusion.counts), axis=1)
     for (name, iou), own in zip(result["per_class"].items(), areas.tolist(), strict=True):
-        writer.writerow([name, kinds.get(name), iou, *result["per_class_intervals"][name], *own])
+        writer.writerow([csv_text(name), kinds.get(name), iou, *result["per_class_intervals"][name], *own])
     return text.getvalue()
 
 
 def report(result: Result) -> str:
     """Markdown, percent."""
     title = f"{result['setting']}: {result['model']} on {result['num_images']} images of {result['dataset']}"
-    lines = [f"{title}, {result['split']}", "", f"Protocol: {result['protocol']}.", ""]
+    lines = [markdown(f"{title}, {result['split']}"), "", f"Protocol: {markdown(result['protocol'])}.", ""]
     rows = [
         [title, percent(result[name]), _range(result["confidence_intervals"][name])]
         for name, title in SCORES.items()
@@ -475,7 +488,7 @@ def report(result: Result) -> str:
     ]
     lines += [*markdown_table(["score", "percent", "95 % interval over images"], rows), "", *_sentences(result), ""]
     pairs = [
-        [pair["truth"], pair["predicted"], str(pair["pixels"]), percent(pair["share"])]
+        [markdown(pair["truth"]), markdown(pair["predicted"]), str(pair["pixels"]), percent(pair["share"])]
         for pair in result["worst_pairs"]
     ]
     head = ["truth", "prediction", "pixels", "percent of the truth"]
@@ -483,7 +496,7 @@ def report(result: Result) -> str:
     told = result["setting"] != "ovs"
     rows = [
         [
-            name + (" (unseen)" if told and name in result["unseen"] else ""),
+            markdown(name) + (" (unseen)" if told and name in result["unseen"] else ""),
             percent(iou),
             _range(result["per_class_intervals"][name]),
         ]

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from zs3.command_line import InputError
 from zs3.evaluation import SCORES, GeneralizedScores, percent
 from zs3.label_space import CLASSES_FOLDER, load_label_space
-from zs3.results import Result, markdown_table
+from zs3.results import Result, markdown, markdown_table
 
 
 class Suite(NamedTuple):
@@ -74,18 +74,18 @@ def row(suite: Suite, root: Path, results: Mapping[str, Result], reasons: Mappin
             head.append(f"{suite.members[name]} {SCORES[score]}" if len(suite.scores) > 1 else suite.members[name])
             cells.append(percent(results[name][score]) if name in results else "-")
         lines.append(f"- {suite.members[name]}: {_told(suite, root, name, results.get(name), reasons.get(name))}")
-    models = ", ".join(dict.fromkeys(result["model"] for result in results.values())) or "no model"
+    models = ", ".join(dict.fromkeys(markdown(result["model"]) for result in results.values())) or "no model"
     return "\n".join([f"{models}: {suite.title}; percent", "", *markdown_table(head, [cells]), "", *lines]) + "\n"
 
 
 def _told(suite: Suite, root: Path, name: str, result: Result | None, reason: str | None) -> str:
     if result is None:
         absent = "not asked for" if (root / name).is_dir() else "no such folder"
-        return f"not evaluated, {reason or absent}"
+        return f"not evaluated, {markdown(reason or absent)}"
     score = suite.scores[-1]
     low, high = result["confidence_intervals"][score]
     told = f"{SCORES[score]} {percent(result[score])}, 95 % interval {percent(low)} to {percent(high)} over "
-    told += f"{result['num_images']} images; {result['protocol']}"
+    told += f"{result['num_images']} images; {markdown(result['protocol'])}"
     if list(result["per_class"]) != load_label_space(CLASSES_FOLDER / f"{name}.json").class_names:
         told += "; ITS NAMES ARE NOT THOSE OF THE BENCHMARK"
     return told
