@@ -74,8 +74,17 @@ from zs3.files import lock_folder, write_json
 from zs3.image_labels import GroundTruthLabels, PseudoLabels, Setting, training_space
 from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
 from zs3.nouns import CaptionLabels, load_caption_nouns
-from zs3.run_folder import Checkpoints, MetricsLog, Progress, check_final, check_recipe, check_stamp, save_final
-from zs3.run_plan import BatchParts, Pace, check_trackers, cut_batch, describe
+from zs3.run_folder import (
+    Checkpoints,
+    MetricsLog,
+    Progress,
+    check_final,
+    check_recipe,
+    check_stamp,
+    has_begun,
+    save_final,
+)
+from zs3.run_plan import BatchParts, Pace, check_learnable, check_norms, check_trackers, cut_batch, describe
 from zs3.stamp import STAMP, Record, joined, make_stamp, record_in, record_of
 from zs3.stopping import EXIT_CODE, Termination, agree, all_refuse, outlive_first_sigterm
 
@@ -471,6 +480,7 @@ def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
     if args.backbone_norm == "sync" and state.device.type != "cuda":
         raise InputError("--backbone_norm sync needs CUDA GPUs: give batch or frozen")
     parts = cut_batch(args.batch_size, state.num_processes, args.device_batch_size)
+    check_norms(args.backbone_norm, args.crop_size, parts)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         # As a plugin, which ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment does not replace.
@@ -576,6 +586,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
     lock, stamps = None, [None]
     with all_refuse(accelerator):
         if accelerator.is_main_process:
+            if not has_begun(output_dir):
+                check_learnable(dataset.records, label_space)
             lock = lock_folder(output_dir)
             check_final(output_dir / "final")
             start = None if args.init_from is None else record_of(load_config(args.init_from))

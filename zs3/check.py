@@ -8,6 +8,7 @@ says which classes are in how many pictures, and on how many of the labelled pix
 Axes: C class name.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from zs3.command_line import InputError, OutputFile, check_at_least, check_required, flag, read_arguments, run
-from zs3.data import Split, dataset_name, exif_orientation, load_split
+from zs3.data import Split, dataset_name, load_split
 from zs3.files import write_json
 from zs3.label_space import LabelSpace, load_label_space
 
 SHOWN = 20  # problems in the terminal
+PIXELS_AT_ONCE = 2**22  # that are counted
 
 
 @dataclass
@@ -40,12 +42,14 @@ class CheckArgs:
 
 
 class Read(NamedTuple):
-    """What reading a record gave. pixels: (C,) int64 of each class; problem: why there are none; turned: by EXIF."""
+    """What reading a record gave. pixels: (C,) int64 of each class; problem: why there are none; turned: by EXIF;
+    ignored: whether pixels are."""
 
     image_id: str
     pixels: np.ndarray | None
     problem: str | None
     turned: bool = False
+    ignored: bool = False
 
 
 class Reading(Dataset):
@@ -59,19 +63,21 @@ class Reading(Dataset):
         space, image_id = self.records.label_space, self.records.image_ids[index]
         try:
             stored = self.records.stored(index)
-            turned = exif_orientation(stored.image) in range(2, 9)
-            label = stored.record().label
+            turned = stored.is_turned
+            stored.decoded()
         except InputError as error:
             return Read(image_id, None, str(error))
-        labelled = label[label != space.ignore_index]
-        return Read(image_id, np.bincount(labelled, minlength=len(space.class_names)), None, turned)
+        pixels = np.zeros(len(space.class_names), dtype=np.int64)
+        for rows in np.array_split(stored.label, math.ceil(stored.label.size / PIXELS_AT_ONCE)):
+            pixels += np.bincount(rows[rows != space.ignore_index], minlength=len(pixels))
+        return Read(image_id, pixels, None, turned, bool(stored.label.size > pixels.sum()))
 
 
 def read_split(records: Split, num_workers: int) -> dict:
     """num_images, problems, image ids with an EXIF rotation, and of each class its pixels and the images it is in."""
     loader = DataLoader(Reading(records), batch_size=1, collate_fn=list, num_workers=num_workers)
     pixels = np.zeros(len(records.label_space.class_names), dtype=np.int64)
-    images, problems, turned, unlabelled = pixels.copy(), [], [], 0
+    images, problems, turned, unlabelled, ignored = pixels.copy(), [], [], 0, 0
     for (read,) in tqdm(loader, unit="image", mininterval=1):
         if read.problem is not None:
             problems.append(read.problem)
@@ -80,8 +86,14 @@ def read_split(records: Split, num_workers: int) -> dict:
         images += read.pixels > 0
         unlabelled += not read.pixels.any()
         turned += [read.image_id] * read.turned
+        ignored += read.ignored
     if unlabelled == len(records):
         problems.append("every pixel of every picture is ignored: there is nothing to train on")
+    elif ignored and len(pixels) > 1 and pixels[0] and not pixels[1:].any():
+        ignore = records.label_space.ignore_index
+        problems.append(
+            f"the maps hold id 0 and the ignored {ignore} alone: of masks of 0 and 255 the object is ignored"
+        )
     names = records.label_space.class_names
     return {
         "num_images": len(records),
@@ -112,6 +124,8 @@ def report(splits: dict[str, dict], label_space: LabelSpace) -> str:
                 f"note: {len(found['exif_orientation'])} pictures of {split} have an EXIF rotation ({shown}), which is "
                 "not applied: their maps must fit them as stored"
             )
+    if not label_space.seen:
+        lines.append("note: all classes are unseen, so nothing can be trained on")
     problems = [problem for found in splits.values() for problem in found["problems"]]
     lines += [f"problem: {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
