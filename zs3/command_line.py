@@ -163,7 +163,7 @@ def try_output(flag: str, path: Path, kind: str) -> None:
     """kind: "file", "folder" or "file or folder"."""
     what = f"{flag} {shown(path)}"
     try:
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):  # other than Path's this is no error of a name that is too long
             mode = path.stat().st_mode
             if kind == "folder" and not stat.S_ISDIR(mode):
                 raise InputError(f"{what} is a file: choose a folder")
@@ -173,7 +173,7 @@ def try_output(flag: str, path: Path, kind: str) -> None:
                 raise InputError(f"{what} is a device or a pipe: choose a file")
         place = path.parent if kind == "file" else path
         missing = []
-        while not place.exists():
+        while not os.path.exists(place):
             missing.append(place.name)
             place = place.parent
         if not place.is_dir():
@@ -183,6 +183,10 @@ def try_output(flag: str, path: Path, kind: str) -> None:
         for name in (*missing, path.name, beside):
             if len(os.fsencode(name)) > longest:
                 raise InputError(f"{what}: {shortened(name, 30)} is longer than the {longest} bytes of a file's name")
+        if (
+            len(os.fsencode(path.absolute())) > os.pathconf(place, "PC_PATH_MAX") - 50
+        ):  # partial files have their own names
+            raise InputError(f"{what} is too long a path: choose another place")
         trial = place / f".{uuid4().hex}.trial"
         try:
             with trial.open("wb") as file:
