@@ -384,6 +384,32 @@ def test_a_file_with_a_field_of_a_wrong_type_is_one_line(finished, monkeypatch):
         path.write_text(before)
 
 
+def test_a_truncated_file_is_made_again_with_a_word(finished, capsys):
+    """Cut anywhere, a result is one that is not there; the others stay."""
+    rows = finished.known_tables["ensemble_weight"].rows
+    jobs = {job.name: job for job in [*ablation.make_jobs(finished, rows), ablation.pseudo_label_job(finished, 0)]}
+    for file, job in (
+        ("none/gzs3_off.json", "none/gzs3_off"),
+        ("none/ensemble_weight.json", "none/ensemble_weight"),
+        ("pseudo_labels/settings.json", "pseudo_labels"),
+    ):
+        path, is_done = Path(finished.output_dir, "seed0", file), jobs[f"seed0/{job}"].is_done
+        whole = path.read_bytes()
+        assert is_done()
+        for length in (0, 1, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            assert not is_done() and f"{path.name} is no JSON" in capsys.readouterr().out
+        path.write_bytes(whole)
+
+
+def test_half_a_line_of_times_is_left_out(finished, capsys):
+    times = Path(finished.output_dir, "times.jsonl")
+    times.write_text('{"job": "seed0/none", "seco')
+    ablation.append_line(times, '{"job": "a", "seconds": 2.0, "machine": "m"}')
+    assert ablation.seconds_by_machine([], times) == {}
+    assert "line 1 of" in capsys.readouterr().out
+
+
 def test_a_result_of_the_ovs_setting_is_no_row(finished, monkeypatch):
     path = finished.run_folder(0, "none") / "gzs3_off.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seen_unseen_confusion": None}))
@@ -397,8 +423,6 @@ def test_a_broken_line_of_a_log_is_one_line(finished, monkeypatch):
         ("seed0/pseudo/metrics.jsonl", "[1]"),
         ("seed0/pseudo/metrics.jsonl", '{"loss_rank": "1"}'),
         ("seed0/pseudo/metrics.jsonl", '{"loss_rank": [1]}'),
-        ("seed0/pseudo/metrics.jsonl", "{"),
-        ("times.jsonl", '{"job": "a"'),
         ("times.jsonl", '{"job": "a", "seconds": "1", "machine": "m"}'),
         ("times.jsonl", '{"job": ["a"], "seconds": 1, "machine": "m"}'),
         ("times.jsonl", '{"job": "a", "seconds": 1}'),

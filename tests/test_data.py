@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -594,6 +595,184 @@ def test_lists_may_have_a_byte_order_mark_but_not_another_encoding(folder, tmp_p
     listed.write_text(text.replace("p0", "ü"), encoding="latin-1")
     with pytest.raises(InputError, match="is no UTF-8 text"):
         load_split(tmp_path / "listed", "train")
+
+
+# ---- files of other people ---------------------------------------------------------------------------------
+
+ODD_NAMES = [
+    "run[12]",
+    "run*",
+    "ru?1",
+    "{run1,run2}",
+    "[!x]un1",
+    "a b",
+    "größe",
+    ".hidden",
+    "__x",
+    "a%20b",
+    "a#b",
+    "a\nb",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_no_path_is_a_pattern(name, folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for beside in ("run1", "run2", name):
+        own = write_folder(tmp_path / f"{beside}_", {f"of {beside}": random_sample(1)})
+        write_parquet(own, tmp_path / beside, shards=1)
+    for load in (load_split, stream_split):
+        assert [record.image_id for record in load(tmp_path / name, "train")] == [f"of {name}"]
+        with pytest.raises(InputError, match="no split"):
+            load(tmp_path / "run1", "tr*")
+
+
+def test_a_shard_that_was_replaced_is_read_anew(folder, tmp_path, monkeypatch):
+    """At the same path, of the same size and time."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_parquet(folder, tmp_path / "parquet", shards=1)
+    shard = tmp_path / "parquet" / "data" / "train-00000-of-00001.parquet"
+    before = shard.stat()
+    assert load_split(tmp_path / "parquet", "train").image_ids == ["p0", "p1", "p2", "p3"]
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b"p3", b"q3"))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert shard.stat().st_size == before.st_size
+    assert load_split(tmp_path / "parquet", "train").image_ids == ["p0", "p1", "p2", "q3"]
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["00000-of-00002-0123456789abcdef", "00001-of-00002-fedcba9876543210"], True),  # of older uploads
+        (["00000-of-00002", "00001-of-00002"], True),
+        (["0", "1"], True),
+        (["00000-of-00003-0123456789abcdef", "00001-of-00003-fedcba9876543210"], False),
+        (["00000-of-00002-0123456789abcdef", "00000-of-00002-fedcba9876543210"], False),
+        (["00000-of-00002", "00001-of-00003"], False),
+        (["00000-of-00001", "extra"], False),
+    ],
+)
+def test_shards_are_read_where_all_of_one_upload_are_there(names, read, folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = write_parquet(folder, tmp_path / "parquet") / "data"
+    for shard, name in zip(sorted(data.iterdir()), names, strict=True):
+        shard.rename(data / f"train-{name}.parquet.new")
+    for shard in sorted(data.iterdir()):
+        shard.rename(shard.with_suffix(""))
+    (data / "train-extra-00000-of-00001.parquet").write_bytes(b"another split's")
+    (data / "._train-00000-of-00002.parquet").write_bytes(b"a system's")
+    if read:
+        assert sorted(load_split(tmp_path / "parquet", "train").image_ids) == ["p0", "p1", "p2", "p3"]
+    else:
+        with pytest.raises(InputError, match="not complete, or shards of another one lie between"):
+            load_split(tmp_path / "parquet", "train")
+
+
+def test_a_split_without_rows_has_its_own_words(folder, tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_parquet(folder, tmp_path / "parquet", shards=1)
+    shard = tmp_path / "parquet" / "data" / "train-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(shard)[:0], shard)
+    with pytest.raises(InputError, match="has no row"):
+        load_split(tmp_path / "parquet", "train")
+
+
+def test_what_systems_leave_is_passed_over(folder):
+    for kind in ("images", "labels"):
+        for name in ("._p0.png", ".DS_Store", "Thumbs.db", "desktop.ini", "._.DS_Store"):
+            (folder / "train" / kind / name).write_bytes(b"\0\5\x16\7")
+    assert load_split(folder, "train").image_ids == ["p0", "p1", "p2", "p3"]
+
+
+@pytest.mark.parametrize(
+    "name", ["images/x.heic", "labels/x.bmp", "labels/x.gif", "images/x.txt", "labels/x.npy", "images/x"]
+)
+def test_no_file_is_left_out_without_a_word(name, folder):
+    (folder / "train" / name).write_bytes(b"")
+    with pytest.raises(InputError, match=f"{name} ends in none of .png|{name} ends in none of .bmp"):
+        load_split(folder, "train")
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".bmp", ".tif", ".TIFF", ".ppm", ".gif"])
+def test_pictures_of_other_suffixes_are_read(suffix, tmp_path):
+    write_folder(tmp_path, {"a": random_sample(0)}, suffix=suffix)
+    picture = Image.open(tmp_path / "train" / "images" / f"a{suffix}").convert("RGB")
+    np.testing.assert_array_equal(load_split(tmp_path, "train")[0].image, picture)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
+def test_a_label_map_is_a_png_in_every_door(kind, folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Image.fromarray(random_sample(0)[1]).save(folder / "train" / "labels" / "p0.png", kind)
+    doors = [folder, write_listed(folder, tmp_path / "listed"), write_parquet(folder, tmp_path / "parquet")]
+    for door in doors:
+        for load in (load_split, stream_split):
+            with pytest.raises(InputError, match=f"it is a {kind} inside, and must be PNG"):
+                next(iter(load(door, "train")))
+
+
+@pytest.mark.parametrize("image_id", [None, True, 1.5, [], {"a": 1}, ""])
+def test_an_image_id_is_a_text_or_a_whole_number(image_id, folder, tmp_path):
+    listed = write_listed(folder, tmp_path / "listed") / "train" / "metadata.jsonl"
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    listed.write_text("\n".join(json.dumps({**line, "image_id": image_id}) for line in lines[:1]))
+    with pytest.raises(InputError, match="line 1: .*image_id"):
+        load_split(tmp_path / "listed", "train")
+
+
+def test_separators_inside_a_text_end_no_line(folder, tmp_path):
+    listed = write_listed(folder, tmp_path / "listed") / "train" / "metadata.jsonl"
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    ids = ["a\u2028b", "a\x85b", "a\u2029b", 7]
+    entries = [{**line, "image_id": image_id} for line, image_id in zip(lines, ids, strict=True)]
+    text = "\r\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    listed.write_text(text, encoding="utf-8", newline="")
+    assert load_split(tmp_path / "listed", "train").image_ids == ["a\u2028b", "a\x85b", "a\u2029b", "7"]
+
+
+DAMAGES = {
+    "cut early": lambda content: content[:100],
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "another end": lambda content: content[:-4] + b"XXXX",
+    "a hole": lambda content: content[:200] + bytes(300) + content[500:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_table_is_one_line(damage, folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    shard = write_parquet(folder, tmp_path / "parquet", shards=1) / "data" / "train-00000-of-00001.parquet"
+    shard.write_bytes(damage(shard.read_bytes()))
+    for load in (load_split, stream_split):
+        with pytest.raises(InputError) as refusal:
+            list(load(tmp_path / "parquet", "train"))
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize("cells", [[1, 2], ["a", "b"], [[1], [2]], [{"x": 1}, {"x": 2}], [1.5, None]])
+def test_columns_of_other_types_are_one_line(cells, tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    table = pyarrow.table({"image": cells, "label": cells, "image_id": ["a", "b"]})
+    pyarrow.parquet.write_table(table, tmp_path / "data" / "train-0.parquet")
+    for load in (load_split, stream_split):
+        with pytest.raises(InputError) as refusal:
+            list(load(tmp_path, "train", SPACE))
+        assert "\n" not in str(refusal.value)
 
 
 def test_words_that_are_dropped_do_not_move_the_crop(folder):

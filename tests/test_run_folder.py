@@ -43,6 +43,8 @@ from zs3.run_folder import (
     check_recipe,
     complete_checkpoints,
     damage,
+    read_progress,
+    read_recipe,
     save_final,
     write_manifest,
 )
@@ -345,7 +347,7 @@ UNFIT = {
     "progress.bin lacks seconds": lambda path: state_with(path, seconds=None),
     "progress.bin lacks scheduler": lambda path: state_with(path, scheduler="multistep"),
     "progress.bin lacks step": lambda path: save_another(path, [3]),
-    "it is the checkpoint of step 9": lambda path: state_with(path, step=9),
+    "is the checkpoint of step_00000009: it is renamed to step_00000012.damaged": lambda path: state_with(path, step=9),
     "class_projection.0.weight is not finite": lambda path: weights_with(path, lambda weight: weight * math.nan),
     "class_projection.0.weight is of torch.float16": lambda path: weights_with(path, lambda weight: weight.half()),
 }
@@ -360,14 +362,26 @@ def test_of_a_checkpoint_that_cannot_be_gone_on_from_the_one_before_is_taken(wor
     assert (folder / "step_00000012.damaged").is_dir()  # nothing is lost
 
 
-def test_checkpoints_that_changed_their_names_are_refused_and_stay(straight, tmp_path):
+def test_checkpoints_that_exchanged_their_names_get_them_back(straight, tmp_path, capsys):
     folder = shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
     (folder / "step_00000012").rename(folder / "a")
     (folder / "step_00000009").rename(folder / "step_00000012")
     (folder / "a").rename(folder / "step_00000009")
-    with pytest.raises(InputError, match="no checkpoint in .* is whole"):
-        newest_whole(folder, straight)
+    assert newest_whole(folder, straight) == folder / "step_00000012"
     assert sorted(path.name for path in folder.iterdir()) == ["step_00000009", "step_00000012"]
+    assert [read_progress(folder / f"step_{step:08d}")["step"] for step in (9, 12)] == [9, 12]
+    assert capsys.readouterr().out.count("it is renamed to") == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"a: [", b"\x00", b"max_st"])
+def test_of_a_damaged_recipe_the_newest_checkpoints_copy_counts(content, straight, tmp_path, capsys):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    recipe = read_recipe(folder / "recipe.yaml")
+    (folder / "recipe.yaml").write_bytes(content)
+    assert read_recipe(folder / "recipe.yaml") == recipe
+    assert "the copy in step_00000012 counts" in capsys.readouterr().out
+    check_recipe(folder / "recipe.yaml", recipe)
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == recipe
 
 
 def newest_whole(folder: Path, run: Path) -> Path | None:

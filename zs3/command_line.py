@@ -171,7 +171,7 @@ def try_output(flag: str, path: Path, kind: str) -> None:
                 raise InputError(f"{what} is a folder: choose a file")
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise InputError(f"{what} is a device or a pipe: choose a file")
-        place = path.parent if kind == "file" else path
+        place = path if kind == "folder" or kind != "file" and path.is_dir() else path.parent
         missing = []
         while not os.path.exists(place):
             missing.append(place.name)

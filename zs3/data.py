@@ -219,8 +219,6 @@ def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None =
     table = _table(dataset, split, streaming=False)
     with whole_table(f"cannot read image_id of split {split!r} of {dataset}"):
         image_ids = [_image_id(image_id) for image_id in table["image_id"]]
-    if not image_ids:
-        raise InputError(f"split {split!r} of {dataset} has no row: name another split, or another dataset")
     repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
     if repeated:
         raise InputError(f"split {split!r} of {dataset} has image_id {repeated[0]!r} twice: give every picture its own")
@@ -335,7 +333,9 @@ def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Datase
     import datasets
 
     if Path(dataset).is_dir():
-        shards = _shards(Path(dataset), split)
+        shards = _with_rows(_shards(Path(dataset), split))
+        if not shards:
+            raise InputError(f"split {split!r} of {dataset} has no row: name another split, or another dataset")
         # The name is a part of the cache's: a shard that was replaced, at the same path and time, is read anew.
         source, options = "parquet", {"name": _identity(shards), "split": "rows"}
         options["data_files"] = {"rows": [glob.escape(str(shard.absolute())) for shard in shards]}
@@ -359,6 +359,20 @@ def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Datase
 def table_files(dataset: str | Path, split: str) -> list[Path] | str:
     """The parquet files of a split of a folder; or the Hub id, whose files the Hub knows."""
     return _shards(Path(dataset), split) if Path(dataset).is_dir() else str(dataset)
+
+
+def _with_rows(shards: list[Path]) -> list[Path]:
+    """datasets has no words of its own for a shard without rows, other than for one that cannot be read."""
+    import pyarrow.parquet
+
+    kept = []
+    for shard in shards:
+        try:
+            empty = pyarrow.parquet.read_metadata(shard).num_rows == 0
+        except (OSError, ValueError):
+            empty = False
+        kept += [] if empty else [shard]
+    return kept
 
 
 def _identity(files: Sequence[Path]) -> str:

@@ -398,9 +398,10 @@ def give_true_names(folder: Path) -> None:
             wrong[path] = folder / true_name(path)
     aside = {path: path.replace(path.with_suffix(".misnamed")) for path in wrong}
     for path, place in wrong.items():
-        if not place.exists():  # else it is a copy, and stays aside
-            aside[path].replace(place)
-        print(f"warning: {path} is the checkpoint of {place.name}: it has that name now")
+        place = path.with_suffix(".damaged") if place.exists() else place
+        print(f"warning: {path} is the checkpoint of {wrong[path].name}: it is renamed to {place.name}")
+        shutil.rmtree(place, ignore_errors=True)
+        aside[path].replace(place)
 
 
 def write_manifest(folder: Path) -> None:

@@ -51,6 +51,10 @@ Share = Annotated[float, rule("a share in [0, 1]", lambda value: 0 <= value <= 1
 Amount = Annotated[float, rule("a number of 0 or more", lambda value: value >= 0)]
 
 
+class Damaged(InputError):
+    """A file that is no JSON, as a full disk or a power cut leaves it."""
+
+
 class Wrong(NamedTuple):
     """The first value of a file that is not of its type."""
 
@@ -69,7 +73,7 @@ def read_json(path: Path, kind: type[Content], what: str, mend: str, needed: Seq
     try:
         content = _parsed(text)
     except (ValueError, RecursionError) as error:  # of too many brackets
-        raise InputError(f"{shown(path)} is no JSON ({cut(str(error), 50)}), so no {what}: {mend}") from error
+        raise Damaged(f"{shown(path)} is no JSON ({cut(str(error), 50)}), so no {what}: {mend}") from error
     check_content(content, kind, path, what, mend)
     check_needed(content, needed, path, what)
     return content
@@ -101,7 +105,7 @@ def unless_damaged(read: Callable[[], Content]) -> Content | None:
     """What `read` reads; None of a file that is damaged. A line then says so: what made the file will make it again."""
     try:
         return read()
-    except InputError as error:
+    except Damaged as error:
         print(f"warning: {error}; it counts as not there")
         return None
 
