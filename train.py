@@ -79,6 +79,7 @@ from zs3.run_folder import (
     MetricsLog,
     Progress,
     check_final,
+    check_places,
     check_recipe,
     check_stamp,
     has_begun,
@@ -589,6 +590,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
             if not has_begun(output_dir):
                 check_learnable(dataset.records, label_space)
             lock = lock_folder(output_dir)
+            check_places(output_dir)
             check_final(output_dir / "final")
             start = None if args.init_from is None else record_of(load_config(args.init_from))
             stamp = make_stamp(vars(args), whole_space, dataset.records, prompts, start, model)

@@ -9,6 +9,7 @@ Axes: H W pixels.
 
 import io
 import json
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ import scipy.io
 from PIL import Image
 
 from configuration_zs3 import Refused
-from files_zs3 import MAX_PIXELS, check_regular, decoding, lines_of, read_text
+from files_zs3 import MAX_PIXELS, check_regular, decoding, is_leftover, lines_of, read_text
 from zs3.command_line import InputError, one_line
 from zs3.data import open_stored
 
@@ -174,7 +175,6 @@ def coco_stuff(source: Path, split: str) -> list[Pair]:
     return _pairs_of_folders(
         _folder([source], [f"images/{folder}", folder], "[!.]*.jpg", "pictures of COCO 2017"),
         _folder([source], maps, "[!.]*.png", "maps of COCO-Stuff"),
-        "[!.]*",
         grey_values,
     )
 
@@ -232,8 +232,8 @@ def ade20k_challenge(source: Path, split: str) -> list[Pair]:
     return _pairs_of_folders(
         _folder(bases, [f"images/{folder}"], "ADE_*.jpg", "pictures of ADEChallengeData2016"),
         _folder(bases, [f"annotations/{folder}"], "ADE_*.png", "maps of ADEChallengeData2016"),
-        "ADE_*",
         grey_values,
+        "ADE_",
     )
 
 
@@ -275,21 +275,27 @@ def _voc_root(source: Path, year: int) -> Path:
     raise InputError(f"{source} has {looked_for}: the pictures of VOC {year} are expected there")
 
 
-def _pairs_of_folders(images: Path, labels: Path, pattern: str, values: Callable[[Path], np.ndarray]) -> list[Pair]:
+def _pairs_of_folders(images: Path, labels: Path, values: Callable[[Path], np.ndarray], begin: str = "") -> list[Pair]:
     """Pictures and PNGs of one stem. One without its partner is a pair, too: the other file is missing.
 
     Other tools put maps of their own beside, as 000000000139_labelTrainIds.png: a picture's name, and more.
     """
-    pictures = {file.stem for file in images.glob(f"{pattern}.jpg")}
-    maps = {file.stem for file in labels.glob(f"{pattern}.png")}
-    stems = pictures | {stem for stem in maps if pictures.isdisjoint(_beginnings(stem))}
-    return [Pair(stem, images / f"{stem}.jpg", labels / f"{stem}.png", values) for stem in stems]
+    pictures, maps = _by_stem(images, ".jpg", begin), _by_stem(labels, ".png", begin)
+    stems = pictures.keys() | {stem for stem in maps if pictures.keys().isdisjoint(_beginnings(stem))}
+    return [
+        Pair(stem, pictures.get(stem, images / f"{stem}.jpg"), maps.get(stem, labels / f"{stem}.png"), values)
+        for stem in stems
+    ]
+
+
+def _by_stem(folder: Path, suffix: str, begin: str) -> dict[str, Path]:
+    files = (file for file in folder.iterdir() if file.name.startswith(begin) and not is_leftover(file.name))
+    return {file.stem: file for file in files if file.suffix.lower() == suffix}
 
 
 def _beginnings(stem: str) -> set[str]:
-    """What stands before each underscore of a name."""
-    parts = stem.split("_")
-    return {"_".join(parts[:count]) for count in range(1, len(parts))}
+    """What stands before each character that is no letter and no digit."""
+    return {stem[: match.start()] for match in re.finditer(r"[\W_]", stem)}
 
 
 def _folder(bases: Sequence[Path], names: Sequence[str], pattern: str, what: str) -> Path:

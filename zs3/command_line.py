@@ -42,6 +42,9 @@ NO_SPACE = {
 OLD_NAMES: dict[str, str] = {}
 
 
+BESIDE = (".md", ".csv", "_images.npz")  # what commands write beside a result file
+LONGEST_LINE = 450  # characters of a refusal
+MOST_OF_A_YAML = 100_000  # values, those that are there by reference counted each time
 MOST_OF_A_LIBRARY = 110  # characters of its message in one of ours
 
 
@@ -64,7 +67,9 @@ OF_THE_SYSTEM = (
     *(errno.EISDIR, errno.ENOTDIR, errno.EMFILE, errno.EBUSY),
 )
 # What would move a cursor, ring a bell or turn the direction of reading around: escaped where text is shown.
-UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSHOWN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
 
 
 def printable(text: str) -> str:
@@ -99,7 +104,7 @@ def run(main: Callable[[], None]) -> None:
         _refuse(_own_message(error))
     except Exception as error:
         # Each writer has its own exception for a full disk: Python OSError, safetensors and torch theirs.
-        thing = printable(str(getattr(error, "filename", None) or "a file"))
+        thing = shown(getattr(error, "filename", None) or "a file", 150)
         reasons = [text.format(thing) for code, text in NO_SPACE.items() if _is(error, code)]
         if isinstance(error, OSError) and error.filename and error.errno in OF_THE_SYSTEM:
             reasons.append(f"{thing}: {error.strerror}; give another place, or mend this one")
@@ -112,7 +117,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"error: {printable(message)}", file=_Shown(sys.stderr))
+    """One line; of a long one, which holds a long name, the beginning and the end, where the mend stands."""
+    line = printable(message).replace("\n", "\\n")
+    line = line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 205]} ... {line[-200:]}"
+    print(f"error: {line}", file=_Shown(sys.stderr))
     sys.exit(2)
 
 
@@ -162,6 +170,8 @@ def try_outputs(args: Any) -> None:
 def try_output(flag: str, path: Path, kind: str) -> None:
     """kind: "file", "folder" or "file or folder"."""
     what = f"{flag} {shown(path)}"
+    if not path.name:
+        raise InputError(f"{flag} names no {kind}: give a path")
     try:
         if os.path.lexists(path):  # other than Path's this is no error of a name that is too long
             mode = path.stat().st_mode
@@ -179,8 +189,11 @@ def try_output(flag: str, path: Path, kind: str) -> None:
         if not place.is_dir():
             raise InputError(f"{what}: {shown(place)} is a file, no folder: choose another place")
         longest = os.pathconf(place, "PC_NAME_MAX")
-        beside = f"{path.stem}_images.npz" if kind == "file" else path.name  # the longest name beside a file
-        for name in (*missing, path.name, beside):
+        beside = [f"{path.name}.partial"] if kind == "folder" else [f"{path.stem}{end}" for end in BESIDE]
+        for name in beside if kind == "file" else ():
+            if path.with_name(name).is_dir():
+                raise InputError(f"{what}: {name}, which belongs beside it, is a folder: choose another place")
+        for name in (*missing, path.name, *beside):
             if len(os.fsencode(name)) > longest:
                 raise InputError(f"{what}: {shortened(name, 30)} is longer than the {longest} bytes of a file's name")
         if (
@@ -195,8 +208,10 @@ def try_output(flag: str, path: Path, kind: str) -> None:
                 os.fsync(file.fileno())
         finally:
             trial.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or one_line(error)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"{what} cannot be written ({reason}): choose another place") from error
 
 
@@ -291,10 +306,36 @@ _RecipeLoader.add_implicit_resolver(
 _NULL = ("", "~", "null", "Null", "NULL")  # how YAML writes None
 
 
+def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """Raises yaml.YAMLError where a text is no YAML, or holds a number or a date that cannot be."""
+    try:
+        content = yaml.load(text, loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # of a wrong date, a tag without a value, 1,000 brackets: the library's own bugs
+        raise yaml.YAMLError(one_line(error)) from error
+    if _count(content) > MOST_OF_A_YAML:
+        raise yaml.YAMLError(f"it holds more than {MOST_OF_A_YAML:,} values")
+    return content
+
+
+def _count(content: Any) -> int:
+    """Values in a content, as far as MOST_OF_A_YAML."""
+    count, waiting = 0, [content]
+    while waiting and count <= MOST_OF_A_YAML:
+        value = waiting.pop()
+        count += 1
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+    return count
+
+
 def _yaml_value(text: str) -> Any:
     try:
-        return yaml.load(text, _RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return parse_yaml(text, _RecipeLoader)
+    except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"{shortened(text)} is no YAML value") from error
 
 
@@ -316,7 +357,7 @@ def _read_recipe(
         if name in config_names:
             overrides[name] = as_typed[name]
         elif name not in names:
-            raise InputError(f"{path}: unknown field {name!r}; {_did_you_mean(name, names + config_names)}")
+            raise InputError(f"{path}: unknown field {shortened(name)}; {_did_you_mean(name, names + config_names)}")
         elif value in _NULL and type(None) in get_args(types[name]):
             empty[name] = None
         elif value == [] and _is_list(types[name]):
@@ -335,14 +376,14 @@ def _load_recipe(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe's mapping twice: scalars as the strings written there, and as the values they stand for."""
     try:
         text = read_text(path)
-        as_written, as_typed = yaml.load(text, yaml.BaseLoader), yaml.load(text, _RecipeLoader)
+        as_written, as_typed = parse_yaml(text, yaml.BaseLoader), parse_yaml(text, _RecipeLoader)
     except OSError as error:
         raise InputError(f"cannot read recipe {path}: {error.strerror}; --config takes a file") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: broken YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8; a number of 5,000 digits; 1,000 brackets
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8
         raise InputError(f"{path} is no YAML file: {one_line(error)}") from error
     if as_typed is None:  # an empty file, or comments alone
         return {}, {}

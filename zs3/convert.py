@@ -56,7 +56,7 @@ from zs3.command_line import (
 )
 from zs3.data import exif_orientation
 from zs3.dataset_card import card
-from zs3.files import file_sha256, locked, write_json, write_text, writing
+from zs3.files import file_sha256, json_text, locked, write_json, write_text, writing
 from zs3.label_space import CLASSES_FOLDER, is_hub_id, load_label_space, source_ids
 
 if TYPE_CHECKING:
@@ -264,13 +264,15 @@ def recorded(output: Path, shard: Shard) -> dict | None:
     """The measurements of a shard, if they are of the items it should have."""
     path = record(output, shard)
     measures = _read_json(path) if path.is_file() else None
-    return measures if measures is not None and measures["items_sha256"] == shard.items_sha256 else None
+    return measures if measures is not None and measures.get("items_sha256") == shard.items_sha256 else None
 
 
 def finished(output: Path, folder: Path, shard: Shard) -> dict | None:
     """As `recorded`, of a shard that is in the folder, and whole."""
     path, measures = folder / shard.name, recorded(output, shard)
-    return measures if measures is not None and path.is_file() and path.stat().st_size == measures["bytes"] else None
+    if measures is None or not path.is_file() or path.stat().st_size != measures.get("bytes"):
+        return None
+    return measures if file_sha256(path) == measures.get("sha256") else None
 
 
 def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schema", args: ConvertArgs) -> dict:
@@ -547,8 +549,10 @@ def convert_items(args: ConvertArgs, items: dict[str, list[Pair | Captioned]]) -
             "choose another --output, or skip again"
         )
     if folder == whole and None not in (measures for _, measures in done):
-        print(f"there already: nothing was left to do in {output}")
-        return conversion(args, items, done)
+        result = conversion(args, items, done)
+        mended = write_about(args, result, again=False)
+        print(f"there already: {f'all but {mended}' if mended else 'nothing was left to do'} in {output}")
+        return result
     if folder == whole and None in (recorded(output, shard) for shard in shards):
         raise InputError(
             f"{output} is a finished dataset of other pictures than {args.source} holds now, and stays as it is: "
@@ -558,15 +562,31 @@ def convert_items(args: ConvertArgs, items: dict[str, list[Pair | Captioned]]) -
     measured = make_shards(args, folder, done)  # of a finished dataset, those that were lost
     check_problems(args, measured)
     result = conversion(args, items, measured)
-    if args.name != "coco_captions":
-        write_text(output / "classes.json", classes_text(args.name))
-    write_text(output / "README.md", card(result))
-    write_json(output / "conversion.json", result)
+    write_about(args, result)
     if folder == begun:
         for file in {*begun.iterdir()} - {begun / shard.name for shard in shards}:
             file.unlink()  # of a copy of the archive that had fewer pictures, or half a shard
         begun.rename(whole)
     return result
+
+
+def write_about(args: ConvertArgs, result: dict, again: bool = True) -> str:
+    """What lies beside the shards; with again=False, of it what is damaged or gone. The names of what was written."""
+    texts = {"README.md": card(result), "conversion.json": json_text(result)}
+    if args.name != "coco_captions":
+        texts["classes.json"] = classes_text(args.name)
+    written = [name for name in texts if again or not _is_whole(Path(args.output, name))]
+    for name in written:
+        write_text(Path(args.output, name), texts[name])
+    return ", ".join(written)
+
+
+def _is_whole(path: Path) -> bool:
+    """A text that is not empty; of JSON, a mapping."""
+    try:
+        return bool(read_text(path)) and (path.suffix != ".json" or bool(_read_json(path)))
+    except (OSError, ValueError):
+        return False
 
 
 def make_shards(args: ConvertArgs, folder: Path, done: list[tuple[Shard, dict | None]]) -> list[tuple[Shard, dict]]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from unicodedata import normalize
 
 from files_zs3 import whole
 from zs3.command_line import NO_SPACE, InputError, one_line, shown
@@ -39,7 +40,11 @@ def file_name(image_id: str, suffix: str) -> str:
     Of any other id the letters that can stand in a name, and a digest: two ids never share a file.
     """
     letters = "".join(letter if letter.isprintable() and letter not in '/\\:*?"<>|' else "_" for letter in image_id)
-    plain = letters == image_id and not image_id.startswith(".") and image_id.strip(" .") == image_id
+    plain = (
+        letters == normalize("NFC", image_id) == image_id
+        and not image_id.startswith(".")
+        and image_id.strip(" .") == image_id
+    )
     if plain and image_id and len(image_id.encode()) <= LONGEST_NAME and not NO_NAMES.fullmatch(image_id):
         return image_id + suffix
     begin = letters.strip(" .").encode("utf-8", "replace")[: LONGEST_NAME // 2].decode("utf-8", "ignore")
@@ -81,9 +86,13 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, result: dict[str, Any]) -> None:
+def json_text(result: dict[str, Any]) -> str:
     """A number that is not finite becomes null, since JSON has no word for it."""
-    write_text(path, json.dumps(finite_or_none(result), indent=2) + "\n")
+    return json.dumps(finite_or_none(result), indent=2) + "\n"
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    write_text(path, json_text(result))
 
 
 def write_report(path: Path, result: dict[str, Any], text: str) -> None:

@@ -35,7 +35,7 @@ from files_zs3 import is_leftover, lines_of, read_text
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
 from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, not_finite, weight_files
-from zs3.command_line import InputError, one_line, renamed
+from zs3.command_line import InputError, one_line, parse_yaml, renamed
 from zs3.files import append_line, file_sha256, finite_or_none, naming, rename, write_json, write_text
 from zs3.stamp import (
     BRIEF,
@@ -115,10 +115,10 @@ def read_recipe(path: Path) -> dict:
 
 def parse_recipe(path: Path) -> dict:
     try:
-        recipe = yaml.safe_load(read_text(path))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        recipe = parse_yaml(read_text(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path} cannot be read: put back what the run began with") from error
-    if not recipe or not isinstance(recipe, dict):
+    if not recipe or not isinstance(recipe, dict) or not all(isinstance(name, str) for name in recipe):
         raise InputError(f"{path} is no recipe: put back what the run began with")
     return renamed(recipe, path)
 
@@ -175,6 +175,16 @@ def differ(before: object, now: object) -> bool:
     if isinstance(before, str) and isinstance(now, str) and os.path.exists(now):
         return Path(before).resolve() != Path(now).resolve()
     return before != now
+
+
+def check_places(folder: Path) -> None:
+    """Of a run's files and folders none may be the other kind; some are written only after a long time."""
+    for name in ("checkpoints", "final", "trackers"):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise InputError(f"{folder / name} is a file, where the run has a folder: move it away")
+    for name in (RECIPE, STAMP, "metrics.jsonl", "all_results.json"):
+        if (folder / name).is_dir():
+            raise InputError(f"{folder / name} is a folder, where the run has a file: move it away")
 
 
 def check_final(folder: Path) -> None:

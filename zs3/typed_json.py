@@ -91,7 +91,7 @@ def read_json_lines(path: Path, kind: type[Content], what: str, mend: str) -> li
         try:
             row = _parsed(line)
         except (ValueError, RecursionError):
-            if number < len(lines):
+            if number < len(lines) and line.strip():
                 print(f"warning: line {number} of {shown(path)} is damaged: it is left out")
             continue
         wrong = first_wrong(row, kind)
