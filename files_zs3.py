@@ -102,9 +102,9 @@ def _handle(source: str | Path | bytes) -> str | Path | io.BytesIO:
 def _why_unidentified(source: str | Path | bytes, formats: Sequence[str]) -> str:
     known = ", ".join(formats)
     try:
-        with Image.open(_handle(source), formats=PICTURE_FORMATS) as image:
+        with decoding(), Image.open(_handle(source), formats=PICTURE_FORMATS) as image:
             kind = image.format
-    except Exception:  # noqa: BLE001 - it is refused in any case, this only looks for the better word
+    except Refused:
         return f"it is no image of a format that is read ({known}), or it is damaged"
     return f"it is a {kind} inside, and must be {known}: save it anew from the original"
 
@@ -116,8 +116,10 @@ def load_picture(image: str | Path | Image.Image) -> Image.Image:
     """
     if is_address(image):
         image = open_image(_fetched(str(image)))
-    elif not isinstance(image, Image.Image):
+    elif isinstance(image, str | Path):
         image = open_image(image)
+    elif not isinstance(image, Image.Image):
+        raise Refused(f"it is a {type(image).__name__}, no image, path or address")
     if image.mode[0] in "IF":
         raise Refused(f"mode {image.mode} holds more than 8 bits a channel; convert it to 8 first")
     with decoding():

@@ -10,6 +10,7 @@ from test_data import SPACE, random_sample, write_folder
 
 from zs3.check import main
 from zs3.command_line import run
+from zs3.label_space import LabelSpace
 
 
 def check(monkeypatch, capsys, folder, *words, code=0):
@@ -60,3 +61,51 @@ def test_rotated_photographs_are_noted_and_a_split_without_labels_is_a_problem(t
     printed = check(monkeypatch, capsys, tmp_path, code=2).out
     assert "note: 1 pictures of train have an EXIF rotation (p1)" in printed
     assert "problem: every pixel of every picture is ignored" in printed
+
+
+def test_masks_of_0_and_255_are_a_problem_where_255_is_ignored(tmp_path, monkeypatch, capsys):
+    write_folder(tmp_path, {f"p{index}": random_sample(index, ids=(0, 255)) for index in range(3)})
+    printed = check(monkeypatch, capsys, tmp_path, code=2).out
+    assert "problem: the maps hold id 0 and the ignored 255 alone" in printed
+    write_folder(tmp_path, {"p3": random_sample(3, ids=(0, 2, 255))})
+    assert "problem" not in check(monkeypatch, capsys, tmp_path).out
+
+
+def test_a_label_space_without_a_seen_class_is_noted(tmp_path, monkeypatch, capsys):
+    space = LabelSpace(SPACE.class_names, SPACE.class_names, 255)
+    write_folder(tmp_path, {"a": random_sample(0)}, space)
+    assert "note: no pixel of train is of a seen class" in check(monkeypatch, capsys, tmp_path).out
+
+
+def test_a_record_that_cannot_be_read_is_a_line_and_the_others_are_counted(tmp_path, monkeypatch, capsys):
+    """Every way in which a record can be broken, in one dataset."""
+    import pyarrow
+    import pyarrow.parquet
+
+    write_folder(tmp_path / "a", {"ok": random_sample(0)})
+    image, label = ((tmp_path / "a" / "train" / kind / "ok.png").read_bytes() for kind in ("images", "labels"))
+    good = {"bytes": image, "path": None}, {"bytes": label, "path": None}
+    rows = [
+        good,
+        ({"bytes": None, "path": None}, good[1]),
+        (good[0], None),
+        ({"bytes": b"", "path": None}, good[1]),
+        ({"bytes": image[:-30], "path": None}, good[1]),
+        (good[0], {"bytes": label[:60] + b"x" + label[61:], "path": None}),
+        ({"bytes": None, "path": "/dev/zero"}, good[1]),
+        ({"bytes": None, "path": str(tmp_path)}, good[1]),
+        (good[0], {"bytes": None, "path": str(tmp_path / "nowhere.png")}),
+        (good[0], good[0]),
+    ]
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    columns = [pyarrow.array([row[place] for row in rows], kind) for place in (0, 1)]
+    table = pyarrow.table([*columns, list(map(str, range(len(rows))))], ["image", "label", "image_id"])
+    (tmp_path / "b" / "data").mkdir(parents=True)
+    pyarrow.parquet.write_table(table, tmp_path / "b" / "data" / "train-0.parquet")
+    (tmp_path / "b" / "classes.json").write_bytes((tmp_path / "a" / "classes.json").read_bytes())
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    printed = check(monkeypatch, capsys, tmp_path / "b", code=2)
+    problems = [line for line in printed.out.splitlines() if line.startswith("problem: ")]
+    assert len(problems) == len(rows) - 1
+    assert all(f"'{number}'" in line for number, line in enumerate(problems, start=1))
+    assert f"error: {len(rows) - 1} problems" in printed.err

@@ -6,8 +6,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import tracemalloc
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,15 +29,17 @@ from transformers import AutoModel, AutoProcessor
 
 import train
 import zs3.convert
-from configuration_zs3 import Zs3Config
+from configuration_zs3 import Refused, Zs3Config
 from eval import EvalArgs, evaluate
-from zs3.archives import ARCHIVES, NUM_CAPTIONS, Pair, grey_values
+from zs3.archives import ARCHIVES, NUM_CAPTIONS, BadFile, Pair, check_inflated, context_values, grey_values
 from zs3.command_line import InputError, read_arguments, run
 from zs3.convert import ConvertArgs, convert, convert_all, cut, main
 from zs3.data import load_split
+from zs3.files import locked
 from zs3.label_space import load_label_space
 
 MIXED = zs3.convert.mixed  # as it is outside of the tests
+ROOT = Path(__file__).parents[1]
 SAMPLES = Path(__file__).parents[2] / "shared" / "data" / "samples"
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the real samples are not there")
 
@@ -453,6 +458,81 @@ def test_mat_files_without_a_map_in_them_are_unreadable(tmp_path):
     found = {problem["image_id"][-1]: problem["kind"] for problem in result["problems"]}
     unreadable = dict.fromkeys("012", "unreadable_map")
     assert found == unreadable | {"3": "ids_outside", "4": "missing_map"}
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_a_mat_file_is_not_unpacked_beyond_the_largest_map(order, tmp_path):
+    """Zeros of 5 GB, 5 MB as a file: a compressed element whose contents never end."""
+    packer, parts = zlib.compressobj(9), []
+    for _ in range(5 * 1024):
+        parts.append(packer.compress(bytes(2**20)))
+    packed = b"".join([*parts, packer.flush()])
+    head = b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(f"{order}H", 0x0100) + (b"IM" if order == "<" else b"MI")
+    content = head + struct.pack(f"{order}II", 15, len(packed)) + packed
+    tracemalloc.start()
+    with pytest.raises(Refused, match="more than 268,435,456 bytes unpacked"):
+        check_inflated(content)
+    assert tracemalloc.get_traced_memory()[1] < 5e7
+    tracemalloc.stop()
+    (tmp_path / "a.mat").write_bytes(content)
+    with pytest.raises(BadFile, match="bytes unpacked, no label map is") as refused:
+        context_values(tmp_path / "a.mat")
+    assert refused.value.kind == "unreadable_map"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_map_that_is_no_png_inside_is_a_problem(kind, tmp_path):
+    root = ade20k(tmp_path)
+    path = root / "annotations" / "training" / "ADE_train_00000002.png"
+    Image.open(path).convert("L").save(path, kind)
+    assert f"it is a {kind} inside, and must be PNG" in kinds(tmp_path, "ade20k_150")["unreadable_map"]
+
+
+@pytest.mark.parametrize("name", ["ade20k_150", "coco_stuff_171"])
+def test_maps_of_other_tools_beside_the_archives_are_passed_over(name, tmp_path):
+    expected = write_tree(tmp_path / "source", name, 4)
+    for path in [*(tmp_path / "source").rglob("*.png")]:
+        for ending in ("_labelTrainIds", "_instanceTrainIds", "_color", ".mask", "-1", " (1)"):
+            shutil.copy(path, path.with_name(f"{path.stem}{ending}.png"))
+        path.with_name(f"._{path.name}").write_bytes(b"a system's")
+    convert(arguments(tmp_path, name))
+    assert load_split(tmp_path / "out", "train").image_ids == sorted(expected["train"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_may_have_a_byte_order_mark(encoding, tmp_path):
+    write_tree(tmp_path / "source", "voc_20")
+    for path in (tmp_path / "source").rglob("*.txt"):
+        path.write_text(path.read_text().replace("\n", "\r\n"), encoding=encoding, newline="")
+    assert convert(arguments(tmp_path, "voc_20"))["problems"] == []
+
+
+def test_a_folder_belongs_to_one_conversion_at_a_time(tmp_path):
+    ade20k(tmp_path)
+    with locked(tmp_path / "out" / ".progress"):
+        code = "import sys; from zs3.convert import main; from zs3.command_line import run; run(main)"
+        words = ["ade20k_150", "--source", tmp_path / "source", "--output", tmp_path / "out", "--on_problem", "skip"]
+        done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: another run writes in ")
+
+
+def test_a_finished_dataset_that_was_damaged_is_made_whole(tmp_path, capsys):
+    ade20k(tmp_path)
+    convert(arguments(tmp_path, "ade20k_150"))
+    before = files_of(tmp_path / "out")
+    shard = tmp_path / "out" / "data" / "train-00001-of-00008.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    convert(arguments(tmp_path, "ade20k_150"))
+    assert files_of(tmp_path / "out") == before
+    (tmp_path / "out" / "classes.json").write_text("")
+    (tmp_path / "out" / "conversion.json").write_text("{")
+    (tmp_path / "out" / "README.md").unlink()
+    capsys.readouterr()
+    convert(arguments(tmp_path, "ade20k_150"))
+    assert files_of(tmp_path / "out") == before
+    assert "all but README.md, conversion.json, classes.json" in capsys.readouterr().out
 
 
 def test_a_repeated_image_id_is_a_fault(tmp_path):

@@ -1,6 +1,9 @@
 """The scores: against sets of pixels, the formulas of other libraries, and bootstraps written as loops."""
 
+import io
 import math
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -592,3 +595,21 @@ def test_a_class_that_is_nowhere_has_no_interval():
     matrix = matrix_of([(np.array([[0, 0]]), np.array([[0, 1]]))] * 3, 3)
     found = matrix.bootstrap([True, True, True], resamples=20).class_intervals()
     np.testing.assert_array_equal(found, [[0.5, 0.5], [0, 0], [np.nan, np.nan]])
+
+
+def test_areas_that_are_larger_than_any_are_not_unpacked(tmp_path):
+    """A bomb: 1 GB of zeros in 1 MB of file. And a header that says more than there is."""
+    np.savez_compressed(tmp_path / "bomb.npz", rows=np.zeros(2**27))
+    assert (tmp_path / "bomb.npz").stat().st_size < 2e6
+    tracemalloc.start()
+    with pytest.raises(InputError, match="bomb.npz is no file of image areas"):
+        load_images(tmp_path / "bomb.npz")
+    assert tracemalloc.get_traced_memory()[1] < 1e8
+    tracemalloc.stop()
+    with zipfile.ZipFile(tmp_path / "lie.npz", "w") as archive:
+        for name in ("class_names", "image_ids", "image", "rows"):
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (2**50,)})
+            archive.writestr(f"{name}.npy", header.getvalue())
+    with pytest.raises(InputError, match="lie.npz is no file of image areas"):
+        load_images(tmp_path / "lie.npz")

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +243,43 @@ def test_text_vectors_without_a_direction_or_of_a_wrong_type_are_refused(tmp_pat
 def test_text_vectors_come_out_in_unit_length(tmp_path):
     vectors = load_text_embeds(save(tmp_path / "text.npy", np.array([[3.0, 4], [0, -2]], dtype=np.float16)), 2, 2)
     assert vectors.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0, -1]]
+
+
+def test_a_label_space_is_bounded_and_quick():
+    names = [f"class {index}" for index in range(10_000)]
+    before = time.monotonic()
+    space = LabelSpace(names, names[1::2], 65535)
+    assert space.seen == names[::2] and int(space.is_seen.sum()) == 5000
+    assert time.monotonic() - before < 20  # each name against each takes minutes
+    with pytest.raises(InputError, match="class_names holds 10,001 names: a label space has 10,000 or less"):
+        LabelSpace([*names, "one more"], [], 65535)
+    with pytest.raises(InputError, match="ignore_index 1000.*must be an integer outside"):
+        LabelSpace(["a"], [], 10**400)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"classes": ' + "[" * 100_000, '{"ignore_label": 1' + "0" * 5000 + "}"]
+)
+def test_nothing_in_a_file_is_too_deep_or_too_long_for_a_line(content, tmp_path):
+    (tmp_path / "classes.json").write_text(content)
+    with pytest.raises(InputError, match="cannot read .*classes.json as JSON") as refusal:
+        load_label_space(tmp_path)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_read_over(encoding, tmp_path):
+    text = '{"classes": ["größe", "b"], "unseen": ["b"], "ignore_label": 255}'
+    (tmp_path / "classes.json").write_text(text, encoding=encoding)
+    assert load_label_space(tmp_path).class_names == ["größe", "b"]
+
+
+def test_vectors_whose_header_says_more_than_the_file_holds_are_refused(tmp_path):
+    """A header of 4 TB, of which numpy would reserve as much."""
+    np.save(tmp_path / "a.npy", np.ones((5, 8), np.float32))
+    content = (tmp_path / "a.npy").read_bytes()
+    shape, huge = b"(5, 8), }", b"(1000000000, 1000), }"
+    spare = len(huge) - len(shape)
+    (tmp_path / "a.npy").write_bytes(content.replace(shape + b" " * spare, huge))
+    with pytest.raises(InputError, match="cannot read text vectors"):
+        load_text_embeds(tmp_path / "a.npy", 5)

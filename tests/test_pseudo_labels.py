@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoProcessor
 
 from zs3.command_line import InputError, run
 from zs3.data import check_scored_pictures, load_split
-from zs3.image_labels import load_unseen_scores
+from zs3.image_labels import bound_to, load_unseen_scores, read_settings, settings_digest
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import (
     PseudoLabelArgs,
@@ -337,6 +337,42 @@ def test_a_folder_of_other_settings_is_refused_by_the_field(arguments, stage1, d
     with pytest.raises(InputError, match="other pictures of the same names"):  # in training
         check_scored_pictures(Path(args.output), load_split(other, "train"))
     assert shards(args.output) == before
+
+
+def test_a_shard_knows_its_settings(arguments, tmp_path, capsys):
+    """Shards of one run under the settings of another are found when going on, and when they are read."""
+    other = replace(arguments, output=str(tmp_path / "other"), mask_threshold=0.3)
+    make_pseudo_labels(other)
+    make_pseudo_labels(arguments)
+    folder, before = Path(arguments.output), shards(arguments.output)
+    space, ids = load_label_space("scenes"), load_split(arguments.dataset, "train").image_ids
+    name = sorted(before)[1]
+    (folder / name).write_bytes(shards(other.output)[name])
+    with pytest.raises(InputError, match=f"{name} was made with other settings"):
+        make_pseudo_labels(arguments)
+    with pytest.raises(InputError, match=f"{name} was made with other settings"):
+        load_unseen_scores(folder, space, ids)
+    (folder / name).unlink()
+    for text in ("", "{", '{"checkpoint_sha256": 1}'):  # the shards stand for a damaged file
+        (folder / "settings.json").write_text(text)
+        make_pseudo_labels(arguments)
+        assert shards(arguments.output) == before and "written anew" in capsys.readouterr().out
+    (folder / "settings.json").write_text((Path(other.output) / "settings.json").read_text())
+    with pytest.raises(InputError, match="made with other settings"):
+        load_unseen_scores(folder, space, ids)
+
+
+def test_two_runs_with_other_settings_never_share_a_folder(arguments):
+    first, second = (command(arguments, mask_threshold=threshold) for threshold in (0.5, 0.3))
+    options = {"env": environment(), "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(words, **options) for words in (first, second)]
+    said = [process.communicate()[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes == [0, 2]
+    refused = said[[process.returncode for process in both].index(2)].strip().splitlines()[-1]
+    assert refused.startswith("error: ") and ("another run writes" in refused or "another mask_threshold" in refused)
+    digest = settings_digest(read_settings(Path(arguments.output)))
+    assert {bound_to(Path(arguments.output, name)) for name in shards(arguments.output)} == {digest}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"checkpoint_sha256": "0123"}', '{"num_images": true}', "null"])

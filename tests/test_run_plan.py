@@ -6,17 +6,30 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from test_data import SPACE, random_sample, write_folder
 from tiny import CLASS_NAMES, tiny_model
 from transformers.models.swin import modeling_swin
 
 from train import TrainArgs
 from zs3.command_line import InputError
+from zs3.data import load_split, stream_split
 from zs3.image_labels import PseudoLabels
 from zs3.label_space import LabelSpace
 from zs3.pseudo_labels import write_shard
-from zs3.run_plan import Pace, check_trackers, cut_batch, describe, duration, names_lines
+from zs3.run_plan import (
+    BatchParts,
+    Pace,
+    check_learnable,
+    check_norms,
+    check_trackers,
+    cut_batch,
+    describe,
+    duration,
+    names_lines,
+)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -194,3 +207,62 @@ def test_no_end_is_foretold_to_a_run_that_has_ended(clock):
 
 def test_time_is_told_as_people_say_it():
     assert [duration(seconds) for seconds in (41, 125, 11_520)] == ["41 s", "2 min", "3 h 12 min"]
+
+
+# ---- data without anything to learn ------------------------------------------------------------------------
+
+
+def records_with(tmp_path, *ids, space=SPACE):
+    write_folder(tmp_path, {f"p{place}": random_sample(place, ids=own) for place, own in enumerate(ids)}, space)
+    return [load_split(tmp_path, "train", space), stream_split(tmp_path, "train", space)]
+
+
+def test_the_first_map_with_something_to_learn_is_enough(tmp_path):
+    for records in records_with(tmp_path, (255,), (0, 2), (0, 2)):
+        (tmp_path / "train" / "labels" / "p2.png").write_bytes(b"never looked at")
+        check_learnable(records, SPACE)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([(255,), (255,)], "all 2 label maps hold no class, only the ignored id 255: there is no mask to train on"),
+        ([(1, 255), (3,)], "all 2 label maps hold nothing but 'cow', 'cat': there is no mask to train on"),
+        ([(0, 255), (255,)], "all 2 label maps hold nothing but 'sky': where masks are 0 and 255, 255 is ignored"),
+    ],
+)
+def test_data_without_anything_to_learn_are_refused_before_the_run(ids, words, tmp_path):
+    for records in records_with(tmp_path, *ids):
+        with pytest.raises(InputError, match=words):
+            check_learnable(records, SPACE)
+
+
+def test_one_class_alone_is_a_warning(tmp_path, capsys):
+    for records in records_with(tmp_path, (2, 255), (2,)):
+        check_learnable(records, SPACE)
+        assert "warning: all 2 label maps hold nothing but 'road'" in capsys.readouterr().out
+
+
+def test_a_label_space_of_unseen_classes_alone_is_refused(tmp_path):
+    space = LabelSpace(SPACE.class_names, SPACE.class_names, 255)
+    for records in records_with(tmp_path, (0, 1), space=space):
+        with pytest.raises(InputError, match="all classes are unseen"):
+            check_learnable(records, space)
+
+
+@pytest.mark.parametrize("norm", ["batch", "sync"])
+@pytest.mark.parametrize("crop_size", [32, 33, 64, 65])
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_batch_norm_over_one_value_is_refused_where_torch_refuses_it(norm, crop_size, images, processes):
+    maps = torch.zeros(images * (processes if norm == "sync" else 1), 3, crop_size, crop_size)
+    for _ in range(5):  # of stride 2 each, as ResNet's
+        maps = torch.nn.Conv2d(3, 3, 3, stride=2, padding=1)(maps)
+    try:
+        torch.nn.BatchNorm2d(3).train()(maps)
+    except ValueError:
+        with pytest.raises(InputError, match="has one value to take statistics of"):
+            check_norms(norm, crop_size, BatchParts(processes, 1, images))
+    else:
+        check_norms(norm, crop_size, BatchParts(processes, 1, images))
+    check_norms("frozen", crop_size, BatchParts(processes, 1, images))

@@ -107,7 +107,7 @@ def read_split(records: Split, num_workers: int) -> dict:
 
 def report(splits: dict[str, dict], label_space: LabelSpace) -> str:
     """A line for each class: images it is in, and percent of the labelled pixels, in each split."""
-    lines = []
+    lines, unseen = [], set(label_space.unseen)
     for split, found in splits.items():
         lines.append(f"{split}: {found['num_images']} images, {found['images_without_labels']} of them without a label")
     lines.append("  ".join(f"{split + ' images':>17} {'pixels':>7}" for split in splits) + "  class")
@@ -116,7 +116,7 @@ def report(splits: dict[str, dict], label_space: LabelSpace) -> str:
         for found in splits.values():
             share = found["pixels"][name] / max(sum(found["pixels"].values()), 1)
             cells.append(f"{found['images'][name]:17d} {100 * share:6.2f}%")
-        lines.append("  ".join(cells) + f"  {name}{' (unseen)' if name in label_space.unseen else ''}")
+        lines.append("  ".join(cells) + f"  {name}{' (unseen)' if name in unseen else ''}")
     for split, found in splits.items():
         if found["exif_orientation"]:
             shown = ", ".join(found["exif_orientation"][:3]) + (", ..." if len(found["exif_orientation"]) > 3 else "")
@@ -124,8 +124,8 @@ def report(splits: dict[str, dict], label_space: LabelSpace) -> str:
                 f"note: {len(found['exif_orientation'])} pictures of {split} have an EXIF rotation ({shown}), which is "
                 "not applied: their maps must fit them as stored"
             )
-    if not label_space.seen:
-        lines.append("note: all classes are unseen, so nothing can be trained on")
+        if any(found["pixels"].values()) and not any(found["pixels"][name] for name in label_space.seen):
+            lines.append(f"note: no pixel of {split} is of a seen class, so nothing can be trained on")
     problems = [problem for found in splits.values() for problem in found["problems"]]
     lines += [f"problem: {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:

@@ -83,7 +83,8 @@ class StoredRecord(NamedTuple):
         with readable(self.name):
             if size is not None:
                 self.image.draft("RGB", size)
-            return self.image.convert("RGB")
+            self.image.load()
+            return self.image if self.image.mode == "RGB" else self.image.convert("RGB")  # which would copy it
 
     @property
     def is_turned(self) -> bool:
@@ -599,7 +600,7 @@ class SegmentationDataset(Dataset):
         pixels.copy_(torch.from_numpy(np.array(image)).permute(2, 0, 1))
         pixels.mul_(self.scale).sub_(self.shift)
         pixel_mask[inside] = 1
-        labels[inside] = torch.from_numpy(np.ascontiguousarray(label))
+        labels[inside] = torch.from_numpy(label.copy() if min(label.strides) < 0 else label)  # of a mirrored crop
         return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": labels}
 
 

@@ -192,6 +192,8 @@ def check_final(folder: Path) -> None:
     if not folder.exists():
         return
     try:
+        if not (folder / "config.json").is_file():  # transformers would take the defaults
+            raise InputError("it has no config.json")
         Zs3Config.from_pretrained(folder)
         for path in weight_files(folder):
             if path.suffix == ".safetensors":
