@@ -533,18 +533,19 @@ def evaluate_suite(args: EvalArgs, accelerator: Accelerator) -> str | None:
     A member whose number cannot be claimed with this checkpoint has its reason in the place of one.
     """
     args.check()
+    members = chosen_members(SUITES[args.suite], Path(args.data_root), args.members)
     with ExitStack() as held:
         with all_refuse(accelerator):
             if accelerator.is_main_process:
                 held.enter_context(locked(Path(args.output)))
-        return evaluate_members(args, accelerator)
+        return evaluate_members(args, members, accelerator)
 
 
-def evaluate_members(args: EvalArgs, accelerator: Accelerator) -> str | None:
+def evaluate_members(args: EvalArgs, members: list[str], accelerator: Accelerator) -> str | None:
     """As `evaluate_suite`, into a folder that is nobody else's now."""
     suite, root, folder = SUITES[args.suite], Path(args.data_root), Path(args.output)
     results, reasons = {}, {}
-    for name in chosen_members(suite, root, args.members):
+    for name in members:
         member = member_args(args, suite, name)
         try:
             results[name] = evaluate(member, accelerator, reuse=True)

@@ -20,7 +20,6 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -143,8 +142,6 @@ def _fetched(address: str) -> bytes:
     with decoding():
         if address.startswith("data:"):
             return base64.b64decode(address.partition(",")[2])
-        if constants.HF_HUB_OFFLINE:
-            raise Refused("this process is offline (HF_HUB_OFFLINE): download it first")
         return get_session().get(address, follow_redirects=True).content
 
 

@@ -4,6 +4,7 @@ An image becomes views, itself or overlapping windows of it; the network makes p
 turns proposals into a label map. `propose` stops in the middle, so that other label lists cost no network.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -473,6 +475,10 @@ def _load(image: ImageLike) -> Image.Image:
             )
         image = Image.fromarray(image)
     name = "the image" if isinstance(image, Image.Image) else shortened(str(image), 200)[1:-1]
+    if is_address(image) and not name.startswith("data:") and constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{name} is an address, but this process is offline (HF_HUB_OFFLINE): download it first")
+    if isinstance(image, str | Path) and os.path.isdir(image):
+        raise ValueError(f"{name} is a folder: give it alone")
     try:
         return load_picture(image)
     except Refused as error:

@@ -259,7 +259,7 @@ def test_other_folders_beside_the_states_are_no_states(copy):
 
 
 def test_a_run_that_is_writing_is_left_alone(copy):
-    held = "import sys, time; from pathlib import Path; from zs3.run_folder import lock_folder\n"
+    held = "import sys, time; from pathlib import Path; from zs3.files import lock_folder\n"
     held += "lock = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", held, str(copy / "run")], stdout=subprocess.PIPE, cwd=ROOT) as other:
         assert other.stdout.readline()

@@ -197,7 +197,10 @@ def test_its_own_folder_is_made_anew_and_any_other_is_left_alone(checkpoint, tmp
         capsys.readouterr()
         assert command(monkeypatch, *words) == 2
         printed = capsys.readouterr()
-        assert "holds something else, or was changed by hand" in printed.err and "a stranger" not in printed.out
+        words_said = "is a file: choose a folder" if folder.is_file() else "holds something else, or was changed"
+            "is a file: choose a folder" if folder.is_file() else "holds something else, or was changed by hand"
+        )
+        assert words_said in printed.err and "a stranger" not in printed.out
         assert changed.read_bytes() == before and not (tmp_path / "out.partial").exists()
 
     original = (folder / "README.md").read_text()
@@ -229,9 +232,9 @@ def test_a_failure_keeps_the_release_before(checkpoint, tmp_path, monkeypatch, u
     def fails(*_: object) -> None:
         raise InputError("a full disk, say")
 
-    for name in ("visited", "rename"):
+    for place in ("zs3.release.visited", "zs3.files.rename"):
         with monkeypatch.context() as patched:
-            patched.setattr(zs3.release, name, fails)
+            patched.setattr(place, fails)
             assert command(monkeypatch, *words) == 2
         assert {path.name: sha256(path) for path in folder.iterdir()} == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -288,7 +288,7 @@ def test_a_field_of_a_wrong_type_changes_nothing_or_is_one_line(old, tmp_path, m
             refused += 1
         else:
             assert found in (whole, None), (way, at(mutated, way))
-    assert refused > 250
+    assert refused > 230  # of the suite's reader, a file that is no JSON is one that is not there
 
 
 @pytest.mark.parametrize(

@@ -181,17 +181,17 @@ def try_output(flag: str, path: Path, kind: str) -> None:
                 raise InputError(f"{what} is a folder: choose a file")
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise InputError(f"{what} is a device or a pipe: choose a file")
-        place = path if kind == "folder" or kind != "file" and path.is_dir() else path.parent
+        place = path if kind == "folder" or kind != "file" and os.path.isdir(path) else path.parent
         missing = []
         while not os.path.exists(place):
             missing.append(place.name)
             place = place.parent
-        if not place.is_dir():
+        if not os.path.isdir(place):
             raise InputError(f"{what}: {shown(place)} is a file, no folder: choose another place")
         longest = os.pathconf(place, "PC_NAME_MAX")
         beside = [f"{path.name}.partial"] if kind == "folder" else [f"{path.stem}{end}" for end in BESIDE]
         for name in beside if kind == "file" else ():
-            if path.with_name(name).is_dir():
+            if os.path.isdir(path.with_name(name)):
                 raise InputError(f"{what}: {name}, which belongs beside it, is a folder: choose another place")
         for name in (*missing, path.name, *beside):
             if len(os.fsencode(name)) > longest:

@@ -375,6 +375,8 @@ def counts(name: str, split: str, items: list[Pair | Captioned]) -> dict[str, tu
 
 def check_free(output: Path) -> None:
     """A folder holds one conversion, and nothing else."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file: choose a folder")
     begun = (output / PROGRESS / "settings.json").exists()
     others = [file.name for file in output.iterdir() if file.name != PROGRESS] if output.is_dir() and not begun else []
     others = [name for name in others if not is_leftover(name)]

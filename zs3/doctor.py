@@ -31,7 +31,7 @@ from zs3.data import load_split, stream_split
 from zs3.files import is_locked
 from zs3.label_space import load_label_space, load_text_embeds
 from zs3.results import TOLD
-from zs3.run_folder import complete_checkpoints, damage, read_metrics, read_recipe, true_name, unfit
+from zs3.run_folder import complete_checkpoints, copied_recipe, damage, parse_recipe, read_metrics, true_name, unfit
 from zs3.stamp import (
     STAMP,
     Record,
@@ -171,9 +171,12 @@ def say_code(found: Findings, folder: Path) -> None:
 def examine_run(folder: Path, found: Findings) -> None:
     if is_locked(folder):
         raise InputError(f"a run writes in {folder} now: look at it when it has ended")
-    recipe: dict = {}
+    recipe, copy = {}, copied_recipe(folder / "checkpoints")
     with found.looking():
-        recipe = read_recipe(folder / "recipe.yaml")
+        recipe = parse_recipe(folder / "recipe.yaml")
+    if not recipe and copy is not None:
+        found.say("recipe", f"the copy in {copy.parent.name} counts")
+        recipe = parse_recipe(copy)
     states = complete_checkpoints(folder / "checkpoints")
     faults = {path: damage(path) or unfit(path) for path in states}
     whole = [path for path in states if faults[path] is None]
@@ -293,12 +296,12 @@ def examine_final_record(final: Record, stamped: Record, found: Findings) -> Non
 def examine(folder: Path) -> Findings:
     """Of the folder of a run, or of a checkpoint."""
     found = Findings()
-    if (folder / "recipe.yaml").exists() or (folder / "checkpoints").is_dir():
-        examine_run(folder, found)
-    elif (folder / "progress.bin").exists():
+    if (folder / "progress.bin").exists():
         raise InputError(
             f"{folder} is a training checkpoint: give the folder of the run, {folder.resolve().parents[1]}"
         )
+    if (folder / "recipe.yaml").exists() or (folder / "checkpoints").is_dir():
+        examine_run(folder, found)
     elif (folder / "config.json").exists():
         found.say("folder", str(folder))
         examine_checkpoint(folder, found)

@@ -22,6 +22,7 @@ from files_zs3 import whole
 from zs3.command_line import NO_SPACE, InputError, one_line, shown
 
 LOCK = "run.lock"
+PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial")  # what `whole` writes to
 LONGEST_NAME = 120  # bytes of an id in a file's name; file systems take 255
 NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps them for devices
 
@@ -143,20 +144,18 @@ def writing_folder(folder: Path) -> Iterator[Path]:
 
     Nobody else fills it at the same time. What stands under the name is not touched: look before.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial, lock = folder.with_name(folder.name + ".partial"), folder.with_name(f".{folder.name}.lock")
     try:
-        with locked(partial) as lock, naming(folder):
-            for left in set(partial.iterdir()) - {partial / LOCK}:
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock_file(lock, folder), naming(folder):
             try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
                 yield partial
                 rename(partial, folder)
-                (folder / LOCK).unlink()  # whoever still waits for it finds that its place is gone
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
             finally:
-                lock.close()
+                shutil.rmtree(partial, ignore_errors=True)
+                lock.unlink()  # whoever has opened it in the meantime finds that it is gone
     except OSError as error:
         raise cannot_write(folder, error) from error
 
@@ -172,15 +171,27 @@ def locked(folder: Path) -> Iterator[IO]:
 
 
 def lock_folder(folder: Path) -> IO:
-    """The folder, made if need be, is this process's until it ends, or the file returned is closed."""
+    """The folder, made if need be, is this process's until it ends, or the file returned is closed.
+
+    Half files that a killed process left there go.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{shown(folder)} is a file: choose a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
+        file = lock_file(folder / LOCK, folder)
+        for left in folder.iterdir():
+            if PARTIAL.fullmatch(left.name):
+                left.unlink()
     except OSError as error:
         raise cannot_write(folder, error) from error
-    if _is_taken(file, fcntl.LOCK_EX) or not _is_of(file, folder / LOCK):
+    return file
+
+
+def lock_file(path: Path, folder: Path) -> IO:
+    """The open file of a lock. folder: what it is for."""
+    file = path.open("w")
+    if _is_taken(file, fcntl.LOCK_EX) or not _is_of(file, path):
         file.close()
         raise InputError(f"another run writes in {folder} now: let it end, or choose another folder")
     return file

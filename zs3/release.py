@@ -42,7 +42,7 @@ from zs3.checkpoints import (
 )
 from zs3.command_line import InputError, OutputFolder, check_required, flag, one_line, read_arguments, run, shown
 from zs3.evaluation import SCORES
-from zs3.files import LOCK, file_sha256, naming, write_text, writing_folder
+from zs3.files import file_sha256, naming, write_text, writing_folder
 from zs3.label_space import is_hub_id, load_label_space
 from zs3.model_card import example_labels, model_card, recipes_of
 from zs3.results import Result, read_result
@@ -239,7 +239,7 @@ def contents_sha256(folder: Path, card: str) -> str:
     """Of the names and contents of all files, the card as given in place of the README."""
     digest = hashlib.sha256(card.encode())
     files = (path for path in folder.rglob("*") if path.is_file() and not is_leftover(path.name))
-    for path in sorted({*files} - {folder / "README.md", folder / LOCK}):
+    for path in sorted({*files} - {folder / "README.md"}):
         digest.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 

@@ -105,12 +105,19 @@ def read_recipe(path: Path) -> dict:
     """What a run that has begun was begun with, with the names of today; of a damaged file the newest copy."""
     try:
         return parse_recipe(path)
-    except InputError as error:
-        for checkpoint in reversed(complete_checkpoints(path.parent / "checkpoints")):
-            if (checkpoint / RECIPE).is_file() and damage(checkpoint, RECIPE) is None:
-                print(f"warning: {path} is damaged: the copy in {checkpoint.name} counts")
-                return parse_recipe(checkpoint / RECIPE)
-        raise error
+    except InputError:
+        copy = copied_recipe(path.parent / "checkpoints")
+        if copy is None:
+            raise
+        print(f"warning: {path} is missing or damaged: the copy in {copy.parent.name} counts")
+        return parse_recipe(copy)
+
+
+def copied_recipe(checkpoints: Path) -> Path | None:
+    """The newest checkpoint's copy, where one has a whole one."""
+    newest_first = reversed(complete_checkpoints(checkpoints))
+    whole = (path / RECIPE for path in newest_first if (path / RECIPE).is_file() and damage(path, RECIPE) is None)
+    return next(whole, None)
 
 
 def parse_recipe(path: Path) -> dict:
@@ -406,8 +413,12 @@ def give_true_names(folder: Path) -> None:
     """Of the checkpoints in a folder; a line says which had another's."""
     wrong = {}
     for path in complete_checkpoints(folder):
-        if damage(path, "progress.bin") is None and true_name(path) != path.name:
-            wrong[path] = folder / true_name(path)
+        try:
+            name = true_name(path) if damage(path, "progress.bin") is None else path.name
+        except InputError:  # a damaged one, of which more is said where it is not used
+            name = path.name
+        if name != path.name:
+            wrong[path] = folder / name
     aside = {path: path.replace(path.with_suffix(".misnamed")) for path in wrong}
     for path, place in wrong.items():
         place = path.with_suffix(".damaged") if place.exists() else place
