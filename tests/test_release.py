@@ -198,8 +198,6 @@ def test_its_own_folder_is_made_anew_and_any_other_is_left_alone(checkpoint, tmp
         assert command(monkeypatch, *words) == 2
         printed = capsys.readouterr()
         words_said = "is a file: choose a folder" if folder.is_file() else "holds something else, or was changed"
-            "is a file: choose a folder" if folder.is_file() else "holds something else, or was changed by hand"
-        )
         assert words_said in printed.err and "a stranger" not in printed.out
         assert changed.read_bytes() == before and not (tmp_path / "out.partial").exists()
 
