@@ -24,11 +24,11 @@ from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 try:
-    from .configuration_zs3 import Refused
+    from .configuration_zs3 import Refused, shortened
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Refused
+    from configuration_zs3 import Refused, shortened
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -111,18 +111,22 @@ def _why_unidentified(source: str | Path | bytes, formats: Sequence[str]) -> str
 def load_picture(image: str | Path | Image.Image) -> Image.Image:
     """RGB, turned as its EXIF data say. image: a path, an address (http, https, data:image/) or a PIL image.
 
-    Raises Refused, the message is the reason.
+    Raises Refused.
     """
-    if is_address(image):
-        image = open_image(_fetched(str(image)))
-    elif isinstance(image, str | Path):
-        image = open_image(image)
-    elif not isinstance(image, Image.Image):
-        raise Refused(f"it is a {type(image).__name__}, no image, path or address")
-    if image.mode[0] in "IF":
-        raise Refused(f"mode {image.mode} holds more than 8 bits a channel; convert it to 8 first")
-    with decoding():
-        return ImageOps.exif_transpose(image).convert("RGB")
+    name = shortened(str(image), 200)[1:-1] if isinstance(image, str | Path) else "the image"
+    try:
+        with decoding():
+            if is_address(image):
+                image = open_image(_fetched(str(image)))
+            elif isinstance(image, str | Path):
+                image = open_image(image)
+            elif not isinstance(image, Image.Image):
+                raise Refused(f"it is a {type(image).__name__}, no image, path or address")
+            if image.mode[0] in "IF":
+                raise Refused(f"mode {image.mode} holds more than 8 bits a channel; convert it to 8 first")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Refused as error:
+        raise Refused(f"{name} cannot be read as an image: {error}") from error
 
 
 def is_leftover(name: str) -> bool:
@@ -139,10 +143,9 @@ def is_address(image: object) -> bool:
 
 
 def _fetched(address: str) -> bytes:
-    with decoding():
-        if address.startswith("data:"):
-            return base64.b64decode(address.partition(",")[2])
-        return get_session().get(address, follow_redirects=True).content
+    if address.startswith("data:"):
+        return base64.b64decode(address.partition(",")[2])
+    return get_session().get(address, follow_redirects=True).content
 
 
 def read_text(path: str | Path) -> str:

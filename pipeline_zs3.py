@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import Pipeline
 
 try:
-    from .configuration_zs3 import Refused, places, shortened
+    from .configuration_zs3 import places, shortened
     from .drawing_zs3 import NONE_OF_THESE, draw
     from .files_zs3 import PICTURE_SUFFIXES, is_address, is_picture_name, load_picture, save_map
     from .label_maps_zs3 import semantic_map
@@ -30,7 +30,7 @@ try:
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Refused, places, shortened
+    from configuration_zs3 import places, shortened
     from drawing_zs3 import NONE_OF_THESE, draw
     from files_zs3 import PICTURE_SUFFIXES, is_address, is_picture_name, load_picture, save_map
     from label_maps_zs3 import semantic_map
@@ -474,15 +474,11 @@ def _load(image: ImageLike) -> Image.Image:
                 f"an image array must be uint8, (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}"
             )
         image = Image.fromarray(image)
-    name = "the image" if isinstance(image, Image.Image) else shortened(str(image), 200)[1:-1]
-    if is_address(image) and not name.startswith("data:") and constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{name} is an address, but this process is offline (HF_HUB_OFFLINE): download it first")
+    if is_address(image) and not str(image).startswith("data:") and constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{image} is an address, but this process is offline (HF_HUB_OFFLINE): download it first")
     if isinstance(image, str | Path) and os.path.isdir(image):
-        raise ValueError(f"{name} is a folder: give it alone")
-    try:
-        return load_picture(image)
-    except Refused as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+        raise ValueError(f"{image} is a folder: give it alone")
+    return load_picture(image)
 
 
 def _views(width: int, height: int, window: int | None, overlap: int | None) -> list[View]:

@@ -462,7 +462,7 @@ def test_a_broken_table_and_an_image_in_two_splits_are_refused(arguments, tmp_pa
     ("flags", "words"),
     [
         (["--captions", "./nowhere"], "--captions nowhere: no such folder"),
-        (["--splits", "test"], "no captions of split 'test'"),
+        (["--splits", "test"], "has no split 'test'"),
         (["--splits", "train", "train"], "--splits must name each split once"),
         (["--num_words", "5"], "--num_words 5 is less than the 6 seen names"),
         (["--num_proc", "0"], "--num_proc must be 1 or more, got 0"),

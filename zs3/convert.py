@@ -54,7 +54,7 @@ from zs3.command_line import (
     read_arguments,
     run,
 )
-from zs3.data import exif_orientation
+from zs3.data import exif_orientation, image_id_of
 from zs3.dataset_card import card
 from zs3.files import file_sha256, json_text, locked, write_json, write_text, writing
 from zs3.label_space import CLASSES_FOLDER, is_hub_id, load_label_space, source_ids
@@ -345,6 +345,8 @@ def list_items(args: ConvertArgs) -> dict[str, list[Pair | Captioned]]:
         found = sorted(archive.items(Path(args.source), split), key=lambda item: item[:2])
         if not found:
             raise InputError(f"{split} of {args.name} in {args.source} is empty: copy it from the archive")
+        for item in found:
+            image_id_of(item.image_id)
         ids = [None, *(item.image_id for item in found)]
         found = [item._replace(repeats=item.image_id == ids[n]) for n, item in enumerate(found)]
         items[split] = mixed(found) if split == "train" else found

@@ -166,10 +166,10 @@ class StreamedSplit:
     def ids(self) -> Iterator[np.ndarray]:
         """As of a Split."""
         for row in read_rows(self.table):
-            yield _read_label(row["label"], _image_id(row["image_id"]), self.label_space)[2]
+            yield _read_label(row["label"], image_id_of(row["image_id"]), self.label_space)[2]
 
     def stored(self, row: Row) -> StoredRecord:
-        return _stored(row, _image_id(row["image_id"]), self.label_space)
+        return _stored(row, image_id_of(row["image_id"]), self.label_space)
 
     def contents(self) -> dict[str, int | str]:
         """What the split is made of; see `contents_of`."""
@@ -219,7 +219,7 @@ def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None =
         return Split(rows, [row["image_id"] for row in rows], label_space)
     table = _table(dataset, split, streaming=False)
     with whole_table(f"cannot read image_id of split {split!r} of {dataset}"):
-        image_ids = [_image_id(image_id) for image_id in table["image_id"]]
+        image_ids = [image_id_of(image_id) for image_id in table["image_id"]]
     repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
     if repeated:
         raise InputError(f"split {split!r} of {dataset} has image_id {repeated[0]!r} twice: give every picture its own")
@@ -271,7 +271,7 @@ def _folder_rows(folder: Path) -> list[Row]:
             )
     if not images:
         raise InputError(f"{folder / 'images'} has no picture ({', '.join(PICTURE_SUFFIXES)})")
-    return [{"image": images[stem], "label": labels[stem], "image_id": _image_id(stem)} for stem in sorted(images)]
+    return [{"image": images[stem], "label": labels[stem], "image_id": image_id_of(stem)} for stem in sorted(images)]
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -316,7 +316,7 @@ def _listed_rows(metadata: Path) -> list[Row]:
                 fault = "is no file" if file.exists() else "does not exist"
                 raise InputError(f"{metadata}, line {number}: {file} {fault}")
         try:
-            image_id = _image_id(entry.get("image_id", image.stem))
+            image_id = image_id_of(entry.get("image_id", image.stem))
         except InputError as error:
             raise InputError(f"{metadata}, line {number}: {error}") from error
         if image_id in rows:
@@ -334,7 +334,7 @@ def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Datase
     import datasets
 
     if Path(dataset).is_dir():
-        shards = _with_rows(_shards(Path(dataset), split))
+        shards = _with_rows(table_shards(Path(dataset), split))
         if not shards:
             raise InputError(f"split {split!r} of {dataset} has no row: name another split, or another dataset")
         # The name is a part of the cache's: a shard that was replaced, at the same path and time, is read anew.
@@ -359,7 +359,7 @@ def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Datase
 
 def table_files(dataset: str | Path, split: str) -> list[Path] | str:
     """The parquet files of a split of a folder; or the Hub id, whose files the Hub knows."""
-    return _shards(Path(dataset), split) if Path(dataset).is_dir() else str(dataset)
+    return table_shards(Path(dataset), split) if Path(dataset).is_dir() else str(dataset)
 
 
 def _with_rows(shards: list[Path]) -> list[Path]:
@@ -382,12 +382,12 @@ def _identity(files: Sequence[Path]) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def _shards(folder: Path, split: str) -> list[Path]:
+def table_shards(folder: Path, split: str) -> list[Path]:
     """The split's parquet files, all of those that their names promise.
 
     `train-00000-of-00008.parquet`, with a digest before the suffix in older uploads; or any names that begin so.
     """
-    names = re.compile(rf"{re.escape(split)}-(?:(\d+)-of-(\d+)(?:-\w+)?|(?!.*-of-).+)\.parquet")
+    names = re.compile(rf"{re.escape(split)}-(?:(\d+)-of-(\d+)(?:-\w+)?|(?!(?:.*-)?of-).+)\.parquet")
     files = sorted((folder / "data").iterdir()) if (folder / "data").is_dir() else []
     found = [(file, match) for file in files if (match := names.fullmatch(file.name))]
     if not found:
@@ -396,8 +396,9 @@ def _shards(folder: Path, split: str) -> list[Path]:
             f"data/{split}-*.parquet"
         )
     shards = [file for file, _ in found]
-    if "::" in str(shards[0].absolute()):
-        raise InputError(f"{shards[0]}: datasets takes '::' in a path for an address, rename the folder")
+    for sign, meaning in (("::", "an address"), ("$", "a variable")):
+        if sign in str(shards[0].absolute()):
+            raise InputError(f"{shards[0]}: datasets takes {sign!r} in a path for {meaning}, rename the folder")
     numbered = sorted((int(match[1]), int(match[2])) for _, match in found if match[1])
     totals = sorted({total for _, total in numbered})
     if numbered and (numbered != [(n, totals[0]) for n in range(totals[0])] or len(numbered) != len(shards)):
@@ -408,7 +409,7 @@ def _shards(folder: Path, split: str) -> list[Path]:
     return shards
 
 
-def _image_id(cell: object) -> str:
+def image_id_of(cell: object) -> str:
     """An id as it stands in a list, a table or a file's name."""
     if cell is None:
         raise InputError("a row has no image_id: give every picture its own")

@@ -48,7 +48,7 @@ def file_name(image_id: str, suffix: str) -> str:
     )
     if plain and image_id and len(image_id.encode()) <= LONGEST_NAME and not NO_NAMES.fullmatch(image_id):
         return image_id + suffix
-    begin = letters.strip(" .").encode("utf-8", "replace")[: LONGEST_NAME // 2].decode("utf-8", "ignore")
+    begin = letters.replace(".", "_").strip().encode("utf-8", "replace")[: LONGEST_NAME // 2].decode("utf-8", "ignore")
     return f"{begin}-{hashlib.sha256(image_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}{suffix}"
 
 

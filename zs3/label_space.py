@@ -133,7 +133,7 @@ def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None)
     if rows.dtype.kind != "f":
         raise InputError(f"{shown(path)} holds {rows.dtype}: text vectors are floating-point numbers")
     with np.errstate(over="ignore"):  # what is too large is refused below
-        vectors = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
+        vectors = torch.from_numpy(np.array(rows, dtype=np.float32, order="C"))
     try:
         check_text_embeds(vectors, rows.shape[1])
     except ValueError as error:

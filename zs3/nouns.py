@@ -56,7 +56,7 @@ from zs3.command_line import (
     run,
     shown,
 )
-from zs3.data import dataset_name
+from zs3.data import dataset_name, table_shards
 from zs3.files import write_json, writing_folder
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.typed_json import read_json
@@ -245,11 +245,8 @@ def read_captions(folder: Path, split: str) -> dict[str, list[str]]:
     import pyarrow
     import pyarrow.parquet
 
-    files = sorted(folder.glob(f"data/{split}-*.parquet"))
-    if not files:
-        raise InputError(f"{folder} has no captions of split {split!r}: data/{split}-*.parquet is missing")
     captions = {}
-    for file in files:
+    for file in table_shards(folder, split):
         try:
             rows = pyarrow.parquet.read_table(file).to_pydict()
         except (OSError, pyarrow.ArrowException) as error:
