@@ -628,6 +628,21 @@ def test_no_path_is_a_pattern(name, folder, tmp_path, monkeypatch):
             load(tmp_path / "run1", "tr*")
 
 
+@pytest.mark.parametrize("name", ["a::b", "$HOME"])
+def test_a_path_that_datasets_would_not_take_as_it_is_has_its_reason(name, folder, tmp_path):
+    write_parquet(folder, tmp_path / "plain", shards=1).rename(tmp_path / name)
+    for load in (load_split, stream_split):
+        with pytest.raises(InputError, match="datasets takes .* in a path for .*, rename the folder"):
+            load(tmp_path / name, "train")
+
+
+def test_a_part_of_a_shards_name_is_no_split(folder, tmp_path):
+    write_parquet(folder, tmp_path / "parquet", shards=1)
+    for split in ("train-00000", "train-00000-of", "trai", "train-"):
+        with pytest.raises(InputError, match="has no split"):
+            load_split(tmp_path / "parquet", split)
+
+
 def test_a_shard_that_was_replaced_is_read_anew(folder, tmp_path, monkeypatch):
     """At the same path, of the same size and time."""
     datasets = pytest.importorskip("datasets")

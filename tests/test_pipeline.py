@@ -113,6 +113,23 @@ def test_an_image_that_is_not_there_or_unreadable_is_named(segment, tmp_path):
         segment(tmp_path / "empty", candidate_labels=CLASS_NAMES)
 
 
+def test_a_map_is_saved_with_the_ids_of_its_list(segment, tmp_path):
+    result = segment(IMAGE, candidate_labels=CLASS_NAMES, background="reject", threshold=0.3, output="map")
+    segment.save_map(result, tmp_path / "map.png")
+    stored = np.asarray(Image.open(tmp_path / "map.png")).astype(int)
+    np.testing.assert_array_equal(np.where(stored == 255, -1, stored), result["segmentation"])
+
+
+def test_a_path_is_opened_by_the_list_of_formats_by_the_processor_too(segment, tmp_path):
+    IMAGE.save(tmp_path / "picture.png")
+    one = segment.image_processor(str(tmp_path / "picture.png"))["pixel_values"]
+    torch.testing.assert_close(one, segment.image_processor(IMAGE)["pixel_values"])
+    IMAGE.save(tmp_path / "picture.png", "PCX")
+    for door in (segment.image_processor, lambda path: segment(path, candidate_labels=CLASS_NAMES)):
+        with pytest.raises(ValueError, match="picture.png cannot be read as an image: it is no image of a format"):
+            door(str(tmp_path / "picture.png"))
+
+
 def test_an_address_is_refused_offline(segment, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"^https://example.org/cat.png is an address, but this process is offline"):

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 MAP_SUFFIXES = (".png",)
 COLUMNS = ("image", "label", "image_id")
+NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)(-\w+)?\.parquet")  # of a table's shards
 
 Sample = dict[str, Any]
 
@@ -387,21 +388,26 @@ def table_shards(folder: Path, split: str) -> list[Path]:
 
     `train-00000-of-00008.parquet`, with a digest before the suffix in older uploads; or any names that begin so.
     """
-    names = re.compile(rf"{re.escape(split)}-(?:(\d+)-of-(\d+)(?:-\w+)?|(?!(?:.*-)?of-).+)\.parquet")
     files = sorted((folder / "data").iterdir()) if (folder / "data").is_dir() else []
-    found = [(file, match) for file in files if (match := names.fullmatch(file.name))]
-    if not found:
+    shards, numbered = [], []
+    for file in files:
+        match = NUMBERED.fullmatch(file.name)
+        if match and match["split"] == split:
+            numbered.append((int(match["number"]), int(match["total"])))
+        elif match or not file.name.startswith(f"{split}-") or file.suffix != ".parquet":
+            continue
+        shards.append(file)
+    if not shards:
         raise InputError(
             f"{folder} has no split {split!r}: neither {split}/images nor {split}/metadata.jsonl nor "
             f"data/{split}-*.parquet"
         )
-    shards = [file for file, _ in found]
     for sign, meaning in (("::", "an address"), ("$", "a variable")):
         if sign in str(shards[0].absolute()):
             raise InputError(f"{shards[0]}: datasets takes {sign!r} in a path for {meaning}, rename the folder")
-    numbered = sorted((int(match[1]), int(match[2])) for _, match in found if match[1])
     totals = sorted({total for _, total in numbered})
-    if numbered and (numbered != [(n, totals[0]) for n in range(totals[0])] or len(numbered) != len(shards)):
+    whole = [(number, len(shards)) for number in range(len(shards))]
+    if numbered and sorted(numbered) != whole:
         raise InputError(
             f"{folder}/data holds {len(shards)} shards of {split!r}, of {' and '.join(f'{n:05d}' for n in totals)}: "
             "the conversion or the copy is not complete, or shards of another one lie between"

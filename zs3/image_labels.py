@@ -193,7 +193,7 @@ def _score_files(path: Path) -> list[Path]:
     if not found:
         raise InputError(f"{path} holds no shards: give the --output of python -m zs3.pseudo_labels")
     total = int(found[0].stem.rsplit("-", 1)[1])
-    if found != [path / shard_name(index, total) for index in range(total)]:
+    if len(found) != total or found != [path / shard_name(index, total) for index in range(total)]:
         raise InputError(
             f"{path} holds {len(found)} shards, but not the {total} of one run: "
             "start python -m zs3.pseudo_labels again, or delete those of another run"
