@@ -16,7 +16,8 @@ row of the paper's table; members that are there are not repeated.
 import hashlib
 import json
 import platform
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -53,12 +54,14 @@ from zs3.command_line import (
     Output,
     OutputFolder,
     check_at_least,
+    check_outside,
     check_required,
     flag,
     in_one_line,
     printable,
     read_arguments,
     run,
+    try_output,
 )
 from zs3.curves import check_matplotlib, draw_reliability, draw_seen_unseen_curve
 from zs3.data import Split, dataset_name, load_split
@@ -70,6 +73,7 @@ from zs3.results import (
     RESULT_FILE,
     Choice,
     Result,
+    check_replaceable,
     check_weight,
     chosen_bias,
     chosen_weight,
@@ -158,9 +162,12 @@ class EvalArgs:
             check_required(self, "data_root", "output")
             if self.dataset or self.label_space or self.without:
                 raise InputError("--dataset, --label_space and --without do not go with --suite: it has its own")
+        check_outside("--pictures", self.pictures, self.dataset)
         if self.output is not None and self.suite is None:
             if Path(self.output).suffix != ".json" or Path(self.output).is_dir():
                 raise InputError(f"--output {self.output} must be a file that ends in .json")
+            try_output("--output", Path(self.output), "file")
+            check_replaceable(Path(self.output), read_result)
         elif self.output is not None and Path(self.output).exists() and not Path(self.output).is_dir():
             raise InputError(f"--output {self.output} is a file: of a suite it is a folder")
         if self.ensemble == "off" and self.ensemble_weight is not None:
@@ -364,7 +371,11 @@ def count_images(
         prediction = found if isinstance(found, Tensor) else found.with_seen_bias(seen_bias)
         count(counts, found, prediction, torch.from_numpy(item.label).to(prediction.device), item.image_id)
         if args.pictures is not None and item.index in drawn:
-            draw(item, prediction, candidates, Path(args.pictures))
+            try:
+                draw(item, prediction, candidates, Path(args.pictures))
+            except InputError as error:  # the pass is worth more than its pictures
+                print(f"warning: {error}; no more pictures are drawn")
+                drawn = set()
 
 
 def draw(item: Item, prediction: Tensor, candidates: Candidates, folder: Path) -> None:
@@ -430,14 +441,22 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     result |= {"proposals_shown_to_clip": total.shown / num_images, "undecided_share": total.undecided / num_images}
     result = finite_or_none(result)
     if args.output is not None:
-        try:
+        with kept_in_print(result):
             write_result(Path(args.output), result, total.confusion)
-        except InputError:
-            print(report(result))  # the pass is not lost with its file
-            raise
     if args.curves is not None:
-        draw_curves(result, Path(args.curves))
+        with kept_in_print(result):
+            draw_curves(result, Path(args.curves))
     return result
+
+
+@contextmanager
+def kept_in_print(result: Result) -> Iterator[None]:
+    """The pass is not lost with a file that cannot be written."""
+    try:
+        yield
+    except InputError:
+        print(report(result))
+        raise
 
 
 # ---- the result --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Files of whoever made them: which images are opened, label maps saved, and files that are there whole or not at all.
+"""Files of other people and our own: images opened, label maps saved, files written whole or not at all.
 
 `open_image` opens by an allow-list of formats, which Pillow decodes itself: of its others, EPS starts Ghostscript.
 `load_picture` is what the pipeline takes for an image; `save_map` writes a label map as a PNG of ids.
@@ -8,6 +8,7 @@ Axes: H W pixels.
 
 import base64
 import codecs
+import errno
 import io
 import os
 import stat
@@ -33,7 +34,10 @@ except ImportError:
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAP_FORMATS = ("PNG",)  # JPEG and its like change ids, writers of GIF renumber them
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+SECONDS = 60  # without an answer of an address
+MOST_FETCHED = 2**28  # bytes of an address
 MAX_PIXELS = 2**27  # of an image that is opened: 0.5 GB decoded
 
 
@@ -44,14 +48,22 @@ MAX_PIXELS = 2**27  # of an image that is opened: 0.5 GB decoded
 def decoding() -> Iterator[None]:
     """Whatever a decoder raises within the block is raised as Refused, whose message is the reason.
 
-    One guard for all readers: of a damaged file Pillow raises more kinds of errors than its documentation lists.
+    One guard for all readers: of a damaged file Pillow raises more kinds of errors than it documents. Want of
+    memory or of open files is no fault of the file, and passes.
     """
     try:
         yield
     except Refused:
         raise
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         raise Refused(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether an error says nothing of the file that was read: no more open files, no memory, a failing disk."""
+    return getattr(error, "errno", None) in OF_THE_MACHINE
 
 
 def open_image(source: str | Path | bytes, formats: Sequence[str] = PICTURE_FORMATS) -> Image.Image:
@@ -131,7 +143,7 @@ def load_picture(image: str | Path | Image.Image) -> Image.Image:
 
 def is_leftover(name: str) -> bool:
     """Whether a file is one that systems leave in folders: `._a.png` (macOS), .DS_Store, Thumbs.db, desktop.ini."""
-    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
+    return name.startswith("._") or name.lower() in (".ds_store", "thumbs.db", "desktop.ini", ".directory")
 
 
 def is_picture_name(name: str) -> bool:
@@ -145,7 +157,14 @@ def is_address(image: object) -> bool:
 def _fetched(address: str) -> bytes:
     if address.startswith("data:"):
         return base64.b64decode(address.partition(",")[2])
-    return get_session().get(address, follow_redirects=True).content
+    with get_session().stream("GET", address, follow_redirects=True, timeout=SECONDS) as answer:
+        answer.raise_for_status()
+        content = b""
+        for part in answer.iter_bytes():
+            content += part
+            if len(content) > MOST_FETCHED:
+                raise Refused(f"it is more than {MOST_FETCHED:,} bytes")
+    return content
 
 
 def read_text(path: str | Path) -> str:
@@ -156,29 +175,30 @@ def read_text(path: str | Path) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, without their ends. Other than `splitlines` it cuts at no separator inside a JSON string."""
+    """The lines of a text, without their ends. Unlike `splitlines` it cuts at no separator inside a JSON string."""
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
+class Unwanted(Exception):
+    """Raised within `whole`: what was written there is not to take its name."""
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write the file to: it takes its name at the end of the block, on the disk and whole, or
-    not at all. A block that removes what it has written writes nothing."""
+    not at all. The place has the number of the writing process in its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{uuid4().hex}.partial")
+    partial = path.with_name(f".{uuid4().hex}.{os.getpid()}.partial")
     try:
         yield partial
-        if not partial.exists():
-            return
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # its name must not come to the disk before it
-        finally:
-            os.close(descriptor)
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())  # its name must not come to the disk before it
         os.replace(partial, path)
+    except Unwanted:
+        return
     finally:
         partial.unlink(missing_ok=True)
 

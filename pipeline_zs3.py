@@ -137,7 +137,7 @@ class Zs3Pipeline(Pipeline):
     ) -> dict | list[dict] | list[list[dict]] | Iterator:
         if candidate_labels is not None:
             options["candidate_labels"] = candidate_labels
-        if isinstance(images, str | Path) and not is_address(images) and Path(images).is_dir():
+        if isinstance(images, str | Path) and not is_address(images) and os.path.isdir(images):
             images = _folder(Path(images))
         if isinstance(images, str | Path | Image.Image | Proposals) or getattr(images, "ndim", None) in (2, 3):
             return super().__call__([images], **options)[0]
@@ -475,9 +475,11 @@ def _load(image: ImageLike) -> Image.Image:
             )
         image = Image.fromarray(image)
     if is_address(image) and not str(image).startswith("data:") and constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{image} is an address, but this process is offline (HF_HUB_OFFLINE): download it first")
+        raise ValueError(
+            f"{str(image)[:200]} is an address, but this process is offline (HF_HUB_OFFLINE): download it first"
+        )
     if isinstance(image, str | Path) and os.path.isdir(image):
-        raise ValueError(f"{image} is a folder: give it alone")
+        raise ValueError(f"{str(image)[:200]} is a folder: give it alone")
     return load_picture(image)
 
 

@@ -43,7 +43,7 @@ FORMAT = "1"  # another one where encode_text or the files change their meaning
 DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
 KEY_BYTES = 16
 # What TextCache may remove from its folder; other people's files there are none of its business.
-OWN_FILE = re.compile(r"[0-9a-f]{64}/([0-9a-f]{64}\.safetensors|([0-9a-f]{64})?\.[0-9a-f]{32}\.partial)")
+OWN_FILE = re.compile(r"[0-9a-f]{64}/([0-9a-f]{64}\.safetensors|([0-9a-f]{64})?\.[0-9a-f]{32}(\.\d+)?\.partial)")
 # Fields of a CLIPTextConfig that change the vectors, but not the names and shapes of the weights.
 ENCODER_FIELDS = ("eos_token_id", "hidden_act", "layer_norm_eps", "num_attention_heads", "projection_dim")
 

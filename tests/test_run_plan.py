@@ -226,9 +226,9 @@ def test_the_first_map_with_something_to_learn_is_enough(tmp_path):
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
-        ([(255,), (255,)], "all 2 label maps hold no class, only the ignored id 255: there is no mask to train on"),
-        ([(1, 255), (3,)], "all 2 label maps hold nothing but 'cow', 'cat': there is no mask to train on"),
-        ([(0, 255), (255,)], "all 2 label maps hold nothing but 'sky': where masks are 0 and 255, 255 is ignored"),
+        ([(255,), (255,)], "the 2 label maps hold no class, so no seen class to train on"),
+        ([(1, 255), (3,)], "the 2 label maps hold nothing but 'cow', 'cat', so no seen class to train on"),
+        ([(0, 255), (255,)], "the 2 label maps hold nothing but 'sky' and the ignored id 255: was 255 the object"),
     ],
 )
 def test_data_without_anything_to_learn_are_refused_before_the_run(ids, words, tmp_path):
@@ -237,10 +237,17 @@ def test_data_without_anything_to_learn_are_refused_before_the_run(ids, words, t
             check_learnable(records, SPACE)
 
 
-def test_one_class_alone_is_a_warning(tmp_path, capsys):
-    for records in records_with(tmp_path, (2, 255), (2,)):
+@pytest.mark.parametrize("ids", [[(2, 255), (2,)], [(0,), (0,)]])
+def test_one_class_alone_can_be_learned(ids, tmp_path):
+    for records in records_with(tmp_path, *ids):
         check_learnable(records, SPACE)
-        assert "warning: all 2 label maps hold nothing but 'road'" in capsys.readouterr().out
+
+
+def test_of_many_maps_of_one_class_the_first_are_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr("zs3.run_plan.MOST_LOOKED_AT", 2)
+    for records in records_with(tmp_path, (0,), (0,), (0,)):
+        (tmp_path / "train" / "labels" / "p2.png").write_bytes(b"never looked at")
+        check_learnable(records, SPACE)
 
 
 def test_a_label_space_of_unseen_classes_alone_is_refused(tmp_path):
@@ -261,7 +268,7 @@ def test_a_batch_norm_over_one_value_is_refused_where_torch_refuses_it(norm, cro
     try:
         torch.nn.BatchNorm2d(3).train()(maps)
     except ValueError:
-        with pytest.raises(InputError, match="has one value to take statistics of"):
+        with pytest.raises(InputError, match="needs two values or more"):
             check_norms(norm, crop_size, BatchParts(processes, 1, images))
     else:
         check_norms(norm, crop_size, BatchParts(processes, 1, images))

@@ -538,10 +538,10 @@ def make_all(args: AblationArgs) -> None:
     }
     path = Path(args.result or Path(args.output_dir, "tables.json"))
     text = report(result)
+    print(text)
     write_report(path, result, text)
     if args.picture is not None:
         draw(result, Path(args.picture))
-    print(text)
     print(f"tables    {path}, {path.with_suffix('.md')}")
 
 

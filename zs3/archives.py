@@ -290,7 +290,7 @@ def _pairs_of_folders(images: Path, labels: Path, values: Callable[[Path], np.nd
 
 def _by_stem(folder: Path, suffix: str, begin: str) -> dict[str, Path]:
     files = (file for file in folder.iterdir() if file.name.startswith(begin) and not is_leftover(file.name))
-    return {file.stem: file for file in files if file.suffix.lower() == suffix}
+    return {file.stem: file for file in sorted(files, reverse=True) if file.suffix.lower() == suffix}  # .jpg after .JPG
 
 
 def _beginnings(stem: str) -> set[str]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from zs3.command_line import InputError, OutputFile, check_at_least, check_required, flag, read_arguments, run
-from zs3.data import Split, dataset_name, load_split
+from zs3.data import FoundIds, Split, dataset_name, load_split
 from zs3.files import write_json
 from zs3.label_space import LabelSpace, load_label_space
 
@@ -68,8 +68,8 @@ class Reading(Dataset):
         except InputError as error:
             return Read(image_id, None, str(error))
         pixels = np.zeros(len(space.class_names), dtype=np.int64)
-        for rows in np.array_split(stored.label, math.ceil(stored.label.size / PIXELS_AT_ONCE)):
-            pixels += np.bincount(rows[rows != space.ignore_index], minlength=len(pixels))
+        for part in np.array_split(stored.label.ravel(), math.ceil(stored.label.size / PIXELS_AT_ONCE)):
+            pixels += np.bincount(part[part != space.ignore_index], minlength=len(pixels))
         return Read(image_id, pixels, None, turned, bool(stored.label.size > pixels.sum()))
 
 
@@ -77,7 +77,8 @@ def read_split(records: Split, num_workers: int) -> dict:
     """num_images, problems, image ids with an EXIF rotation, and of each class its pixels and the images it is in."""
     loader = DataLoader(Reading(records), batch_size=1, collate_fn=list, num_workers=num_workers)
     pixels = np.zeros(len(records.label_space.class_names), dtype=np.int64)
-    images, problems, turned, unlabelled, ignored = pixels.copy(), [], [], 0, 0
+    images, problems, turned, unlabelled = pixels.copy(), [], [], 0
+    found = FoundIds(records.label_space)
     for (read,) in tqdm(loader, unit="image", mininterval=1):
         if read.problem is not None:
             problems.append(read.problem)
@@ -86,14 +87,11 @@ def read_split(records: Split, num_workers: int) -> dict:
         images += read.pixels > 0
         unlabelled += not read.pixels.any()
         turned += [read.image_id] * read.turned
-        ignored += read.ignored
+        found.add(np.flatnonzero(read.pixels), read.ignored)
+    fault = found.fault()
+    notes = [fault] if fault is not None and pixels.any() else []
     if unlabelled == len(records):
         problems.append("every pixel of every picture is ignored: there is nothing to train on")
-    elif ignored and len(pixels) > 1 and pixels[0] and not pixels[1:].any():
-        ignore = records.label_space.ignore_index
-        problems.append(
-            f"the maps hold id 0 and the ignored {ignore} alone: of masks of 0 and 255 the object is ignored"
-        )
     names = records.label_space.class_names
     return {
         "num_images": len(records),
@@ -101,6 +99,7 @@ def read_split(records: Split, num_workers: int) -> dict:
         "pixels": dict(zip(names, pixels.tolist(), strict=True)),
         "images": dict(zip(names, images.tolist(), strict=True)),
         "exif_orientation": turned,
+        "notes": notes,
         "problems": problems,
     }
 
@@ -124,8 +123,7 @@ def report(splits: dict[str, dict], label_space: LabelSpace) -> str:
                 f"note: {len(found['exif_orientation'])} pictures of {split} have an EXIF rotation ({shown}), which is "
                 "not applied: their maps must fit them as stored"
             )
-        if any(found["pixels"].values()) and not any(found["pixels"][name] for name in label_space.seen):
-            lines.append(f"note: no pixel of {split} is of a seen class, so nothing can be trained on")
+        lines += [f"note: {split}: {note}" for note in found["notes"]]
     problems = [problem for found in splits.values() for problem in found["problems"]]
     lines += [f"problem: {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:

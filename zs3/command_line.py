@@ -44,6 +44,8 @@ OLD_NAMES: dict[str, str] = {}
 
 BESIDE = (".md", ".csv", "_images.npz")  # what commands write beside a result file
 LONGEST_LINE = 450  # characters of a refusal
+OF_PROCESSES = ("num_workers", "num_proc", "processes", "num_processes", "num_threads")
+MOST_PROCESSES = 1024
 MOST_OF_A_YAML = 100_000  # values, those that are there by reference counted each time
 MOST_OF_A_LIBRARY = 110  # characters of its message in one of ours
 
@@ -104,9 +106,9 @@ def run(main: Callable[[], None]) -> None:
         _refuse(_own_message(error))
     except Exception as error:
         # Each writer has its own exception for a full disk: Python OSError, safetensors and torch theirs.
-        thing = shown(getattr(error, "filename", None) or "a file", 150)
+        thing = shown(getattr(error, "of_file", None) or getattr(error, "filename", None) or "a file", 150)
         reasons = [text.format(thing) for code, text in NO_SPACE.items() if _is(error, code)]
-        if isinstance(error, OSError) and error.filename and error.errno in OF_THE_SYSTEM:
+        if isinstance(error, OSError) and thing != "a file" and error.errno in OF_THE_SYSTEM:
             reasons.append(f"{thing}: {error.strerror}; give another place, or mend this one")
         if not reasons:
             raise
@@ -163,6 +165,8 @@ def try_outputs(args: Any) -> None:
     """
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         kinds = [kind.__metadata__[0] for kind in (hint, *get_args(hint)) if get_origin(kind) is Annotated]
+        if kinds and getattr(args, name) == "":
+            raise InputError(f"--{name} is empty: give a path")
         if kinds and getattr(args, name) is not None:
             try_output(f"--{name}", Path(getattr(args, name)), kinds[0])
 
@@ -170,8 +174,9 @@ def try_outputs(args: Any) -> None:
 def try_output(flag: str, path: Path, kind: str) -> None:
     """kind: "file", "folder" or "file or folder"."""
     what = f"{flag} {shown(path)}"
-    if not path.name:
-        raise InputError(f"{flag} names no {kind}: give a path")
+    path = path if path.name else path.absolute()  # of "."
+    if "\0" in str(path) or str(path) != str(path).encode("utf-8", "replace").decode():
+        raise InputError(f"{what}: give a path in UTF-8 that names a {kind}")
     try:
         if os.path.lexists(path):  # other than Path's this is no error of a name that is too long
             mode = path.stat().st_mode
@@ -184,6 +189,8 @@ def try_output(flag: str, path: Path, kind: str) -> None:
         place = path if kind == "folder" or kind != "file" and os.path.isdir(path) else path.parent
         missing = []
         while not os.path.exists(place):
+            if place.is_symlink():
+                raise InputError(f"{what}: {shown(place)} is a link to nothing: choose another place")
             missing.append(place.name)
             place = place.parent
         if not os.path.isdir(place):
@@ -213,6 +220,12 @@ def try_output(flag: str, path: Path, kind: str) -> None:
             raise
         reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"{what} cannot be written ({reason}): choose another place") from error
+
+
+def check_outside(flag: str, path: str | None, dataset: str | None) -> None:
+    """Refuses a folder for pictures that lies in a dataset: they might take the place of its own."""
+    if path is not None and dataset is not None and Path(path).resolve().is_relative_to(Path(dataset).resolve()):
+        raise InputError(f"{flag} {shown(path)} lies in --dataset: choose another place")
 
 
 def looks_local(name: str) -> bool:
@@ -276,13 +289,16 @@ def read_arguments(
         if name in config_names:
             overrides[name] = values[0] if len(values) == 1 else values
     for name, value in {**vars(args), **overrides}.items():
-        _check_finite(name, value)
+        _check_number(name, value)
     try_outputs(args)
     return args, overrides
 
 
-def _check_finite(name: str, value: Any) -> None:
-    """Refuses a flag that holds NaN or an infinity: no command means one."""
+def _check_number(name: str, value: Any) -> None:
+    """Refuses what no command means: NaN, an infinity, more than an int32, more processes than a machine runs."""
+    most = MOST_PROCESSES if name in OF_PROCESSES else 2**31 - 1
+    if isinstance(value, int) and not -(2**31) <= value <= most:
+        raise InputError(f"--{name} must be at most {most:,}, got {shortened(value, 20)}")
     try:
         json.dumps(value, allow_nan=False, default=str)
     except ValueError as error:
@@ -308,6 +324,8 @@ _NULL = ("", "~", "null", "Null", "NULL")  # how YAML writes None
 
 def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """Raises yaml.YAMLError where a text is no YAML, or holds a number or a date that cannot be."""
+    if re.search(r"^\s*<<\s*:", text, re.MULTILINE):  # each of them may double the time
+        raise yaml.YAMLError("it has a merge key, <<: write the fields out")
     try:
         content = yaml.load(text, loader)
     except yaml.YAMLError:

@@ -62,6 +62,10 @@ class CompareArgs:
         if self.a is None or self.b is None:
             raise InputError("give two result files of eval.py: python -m zs3.compare A.json B.json")
         check_at_least(self, 0, "seed")
+        if self.output is not None and Path(self.output).with_suffix("").resolve() in {
+            Path(result).with_suffix("").resolve() for result in (self.a, self.b)
+        }:
+            raise InputError(f"--output {shown(self.output)} is one of the results: choose another name")
 
 
 class Evaluated(NamedTuple):

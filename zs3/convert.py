@@ -41,7 +41,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from configuration_zs3 import shortened
-from files_zs3 import is_leftover, map_png, read_text
+from files_zs3 import Unwanted, is_leftover, map_png, read_text
 from zs3.archives import ARCHIVES, NUM_CAPTIONS, SPLITS, BadFile, Captioned, Pair, opened
 from zs3.command_line import (
     InputError,
@@ -302,8 +302,7 @@ def write_shard(path: Path, results: Iterable[Converted], schema: "pyarrow.Schem
             if rows:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema))
         if args.on_problem == "stop" and measures["problems"]:
-            partial.unlink()
-            return measures
+            raise Unwanted
         measures |= {"sha256": file_sha256(partial), "bytes": partial.stat().st_size}
         measures |= {"pixels": _by_id(pixels), "images": _by_id(images)}
     return measures

@@ -16,6 +16,7 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,16 +35,18 @@ from files_zs3 import (
     MAP_FORMATS,
     PICTURE_FORMATS,
     PICTURE_SUFFIXES,
+    check_regular,
     decoding,
     is_leftover,
+    is_of_the_machine,
     lines_of,
     open_image,
     read_text,
     verify_checksums,
 )
 from zs3.augmentation import IGNORED, Augmentation, augment
-from zs3.command_line import InputError, one_line
-from zs3.contents import Row, contents_of, sizes_sha256
+from zs3.command_line import InputError, one_line, shown
+from zs3.contents import Row, contents_of, size_of, sizes_sha256
 from zs3.image_labels import NothingTold, Told, read_settings
 from zs3.label_space import LabelSpace, is_hub_id, load_label_space
 
@@ -126,10 +129,10 @@ class Split(Sequence[Record]):
         row, image_id = self.rows[index % len(self)], self.image_ids[index]
         return _read_label(row["label"], image_id, self.label_space)[1].astype(np.int32)
 
-    def ids(self) -> Iterator[np.ndarray]:
-        """Of each label map in turn the ids that are in it, the ignored one aside."""
+    def ids(self) -> Iterator[tuple[np.ndarray, bool]]:
+        """Of each label map in turn the ids that are in it, the ignored one aside; and whether that is in it, too."""
         for row, image_id in zip(self.rows, self.image_ids, strict=True):
-            yield _read_label(row["label"], image_id, self.label_space)[2]
+            yield _read_ids(row, image_id, self.label_space)
 
     def contents(self) -> dict[str, int | str]:
         """What the split is made of; see `contents_of`."""
@@ -140,6 +143,43 @@ class Split(Sequence[Record]):
         if not isinstance(self.rows, list):
             return None
         return sizes_sha256([row["image"] for row in self.rows[:count]])
+
+
+class FoundIds:
+    """Which ids label maps hold, and whether a training can learn from them."""
+
+    def __init__(self, label_space: LabelSpace):
+        self.label_space = label_space
+        self.seen = set(np.flatnonzero(label_space.is_seen.numpy()).tolist())
+        self.ids: set[int] = set()
+        self.has_ignored, self.num_maps = False, 0
+
+    def add(self, ids: np.ndarray, has_ignored: bool) -> None:
+        self.ids.update(ids.tolist())
+        self.has_ignored |= has_ignored
+        self.num_maps += 1
+
+    @property
+    def has_seen(self) -> bool:
+        return bool(self.ids & self.seen)
+
+    @property
+    def enough(self) -> bool:
+        """Whether no further map can make a fault."""
+        return self.has_seen and self.ids != {0}
+
+    def fault(self) -> str | None:
+        """Why nothing can be learned, in one line."""
+        names = [shortened(self.label_space.class_names[place], 30) for place in sorted(self.ids)[:3]]
+        what = f"nothing but {', '.join(names)}{', ...' * (len(self.ids) > 3)}" if names else "no class"
+        ignored = self.label_space.ignore_index
+        if not self.has_seen:
+            return (
+                f"the {self.num_maps} label maps hold {what}, so no seen class to train on: look at ids and label space"
+            )
+        if self.ids == {0} and self.has_ignored and len(self.label_space.class_names) > 1:
+            return f"the {self.num_maps} label maps hold {what} and the ignored id {ignored}: was {ignored} the object?"
+        return None
 
 
 class StreamedSplit:
@@ -164,10 +204,10 @@ class StreamedSplit:
     def __iter__(self) -> Iterator[Record]:
         return (self.stored(row).record() for row in read_rows(self.table))
 
-    def ids(self) -> Iterator[np.ndarray]:
+    def ids(self) -> Iterator[tuple[np.ndarray, bool]]:
         """As of a Split."""
         for row in read_rows(self.table):
-            yield _read_label(row["label"], image_id_of(row["image_id"]), self.label_space)[2]
+            yield _read_ids(row, image_id_of(row["image_id"]), self.label_space)
 
     def stored(self, row: Row) -> StoredRecord:
         return _stored(row, image_id_of(row["image_id"]), self.label_space)
@@ -195,6 +235,8 @@ def whole_table(trouble: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         raise InputError(f"{trouble}: {one_line(_cause(error))}") from error
 
 
@@ -313,8 +355,8 @@ def _listed_rows(metadata: Path) -> list[Row]:
                 '"..."}, paths from the file\'s own folder'
             ) from error
         for file in (image, label):
-            if not file.is_file():
-                fault = "is no file" if file.exists() else "does not exist"
+            if not os.path.isfile(file):
+                fault = "is no file" if os.path.exists(file) else "does not exist"
                 raise InputError(f"{metadata}, line {number}: {file} {fault}")
         try:
             image_id = image_id_of(entry.get("image_id", image.stem))
@@ -369,6 +411,7 @@ def _with_rows(shards: list[Path]) -> list[Path]:
 
     kept = []
     for shard in shards:
+        size_of(shard)  # a pipe would be waited for
         try:
             empty = pyarrow.parquet.read_metadata(shard).num_rows == 0
         except (OSError, ValueError):
@@ -402,9 +445,9 @@ def table_shards(folder: Path, split: str) -> list[Path]:
             f"{folder} has no split {split!r}: neither {split}/images nor {split}/metadata.jsonl nor "
             f"data/{split}-*.parquet"
         )
-    for sign, meaning in (("::", "an address"), ("$", "a variable")):
-        if sign in str(shards[0].absolute()):
-            raise InputError(f"{shards[0]}: datasets takes {sign!r} in a path for {meaning}, rename the folder")
+    place = str(shards[0].absolute())
+    if "::" in place or os.path.expandvars(place) != place:
+        raise InputError(f"{shown(shards[0])}: datasets takes '::' or '$' in this path for more, rename the folder")
     totals = sorted({total for _, total in numbered})
     whole = [(number, len(shards)) for number in range(len(shards))]
     if numbered and sorted(numbered) != whole:
@@ -419,6 +462,8 @@ def image_id_of(cell: object) -> str:
     """An id as it stands in a list, a table or a file's name."""
     if cell is None:
         raise InputError("a row has no image_id: give every picture its own")
+    if isinstance(cell, float) and cell.is_integer():  # pandas makes them of whole numbers with a gap
+        cell = int(cell)
     if isinstance(cell, bool) or not isinstance(cell, str | int) or cell == "":
         raise InputError(f"image_id {shortened(cell)} is neither a text nor a whole number: give every picture its own")
     try:
@@ -482,16 +527,27 @@ def readable(name: str) -> Iterator[None]:
         raise InputError(f"cannot read {name} ({error}): replace it, or remove it with its partner") from error
 
 
+def _read_ids(row: Row, image_id: str, label_space: LabelSpace) -> tuple[np.ndarray, bool]:
+    _, label, ids = _read_label(row["label"], image_id, label_space)
+    return ids, bool((label == label_space.ignore_index).any())
+
+
 def open_stored(source: str | Path | bytes, what: Literal["picture", "map"]) -> Image.Image:
     """A dataset's picture or label map, not decoded yet. Raises Refused, whose message is the reason.
 
     Whoever decodes it gets the values that were written, or an error: of a PNG the checksums are right, and none is
     of a depth that Pillow would stretch or cut.
     """
+    if not isinstance(source, bytes):
+        check_regular(source)
+        source = Path(source).read_bytes()
     image = open_image(source, PICTURE_FORMATS if what == "picture" else MAP_FORMATS)
     if image.format == "PNG":
         verify_checksums(source)
-    if what == "picture" and (image.mode.startswith("I") or image.mode == "F"):
+    depth = str(image.tile[0].args) if image.tile else ""  # of a PNG its raw mode, as "RGB;16B"
+    if what == "picture" and (
+        image.mode.startswith("I") or image.mode == "F" or image.format == "PNG" and ";16" in depth
+    ):
         raise Refused("it has more than 8 bits a channel: save it with 8")
     if what == "map" and image.tile and image.tile[0].args in ("L;2", "L;4"):  # Pillow fills 8 bits with them
         raise Refused("it has less than 8 bits a pixel: save it with 8")

@@ -40,6 +40,7 @@ from zs3.data import dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.files import write_json
 from zs3.image_labels import load_unseen_scores, pseudo_labels
 from zs3.label_space import load_label_space
+from zs3.results import check_replaceable, read_answer
 
 OFF = "off"
 RESAMPLES = 1000
@@ -74,6 +75,8 @@ class WeightArgs:
         check_at_least(self, 0, "min_share", "seed")
         if self.write and not Path(self.model, "config.json").is_file():
             raise InputError(f"--write needs a checkpoint's folder, and {self.model} is none")
+        if self.output is not None:
+            check_replaceable(Path(self.output), read_answer)
         if not self.weights or not all(0 <= weight <= 1 for weight in self.weights):
             raise InputError(f"--weights must lie in [0, 1], got {self.weights}")
 

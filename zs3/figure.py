@@ -26,6 +26,7 @@ from zs3.command_line import (
     InputError,
     OutputFolder,
     check_at_least,
+    check_outside,
     check_required,
     flag,
     in_one_line,
@@ -61,6 +62,7 @@ class FigureArgs:
 
     def check(self) -> None:
         check_required(self, "dataset", "output")
+        check_outside("--output", self.output, self.dataset)
         check_at_least(self, 1, "worst")
         if not self.models:
             raise InputError("--models is missing")

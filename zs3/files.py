@@ -22,7 +22,8 @@ from files_zs3 import whole
 from zs3.command_line import NO_SPACE, InputError, one_line, shown
 
 LOCK = "run.lock"
-PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial")  # what `whole` writes to
+DIGEST = re.compile(r"-[0-9a-f]{16}$")  # as `file_name` gives one
+PARTIAL = re.compile(r"\.[0-9a-f]{32}\.(\d+)\.partial")  # what `whole` writes to, with the number of the process
 LONGEST_NAME = 120  # bytes of an id in a file's name; file systems take 255
 NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps them for devices
 
@@ -43,6 +44,7 @@ def file_name(image_id: str, suffix: str) -> str:
     letters = "".join(letter if letter.isprintable() and letter not in '/\\:*?"<>|' else "_" for letter in image_id)
     plain = (
         letters == normalize("NFC", image_id) == image_id
+        and not DIGEST.search(image_id)
         and not image_id.startswith(".")
         and image_id.strip(" .") == image_id
     )
@@ -61,8 +63,8 @@ def naming(thing: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not getattr(error, "filename", None):
-            error.filename = str(thing)
+        if not getattr(error, "filename", None) and not hasattr(error, "of_file"):
+            error.of_file = str(thing)  # not `filename`: an OSError would lose its own words
         raise
 
 
@@ -73,7 +75,16 @@ def writing(path: Path) -> Iterator[Path]:
         with naming(path), whole(path) as partial:
             yield partial
     except OSError as error:
-        raise cannot_write(path, error) from error
+        if is_within(error, path.parent):
+            raise cannot_write(path, error) from error
+        raise
+
+
+def is_within(error: OSError, folder: Path) -> bool:
+    """Whether an error is of what is written to a folder, and not of another file or of the network."""
+    if error.filename is None:  # of writing bytes
+        return error.errno is not None
+    return os.path.abspath(error.filename).startswith(os.path.abspath(folder))
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:
@@ -147,17 +158,22 @@ def writing_folder(folder: Path) -> Iterator[Path]:
     partial, lock = folder.with_name(folder.name + ".partial"), folder.with_name(f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock_file(lock, folder), naming(folder):
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                yield partial
-                rename(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-                lock.unlink()  # whoever has opened it in the meantime finds that it is gone
+        held = lock_file(lock, folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
+    with held, naming(folder):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            rename(partial, folder)
+        except OSError as error:
+            if is_within(error, partial):
+                raise cannot_write(folder, error) from error
+            raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.unlink(missing_ok=True)  # whoever has opened it in the meantime finds that it is gone
 
 
 # ---- locks -------------------------------------------------------------------------------------------------
@@ -181,11 +197,23 @@ def lock_folder(folder: Path) -> IO:
         folder.mkdir(parents=True, exist_ok=True)
         file = lock_file(folder / LOCK, folder)
         for left in folder.iterdir():
-            if PARTIAL.fullmatch(left.name):
+            match = PARTIAL.fullmatch(left.name)
+            if match and not _lives(int(match[1])):
                 left.unlink()
     except OSError as error:
         raise cannot_write(folder, error) from error
     return file
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this number runs here. (Of another machine's files it may be wrong: they stay longer.)"""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def lock_file(path: Path, folder: Path) -> IO:

@@ -31,7 +31,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -443,12 +443,15 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     folder, image_ids = Path(args.output), records.image_ids[: args.max_images]
     parts = cut(range(len(image_ids)), args.shard_size)
     shards = {folder / shard_name(number, len(parts)): part for number, part in enumerate(parts)}
-    settings = resolved_settings(args, model, label_space, records, image_ids, prompts, text_embeds)
+    digest = [b""]  # of the main process's settings, for all: another's device may be called otherwise
     with ExitStack() as held:
         with all_refuse(accelerator):
             if accelerator.is_main_process:
+                settings = resolved_settings(args, model, label_space, records, image_ids, prompts, text_embeds)
                 held.enter_context(locked(folder))
                 check_settings(folder, settings)
+                digest = [settings_digest(settings)]
+        (bound,) = broadcast_object_list(digest)
         remaining = {path: part for path, part in shards.items() if not path.exists()}
         accelerator.wait_for_everyone()  # nobody writes while another still looks
         mine = dict(list(remaining.items())[accelerator.process_index :: accelerator.num_processes])
@@ -456,7 +459,7 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
         total = resumed + sum(map(len, mine.values()))
         quiet = not accelerator.is_local_main_process
         with tqdm(total=total, initial=resumed, unit="image", mininterval=1, disable=quiet) as bar:
-            make_shards(args, model, image_processor, text_embeds, records, mine, settings_digest(settings), bar)
+            make_shards(args, model, image_processor, text_embeds, records, mine, bound, bar)
         accelerator.wait_for_everyone()
         accelerator.end_training()
         if not accelerator.is_main_process:

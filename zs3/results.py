@@ -9,7 +9,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Required
 
@@ -32,7 +32,7 @@ from zs3.evaluation import (
     summed_areas,
 )
 from zs3.files import write_json, write_text
-from zs3.typed_json import Amount, Count, Share, check_needed, read_json, refusal, rule, shown_value
+from zs3.typed_json import Amount, Count, Damaged, Share, check_needed, read_json, refusal, rule, shown_value
 
 TOLD = {
     "none": "no image labels",
@@ -261,6 +261,18 @@ def read_result(path: Path, needed: Sequence[str] = ()) -> Result:
         raise refusal(path, contradiction, EVALUATE_AGAIN)
     check_needed(result, needed, path, RESULT_FILE)
     return result
+
+
+def check_replaceable(path: Path, read: Callable[[Path], object]) -> None:
+    """Refuses to write over a file that is there and is no earlier one of its kind, whole or damaged."""
+    if not path.exists():
+        return
+    try:
+        read(path)
+    except Damaged:
+        return
+    except InputError as error:
+        raise InputError(f"--output {shown(path)} holds something else: choose another file") from error
 
 
 def contradictions(result: Result) -> Iterable[str]:

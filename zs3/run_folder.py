@@ -250,6 +250,8 @@ class Checkpoints:
         self.progress = progress
         self.kept = kept
         self.stamp = stamp
+        recipe = folder.parent / RECIPE
+        self.recipe = read_text(recipe) if recipe.is_file() else ""  # as the start of the run has written it
         accelerator.register_save_state_pre_hook(self._leave_towers_out)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -295,7 +297,7 @@ class Checkpoints:
             }
             torch.save(state, folder / "progress.bin")
             write_json(folder / STAMP, self.stamp)
-            shutil.copyfile(self.folder.parent / RECIPE, folder / RECIPE)
+            write_text(folder / RECIPE, self.recipe)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_manifest(folder)
@@ -411,20 +413,19 @@ def true_name(folder: Path) -> str:
 
 def give_true_names(folder: Path) -> None:
     """Of the checkpoints in a folder; a line says which had another's."""
-    wrong = {}
     for path in complete_checkpoints(folder):
         try:
-            name = true_name(path) if damage(path, "progress.bin") is None else path.name
+            misnamed = damage(path, "progress.bin") is None and true_name(path) != path.name
         except InputError:  # a damaged one, of which more is said where it is not used
-            name = path.name
-        if name != path.name:
-            wrong[path] = folder / name
-    aside = {path: path.replace(path.with_suffix(".misnamed")) for path in wrong}
-    for path, place in wrong.items():
-        place = path.with_suffix(".damaged") if place.exists() else place
-        print(f"warning: {path} is the checkpoint of {wrong[path].name}: it is renamed to {place.name}")
+            misnamed = False
+        if misnamed:
+            path.replace(path.with_suffix(".misnamed"))
+    for aside in sorted(folder.glob("step_*.misnamed")):  # also those of a start that was killed here
+        name, place = true_name(aside), folder / true_name(aside)
+        place = aside.with_suffix(".damaged") if place.exists() else place
+        print(f"warning: {aside.with_suffix('')} is the checkpoint of {name}: it is renamed to {place.name}")
         shutil.rmtree(place, ignore_errors=True)
-        aside[path].replace(place)
+        aside.replace(place)
 
 
 def write_manifest(folder: Path) -> None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -17,16 +16,16 @@ from accelerate.utils import DistributedType, LoggerType, parse_flag_from_env
 from torch import nn
 from tqdm.auto import tqdm
 
-from configuration_zs3 import Zs3Config, shortened
+from configuration_zs3 import Zs3Config
 from zs3.command_line import InputError
-from zs3.data import SegmentationDataset, Split, StreamedSplit
+from zs3.data import FoundIds, SegmentationDataset, Split, StreamedSplit
 from zs3.image_labels import PseudoLabels
 from zs3.label_space import LabelSpace
 
 if TYPE_CHECKING:
     from train import TrainArgs
 
-MOST_LOOKED_AT = 100  # label maps of a stream
+MOST_LOOKED_AT = 100  # label maps
 FIRST_MEASURED, LAST_MEASURED = 2, 6  # steps of a start; its first one warms up
 
 
@@ -61,47 +60,31 @@ def check_norms(backbone_norm: str, crop_size: int, parts: BatchParts) -> None:
     images = parts.images * (parts.processes if backbone_norm == "sync" else 1)
     if backbone_norm != "frozen" and images * math.ceil(crop_size / 32) ** 2 < 2:
         raise InputError(
-            f"--backbone_norm {backbone_norm} has one value to take statistics of, as crops of {crop_size} pixels come "
-            "one at once: give a larger --crop_size, more images at once, or frozen"
+            f"--backbone_norm {backbone_norm} needs two values or more, and one crop of {crop_size} pixels at a time "
+            "gives one: give a larger --crop_size, more images at once, or frozen"
         )
 
 
 def check_learnable(records: Split | StreamedSplit, label_space: LabelSpace) -> None:
     """Refuses data without anything to learn, as far as label maps can tell. Mostly the first map shows that there is.
 
-    Of a stream no more than MOST_LOOKED_AT maps are looked at.
+    Where the first MOST_LOOKED_AT maps do not, a training split is read to its end until a seen class is found; of a
+    stream no more is looked at.
     """
     if not label_space.seen:
         raise InputError("all classes are unseen, so no mask may be trained on: leave some out of the unseen names")
-    seen = set(np.flatnonzero(label_space.is_seen.numpy()).tolist())
-    found: set[int] = set()
-    looked_at, streamed = 0, isinstance(records, StreamedSplit)
+    streamed = isinstance(records, StreamedSplit)
+    found = FoundIds(label_space)
     total = None if streamed else len(records)
-    for ids in tqdm(records.ids(), desc="first labels", total=total, unit="map", delay=5, mininterval=1):
-        found.update(ids.tolist())
-        looked_at += 1
-        if found & seen and len(found) > 1:
-            return
-        if streamed and looked_at == MOST_LOOKED_AT:
-            print(f"warning: the first {looked_at} label maps hold {named(found, label_space)}")
-            return
-    told = f"all {looked_at} label maps hold {named(found, label_space)}"
-    if not found & seen:
-        raise InputError(f"{told}: there is no mask to train on, look at the ids and at --label_space")
-    if found == {0} and len(label_space.class_names) > 1:
-        raise InputError(f"{told}: where masks are 0 and 255, 255 is ignored; store the ids of classes")
-    print(f"warning: {told}")
-
-
-def named(ids: set[int], label_space: LabelSpace) -> str:
-    """For a message; at most one of the ids is of a seen class."""
-    names = [shortened(label_space.class_names[place], 30) for place in sorted(ids)[:3]]
-    more = ", ..." if len(ids) > 3 else ""
-    return (
-        f"nothing but {', '.join(names)}{more}"
-        if names
-        else f"no class, only the ignored id {label_space.ignore_index}"
-    )
+    for ids, has_ignored in tqdm(records.ids(), desc="first labels", total=total, unit="map", delay=5, mininterval=1):
+        found.add(ids, has_ignored)
+        if found.enough or found.num_maps >= MOST_LOOKED_AT and (found.has_seen or streamed):
+            break
+    fault = found.fault()
+    if fault is not None and not (streamed and found.num_maps == MOST_LOOKED_AT):
+        raise InputError(fault)
+    if fault is not None:
+        print(f"warning: {fault}")
 
 
 def check_trackers(names: list[str]) -> None:

@@ -499,12 +499,15 @@ def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed:
 
 
 def main() -> None:
+    from zs3.command_line import try_output
+
     parser = argparse.ArgumentParser(description="Draws the embedded benchmark `scenes`.")
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--train", type=int, default=3000, help="number of training pictures")
     parser.add_argument("--validation", type=int, default=200, help="number of validation pictures")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    try_output("--output", args.output, "folder")
     write_dataset(args.output, args.train, args.validation, args.seed)
     print(f"{args.train} training and {args.validation} validation scenes are in {args.output}")
 

@@ -33,7 +33,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from processing_zs3 import PROMPT_TEMPLATES
 from zs3 import scenes
-from zs3.command_line import InputError, run
+from zs3.command_line import InputError, run, try_output
 from zs3.files import write_json, write_text, writing_folder
 from zs3.results import markdown_table
 
@@ -497,6 +497,7 @@ def main() -> None:
     evaluation.add_argument("--model", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "train":
+        try_output("--output", args.output, "folder")
         _train_command(args.output, args.steps, args.seed)
     else:
         _evaluate_command(args.model)

@@ -102,7 +102,7 @@ def read_json_lines(path: Path, kind: type[Content], what: str, mend: str) -> li
 
 
 def unless_damaged(read: Callable[[], Content]) -> Content | None:
-    """What `read` reads; None of a file that is damaged. A line then says so: what made the file will make it again."""
+    """What `read` reads; None of a file that is damaged, which a line then says: what made it will make it again."""
     try:
         return read()
     except Damaged as error:
@@ -186,7 +186,7 @@ def _text(path: Path, what: str) -> str:
     except OSError as error:
         raise InputError(f"cannot read {shown(path)}: {error.strerror}; it should be a {what}") from error
     except ValueError as error:
-        raise InputError(f"{shown(path)} is no JSON; it should be a {what}") from error
+        raise Damaged(f"{shown(path)} is no JSON; it should be a {what}") from error
 
 
 def _parsed(text: str) -> Any:
