@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Pipeline
+from transformers.utils import logging
 
 try:
     from .configuration_zs3 import places, shortened
     from .drawing_zs3 import NONE_OF_THESE, draw
-    from .files_zs3 import PICTURE_SUFFIXES, is_address, is_picture_name, load_picture, save_map
+    from .files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map
     from .label_maps_zs3 import semantic_map
     from .modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
     from .processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
@@ -32,11 +33,13 @@ except ImportError:
         raise
     from configuration_zs3 import places, shortened
     from drawing_zs3 import NONE_OF_THESE, draw
-    from files_zs3 import PICTURE_SUFFIXES, is_address, is_picture_name, load_picture, save_map
+    from files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map
     from label_maps_zs3 import semantic_map
     from modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
     from processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
     from text_zs3 import LabelReport, TextCache, lint_labels
+
+logger = logging.get_logger(__name__)
 
 THRESHOLDS = {"probability": 0.5, "margin": 0.1}  # where `background="reject"` is given no threshold
 ENSEMBLE = ("ensemble", "ensemble_weight")
@@ -458,7 +461,11 @@ class Zs3Pipeline(Pipeline):
 
 
 def _folder(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if is_picture_name(file.name))
+    there = sorted(file for file in folder.iterdir() if not is_leftover(file.name))
+    files = [file for file in there if is_picture_name(file.name)]
+    others = [file.name for file in there if not is_picture_name(file.name) and not file.is_dir()]
+    if files and others:
+        logger.warning(f"{len(others)} files of {folder} are no pictures and are left out: {shortened(others)}")
     if not files:
         raise ValueError(f"{folder} holds no images ({', '.join(PICTURE_SUFFIXES)})")
     return files

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from zs3.ablation_tables import TRAININGS, Row, Table
+from zs3.command_line import printable
 from zs3.curves import draw_scores
 from zs3.evaluation import SCORES, GeneralizedScores
 from zs3.results import TOLD, Result, markdown, markdown_table, read_result
@@ -278,7 +279,7 @@ def report(result: dict) -> str:
         [
             "# Ablation",
             "",
-            f"    {result['command']}",
+            f"    {printable(result['command'])}",
             "",
             f"The benchmark {markdown(result['benchmark'])} is {kind}: {result['num_train']} training and "
             f"{result['num_validation']} validation {images}. The paper's numbers are those of COCO-Stuff, to compare "

@@ -242,9 +242,18 @@ def ade20k_full(source: Path, split: str) -> list[Pair]:
     bases = [source, source / "ADE20K_2021_17_01"]
     folder = {"train": "training", "validation": "validation"}[split]
     tree = _folder(bases, [f"images/ADE/{folder}"], "**/ADE_*.jpg", "pictures of ADE20K_2021_17_01")
-    images = {*tree.glob("**/ADE_*.jpg")}
-    images |= {file.with_name(f"{file.stem.removesuffix('_seg')}.jpg") for file in tree.glob("**/ADE_*_seg.png")}
-    return [Pair(i.stem, i, i.with_name(f"{i.stem}_seg.png"), object_values) for i in images]
+    files = [file for file in tree.rglob("ADE_*") if file.suffix.lower() in (".jpg", ".png")]
+    images = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".jpg"}
+    segs = {file.with_name(file.stem.removesuffix("_seg")): file for file in files if file.stem.endswith("_seg")}
+    return [
+        Pair(
+            i.name,
+            images.get(i, i.with_name(f"{i.name}.jpg")),
+            segs.get(i, i.with_name(f"{i.name}_seg.png")),
+            object_values,
+        )
+        for i in images.keys() | segs.keys()
+    ]
 
 
 def coco_captions(source: Path, split: str) -> list[Captioned]:

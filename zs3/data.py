@@ -432,12 +432,15 @@ def table_shards(folder: Path, split: str) -> list[Path]:
     `train-00000-of-00008.parquet`, with a digest before the suffix in older uploads; or any names that begin so.
     """
     files = sorted((folder / "data").iterdir()) if (folder / "data").is_dir() else []
-    shards, numbered = [], []
+    shards, numbered, beside = [], [], []
     for file in files:
         match = NUMBERED.fullmatch(file.name)
         if match and match["split"] == split:
             numbered.append((int(match["number"]), int(match["total"])))
-        elif match or not file.name.startswith(f"{split}-") or file.suffix != ".parquet":
+        elif match or not re.match(rf"{re.escape(split)}[\W_]", file.name):
+            continue  # another split's
+        elif not file.name.startswith(f"{split}-") or file.suffix != ".parquet":
+            beside.append(file)
             continue
         shards.append(file)
     if not shards:
@@ -445,6 +448,8 @@ def table_shards(folder: Path, split: str) -> list[Path]:
             f"{folder} has no split {split!r}: neither {split}/images nor {split}/metadata.jsonl nor "
             f"data/{split}-*.parquet"
         )
+    if beside:
+        raise InputError(f"{shown(beside[0])} is no shard {split}-*.parquet and would be left out: rename or move it")
     place = str(shards[0].absolute())
     if "::" in place or os.path.expandvars(place) != place:
         raise InputError(f"{shown(shards[0])}: datasets takes '::' or '$' in this path for more, rename the folder")
@@ -464,7 +469,7 @@ def image_id_of(cell: object) -> str:
         raise InputError("a row has no image_id: give every picture its own")
     if isinstance(cell, float) and cell.is_integer():  # pandas makes them of whole numbers with a gap
         cell = int(cell)
-    if isinstance(cell, bool) or not isinstance(cell, str | int) or cell == "":
+    if isinstance(cell, bool) or not isinstance(cell, str | int) or cell == "" or "\0" in str(cell):
         raise InputError(f"image_id {shortened(cell)} is neither a text nor a whole number: give every picture its own")
     try:
         str(cell).encode()

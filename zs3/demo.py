@@ -18,7 +18,7 @@ import torch
 
 from pipeline_zs3 import Zs3Pipeline
 from zs3.checkpoints import load_checkpoint
-from zs3.command_line import InputError, OutputFolder, flag, read_arguments, run
+from zs3.command_line import InputError, OutputFolder, flag, printable, read_arguments, run
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores, percent
 from zs3.figure import draw_figures
@@ -127,7 +127,7 @@ Stage 2 was told which unseen classes each training image shows (ground-truth im
 
 Labels found: {", ".join(found)}.
 """
-    write_text(folder / "report.md", text)
+    write_text(folder / "report.md", printable(text))
     return scores
 
 
