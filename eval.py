@@ -414,7 +414,6 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     model.to(accelerator.device)
     text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
     text_embeds = text_embeds[candidates.index].to(accelerator.device)
-
     counts = new_counts(args, candidates, bias, calibration=args.calibration and view != "lazy")
     mine = range(accelerator.process_index, num_images, accelerator.num_processes)
     look = Look(model, processor, text_embeds, candidates.is_trained, view, weight.value, args.ensemble_tolerance)
@@ -440,11 +439,10 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     result = {"protocol": protocol(result), **result}
     result |= {"proposals_shown_to_clip": total.shown / num_images, "undecided_share": total.undecided / num_images}
     result = finite_or_none(result)
-    if args.output is not None:
-        with kept_in_print(result):
+    with kept_in_print(result):
+        if args.output is not None:
             write_result(Path(args.output), result, total.confusion)
-    if args.curves is not None:
-        with kept_in_print(result):
+        if args.curves is not None:
             draw_curves(result, Path(args.curves))
     return result
 

@@ -613,3 +613,25 @@ def test_areas_that_are_larger_than_any_are_not_unpacked(tmp_path):
             archive.writestr(f"{name}.npy", header.getvalue())
     with pytest.raises(InputError, match="lie.npz is no file of image areas"):
         load_images(tmp_path / "lie.npz")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (" + "1" + "0" * 400 + ",)}",
+        "{'descr': '<i8', 'fortran_order': False, 'shape': (18446744073709551616, 18446744073709551616)}",
+        "(" * 5000,
+        "-" * 5000 + "1",
+        "{'descr': 'O', 'fortran_order': False, 'shape': (1,)}",
+        "no dictionary",
+        "",
+    ],
+)
+def test_whatever_the_head_of_an_array_says_the_refusal_is_one_line(head, tmp_path):
+    content = b"\x93NUMPY\x02\x00" + len(head).to_bytes(4, "little") + head.encode()
+    for place, array in enumerate((content, content[6:], b"a text", b"")):
+        with zipfile.ZipFile(tmp_path / f"{place}.npz", "w") as archive:
+            for name in ("class_names", "image_ids", "image", "rows"):
+                archive.writestr(f"{name}.npy", array)
+        with pytest.raises(InputError, match=f"{place}.npz is no file of image areas"):
+            load_images(tmp_path / f"{place}.npz")

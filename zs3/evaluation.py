@@ -7,18 +7,17 @@ Axes: H W pixels, C classes, N images, R resamples.
 """
 
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from configuration_zs3 import check_names
+from configuration_zs3 import Refused, check_names
+from files_zs3 import decoding
 from zs3.command_line import InputError, shown
 from zs3.files import writing
 
@@ -26,8 +25,6 @@ REJECTED = -1  # in a prediction: no class
 RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap: that many x N counts
 LEVEL = 0.95  # of the intervals
 MOST_OF_AREAS = 2**29  # bytes, unpacked; a class in an image takes 40
-# What reading a broken .npz raises.
-BROKEN = (OSError, ValueError, LookupError, EOFError, TypeError, RuntimeError, MemoryError, BadZipFile, zlib.error)
 
 Absent = Literal["union", "truth"]
 SCORES = {
@@ -249,19 +246,18 @@ def images_path(result: Path) -> Path:
 
 def load_images(path: Path) -> SavedImages:
     """What `save_images` wrote there."""
+    if not path.exists():
+        raise InputError(f"{shown(path)} does not exist: eval.py writes it beside its --output; evaluate again")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > MOST_OF_AREAS:
-                raise ValueError(f"it is more than {MOST_OF_AREAS:,} bytes unpacked")
-        with np.load(path, allow_pickle=False) as file:
-            names, ids, image, rows = (file[name] for name in ("class_names", "image_ids", "image", "rows"))
-        _check_arrays(names, ids, image, rows)
-        areas = _image_areas(rows, image, len(names), len(ids))
-    except FileNotFoundError:
-        raise InputError(
-            f"{shown(path)} does not exist: eval.py writes it beside its --output; evaluate again"
-        ) from None
-    except BROKEN as error:
+        with decoding():
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > MOST_OF_AREAS:
+                    raise Refused(f"it is more than {MOST_OF_AREAS:,} bytes unpacked")
+            with np.load(path, allow_pickle=False) as file:
+                names, ids, image, rows = (file[name] for name in ("class_names", "image_ids", "image", "rows"))
+            _check_arrays(names, ids, image, rows)
+            areas = _image_areas(rows, image, len(names), len(ids))
+    except Refused as error:
         raise InputError(f"{shown(path)} is no file of image areas, or is broken: evaluate again") from error
     return SavedImages(names.tolist(), [image_id or None for image_id in ids.tolist()], areas)
 

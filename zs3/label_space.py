@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configuration_zs3 import check_names, places, shortened
-from files_zs3 import read_text
+from configuration_zs3 import Refused, check_names, places, shortened
+from files_zs3 import decoding, read_text
 from modeling_zs3 import check_text_embeds
 from zs3.command_line import InputError, looks_local, one_line, shown
 
@@ -122,8 +122,9 @@ def source_ids(benchmark: str) -> list[int]:
 def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None) -> Tensor:
     """(C, D) float32, unit length: ready-made text vectors, a .npy with one row a class name in the order of ids."""
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: of its header's size the file must be
-    except (OSError, ValueError, EOFError) as error:
+        with decoding():
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: of its header's size the file must be
+    except Refused as error:
         raise InputError(f"cannot read text vectors {shown(path)}: {one_line(error)}") from error
     if not isinstance(rows, np.ndarray):
         raise InputError(f"{shown(path)} holds several arrays: text vectors are one .npy")
