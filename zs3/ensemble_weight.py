@@ -15,7 +15,6 @@ Pseudo labels come from the same CLIP, and so speak for it; and the model was tr
 for the model. Pictures of its own (`--split`) that training left out avoid the second.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from configuration_zs3 import places, shortened
-from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, weights_sha256
+from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, read_settings, weights_sha256
 from zs3.command_line import (
     InputError,
     OutputFile,
@@ -35,6 +34,7 @@ from zs3.command_line import (
     in_one_line,
     read_arguments,
     run,
+    try_output,
 )
 from zs3.data import dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.files import write_json
@@ -75,6 +75,8 @@ class WeightArgs:
         check_at_least(self, 0, "min_share", "seed")
         if self.write and not Path(self.model, "config.json").is_file():
             raise InputError(f"--write needs a checkpoint's folder, and {self.model} is none")
+        if self.write:
+            try_output("--write", Path(self.model, "config.json"), "file")
         if self.output is not None:
             check_replaceable(Path(self.output), read_answer)
         if not self.weights or not all(0 <= weight <= 1 for weight in self.weights):
@@ -173,7 +175,7 @@ def choose(args: WeightArgs) -> dict:
         write_json(Path(args.output), result)
     if args.write:
         path = Path(args.model, "config.json")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_settings(path)
         write_json(path, config | {"clip_ensemble_weight": result["clip_ensemble_weight"]})
     return result
 

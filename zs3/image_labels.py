@@ -153,12 +153,12 @@ def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Seq
 def read_scores(path: str | Path, label_space: LabelSpace) -> tuple[dict[str, int], np.ndarray]:
     """The row of each image_id, and all the scores (N, U)."""
     row_of, scores = {}, []
-    files, told = _score_files(Path(path)), None
+    files, expected = _score_files(Path(path)), None
     if (Path(path) / "settings.json").is_file():
-        told = settings_digest(read_settings(Path(path)))
+        expected = settings_digest(read_settings(Path(path)))
     for file in files:
-        told = told or bound_to(file)
-        if bound_to(file) not in (None, told):
+        expected = expected or bound_to(file)
+        if bound_to(file) not in (None, expected):
             raise InputError(f"{shown(file)} was made with other settings than the folder's: delete it, make it again")
         ids, part = _read_scores(file, label_space.unseen)
         row_of.update(zip(ids, range(len(row_of), len(row_of) + len(ids)), strict=True))

@@ -40,7 +40,17 @@ from zs3.checkpoints import (
     weights_sha256,
     with_imports,
 )
-from zs3.command_line import InputError, OutputFolder, check_required, flag, one_line, read_arguments, run, shown
+from zs3.command_line import (
+    InputError,
+    OutputFolder,
+    check_required,
+    flag,
+    one_line,
+    read_arguments,
+    run,
+    shown,
+    try_output,
+)
 from zs3.evaluation import SCORES
 from zs3.files import file_sha256, naming, write_text, writing_folder
 from zs3.label_space import is_hub_id, load_label_space
@@ -310,6 +320,7 @@ def main() -> None:
     args.check()
     model = Path(args.model)
     folder = Path(args.output or Path("runs", "release", args.repo_id.split("/")[-1]))
+    try_output("--output", folder, "folder")
     check_replaceable(folder)
     files = release_files(model, None if args.trust_remote_code else project_code_of(model))
     sha256 = weights_sha256(args.model)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from files_zs3 import read_text
 from processing_zs3 import PROMPT_TEMPLATES
 from zs3 import scenes
 from zs3.command_line import InputError, run, try_output
@@ -413,7 +414,7 @@ def table(result: dict) -> str:
 
 def write_card(folder: Path) -> None:
     """README.md from results.json."""
-    result = json.loads((folder / "results.json").read_text())
+    result = json.loads(read_text(folder / "results.json"))
     write_text(folder / "README.md", CARD.format(table=table(result), num_names=len(scenes.WORLD_NAMES), **result))
 
 
