@@ -63,18 +63,21 @@ def test_rotated_photographs_are_noted_and_a_split_without_labels_is_a_problem(t
     assert "problem: every pixel of every picture is ignored" in printed
 
 
-def test_masks_of_0_and_255_are_noted_where_255_is_ignored(tmp_path, monkeypatch, capsys):
+def test_masks_of_0_and_255_are_a_problem_where_255_is_ignored(tmp_path, monkeypatch, capsys):
     write_folder(tmp_path, {f"p{index}": random_sample(index, ids=(0, 255)) for index in range(3)})
-    said = "note: train: the 3 label maps hold nothing but 'sky' and the ignored id 255: was 255 the object?"
-    assert said in check(monkeypatch, capsys, tmp_path).out
+    said = "the 3 label maps hold nothing but 'sky' and the ignored id 255: was 255 the object?"
+    assert f"problem: {said}" in check(monkeypatch, capsys, tmp_path, code=2).out
+    (tmp_path / "train").rename(tmp_path / "validation")
+    assert f"note: validation: {said}" in check(monkeypatch, capsys, tmp_path, "--splits", "validation").out
     write_folder(tmp_path, {"p3": random_sample(3, ids=(0, 2, 255))})
-    assert "note" not in check(monkeypatch, capsys, tmp_path).out
+    printed = check(monkeypatch, capsys, tmp_path).out
+    assert "note" not in printed and "problem" not in printed
 
 
-def test_a_label_space_without_a_seen_class_is_noted(tmp_path, monkeypatch, capsys):
+def test_a_training_split_without_a_seen_class_is_a_problem(tmp_path, monkeypatch, capsys):
     space = LabelSpace(SPACE.class_names, SPACE.class_names, 255)
     write_folder(tmp_path, {"a": random_sample(0)}, space)
-    assert "so no seen class to train on" in check(monkeypatch, capsys, tmp_path).out
+    assert "so no seen class to train on" in check(monkeypatch, capsys, tmp_path, code=2).out
 
 
 def test_a_record_that_cannot_be_read_is_a_line_and_the_others_are_counted(tmp_path, monkeypatch, capsys):
