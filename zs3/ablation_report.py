@@ -226,7 +226,7 @@ def areas_text(table: dict) -> list[str]:
     said += "and IoU of the unseen classes, percent. With the seen names alone a pixel of an unseen class is always "
     said += "wrong, as for a model that has no other names:"
     curve = table["rows"][0]["curve"]
-    head = ["training", *curve, *(title for title, *_ in AREAS), *(f"IoU of {name}" for name in classes)]
+    head = ["training", *curve, *(title for title, *_ in AREAS), *(f"IoU of {markdown(name)}" for name in classes)]
     return [said, "", *markdown_table(head, rows)]
 
 
