@@ -240,12 +240,17 @@ def save_map(label_map: Any, path: str | Path, num_classes: int | None = None) -
     """
     if Path(path).suffix.lower() != ".png":
         raise Refused(f"a label map is saved as a PNG: {str(path)[-100:]} must end in .png")
+    if isinstance(label_map, list) and label_map and isinstance(label_map[0], dict):
+        raise Refused('these are masks, no label map: ask the pipeline for output="map"')
     if isinstance(label_map, dict):
         num_classes = len(label_map["labels"]) if num_classes is None else num_classes
         label_map = label_map["segmentation"]
     content = map_png(label_map, num_classes)
-    with whole(Path(path)) as partial:
-        partial.write_bytes(content)
+    try:
+        with whole(Path(path)) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise Refused(f"cannot save {shortened(str(path), 120)} ({error.strerror}): choose another place") from error
 
 
 __all__ = ["load_picture", "map_png", "open_image", "save_map", "whole"]

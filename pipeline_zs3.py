@@ -465,7 +465,7 @@ def _folder(folder: Path) -> list[Path]:
     files = [file for file in there if is_picture_name(file.name)]
     others = [file.name for file in there if not is_picture_name(file.name) and not file.is_dir()]
     if files and others:
-        logger.warning(f"{len(others)} files of {folder} are no pictures and are left out: {shortened(others)}")
+        logger.warning(f"left out of {folder}, as they are no pictures: {shortened(others)}")
     if not files:
         raise ValueError(f"{folder} holds no images ({', '.join(PICTURE_SUFFIXES)})")
     return files

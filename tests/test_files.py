@@ -186,6 +186,15 @@ def test_a_label_map_is_read_back_as_it_was(num_classes, highest, mode, tmp_path
         np.testing.assert_array_equal(np.where(label == ignored, -1, label), label_map)
 
 
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.png", tmp_path / ("n" * 300 + ".png")):
+        with pytest.raises(ValueError, match="cannot save .*: choose another place"):
+            save_map(np.zeros((2, 2), int), path)
+    with pytest.raises(ValueError, match='output="map"'):
+        save_map([{"label": "a", "mask": None}], tmp_path / "a.png")
+
+
 def test_maps_of_one_list_are_alike(tmp_path):
     names = [f"name {place}" for place in range(300)]
     save_map({"segmentation": np.array([[0, -1]]), "labels": names}, tmp_path / "a.png")

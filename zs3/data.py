@@ -328,7 +328,9 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
         if file.is_dir():
             raise InputError(f"{file} is a folder: put all files side by side, or list them in a metadata.jsonl")
         if file.suffix.lower() not in suffixes:
-            raise InputError(f"{file} ends in none of {', '.join(suffixes)}: convert it, or move it out of the folder")
+            raise InputError(
+                f"{file} ends in none of {', '.join(suffixes)}: convert it, or move it and its partner away"
+            )
         if file.stem in found:
             raise InputError(f"{found[file.stem]} and {file.name} have one name: rename one of them")
         found[file.stem] = file
@@ -364,7 +366,8 @@ def _listed_rows(metadata: Path) -> list[Row]:
             raise InputError(f"{metadata}, line {number}: {error}") from error
         if image_id in rows:
             raise InputError(
-                f"{metadata}, line {number}: {shortened(image_id)} was there before: give each line another image_id"
+                f"{metadata}, line {number}: {shortened(image_id)} was there before: give each line another image_id "
+                "(where none is given, it is the picture's name without its suffix)"
             )
         rows[image_id] = {"image": image, "label": label, "image_id": image_id}
     if not rows:
