@@ -34,7 +34,7 @@ except ImportError:
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MAP_FORMATS = ("PNG",)  # JPEG and its like change ids, writers of GIF renumber them
-OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 SECONDS = 60  # without an answer of an address
 MOST_FETCHED = 2**28  # bytes of an address
@@ -62,7 +62,7 @@ def decoding() -> Iterator[None]:
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """Whether an error says nothing of the file that was read: no more open files, no memory, a failing disk."""
+    """Whether an error says nothing of the file that was read: no more open files, no memory."""
     return getattr(error, "errno", None) in OF_THE_MACHINE
 
 

@@ -399,7 +399,8 @@ def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Datase
             raise InputError(f"{dataset} has no column {', '.join(missing)}; its columns are {table.column_names}")
         table = table.select_columns(list(COLUMNS))
         for name in ("image", "label"):
-            table = table.cast_column(name, datasets.Image(decode=False))
+            with whole_table(f"column {name!r} of split {split!r} of {dataset} holds no images"):
+                table = table.cast_column(name, datasets.Image(decode=False))
     return table
 
 

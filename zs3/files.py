@@ -23,7 +23,7 @@ from zs3.command_line import NO_SPACE, InputError, one_line, shown
 
 LOCK = "run.lock"
 DIGEST = re.compile(r"-[0-9a-f]{16}$")  # as `file_name` gives one
-PARTIAL = re.compile(r"\.[0-9a-f]{32}\.(\d+)\.partial")  # what `whole` writes to, with the number of the process
+PARTIAL = re.compile(r"(\.[0-9a-f]{32}\.(?P<process>\d+)|.+)\.partial")  # what `whole`, or an older version, wrote to
 LONGEST_NAME = 120  # bytes of an id in a file's name; file systems take 255
 NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps them for devices
 
@@ -198,7 +198,7 @@ def lock_folder(folder: Path) -> IO:
         file = lock_file(folder / LOCK, folder)
         for left in folder.iterdir():
             match = PARTIAL.fullmatch(left.name)
-            if match and not _lives(int(match[1])):
+            if match and left.is_file() and not (match["process"] and _lives(int(match["process"]))):
                 left.unlink()
     except OSError as error:
         raise cannot_write(folder, error) from error

@@ -8,6 +8,7 @@ Axes: C names on the class axis of the run, N images, U unseen names.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,6 +26,7 @@ from zs3.typed_json import Count, read_json
 # "transductive": their names, and whether they are in a picture, but never where; "supervised": their masks, as if they
 # were seen, which leaves no zero-shot claim (the upper bound).
 Setting = Literal["inductive", "transductive", "supervised"]
+SHARD = re.compile(r"scores-\d+-of-\d+\.parquet")  # see `shard_name`
 SETTINGS_KEY = b"zs3_settings_sha256"  # of a shard of scores
 
 
@@ -189,7 +191,7 @@ def _score_files(path: Path) -> list[Path]:
             f"pseudo labels {path} do not exist: unseen_labels is 'none', 'ground_truth', 'masks', or a "
             "folder that python -m zs3.pseudo_labels made"
         )
-    found = sorted(path.glob("scores-[0-9]*-of-[0-9]*.parquet"))
+    found = [file for file in sorted(path.glob("scores-*.parquet")) if SHARD.fullmatch(file.name)]
     if not found:
         raise InputError(f"{path} holds no shards: give the --output of python -m zs3.pseudo_labels")
     total = int(found[0].stem.rsplit("-", 1)[1])

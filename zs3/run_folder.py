@@ -328,7 +328,7 @@ class Checkpoints:
 
     def _newest_whole(self) -> Path | None:
         """Damaged ones after it are put aside; what a killed run left half written is deleted."""
-        for partial in self.folder.glob("*.partial"):
+        for partial in filter(Path.is_dir, self.folder.glob("*.partial")):
             shutil.rmtree(partial)
         give_true_names(self.folder)
         damaged = []
