@@ -15,11 +15,11 @@ row of the paper's table; members that are there are not repeated.
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
@@ -51,7 +51,6 @@ from zs3.checkpoints import (
 )
 from zs3.command_line import (
     InputError,
-    Output,
     OutputFolder,
     check_at_least,
     check_outside,
@@ -66,7 +65,7 @@ from zs3.command_line import (
 from zs3.curves import check_matplotlib, draw_reliability, draw_seen_unseen_curve
 from zs3.data import Split, dataset_name, load_split
 from zs3.evaluation import ConfusionMatrix, GeneralizedScores
-from zs3.files import file_name, file_sha256, finite_or_none, locked, write_json, write_text
+from zs3.files import file_name, file_sha256, finite_or_none, lock_folder, write_json, write_text
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.pictures import draw_comparison
 from zs3.results import (
@@ -104,7 +103,7 @@ class EvalArgs:
         "Candidates: all classes (gzs3), the unseen alone (zs3), or of any label space, with no claim (ovs).",
     )
     without: list[str] = flag([], "Names that are no candidates; their pixels count for rejection alone.")
-    output: Output | None = flag(None, "Result file (JSON); of a suite, a folder.")
+    output: str | None = flag(None, "Result file (JSON); of a suite, a folder.")
     text_embeds: str | None = flag(
         None,
         "Text vectors for a checkpoint without text tower: a .npy, one row a class; of a suite, a folder of NAME.npy.",
@@ -164,12 +163,14 @@ class EvalArgs:
                 raise InputError("--dataset, --label_space and --without do not go with --suite: it has its own")
         check_outside("--pictures", self.pictures, self.dataset)
         if self.output is not None and self.suite is None:
-            if Path(self.output).suffix != ".json" or Path(self.output).is_dir():
+            if Path(self.output).suffix != ".json" or os.path.isdir(self.output):
                 raise InputError(f"--output {self.output} must be a file that ends in .json")
-            try_output("--output", Path(self.output), "file")
+            try_output("--output", self.output, "file")
             check_replaceable(Path(self.output), read_result)
-        elif self.output is not None and Path(self.output).exists() and not Path(self.output).is_dir():
-            raise InputError(f"--output {self.output} is a file: of a suite it is a folder")
+        elif self.output is not None:
+            if os.path.exists(self.output) and not os.path.isdir(self.output):
+                raise InputError(f"--output {self.output} is a file: of a suite it is a folder")
+            try_output("--output", self.output, "folder")
         if self.ensemble == "off" and self.ensemble_weight is not None:
             raise InputError("--ensemble_weight goes with an ensemble, and --ensemble is off")
         if self.curves is not None and not self.calibration:
@@ -554,7 +555,7 @@ def evaluate_suite(args: EvalArgs, accelerator: Accelerator) -> str | None:
     with ExitStack() as held:
         with all_refuse(accelerator):
             if accelerator.is_main_process:
-                held.enter_context(locked(Path(args.output)))
+                held.enter_context(lock_folder(Path(args.output)))
         return evaluate_members(args, members, accelerator)
 
 
@@ -596,7 +597,7 @@ def finished(path: Path, stamp: Result) -> Result | None:
     """The result that is there, if it is that of the same checkpoint, data, flags and versions."""
     if not path.exists():
         return None
-    result = unless_damaged(partial(read_result, path))
+    result = unless_damaged(read_result, path)
     if result is None or {name: result.get(name) for name in stamp} != json.loads(json.dumps(stamp)):
         return None
     check_needed(result, OF_A_ROW, path, RESULT_FILE)

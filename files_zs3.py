@@ -36,6 +36,7 @@ PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".t
 MAP_FORMATS = ("PNG",)  # JPEG and its like change ids, writers of GIF renumber them
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+PARTIAL = r"\.[0-9a-f]{32}\.(?P<process>\d+)\.partial"  # names that `whole` gives
 SECONDS = 60  # without an answer of an address
 MOST_FETCHED = 2**28  # bytes of an address
 MAX_PIXELS = 2**27  # of an image that is opened: 0.5 GB decoded
@@ -87,23 +88,23 @@ def open_image(source: str | Path | bytes, formats: Sequence[str] = PICTURE_FORM
     return image
 
 
-def verify_checksums(source: str | Path | bytes) -> None:
+def verify_checksums(png: bytes) -> None:
     """Raises Refused where a PNG's bytes are not those that were written: many a flipped bit decodes all the same."""
-    image = open_image(source)
-    if image.format == "PNG":
-        with decoding():
-            image.verify()
+    image = open_image(png, ("PNG",))
+    with decoding():
+        image.verify()
 
 
-def check_regular(path: str | Path) -> None:
-    """Raises Refused where a path is no file with an end: a folder, a pipe or a device."""
+def check_regular(path: str | Path) -> os.stat_result:
+    """What the system says of a file. Raises Refused where it has no end: a folder, a pipe or a device."""
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except (OSError, ValueError) as error:
         raise Refused(getattr(error, "strerror", None) or str(error)) from error
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(found.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        raise Refused(f"it is {kinds.get(stat.S_IFMT(mode), 'a device')}, no file")
+        raise Refused(f"it is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}, no file")
+    return found
 
 
 def _handle(source: str | Path | bytes) -> str | Path | io.BytesIO:
@@ -189,7 +190,7 @@ class Unwanted(Exception):
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write the file to: it takes its name at the end of the block, on the disk and whole, or
-    not at all. The place has the number of the writing process in its name."""
+    not at all. The place is called as PARTIAL says, by the number of the writing process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid4().hex}.{os.getpid()}.partial")
     try:

@@ -26,14 +26,14 @@ from transformers.utils import logging
 
 try:
     from .configuration_zs3 import plain
-    from .files_zs3 import whole
+    from .files_zs3 import PARTIAL, whole
     from .modeling_zs3 import Zs3ForSemanticSegmentation
     from .processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import plain
-    from files_zs3 import whole
+    from files_zs3 import PARTIAL, whole
     from modeling_zs3 import Zs3ForSemanticSegmentation
     from processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
 
@@ -43,7 +43,7 @@ FORMAT = "1"  # another one where encode_text or the files change their meaning
 DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
 KEY_BYTES = 16
 # What TextCache may remove from its folder; other people's files there are none of its business.
-OWN_FILE = re.compile(r"[0-9a-f]{64}/([0-9a-f]{64}\.safetensors|([0-9a-f]{64})?\.[0-9a-f]{32}(\.\d+)?\.partial)")
+OWN_FILE = re.compile(rf"[0-9a-f]{{64}}/([0-9a-f]{{64}}\.(safetensors|[0-9a-f]{{32}}\.partial)|{PARTIAL})")
 # Fields of a CLIPTextConfig that change the vectors, but not the names and shapes of the weights.
 ENCODER_FIELDS = ("eos_token_id", "hidden_act", "layer_norm_eps", "num_attention_heads", "projection_dim")
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -553,6 +553,32 @@ def text_vectors(
     return embeds, prompts
 
 
+def claim_folder(
+    args: TrainArgs,
+    whole_space: LabelSpace,
+    label_space: LabelSpace,
+    dataset: SegmentationDataset,
+    prompts: dict[str, Tensor] | None,
+    model: Zs3ForSemanticSegmentation,
+) -> tuple[IO, dict]:
+    """Makes the output folder this run's, with its recipe and stamp, or refuses. The open lock, and the stamp.
+
+    whole_space: the label space as the data has it; label_space: as the training knows it.
+    """
+    output_dir = Path(args.output_dir)
+    if not has_begun(output_dir):
+        check_learnable(dataset.records, label_space)
+    lock = lock_folder(output_dir)
+    check_places(output_dir)
+    check_final(output_dir / "final")
+    start = None if args.init_from is None else record_of(load_config(args.init_from))
+    stamp = make_stamp(vars(args), whole_space, dataset.records, prompts, start, model)
+    stamp = check_stamp(output_dir, stamp, vars(args), label_space.unseen)
+    check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config), recipe_defaults())
+    write_json(output_dir / STAMP, stamp)
+    return lock, stamp
+
+
 def train(args: TrainArgs, overrides: dict) -> None:
     args.check()
     for name in FILLED_IN:
@@ -587,16 +613,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
     lock, stamps = None, [None]
     with all_refuse(accelerator):
         if accelerator.is_main_process:
-            if not has_begun(output_dir):
-                check_learnable(dataset.records, label_space)
-            lock = lock_folder(output_dir)
-            check_places(output_dir)
-            check_final(output_dir / "final")
-            start = None if args.init_from is None else record_of(load_config(args.init_from))
-            stamp = make_stamp(vars(args), whole_space, dataset.records, prompts, start, model)
-            stamps = [check_stamp(output_dir, stamp, vars(args), label_space.unseen)]
-            check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config), recipe_defaults())
-            write_json(output_dir / STAMP, stamps[0])
+            lock, stamps[0] = claim_folder(args, whole_space, label_space, dataset, prompts, model)
     (stamp,) = broadcast_object_list(stamps)
     model.config.seen_class_names, model.config.unseen_labels = record_in(stamp)
     if (output_dir / "final").exists():

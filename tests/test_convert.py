@@ -35,7 +35,7 @@ from zs3.archives import ARCHIVES, NUM_CAPTIONS, BadFile, Pair, check_inflated, 
 from zs3.command_line import InputError, read_arguments, run
 from zs3.convert import ConvertArgs, convert, convert_all, cut, main
 from zs3.data import load_split
-from zs3.files import locked
+from zs3.files import lock_folder
 from zs3.label_space import load_label_space
 
 MIXED = zs3.convert.mixed  # as it is outside of the tests
@@ -509,7 +509,7 @@ def test_lists_may_have_a_byte_order_mark(encoding, tmp_path):
 
 def test_a_folder_belongs_to_one_conversion_at_a_time(tmp_path):
     ade20k(tmp_path)
-    with locked(tmp_path / "out" / ".progress"):
+    with lock_folder(tmp_path / "out" / ".progress"):
         code = "import sys; from zs3.convert import main; from zs3.command_line import run; run(main)"
         words = ["ade20k_150", "--source", tmp_path / "source", "--output", tmp_path / "out", "--on_problem", "skip"]
         done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=ROOT)

@@ -32,7 +32,6 @@ from zs3.files import (
     file_name,
     is_locked,
     lock_folder,
-    locked,
     write_json,
     writing,
     writing_folder,
@@ -332,7 +331,7 @@ def _in_another_process(work, folder: Path) -> None:
 
 
 def hold(folder: Path, held: Path) -> None:
-    with locked(folder):
+    with lock_folder(folder):
         held.touch()
         time.sleep(60)
 
@@ -377,7 +376,7 @@ def test_a_lock_of_a_folder_that_is_gone_is_no_lock(tmp_path, monkeypatch):
         ("a/" + "n" * 300, "folder", "is longer than the 255 bytes"),
         ("/dev/full", "file", "is a device"),
         ("/proc/nothing/x.json", "file", "cannot be written"),
-        ("pipe", "file or folder", "is a device or a pipe"),
+        ("pipe", "file", "is a device or a pipe"),
         ("n/" * 3000 + "x", "file", "too long"),
     ],
 )

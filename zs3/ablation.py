@@ -26,7 +26,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ from zs3.command_line import InputError, OutputFile, OutputFolder, check_at_leas
 from zs3.curves import check_matplotlib
 from zs3.data import dataset_name, load_split
 from zs3.ensemble_weight import WeightArgs, weight_settings
-from zs3.files import append_line, file_sha256, locked, write_report
+from zs3.files import append_line, file_sha256, lock_folder, write_report
 from zs3.image_labels import read_settings
 from zs3.results import read_answer, read_result
 from zs3.run_folder import differ, read_recipe
@@ -203,7 +203,7 @@ def pseudo_label_job(args: AblationArgs, seed: int) -> Job:
         """The summary is there, and the scores are of this checkpoint."""
         if not (folder / "summary.json").exists() or not model.exists():
             return False
-        made_with = unless_damaged(partial(read_settings, folder)) or {}
+        made_with = unless_damaged(read_settings, folder) or {}
         return made_with.get("checkpoint_sha256", {}).get(WEIGHTS) == weights_sha256(str(model))
 
     flags = ["--model", str(model), "--dataset", str(args.data), "--output", str(folder)]
@@ -237,7 +237,7 @@ def ensemble_weight_job(args: AblationArgs, seed: int, row: Row) -> Job:
         """The answer is there, of these flags, and for this checkpoint, where that is still there."""
         if not path.exists():
             return False
-        answer = unless_damaged(partial(read_answer, path))
+        answer = unless_damaged(read_answer, path)
         return (
             answer is not None
             and by_name(answer.get("settings", {})) == by_name(weight_settings(asked))
@@ -272,7 +272,7 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
         if not path.exists():
             return False
         needed = ("checkpoint_sha256", "num_images", "split_images", "settings")
-        result = unless_damaged(partial(read_result, path, needed))
+        result = unless_damaged(read_result, path, needed)
         if result is None:
             return False
         given = result.get("given_sha256", {}).values()
@@ -344,7 +344,7 @@ def check_nothing_is_trained_anew(args: AblationArgs, planned: list[Job]) -> Non
 def check_same_images(results: Iterable[Path], args: AblationArgs, num_validation: int) -> None:
     """Results that are there, also from another machine, must be of as many images as are there."""
     for path in filter(Path.exists, results):
-        result = unless_damaged(partial(read_result, path, ("split_images",)))
+        result = unless_damaged(read_result, path, ("split_images",))
         count = num_validation if result is None else result["split_images"]
         if count != num_validation:
             raise InputError(
@@ -501,7 +501,7 @@ def main() -> None:
     if not Path("train.py").exists():
         raise InputError("train.py is not here: start the ablation from the root of the repository")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the jobs, too
-    with locked(Path(args.output_dir)):
+    with lock_folder(Path(args.output_dir)):
         make_all(args)
 
 

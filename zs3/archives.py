@@ -289,7 +289,7 @@ def _pairs_of_folders(images: Path, labels: Path, values: Callable[[Path], np.nd
 
     Other tools put maps of their own beside, as 000000000139_labelTrainIds.png: a picture's name, and more.
     """
-    pictures, maps = _by_stem(images, ".jpg", begin), _by_stem(labels, ".png", begin)
+    pictures, maps = _of_suffix(images, ".jpg", begin), _of_suffix(labels, ".png", begin)
     stems = pictures.keys() | {stem for stem in maps if pictures.keys().isdisjoint(_beginnings(stem))}
     return [
         Pair(stem, pictures.get(stem, images / f"{stem}.jpg"), maps.get(stem, labels / f"{stem}.png"), values)
@@ -297,9 +297,10 @@ def _pairs_of_folders(images: Path, labels: Path, values: Callable[[Path], np.nd
     ]
 
 
-def _by_stem(folder: Path, suffix: str, begin: str) -> dict[str, Path]:
+def _of_suffix(folder: Path, suffix: str, begin: str) -> dict[str, Path]:
+    """Stem -> file. Capitals in a suffix make no difference; where there are both, .jpg comes before .JPG."""
     files = (file for file in folder.iterdir() if file.name.startswith(begin) and not is_leftover(file.name))
-    return {file.stem: file for file in sorted(files, reverse=True) if file.suffix.lower() == suffix}  # .jpg after .JPG
+    return {file.stem: file for file in sorted(files, reverse=True) if file.suffix.lower() == suffix}
 
 
 def _beginnings(stem: str) -> set[str]:

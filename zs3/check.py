@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from zs3.command_line import InputError, OutputFile, check_at_least, check_required, flag, read_arguments, run
-from zs3.data import FoundIds, Split, dataset_name, load_split
+from zs3.data import Split, dataset_name, load_split
 from zs3.files import write_json
-from zs3.label_space import LabelSpace, load_label_space
+from zs3.label_space import FoundIds, LabelSpace, load_label_space
 
 SHOWN = 20  # problems in the terminal
 PIXELS_AT_ONCE = 2**22  # that are counted

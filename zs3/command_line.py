@@ -30,7 +30,6 @@ Args = TypeVar("Args")
 # Flags that name what a command makes; `try_outputs` tries the places before the work.
 OutputFile = Annotated[str, "file"]
 OutputFolder = Annotated[str, "folder"]
-Output = Annotated[str, "file or folder"]
 NO_SPACE = {
     errno.ENOSPC: "no space left on the disk for {}; free some and start again",
     errno.EDQUOT: "no space left in the disk quota for {}; free some and start again",
@@ -79,7 +78,7 @@ def printable(text: str) -> str:
     return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-class _Shown:
+class _PrintableStream:
     """A stream to which no name from the data can send more than letters, and no letter is a fault of the encoding."""
 
     def __init__(self, stream: Any):
@@ -100,7 +99,7 @@ def run(main: Callable[[], None]) -> None:
     Any other exception is a bug, and keeps its traceback. What is printed is `printable`.
     """
     try:
-        with redirect_stdout(_Shown(sys.stdout)):
+        with redirect_stdout(_PrintableStream(sys.stdout)):
             main()
     except InputError as error:
         _refuse(_own_message(error))
@@ -122,7 +121,7 @@ def _refuse(message: str) -> NoReturn:
     """One line; of a long one, which holds a long name, the beginning and the end, where the mend stands."""
     line = printable(message).replace("\n", "\\n")
     line = line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 205]} ... {line[-200:]}"
-    print(f"error: {line}", file=_Shown(sys.stderr))
+    print(f"error: {line}", file=_PrintableStream(sys.stderr))
     sys.exit(2)
 
 
@@ -161,24 +160,25 @@ def check_at_least(args: Any, least: float, *names: str) -> None:
 def try_outputs(args: Any) -> None:
     """Tries the places of a command's outputs before its work, so that no pass ends where nothing can be written.
 
-    Outputs are the fields of the types Output, OutputFile and OutputFolder. Nothing is left there. Raises InputError.
+    Outputs are the fields of the types OutputFile and OutputFolder. Nothing is left there. Raises InputError.
     """
     for name, hint in get_type_hints(type(args), include_extras=True).items():
         kinds = [kind.__metadata__[0] for kind in (hint, *get_args(hint)) if get_origin(kind) is Annotated]
-        if kinds and getattr(args, name) == "":
-            raise InputError(f"--{name} is empty: give a path")
         if kinds and getattr(args, name) is not None:
-            try_output(f"--{name}", Path(getattr(args, name)), kinds[0])
+            try_output(f"--{name}", getattr(args, name), kinds[0])
 
 
-def try_output(flag: str, path: Path, kind: str) -> None:
-    """kind: "file", "folder" or "file or folder"."""
+def try_output(flag: str, given: str | Path, kind: str) -> None:
+    """kind: "file" or "folder"."""
+    if not str(given):
+        raise InputError(f"{flag} is empty: give a path")
+    path = Path(given)
     what = f"{flag} {shown(path)}"
     path = path if path.name else path.absolute()  # of "."
     if "\0" in str(path) or str(path) != str(path).encode("utf-8", "replace").decode():
         raise InputError(f"{what}: give a path in UTF-8 that names a {kind}")
     try:
-        if os.path.lexists(path):  # other than Path's this is no error of a name that is too long
+        if os.path.lexists(path):  # Path.exists raises where a name is too long
             mode = path.stat().st_mode
             if kind == "folder" and not stat.S_ISDIR(mode):
                 raise InputError(f"{what} is a file: choose a folder")
@@ -186,7 +186,7 @@ def try_output(flag: str, path: Path, kind: str) -> None:
                 raise InputError(f"{what} is a folder: choose a file")
             if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise InputError(f"{what} is a device or a pipe: choose a file")
-        place = path if kind == "folder" or kind != "file" and os.path.isdir(path) else path.parent
+        place = path if kind == "folder" else path.parent
         missing = []
         while not os.path.exists(place):
             if place.is_symlink():
@@ -203,9 +203,8 @@ def try_output(flag: str, path: Path, kind: str) -> None:
         for name in (*missing, path.name, *beside):
             if len(os.fsencode(name)) > longest:
                 raise InputError(f"{what}: {shortened(name, 30)} is longer than the {longest} bytes of a file's name")
-        if (
-            len(os.fsencode(path.absolute())) > os.pathconf(place, "PC_PATH_MAX") - 50
-        ):  # partial files have their own names
+        # Half files are called by other names than the file: PARTIAL.
+        if len(os.fsencode(path.absolute())) > os.pathconf(place, "PC_PATH_MAX") - 50:
             raise InputError(f"{what} is too long a path: choose another place")
         trial = place / f".{uuid4().hex}.trial"
         try:

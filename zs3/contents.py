@@ -68,18 +68,17 @@ def sizes_sha256(files: Sequence[Path]) -> str:
 def size_of(file: Path) -> int:
     """Bytes. A pipe, a device or a link to nothing is an InputError."""
     try:
-        check_regular(file)
+        return check_regular(file).st_size
     except Refused as error:
         raise InputError(f"cannot read {shown(file)} ({error}): replace it, or remove it with its partner") from error
-    return file.stat().st_size
 
 
 def _ends_sha256(files: Sequence[Path]) -> str:
-    """Of the last bytes of up to ENDS files, spread evenly."""
+    """Of the last bytes of up to ENDS files, spread evenly; of all of them `sizes_sha256` has been taken."""
     digest = hashlib.sha256()
     for file in files[:: max(math.ceil(len(files) / ENDS), 1)]:
         with file.open("rb") as content:
-            content.seek(max(size_of(file) - END_BYTES, 0))
+            content.seek(max(file.stat().st_size - END_BYTES, 0))
             digest.update(content.read())
     return digest.hexdigest()
 

@@ -56,7 +56,7 @@ from zs3.command_line import (
 )
 from zs3.data import exif_orientation, image_id_of
 from zs3.dataset_card import card
-from zs3.files import file_sha256, json_text, locked, write_json, write_text, writing
+from zs3.files import file_sha256, json_text, lock_folder, write_json, write_text, writing
 from zs3.label_space import CLASSES_FOLDER, is_hub_id, load_label_space, source_ids
 
 if TYPE_CHECKING:
@@ -376,11 +376,11 @@ def counts(name: str, split: str, items: list[Pair | Captioned]) -> dict[str, tu
 
 def check_free(output: Path) -> None:
     """A folder holds one conversion, and nothing else."""
-    if output.exists() and not output.is_dir():
+    if not output.exists() or (output / PROGRESS / "settings.json").exists():
+        return
+    if not output.is_dir():
         raise InputError(f"--output {output} is a file: choose a folder")
-    begun = (output / PROGRESS / "settings.json").exists()
-    others = [file.name for file in output.iterdir() if file.name != PROGRESS] if output.is_dir() and not begun else []
-    others = [name for name in others if not is_leftover(name)]
+    others = [file.name for file in output.iterdir() if file.name != PROGRESS and not is_leftover(file.name)]
     if others:
         raise InputError(f"--output {output} holds other files ({shortened(others[0])}): choose a new folder")
 
@@ -534,7 +534,7 @@ def convert(args: ConvertArgs) -> dict:
     args = replace(args, splits=[split for split in SPLITS if split in args.splits])
     items = list_items(args)
     check_free(Path(args.output))
-    with locked(Path(args.output, PROGRESS)):
+    with lock_folder(Path(args.output, PROGRESS)):
         check_settings(args)
         return convert_items(args, items)
 

@@ -145,43 +145,6 @@ class Split(Sequence[Record]):
         return sizes_sha256([row["image"] for row in self.rows[:count]])
 
 
-class FoundIds:
-    """Which ids label maps hold, and whether a training can learn from them."""
-
-    def __init__(self, label_space: LabelSpace):
-        self.label_space = label_space
-        self.seen = set(np.flatnonzero(label_space.is_seen.numpy()).tolist())
-        self.ids: set[int] = set()
-        self.has_ignored, self.num_maps = False, 0
-
-    def add(self, ids: np.ndarray, has_ignored: bool) -> None:
-        self.ids.update(ids.tolist())
-        self.has_ignored |= has_ignored
-        self.num_maps += 1
-
-    @property
-    def has_seen(self) -> bool:
-        return bool(self.ids & self.seen)
-
-    @property
-    def enough(self) -> bool:
-        """Whether no further map can make a fault."""
-        return self.has_seen and self.ids != {0}
-
-    def fault(self) -> str | None:
-        """Why nothing can be learned, in one line."""
-        names = [shortened(self.label_space.class_names[place], 30) for place in sorted(self.ids)[:3]]
-        what = f"nothing but {', '.join(names)}{', ...' * (len(self.ids) > 3)}" if names else "no class"
-        ignored = self.label_space.ignore_index
-        if not self.has_seen:
-            return (
-                f"the {self.num_maps} label maps hold {what}, so no seen class to train on: look at ids and label space"
-            )
-        if self.ids == {0} and self.has_ignored and len(self.label_space.class_names) > 1:
-            return f"the {self.num_maps} label maps hold {what} and the ignored id {ignored}: was {ignored} the object?"
-        return None
-
-
 class StreamedSplit:
     """The records of one split, one after the other: a shard is read (or downloaded) when its turn comes.
 
@@ -410,7 +373,7 @@ def table_files(dataset: str | Path, split: str) -> list[Path] | str:
 
 
 def _with_rows(shards: list[Path]) -> list[Path]:
-    """datasets has no words of its own for a shard without rows, other than for one that cannot be read."""
+    """The shards without the empty ones, which datasets cannot read. A damaged one stays: its reader refuses it."""
     import pyarrow.parquet
 
     kept = []
@@ -426,7 +389,8 @@ def _with_rows(shards: list[Path]) -> list[Path]:
 
 def _identity(files: Sequence[Path]) -> str:
     """Of files as they are now. ctime changes with every change of a file, and nobody sets it back."""
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files]
+    found = [(file.name, file.stat()) for file in files]
+    facts = [(name, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in found]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 

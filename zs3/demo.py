@@ -22,7 +22,7 @@ from zs3.command_line import InputError, OutputFolder, flag, printable, read_arg
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores, percent
 from zs3.figure import draw_figures
-from zs3.files import locked, write_text
+from zs3.files import lock_folder, write_text
 from zs3.pictures import save_picture, stack
 from zs3.results import Result, markdown_table, read_result
 from zs3.scenes import write_dataset
@@ -135,7 +135,7 @@ def main() -> None:
     args, _ = read_arguments(DemoArgs)
     if not Path("train.py").exists():
         raise InputError("train.py is not here: start the demo from the root of the repository")
-    with locked(Path(args.output_dir)):
+    with lock_folder(Path(args.output_dir)):
         demonstrate(args, Path(args.output_dir))
 
 

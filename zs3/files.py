@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 from unicodedata import normalize
 
-from files_zs3 import whole
+from files_zs3 import PARTIAL, whole
 from zs3.command_line import NO_SPACE, InputError, one_line, shown
 
 LOCK = "run.lock"
 DIGEST = re.compile(r"-[0-9a-f]{16}$")  # as `file_name` gives one
-PARTIAL = re.compile(r"(\.[0-9a-f]{32}\.(?P<process>\d+)|.+)\.partial")  # what `whole`, or an older version, wrote to
+LEFT = re.compile(rf"{PARTIAL}|.+\.partial")  # what `whole`, or an older version, wrote to
 LONGEST_NAME = 120  # bytes of an id in a file's name; file systems take 255
 NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps them for devices
 
@@ -151,9 +151,10 @@ def _to_disk(path: Path) -> None:
 
 @contextmanager
 def writing_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside to fill, which takes its name at the end of the block; what a killed process left of it goes.
+    """A folder beside to fill, which takes its name at the end of the block.
 
-    Nobody else fills it at the same time. What stands under the name is not touched: look before.
+    What a killed process left of such a folder is removed. Nobody else fills it at the same time. What stands under the
+    name is not touched: look before.
     """
     partial, lock = folder.with_name(folder.name + ".partial"), folder.with_name(f".{folder.name}.lock")
     try:
@@ -179,17 +180,10 @@ def writing_folder(folder: Path) -> Iterator[Path]:
 # ---- locks -------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[IO]:
-    """The folder, made if need be, is this process's within the block."""
-    with lock_folder(folder) as file:
-        yield file
-
-
 def lock_folder(folder: Path) -> IO:
-    """The folder, made if need be, is this process's until it ends, or the file returned is closed.
+    """The folder, made if need be, is this process's until it ends or the file returned is closed, as by `with`.
 
-    Half files that a killed process left there go.
+    Half files that a killed process left there are removed.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{shown(folder)} is a file: choose a folder")
@@ -197,7 +191,7 @@ def lock_folder(folder: Path) -> IO:
         folder.mkdir(parents=True, exist_ok=True)
         file = lock_file(folder / LOCK, folder)
         for left in folder.iterdir():
-            match = PARTIAL.fullmatch(left.name)
+            match = LEFT.fullmatch(left.name)
             if match and left.is_file() and not (match["process"] and _lives(int(match["process"]))):
                 left.unlink()
     except OSError as error:

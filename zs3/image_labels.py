@@ -159,8 +159,9 @@ def read_scores(path: str | Path, label_space: LabelSpace) -> tuple[dict[str, in
     if (Path(path) / "settings.json").is_file():
         expected = settings_digest(read_settings(Path(path)))
     for file in files:
-        expected = expected or bound_to(file)
-        if bound_to(file) not in (None, expected):
+        bound = bound_to(file)
+        expected = expected or bound
+        if bound not in (None, expected):
             raise InputError(f"{shown(file)} was made with other settings than the folder's: delete it, make it again")
         ids, part = _read_scores(file, label_space.unseen)
         row_of.update(zip(ids, range(len(row_of), len(row_of) + len(ids)), strict=True))

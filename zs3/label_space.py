@@ -87,6 +87,43 @@ class LabelSpace:
         return [name for name in self.class_names if name not in unseen]
 
 
+class FoundIds:
+    """Which ids label maps hold, and whether a training can learn from them."""
+
+    def __init__(self, label_space: LabelSpace):
+        self.label_space = label_space
+        self.seen = set(np.flatnonzero(label_space.is_seen.numpy()).tolist())
+        self.ids: set[int] = set()
+        self.has_ignored, self.num_maps = False, 0
+
+    def add(self, ids: np.ndarray, has_ignored: bool) -> None:
+        self.ids.update(ids.tolist())
+        self.has_ignored |= has_ignored
+        self.num_maps += 1
+
+    @property
+    def has_seen(self) -> bool:
+        return bool(self.ids & self.seen)
+
+    @property
+    def enough(self) -> bool:
+        """Whether no further map can make a fault."""
+        return self.has_seen and self.ids != {0}
+
+    def fault(self) -> str | None:
+        """Why nothing can be learned, in one line."""
+        names = [shortened(self.label_space.class_names[place], 30) for place in sorted(self.ids)[:3]]
+        what = f"nothing but {', '.join(names)}{', ...' * (len(self.ids) > 3)}" if names else "no class"
+        ignored = self.label_space.ignore_index
+        if not self.has_seen:
+            return (
+                f"the {self.num_maps} label maps hold {what}, so no seen class to train on: look at ids and label space"
+            )
+        if self.ids == {0} and self.has_ignored and len(self.label_space.class_names) > 1:
+            return f"the {self.num_maps} label maps hold {what} and the ignored id {ignored}: was {ignored} the object?"
+        return None
+
+
 def load_label_space(name_or_path: str | Path) -> LabelSpace:
     """Reads a label space: of a folder with a classes.json, a benchmark (`BENCHMARKS`), a file, a Hub dataset.
 

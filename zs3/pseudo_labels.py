@@ -58,7 +58,7 @@ from zs3.command_line import (
 )
 from zs3.data import Split, dataset_name, load_split, mask_positions, to_mask_labels
 from zs3.evaluation import average_precision, percent
-from zs3.files import file_sha256, locked, write_json, writing
+from zs3.files import file_sha256, lock_folder, write_json, writing
 from zs3.image_labels import (
     SETTINGS_KEY,
     bound_to,
@@ -301,17 +301,19 @@ def sha256(content: bytes) -> str:
 def check_settings(folder: Path, settings: dict) -> None:
     """A folder holds one run: its settings are written at the start and must be the same when it goes on.
 
-    One that left no shard never was: its folder is free. Shards know their settings: where the file is gone or damaged,
-    they stand for it.
+    A run without a shard has not begun: its folder is free. Each shard knows its settings: where all were made with
+    these, the file itself may be missing or damaged.
     """
-    path, shards, known = folder / "settings.json", sorted(folder.glob("scores-*.parquet")), settings_digest(settings)
-    if shards and not path.exists() and {bound_to(shard) for shard in shards} != {known}:
+    path, known = folder / "settings.json", settings_digest(settings)
+    shards = {shard: bound_to(shard) for shard in sorted(folder.glob("scores-*.parquet"))}
+    all_bound = {*shards.values()} == {known}
+    if shards and not path.exists() and not all_bound:
         raise InputError(f"{folder} holds shards without settings.json: choose another --output or delete it")
     if shards and path.exists():
         try:
             before = read_settings(folder)
         except InputError as error:
-            if {bound_to(shard) for shard in shards} != {known}:
+            if not all_bound:
                 raise
             print(f"warning: {error}; all shards were made with the settings of this command, which are written anew")
             before = settings
@@ -320,7 +322,7 @@ def check_settings(folder: Path, settings: dict) -> None:
             raise InputError(
                 f"{folder} holds shards made with another {', '.join(changed)}: choose another --output or delete it"
             )
-    strangers = [shard for shard in shards if bound_to(shard) not in (None, known)]
+    strangers = [shard for shard, bound in shards.items() if bound not in (None, known)]
     if strangers:
         raise InputError(f"{shown(strangers[0])} was made with other settings: delete it, and start again")
     write_json(path, settings)
@@ -448,7 +450,7 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
         with all_refuse(accelerator):
             if accelerator.is_main_process:
                 settings = resolved_settings(args, model, label_space, records, image_ids, prompts, text_embeds)
-                held.enter_context(locked(folder))
+                held.enter_context(lock_folder(folder))
                 check_settings(folder, settings)
                 digest = [settings_digest(settings)]
         (bound,) = broadcast_object_list(digest)

@@ -52,13 +52,8 @@ from zs3.stopping import agree, all_refuse
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
-LISTED = (
-    "progress.bin",
-    WEIGHTS,
-    "optimizer.bin",
-    STAMP,
-    RECIPE,
-)  # a checkpoint that has them lists them in its manifest
+# A checkpoint that has these lists them in its manifest.
+LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP, RECIPE)
 # What progress.bin holds.
 PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_sha256": str, "scheduler": dict}
 # What torch.save says when the disk takes no more: the system's reason is lost in its C++.
@@ -456,14 +451,8 @@ def damage(folder: Path, only: str | None = None) -> str | None:
                 return f"the contents of {name} have changed"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # unreadable, or a damaged manifest
+    # An unreadable file, or a damaged manifest.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return one_line(error)
     return None
 

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from configuration_zs3 import Zs3Config
 from zs3.command_line import InputError
-from zs3.data import FoundIds, SegmentationDataset, Split, StreamedSplit
+from zs3.data import SegmentationDataset, Split, StreamedSplit
 from zs3.image_labels import PseudoLabels
-from zs3.label_space import LabelSpace
+from zs3.label_space import FoundIds, LabelSpace
 
 if TYPE_CHECKING:
     from train import TrainArgs
@@ -81,10 +81,11 @@ def check_learnable(records: Split | StreamedSplit, label_space: LabelSpace) -> 
         if found.enough or found.num_maps >= MOST_LOOKED_AT and (found.has_seen or streamed):
             break
     fault = found.fault()
-    if fault is not None and not (streamed and found.num_maps == MOST_LOOKED_AT):
+    if fault is None:
+        return
+    if not streamed or found.num_maps < MOST_LOOKED_AT:  # all maps have been looked at
         raise InputError(fault)
-    if fault is not None:
-        print(f"warning: {fault}")
+    print(f"warning: {fault}")
 
 
 def check_trackers(names: list[str]) -> None:

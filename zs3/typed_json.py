@@ -17,7 +17,7 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from configuration_zs3 import shortened
-from files_zs3 import read_text
+from files_zs3 import lines_of, read_text
 from zs3.command_line import InputError, cut, shown
 
 Content = TypeVar("Content")
@@ -86,12 +86,14 @@ def read_json_lines(path: Path, kind: type[Content], what: str, mend: str) -> li
     says so, unless it is the end of the file.
     """
     rows: list[Content] = []
-    lines = _text(path, what).split("\n")  # no other separator ends a line: it may stand in a JSON string
+    text = _text(path, what)
+    lines = lines_of(text)
     for number, line in enumerate(lines, start=1):
         try:
             row = _parsed(line)
         except (ValueError, RecursionError):
-            if number < len(lines) and line.strip():
+            is_half = number == len(lines) and not text.endswith("\n")
+            if line.strip() and not is_half:
                 print(f"warning: line {number} of {shown(path)} is damaged: it is left out")
             continue
         wrong = first_wrong(row, kind)
@@ -101,10 +103,10 @@ def read_json_lines(path: Path, kind: type[Content], what: str, mend: str) -> li
     return rows
 
 
-def unless_damaged(read: Callable[[], Content]) -> Content | None:
-    """What `read` reads; None of a file that is damaged, which a line then says: what made it will make it again."""
+def unless_damaged(read: Callable[..., Content], *given: Any) -> Content | None:
+    """What read(*given) reads; None of a file that is damaged. A line then says so: what made it will make it again."""
     try:
-        return read()
+        return read(*given)
     except Damaged as error:
         print(f"warning: {error}; it counts as not there")
         return None
