@@ -3,12 +3,13 @@
 Every number of the paper (arXiv 2301.07336) that the code uses is a field here, under one name, with the paper's
 value as its default. What belongs to one run (learning rate, data, steps) belongs to that run's recipe.
 
-The rule that says when two class names are one is at the end of the file.
+The rules that all files share, when two class names are one and what is a number, are at the end of the file.
 """
 
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import Literal
 from unicodedata import category, normalize
 
@@ -246,6 +247,13 @@ def check_name(name: object) -> None:
         raise Refused(f"a name must be one line without control characters, got {shortened(name)}")
 
 
+def is_number(value: object, whole: bool = False) -> bool:
+    """Whether a value is a finite number, Python's or NumPy's, a whole one if asked. A boolean is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        return False
+    return isinstance(value, Integral) or math.isfinite(value)
+
+
 def shortened(value: object, length: int = 60) -> str:
     """A value for a message, never whole where it is long."""
     text = repr(value)
@@ -261,6 +269,7 @@ __all__ = [
     "among",
     "check_name",
     "check_names",
+    "is_number",
     "once",
     "places",
     "plain",
