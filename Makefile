@@ -1,11 +1,12 @@
 # make demo: train, evaluate and try a tiny model on the embedded benchmark (about 7 minutes on 2 cores).
 #            DEMO="--stage1_steps 20 ..." passes flags to it.
 # make test: lint and the test suite, offline.
+# make hub_cards: copies the Hub half beside the released weights. Needed after each change of a *_zs3.py; a test says so.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test hub_cards clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m zs3.demo $(DEMO)
@@ -14,6 +15,10 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+hub_cards:
+	rm -f hub_cards/zs3-scenes/*.py
+	cp *_zs3.py hub_cards/zs3-scenes/
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,11 @@
 """The checkpoint in the repository: small, with the project's own code, and as good as its card says."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +14,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import pipeline
 
-from zs3.checkpoints import weights_sha256
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from zs3.checkpoints import load_processor, weights_sha256
 from zs3.evaluation import ConfusionMatrix
-from zs3.release import code_files
 from zs3.scenes import CLASS_NAMES, FIRST_VALIDATION, UNSEEN, render_scene
 
 ROOT = Path(__file__).parent.parent
@@ -19,11 +24,58 @@ FOLDER = ROOT / "hub_cards" / "zs3-scenes"
 RESULT = json.loads((ROOT / "docs" / "results" / "zs3-scenes.json").read_text(encoding="utf-8"))
 
 
-def test_its_weights_are_small_and_its_code_is_the_projects():
+def code(folder: Path) -> dict[str, bytes]:
+    """The Python files of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.py")}
+
+
+def tracked() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout of git, so nothing says which files belong to the project")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0")[:-1] if os.path.lexists(ROOT / name)]
+
+
+def test_its_weights_are_small():
     assert (FOLDER / "model.safetensors").stat().st_size < 5e6
-    files = [path for path in FOLDER.iterdir() if path.suffix == ".py"]
-    assert {path.name for path in files} == {path.name for path in code_files(FOLDER)}
-    assert all(path.is_symlink() and path.resolve() == ROOT / path.name for path in files)
+
+
+def test_its_code_is_that_of_the_root():
+    ours = {path.name: path.read_bytes() for path in ROOT.glob("*_zs3.py")}
+    theirs = code(FOLDER)
+    differing = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+    assert not differing, f"{differing} of {FOLDER} differ from the root's: `make hub_cards` copies them"
+
+
+def test_its_code_is_what_save_pretrained_writes(tmp_path):
+    model = Zs3ForSemanticSegmentation.from_pretrained(FOLDER)
+    model.save_pretrained(tmp_path)
+    load_processor(str(FOLDER), model.config).save_pretrained(tmp_path)
+    assert code(tmp_path) == code(FOLDER)
+
+
+def test_no_file_of_the_project_is_a_symbolic_link():
+    """Windows' git writes links as small text files, and a copied folder leaves behind what its links lead to."""
+    assert [path for path in tracked() if path.is_symlink()] == []
+
+
+def test_the_first_example_of_the_readme_works_in_a_copy_without_links(tmp_path):
+    for path in tracked():
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            copy.write_text(os.readlink(path))  # as `git clone -c core.symlinks=false` has it
+        else:
+            shutil.copyfile(path, copy)
+    example = re.search(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    example += "print(render_scene.__code__.co_filename)"
+    environment = dict(os.environ, PYTHONPATH=str(tmp_path), HF_MODULES_CACHE=str(tmp_path / "modules"))
+    command = [sys.executable, "-c", example]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    labels, place = done.stdout.splitlines()
+    assert set(re.findall("'(.*?)'", labels)) == {"sky", "grass", "red circle", "red square"}
+    assert place == str(tmp_path / "zs3" / "scenes.py")
 
 
 def test_its_card_has_the_numbers_of_the_result_file_of_these_weights():

@@ -1,1 +1,277 @@
-../../configuration_zs3.py
+"""Zs3Config: the architecture, the constants of the paper and the names a checkpoint was trained on.
+
+Every number of the paper (arXiv 2301.07336) that the code uses is a field here, under one name, with the paper's
+value as its default. What belongs to one run (learning rate, data, steps) belongs to that run's recipe.
+
+The rules that all files share, when two class names are one and what is a number, are at the end of the file.
+"""
+
+import math
+from collections.abc import Sequence
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Literal
+from unicodedata import category, normalize
+
+from huggingface_hub.dataclasses import strict
+from transformers import (
+    AutoConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Mask2FormerConfig,
+    PreTrainedConfig,
+    ResNetConfig,
+)
+
+# What transformers itself writes into a config.json or passes to a config, beside the declared fields.
+WRITTEN_BY_TRANSFORMERS = {
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+
+# What a training can be given about unseen classes, from the least to the most; see `unseen_labels`.
+Supervision = Literal["none", "pseudo", "captions", "ground_truth"]
+
+
+@strict
+class Zs3Config(Mask2FormerConfig):
+    """Configuration of Zs3ForSemanticSegmentation. A misspelled or mistyped field raises.
+
+    Fields that are not described here are Mask2FormerConfig's.
+
+    Architecture:
+        backbone_config: default ResNet-50 (section 4.3).
+        text_config: the frozen CLIP text tower, or None: text vectors come from outside.
+        vision_config: the frozen CLIP image tower, or None: no proposal is shown to CLIP.
+        projection_dim: D, size of CLIP's joint space.
+        class_projection: "mlp" (hidden -> 4 x hidden -> D) or "linear"; makes the class embeddings E^c.
+
+    Losses:
+        class_temperature: tau of Eq. 2; the cosine is divided by it.
+        class_loss: "background_aware" (Eq. 5), or "cross_entropy" with a learned background embedding (Eq. 1-2).
+        matched_weight: lambda of Eq. 5; unmatched queries get 1 - lambda.
+        kl: "p_u" is KL(p || U) as printed in Eq. 5, "u_p" is KL(U || p).
+        no_object_weight: weight of unmatched queries in the cross-entropy with background (Mask2Former's).
+        class_weight, mask_weight, dice_weight, rank_weight: alpha, beta (both mask terms), gamma of Eq. 8. The first
+            three weigh the costs of matching too, as in Mask2Former.
+        rank_scale: multiplies the cosines of Eq. 6; 1 as printed.
+        rank_norm: "positives" divides Eq. 6 by |P| as printed, "pairs" by |P||N|.
+        label_map_weight: of a loss that is not the paper's, on the label map of Eq. 4, see `label_map_loss`; 0: none.
+        label_map_pixels: "all", where an ignored pixel has one of the present labels without a mask, or "labelled".
+        mask_loss: "focal" (section 3.2) or "bce" (Mask2Former's own), with dice.
+        ignored_pixels: "ignore" (section 3.2: only pixels of seen classes count), or "negative": they belong to no
+            mask (Mask2Former's own).
+        matching: "unpaired" (two assignments, sections 3.1-3.2); "joint" (Mask2Former's: a label goes with its mask;
+            present labels without a mask then take left-over queries); or "hybrid" (the same in one assignment, where
+            those labels compete by similarity).
+        match_points: masks are matched on the whole mask grid, "grid", where a mask pixel looks at the middle of the
+            4 x 4 pixels it covers; or on train_num_points "random" points (Mask2Former's own).
+        train_num_points, oversample_ratio, importance_sample_ratio: points of the mask losses (Mask2Former's).
+        use_auxiliary_loss: losses at every decoder output (deep supervision), or at the last one only.
+
+    Inference and pseudo labels:
+        clip_ensemble_weight: w of section 4.6 (Xu et al. 2021), in [0, 1]; None: do not ensemble.
+        clip_logit_scale: multiplies CLIP's cosines before a softmax; 100 is what CLIP's training ended with.
+        pseudo_label_threshold: tau of section 3.4.
+        word_drop_probability: with which a word of an image's captions is left out, section 4.5.
+
+    What the training saw:
+        seen_class_names: S, all classes whose masks any stage of the training saw; None: not known.
+        unseen_labels: the most that was told about unseen classes, "none", "pseudo" labels, "captions" that say their
+            names, or "ground_truth" (image labels).
+        class_names: the vocabulary stored in the checkpoint by `set_vocabulary`, or None.
+    """
+
+    model_type = "zs3"
+    sub_configs = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
+    backbones_supported = ["swin", "resnet", "convnext"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    class_projection: Literal["mlp", "linear"] = "mlp"
+
+    class_temperature: float | int = 0.01
+    class_loss: Literal["background_aware", "cross_entropy"] = "background_aware"
+    matched_weight: float | int = 0.6
+    kl: Literal["p_u", "u_p"] = "p_u"
+    class_weight: float | int = 2.0
+    mask_weight: float | int = 5.0
+    dice_weight: float | int = 5.0
+    rank_weight: float | int = 1.0
+    no_object_weight: float | int = 0.1
+    rank_scale: float | int = 1.0
+    rank_norm: Literal["positives", "pairs"] = "positives"
+    label_map_weight: float | int = 0.0
+    label_map_pixels: Literal["all", "labelled"] = "all"
+    mask_loss: Literal["focal", "bce"] = "focal"
+    ignored_pixels: Literal["ignore", "negative"] = "ignore"
+    matching: Literal["unpaired", "joint", "hybrid"] = "unpaired"
+    match_points: Literal["grid", "random"] = "grid"
+
+    oversample_ratio: float | int = 3.0
+    importance_sample_ratio: float | int = 0.75
+    init_std: float | int = 0.02
+    init_xavier_std: float | int = 1.0
+
+    clip_ensemble_weight: float | int | None = 0.8
+    clip_logit_scale: float | int = 100.0
+    pseudo_label_threshold: float | int = 0.99
+    word_drop_probability: float | int = 0.25
+
+    seen_class_names: list[str] | None = None
+    unseen_labels: Supervision | None = None
+    class_names: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        unknown = sorted(set(kwargs) - WRITTEN_BY_TRANSFORMERS)
+        if unknown:
+            close = get_close_matches(unknown[0], self.__dataclass_fields__, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "; a newer version may have it"
+            raise ValueError(f"{unknown[0]!r} is not a field of Zs3Config{hint}")
+        # Made here, not by transformers: how its own sub-config defaults are declared changes between versions.
+        if self.backbone_config is None:
+            self.backbone_config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+        for name in ("text_config", "vision_config"):
+            if isinstance(getattr(self, name), dict):
+                setattr(self, name, self.sub_configs[name](**getattr(self, name)))
+        super().__post_init__(**kwargs)
+
+    def validate_losses(self):
+        """Ranges that the losses rely on (called by `strict`)."""
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
+        if self.class_temperature <= 0:
+            raise ValueError(f"class_temperature must be positive, got {self.class_temperature}")
+        if not 0 <= self.matched_weight <= 1:
+            raise ValueError(f"matched_weight must lie in [0, 1], got {self.matched_weight}")
+        if self.common_stride != 4:
+            raise ValueError(f"common_stride must be 4, the stride of the masks, got {self.common_stride}")
+        if self.train_num_points < 1 or self.oversample_ratio < 1:
+            raise ValueError("train_num_points and oversample_ratio must be 1 or more")
+        if not 0 <= self.importance_sample_ratio <= 1:
+            raise ValueError(f"importance_sample_ratio must lie in [0, 1], got {self.importance_sample_ratio}")
+        if self.clip_ensemble_weight is not None and not 0 <= self.clip_ensemble_weight <= 1:
+            raise ValueError(f"clip_ensemble_weight must lie in [0, 1] or be None, got {self.clip_ensemble_weight}")
+        if not 0 <= self.word_drop_probability <= 1:
+            raise ValueError(f"word_drop_probability must lie in [0, 1], got {self.word_drop_probability}")
+        if not 0 < self.pseudo_label_threshold <= 1:
+            raise ValueError(f"pseudo_label_threshold must lie in (0, 1], got {self.pseudo_label_threshold}")
+        if self.clip_logit_scale <= 0:
+            raise ValueError(f"clip_logit_scale must be a positive number, got {self.clip_logit_scale}")
+        if self.rank_scale <= 0:
+            raise ValueError(f"rank_scale must be positive, got {self.rank_scale}")
+        for name in (
+            "class_weight",
+            "mask_weight",
+            "dice_weight",
+            "rank_weight",
+            "label_map_weight",
+            "no_object_weight",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+# ---- names: when are two names one? -------------------------------------------------------------------------
+
+
+def plain(name: str) -> str:
+    """The form in which class names are compared: two names with one plain form are one name.
+
+    Case, blanks, how Unicode composes a letter (NFC) and characters that show nothing make no difference.
+    """
+    if name.isascii():
+        folded = name.casefold()
+    else:
+        shown = "".join(letter for letter in name if category(letter) != "Cf")
+        folded = normalize("NFC", normalize("NFD", shown).casefold())
+    return " ".join(folded.split())
+
+
+def places(names: Sequence[str], known: Sequence[str] | None) -> list[int | None]:
+    """Of each name, where it stands among the known ones (the first place), or None. known: None is an empty list."""
+    first: dict[str, int] = {}
+    for place, name in enumerate(known or []):
+        first.setdefault(plain(name), place)
+    return [first.get(plain(name)) for name in names]
+
+
+def once(names: Sequence[str]) -> list[str]:
+    """The names without those that are one with an earlier name."""
+    return [name for row, (name, first) in enumerate(zip(names, places(names, names), strict=True)) if row == first]
+
+
+def among(names: Sequence[str], known: Sequence[str] | None) -> list[bool]:
+    """Of each name, whether it is among the known ones."""
+    return [place is not None for place in places(names, known)]
+
+
+class Refused(ValueError):
+    """What was given cannot be used. The message is one line for whoever gave it."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises Refused where names are blank, hold line breaks or control characters, or are one name."""
+    for name in names:
+        check_name(name)
+    for place, first in enumerate(places(names, names)):
+        if first != place:
+            one, other = shortened(names[first], 45), shortened(names[place], 45)
+            which = f"{one} and {other} are one name (case, blanks and Unicode form aside)"
+            if names[first] == names[place]:
+                which = f"{one} is there twice"
+            raise Refused(f"names repeat: {which}: rename one")
+
+
+def check_name(name: object) -> None:
+    """Raises Refused where a name is blank, or holds line breaks or control characters."""
+    if not isinstance(name, str) or not plain(name):
+        raise Refused(f"a name must be a text that is not blank, got {shortened(name)}")
+    if not name.isprintable() and any(category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+        raise Refused(f"a name must be one line without control characters, got {shortened(name)}")
+
+
+def is_number(value: object, whole: bool = False) -> bool:
+    """Whether a value is a finite number, Python's or NumPy's, a whole one if asked. A boolean is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        return False
+    return isinstance(value, Integral) or math.isfinite(value)
+
+
+def shortened(value: object, length: int = 60) -> str:
+    """A value for a message, never whole where it is long."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+Zs3Config.register_for_auto_class()
+
+__all__ = [
+    "Refused",
+    "Supervision",
+    "Zs3Config",
+    "among",
+    "check_name",
+    "check_names",
+    "is_number",
+    "once",
+    "places",
+    "plain",
+    "shortened",
+]

@@ -1,1 +1,257 @@
-../../files_zs3.py
+"""Files of other people and our own: images opened, label maps saved, files written whole or not at all.
+
+`open_image` opens by an allow-list of formats, which Pillow decodes itself: of its others, EPS starts Ghostscript.
+`load_picture` is what the pipeline takes for an image; `save_map` writes a label map as a PNG of ids.
+
+Axes: H W pixels.
+"""
+
+import base64
+import codecs
+import errno
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from huggingface_hub.utils import get_session
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+try:
+    from .configuration_zs3 import Refused, shortened
+except ImportError:
+    if __package__:
+        raise
+    from configuration_zs3 import Refused, shortened
+
+PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MAP_FORMATS = ("PNG",)  # JPEG and its like change ids, writers of GIF renumber them
+OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+PARTIAL = r"\.[0-9a-f]{32}\.(?P<process>\d+)\.partial"  # names that `whole` gives
+SECONDS = 60  # without an answer of an address
+MOST_FETCHED = 2**28  # bytes of an address
+MAX_PIXELS = 2**27  # of an image that is opened: 0.5 GB decoded
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Whatever a decoder raises within the block is raised as Refused, whose message is the reason.
+
+    One guard for all readers: of a damaged file Pillow raises more kinds of errors than it documents. Want of
+    memory or of open files is no fault of the file, and passes.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        raise Refused(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether an error says nothing of the file that was read: no more open files, no memory."""
+    return getattr(error, "errno", None) in OF_THE_MACHINE
+
+
+def open_image(source: str | Path | bytes, formats: Sequence[str] = PICTURE_FORMATS) -> Image.Image:
+    """An image whose header has been read; decode it within `decoding`. Raises Refused, the message is the reason.
+
+    source: a file, or its bytes. formats: those that may be in it, whatever it is called.
+    """
+    if not isinstance(source, bytes):
+        check_regular(source)
+    with decoding(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound is MAX_PIXELS
+        try:
+            image = Image.open(_handle(source), formats=formats)
+        except UnidentifiedImageError as error:
+            raise Refused(_why_unidentified(source, formats)) from error
+        except Image.DecompressionBombError as error:
+            raise Refused(f"it has more than {MAX_PIXELS:,} pixels: make it smaller") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Refused(f"it has {width:,} x {height:,} pixels, at most {MAX_PIXELS:,} are read: make it smaller")
+    return image
+
+
+def verify_checksums(png: bytes) -> None:
+    """Raises Refused where a PNG's bytes are not those that were written: many a flipped bit decodes all the same."""
+    image = open_image(png, ("PNG",))
+    with decoding():
+        image.verify()
+
+
+def check_regular(path: str | Path) -> os.stat_result:
+    """What the system says of a file. Raises Refused where it has no end: a folder, a pipe or a device."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise Refused(getattr(error, "strerror", None) or str(error)) from error
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise Refused(f"it is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}, no file")
+    return found
+
+
+def _handle(source: str | Path | bytes) -> str | Path | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _why_unidentified(source: str | Path | bytes, formats: Sequence[str]) -> str:
+    known = ", ".join(formats)
+    try:
+        with decoding(), Image.open(_handle(source), formats=PICTURE_FORMATS) as image:
+            kind = image.format
+    except Refused:
+        return f"it is no image of a format that is read ({known}), or it is damaged"
+    return f"it is a {kind} inside, and must be {known}: save it anew from the original"
+
+
+def load_picture(image: str | Path | Image.Image) -> Image.Image:
+    """RGB, turned as its EXIF data say. image: a path, an address (http, https, data:image/) or a PIL image.
+
+    Raises Refused.
+    """
+    name = shortened(str(image), 200)[1:-1] if isinstance(image, str | Path) else "the image"
+    try:
+        with decoding():
+            if is_address(image):
+                image = open_image(_fetched(str(image)))
+            elif isinstance(image, str | Path):
+                image = open_image(image)
+            elif not isinstance(image, Image.Image):
+                raise Refused(f"it is a {type(image).__name__}, no image, path or address")
+            if image.mode[0] in "IF":
+                raise Refused(f"mode {image.mode} holds more than 8 bits a channel; convert it to 8 first")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Refused as error:
+        raise Refused(f"{name} cannot be read as an image: {error}") from error
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file is one that systems leave in folders: `._a.png` (macOS), .DS_Store, Thumbs.db, desktop.ini."""
+    return name.startswith("._") or name.lower() in (".ds_store", "thumbs.db", "desktop.ini", ".directory")
+
+
+def is_picture_name(name: str) -> bool:
+    return Path(name).suffix.lower() in PICTURE_SUFFIXES and not is_leftover(name)
+
+
+def is_address(image: object) -> bool:
+    return isinstance(image, str | Path) and str(image).startswith(("http://", "https://", "data:image/"))
+
+
+def _fetched(address: str) -> bytes:
+    if address.startswith("data:"):
+        return base64.b64decode(address.partition(",")[2])
+    with get_session().stream("GET", address, follow_redirects=True, timeout=SECONDS) as answer:
+        answer.raise_for_status()
+        content = b""
+        for part in answer.iter_bytes():
+            content += part
+            if len(content) > MOST_FETCHED:
+                raise Refused(f"it is more than {MOST_FETCHED:,} bytes")
+    return content
+
+
+def read_text(path: str | Path) -> str:
+    """UTF-8, or what a byte order mark at the beginning says. Raises OSError, or ValueError where it is no text."""
+    content = Path(path).read_bytes()
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    return content.decode(encoding)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, without their ends. Unlike `splitlines` it cuts at no separator inside a JSON string."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
+
+
+class Unwanted(Exception):
+    """Raised within `whole`: what was written there is not to take its name."""
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write the file to: it takes its name at the end of the block, on the disk and whole, or
+    not at all. The place is called as PARTIAL says, by the number of the writing process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{uuid4().hex}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())  # its name must not come to the disk before it
+        os.replace(partial, path)
+    except Unwanted:
+        return
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def ignored_id(num_classes: int) -> int:
+    """What stands for -1, no label, in the label maps of a list of so many classes: 255 in 8 bits, 65535 in 16."""
+    if num_classes > 65535:
+        raise Refused(f"a label map holds the ids of at most 65,535 classes, not of {num_classes:,}")
+    return 255 if num_classes <= 255 else 65535
+
+
+def map_png(label_map: Any, num_classes: int | None = None) -> bytes:
+    """The bytes of a PNG: see `save_map`."""
+    if isinstance(label_map, torch.Tensor):
+        label_map = label_map.numpy(force=True)
+    ids = np.asarray(label_map)
+    if ids.dtype.kind not in "iu" or ids.ndim != 2 or not ids.size:
+        raise Refused(f"a label map is (H, W) whole numbers, got {ids.dtype} of shape {ids.shape}")
+    least, most = int(ids.min()), int(ids.max())
+    if least < -1 or num_classes is not None and most >= num_classes:
+        allowed = "-1 or more" if num_classes is None else f"-1 to {num_classes - 1}"
+        raise Refused(f"ids of the label map must be {allowed}, got {least if least < -1 else most}")
+    ignored = ignored_id(most + 1 if num_classes is None else num_classes)
+    stored = np.where(ids == -1, ignored, ids).astype(np.uint8 if ignored == 255 else np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(stored).save(file, "PNG")
+    return file.getvalue()
+
+
+def save_map(label_map: Any, path: str | Path, num_classes: int | None = None) -> None:
+    """Saves a label map as a PNG of ids, which this project's datasets take and other tools read.
+
+    8 bits, and 255 where the map has -1; for more than 255 classes 16 bits, and 65535. Written whole or not at all.
+
+    label_map: (H, W) integers, -1 where there is no label; or the pipeline's result with output="map".
+    path: ends in .png.
+    num_classes: of the label list. Give it, so that all maps of one list are alike; None: the result's own number, else
+        what the ids of this map need.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise Refused(f"a label map is saved as a PNG: {str(path)[-100:]} must end in .png")
+    if isinstance(label_map, list) and label_map and isinstance(label_map[0], dict):
+        raise Refused('these are masks, no label map: ask the pipeline for output="map"')
+    if isinstance(label_map, dict):
+        num_classes = len(label_map["labels"]) if num_classes is None else num_classes
+        label_map = label_map["segmentation"]
+    content = map_png(label_map, num_classes)
+    try:
+        with whole(Path(path)) as partial:
+            partial.write_bytes(content)
+    except OSError as error:
+        raise Refused(f"cannot save {shortened(str(path), 120)} ({error.strerror}): choose another place") from error
+
+
+__all__ = ["load_picture", "map_png", "open_image", "save_map", "whole"]

@@ -1,1 +1,842 @@
-../../modeling_zs3.py
+"""Zs3ForSemanticSegmentation: Mask2Former whose queries are classified by frozen CLIP text vectors (paper, Fig. 2).
+
+Three values flow through the project:
+    batch (data -> model): pixel_values (B, 3, H, W), pixel_mask (B, H, W), labels (B, H, W) ids with -1 ignored,
+        image_labels (B, C) int8: 1 present, 0 absent, -1 unknown; text_embeds (C, D), unit length.
+    output (model -> anyone): Zs3Output.
+    label map (processor -> user): (H, W) int64, indices into the class names given.
+What turns proposals into label maps (Eq. 4) is in label_maps_zs3, what CLIP sees of them (sections 3.4 and 4.6) in
+clip_views_zs3; both can be had from here too.
+
+Axes: B image, Q query, C class name, D embedding, T template, L token, H W input size, h w mask size (H/4, W/4).
+"""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    Mask2FormerModel,
+    Mask2FormerPreTrainedModel,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers import initialization as init
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import ModelOutput
+
+try:
+    from .clip_views_zs3 import (
+        MASK_THRESHOLD,
+        Fill,
+        ProposalEmbeds,
+        crop_proposals,
+        ensemble_lazily,
+        ensemble_with_clip,
+        proposal_masks,
+        single_pass,
+        visible_proposals,
+    )
+    from .configuration_zs3 import Refused, Zs3Config, among
+    from .label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
+    from .losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
+    from .network_zs3 import batch_norms, decoder_outputs, run_plainly
+except ImportError:
+    if __package__:
+        raise
+    from clip_views_zs3 import (
+        MASK_THRESHOLD,
+        Fill,
+        ProposalEmbeds,
+        crop_proposals,
+        ensemble_lazily,
+        ensemble_with_clip,
+        proposal_masks,
+        single_pass,
+        visible_proposals,
+    )
+    from configuration_zs3 import Refused, Zs3Config, among
+    from label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
+    from losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
+    from network_zs3 import batch_norms, decoder_outputs, run_plainly
+
+SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
+TEXT_CHUNK = 256  # prompts embedded at once
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_zs3.Zs3Config",
+    "AutoModel": "modeling_zs3.Zs3ForSemanticSegmentation",
+    "AutoModelForSemanticSegmentation": "modeling_zs3.Zs3ForSemanticSegmentation",
+    "AutoModelForUniversalSegmentation": "modeling_zs3.Zs3ForSemanticSegmentation",
+}
+CUSTOM_PIPELINES = {
+    "zero-shot-semantic-segmentation": {
+        "impl": "pipeline_zs3.Zs3Pipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
+
+
+@dataclass
+class Zs3Output(ModelOutput):
+    """What the model returns.
+
+    loss: scalar, when `labels` are given; the sum of weight x term (Eq. 8).
+    loss_terms: dict of unweighted scalars class, mask, dice, rank, each summed over the decoder outputs.
+    same_label_rate: scalar in [0, 1], how often a query's label is the class of its mask (last decoder output), NaN
+        without masks; tells something where the ids in `labels` index the class axis.
+    mask_logits: (B, Q, h, w) of the last decoder output; sigmoid gives the proposals M.
+    class_embeds: (B, Q, D), E^c, not normalised.
+    class_logits: (B, Q, C), cosine / temperature.
+    background_logits: (B, Q), with the learned background embedding (class_loss "cross_entropy"), else None.
+    valid_sizes: (B, 2) int64, height and width of each image without its padding; with `labels`, of the whole crop.
+    ensemble_probs: (B, Q, C), where CLIP was shown the proposals (`ensemble`); the label map is then made of these.
+    shown_to_clip: (B, Q) bool, which ones it was shown.
+    undecided: (B,), the share of pixels that CLIP's view of the others might still change; 0 but for view "lazy" with a
+        tolerance.
+    """
+
+    loss: Tensor | None = None
+    loss_terms: dict[str, Tensor] | None = None
+    same_label_rate: Tensor | None = None
+    mask_logits: Tensor | None = None
+    class_embeds: Tensor | None = None
+    class_logits: Tensor | None = None
+    background_logits: Tensor | None = None
+    valid_sizes: Tensor | None = None
+    ensemble_probs: Tensor | None = None
+    shown_to_clip: Tensor | None = None
+    undecided: Tensor | None = None
+
+    @property
+    def class_probs(self) -> Tensor:
+        """(B, Q, C), what Eq. 4 weighs the masks with: the ensemble's where there is one, else p_q of Eq. 2."""
+        return final_probabilities(self)
+
+    def explain(self, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None) -> Explanation:
+        """Which proposals made pixel (y, x) what it is: see `explain` of label_maps_zs3."""
+        return explain(self, y, x, image=image, image_size=image_size)
+
+
+class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
+    config: Zs3Config
+    config_class = Zs3Config
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    # Heads that this model may have no place for: a plain Mask2Former's, a baseline's background.
+    _keys_to_ignore_on_load_unexpected = [r"^class_predictor\.", r"^criterion\.", r"^background_embed$"]
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, Zs3ForSemanticSegmentation) and module.background_embed is not None:
+            # As in Xu et al. 2021 (std = width^-0.5); only its direction counts.
+            init.normal_(module.background_embed, std=self.config.projection_dim**-0.5)
+        if isinstance(module, Zs3ForSemanticSegmentation) and module.vocabulary is not None:
+            init.zeros_(module.vocabulary)
+
+
+def draw_as_mask2former(network: Mask2FormerModel) -> None:
+    """New level and query embeddings and a new mask MLP as Mask2Former's own code has them: drawn by PyTorch's default.
+
+    So does transformers from 5.23 on, and nothing is done then. Before, it makes them zeros or small numbers, and
+    training from scratch falls far behind.
+    """
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
+        return
+    transformer = network.transformer_module
+    embeddings = transformer.queries_embedder, transformer.queries_features, transformer.level_embed
+    for module in (*embeddings, *transformer.decoder.mask_predictor.modules()):
+        if isinstance(module, nn.Embedding | nn.Linear):
+            module.reset_parameters()
+    nn.init.normal_(network.pixel_level_module.decoder.level_embed)
+
+
+class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
+    """Mask proposals and their class embeddings, classified by cosine with the text vectors of any label list."""
+
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # the layers of the whole visual part, `network_zs3` runs them
+
+    def __init__(self, config: Zs3Config):
+        super().__init__(config)
+        self.model = Mask2FormerModel(config)
+        draw_as_mask2former(self.model)
+        self.class_projection = class_projection(config.hidden_dim, config.projection_dim, config.class_projection)
+        self.text_model = self.vision_model = None
+        if config.text_config is not None:
+            self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
+        if config.vision_config is not None:
+            self.vision_model = CLIPVisionModelWithProjection._from_config(config.vision_config)
+        size = config.projection_dim
+        self.background_embed = nn.Parameter(torch.empty(size)) if config.class_loss == "cross_entropy" else None
+        stored = None if config.class_names is None else torch.zeros(len(config.class_names), size)
+        self.register_buffer("vocabulary", stored)
+        self.norms_are_frozen = False
+        self.post_init()
+        self.train()
+
+    def train(self, mode: bool = True) -> "Zs3ForSemanticSegmentation":
+        """As ever, but the CLIP towers stay frozen: `from_pretrained`, which ends here, makes weights trainable."""
+        super().train(mode)
+        for tower in (self.text_model, self.vision_model):
+            if tower is not None:
+                tower.requires_grad_(False).eval()
+        if self.norms_are_frozen:
+            for norm in batch_norms(self.model.pixel_level_module.encoder):
+                norm.requires_grad_(False).eval()
+        return self
+
+    def freeze_backbone_norms(self) -> None:
+        """From now on the backbone's batch norms do not learn, neither statistics nor scale and shift (Mask2Former's
+        own choice). A ResNet then trains in less time and memory."""
+        self.norms_are_frozen = True
+        self.train(self.training)
+
+    # ------------------------------------------------------------------------------------------- making
+
+    @classmethod
+    def from_mask2former_clip_pretrained(
+        cls, mask2former: str | None, clip: str | None, *, backbone: str | None = None, **config_overrides
+    ) -> "Zs3ForSemanticSegmentation":
+        """Join two checkpoints, each a Hub id or a local folder, into a model ready for zero-shot training.
+
+        mask2former: a Mask2Former whose weights to start from, or None. Published ones were trained on the masks of
+            COCO or ADE20K, unseen classes included: no start for a zero-shot claim.
+        clip: a CLIP whose text and image towers become this model's (frozen), or None: text vectors from outside.
+        backbone: with mask2former=None, a backbone checkpoint (ImageNet) to start from; the rest is random.
+        config_overrides: fields of Zs3Config; `text_config=None` or `vision_config=None` leaves a tower out.
+        """
+        if mask2former is not None and backbone is not None:
+            raise ValueError("give mask2former or backbone, not both: a Mask2Former brings its own backbone")
+        fields = {}
+        if mask2former is not None:
+            known = set(Zs3Config.__dataclass_fields__) - {"id2label", "label2id", "architectures"}
+            fields = AutoConfig.from_pretrained(mask2former, trust_remote_code=False).to_dict()
+            fields = {name: value for name, value in fields.items() if name in known}
+        if backbone is not None:
+            fields["backbone_config"] = AutoConfig.from_pretrained(
+                backbone, trust_remote_code=False, out_features=["stage1", "stage2", "stage3", "stage4"]
+            )
+        if clip is not None:
+            clip_config = AutoConfig.from_pretrained(clip, trust_remote_code=False)
+            fields["text_config"] = clip_config.text_config.to_dict()
+            fields["vision_config"] = clip_config.vision_config.to_dict()
+            fields["projection_dim"] = clip_config.projection_dim
+            for tower in ("text_config", "vision_config"):
+                fields[tower]["projection_dim"] = clip_config.projection_dim
+        config = Zs3Config(**{**fields, **config_overrides})
+
+        model = cls(config)
+        if mask2former is not None:
+            source, loading = Mask2FormerModel.from_pretrained(
+                mask2former, dtype=torch.float32, output_loading_info=True
+            )
+            if loading["missing_keys"]:
+                raise ValueError(f"{mask2former} lacks weights of a Mask2Former: {sorted(loading['missing_keys'])[:3]}")
+            _load_into(model.model, source)
+        if backbone is not None:
+            encoder = model.model.pixel_level_module.encoder
+            weights = type(encoder).from_pretrained(backbone, config=config.backbone_config, dtype=torch.float32)
+            _load_into(encoder, weights)
+        if clip is not None:
+            whole = CLIPModel.from_pretrained(clip, dtype=torch.float32)
+            for tower in (model.text_model, model.vision_model):
+                if tower is not None:
+                    _load_into(tower, whole)
+        return model
+
+    def set_vocabulary(
+        self,
+        class_names: Sequence[str | Sequence[str] | dict],
+        text_embeds: Tensor | None = None,
+        *,
+        processor: ProcessorMixin | None = None,
+    ) -> None:
+        """Store a default label list in the checkpoint, used when `forward` gets no text.
+
+        class_names: entries as `read_labels` takes them; their names are stored.
+        text_embeds: (C, D), one row a name; normalised here. None: the text tower embeds the names' prompts.
+        processor: the Zs3Processor that does so; None: the one beside the checkpoint that this model was loaded from.
+        """
+        try:
+            from .processing_zs3 import read_labels
+        except ImportError:
+            if __package__:
+                raise
+            from processing_zs3 import read_labels
+        names = [label.name for label in read_labels(class_names)]
+        if text_embeds is None:
+            text_embeds = self._embed_names(class_names, processor)
+        check_text_embeds(text_embeds, self.config.projection_dim)
+        if len(text_embeds) != len(names):
+            raise ValueError(f"text_embeds must have a row for each of {len(names)} names, got {len(text_embeds)}")
+        self.config.class_names = names
+        self.config.id2label = dict(enumerate(names))
+        self.config.label2id = {name: index for index, name in enumerate(names)}
+        self.vocabulary = F.normalize(text_embeds.detach().float(), dim=-1).contiguous().to(self.device)
+
+    def _embed_names(
+        self, class_names: Sequence[str | Sequence[str] | dict], processor: ProcessorMixin | None
+    ) -> Tensor:
+        """(C, D), of the names' prompts."""
+        if self.text_model is None:
+            raise ValueError("this checkpoint has no text tower to embed class names with: pass text_embeds")
+        if processor is None:
+            processor = self._saved_processor()
+        if not hasattr(processor, "prompt_templates"):
+            kind = type(processor).__name__
+            raise ValueError(f"a Zs3Processor turns class names into prompts, not a {kind}: pass processor=")
+        return self.encode_text(**processor(class_names=class_names))
+
+    def _saved_processor(self) -> ProcessorMixin:
+        """The processor beside the checkpoint that this model was loaded from, of the classes beside this one."""
+        try:
+            from .processing_zs3 import saved_processor
+        except ImportError:
+            if __package__:
+                raise
+            from processing_zs3 import saved_processor
+        source = self.config.name_or_path
+        if not source:
+            raise ValueError("this model comes from no checkpoint that a processor lies beside: pass processor=")
+        revision = getattr(self.config, "_commit_hash", None) or "main"
+        try:
+            return saved_processor(source, revision=revision)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the processor of {source} cannot be loaded here: pass processor=") from error
+
+    def without_towers(self, *towers: str) -> "Zs3ForSemanticSegmentation":
+        """This model without its "text_model" or "vision_model": another object, the same weights."""
+        part = copy.copy(self)
+        part._modules = {**self._modules, **dict.fromkeys(towers)}
+        part._parameters, part._buffers = dict(self._parameters), dict(self._buffers)
+        part.config = copy.deepcopy(self.config)
+        for tower in towers:
+            setattr(part.config, tower.replace("_model", "_config"), None)
+        return part
+
+    def save_pretrained(self, save_directory: str, *, drop_text_tower: bool = False, **kwargs) -> None:
+        """Save weights, config and the code that loads them, the pipeline's included.
+
+        drop_text_tower: leave the text tower out of what is saved, which then knows the stored vocabulary only.
+        """
+        try:
+            from .pipeline_zs3 import Zs3Pipeline
+        except ImportError:
+            if __package__:
+                raise
+            from pipeline_zs3 import Zs3Pipeline
+        model = self
+        if drop_text_tower:
+            if self.vocabulary is None:
+                raise ValueError("without a text tower a checkpoint needs label vectors: call set_vocabulary first")
+            model = self.without_towers("text_model")
+            if kwargs.get("state_dict") is not None:
+                weights = kwargs["state_dict"].items()
+                kwargs["state_dict"] = {k: v for k, v in weights if not k.startswith("text_model.")}
+        model.config.auto_map = dict(AUTO_MAP)
+        model.config.custom_pipelines = dict(CUSTOM_PIPELINES)
+        for name in model.config.sub_configs:  # code that a part's own checkpoint named is none of this one's
+            for key in ("auto_map", "custom_pipelines"):
+                if hasattr(getattr(model.config, name), key):
+                    delattr(getattr(model.config, name), key)
+        os.makedirs(save_directory, exist_ok=True)
+        custom_object_save(Zs3Pipeline, save_directory)  # before the weights, with which the folder may be uploaded
+        Zs3PreTrainedModel.save_pretrained(model, save_directory, **kwargs)
+
+    # ------------------------------------------------------------------------------------------- running
+
+    @torch.no_grad()
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Text vectors of class names: (C, L), or (C, T, L) for T prompts a class -> (C, D), unit length.
+
+        Every prompt is embedded and normalised; the prompts of a class are averaged and normalised again. A prompt
+        whose mask is zero everywhere does not exist.
+        """
+        if self.text_model is None:
+            raise ValueError(
+                "this checkpoint has no text tower: pass text_embeds, or no text at all to use its stored vocabulary"
+            )
+        input_ids = input_ids.to(self.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
+        if input_ids.dim() == 2:
+            input_ids = input_ids[:, None]
+            attention_mask = None if attention_mask is None else attention_mask[:, None]
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        exists = attention_mask.any(-1)  # (C, T)
+        if not exists.any(-1).all():
+            raise ValueError("a class has no prompt: its attention_mask is zero everywhere")
+        ids, mask = input_ids[exists], attention_mask[exists]  # (all prompts, L)
+        lengths = (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1)
+        prompts = ids.new_zeros(len(ids), self.config.projection_dim, dtype=torch.float32)
+        with torch.autocast(ids.device.type, enabled=False):  # once for a label list: exact rather than fast
+            for rows in lengths.argsort(stable=True).split(TEXT_CHUNK):  # alike in length, so hardly any padding
+                longest = int(lengths[rows[-1]])
+                text = self.text_model(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
+                prompts[rows] = text.text_embeds.float()
+        embeds = prompts.new_zeros(*exists.shape, prompts.shape[-1])
+        embeds[exists] = F.normalize(prompts, dim=-1)  # (C, T, D)
+        embeds = embeds.sum(1)
+        check_text_embeds(embeds, self.config.projection_dim)
+        return F.normalize(embeds, dim=-1)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        image_labels: Tensor | None = None,
+        is_seen: Tensor | None = None,
+        target_counts: Tensor | None = None,
+    ) -> Zs3Output:
+        """Mask proposals, their class embeddings, and with `labels` the loss of Eq. 8.
+
+        pixel_values: (B, 3, H, W), normalised. pixel_mask: (B, H, W), 1 on the image, 0 on padding.
+        text_embeds (C, D), or input_ids (C, L) or (C, T, L) with attention_mask; neither: the stored vocabulary.
+        labels: (B, H, W), every distinct id >= 0 is one mask target, -1 is ignored. With `matching` "joint" or
+            "hybrid", or a label_map_weight, the ids index the class axis.
+        image_labels: (B, C), 1 present, 0 absent, -1 unknown. None: from `labels` (see `default_image_labels`).
+        is_seen: (C,) bool, only for that default.
+        target_counts: (3,), where the batch is a part of one whose gradient is meant, see `count_targets`.
+        """
+        text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
+        if labels is None:
+            proposals = self.propose(pixel_values, pixel_mask)
+            return Zs3Output(**proposals, **self.classify(proposals["class_embeds"], text_embeds))
+
+        labels = labels.long() if pixel_mask is None else labels.long().masked_fill(pixel_mask == 0, PADDING)
+        targets = self._targets(labels, image_labels, is_seen, len(text_embeds))
+        mask_logits, class_embeds = self._proposals(pixel_values, every=self.config.use_auxiliary_loss)
+        losses = self._losses(mask_logits, class_embeds, text_embeds, targets, target_counts)
+        weights = {
+            "class": self.config.class_weight,
+            "mask": self.config.mask_weight,
+            "dice": self.config.dice_weight,
+            "rank": self.config.rank_weight,
+            "label_map": self.config.label_map_weight,
+        }
+        return Zs3Output(
+            loss=sum(weights[name] * term for name, term in losses.terms.items()),  # Eq. 8
+            loss_terms=losses.terms,
+            same_label_rate=losses.same_label_rate,
+            mask_logits=mask_logits[-1],
+            class_embeds=class_embeds[-1],
+            valid_sizes=labels.new_tensor([labels.shape[1:]], dtype=torch.int64).repeat(len(labels), 1),
+            **self.classify(class_embeds[-1], text_embeds),
+        )
+
+    def _targets(
+        self, labels: Tensor, image_labels: Tensor | None, is_seen: Tensor | None, num_classes: int
+    ) -> Targets:
+        """What the losses compare with; reads the ids of `labels` on the CPU, for which a GPU has to wait."""
+        ids = mask_ids(labels)
+        largest = max((int(values[-1]) for values in ids if len(values)), default=-1)
+        free = self.config.matching == "unpaired" and not self.config.label_map_weight
+        if largest >= num_classes and (not free or image_labels is None):
+            joined = f"with matching {self.config.matching!r} ids index the class axis"
+            if self.config.matching == "unpaired":
+                joined = "with a label_map_weight ids index the class axis"
+            mend = "pass image_labels" if free else joined
+            raise ValueError(f"labels hold id {largest}, but there are {num_classes} classes: {mend}")
+        if image_labels is None:
+            image_labels = default_image_labels(ids, num_classes, is_seen)
+        if tuple(image_labels.shape) != (len(labels), num_classes):
+            raise ValueError(f"image_labels must be {(len(labels), num_classes)}, got {tuple(image_labels.shape)}")
+        return Targets(labels, ids, image_labels.cpu())
+
+    def _losses(
+        self,
+        mask_logits: list[Tensor],
+        class_embeds: list[Tensor],
+        text_embeds: Tensor,
+        targets: Targets,
+        counts: Tensor | None,
+    ) -> Losses:
+        """Of all decoder outputs given."""
+        similarity = [cosine_similarity(embeds, text_embeds) for embeds in class_embeds]
+        background = [self._background_similarity(embeds) for embeds in class_embeds]
+        return zs3_losses(mask_logits, similarity, background, targets, self.config, counts)
+
+    def _text_embeds(self, text_embeds: Tensor | None, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        """(C, D), unit length, from whichever source was given."""
+        if text_embeds is not None and input_ids is not None:
+            raise ValueError("pass text_embeds or input_ids, not both")
+        if input_ids is not None:
+            return self.encode_text(input_ids, mask)
+        if text_embeds is None:
+            if self.vocabulary is None:
+                raise ValueError(
+                    "no text: pass text_embeds or input_ids, or store a label list with model.set_vocabulary(...)"
+                )
+            text_embeds = self.vocabulary
+        check_text_embeds(text_embeds, self.config.projection_dim)
+        return F.normalize(text_embeds.to(self.device).float(), dim=-1)
+
+    def _proposals(self, pixel_values: Tensor, every: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Mask logits (B, Q, h, w) and class embeddings (B, Q, D): of every decoder output, or of the last one."""
+        run = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else run_plainly
+        outputs = decoder_outputs(self.model, pixel_values, every, run)
+        return outputs.mask_logits, [self.class_projection(hidden) for hidden in outputs.hidden]
+
+    def propose(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The part of `forward` that needs no text; each image is run at its own size, so its batch does not matter.
+
+        Returns mask_logits (B, Q, h, w), class_embeds (B, Q, D) and valid_sizes (B, 2), see Zs3Output.
+        """
+        batch, _, height, width = pixel_values.shape
+        if pixel_mask is None:
+            valid_sizes = pixel_values.new_tensor([[height, width]], dtype=torch.int64).repeat(batch, 1)
+        else:
+            valid_sizes = torch.stack([pixel_mask.bool().any(2).sum(1), pixel_mask.bool().any(1).sum(1)], dim=1)
+        if (valid_sizes == 0).any():
+            raise ValueError("pixel_mask hides a whole image: it must be 1 where the image is")
+        own_sizes = [tuple(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size) for size in valid_sizes.tolist()]
+        mask_height, mask_width = (max(sides) // MASK_STRIDE for sides in zip(*own_sizes, strict=True))
+        mask_logits, class_embeds = [None] * batch, [None] * batch
+        for size in dict.fromkeys(own_sizes):
+            same = [image for image in range(batch) if own_sizes[image] == size]
+            pixels = pixel_values[same, :, : size[0], : size[1]]
+            pixels = F.pad(pixels, (0, size[1] - pixels.shape[3], 0, size[0] - pixels.shape[2]))
+            logits, embeds = self._proposals(pixels, every=False)
+            # Edge values continue into the padding: upsampling then gives what it gives without padding.
+            margin = (0, mask_width - logits[-1].shape[3], 0, mask_height - logits[-1].shape[2])
+            padded = F.pad(logits[-1], margin, mode="replicate")
+            for row, image in enumerate(same):
+                mask_logits[image], class_embeds[image] = padded[row], embeds[-1][row]
+        proposals = {"mask_logits": torch.stack(mask_logits), "class_embeds": torch.stack(class_embeds)}
+        for name, values in proposals.items():
+            check_finite_output(name, values)
+        return {**proposals, "valid_sizes": valid_sizes}
+
+    @torch.no_grad()
+    def embed_proposals(
+        self,
+        images: Tensor,
+        mask_logits: Tensor,
+        valid_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
+        *,
+        view: Literal["crops", "single_pass"] = "crops",
+        mask_threshold: float = MASK_THRESHOLD,
+        fill: Fill | None = "mean",
+        expansion: float = 1.0,
+        chosen: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 64,
+    ) -> ProposalEmbeds:
+        """CLIP's embeddings of proposals: of a crop each, or of one pass over each image (`single_pass`).
+
+        images: (B, 3, H, W) RGB in [0, 1], what `pixel_values` was made of (the image processor's `to_rgb`).
+        mask_logits: (B, Q, h, w); valid_sizes: (B, 2), as in Zs3Output; None: no padding.
+        mask_threshold: a proposal is where its mask is above it; one that is nowhere is not shown.
+        fill, expansion: how crops are cut, see `crop_proposals`.
+        chosen: (B, Q) bool, the proposals to look at; None: all.
+        dtype: the image tower runs under autocast in it. batch_size: crops that it sees at once, of one or more images.
+        """
+        tower = self._image_tower()
+        if view not in ("crops", "single_pass"):
+            raise ValueError(f"view must be 'crops' or 'single_pass', got {view!r}")
+        if valid_sizes is None:
+            valid_sizes = [images.shape[2:]] * len(images)
+        sizes = [tuple(int(side) for side in size) for size in valid_sizes]
+        images = [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
+        shown = visible_proposals(mask_logits, sizes, mask_threshold, chosen)
+        embeds = mask_logits.new_zeros(*shown.shape, self.config.projection_dim, dtype=torch.float32)
+        with torch.autocast(mask_logits.device.type, dtype=dtype, enabled=dtype is not None):
+            if not shown.any():
+                pass  # nothing to look at
+            elif view == "single_pass":
+                for image in shown.any(dim=1).nonzero()[:, 0].tolist():
+                    masks = proposal_masks(mask_logits[image, shown[image]], sizes[image], mask_threshold)
+                    embeds[image, shown[image]] = single_pass(tower, images[image], masks).float()
+            else:
+                for part in shown.nonzero().split(batch_size):
+                    crops = []
+                    for image in part[:, 0].unique().tolist():
+                        query = part[part[:, 0] == image, 1]
+                        masks = proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
+                        side = tower.config.image_size
+                        crops.append(crop_proposals(images[image], masks, side, fill=fill, expansion=expansion))
+                    embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops)).image_embeds.float()
+        check_finite_output("CLIP's embeddings of the proposals", embeds)
+        return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
+
+    def _image_tower(self) -> CLIPVisionModelWithProjection:
+        if self.vision_model is None:
+            raise ValueError("this checkpoint has no CLIP image tower: it cannot be shown proposals")
+        return self.vision_model
+
+    def clip_probs(self, proposals: ProposalEmbeds, text_embeds: Tensor, owner: Tensor | None = None) -> Tensor:
+        """CLIP's own view of the proposals: (B, Q, C), softmax of scaled cosines; 1 for all classes of one not shown.
+
+        text_embeds: (C, D), or with owner (S, D), see `best_synonyms`. The 1 is that of Xu et al. 2021 for empty masks.
+        """
+        logits = self.config.clip_logit_scale * label_similarity(proposals.embeds, text_embeds)
+        logits = logits if owner is None else best_synonyms(logits, owner)
+        return logits.softmax(dim=-1).masked_fill(~proposals.shown[..., None], 1)
+
+    @torch.no_grad()
+    def ensemble(
+        self,
+        outputs: Zs3Output,
+        images: Tensor | ProposalEmbeds,
+        text_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        owner: Tensor | None = None,
+        is_seen: Tensor | None = None,
+        weight: float | None = None,
+        view: Literal["crops", "lazy", "single_pass"] = "crops",
+        tolerance: float = 0.0,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        mask_threshold: float = MASK_THRESHOLD,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 64,
+    ) -> Zs3Output:
+        """The outputs, with class probabilities to which CLIP's view of the proposals has been joined (section 4.6).
+
+        images: (B, 3, H, W) RGB in [0, 1] (the image processor's `to_rgb`), or what `embed_proposals` made of them.
+        text_embeds, or input_ids and attention_mask: the same label list as in `forward`.
+        owner: (S,) int64, where text_embeds has a row for each of S synonyms of C classes: see `best_synonyms`.
+        is_seen: (C,) bool; None, with the stored vocabulary: which of it the training saw masks of.
+        weight: w; None: the config's clip_ensemble_weight.
+        view: "crops" is exact. "lazy" leaves out crops that cannot change the label map at `image_sizes` (height and
+            width; None: those at the model's input), or no more than the share `tolerance` of its pixels; scores
+            differ. "single_pass" is an approximation at about the cost of a few crops.
+        mask_threshold, dtype, batch_size: see `embed_proposals`. With a dtype, CLIP's answers hang on how many crops it
+            sees at once, in their last digits, and so may lazy pixels.
+        """
+        if view not in ("crops", "lazy", "single_pass"):
+            raise ValueError(f"view must be 'crops', 'lazy' or 'single_pass', got {view!r}")
+        if not 0 <= tolerance <= 1:
+            raise ValueError(f"tolerance must lie in [0, 1], got {tolerance}")
+        crops = {"mask_threshold": mask_threshold, "dtype": dtype, "batch_size": batch_size}
+        stored = text_embeds is None and input_ids is None
+        weight = self.config.clip_ensemble_weight if weight is None else weight
+        if weight is None:
+            raise ValueError("this checkpoint's clip_ensemble_weight is None, do not ensemble: pass weight to do it")
+        if not 0 <= weight <= 1:
+            raise ValueError(f"the ensemble's weight must lie in [0, 1], got {weight}")
+        text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
+        is_seen = self._is_seen(is_seen, outputs.class_logits.shape[2], stored)
+        see = partial(self.clip_probs, text_embeds=text_embeds, owner=owner)
+        if view == "lazy" and isinstance(images, Tensor):
+            sizes = outputs.valid_sizes.tolist() if image_sizes is None else image_sizes
+            probs, shown, undecided = self._join_lazily(outputs, images, see, is_seen, weight, sizes, tolerance, crops)
+            if owner is None:  # with one, CLIP's view of the synonyms that it was not shown is not known
+                probs = tie(probs, torch.cat([text_embeds.T, is_seen[None].to(text_embeds)]))
+        else:
+            if isinstance(images, Tensor):
+                views = {"view": view, **crops}
+                images = self.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes, **views)
+            own, its = class_probabilities(outputs.class_logits, outputs.background_logits), see(images)
+            probs = ensemble_with_clip(own, its, is_seen, weight)
+            probs = tie(probs, torch.cat([own.flatten(0, 1), its.flatten(0, 1), is_seen[None].to(own)]))
+            shown = images.shown
+            undecided = probs.new_zeros(len(probs))
+        return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": shown, "undecided": undecided})
+
+    def ensemble_view(self, view: str | None = None, weight: float | None = None) -> str:
+        """The view to ensemble with, or "off": as given, else "crops" where a weight is given or the checkpoint has an
+        image tower, a weight and a record of what its training saw. Raises where an ensemble is asked for in vain."""
+        lacks = None
+        if self.config.vision_config is None:
+            lacks = "the checkpoint has no CLIP image tower"
+        elif self.config.seen_class_names is None:
+            lacks = "the checkpoint does not say which classes its training saw masks of"
+        elif self.config.clip_ensemble_weight is None and weight is None:
+            lacks = "the checkpoint says not to (its clip_ensemble_weight is None), give ensemble_weight to do it"
+        if view == "off" or (view is None and weight is None and lacks):
+            return "off"
+        if lacks:
+            raise ValueError(f"no ensemble: {lacks}")
+        return view or "crops"
+
+    def _join_lazily(
+        self,
+        outputs: Zs3Output,
+        images: Tensor,
+        see: Callable[[ProposalEmbeds], Tensor],
+        is_seen: Tensor,
+        weight: float,
+        image_sizes: Sequence[tuple[int, int]],
+        tolerance: float,
+        crops: dict,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all images: probs (B, Q, C), shown (B, Q) bool, undecided (B,)."""
+        if len(image_sizes) != len(images):
+            raise ValueError(f"{len(images)} images, but {len(image_sizes)} image_sizes")
+        own, results = class_probabilities(outputs.class_logits, outputs.background_logits), []
+        for image, image_size in enumerate(image_sizes):
+            pixels, mask_logits = images[image : image + 1], outputs.mask_logits[image : image + 1]
+            size = tuple(outputs.valid_sizes[image].tolist())
+            visible = visible_proposals(mask_logits, [size], crops["mask_threshold"])
+
+            def look(query: Tensor, pixels=pixels, mask_logits=mask_logits, size=size, visible=visible) -> Tensor:
+                chosen = torch.zeros_like(visible).index_fill(1, query, True)
+                proposals = self.embed_proposals(pixels, mask_logits, [size], chosen=chosen, **crops)
+                return see(proposals)[0, query]
+
+            sizes = {"valid_size": size, "image_size": tuple(image_size)}
+            results.append(
+                ensemble_lazily(
+                    own[image], mask_logits[0], visible[0], look, is_seen, weight, **sizes, tolerance=tolerance
+                )
+            )
+        probs, shown, undecided = zip(*results, strict=True)
+        return torch.stack(probs), torch.stack(shown), probs[0].new_tensor(undecided)
+
+    def _is_seen(self, is_seen: Tensor | None, num_classes: int, stored: bool) -> Tensor:
+        """(C,) bool: as given, or which names of the stored vocabulary the training saw masks of."""
+        if is_seen is None:
+            names, trained = self.config.class_names, self.config.seen_class_names
+            if names is None or trained is None or not stored:
+                raise ValueError("pass is_seen, which of the classes are seen ones: the checkpoint does not say it")
+            is_seen = torch.tensor(among(names, trained))
+        if tuple(is_seen.shape) != (num_classes,):
+            raise ValueError(f"is_seen must be ({num_classes},), got {tuple(is_seen.shape)}")
+        return is_seen.to(self.device).bool()
+
+    def _background_similarity(self, class_embeds: Tensor) -> Tensor | None:
+        if self.background_embed is None:
+            return None
+        return cosine_similarity(class_embeds, self.background_embed[None])[..., 0]
+
+    def classify(self, class_embeds: Tensor, text_embeds: Tensor) -> dict[str, Tensor | None]:
+        """The part of `forward` that a label list decides: class_logits and background_logits, see Zs3Output.
+
+        class_embeds: (B, Q, D); text_embeds: (C, D).
+        """
+        background = self._background_similarity(class_embeds)
+        similarity = cosine_similarity if self.training else label_similarity  # in training nobody looks at ties
+        temperature = self.config.class_temperature
+        return {
+            "class_logits": similarity(class_embeds, text_embeds) / temperature,
+            "background_logits": None if background is None else background / temperature,
+        }
+
+
+def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Module:
+    """The layer that makes the class embeddings E^c (Fig. 2). MLP as in Xu et al. 2021, or one linear layer."""
+    if kind == "linear":
+        return nn.Linear(hidden_dim, projection_dim)
+    return nn.Sequential(nn.Linear(hidden_dim, 4 * hidden_dim), nn.ReLU(), nn.Linear(4 * hidden_dim, projection_dim))
+
+
+def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """R of section 3.2: class_embeds (B, Q, D), text_embeds (C, D) -> (B, Q, C), cosine in [-1, 1]."""
+    with torch.autocast(class_embeds.device.type, enabled=False):  # 0.4 % of a cosine is 0.4 of a logit at tau = 0.01
+        return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
+
+
+def label_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """`cosine_similarity` with a label list: equal text vectors get equal columns, so that the first of them wins.
+
+    A matrix product alone may round them differently. A compiled or exported graph is that product alone.
+    """
+    return tie(cosine_similarity(class_embeds, text_embeds), F.normalize(text_embeds.float(), dim=-1).T)
+
+
+def tie(values: Tensor, source: Tensor) -> Tensor:
+    """values (..., C), source (..., C): columns with equal sources become equal to the last bit, as the first of them.
+
+    Products and powers need it: at the end of a row they may be rounded otherwise than in its middle.
+    """
+    if source.shape[-1] < 2 or source.is_meta or torch.compiler.is_compiling():
+        return values
+    columns = source.reshape(-1, source.shape[-1])
+    # On the CPU: not every device has `unique` along an axis. Four rows tell nearly all columns apart.
+    _, group, size = columns[:4].cpu().unique(dim=1, return_inverse=True, return_counts=True)
+    alike = (size[group] > 1).nonzero()[:, 0]
+    if len(alike) == 0:
+        return values
+    _, group = columns[:, alike.to(columns.device)].cpu().unique(dim=1, return_inverse=True)
+    first = torch.full_like(alike, values.shape[-1]).scatter_reduce(0, group, alike, "amin")
+    order = torch.arange(values.shape[-1]).index_copy(0, alike, first[group])
+    return values[..., order.to(values.device)]
+
+
+def check_text_embeds(text_embeds: Tensor, size: int) -> None:
+    """Raises Refused where text vectors are no (C, size) floating-point numbers, or where one has no direction:
+    zeros, NaN, infinities."""
+    if not isinstance(text_embeds, Tensor) or not text_embeds.is_floating_point():
+        kind = text_embeds.dtype if isinstance(text_embeds, Tensor) else type(text_embeds).__name__
+        raise Refused(f"text vectors must be a tensor of floating-point numbers, got {kind}")
+    if text_embeds.dim() != 2 or len(text_embeds) == 0 or text_embeds.shape[1] != size:
+        raise Refused(f"text vectors must be (C, {size}), got {tuple(text_embeds.shape)}")
+    lengths = F.normalize(text_embeds.float(), dim=-1).norm(dim=-1)
+    lost = (~((lengths - 1).abs() < 0.01)).nonzero()[:, 0]  # "not": NaN is lost, too
+    if len(lost):
+        raise Refused(
+            f"{len(lost)} of {len(lengths)} text vectors have no direction, row {int(lost[0])} first: zero, too large "
+            "or not finite; make them again"
+        )
+
+
+def check_finite_output(name: str, values: Tensor) -> None:
+    """Raises Refused where an output is not finite: what is made of it would look like an answer."""
+    if not torch.isfinite(values).all():
+        raise Refused(f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32")
+
+
+def best_synonyms(logits: Tensor, owner: Tensor) -> Tensor:
+    """logits (B, Q, S), owner (S,) int64 -> (B, Q, C): of a class's synonyms, the one that is most like the query."""
+    owner = owner.expand_as(logits)
+    best = logits.new_empty(*logits.shape[:2], int(owner.max()) + 1)
+    return best.scatter_reduce(2, owner, logits, "amax", include_self=False)
+
+
+def final_probabilities(outputs: Zs3Output) -> Tensor:
+    """(B, Q, C), what Eq. 4 weighs the masks with; for copies of the output without properties, as pipelines make."""
+    if outputs.get("ensemble_probs") is not None:
+        return outputs["ensemble_probs"]
+    return class_probabilities(outputs["class_logits"], outputs.get("background_logits"))
+
+
+def default_image_labels(ids: list[Tensor], num_classes: int, is_seen: Tensor | None) -> Tensor:
+    """Image labels from the ids of each image's label map, which index the class axis: B times (M,) -> (B, C) int8.
+
+    1 present, 0 absent and seen, -1 absent and unseen: an unseen name never becomes a negative by accident.
+    is_seen: (C,) bool; None: all seen.
+    """
+    absent = torch.zeros(num_classes, dtype=torch.int8)
+    if is_seen is not None:
+        absent[~is_seen.cpu()] = -1
+    return torch.stack([absent.index_fill(0, present, 1) for present in ids])
+
+
+def _load_into(module: nn.Module, source: PreTrainedModel) -> None:
+    """Copy the weights of `module` from a model that has them under the same names, perhaps among others."""
+    weights = source.state_dict()
+    module.load_state_dict({name: weights[name] for name in module.state_dict()})
+
+
+Zs3ForSemanticSegmentation.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "Zs3ForSemanticSegmentation",
+    "Zs3Output",
+    "Zs3PreTrainedModel",
+    "cosine_similarity",
+    "crop_proposals",
+    "ensemble_with_clip",
+    "semantic_map",
+    "semantic_scores",
+]

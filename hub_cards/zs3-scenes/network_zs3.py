@@ -1,1 +1,517 @@
-../../network_zs3.py
+"""Mask2Former's forward, in less time and memory: transformers' modules hold the weights, the functions here use them.
+
+The outputs are those of transformers' Mask2FormerModel (to 1e-4, tests/test_network.py). What differs:
+    backbone: channels last; a ResNet whose batch norms do not learn runs as convolutions alone (`normed_convolution`).
+    pixel decoder: on a CPU deformable attention gathers the neighbours of its sampling points as weighted bags of rows
+        (`bags_of_neighbours`); no tensor of sampled values is made, and none is kept for the gradient.
+    transformer decoder: fused attention; where masks block attention is found on the small feature maps, and without a
+        loss only the last output's masks are made.
+Weights are used without calling the layers that hold them: forward hooks on those do not run.
+
+Axes: B image, C channel, Q query, S position of all levels, G head, P sampling points of all levels, D channel of a
+head, H W of a level, h w of the masks.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from transformers import Mask2FormerModel
+from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
+from transformers.models.resnet.modeling_resnet import ResNetBackbone
+
+try:
+    from scipy.sparse import csc_array
+except ImportError:  # inference needs no gradients
+    csc_array = None
+
+ROWS_AT_ONCE = 2**15  # of values in deformable attention, whose sampling points then fit into a cache
+
+Size = tuple[int, int]
+# run(function, *args) returns function(*args); `torch.utils.checkpoint.checkpoint` is one.
+Run = Callable[..., Tensor]
+
+
+class DecoderOutputs(NamedTuple):
+    """Of the queries themselves and of each decoder layer; of the last layer alone, where no more was asked for."""
+
+    mask_logits: list[Tensor]  # (B, Q, h, w)
+    hidden: list[Tensor]  # (B, Q, C), normalised: what the class projection is given
+
+
+def run_plainly(function: Callable[..., Tensor], *args: object) -> Tensor:
+    return function(*args)
+
+
+def decoder_outputs(
+    network: Mask2FormerModel, pixel_values: Tensor, every: bool, run: Run = run_plainly
+) -> DecoderOutputs:
+    """`network(pixel_values)`: pixel_values (B, 3, H, W), sides of multiples of 32.
+
+    every: the outputs of all layers, for deep supervision; or of the last one alone.
+    run: how layers are run; with `torch.utils.checkpoint.checkpoint` their inputs alone are kept for the gradient.
+    """
+    pixels = network.pixel_level_module
+    features = backbone_features(pixels.encoder, pixel_values.contiguous(memory_format=torch.channels_last), run)
+    mask_features, levels = pixel_decoder(pixels.decoder, features, run)
+    return transformer_decoder(network.transformer_module, mask_features, levels, every, run)
+
+
+# ------------------------------------------------------------------------------------------------- backbone
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+
+
+def backbone_features(backbone: nn.Module, pixel_values: Tensor, run: Run) -> Sequence[Tensor]:
+    """Feature maps of strides 4, 8, 16 and 32."""
+    if not isinstance(backbone, ResNetBackbone) or any(norm.training for norm in batch_norms(backbone)):
+        return backbone(pixel_values).feature_maps
+    hidden = backbone.embedder.pooler(convolution_layer(backbone.embedder.embedder, pixel_values))
+    features = {"stem": hidden}
+    for name, stage in zip(backbone.stage_names[1:], backbone.encoder.stages, strict=True):
+        for layer in stage.layers:
+            hidden = run(residual_layer, layer, hidden)
+        features[name] = hidden
+    return [features[name] for name in backbone.out_features]
+
+
+def residual_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """A ResNet's basic or bottleneck layer."""
+    shortcut = hidden if isinstance(layer.shortcut, nn.Identity) else normed_convolution(layer.shortcut, hidden)
+    for convolution in layer.layer:
+        hidden = convolution_layer(convolution, hidden)
+    return activate(layer.activation, hidden.add_(shortcut))
+
+
+def convolution_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+    return activate(layer.activation, normed_convolution(layer, hidden))
+
+
+def normed_convolution(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Convolution and batch norm of fixed statistics as one convolution: nothing in between is kept for a gradient."""
+    convolution, norm = layer.convolution, layer.normalization
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = convolution.weight * scale[:, None, None, None]
+    bias = norm.bias - norm.running_mean * scale
+    return F.conv2d(hidden, weight, bias, convolution.stride, convolution.padding)
+
+
+def activate(activation: nn.Module, hidden: Tensor) -> Tensor:
+    """In place where it can be: `hidden` is not used afterwards."""
+    return hidden.relu_() if isinstance(activation, nn.ReLU) else activation(hidden)
+
+
+# -------------------------------------------------------------------------------------------- pixel decoder
+
+
+def pixel_decoder(decoder: nn.Module, features: Sequence[Tensor], run: Run) -> tuple[Tensor, list[Tensor]]:
+    """The mask features (B, C, h, w) and the three levels (B, C, H, W), from the coarsest on."""
+    sources = list(features[::-1][: decoder.num_feature_levels])
+    projected = [project(source) for project, source in zip(decoder.input_projections, sources, strict=True)]
+    sizes = [tuple(level.shape[2:]) for level in projected]
+    hidden = torch.cat([tokens(level) for level in projected], dim=1)  # (B, S, C)
+    positions = [
+        sine_positions(size, hidden.shape[2], hidden) + embed
+        for size, embed in zip(sizes, decoder.level_embed, strict=True)
+    ]
+    positions = torch.cat(positions)  # (S, C)
+    anchors = sampling_anchors(sizes, hidden)
+    for layer in decoder.encoder.layers:
+        hidden = run(encoder_layer, layer, hidden, positions, anchors, sizes)
+    parts = hidden.split([height * width for height, width in sizes], dim=1)
+    levels = [part.unflatten(1, size).permute(0, 3, 1, 2) for part, size in zip(parts, sizes, strict=True)]
+
+    finest = levels[-1]
+    finer = features[: decoder.num_fpn_levels][::-1]
+    for lateral, output, feature in zip(decoder.lateral_convolutions, decoder.output_convolutions, finer, strict=True):
+        lateral = lateral(feature)
+        coarse = F.interpolate(finest, size=lateral.shape[2:], mode="bilinear", align_corners=False)
+        finest = output(lateral + coarse)
+    return decoder.mask_projection(finest), levels
+
+
+def tokens(feature_map: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, HW, C), a view where channels are last."""
+    return feature_map.flatten(2).transpose(1, 2)
+
+
+def sine_positions(size: Size, channels: int, like: Tensor) -> Tensor:
+    """(HW, channels): sines and cosines of the row, then those of the column (Carion et al. 2020), normalised."""
+    frequency = torch.arange(channels // 2, dtype=torch.int64, device=like.device).to(like.dtype)
+    frequency = 10000 ** (2 * frequency.div(2, rounding_mode="floor") / (channels // 2))
+    waves = []
+    for side in size:
+        place = torch.arange(1, side + 1, dtype=like.dtype, device=like.device)
+        phase = (place / (place[-1] + 1e-6) * (2 * torch.pi))[:, None] / frequency
+        waves.append(torch.stack([phase[:, 0::2].sin(), phase[:, 1::2].cos()], dim=2).flatten(1))
+    rows, columns = waves
+    height, width = size
+    return torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], dim=2).flatten(0, 1)
+
+
+def sampling_anchors(sizes: Sequence[Size], like: Tensor) -> Tensor:
+    """(2, S, 3): where each position lies in each level, column and row in that level's pixels (0: its first's)."""
+    kind = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    columns, rows = [], []
+    for height, width in sizes:
+        row = (torch.arange(height, **kind) + 0.5) / height
+        column = (torch.arange(width, **kind) + 0.5) / width
+        rows.append(row[:, None].expand(height, width).flatten())
+        columns.append(column.expand(height, width).flatten())
+    column, row = torch.cat(columns), torch.cat(rows)
+    return torch.stack(
+        [
+            torch.stack([column * width - 0.5 for _, width in sizes], dim=1),
+            torch.stack([row * height - 0.5 for height, _ in sizes], dim=1),
+        ]
+    )
+
+
+def encoder_layer(layer: nn.Module, hidden: Tensor, positions: Tensor, anchors: Tensor, sizes: list[Size]) -> Tensor:
+    """(B, S, C) -> (B, S, C)."""
+    hidden = hidden + dropout(layer, deformable_attention(layer.self_attn, hidden, positions, anchors, sizes))
+    hidden = layer.self_attn_layer_norm(hidden)
+    hidden = hidden + dropout(layer, layer.fc2(dropout(layer, layer.fc1(hidden).relu_())))
+    return layer.final_layer_norm(hidden)
+
+
+def deformable_attention(
+    attention: nn.Module, hidden: Tensor, positions: Tensor, anchors: Tensor, sizes: list[Size]
+) -> Tensor:
+    """Multi-scale deformable self-attention (Zhu et al. 2021): (B, S, C) -> (B, S, C)."""
+    heads, points = attention.n_heads, attention.n_levels * attention.n_points
+    value = attention.value_proj(hidden).unflatten(2, (heads, -1))
+    query = hidden + positions
+    weight = softmax_of_few(attention.attention_weights(query).unflatten(2, (heads, points)))
+    # One row of the layer's weight in two is of columns, the other of rows.
+    offsets = attention.sampling_offsets
+    steps = zip(
+        offsets.weight.unflatten(0, (-1, 2)).unbind(1), offsets.bias.unflatten(0, (-1, 2)).unbind(1), strict=True
+    )
+    column, row = (
+        (F.linear(query, *step).unflatten(2, (heads, attention.n_levels, -1)) + anchor[:, None, :, None]).flatten(3)
+        for step, anchor in zip(steps, anchors, strict=True)
+    )
+    return attention.output_proj(deformable_sum(value, column, row, weight, sizes))
+
+
+def softmax_of_few(logits: Tensor) -> Tensor:
+    """logits.softmax(-1) of (B, S, G, P): few P, side by side in memory, with which a CPU is slow."""
+    if logits.device.type != "cpu":
+        return logits.softmax(-1)
+    return logits.permute(0, 2, 3, 1).softmax(2).permute(0, 3, 1, 2).contiguous()
+
+
+def deformable_sum(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, sizes: list[Size]) -> Tensor:
+    """The weighted sum of bilinear samples of all levels, which are zero beyond their borders -> (B, S, G * D).
+
+    value: (B, S, G, D). weight: (B, S, G, P), of the samples. column, row: (B, S, G, P), where to sample, in pixels of
+    the point's level; every level has as many points, in order, and the last is two pixels wide and high or more.
+    Computed in float32, in a model of lower precision too.
+    """
+    kind, precise = value.dtype, torch.promote_types(value.dtype, torch.float32)
+    value, column, row, weight = (tensor.to(precise) for tensor in (value, column, row, weight))
+    on_cpu = value.device.type == "cpu"
+    return (bags_of_neighbours if on_cpu else grid_samples)(value, column, row, weight, sizes).to(kind)
+
+
+def grid_samples(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, sizes: list[Size]) -> Tensor:
+    """`deformable_sum` by transformers' function, on devices that the other was not made for."""
+    levels = len(sizes)
+    columns = [(of + 0.5) / width for of, (_, width) in zip(column.chunk(levels, dim=3), sizes, strict=True)]
+    rows = [(of + 0.5) / height for of, (height, _) in zip(row.chunk(levels, dim=3), sizes, strict=True)]
+    places = torch.stack([torch.stack(columns, dim=3), torch.stack(rows, dim=3)], dim=5)
+    return multi_scale_deformable_attention(value, sizes, places, weight.unflatten(3, (levels, -1)))
+
+
+def bags_of_neighbours(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, sizes: list[Size]) -> Tensor:
+    """`deformable_sum` on a CPU.
+
+    A sample is a weighted sum of four neighbours, and these are among the S * G rows (D,) of `value`: all of it is a
+    sparse matrix times these rows. PyTorch multiplies by it as an `embedding_bag`, scipy by its transpose. Both
+    directions are operators of their own, which torch.compile takes as they are.
+    """
+    return _bags(value, column, row, weight, *zip(*sizes, strict=True))
+
+
+# Copies of this module, as remote code has, each have their operators. A module's name may hold what theirs may not.
+_OPERATORS = "zs3_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
+
+
+@torch.library.custom_op(f"{_OPERATORS}::bags", mutates_args=())
+def _bags(
+    value: Tensor, column: Tensor, row: Tensor, weight: Tensor, heights: Sequence[int], widths: Sequence[int]
+) -> Tensor:
+    grid = _grid(heights, widths, column)
+    output = torch.empty_like(value, memory_format=torch.contiguous_format)
+    for images in _few_images(value):
+        rows = value[images].flatten(0, 2)
+        points = _neighbours(column[images], row[images], grid)
+        shares = _shares(points, weight[images].flatten(2))
+        sums = [
+            F.embedding_bag(index, rows[start:], per_sample_weights=share.view_as(index), mode="sum")
+            for (index, start), share in zip(points.rows, shares, strict=True)
+        ]
+        torch.add(sums[0], sums[1], out=output[images].flatten(0, 2)).add_(sums[2]).add_(sums[3])
+    return output.flatten(2)
+
+
+@torch.library.custom_op(f"{_OPERATORS}::bags_backward", mutates_args=())
+def _bags_backward(
+    grad: Tensor,
+    value: Tensor,
+    column: Tensor,
+    row: Tensor,
+    weight: Tensor,
+    heights: Sequence[int],
+    widths: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if csc_array is None:
+        raise ImportError("training on a CPU needs scipy: pip install scipy")
+    grid = _grid(heights, widths, column)
+    of_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
+    of_points = [torch.empty_like(column, memory_format=torch.contiguous_format) for _ in range(3)]
+    for images in _few_images(value):
+        rows, of_sums = value[images].flatten(0, 2), grad[images].reshape(-1, value.shape[3])
+        points, weights = _neighbours(column[images], row[images], grid), weight[images].flatten(2)
+        of_rows, of_shares = of_value[images].flatten(0, 2), []
+        for (index, start), share in zip(points.rows, _shares(points, weights), strict=True):
+            of_rows[start:] += _transposed_sum(index, share, of_sums, len(rows) - start)
+            of_shares.append(_dot_products(index, of_sums, rows[start:]).view_as(share))
+        for whole, part in zip(of_points, _shares_backward(points, weights, of_shares), strict=True):
+            whole[images] = part.view_as(whole[images])
+    return of_value, *of_points
+
+
+@_bags.register_fake
+def _(value: Tensor, *_: object) -> Tensor:
+    return value.new_empty(*value.shape[:2], value.shape[2] * value.shape[3])
+
+
+@_bags_backward.register_fake
+def _(_: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs[:4])
+
+
+def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.heights, ctx.widths = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_bags_backward(grad, *ctx.saved_tensors, ctx.heights, ctx.widths), None, None
+
+
+_bags.register_autograd(_gradients, setup_context=_keep)
+
+
+class _Grid(NamedTuple):
+    """What the level of each sampling point is like: tensors (G * P,)."""
+
+    last_column: Tensor  # that can be the left one of a point's two
+    last_row: Tensor
+    to_right: Tensor  # 1, or infinite where there is no second column
+    to_lower: Tensor
+    width: Tensor  # in rows of `value`, int32
+    first: Tensor  # row of `value` of the level's first pixel and the point's head, int32
+
+
+class _Neighbours(NamedTuple):
+    """Of the sampling points of some images."""
+
+    rows: list[tuple[Tensor, int]]  # int32 (B * S * G, P), and what to add: upper left and right, lower left and right
+    left: Tensor  # (B, S, G * P), the point's distance from the left column; the others alike
+    right: Tensor
+    upper: Tensor
+    lower: Tensor
+
+
+def _few_images(value: Tensor) -> list[slice]:
+    """Images that are taken together: small ones, of which each alone would be too little work for a call."""
+    images, positions, heads, _ = value.shape
+    count = max(1, ROWS_AT_ONCE // (positions * heads))
+    return [slice(first, first + count) for first in range(0, images, count)]
+
+
+def _grid(heights: Sequence[int], widths: Sequence[int], column: Tensor) -> _Grid:
+    heads, points = column.shape[2:]
+
+    def spread(of_levels: list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(of_levels, dtype=dtype).repeat_interleave(points // len(heights)).repeat(heads)
+
+    pixels = [height * width for height, width in zip(heights, widths, strict=True)]
+    first = spread([heads * sum(pixels[:level]) for level in range(len(pixels))], torch.int32)
+    return _Grid(
+        last_column=spread([max(width - 2, 0) for width in widths], column.dtype),
+        last_row=spread([max(height - 2, 0) for height in heights], column.dtype),
+        to_right=spread([1 if width > 1 else torch.inf for width in widths], column.dtype),
+        to_lower=spread([1 if height > 1 else torch.inf for height in heights], column.dtype),
+        width=spread([heads * width for width in widths], torch.int32),
+        first=first + torch.arange(heads, dtype=torch.int32).repeat_interleave(points),
+    )
+
+
+def _neighbours(column: Tensor, row: Tensor, grid: _Grid) -> _Neighbours:
+    """column, row: (B, S, G, P). Near a border the two columns or rows nearest to the point are meant, which it may be
+    farther from than a pixel; a NaN becomes an index, too."""
+    images, positions, heads, points = column.shape
+    column, row, zero = column.flatten(2), row.flatten(2), column.new_zeros(())
+    left = column.floor().fmax(zero).fmin(grid.last_column)
+    upper = row.floor().fmax(zero).fmin(grid.last_row)
+    above = upper.int().mul_(grid.width).add_(left.int(), alpha=heads).add_(grid.first)
+    above += torch.arange(images, dtype=torch.int32)[:, None, None] * (positions * heads)
+    below = above + grid.width
+    above, below = above.view(-1, points), below.view(-1, points)
+    across, down = column - left, row - upper
+    return _Neighbours(
+        rows=[(above, 0), (above, heads), (below, 0), (below, heads)],
+        left=across,
+        right=across - grid.to_right,
+        upper=down,
+        lower=down - grid.to_lower,
+    )
+
+
+def _share(distance: Tensor) -> Tensor:
+    """What a row or column has in a sample at this distance: 1 at none, 0 from one pixel on."""
+    return distance.abs().neg_().add_(1).relu_()
+
+
+def _slope(distance: Tensor) -> Tensor:
+    """The derivative of `_share`, towards larger distances where it has two."""
+    pixel = distance.floor()
+    return (pixel == -1).to(distance.dtype) - (pixel == 0).to(distance.dtype)
+
+
+def _shares(points: _Neighbours, weight: Tensor) -> list[Tensor]:
+    """Of the four neighbours, in the order of `rows`; weight: (B, S, G * P)."""
+    left, right = _share(points.left), _share(points.right)
+    upper, lower = _share(points.upper).mul_(weight), _share(points.lower).mul_(weight)
+    return [upper * left, upper * right, lower * left, lower * right]
+
+
+def _shares_backward(points: _Neighbours, weight: Tensor, grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradients of `_shares` those of column, row and weight."""
+    left, right = _share(points.left), _share(points.right)
+    upper, lower = _share(points.upper), _share(points.lower)
+    of_upper, of_lower = grads[0] * left + grads[1] * right, grads[2] * left + grads[3] * right
+    of_left, of_right = grads[0] * upper + grads[2] * lower, grads[1] * upper + grads[3] * lower
+    return (
+        weight * (of_left * _slope(points.left) + of_right * _slope(points.right)),
+        weight * (of_upper * _slope(points.upper) + of_lower * _slope(points.lower)),
+        of_upper * upper + of_lower * lower,
+    )
+
+
+def _transposed_sum(index: Tensor, share: Tensor, of_sums: Tensor, num_rows: int) -> Tensor:
+    """The gradient of a bag's rows: index (N, P), share (N * P elements), of_sums (N, D) -> (num_rows, D)."""
+    starts = torch.arange(0, index.numel() + 1, index.shape[1], dtype=torch.int32)
+    arrays = (array.flatten().numpy() for array in (share, index, starts))
+    return torch.from_numpy(csc_array(tuple(arrays), shape=(num_rows, len(index))) @ of_sums.numpy())
+
+
+def _dot_products(index: Tensor, of_sums: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of a bag's weights: index (N, P), of_sums (N, D), rows (R, D) -> (N * P,)."""
+    starts = torch.arange(0, index.numel() + 1, index.shape[1], dtype=torch.int32)
+    nothing = torch.zeros(index.numel(), dtype=rows.dtype)
+    size = (len(index), len(rows))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this kind of tensor is in beta state
+        places = torch.sparse_csr_tensor(starts, index.flatten(), nothing, size=size, check_invariants=False)
+    return torch.sparse.sampled_addmm(places, of_sums, rows.T, beta=0.0).values()
+
+
+# -------------------------------------------------------------------------------------- transformer decoder
+
+
+def transformer_decoder(
+    module: nn.Module, mask_features: Tensor, levels: list[Tensor], every: bool, run: Run
+) -> DecoderOutputs:
+    """Queries look at one level after the other, each where its mask of before is (Cheng et al. 2022)."""
+    decoder, batch = module.decoder, len(mask_features)
+    predictor, sizes = decoder.mask_predictor, [tuple(level.shape[2:]) for level in levels]
+    sources = [
+        tokens(project(level)) + embed
+        for project, level, embed in zip(module.input_projections, levels, module.level_embed.weight, strict=True)
+    ]
+    positions = [sine_positions(size, source.shape[2], source) for size, source in zip(sizes, sources, strict=True)]
+    # Resizing masks and resizing what they are made of is the same.
+    with torch.no_grad():
+        small = [F.interpolate(mask_features, size=size, mode="bilinear", align_corners=False) for size in sizes]
+    query_positions = module.queries_embedder.weight
+    hidden = module.queries_features.weight.repeat(batch, 1, 1)
+
+    outputs = DecoderOutputs([], [])
+    for index in range(len(decoder.layers) + 1):
+        normed = decoder.layernorm(hidden)
+        last = index == len(decoder.layers)
+        mask_embeds = predictor.mask_embedder(normed)  # (B, Q, C)
+        if every or last:
+            outputs.mask_logits.append((mask_embeds @ mask_features.flatten(2)).unflatten(2, mask_features.shape[2:]))
+            outputs.hidden.append(normed)
+        if not last:
+            level = index % len(levels)
+            visible = visible_tokens(mask_embeds.detach(), small[level])
+            layer = decoder.layers[index]
+            hidden = run(decoder_layer, layer, hidden, query_positions, sources[level], positions[level], visible)
+    return outputs
+
+
+@torch.no_grad()
+def visible_tokens(mask_embeds: Tensor, features: Tensor) -> Tensor:
+    """Where a query's mask is, everywhere if it is nowhere: (B, Q, C), (B, C, H, W) -> (B, 1, Q, HW) bool."""
+    inside = (mask_embeds @ features.flatten(2)).sigmoid() >= 0.5
+    return (inside | ~inside.any(dim=2, keepdim=True))[:, None]
+
+
+def decoder_layer(
+    layer: nn.Module, hidden: Tensor, query_positions: Tensor, source: Tensor, positions: Tensor, visible: Tensor
+) -> Tensor:
+    """Masked cross-attention, self-attention, two linear layers, each with what went in: (B, Q, C) -> (B, Q, C)."""
+
+    def cross(hidden: Tensor) -> Tensor:
+        attention = layer.cross_attn
+        weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+        inputs = (hidden + query_positions, source + positions, source)
+        projected = (F.linear(*three) for three in zip(inputs, weights, biases, strict=True))
+        return attention.out_proj(attend(layer, *projected, attention.num_heads, visible))
+
+    def itself(hidden: Tensor) -> Tensor:
+        attention, placed = layer.self_attn, hidden + query_positions
+        projected = (attention.q_proj(placed), attention.k_proj(placed), attention.v_proj(hidden))
+        return attention.out_proj(attend(layer, *projected, attention.num_heads))
+
+    def linear(hidden: Tensor) -> Tensor:
+        return layer.fc2(dropout(layer, layer.activation_fn(layer.fc1(hidden))))
+
+    norms = (layer.cross_attn_layer_norm, layer.self_attn_layer_norm, layer.final_layer_norm)
+    for block, norm in zip((cross, itself, linear), norms, strict=True):
+        if layer.pre_norm:
+            hidden = hidden + dropout(layer, block(norm(hidden)))
+        else:
+            hidden = norm(hidden + dropout(layer, block(hidden)))
+    return hidden
+
+
+def attend(
+    layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, heads: int, visible: Tensor | None = None
+) -> Tensor:
+    """Multi-head attention: query (B, Q, C), key and value (B, K, C), visible (B, 1, Q, K) bool -> (B, Q, C)."""
+    query, key, value = (tensor.unflatten(2, (heads, -1)).transpose(1, 2) for tensor in (query, key, value))
+    probability = layer.dropout if layer.training else 0.0
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=probability)
+    return found.transpose(1, 2).flatten(2)
+
+
+# -------------------------------------------------------------------------------------------------- of both
+
+
+def dropout(layer: nn.Module, hidden: Tensor) -> Tensor:
+    return F.dropout(hidden, layer.dropout) if layer.training and layer.dropout else hidden

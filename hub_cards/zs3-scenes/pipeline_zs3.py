@@ -1,1 +1,519 @@
-../../pipeline_zs3.py
+"""Zs3Pipeline: `pipeline(model=..., trust_remote_code=True)(image, candidate_labels=[...])`.
+
+An image becomes views, itself or overlapping windows of it; the network makes proposals of each view; a label list
+turns proposals into a label map. `propose` stops in the middle, so that other label lists cost no network.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Pipeline
+from transformers.utils import logging
+
+try:
+    from .configuration_zs3 import places, shortened
+    from .drawing_zs3 import NONE_OF_THESE, draw
+    from .files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map
+    from .label_maps_zs3 import semantic_map
+    from .modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
+    from .processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
+    from .text_zs3 import LabelReport, TextCache, lint_labels
+except ImportError:
+    if __package__:
+        raise
+    from configuration_zs3 import places, shortened
+    from drawing_zs3 import NONE_OF_THESE, draw
+    from files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map
+    from label_maps_zs3 import semantic_map
+    from modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
+    from processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
+    from text_zs3 import LabelReport, TextCache, lint_labels
+
+logger = logging.get_logger(__name__)
+
+THRESHOLDS = {"probability": 0.5, "margin": 0.1}  # where `background="reject"` is given no threshold
+ENSEMBLE = ("ensemble", "ensemble_weight")
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+
+class View(NamedTuple):
+    """A part of an image that the network sees at once; both (left, top, right, bottom) in the image's pixels."""
+
+    box: tuple[int, int, int, int]  # what is seen
+    own: tuple[int, int, int, int]  # what is kept of the result
+
+
+@dataclass
+class Proposals:
+    """What the network made of one image; give it to the pipeline in the image's place, with any label list.
+
+    image_size: (height, width). outputs: of each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
+    valid_sizes (1, 2), as in Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
+    ensemble: how CLIP saw them, "crops" or "single_pass", or "off".
+    """
+
+    image_size: tuple[int, int]
+    views: list[View]
+    outputs: list[dict[str, Tensor]]
+    ensemble: str
+
+
+@dataclass
+class Choice:
+    """What pixels may become: a label list ready for the model, and what is done about none of these.
+
+    names: C labels, after them the distractors. text_embeds: (S, D), a row for each name, or with synonyms="max" for
+    each synonym. owner: (S,) int64, the name of each row. num_labels: C.
+    threshold: of `confidence`, below which a pixel gets no label; None: off.
+    is_seen: (C,) bool, the names whose masks the training saw. ensemble, ensemble_weight: see the pipeline.
+    """
+
+    names: list[str]
+    text_embeds: Tensor
+    owner: Tensor
+    num_labels: int
+    threshold: float | None
+    confidence: str
+    is_seen: Tensor
+    ensemble: str
+    ensemble_weight: float | None
+
+
+class Zs3Pipeline(Pipeline):
+    """Segment images with a label list of your own.
+
+    segment(images, candidate_labels=[...], **options)
+
+    images: a path, an address, a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), `Proposals`; or a list of
+        these, or a folder of images (in the order of their names): a list of results; or a generator: a generator.
+    candidate_labels: each a name, a list of synonyms, or a dict with `name`, `synonyms` and `templates`; None: the
+        vocabulary stored in the checkpoint. A checkpoint without a text tower takes names of that vocabulary only.
+    synonyms: "mean", a label is the mean of the text vectors of all its prompts; or "max", a query looks at the synonym
+        that fits it best: a further synonym then never takes a pixel from its label.
+    background: None, every pixel gets its best label; "reject", it gets none where the confidence in that is below
+        `threshold`; or a list of distractors, labels for what is not of interest: what they win gets none.
+    confidence: what the threshold is for: "probability", what decided queries give the winner on average (SemanticMap
+        says it exactly; default threshold 0.5), or "margin", how much more that is than for the runner-up (0.1). No
+        guarantee goes with either.
+    ensemble: CLIP's view of the proposals joined in (section 4.6): "crops", of a crop of each; "lazy", the same label
+        map from fewer crops where that is possible (scores differ); "single_pass", an approximation from one pass over
+        the image; or "off". None: "crops" where the checkpoint has an image tower and a weight and says which masks its
+        training saw, else "off". Scores are then of products of probabilities, which do not sum to 1.
+    ensemble_weight: w, in [0, 1]; None: the checkpoint's.
+    window, overlap: pixels; images larger than a window are seen in overlapping windows of this side, each at the size
+        that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
+    batch_size: views that the network sees at once. It does not change the results.
+    output: "masks", a list of {"label", "label_id", "score", "mask"} for each label that occurs: label_id indexes the
+        list given, score is the mean confidence (probability), mask a PIL "L" image (255 inside); or "map", a dict
+        {"segmentation": (H, W) int64, "labels": names, "scores": (H, W) float32}. What got no label has the id -1, the
+        label "none of these", and the score of the label that it did not get.
+
+    The probability is no calibrated one: see the results of an evaluation before you rely on a threshold.
+    """
+
+    _load_processor = None  # absent where the text vectors came from outside
+    _load_image_processor = True
+    _load_tokenizer = False
+    _load_feature_extractor = False
+
+    def __init__(self, *args, **kwargs):
+        self.text_cache = TextCache()
+        self._readable: list[Label] | None = None  # the last label list that `check_readable` has passed
+        super().__init__(*args, **kwargs)
+
+    def __call__(
+        self,
+        images: ImageLike | Proposals | Iterable,
+        candidate_labels: Sequence[ClassName] | None = None,
+        **options,
+    ) -> dict | list[dict] | list[list[dict]] | Iterator:
+        if candidate_labels is not None:
+            options["candidate_labels"] = candidate_labels
+        if isinstance(images, str | Path) and not is_address(images) and os.path.isdir(images):
+            images = _folder(Path(images))
+        if isinstance(images, str | Path | Image.Image | Proposals) or getattr(images, "ndim", None) in (2, 3):
+            return super().__call__([images], **options)[0]
+        if isinstance(images, tuple | np.ndarray | Tensor):
+            images = list(images)
+        if isinstance(images, list) and not images:
+            return []
+        if not isinstance(images, Iterable | Dataset):
+            raise ValueError(f"images must be an image, a folder, or several of them, got {images!r}")
+        if not isinstance(images, list | Dataset):  # of what can be gone through once, transformers knows generators
+            images = (image for image in images)
+        return super().__call__(images, **options)
+
+    def propose(
+        self,
+        images: ImageLike | Iterable,
+        *,
+        window: int | None = None,
+        overlap: int | None = None,
+        batch_size: int | None = None,
+        ensemble: str | None = None,
+    ) -> Proposals | list[Proposals] | Iterator[Proposals]:
+        """The network's part alone: see the class, and Proposals. CLIP is shown all of them with any ensemble."""
+        options = {"window": window, "overlap": overlap, "batch_size": batch_size}
+        return self(images, propose=True, **options, **({} if ensemble is None else {"ensemble": ensemble}))
+
+    def draw(self, image: ImageLike, result: dict | list[dict], **options) -> Image.Image:
+        """The result over its image, with a legend: see `draw` of drawing_zs3."""
+        return draw(_load(image), result, **options)
+
+    def save_map(self, result: dict, path: str | Path) -> None:
+        """Saves a result with output="map" as a PNG of ids: see `save_map` of files_zs3."""
+        save_map(result, path)
+
+    def lint_labels(self, class_names: Sequence[ClassName]) -> LabelReport:
+        """What to know of a label list before it is used: see `lint_labels` of text_zs3."""
+        return lint_labels(class_names, model=self.model, processor=self.processor, cache=self.text_cache)
+
+    def _sanitize_parameters(self, **options) -> tuple[dict, dict, dict]:
+        """Checks the options one by one; what they say together is only known where they meet those of the pipeline's
+        making, in `_choose`."""
+        steps = {
+            "preprocess": ("window", "overlap"),
+            "forward": ("candidate_labels", "synonyms", "background", "threshold", "confidence", "propose", *ENSEMBLE),
+            "postprocess": ("output",),
+        }
+        unknown = sorted(set(options) - {name for names in steps.values() for name in names})
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no option of this pipeline; there are {sum(steps.values(), ())}")
+        choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
+        choices["ensemble"] = ("off", "crops", "lazy", "single_pass")
+        for name, allowed in choices.items():
+            if options.get(name) not in (None, *allowed):
+                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {options[name]!r}")
+        for name, kind, least, most in (
+            ("threshold", (int, float), 0, 1),
+            ("ensemble_weight", (int, float), 0, 1),
+            ("window", int, 1, None),
+            ("overlap", int, 0, None),
+        ):
+            value = options.get(name)
+            if value is None:
+                continue
+            fits = isinstance(value, kind) and not isinstance(value, bool) and value >= least  # NaN is not
+            if not fits or not (most is None or value <= most):
+                allowed = f"a number in [{least}, {most}]" if most else f"a whole number of pixels, {least} or more"
+                raise ValueError(f"{name} must be {allowed}, got {shortened(value)}")
+        background = options.get("background")
+        if not isinstance(background, list | tuple | None) and background != "reject":
+            raise ValueError(f"background must be 'reject' or a list of labels, got {background!r}")
+        if "background" in options:  # what was said of another background does not hold for this one
+            options = {"threshold": None, "confidence": None, **options}
+        if "window" in options:
+            options = {"overlap": None, **options}
+        return tuple({name: options[name] for name in names if name in options} for names in steps.values())
+
+    # ----------------------------------------------------------------------------------------- from labels to vectors
+
+    def _choose(
+        self,
+        candidate_labels: Sequence[ClassName] | None = None,
+        synonyms: str | None = None,
+        background: str | Sequence[ClassName] | None = None,
+        threshold: float | None = None,
+        confidence: str | None = None,
+        ensemble: str | None = None,
+        ensemble_weight: float | None = None,
+    ) -> Choice:
+        if (threshold is not None or confidence is not None) and background != "reject":
+            raise ValueError('threshold and confidence say when to reject: they need background="reject"')
+        confidence = confidence or "probability"
+        if background == "reject":
+            threshold = THRESHOLDS[confidence] if threshold is None else threshold
+        distractors = [] if background is None or background == "reject" else list(background)
+        if candidate_labels is None and self.model.config.class_names is None:
+            raise ValueError("no labels: pass candidate_labels=[...]; this checkpoint has no vocabulary of its own")
+        if candidate_labels is not None and (not isinstance(candidate_labels, list | tuple) or not candidate_labels):
+            raise ValueError(
+                f"candidate_labels must be a list of labels, and not empty, got {shortened(candidate_labels)}"
+            )
+        if candidate_labels is not None:
+            labels, vectors, owner = self._embed([*candidate_labels, *distractors], synonyms)
+        else:
+            labels, vectors = read_labels(self.model.config.class_names, ()), self.model.vocabulary
+            owner = list(range(len(labels)))
+        if candidate_labels is None and distractors:  # the stored vectors may be of other prompts, or from outside
+            read_labels([*self.model.config.class_names, *distractors])  # no repeats
+            others, more, its_owner = self._embed(distractors, synonyms)
+            owner += [len(labels) + place for place in its_owner]
+            labels, vectors = [*labels, *others], torch.cat([vectors, more.to(vectors)])
+        check_text_embeds(vectors, self.model.config.projection_dim)
+        names = [label.name for label in labels]
+        if len(names) == 1 and background == "reject":
+            raise ValueError(
+                f"{shortened(names[0])} alone is compared with nothing: name what else may be there, background=[...]"
+            )
+        owner = torch.tensor(owner, device=vectors.device)
+        is_seen = torch.tensor(seen_labels(labels, self.model.config.seen_class_names))
+        view = self.model.ensemble_view(ensemble, ensemble_weight)
+        if view == "lazy" and background == "reject":
+            raise ValueError('"lazy" keeps the label map, not the scores that "reject" looks at: use ensemble="crops"')
+        num_labels = len(names) - len(distractors)
+        return Choice(names, vectors, owner, num_labels, threshold, confidence, is_seen, view, ensemble_weight)
+
+    def _embed(self, entries: list[ClassName], synonyms: str | None) -> tuple[list[Label], Tensor, list[int]]:
+        """Labels, their text vectors, and which label each vector is of."""
+        if self.model.text_model is not None:
+            if self.processor is None:
+                raise ValueError("this checkpoint has a text tower, but its Zs3Processor could not be loaded")
+            labels = read_labels(entries, self.processor.prompt_templates)
+            if labels != self._readable:
+                self.processor.check_readable(labels)
+                self._readable = labels
+            rows = [label.synonyms() if synonyms == "max" else [label] for label in labels]
+            owner = [place for place, own in enumerate(rows) for _ in own]
+            flat = [label for own in rows for label in own]
+            return labels, self.text_cache.embed(flat, self.model, self.processor), owner
+        labels = read_labels(entries, ())
+        rich = [label.name for label in labels if len(label.words) > 1 or label.templates]
+        if rich or synonyms == "max":
+            raise ValueError(
+                f"this checkpoint has no text tower: no synonyms or templates ({shortened((rich or ['synonyms'])[0])})"
+            )
+        stored = self.model.config.class_names or []
+        rows = places([label.name for label in labels], stored)
+        if None in rows:
+            missing = labels[rows.index(None)].name
+            raise ValueError(
+                f"{shortened(missing)} is not in this checkpoint's vocabulary, and it has no text tower: it knows "
+                f"{len(stored)} names, {shortened(stored)}"
+            )
+        return labels, self.model.vocabulary[rows], list(range(len(labels)))
+
+    # ---------------------------------------------------------------------------------------- from images to results
+
+    def get_iterator(
+        self,
+        inputs: Iterable,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Iterator:
+        """transformers' loop would need images of one size, and one result for each that the network sees."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        if forward_params.get("propose", False):
+            asked = {name: forward_params.get(name) for name in ENSEMBLE}
+            if asked["ensemble"] is not None and asked["ensemble_weight"] is None:
+                asked["ensemble_weight"] = 1.0  # any: which one is said with the labels
+            choice, view = None, self.model.ensemble_view(asked["ensemble"], asked["ensemble_weight"])
+            view = "crops" if view == "lazy" else view  # which crops a label list wants is not known yet
+        else:
+            choice = self._choose(**{name: value for name, value in forward_params.items() if name != "propose"})
+            view = choice.ensemble
+        return self._results(inputs, batch_size, choice, view, preprocess_params, postprocess_params)
+
+    def _results(
+        self,
+        images: Iterable,
+        batch_size: int,
+        choice: Choice | None,
+        ensemble: str,
+        preprocess: dict,
+        postprocess: dict,
+    ) -> Iterator:
+        """Without a choice, Proposals."""
+        images = iter(images)
+        while group := list(islice(images, batch_size)):
+            inputs = [self.preprocess(image, **preprocess) for image in group]
+            seen = [[] for _ in inputs]
+            waiting = [(place, view) for place, image in enumerate(inputs) for view in range(len(image["views"]))]
+            for start in range(0, len(waiting), batch_size):
+                part = waiting[start : start + batch_size]
+                made = self.forward(
+                    [self._look(inputs[place], view) for place, view in part], choice=choice, ensemble=ensemble
+                )
+                for (place, _), result in zip(part, made, strict=True):
+                    seen[place].append(result)
+            for image, results in zip(inputs, seen, strict=True):
+                if choice is None:
+                    yield Proposals(image["image_size"], image["views"], results, ensemble)
+                else:
+                    yield self.postprocess({**image, "results": results, "choice": choice}, **postprocess)
+
+    def preprocess(self, image: ImageLike | Proposals, window: int | None = None, overlap: int | None = None) -> dict:
+        if isinstance(image, Proposals):
+            if window is not None:
+                raise ValueError(
+                    "window goes with propose(...): these proposals were made without, or with another one"
+                )
+            kept = {"outputs": image.outputs, "kept_ensemble": image.ensemble}
+            return {"image_size": image.image_size, "views": image.views, **kept}
+        image = _load(image)
+        views = _views(image.width, image.height, window, overlap)
+        return {"image_size": (image.height, image.width), "views": views, "image": image}
+
+    def _look(self, image: dict, view: int) -> dict:
+        """What `_forward` takes of a view: its part of the image, or what was made of it before."""
+        left, top, right, bottom = image["views"][view].box
+        if "outputs" in image:
+            kept = {"outputs": image["outputs"][view], "kept_ensemble": image["kept_ensemble"]}
+            return {"size": (bottom - top, right - left), **kept}
+        return {"size": (bottom - top, right - left), "image": image["image"].crop((left, top, right, bottom))}
+
+    def _forward(self, views: list[dict], choice: Choice | None, ensemble: str) -> list[dict[str, Tensor]]:
+        fresh = [view for view in views if "image" in view]
+        if fresh:
+            inputs = self.image_processor([view["image"] for view in fresh]).to(self.device)
+            images = None if ensemble == "off" else self.image_processor.to_rgb(inputs["pixel_values"])
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            outputs = self.model.propose(**inputs)
+            if ensemble in ("crops", "single_pass"):
+                embeds = self.model.embed_proposals(
+                    images, outputs["mask_logits"], outputs["valid_sizes"], view=ensemble
+                )
+                outputs |= {"clip_embeds": embeds.embeds, "shown_to_clip": embeds.shown}
+            for row, view in enumerate(fresh):
+                view["outputs"] = {name: value[row : row + 1] for name, value in outputs.items()}
+                view["rgb"] = None if images is None else images[row : row + 1]
+        if choice is None:
+            return [view["outputs"] for view in views]
+        for view in views:
+            wanted, kept = "crops" if choice.ensemble == "lazy" else choice.ensemble, view.get("kept_ensemble")
+            if kept is not None and wanted not in ("off", kept):
+                raise ValueError(f"these proposals were kept with ensemble={kept!r}: propose(..., ensemble={wanted!r})")
+        return [self._decide(view["outputs"], view.get("rgb"), view["size"], choice) for view in views]
+
+    def _decide(
+        self, proposals: dict[str, Tensor], rgb: Tensor | None, size: tuple[int, int], choice: Choice
+    ) -> dict[str, Tensor]:
+        """Label map (H, W), -1 where none of the labels applies, and confidence, of one view.
+
+        rgb: (1, 3, h, w), the view at the model's input; None where proposals were made before.
+        """
+        seen_by_clip = proposals.get("clip_embeds"), proposals.get("shown_to_clip")
+        proposals = {name: value for name, value in proposals.items() if name not in ("clip_embeds", "shown_to_clip")}
+        outputs = Zs3Output(**proposals, **self.model.classify(proposals["class_embeds"], choice.text_embeds))
+        owner = choice.owner if len(choice.owner) > len(choice.names) else None
+        if owner is not None:
+            outputs.class_logits = best_synonyms(outputs.class_logits, owner)
+        if choice.ensemble != "off":
+            outputs = self.model.ensemble(
+                outputs,
+                rgb if seen_by_clip[0] is None else ProposalEmbeds(*seen_by_clip),
+                choice.text_embeds,
+                owner=owner,
+                is_seen=choice.is_seen,
+                weight=choice.ensemble_weight,
+                view=choice.ensemble,
+                image_sizes=[size],
+            )
+        (found,) = semantic_map(
+            outputs.class_probs,
+            outputs.mask_logits,
+            padded_size(outputs.mask_logits),
+            valid_sizes=outputs.valid_sizes,
+            image_sizes=[size],
+            return_scores=True,
+        )
+        nothing = found.label_map >= choice.num_labels
+        if choice.threshold is not None:
+            measures = {"probability": found.confidence, "margin": found.confidence_margin}
+            nothing |= measures[choice.confidence] < choice.threshold
+        return {"label_map": found.label_map.masked_fill(nothing, -1), "scores": found.confidence}
+
+    def postprocess(self, image: dict, output: str | None = None) -> dict | list[dict]:
+        names = image["choice"].names[: image["choice"].num_labels]
+        label_map = np.empty(image["image_size"], dtype=np.int64)
+        scores = np.empty(image["image_size"], dtype=np.float32)
+        for view, result in zip(image["views"], image["results"], strict=True):
+            left, top, right, bottom = view.own
+            whole = slice(top, bottom), slice(left, right)
+            part = slice(top - view.box[1], bottom - view.box[1]), slice(left - view.box[0], right - view.box[0])
+            label_map[whole] = result["label_map"].numpy()[part]
+            scores[whole] = result["scores"].numpy()[part]
+        if output == "map":
+            return {"segmentation": label_map, "labels": names, "scores": scores}
+        segments = []
+        for label_id in np.unique(label_map).tolist():
+            region = label_map == label_id
+            segments.append(
+                {
+                    "label": NONE_OF_THESE if label_id < 0 else names[label_id],
+                    "label_id": label_id,
+                    "score": float(scores[region].mean()),
+                    "mask": Image.fromarray(np.where(region, np.uint8(255), np.uint8(0)), mode="L"),
+                }
+            )
+        return segments
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save the model, its code and the processor."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        processor = self.image_processor if self.processor is None else self.processor
+        processor.save_pretrained(save_directory)
+
+
+def _folder(folder: Path) -> list[Path]:
+    there = sorted(file for file in folder.iterdir() if not is_leftover(file.name))
+    files = [file for file in there if is_picture_name(file.name)]
+    others = [file.name for file in there if not is_picture_name(file.name) and not file.is_dir()]
+    if files and others:
+        logger.warning(f"left out of {folder}, as they are no pictures: {shortened(others)}")
+    if not files:
+        raise ValueError(f"{folder} holds no images ({', '.join(PICTURE_SUFFIXES)})")
+    return files
+
+
+def _load(image: ImageLike) -> Image.Image:
+    """RGB, turned as its EXIF data say."""
+    if isinstance(image, Tensor):
+        image = image.numpy(force=True)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            raise ValueError(
+                f"an image array must be uint8, (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}"
+            )
+        image = Image.fromarray(image)
+    if is_address(image) and not str(image).startswith("data:") and constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"{str(image)[:200]} is an address, but this process is offline (HF_HUB_OFFLINE): download it first"
+        )
+    if isinstance(image, str | Path) and os.path.isdir(image):
+        raise ValueError(f"{str(image)[:200]} is a folder: give it alone")
+    return load_picture(image)
+
+
+def _views(width: int, height: int, window: int | None, overlap: int | None) -> list[View]:
+    """The windows of an image, row by row; the line between two neighbours runs in the middle of their overlap."""
+    if window is None:
+        if overlap is not None:
+            raise ValueError("overlap needs a window")
+        window, overlap = max(width, height), 0
+    overlap = window // 4 if overlap is None else overlap
+    if overlap >= window:
+        raise ValueError(f"overlap must be less than a window's side, got overlap={overlap} and window={window}")
+    columns, rows = _cuts(width, window, overlap), _cuts(height, window, overlap)
+    return [
+        View((left, top, right, bottom), (own_left, own_top, own_right, own_bottom))
+        for top, bottom, own_top, own_bottom in rows
+        for left, right, own_left, own_right in columns
+    ]
+
+
+def _cuts(length: int, window: int, overlap: int) -> list[tuple[int, int, int, int]]:
+    """Along one axis: start and end of each window, and of the part that is its own."""
+    count = 1 if length <= window else -(-(length - overlap) // (window - overlap))
+    starts = [(length - window) * place // max(1, count - 1) for place in range(count)]
+    ends = [min(length, start + window) for start in starts]
+    lines = [0, *((end + start) // 2 for end, start in zip(ends, starts[1:], strict=False)), length]
+    return list(zip(starts, ends, lines, lines[1:], strict=False))
+
+
+__all__ = ["Proposals", "View", "Zs3Pipeline"]

@@ -1,1 +1,416 @@
-../../processing_zs3.py
+"""Images and label lists to tensors, and proposals back to label maps.
+
+Zs3ImageProcessor: image (and label map) -> pixel_values, pixel_mask, labels. PIL and NumPy only.
+Zs3Processor: the same plus class names -> input_ids of T prompts a class.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import BatchFeature, CLIPTokenizer, ProcessorMixin
+from transformers.image_processing_backends import PilBackend
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils import cached_file
+
+try:
+    from .configuration_zs3 import Refused, among, check_name, check_names, shortened
+    from .files_zs3 import load_picture, read_text
+    from .label_maps_zs3 import SemanticMap
+    from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
+except ImportError:
+    if __package__:
+        raise
+    from configuration_zs3 import Refused, among, check_name, check_names, shortened
+    from files_zs3 import load_picture, read_text
+    from label_maps_zs3 import SemanticMap
+    from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
+
+# The 14 templates of Gu et al. 2022 (ViLD), as the paper's ancestors use them.
+PROMPT_TEMPLATES = (
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "There is a small {} in the scene.",
+    "There is a medium {} in the scene.",
+    "There is a large {} in the scene.",
+)
+
+ClassName = str | Sequence[str] | dict
+
+
+class Zs3ImageProcessorKwargs(ImagesKwargs, total=False):
+    """size_divisor: images are padded to a multiple of it. ignore_index: the id of label maps that means nothing."""
+
+    size_divisor: int | None
+    ignore_index: int | None
+
+
+class Zs3ImageProcessor(PilBackend):
+    """Resize (short edge, bilinear), rescale, normalise and pad images; resize label maps by nearest neighbour."""
+
+    valid_kwargs = Zs3ImageProcessorKwargs
+    model_input_names = ["pixel_values", "pixel_mask"]
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 640, "longest_edge": 2560}
+    default_to_square = False
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_pad = True
+    do_convert_rgb = True
+    size_divisor = SIZE_DIVISOR
+    ignore_index = 255
+
+    def preprocess(self, images: ImageInput, segmentation_maps: ImageInput | None = None, **kwargs) -> BatchFeature:
+        """Images, and optionally one label map an image, to tensors.
+
+        images: PIL, NumPy or torch, a path or an address, or a list of them.
+        segmentation_maps: (H, W) integers of any size, the images' own height and width; `ignore_index` -> -1.
+        Returns pixel_values (B, 3, H, W), pixel_mask (B, H, W) int64, and labels (B, H, W) int64, -1 on padding.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Paths and addresses are opened as the pipeline opens them: see `load_picture`."""
+        if isinstance(image_url_or_urls, str):
+            return load_picture(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
+    def resize(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
+        """As ever, but a side of a very long, thin image never becomes 0 pixels."""
+        height, width = image.shape[-2:]
+        if size.shortest_edge and size.longest_edge:
+            target = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
+            size = SizeDict(height=max(1, target[0]), width=max(1, target[1]))
+        return super().resize(image, size, **kwargs)
+
+    def _preprocess_image_like_inputs(
+        self, images: ImageInput, segmentation_maps: ImageInput | None = None, **kwargs
+    ) -> BatchFeature:
+        return_tensors = kwargs.pop("return_tensors", None) or "pt"
+        images = self._prepare_image_like_inputs(images, **kwargs)
+        own_sizes = [image.shape[-2:] for image in images]
+        features = self._preprocess(images, **kwargs)
+        if segmentation_maps is not None:
+            features["labels"] = self._label_maps(segmentation_maps, own_sizes, features, kwargs["ignore_index"])
+        return BatchFeature(dict(features), tensor_type=return_tensors)
+
+    def _preprocess(self, images: list[np.ndarray], *, do_pad, size_divisor, **kwargs) -> BatchFeature:
+        kwargs.update(pad_size=None, return_tensors=None)
+        pixel_values = super()._preprocess(images, do_pad=False, **kwargs)["pixel_values"]
+        if not do_pad and len({image.shape for image in pixel_values}) > 1:
+            raise ValueError("images of different sizes need do_pad=True to make a batch")
+        tallest, widest = (max(image.shape[axis] for image in pixel_values) for axis in (1, 2))
+        divisor = size_divisor if do_pad else 1
+        height, width = (-(-side // divisor) * divisor for side in (tallest, widest))
+        pixels = np.zeros((len(pixel_values), 3, height, width), dtype=np.float32)
+        mask = np.zeros((len(pixel_values), height, width), dtype=np.int64)
+        for row, image in enumerate(pixel_values):
+            pixels[row, :, : image.shape[1], : image.shape[2]] = image
+            mask[row, : image.shape[1], : image.shape[2]] = 1
+        return BatchFeature({"pixel_values": pixels, "pixel_mask": mask})
+
+    def to_rgb(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (B, 3, H, W), as this processor made them, back to RGB in [0, 1], as CLIP's view wants it."""
+        if not self.do_rescale:
+            raise ValueError("without do_rescale the range of pixel_values is not known: make RGB in [0, 1] yourself")
+        pixels = pixel_values.float()
+        if self.do_normalize:
+            mean, std = (pixels.new_tensor(value).view(3, 1, 1) for value in (self.image_mean, self.image_std))
+            pixels = pixels * std + mean
+        return (pixels / (255 * self.rescale_factor)).clamp(0, 1)
+
+    @staticmethod
+    def _label_maps(segmentation_maps, own_sizes, features: BatchFeature, ignore_index: int | None) -> np.ndarray:
+        if not isinstance(segmentation_maps, (list, tuple)):
+            batched = isinstance(segmentation_maps, (np.ndarray, Tensor)) and segmentation_maps.ndim == 3
+            segmentation_maps = list(segmentation_maps) if batched else [segmentation_maps]
+        if len(segmentation_maps) != len(own_sizes):
+            raise ValueError(f"{len(own_sizes)} images, but {len(segmentation_maps)} segmentation maps")
+        labels = np.full(features["pixel_mask"].shape, -1, dtype=np.int64)
+        for row, (label_map, own_size) in enumerate(zip(segmentation_maps, own_sizes, strict=True)):
+            label_map = np.asarray(label_map).astype(np.int64)
+            if label_map.shape != tuple(own_size):
+                raise ValueError(f"segmentation map {row} has size {label_map.shape}, its image {tuple(own_size)}")
+            if ignore_index is not None:
+                label_map = np.where(label_map == ignore_index, -1, label_map)
+            height, width = (int(features["pixel_mask"][row].any(axis).sum()) for axis in (1, 0))
+            labels[row, :height, :width] = resize_nearest(label_map, (height, width))
+        return labels
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Zs3Output,
+        target_sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        return_scores: bool = False,
+        is_seen: Tensor | None = None,
+    ) -> list[Tensor] | list[SemanticMap]:
+        """Label maps (Eq. 4): one (H, W) int64 tensor an image, of indices into the class names.
+
+        target_sizes: (height, width) of each original image; None: the sizes after resizing, without padding.
+        return_scores: a SemanticMap an image instead, with scores and confidences.
+        is_seen: (C,) bool; a SemanticMap, too, with the best of the seen and of the unseen classes.
+        """
+        if target_sizes is None:
+            target_sizes = outputs.valid_sizes.tolist()
+        if len(target_sizes) != len(outputs.mask_logits):
+            raise ValueError(f"{len(outputs.mask_logits)} images, but {len(target_sizes)} target sizes")
+        return semantic_map(
+            final_probabilities(outputs),
+            outputs.mask_logits,
+            padded_size(outputs.mask_logits),
+            valid_sizes=outputs.valid_sizes,
+            image_sizes=target_sizes,
+            return_scores=return_scores,
+            is_seen=is_seen,
+        )
+
+
+def padded_size(mask_logits: Tensor) -> tuple[int, int]:
+    """(H, W) of the padded input that gave mask_logits (B, Q, h, w)."""
+    return mask_logits.shape[2] * MASK_STRIDE, mask_logits.shape[3] * MASK_STRIDE
+
+
+def nearest_pixels(new: int, old: int) -> np.ndarray:
+    """(new,) int64: along one axis, the source pixel under the centre of each pixel."""
+    return np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
+
+
+def resize_nearest(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) integers of any width to `size` by nearest neighbour."""
+    rows, columns = (nearest_pixels(new, old) for new, old in zip(size, label_map.shape, strict=True))
+    return label_map[rows[:, None], columns]
+
+
+class Label(NamedTuple):
+    """One entry of a label list: its name, the words that stand for it (the name first), and their templates."""
+
+    name: str
+    words: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts whose mean vector stands for the label, word by word."""
+        return tuple(template.replace("{}", word) for word in self.words for template in self.templates)
+
+    def synonyms(self) -> list["Label"]:
+        """A label for each word."""
+        return [Label(word, (word,), self.templates) for word in self.words]
+
+
+def read_labels(
+    class_names: Sequence[ClassName], templates: Sequence[str] = PROMPT_TEMPLATES, allow_repeats: bool = False
+) -> list[Label]:
+    """A label list as users write it: a name, a list of synonyms (the first is the name), or a dict with `name`,
+    and optionally `synonyms` and `templates`. Names that are one (see `plain`) raise, unless allow_repeats."""
+    if isinstance(class_names, str) or not isinstance(class_names, Sequence):
+        raise ValueError(f"class names must be a list, got {shortened(class_names)}")
+    if not class_names:
+        raise ValueError("the list of class names is empty")
+    labels = [_read_label(entry, templates) for entry in class_names]
+    if not allow_repeats:
+        check_names([label.name for label in labels])
+    return labels
+
+
+def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
+    if isinstance(entry, dict):
+        unknown = sorted(map(str, set(entry) - {"name", "synonyms", "templates"}))
+        if unknown or "name" not in entry:
+            raise ValueError(
+                f"a label's keys are name, synonyms and templates, got {shortened(sorted(map(str, entry)))}"
+            )
+        templates = _as_list(entry.get("templates") or templates)
+        entry = [entry["name"], *_as_list(entry.get("synonyms") or [])]
+    words = _as_list(entry)
+    words = [word.strip() if isinstance(word, str) else word for word in words]
+    if not words or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"a label must be a name, a list of synonyms or a dict, got {shortened(entry)}")
+    for word in words:
+        check_name(word)
+    wrong = [template for template in templates if not isinstance(template, str) or "{}" not in template]
+    if wrong:
+        raise ValueError(f"a prompt template needs '{{}}' where the name goes, got {shortened(wrong[0])}")
+    return Label(words[0], tuple(words), tuple(templates))
+
+
+def seen_labels(labels: Sequence[Label], seen_class_names: Sequence[str] | None) -> list[bool]:
+    """Of each label, whether the training saw masks of it: one of its words is a seen class name."""
+    words = [(row, word) for row, label in enumerate(labels) for word in label.words]
+    is_seen = among([word for _, word in words], seen_class_names)
+    rows = {row for (row, _), seen in zip(words, is_seen, strict=True) if seen}
+    return [row in rows for row in range(len(labels))]
+
+
+def _as_list(value: str | Sequence[str]) -> list[str]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class Zs3Processor(ProcessorMixin):
+    """Images and class names to the inputs of Zs3ForSemanticSegmentation, and its outputs to label maps."""
+
+    def __init__(
+        self, image_processor=None, tokenizer=None, prompt_templates: Sequence[str] = PROMPT_TEMPLATES, **kwargs
+    ):
+        super().__init__(image_processor, tokenizer, **kwargs)
+        wrong = isinstance(prompt_templates, str) or not isinstance(prompt_templates, Sequence) or not prompt_templates
+        if wrong or not all(isinstance(template, str) and "{}" in template for template in prompt_templates):
+            raise ValueError("prompt_templates must be a list of texts with '{}' where the name goes")
+        self.prompt_templates = list(prompt_templates)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        class_names: Sequence[ClassName] | None = None,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Any of: images (see Zs3ImageProcessor.preprocess), and one label list shared by all of them.
+
+        class_names: see `read_labels`. Adds input_ids and attention_mask (C, T, L): T prompts a class; where a class
+        has fewer, the rest are masked everywhere.
+        """
+        features = BatchFeature()
+        if images is not None:
+            features.update(self.image_processor(images, segmentation_maps, **kwargs))
+        if class_names is not None:
+            labels = read_labels(class_names, self.prompt_templates)
+            self.check_readable(labels)
+            features.update(self.tokenize(labels))
+        return features
+
+    def check_readable(self, labels: Sequence[Label]) -> None:
+        """Raises Refused where the tokens do not tell two labels apart, or where they end before a name does.
+
+        Labels with the same tokens would share one text vector.
+        """
+        first: dict[tuple, Label] = {}
+        short = [Label(label.name, label.words, label.templates[:1]) for label in labels]
+        for label, tokens in zip(labels, self._tokens(short), strict=True):
+            if any(self.tokenizer.eos_token_id in row[:-1] for row in tokens):  # a CLIP reads up to its end token
+                ends = any(str(self.tokenizer.eos_token) in word for word in label.words)
+                why = "a name must not hold the tokenizer's end token" if ends else "is tokenizer.json missing?"
+                raise Refused(f"the tokenizer cannot read {shortened(label.name)}: {why}")
+            other = first.setdefault(tokens, label)
+            if other is not label and len({*self._tokens([other, label])}) == 1:
+                both = f"{shortened(other.name, 45)} and {shortened(label.name, 45)}"
+                limit = self.tokenizer.model_max_length
+                raise Refused(f"{both} become the same tokens ({limit} are read): rename one")
+
+    def _tokens(self, labels: Sequence[Label]) -> list[tuple]:
+        """Of each label the tokens of its prompts, in an order that its words do not decide."""
+        texts = [text for label in labels for text in label.prompts]
+        rows = iter(self.tokenizer(texts, truncation=True)["input_ids"])
+        return [tuple(sorted(tuple(next(rows)) for _ in label.prompts)) for label in labels]
+
+    def tokenize(self, labels: Sequence[Label]) -> dict[str, Tensor]:
+        """input_ids and attention_mask, both (C, T, L) int64, padded no further than the longest prompt."""
+        counts = torch.tensor([len(label.words) * len(label.templates) for label in labels])
+        prompts = [prompt for label in labels for prompt in label.prompts]
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+        exists = torch.arange(int(counts.max())) < counts[:, None]  # (C, T)
+        shape = (*exists.shape, tokens["input_ids"].shape[1])
+        features = {}
+        for name in ("input_ids", "attention_mask"):
+            features[name] = torch.zeros(shape, dtype=torch.int64)
+            features[name][exists] = tokens[name]
+        return features
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Zs3Output,
+        target_sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        return_scores: bool = False,
+        is_seen: Tensor | None = None,
+    ) -> list[Tensor] | list[SemanticMap]:
+        """See Zs3ImageProcessor.post_process_semantic_segmentation."""
+        return self.image_processor.post_process_semantic_segmentation(
+            outputs, target_sizes, return_scores=return_scores, is_seen=is_seen
+        )
+
+    def to_rgb(self, pixel_values: Tensor) -> Tensor:
+        """See Zs3ImageProcessor.to_rgb."""
+        return self.image_processor.to_rgb(pixel_values)
+
+
+# ---- from a checkpoint, with the classes of this file -------------------------------------------------------
+# `Zs3Processor.from_pretrained` would ask the Auto classes for the parts, which run the checkpoint's code or ask to.
+
+
+def saved_processor(source: str, *, text: bool = True, revision: str = "main") -> Zs3Processor | Zs3ImageProcessor:
+    """What lies beside a checkpoint, a folder or a Hub id. text: whether it has a text tower, and so a tokenizer."""
+    image_processor = Zs3ImageProcessor.from_pretrained(source, revision=revision)
+    vars(image_processor).pop("auto_map", None)  # names code of the checkpoint, and would be saved again
+    if not text:
+        return image_processor
+    return Zs3Processor(image_processor, saved_tokenizer(source, revision), saved_templates(source, revision))
+
+
+def saved_tokenizer(source: str, revision: str = "main") -> CLIPTokenizer:
+    """Without its files transformers would make one that knows no word, and say nothing."""
+    if not _saved(source, "tokenizer.json", revision):
+        for name in ("vocab.json", "merges.txt"):
+            if not _saved(source, name, revision):
+                raise ValueError(f"there is no tokenizer.json (nor {name}): processor.save_pretrained writes it")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
+    except Exception as error:  # the library of tokenizers raises plain ones
+        raise ValueError(f"its tokenizer cannot be read ({type(error).__name__}: {error})") from error
+    tokenizer.init_kwargs.pop("auto_map", None)
+    return tokenizer
+
+
+def saved_templates(source: str, revision: str = "main") -> Sequence[str]:
+    """The prompt templates of a checkpoint with a text tower."""
+    file = _saved(source, "processor_config.json", revision)
+    if file is None:
+        raise ValueError(
+            "there is no processor_config.json, which has its prompts: processor.save_pretrained writes it"
+        )
+    return json.loads(read_text(file)).get("prompt_templates", PROMPT_TEMPLATES)
+
+
+def _saved(source: str, name: str, revision: str) -> str | None:
+    """Where the file lies on this disk, once downloaded; None: there is no such file."""
+    return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+Zs3ImageProcessor.register_for_auto_class("AutoImageProcessor")
+Zs3Processor.register_for_auto_class("AutoProcessor")
+
+__all__ = [
+    "PROMPT_TEMPLATES",
+    "Label",
+    "Zs3ImageProcessor",
+    "Zs3Processor",
+    "read_labels",
+    "saved_processor",
+    "saved_templates",
+    "saved_tokenizer",
+    "seen_labels",
+]

@@ -1,1 +1,430 @@
-../../text_zs3.py
+"""Label lists on the text side: their vectors kept in memory and on disk, and a check of a list before it is used.
+
+TextCache: labels -> text vectors (C, D); a label is embedded once, whatever list it comes in.
+lint_labels: a label list -> LabelReport: repeats, near-synonyms, names too long to be read, which ones were seen.
+
+Axes: C class name, D embedding, N label of a segment.
+"""
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+try:
+    from .configuration_zs3 import plain
+    from .files_zs3 import PARTIAL, whole
+    from .modeling_zs3 import Zs3ForSemanticSegmentation
+    from .processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
+except ImportError:
+    if __package__:
+        raise
+    from configuration_zs3 import plain
+    from files_zs3 import PARTIAL, whole
+    from modeling_zs3 import Zs3ForSemanticSegmentation
+    from processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
+
+logger = logging.get_logger(__name__)
+
+FORMAT = "1"  # another one where encode_text or the files change their meaning
+DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
+KEY_BYTES = 16
+# What TextCache may remove from its folder; other people's files there are none of its business.
+OWN_FILE = re.compile(rf"[0-9a-f]{{64}}/([0-9a-f]{{64}}\.(safetensors|[0-9a-f]{{32}}\.partial)|{PARTIAL})")
+# Fields of a CLIPTextConfig that change the vectors, but not the names and shapes of the weights.
+ENCODER_FIELDS = ("eos_token_id", "hidden_act", "layer_norm_eps", "num_attention_heads", "projection_dim")
+
+# Cosine from which lint_labels calls two names near-synonyms. Seen in vectors of OpenAI's CLIP: of all pairs of names
+# in COCO-Stuff, LVIS, Objects365 and OpenImages, 0.1 % lie above 0.90 to 0.94 (the 14 templates move everything up by
+# 0.03), cat and dog at 0.92 to 0.94; of 63 pairs that LVIS lists as synonyms, half lie below 0.92, a quarter above
+# 0.94 (sofa and couch, 0.946). No cosine separates the two: this one is the lowest that leaves cat and dog alone.
+SIMILAR = 0.94
+MOST_PAIRS = 1000  # of near-synonyms in a report
+COSINES_AT_ONCE = 2**22
+LABELS_AT_ONCE = 256
+LINES = 10  # of each kind in a printed report
+
+
+# ----------------------------------------------------------------------------------------------------- text vectors
+
+
+class Place(NamedTuple):
+    """Which segment: text side (fingerprint of encoder and tokenizer) and hash of the file's bytes, both SHA-256."""
+
+    side: str
+    digest: str
+
+
+class Segment(NamedTuple):
+    """What one call embedded: key -> row of vectors (N, D), float32 on the CPU."""
+
+    rows: dict[bytes, int]
+    vectors: Tensor
+
+
+class TextCache:
+    """Text vectors of labels, in memory and in a folder that several processes may share.
+
+    A label is found by what its vector depends on: the encoder's weights, the tokenizer, its words as the tokenizer
+    normalises them, and its templates. So nothing has to be invalidated; what is not used any more goes when the files
+    of all encoders together exceed max_bytes (and so in memory), the longest unused first.
+
+    folder: holds <text side>/<hash of the file>.safetensors; "{HF_HOME}" in it is Hugging Face's home as it is set when
+    the cache is made; None: memory only. A damaged file is removed, with a warning; a folder that cannot be written
+    costs one warning, and the cache goes on in memory. Threads take turns.
+    """
+
+    def __init__(self, folder: str | Path | None = DEFAULT_FOLDER, max_bytes: int = 256 * 2**20):
+        self.folder = None if folder is None else Path(str(folder).replace("{HF_HOME}", constants.HF_HOME))
+        self.max_bytes = max_bytes
+        self._segments: dict[Place, Segment] = {}  # the longest unused first
+        self._writable = True
+        self._lock = threading.RLock()
+
+    def embed(self, labels: Sequence[Label], model: Zs3ForSemanticSegmentation, processor: Zs3Processor) -> Tensor:
+        """(C, D) float32, unit length, on the model's device: `encode_text` of what is not there yet, in one call."""
+        if model.text_model is None:
+            raise ValueError("this checkpoint has no text tower: label lists cannot be embedded")
+        with self._lock:
+            return self._embed(labels, model, processor)
+
+    def _embed(self, labels: Sequence[Label], model: Zs3ForSemanticSegmentation, processor: Zs3Processor) -> Tensor:
+        side = text_side(model.text_model, processor.tokenizer)
+        keys = label_keys(labels, processor.tokenizer)
+        found = self._recall(side, set(keys))
+        missing = {key: label for key, label in zip(keys, labels, strict=True) if key not in found}
+        if missing:
+            vectors = model.encode_text(**processor.tokenize(list(missing.values()))).cpu()
+            found.update(zip(missing, vectors, strict=True))
+            self._remember(side, list(missing), vectors)
+        return torch.stack([found[key] for key in keys]).to(model.device)
+
+    def _recall(self, side: str, keys: set[bytes]) -> dict[bytes, Tensor]:
+        """The vectors (D,) of those keys that some segment has."""
+        found = {}
+        for place, segment in self._known_segments(side):
+            hits = segment.rows.keys() & keys
+            if hits:
+                found.update((key, segment.vectors[segment.rows[key]]) for key in hits)
+                self._touch(place, segment)
+            keys = keys - hits
+            if not keys:
+                break
+        self._trim_memory()
+        return found
+
+    def _known_segments(self, side: str) -> Iterator[tuple[Place, Segment]]:
+        """The segments in memory, then those of the folder that have not been read yet; last used, first looked at."""
+        yield from reversed([item for item in self._segments.items() if item[0].side == side])
+        for _, _, path in reversed(self._own_files(f"{side}/*.safetensors")):
+            place = Place(side, path.stem)
+            if place not in self._segments:
+                self._segments[place] = _read_segment(path)
+                yield place, self._segments[place]
+
+    def _own_files(self, pattern: str) -> list[tuple[int, int, Path]]:
+        """(time of last use in ns, bytes, path) of the cache's own files in the folder, the longest unused first."""
+        files = []
+        for path in () if self.folder is None else self.folder.glob(pattern):
+            if OWN_FILE.fullmatch(path.relative_to(self.folder).as_posix()):
+                try:
+                    facts = path.stat()
+                except OSError:  # gone: another process was faster
+                    continue
+                files.append((facts.st_mtime_ns, facts.st_size, path))
+        return sorted(files)
+
+    def _touch(self, place: Place, segment: Segment) -> None:
+        """Mark as used just now, in memory and on disk."""
+        self._segments.pop(place, None)
+        self._segments[place] = segment
+        if self.folder is not None:
+            try:
+                os.utime(self._path(place))
+            except OSError:  # removed by another process, or a folder that can only be read
+                return
+
+    def _remember(self, side: str, keys: list[bytes], vectors: Tensor) -> None:
+        """Keep vectors (N, D) as a segment."""
+        data = save({"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8), "vectors": vectors})
+        place = Place(side, hashlib.sha256(data).hexdigest())
+        self._segments[place] = Segment({key: row for row, key in enumerate(keys)}, vectors)
+        self._trim_memory()
+        if self.folder is None or not self._writable:
+            return
+        try:
+            with whole(self._path(place)) as partial:
+                partial.write_bytes(data)
+            self._trim_folder()
+        except OSError as error:
+            self._writable = False
+            logger.warning(f"text vectors are kept in memory only: {self.folder} cannot be written ({error})")
+
+    def _path(self, place: Place) -> Path:
+        return self.folder / place.side / f"{place.digest}.safetensors"
+
+    def _trim_memory(self) -> None:
+        held = sum(segment.vectors.nbytes for segment in self._segments.values())
+        for place, segment in list(self._segments.items()):
+            if held <= self.max_bytes:
+                return
+            del self._segments[place]
+            held -= segment.vectors.nbytes
+
+    def _trim_folder(self) -> None:
+        files = self._own_files("*/*")
+        held = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if held <= self.max_bytes:
+                return
+            path.unlink(missing_ok=True)
+            held -= size
+
+
+def _read_segment(path: Path) -> Segment:
+    """A file of the folder; an empty segment where it is gone, damaged or not ours to read."""
+    nothing = Segment({}, torch.empty(0))
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == path.stem:
+            content = load(data)
+            keys = content["keys"].numpy().tobytes()
+            starts = range(0, len(keys), KEY_BYTES)
+            return Segment({keys[at : at + KEY_BYTES]: row for row, at in enumerate(starts)}, content["vectors"])
+        logger.warning(f"{path} is damaged: it is removed, and its text vectors are computed again")
+        path.unlink(missing_ok=True)
+    except OSError:
+        return nothing
+    return nothing
+
+
+# ----------------------------------------------------------------------------------------------------- fingerprints
+
+_FINGERPRINTS: WeakKeyDictionary[object, tuple[tuple, str]] = WeakKeyDictionary()  # of text towers and tokenizers
+
+
+def text_side(text_model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what the vectors of all labels depend on: the encoder and the tokenizer."""
+    parts = [FORMAT, encoder_fingerprint(text_model), tokenizer_fingerprint(tokenizer)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def encoder_fingerprint(text_model: nn.Module) -> str:
+    """SHA-256 of the tower's weights and of the fields that change what it makes of them.
+
+    Computed again where a weight has been replaced or changed in place. A change through `.data` has no other trace
+    than the values: it is noticed where it touches the first value of any weight.
+    """
+    weights = dict([*text_model.named_parameters(), *text_model.named_buffers()])
+    fields = [str(getattr(text_model.config, name, None)) for name in ENCODER_FIELDS]
+    if any(weight.is_inference() for weight in weights.values()):  # changes of these are not counted
+        return _encoder_hash(weights, fields)
+    traces = [
+        (name, id(weight), weight._version, weight.data_ptr(), weight.detach()[(0,) * weight.dim()].item())
+        for name, weight in weights.items()
+    ]
+    return _remembered(text_model, (fields, traces), lambda: _encoder_hash(weights, fields))
+
+
+def _encoder_hash(weights: dict[str, Tensor], fields: list[str]) -> str:
+    digest = hashlib.sha256(json.dumps(fields).encode())
+    for name, weight in weights.items():
+        digest.update(json.dumps([name, str(weight.dtype), list(weight.shape)]).encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the tokenizer's definition and of how it cuts and pads."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = [len(tokenizer), tokenizer.model_max_length, tokenizer.truncation_side, tokenizer.padding_side]
+    state += [repr(getattr(backend, part, None)) for part in ("normalizer", "pre_tokenizer", "post_processor")]
+
+    def compute() -> str:
+        if backend is None:
+            definition = repr([type(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs])
+        else:  # before "added_tokens" stands how the last call cut and padded
+            definition = backend.to_str().split('"added_tokens"', 1)[-1]
+        return hashlib.sha256(json.dumps([state, definition]).encode()).hexdigest()
+
+    return _remembered(tokenizer, tuple(state), compute)
+
+
+def _remembered(thing: object, stamp: tuple, compute: Callable[[], str]) -> str:
+    """The fingerprint of a thing, computed anew where its stamp has changed."""
+    known = _FINGERPRINTS.get(thing)
+    if known is None or known[0] != stamp:
+        known = _FINGERPRINTS[thing] = (stamp, compute())
+    return known[1]
+
+
+def label_keys(labels: Sequence[Label], tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """KEY_BYTES of a hash for each label, of its words as the tokenizer reads them and its templates."""
+    normalise = normaliser(tokenizer)
+    texts = [json.dumps([[normalise(word) for word in label.words], label.templates]) for label in labels]
+    return [hashlib.sha256(text.encode()).digest()[:KEY_BYTES] for text in texts]
+
+
+def normaliser(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[str], str]:
+    """What the tokenizer does to a text before it splits it, as lower case."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.normalizer is None:
+        return str
+    return backend.normalizer.normalize_str
+
+
+# ------------------------------------------------------------------------------------------------------ label lists
+
+
+class SimilarNames(NamedTuple):
+    """Two labels, `first` before `second` in the list, and the cosine of their text vectors."""
+
+    first: str
+    second: str
+    cosine: float
+
+
+@dataclass
+class LabelReport:
+    """What `lint_labels` found; `str` of it is made for a terminal.
+
+    class_names: the names in the order given.
+    duplicates: a word, normalised, that stands in the list more than once -> positions of its labels.
+    near_synonyms: pairs with a cosine of `similar` or more, the closest first, at most MOST_PAIRS; None: no text tower.
+    too_long: name -> tokens of its longest prompt, where only max_tokens are read; None: no tokenizer.
+    seen, unseen: names whose masks the training saw (one of the label's words did), and the others; None: not known.
+    """
+
+    class_names: list[str]
+    duplicates: dict[str, list[int]]
+    similar: float
+    near_synonyms: list[SimilarNames] | None = None
+    max_tokens: int | None = None
+    too_long: dict[str, int] | None = None
+    seen: list[str] | None = None
+    unseen: list[str] | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.class_names)} labels"]
+        repeats = [f"{word!r}: {self._labels(places)}" for word, places in self.duplicates.items()]
+        lines += _section("words that repeat", repeats)
+        pairs = self.near_synonyms
+        if pairs is not None:
+            pairs = [f"{pair.cosine:.3f}  {pair.first!r}, {pair.second!r}" for pair in pairs]
+        lines += _section(f"near-synonyms, cosine {self.similar:g} or more", pairs)
+        long = self.too_long
+        if long is not None:
+            long = [f"{tokens} tokens, {self.max_tokens} are read: {name!r}" for name, tokens in long.items()]
+        lines += _section("too long", long)
+        lines += _section("not seen in training", None if self.unseen is None else [repr(n) for n in self.unseen])
+        return "\n".join(lines)
+
+    def _labels(self, places: list[int]) -> str:
+        return ", ".join(f"label {place} {self.class_names[place]!r}" for place in places[:LINES])
+
+
+def _section(title: str, rows: list[str] | None) -> list[str]:
+    if rows is None:
+        return [f"{title}: not known"]
+    more = [f"  and {len(rows) - LINES:,} more"] if len(rows) > LINES else []
+    return [f"{title}: {len(rows):,}", *(f"  {row}" for row in rows[:LINES]), *more]
+
+
+def lint_labels(
+    class_names: Sequence[ClassName],
+    *,
+    model: Zs3ForSemanticSegmentation | None = None,
+    processor: Zs3Processor | None = None,
+    cache: TextCache | None = None,
+    similar: float = SIMILAR,
+) -> LabelReport:
+    """What a user should know of a label list before segmenting with it; nothing of it is an error.
+
+    class_names: as for `read_labels`, but names may repeat.
+    model, processor: without them only the words themselves are compared. A model without a text tower knows what
+        was seen, a processor how many tokens a name has.
+    cache: where text vectors come from; None: a TextCache in its default folder.
+    similar: cosine from which two labels are near-synonyms. Labels with the same words, and those too long, are left
+        out.
+    """
+    tokenizer = None if processor is None else processor.tokenizer
+    templates = PROMPT_TEMPLATES if processor is None else processor.prompt_templates
+    labels = read_labels(class_names, templates, allow_repeats=True)
+    normalise = normaliser(tokenizer)
+    words = [tuple(plain(normalise(word)) for word in label.words) for label in labels]
+    report = LabelReport([label.name for label in labels], _duplicates(words), similar)
+    if model is not None and model.config.seen_class_names is not None:
+        is_seen = seen_labels(labels, model.config.seen_class_names)
+        report.seen = [label.name for label, seen in zip(labels, is_seen, strict=True) if seen]
+        report.unseen = [label.name for label, seen in zip(labels, is_seen, strict=True) if not seen]
+    if tokenizer is None:
+        return report
+    text_model = None if model is None else model.text_model
+    limit = tokenizer.model_max_length
+    if text_model is not None:
+        limit = min(limit, text_model.config.max_position_embeddings)
+    tokens = _prompt_tokens(labels, tokenizer)
+    report.max_tokens = limit
+    report.too_long = {label.name: count for label, count in zip(labels, tokens, strict=True) if count > limit}
+    if text_model is not None:
+        fitting = {}
+        for label, of_label, count in zip(labels, words, tokens, strict=True):
+            if count <= limit:
+                fitting.setdefault(of_label, label)
+        cache = TextCache() if cache is None else cache
+        kept = list(fitting.values())
+        report.near_synonyms = near_synonyms(kept, cache.embed(kept, model, processor), similar) if kept else []
+    return report
+
+
+def _duplicates(words: list[tuple[str, ...]]) -> dict[str, list[int]]:
+    """Words of more than one label, or more than once of one -> positions of the labels."""
+    places = {}
+    for row, of_label in enumerate(words):
+        for word in of_label:
+            places.setdefault(word, []).append(row)
+    return {word: rows for word, rows in places.items() if len(rows) > 1}
+
+
+def _prompt_tokens(labels: Sequence[Label], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of each label's longest prompt, special ones included."""
+    counts = []
+    for start in range(0, len(labels), LABELS_AT_ONCE):
+        prompts = [label.prompts for label in labels[start : start + LABELS_AT_ONCE]]
+        texts = [text for of_label in prompts for text in of_label]
+        lengths = iter([len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]])
+        counts += [max(next(lengths) for _ in of_label) for of_label in prompts]
+    return counts
+
+
+def near_synonyms(labels: Sequence[Label], text_embeds: Tensor, similar: float) -> list[SimilarNames]:
+    """The closest MOST_PAIRS of all pairs with a cosine of `similar` or more; text_embeds (C, D), unit length.
+
+    Never more than COSINES_AT_ONCE of the C x C cosines are in memory.
+    """
+    found = []
+    rows_at_once = max(1, COSINES_AT_ONCE // len(labels))
+    for start in range(0, len(labels), rows_at_once):
+        cosines = (text_embeds[start : start + rows_at_once] @ text_embeds[start:].T).clamp(max=1)
+        pairs = (cosines >= similar).triu(1).nonzero()  # each pair once, none with itself
+        best = cosines[pairs[:, 0], pairs[:, 1]].topk(min(MOST_PAIRS, len(pairs)))
+        pairs = (start + pairs[best.indices]).tolist()
+        found += [(-cosine, first, second) for cosine, (first, second) in zip(best.values.tolist(), pairs, strict=True)]
+        found = sorted(found)[:MOST_PAIRS]
+    return [SimilarNames(labels[first].name, labels[second].name, -minus) for minus, first, second in found]
+
+
+__all__ = ["LabelReport", "SimilarNames", "TextCache", "lint_labels"]
