@@ -1,5 +1,7 @@
 """Files of other people: which are opened, what is said of the others, and where our own go."""
 
+import errno
+import fcntl
 import io
 import json
 import multiprocessing
@@ -13,6 +15,7 @@ import time
 import zlib
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -350,15 +353,32 @@ def test_a_lock_ends_with_its_process_and_is_nobodys_afterwards(tmp_path):
 
 
 def test_a_lock_of_a_folder_that_is_gone_is_no_lock(tmp_path, monkeypatch):
-    """Opened before the folder was renamed, locked afterwards."""
+    """Locked while the folder was renamed."""
+    acquire = filelock.FileLock.acquire
 
-    def taken(file, kind):
+    def acquire_and_move(lock, **options):
+        held = acquire(lock, **options)
         (tmp_path / "a").rename(tmp_path / "b")
-        return False
+        return held
 
-    monkeypatch.setattr("zs3.files._is_taken", taken)
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire_and_move)
     with pytest.raises(InputError, match="another run writes"):
         lock_folder(tmp_path / "a")
+    assert not is_locked(tmp_path / "b")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_written_to_all_the_same(number, tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock_folder(tmp_path / "run"):
+        assert not is_locked(tmp_path / "run")
+    with writing_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("a")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
 # ---- trials ------------------------------------------------------------------------------------------------

@@ -662,11 +662,10 @@ def test_a_folder_is_free_when_its_run_was_killed_although_a_worker_lives_on(tmp
 
 
 def lock_and_die(folder: Path, worker: Path) -> None:
-    lock = lock_folder(folder)
-    pid = os.fork()
-    if pid == 0:
-        time.sleep(60)
-        os._exit(0)
-    worker.write_text(str(pid))
-    assert not lock.closed
-    os.kill(os.getpid(), signal.SIGKILL)
+    with lock_folder(folder):
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        worker.write_text(str(pid))
+        os.kill(os.getpid(), signal.SIGKILL)

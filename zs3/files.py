@@ -5,7 +5,6 @@ runs. (Outputs are tried before the work: `command_line.try_outputs`.)
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -13,10 +12,13 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from unicodedata import normalize
+
+import filelock
+import psutil
 
 from files_zs3 import PARTIAL, whole
 from zs3.command_line import NO_SPACE, InputError, one_line, shown
@@ -25,6 +27,7 @@ LOCK = "run.lock"
 DIGEST = re.compile(r"-[0-9a-f]{16}$")  # as `file_name` gives one
 LEFT = re.compile(rf"{PARTIAL}|.+\.partial")  # what `whole`, or an older version, wrote to
 LONGEST_NAME = 120  # bytes of an id in a file's name; file systems take 255
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system without locks
 NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps them for devices
 
 
@@ -180,8 +183,8 @@ def writing_folder(folder: Path) -> Iterator[Path]:
 # ---- locks -------------------------------------------------------------------------------------------------
 
 
-def lock_folder(folder: Path) -> IO:
-    """The folder, made if need be, is this process's until it ends or the file returned is closed, as by `with`.
+def lock_folder(folder: Path) -> ExitStack:
+    """The folder, made if need be, is this process's until it ends or what is returned is closed, as by `with`.
 
     Half files that a killed process left there are removed.
     """
@@ -189,34 +192,44 @@ def lock_folder(folder: Path) -> IO:
         raise InputError(f"{shown(folder)} is a file: choose a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = lock_file(folder / LOCK, folder)
+        held = lock_file(folder / LOCK, folder)
         for left in folder.iterdir():
             match = LEFT.fullmatch(left.name)
             if match and left.is_file() and not (match["process"] and _lives(int(match["process"]))):
                 left.unlink()
     except OSError as error:
         raise cannot_write(folder, error) from error
-    return file
+    return held
 
 
 def _lives(process: int) -> bool:
     """Whether a process of this number runs here. (Of another machine's files it may be wrong: they stay longer.)"""
+    return process < 2**31 and psutil.pid_exists(process)
+
+
+def lock_file(path: Path, folder: Path) -> ExitStack:
+    """Closing it ends the lock. So does the end of the process, however it ends, even if its children live on.
+
+    folder: what the lock is for. On a file system without locks nothing is locked.
+    """
+    held = ExitStack()
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+        # The library's fallback is a file in place of a lock, which outlives a process that was killed.
+        held.enter_context(filelock.FileLock(path, fallback_to_soft=False).acquire(timeout=0))
+    except filelock.Timeout as error:
+        raise _taken(folder) from error
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return held
+        raise
+    if not path.exists():  # the folder was moved after the file was opened
+        held.close()
+        raise _taken(folder)
+    return held
 
 
-def lock_file(path: Path, folder: Path) -> IO:
-    """The open file of a lock. folder: what it is for."""
-    file = path.open("w")
-    if _is_taken(file, fcntl.LOCK_EX) or not _is_of(file, path):
-        file.close()
-        raise InputError(f"another run writes in {folder} now: let it end, or choose another folder")
-    return file
+def _taken(folder: Path) -> InputError:
+    return InputError(f"another run writes in {folder} now: let it end, or choose another folder")
 
 
 def is_locked(folder: Path) -> bool:
@@ -224,22 +237,7 @@ def is_locked(folder: Path) -> bool:
     if not (folder / LOCK).exists():
         return False
     with (folder / LOCK).open() as file:
-        return _is_taken(file, fcntl.LOCK_SH)
-
-
-def _is_taken(file: IO, kind: int) -> bool:
-    """Whether another process has locked the file; if not, this one has now."""
-    try:
-        # Not flock: the loader's workers would inherit it, and hold it for seconds after their parent was killed.
-        fcntl.lockf(file, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
-    return False
-
-
-def _is_of(file: IO, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        try:
+            return not filelock.lock_descriptor(file.fileno(), blocking=False)
+        except OSError:  # a file system without locks, or NFS, which locks only what is open for writing
+            return False
