@@ -254,6 +254,17 @@ def is_number(value: object, whole: bool = False) -> bool:
     return isinstance(value, Integral) or math.isfinite(value)
 
 
+def as_number(
+    name: str, value: object, least: float = -math.inf, most: float = math.inf, whole: bool = False
+) -> int | float:
+    """The value as Python's number. Raises Refused where it is none (see `is_number`) or not in [least, most]."""
+    if not is_number(value, whole) or not least <= value <= most:
+        kind = "a whole number" if whole else "a number"
+        span = f", {least} or more" if most == math.inf else f" in [{least}, {most}]"
+        raise Refused(f"{name} must be {kind}{span}, got {shortened(value)}")
+    return int(value) if whole else float(value)
+
+
 def shortened(value: object, length: int = 60) -> str:
     """A value for a message, never whole where it is long."""
     text = repr(value)
@@ -267,6 +278,7 @@ __all__ = [
     "Supervision",
     "Zs3Config",
     "among",
+    "as_number",
     "check_name",
     "check_names",
     "is_number",

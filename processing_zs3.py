@@ -5,13 +5,14 @@ Zs3Processor: the same plus class names -> input_ids of T prompts a class.
 """
 
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature, CLIPTokenizer, ProcessorMixin
+from transformers import BatchEncoding, BatchFeature, CLIPTokenizer, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
@@ -54,6 +55,9 @@ PROMPT_TEMPLATES = (
     "There is a medium {} in the scene.",
     "There is a large {} in the scene.",
 )
+
+LABELS_AT_ONCE = 256  # whose tokens are counted
+TOKENIZING = threading.RLock()
 
 ClassName = str | Sequence[str] | dict
 
@@ -321,17 +325,32 @@ class Zs3Processor(ProcessorMixin):
                 limit = self.tokenizer.model_max_length
                 raise Refused(f"{both} become the same tokens ({limit} are read): rename one")
 
+    def token_counts(self, labels: Sequence[Label]) -> list[int]:
+        """Tokens of each label's longest prompt, special ones included, however many are read."""
+        counts = []
+        for start in range(0, len(labels), LABELS_AT_ONCE):
+            prompts = [label.prompts for label in labels[start : start + LABELS_AT_ONCE]]
+            texts = [text for of_label in prompts for text in of_label]
+            lengths = iter([len(row) for row in self._encode(texts, truncation=False, verbose=False)["input_ids"]])
+            counts += [max(next(lengths) for _ in of_label) for of_label in prompts]
+        return counts
+
+    def _encode(self, texts: list[str], **options) -> BatchEncoding:
+        """The tokenizer's call, in which threads take turns: it changes how the tokenizer cuts and pads."""
+        with TOKENIZING:
+            return self.tokenizer(texts, **options)
+
     def _tokens(self, labels: Sequence[Label]) -> list[tuple]:
         """Of each label the tokens of its prompts, in an order that its words do not decide."""
         texts = [text for label in labels for text in label.prompts]
-        rows = iter(self.tokenizer(texts, truncation=True)["input_ids"])
+        rows = iter(self._encode(texts, truncation=True)["input_ids"])
         return [tuple(sorted(tuple(next(rows)) for _ in label.prompts)) for label in labels]
 
     def tokenize(self, labels: Sequence[Label]) -> dict[str, Tensor]:
         """input_ids and attention_mask, both (C, T, L) int64, padded no further than the longest prompt."""
         counts = torch.tensor([len(label.words) * len(label.templates) for label in labels])
         prompts = [prompt for label in labels for prompt in label.prompts]
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+        tokens = self._encode(prompts, padding=True, truncation=True, return_tensors="pt")
         exists = torch.arange(int(counts.max())) < counts[:, None]  # (C, T)
         shape = (*exists.shape, tokens["input_ids"].shape[1])
         features = {}
