@@ -234,6 +234,27 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 norm.requires_grad_(False).eval()
         return self
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's token embeddings; raises NotImplementedError without a tower."""
+        if self.text_model is None:
+            raise NotImplementedError("this model has no text tower, and so no token embeddings")
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """As `get_input_embeddings`."""
+        if self.text_model is None:
+            raise NotImplementedError("this model has no text tower, and so no token embeddings")
+        self.text_model.set_input_embeddings(value)
+
+    def enable_input_require_grads(self) -> None:
+        """For adapters in a frozen model: what the trained part is given gets gradients, so that they reach all of it.
+
+        These are the token embeddings, as in other models, and the backbone's feature maps.
+        """
+        super().enable_input_require_grads()
+        hook = self.model.pixel_level_module.encoder.register_forward_hook(require_gradients)
+        self._require_grads_hooks.append(hook)
+
     def freeze_backbone_norms(self) -> None:
         """From now on the backbone's batch norms do not learn, neither statistics nor scale and shift (Mask2Former's
         own choice). A ResNet then trains in less time and memory."""
@@ -421,7 +442,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         with torch.autocast(ids.device.type, enabled=False):  # once for a label list: exact rather than fast
             for rows in lengths.argsort(stable=True).split(TEXT_CHUNK):  # alike in length, so hardly any padding
                 longest = int(lengths[rows[-1]])
-                text = self.text_model(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest], return_dict=True)
+                inputs = {"input_ids": ids[rows, :longest], "attention_mask": mask[rows, :longest]}
+                text = self.text_model(**inputs, return_dict=True)
                 prompts[rows] = text.text_embeds.float().to(prompts.device)
         embeds = prompts.new_zeros(*exists.shape, prompts.shape[-1])
         embeds[exists] = F.normalize(prompts, dim=-1)  # (C, T, D)
@@ -814,6 +836,12 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             "class_logits": similarity(class_embeds, text_embeds) / temperature,
             "background_logits": None if background is None else background / temperature,
         }
+
+
+def require_gradients(backbone: nn.Module, inputs: tuple, outputs: ModelOutput) -> None:
+    """A forward hook."""
+    for feature_map in outputs.feature_maps:
+        feature_map.requires_grad_(True)
 
 
 def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Module:

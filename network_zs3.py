@@ -70,7 +70,7 @@ def decoder_outputs(
     """`network(pixel_values)`: pixel_values (B, 3, H, W), sides of multiples of 32.
 
     every: the outputs of all layers, for deep supervision; or of the last one alone.
-    run: how plain layers are run; with `torch.utils.checkpoint.checkpoint` their inputs alone are kept for the gradient.
+    run: how plain layers are run: with `torch.utils.checkpoint.checkpoint` their inputs alone are kept.
     """
     if not is_plain(network):
         return outputs_of_layers(transformers_outputs(network, pixel_values), every)
@@ -664,11 +664,7 @@ class TransformerModule(Mask2FormerTransformerModule):
 
     def forward(self, multi_scale_features: list[Tensor], *args: object, **kwargs: object) -> ModelOutput:
         device, queries = multi_scale_features[0].device, self.decoder.config.num_queries
-        rows = {
-            "queries_embedder": queries,
-            "queries_features": queries,
-            "level_embed": self.num_feature_levels,
-        }
+        rows = {"queries_embedder": queries, "queries_features": queries, "level_embed": self.num_feature_levels}
         parts = dict(self.named_children())
         for name, count in rows.items():
             parts[name] = SimpleNamespace(weight=parts[name](torch.arange(count, device=device)))
@@ -680,12 +676,24 @@ class PixelDecoderLayer(GradientCheckpointingLayer, Mask2FormerPixelDecoderEncod
     """Its activations can be made anew, as those of the transformer decoder's layers."""
 
 
+class TransformerDecoderLayer(Mask2FormerMaskedAttentionDecoderLayer):
+    """Its activations can be made anew by reentrant checkpointing, too, which sees tensors and no lists of them."""
+
+    def __call__(
+        self, hidden: Tensor, level: int, mask: None, positions: list[Tensor], queries: Tensor, sources: list, **options
+    ) -> tuple[Tensor, ...]:
+        if self.gradient_checkpointing and self.training:
+            level, positions, sources = 0, positions[level][None], sources[level][None]
+        return super().__call__(hidden, level, mask, positions, queries, sources, **options)
+
+
 CALLED = {
     nn.MultiheadAttention: CrossAttention,
     Mask2FormerPredictionBlock: MaskBlock,
     Mask2FormerMLPPredictionHead: MaskMLP,
     Mask2FormerPixelDecoder: PixelDecoder,
     Mask2FormerPixelDecoderEncoderLayer: PixelDecoderLayer,
+    Mask2FormerMaskedAttentionDecoderLayer: TransformerDecoderLayer,
     Mask2FormerTransformerModule: TransformerModule,
 }
 
