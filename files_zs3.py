@@ -27,11 +27,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 try:
-    from .configuration_zs3 import Refused, shortened
+    from .configuration_zs3 import Refused, as_number, shortened
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Refused, shortened
+    from configuration_zs3 import Refused, as_number, shortened
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -271,6 +271,8 @@ def ignored_id(num_classes: int) -> int:
 
 def map_png(label_map: Any, num_classes: int | None = None) -> bytes:
     """The bytes of a PNG: see `save_map`."""
+    if num_classes is not None:
+        num_classes = as_number("num_classes", num_classes, 1, whole=True)
     if isinstance(label_map, Tensor):
         label_map = label_map.numpy(force=True)
     ids = np.asarray(label_map)
@@ -302,6 +304,8 @@ def save_map(label_map: Any, path: str | Path, num_classes: int | None = None) -
     if isinstance(label_map, list) and label_map and isinstance(label_map[0], dict):
         raise Refused('these are masks, no label map: ask the pipeline for output="map"')
     if isinstance(label_map, dict):
+        if not {"segmentation", "labels"} <= set(label_map):
+            raise Refused('a result to save has "segmentation" and "labels": ask the pipeline for output="map"')
         num_classes = len(label_map["labels"]) if num_classes is None else num_classes
         label_map = label_map["segmentation"]
     content = map_png(label_map, num_classes)

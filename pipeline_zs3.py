@@ -4,6 +4,7 @@ An image becomes views, itself or overlapping windows of it; the network makes p
 turns proposals into a label map. `propose` stops in the middle, so that other label lists cost no network.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ try:
     from .drawing_zs3 import NONE_OF_THESE, draw
     from .files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map
     from .label_maps_zs3 import semantic_map
-    from .modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
+    from .modeling_zs3 import ProposalEmbeds, Zs3ForSemanticSegmentation, Zs3Output, best_synonyms, check_text_embeds
     from .processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
     from .text_zs3 import LabelReport, TextCache, lint_labels
 except ImportError:
@@ -34,7 +35,7 @@ except ImportError:
     from drawing_zs3 import NONE_OF_THESE, draw
     from files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map
     from label_maps_zs3 import semantic_map
-    from modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
+    from modeling_zs3 import ProposalEmbeds, Zs3ForSemanticSegmentation, Zs3Output, best_synonyms, check_text_embeds
     from processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
     from text_zs3 import LabelReport, TextCache, lint_labels
 
@@ -59,13 +60,14 @@ class Proposals:
 
     image_size: (height, width). outputs: of each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
     valid_sizes (1, 2), as in Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
-    ensemble: how CLIP saw them, "crops" or "single_pass", or "off".
+    ensemble: how CLIP saw them, "crops" or "single_pass", or "off". checkpoint: which one made them, see `fingerprint`.
     """
 
     image_size: tuple[int, int]
     views: list[View]
     outputs: list[dict[str, Tensor]]
     ensemble: str
+    checkpoint: str
 
 
 @dataclass
@@ -258,9 +260,9 @@ class Zs3Pipeline(Pipeline):
         choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
         choices["ensemble"] = ("off", "crops", "lazy", "single_pass")
         for name, allowed in choices.items():
-            if options.get(name) is not None and options[name] not in allowed:
-                allowed = " or ".join(map(repr, allowed))
-                raise ValueError(f"{name} must be {allowed}, got {shortened(options[name])}")
+            value = options.get(name)
+            if value is not None and not (isinstance(value, str) and value in allowed):
+                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shortened(value)}")
         for name, least, most in (("threshold", 0, 1), ("ensemble_weight", 0, 1), ("timeout", 0.001, 86400)):
             if options.get(name) is not None:
                 options[name] = as_number(name, options[name], least, most)
@@ -268,7 +270,7 @@ class Zs3Pipeline(Pipeline):
             if options.get(name) is not None:
                 options[name] = as_number(name, options[name], least, whole=True)
         background = options.get("background")
-        if not isinstance(background, list | tuple | None) and background != "reject":
+        if not isinstance(background, list | tuple | None) and str(background) != "reject":
             raise ValueError(f"background must be 'reject' or a list of labels, got {shortened(background)}")
         if "background" in options:  # what was said of another background does not hold for this one
             options = {"threshold": None, "confidence": None, **options}
@@ -420,7 +422,7 @@ class Zs3Pipeline(Pipeline):
                 if isinstance(image, Refused):
                     yield image
                 elif choice is None:
-                    yield Proposals(image["image_size"], image["views"], results, ensemble)
+                    yield Proposals(image["image_size"], image["views"], results, ensemble, fingerprint(self.model))
                 else:
                     yield self.postprocess({**image, "results": results, "choice": choice}, **postprocess)
 
@@ -431,7 +433,9 @@ class Zs3Pipeline(Pipeline):
         overlap: int | None = None,
         timeout: float | None = None,
     ) -> dict:
-        if isinstance(image, Proposals):
+        if _are_proposals(image):
+            if getattr(image, "checkpoint", None) != fingerprint(self.model):
+                raise Refused("another checkpoint made these proposals: make them anew, with this pipeline's propose")
             if window is not None:
                 raise ValueError(
                     "window goes with propose(...): these proposals were made without, or with another one"
@@ -547,11 +551,24 @@ def _are_several(images: object) -> bool:
     """Whether these are several images: what is neither these nor one image is refused as the one that it is no."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim not in (0, 2, 3)
-    if isinstance(images, str | Path | Image.Image | Proposals | bytes | bytearray | memoryview | Mapping | Set):
+    if isinstance(images, str | Path | Image.Image | bytes | bytearray | memoryview | Mapping | Set):
         return False
-    if hasattr(images, "read") or hasattr(images, "column_names"):  # a file, or rows of a table
+    if _are_proposals(images) or hasattr(images, "read") or hasattr(images, "column_names"):  # a file, rows of a table
         return False
     return isinstance(images, Iterable | Dataset)
+
+
+def _are_proposals(image: object) -> bool:
+    """By their fields: another copy of this file, as remote code has, makes them of another class."""
+    return hasattr(image, "views") and hasattr(image, "outputs")
+
+
+def fingerprint(model: Zs3ForSemanticSegmentation) -> str:
+    """Of a model's weights, by some of those that make class embeddings; the same in float32 and in bfloat16."""
+    digest = hashlib.sha256()
+    for weight in model.class_projection.parameters():
+        digest.update(weight.detach().flatten()[:256].to("cpu", torch.bfloat16).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _groups(images: Iterator, size: int) -> Iterator[list]:

@@ -25,14 +25,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 try:
-    from .configuration_zs3 import plain
+    from .configuration_zs3 import as_number, plain
     from .files_zs3 import PARTIAL, whole
     from .modeling_zs3 import Zs3ForSemanticSegmentation
     from .processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import plain
+    from configuration_zs3 import as_number, plain
     from files_zs3 import PARTIAL, whole
     from modeling_zs3 import Zs3ForSemanticSegmentation
     from processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
@@ -367,6 +367,7 @@ def lint_labels(
     similar: cosine from which two labels are near-synonyms. Labels with the same words, and those too long, are left
         out.
     """
+    similar = as_number("similar", similar, -1, 1)
     tokenizer = None if processor is None else processor.tokenizer
     templates = PROMPT_TEMPLATES if processor is None else processor.prompt_templates
     labels = read_labels(class_names, templates, allow_repeats=True)

@@ -181,7 +181,7 @@ def test_opacity_goes_from_the_image_to_the_colours():
         photo = pixels(PHOTO)[place]
         assert clear[place].tolist() == photo.tolist() and full[place].tolist() == list(colour_of(name))
         assert np.abs(half[place] - (photo + colour_of(name)) / 2).max() <= 2
-    with pytest.raises(ValueError, match=r"opacity must be between 0 and 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"opacity must be a number in \[0, 1\], got 1\.5"):
         draw(PHOTO, as_map(), opacity=1.5)
 
 
@@ -255,8 +255,8 @@ def test_an_image_can_be_a_picture_an_array_or_a_path(tmp_path):
     PHOTO.save(tmp_path / "photo.png")
     for image in (pixels(PHOTO).astype(np.uint8), tmp_path / "photo.png", str(tmp_path / "photo.png")):
         assert np.array_equal(pixels(draw(image, as_map())), expected)
-    for array in (np.zeros((240, 400), np.uint8), np.zeros((240, 400, 4), np.uint8), np.zeros((240, 400, 3))):
-        with pytest.raises(ValueError, match=r"an image array must be \(H, W, 3\) uint8, got"):
+    for array in (np.zeros((240, 400, 2), np.uint8), np.zeros((2, 240, 400, 3), np.uint8), np.zeros((240, 400, 3))):
+        with pytest.raises(ValueError, match="an array must be uint8"):
             draw(array, as_map())
 
 
