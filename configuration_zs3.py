@@ -131,6 +131,7 @@ class Zs3Config(Mask2FormerConfig):
     model_type = "zs3"
     sub_configs = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
     backbones_supported = ["swin", "resnet", "convnext"]
+    keys_to_ignore_at_inference = ["loss_terms", "same_label_rate"]  # no predictions, for the Trainer
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

@@ -97,7 +97,7 @@ def outputs_of_layers(outputs: Mask2FormerModelOutput, every: bool) -> DecoderOu
 # ------------------------------------------------------------------------------------------- is it all plain?
 
 PLAIN_SOURCES = ("torch.nn.modules.", "transformers.models.", "transformers.activations", __name__)
-PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor, type(None))  # FakeTensor: under torch.export
+PLAIN_WEIGHTS = {nn.Parameter, Tensor, FakeTensor, type(None)}  # FakeTensor: under torch.export
 # Children, by name, whose weights are read or whose output is changed in place: no other kind will do.
 TAKEN_APART = {
     "convolution": nn.Conv2d,
@@ -115,11 +115,12 @@ def is_plain(network: Mask2FormerModel) -> bool:
     """Whether the functions here may take the network apart: its layers are PyTorch's and transformers' own, nothing
     watches their calls (hooks, a `forward` set on one, a compiled one), and their weights are plain tensors.
 
-    A backbone that is no ResNet is called as a whole, whatever it is made of.
+    A backbone that is no ResNet is called as a whole, whatever it is made of. torch.func wants every call, too: it
+    does not see through `bags_of_neighbours`.
     """
-    if _has_any_global_hook():
+    if _has_any_global_hook() or torch._C._are_functorch_transforms_active():
         return False
-    layers = [network]
+    layers: list[nn.Module] = [network]
     for layer in layers:  # grows
         if not is_plain_layer(layer):
             return False
@@ -141,8 +142,8 @@ def is_plain_layer(layer: nn.Module) -> bool:
         and "forward" not in own
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
         and not (own["_backward_pre_hooks"] or layer._compiled_call_impl)
-        and all(type(weight) in PLAIN_WEIGHTS for weight in own["_parameters"].values())
-        and all(isinstance(child, TAKEN_APART.get(name, nn.Module)) for name, child in own["_modules"].items())
+        and PLAIN_WEIGHTS.issuperset(map(type, own["_parameters"].values()))
+        and all(isinstance(own["_modules"][name], TAKEN_APART[name]) for name in TAKEN_APART.keys() & own["_modules"])
     )
 
 
