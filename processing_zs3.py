@@ -61,7 +61,7 @@ PROMPT_TEMPLATES = (
 
 LABELS_AT_ONCE = 256  # whose tokens are counted
 TOKENIZING = threading.RLock()
-TEXT_OPTIONS = {  # what the processor does, in the words of transformers' tokenizers
+TEXT_OPTIONS = {  # None or one of these
     "padding": (True, "longest", "max_length"),
     "truncation": (True, "longest_first"),
     "return_tensors": ("pt", "np"),
@@ -453,9 +453,9 @@ class Zs3Processor(ProcessorMixin):
         return BatchFeature(features, tensor_type=tensor_type)
 
     def _options(self, *, images_kwargs=None, text_kwargs=None, common_kwargs=None, **flat) -> tuple[dict, dict]:
-        """Options of the images and of the texts, given in a dict of their kind, or flat or in common_kwargs.
+        """Options of the images and of the texts. They come flat, in common_kwargs, or in a dict of their kind.
 
-        Of texts only what is done anyway, and padding="max_length": to as many tokens as the tokenizer reads.
+        Those of texts are TEXT_OPTIONS. padding="max_length": to the number of tokens that the tokenizer reads.
         """
         if "text" in flat:
             raise Refused("the texts of this processor are class names: give class_names=[...], not text=")
@@ -545,7 +545,7 @@ class Zs3Processor(ProcessorMixin):
 
 
 # ---- from a checkpoint, with the classes of this file -------------------------------------------------------
-# `Zs3Processor.from_pretrained` takes defaults for what is missing.
+# Where a file is missing, `Zs3Processor.from_pretrained` takes defaults, and these raise.
 
 
 def saved_processor(source: str, *, text: bool = True, revision: str = "main") -> Zs3Processor | Zs3ImageProcessor:
