@@ -203,6 +203,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
     supports_gradient_checkpointing = True
     gradient_checkpointing = False  # the layers of the whole visual part, `network_zs3` runs them
+    _no_split_modules = ["Mask2FormerPixelLevelModule", "TransformerModule"]  # their feature maps meet on one device
 
     def __init__(self, config: Zs3Config):
         super().__init__(config)
@@ -854,7 +855,8 @@ def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Modu
 def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """R of section 3.2: class_embeds (B, Q, D), text_embeds (C, D) -> (B, Q, C), cosine in [-1, 1]."""
     with torch.autocast(class_embeds.device.type, enabled=False):  # 0.4 % of a cosine is 0.4 of a logit at tau = 0.01
-        return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
+        text_embeds = text_embeds.to(class_embeds.device).float()
+        return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds, dim=-1).T
 
 
 def label_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:

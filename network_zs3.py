@@ -666,10 +666,11 @@ class TransformerModule(Mask2FormerTransformerModule):
     def forward(self, multi_scale_features: list[Tensor], *args: object, **kwargs: object) -> ModelOutput:
         device, queries = multi_scale_features[0].device, self.decoder.config.num_queries
         rows = {"queries_embedder": queries, "queries_features": queries, "level_embed": self.num_feature_levels}
-        parts = dict(self.named_children())
-        for name, count in rows.items():
-            parts[name] = SimpleNamespace(weight=parts[name](torch.arange(count, device=device)))
-        part = SimpleNamespace(num_feature_levels=self.num_feature_levels, **parts)
+        embeddings = {
+            name: SimpleNamespace(weight=getattr(self, name)(torch.arange(count, device=device)))
+            for name, count in rows.items()
+        }
+        part = SimpleNamespace(**{**vars(self), **dict(self.named_children()), **embeddings})
         return Mask2FormerTransformerModule.forward(part, multi_scale_features, *args, **kwargs)
 
 
