@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+import re
 
 import pytest
 import torch
@@ -10,11 +12,14 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerModel, ResNetConfig, SwinConfig
 
 from network_zs3 import (
+    DecoderOutputs,
     _bags,
     bags_of_neighbours,
+    call_every_layer,
     decoder_outputs,
     deformable_sum,
     grid_samples,
+    is_plain,
     run_plainly,
     visible_tokens,
 )
@@ -282,3 +287,230 @@ def test_layers_are_run_by_whom_is_asked_to():
         decoder_outputs(model, torch.randn(1, 3, 64, 64), False, run)
     names = {name: ran.count(name) for name in ran}
     assert names == {"residual_layer": 5, "encoder_layer": 2, "decoder_layer": 3}
+
+
+# ------------------------------------------------------------------------------- networks that are not plain
+
+
+def called_network(**fields) -> Mask2FormerModel:
+    """One whose every layer is called where it is not plain, as the model's own is."""
+    model = network(**fields)
+    call_every_layer(model)
+    return model
+
+
+def both(model: Mask2FormerModel, pixels: Tensor) -> tuple[DecoderOutputs, DecoderOutputs]:
+    """The outputs as they are, and those of transformers' forward of the same modules."""
+    with torch.no_grad():
+        return decoder_outputs(model, pixels, every=True), DecoderOutputs(*theirs(model, pixels))
+
+
+def assert_same_outputs(found: DecoderOutputs, expected: DecoderOutputs, tolerance: float = 1e-4) -> None:
+    for mine, its in zip((*found.mask_logits, *found.hidden), (*expected.mask_logits, *expected.hidden), strict=True):
+        assert_close(mine, its, tolerance)
+
+
+@pytest.mark.parametrize("backbone", ["basic", "swin"])
+@pytest.mark.parametrize("fields", [{}, {"pre_norm": True}, {"enforce_input_projection": True}])
+def test_a_network_whose_every_layer_is_called_is_transformers(backbone, fields):
+    ours, pixels = called_network(backbone=backbone, **fields), torch.randn(2, 3, 64, 96)
+    plain = network(backbone, **fields)
+    assert list(ours.state_dict()) == list(plain.state_dict()) and is_plain(ours) and is_plain(plain)
+    expected = DecoderOutputs(*theirs(plain.requires_grad_(False), pixels))
+    ours.register_forward_hook(lambda *_: None)
+    assert not is_plain(ours)
+    with torch.no_grad():
+        assert_same_outputs(decoder_outputs(ours, pixels, every=True), expected)
+        last = decoder_outputs(ours, pixels, every=False)
+    assert_close(last.mask_logits[0], expected.mask_logits[-1])
+    assert len(last.mask_logits) == len(last.hidden) == 1
+
+
+SMALL = {"encoder_layers": 1, "decoder_layers": 2, "enforce_input_projection": True}
+PLACES = {
+    name: layer
+    for name, layer in network(**SMALL).named_modules()
+    # Lists of layers are gone through and are no layers themselves, in ResNet's stages, too.
+    if not isinstance(layer, nn.ModuleList) and not re.search(r"stages\.\d\.layers$", name)
+}
+WEIGHTY = [name for name, layer in PLACES.items() if "weight" in layer._parameters]
+
+
+@pytest.mark.parametrize("hook", ["forward", "before", "patched"])
+def test_a_hook_on_any_layer_runs(hook):
+    model, pixels = called_network(**SMALL), torch.randn(1, 3, 32, 32)
+    for name in PLACES:
+        layer, runs = model.get_submodule(name), []
+        if hook == "patched":
+            forward = layer.forward
+            layer.forward = lambda *args, forward=forward, runs=runs, **kwargs: (
+                runs.append(1) or forward(*args, **kwargs)
+            )
+        else:
+            register = layer.register_forward_hook if hook == "forward" else layer.register_forward_pre_hook
+            handle = register(lambda *_, runs=runs: runs.append(1))
+        with torch.no_grad():
+            decoder_outputs(model, pixels, every=False)
+        assert runs, name
+        if hook == "patched":
+            del layer.forward
+        else:
+            handle.remove()
+        assert is_plain(model)
+
+
+def test_a_hook_of_all_modules_runs():
+    model, seen = called_network(**SMALL), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: seen.add(layer))
+    try:
+        with torch.no_grad():
+            decoder_outputs(model, torch.randn(1, 3, 32, 32), every=False)
+    finally:
+        handle.remove()
+    assert {model.get_submodule(name) for name in PLACES} <= seen
+
+
+def test_what_a_hook_returns_counts_and_what_it_is_given_is_transformers():
+    model, pixels = called_network(), torch.randn(1, 3, 64, 64)
+    plain, shapes = network(), [[], []]
+    layers = "pixel_level_module.decoder.encoder.layers.0.fc1", "transformer_module.decoder.layers.1.fc1"
+    for name in layers:
+        for part, seen in zip((model, plain), shapes, strict=True):
+            part.get_submodule(name).register_forward_hook(
+                lambda _, x, y, seen=seen: seen.append((x[0].shape, y.shape))
+            )
+    found, expected = both(model, pixels)
+    theirs(plain, pixels)
+    assert_same_outputs(found, expected)
+    assert shapes[0] == shapes[1] * 2
+    model.get_submodule(layers[0]).register_forward_hook(lambda _, x, y: y + 1)
+    changed, expected = both(model, pixels)
+    assert_same_outputs(changed, expected)
+    assert (changed.hidden[-1] - found.hidden[-1]).abs().max() > 0.01
+
+
+def test_gradients_reach_backward_hooks():
+    model, seen = called_network(), set()
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.LayerNorm)]
+    for name in names:
+        model.get_submodule(name).register_full_backward_hook(lambda *_, name=name: seen.add(name))
+    outputs = decoder_outputs(model, torch.randn(1, 3, 64, 64), every=True)
+    sum(values.square().mean() for output in outputs for values in output).backward()
+    assert seen == set(names)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+@pytest.mark.parametrize("name", WEIGHTY)
+def test_a_parametrized_weight_is_that_of_a_network_with_the_weight_itself(name):
+    model, pixels = called_network(**SMALL), torch.randn(1, 3, 32, 32)
+    layer = model.get_submodule(name)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.get_submodule(name).weight.mul_(2)
+        expected = decoder_outputs(copied, pixels, every=True)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    assert is_plain(copied) and not is_plain(model)
+    with torch.no_grad():
+        assert_same_outputs(decoder_outputs(model, pixels, every=True), expected, 1e-3)
+
+
+@pytest.mark.parametrize("name", WEIGHTY)
+def test_a_replaced_layer_is_used(name):
+    model, runs = called_network(**SMALL), []
+    replaced = nn.Sequential(model.get_submodule(name), nn.Identity())
+    replaced[1].forward = lambda output: runs.append(1) or output
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, replaced)
+    with torch.no_grad():
+        decoder_outputs(model, torch.randn(1, 3, 32, 32), every=False)
+    assert runs
+
+
+def test_a_fused_backbone_is_the_backbone():
+    model, pixels = called_network(backbone="bottleneck"), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = decoder_outputs(model, pixels, every=True)
+    for layer in model.pixel_level_module.encoder.modules():
+        if hasattr(layer, "normalization"):
+            layer.convolution = nn.utils.fusion.fuse_conv_bn_eval(layer.convolution, layer.normalization)
+            layer.normalization = nn.Identity()
+    with torch.no_grad():
+        assert_same_outputs(decoder_outputs(model, pixels, every=True), expected)
+
+
+def test_synchronised_norms_are_plain_and_a_foreign_backbone_does_not_count():
+    model = called_network()
+    assert is_plain(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    swin, runs = called_network(backbone="swin"), []
+    swin.pixel_level_module.encoder.register_forward_hook(lambda *_: runs.append(1))
+    assert is_plain(swin)
+    with torch.no_grad():
+        decoder_outputs(swin, torch.randn(1, 3, 64, 64), every=False)
+    assert runs == [1]
+
+
+def test_a_method_that_is_patched_on_a_class_is_called(monkeypatch):
+    model, runs = called_network(), []
+    kind = type(model.transformer_module.decoder.mask_predictor)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args: runs.append(1) or forward(*args))
+    with torch.no_grad():
+        decoder_outputs(model, torch.randn(1, 3, 32, 32), every=False)
+    assert len(runs) == LAYERS["decoder_layers"]
+
+
+def test_torch_func_gives_the_gradients_of_backward():
+    model, pixels = called_network(encoder_layers=1, decoder_layers=2).double(), torch.randn(1, 3, 32, 32).double()
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        run = nn.Module()
+        run.network = model
+        run.forward = lambda pixels: decoder_outputs(model, pixels, every=True).mask_logits[-1].square().mean()
+        return torch.func.functional_call(run, weights, (pixels,))
+
+    weights = {f"network.{name}": weight.detach() for name, weight in model.named_parameters()}
+    found = torch.func.grad(loss)(weights)
+    decoder_outputs(model, pixels, every=True).mask_logits[-1].square().mean().backward()
+    for name, weight in model.named_parameters():
+        if weight.grad is not None:
+            assert torch.allclose(found[f"network.{name}"], weight.grad, rtol=1e-6, atol=1e-9), name
+
+
+def test_a_copied_or_pickled_network_is_called_as_the_first_one():
+    model, pixels = called_network(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = decoder_outputs(model, pixels, every=True)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        name = "transformer_module.decoder.mask_predictor.mask_embedder.1.0"
+        again.get_submodule(name).weight.data.mul_(0)
+        again.register_forward_hook(lambda *_: None)
+        with torch.no_grad():
+            changed = decoder_outputs(again, pixels, every=True)
+        assert torch.equal(decoder_outputs(model, pixels, every=True).hidden[-1], expected.hidden[-1])
+        assert not torch.allclose(changed.mask_logits[0], expected.mask_logits[0])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_called_layers_are_made_anew_and_their_gradients_are_the_same(reentrant):
+    model = tiny_model(text=False, encoder_layers=2).double().train()
+    batch = {
+        "pixel_values": torch.randn(2, 3, 64, 64).double(),
+        "labels": torch.arange(64).expand(2, 64, 64) // 16,
+        "text_embeds": torch.randn(5, 12),
+    }
+    expected, decoder = train_step(model, **batch), model.model.transformer_module.decoder
+    runs = {"pixel decoder": [], "transformer decoder": []}
+    for name, layer in zip(
+        runs, (model.model.pixel_level_module.decoder.encoder.layers[1], decoder.layers[1]), strict=True
+    ):
+        layer.fc1.register_forward_hook(lambda *_, name=name: runs[name].append(1))
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    found = train_step(model, **batch)
+    assert {name: len(seen) for name, seen in runs.items()} == {"pixel decoder": 2, "transformer decoder": 2}
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-9) for name in found)
