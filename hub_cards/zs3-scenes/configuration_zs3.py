@@ -23,7 +23,7 @@ from transformers import (
     ResNetConfig,
 )
 
-# What transformers itself writes into a config.json or passes to a config, beside the declared fields.
+# What transformers writes into a config.json or passes to a config, beside what its base class declares.
 WRITTEN_BY_TRANSFORMERS = {
     "_attn_implementation_internal",
     "_commit_hash",
@@ -33,14 +33,47 @@ WRITTEN_BY_TRANSFORMERS = {
     "auto_map",
     "custom_pipelines",
     "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
+    "keys_to_ignore_at_inference",
+    "loss_type",
+    "pretraining_tp",
     "quantization_config",
     "torch_dtype",
-    "transformers_version",
+    "use_cache",
 }
+# What transformers' base class declared until version 5, but for parameters of generation. Tools still set it on the
+# config of any model: the Trainer the token ids, peft whether embeddings are tied.
+DECLARED_BY_VERSION_4 = {
+    "add_cross_attention",
+    "bos_token_id",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
+    "eos_token_id",
+    "finetuning_task",
+    "is_decoder",
+    "pad_token_id",
+    "prefix",
+    "pruned_heads",
+    "sep_token_id",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tie_word_embeddings",
+    "tokenizer_class",
+    "torchscript",
+    "use_bfloat16",
+}
+
+
+def fields_of_any_config() -> set[str]:
+    """What any transformers config takes: the fields of its base class and the properties that can be set."""
+    properties = {
+        name
+        for kind in PreTrainedConfig.__mro__
+        for name, value in vars(kind).items()
+        if isinstance(value, property) and value.fset is not None
+    }
+    return {*PreTrainedConfig.__dataclass_fields__, *properties, *WRITTEN_BY_TRANSFORMERS, *DECLARED_BY_VERSION_4}
+
 
 # What a training can be given about unseen classes, from the least to the most; see `unseen_labels`.
 Supervision = Literal["none", "pseudo", "captions", "ground_truth"]
@@ -98,6 +131,7 @@ class Zs3Config(Mask2FormerConfig):
     model_type = "zs3"
     sub_configs = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
     backbones_supported = ["swin", "resnet", "convnext"]
+    keys_to_ignore_at_inference = ["loss_terms", "same_label_rate"]  # no predictions, for the Trainer
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -137,11 +171,11 @@ class Zs3Config(Mask2FormerConfig):
     class_names: list[str] | None = None
 
     def __post_init__(self, **kwargs):
-        unknown = sorted(set(kwargs) - WRITTEN_BY_TRANSFORMERS)
+        unknown = sorted(set(kwargs) - fields_of_any_config() - set(self.attribute_map))
         if unknown:
             close = get_close_matches(unknown[0], self.__dataclass_fields__, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "; a newer version may have it"
-            raise ValueError(f"{unknown[0]!r} is not a field of Zs3Config{hint}")
+            raise ValueError(f"{shortened(unknown[0])} is not a field of Zs3Config{hint}")
         # Made here, not by transformers: how its own sub-config defaults are declared changes between versions.
         if self.backbone_config is None:
             self.backbone_config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
@@ -254,6 +288,17 @@ def is_number(value: object, whole: bool = False) -> bool:
     return isinstance(value, Integral) or math.isfinite(value)
 
 
+def as_number(
+    name: str, value: object, least: float = -math.inf, most: float = math.inf, whole: bool = False
+) -> int | float:
+    """The value as Python's number. Raises Refused where it is none (see `is_number`) or not in [least, most]."""
+    if not is_number(value, whole) or not least <= value <= most:
+        kind = "a whole number" if whole else "a number"
+        span = f", {least} or more" if most == math.inf else f" in [{least}, {most}]"
+        raise Refused(f"{name} must be {kind}{span}, got {shortened(value)}")
+    return int(value) if whole else float(value)
+
+
 def shortened(value: object, length: int = 60) -> str:
     """A value for a message, never whole where it is long."""
     text = repr(value)
@@ -267,6 +312,7 @@ __all__ = [
     "Supervision",
     "Zs3Config",
     "among",
+    "as_number",
     "check_name",
     "check_names",
     "is_number",

@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 try:
-    from .configuration_zs3 import plain
+    from .configuration_zs3 import as_number, plain
     from .files_zs3 import load_picture
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import plain
+    from configuration_zs3 import as_number, plain
     from files_zs3 import load_picture
 
 # The first n differ by at least .10 (n = 8), .088 (20), .053 (32), .038 (64) in OKLab, where .02 is just visible: the
@@ -71,7 +72,7 @@ def _place(name: str) -> int:
 
 
 def draw(
-    image: Image.Image | np.ndarray | str | Path,
+    image: str | Path | Image.Image | np.ndarray | Tensor,
     result: list[dict] | dict,
     *,
     opacity: float = 0.55,
@@ -80,14 +81,13 @@ def draw(
 ) -> Image.Image:
     """The image under the colours of its labels, with a legend: name, share of the picture, mean score.
 
-    image: a PIL image, a (H, W, 3) uint8 array or a path; result: what Zs3Pipeline returned for it, in either form.
+    image: as for `load_picture` of files_zs3; result: what Zs3Pipeline returned for it, in either form.
     confidence: the lower the score (a pixel's, or a region's where only that is known), the less colour.
     class_names: the names that colours are chosen for, by default those that occur in this picture. With the whole
     label list, a name has the same colour in every picture.
     """
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity must be between 0 and 1, got {opacity}")
-    picture = _read_image(image)
+    opacity = as_number("opacity", opacity, 0, 1)
+    picture = load_picture(image)
     regions = _read_result(result, picture.size)
     if confidence and regions.scores is None:
         raise ValueError("confidence=True needs a result with scores")
@@ -108,14 +108,6 @@ def draw(
     canvas.paste(picture, (0, 0))
     canvas.paste(below, (0, picture.height))
     return canvas
-
-
-def _read_image(image: Image.Image | np.ndarray | str | Path) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"an image array must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
-        image = Image.fromarray(image)
-    return load_picture(image)  # turned as the pipeline turns it
 
 
 class Regions(NamedTuple):

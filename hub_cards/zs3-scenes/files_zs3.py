@@ -12,24 +12,26 @@ import errno
 import io
 import os
 import stat
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import torch
+from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 try:
-    from .configuration_zs3 import Refused, shortened
+    from .configuration_zs3 import Refused, as_number, shortened
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Refused, shortened
+    from configuration_zs3 import Refused, as_number, shortened
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -37,7 +39,8 @@ MAP_FORMATS = ("PNG",)  # JPEG and its like change ids, writers of GIF renumber 
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 PARTIAL = r"\.[0-9a-f]{32}\.(?P<process>\d+)\.partial"  # names that `whole` gives
-SECONDS = 60  # without an answer of an address
+SMALLEST_PICTURE = 32  # bytes: a shorter text of base64 is a path that does not exist
+SECONDS = 60  # that an address may take
 MOST_FETCHED = 2**28  # bytes of an address
 MAX_PIXELS = 2**27  # of an image that is opened: 0.5 GB decoded
 
@@ -59,7 +62,7 @@ def decoding() -> Iterator[None]:
     except Exception as error:
         if is_of_the_machine(error):
             raise
-        raise Refused(" ".join(str(error).split())[:200] or type(error).__name__) from error
+        raise Refused(" ".join(str(error).split())[:100] or type(error).__name__) from error
 
 
 def is_of_the_machine(error: Exception) -> bool:
@@ -121,25 +124,71 @@ def _why_unidentified(source: str | Path | bytes, formats: Sequence[str]) -> str
     return f"it is a {kind} inside, and must be {known}: save it anew from the original"
 
 
-def load_picture(image: str | Path | Image.Image) -> Image.Image:
-    """RGB, turned as its EXIF data say. image: a path, an address (http, https, data:image/) or a PIL image.
+def load_picture(image: str | Path | Image.Image | np.ndarray | Tensor, timeout: float | None = None) -> Image.Image:
+    """RGB, turned as its EXIF data say. Raises Refused.
 
-    Raises Refused.
+    image: a path, an address (http, https, data:image/), a text of base64, a PIL image, or an array or tensor of uint8,
+        (H, W), (H, W, 3) or (H, W, 4).
+    timeout: seconds that an address may take in all; None: SECONDS.
     """
-    name = shortened(str(image), 200)[1:-1] if isinstance(image, str | Path) else "the image"
     try:
         with decoding():
-            if is_address(image):
-                image = open_image(_fetched(str(image)))
-            elif isinstance(image, str | Path):
-                image = open_image(image)
-            elif not isinstance(image, Image.Image):
-                raise Refused(f"it is a {type(image).__name__}, no image, path or address")
-            if image.mode[0] in "IF":
-                raise Refused(f"mode {image.mode} holds more than 8 bits a channel; convert it to 8 first")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            picture = _opened(image, timeout)
+            if not (picture.width and picture.height):
+                raise Refused(f"it has {picture.width} x {picture.height} pixels")
+            if picture.mode[0] in "IF":
+                raise Refused(f"mode {picture.mode} holds more than 8 bits a channel; convert it to 8 first")
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except Refused as error:
-        raise Refused(f"{name} cannot be read as an image: {error}") from error
+        raise Refused(f"{_name(image)} cannot be read as an image: {error}") from error
+
+
+def _opened(image: object, timeout: float | None) -> Image.Image:
+    if isinstance(image, Tensor):
+        image = image.numpy(force=True)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            raise Refused(f"an array must be uint8, (H, W), (H, W, 3) or (H, W, 4), not {image.dtype} {image.shape}")
+        return Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return image
+    if is_address(image):
+        return open_image(_fetched(str(image), timeout))
+    if isinstance(image, str) and not os.path.exists(image):
+        content = _from_base64(image)
+        if content is None or len(content) < SMALLEST_PICTURE:
+            raise Refused("there is no such file, and it is no http(s) address")
+        return open_image(content)
+    if isinstance(image, str | Path):
+        return open_image(image)
+    raise Refused(_why_no_image(image))
+
+
+def _name(image: object) -> str:
+    """How a message calls an image: by the end of its path, where its name is."""
+    if not isinstance(image, str | Path):
+        return "the image"
+    text = str(image)
+    if not text.strip():
+        return repr(text)
+    shown = repr(text[-67:])[1:-1]  # escapes what shows nothing
+    return f"...{shown}" if len(text) > 67 else shown
+
+
+def _why_no_image(value: object) -> str:
+    if isinstance(value, bytes | bytearray | memoryview) or hasattr(value, "read"):
+        return f"it is of type {type(value).__name__}: open it first, PIL.Image.open(...), with io.BytesIO for bytes"
+    if isinstance(value, Mapping) or hasattr(value, "column_names"):
+        return f'it is of type {type(value).__name__}: give the image in it, of a dataset a column, dataset["image"]'
+    return f"it is of type {type(value).__name__}, no image, path or address"
+
+
+def _from_base64(text: str) -> bytes | None:
+    """The bytes that a text stands for; None: it is no base64."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return None
 
 
 def is_leftover(name: str) -> bool:
@@ -155,17 +204,26 @@ def is_address(image: object) -> bool:
     return isinstance(image, str | Path) and str(image).startswith(("http://", "https://", "data:image/"))
 
 
-def _fetched(address: str) -> bytes:
+def _fetched(address: str, timeout: float | None) -> bytes:
     if address.startswith("data:"):
-        return base64.b64decode(address.partition(",")[2])
-    with get_session().stream("GET", address, follow_redirects=True, timeout=SECONDS) as answer:
-        answer.raise_for_status()
-        content = b""
+        content = _from_base64(address.partition(",")[2])
+        if content is None:
+            raise Refused("what follows its comma is no base64")
+        return content
+    if constants.HF_HUB_OFFLINE:
+        raise Refused("this process is offline (HF_HUB_OFFLINE): download it first")
+    timeout = SECONDS if timeout is None else timeout
+    end, content = time.monotonic() + timeout, bytearray()
+    with get_session().stream("GET", address, follow_redirects=True, timeout=timeout) as answer:
+        if answer.status_code >= 400:
+            raise Refused(f"the server answers {answer.status_code} {answer.reason_phrase[:40]}")
         for part in answer.iter_bytes():
             content += part
             if len(content) > MOST_FETCHED:
                 raise Refused(f"it is more than {MOST_FETCHED:,} bytes")
-    return content
+            if time.monotonic() > end:
+                raise Refused(f"not all of it came within {timeout:g} seconds: give more, timeout=...")
+    return bytes(content)
 
 
 def read_text(path: str | Path) -> str:
@@ -213,7 +271,9 @@ def ignored_id(num_classes: int) -> int:
 
 def map_png(label_map: Any, num_classes: int | None = None) -> bytes:
     """The bytes of a PNG: see `save_map`."""
-    if isinstance(label_map, torch.Tensor):
+    if num_classes is not None:
+        num_classes = as_number("num_classes", num_classes, 1, whole=True)
+    if isinstance(label_map, Tensor):
         label_map = label_map.numpy(force=True)
     ids = np.asarray(label_map)
     if ids.dtype.kind not in "iu" or ids.ndim != 2 or not ids.size:
@@ -244,6 +304,8 @@ def save_map(label_map: Any, path: str | Path, num_classes: int | None = None) -
     if isinstance(label_map, list) and label_map and isinstance(label_map[0], dict):
         raise Refused('these are masks, no label map: ask the pipeline for output="map"')
     if isinstance(label_map, dict):
+        if not {"segmentation", "labels"} <= set(label_map):
+            raise Refused('a result to save has "segmentation" and "labels": ask the pipeline for output="map"')
         num_classes = len(label_map["labels"]) if num_classes is None else num_classes
         label_map = label_map["segmentation"]
     content = map_png(label_map, num_classes)

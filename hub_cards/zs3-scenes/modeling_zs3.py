@@ -51,7 +51,14 @@ try:
     from .configuration_zs3 import Refused, Zs3Config, among
     from .label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from .losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
-    from .network_zs3 import batch_norms, decoder_outputs, run_plainly
+    from .network_zs3 import (
+        batch_norms,
+        call_every_layer,
+        decoder_outputs,
+        outputs_of_layers,
+        run_plainly,
+        transformers_outputs,
+    )
 except ImportError:
     if __package__:
         raise
@@ -69,7 +76,14 @@ except ImportError:
     from configuration_zs3 import Refused, Zs3Config, among
     from label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
-    from network_zs3 import batch_norms, decoder_outputs, run_plainly
+    from network_zs3 import (
+        batch_norms,
+        call_every_layer,
+        decoder_outputs,
+        outputs_of_layers,
+        run_plainly,
+        transformers_outputs,
+    )
 
 SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
 TEXT_CHUNK = 256  # prompts embedded at once
@@ -106,6 +120,19 @@ class Zs3Output(ModelOutput):
     shown_to_clip: (B, Q) bool, which ones it was shown.
     undecided: (B,), the share of pixels that CLIP's view of the others might still change; 0 but for view "lazy" with a
         tolerance.
+
+    With output_hidden_states or output_attentions, under Mask2Former's names; C channels, h w of each level:
+    encoder_last_hidden_state: (B, C, h, w), the backbone's coarsest feature map.
+    pixel_decoder_last_hidden_state: (B, C, h, w), the mask features, of stride 4.
+    transformer_decoder_last_hidden_state: (B, Q, C), the queries after the last layer, not normalised.
+
+    With output_hidden_states:
+    encoder_hidden_states: the backbone's feature maps (B, C, h, w), of strides 4, 8, 16, 32.
+    pixel_decoder_hidden_states: feature maps (B, C, h, w), of strides 32, 16, 8.
+    transformer_decoder_hidden_states: the queries (Q, B, C), before the first and after each decoder layer.
+
+    With output_attentions:
+    attentions: of each decoder layer, the weights (B, heads, Q, Q) with which queries look at each other.
     """
 
     loss: Tensor | None = None
@@ -119,6 +146,13 @@ class Zs3Output(ModelOutput):
     ensemble_probs: Tensor | None = None
     shown_to_clip: Tensor | None = None
     undecided: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    pixel_decoder_last_hidden_state: Tensor | None = None
+    transformer_decoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
     @property
     def class_probs(self) -> Tensor:
@@ -169,11 +203,13 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
     supports_gradient_checkpointing = True
     gradient_checkpointing = False  # the layers of the whole visual part, `network_zs3` runs them
+    _no_split_modules = ["Mask2FormerPixelLevelModule", "TransformerModule"]  # their feature maps meet on one device
 
     def __init__(self, config: Zs3Config):
         super().__init__(config)
         self.model = Mask2FormerModel(config)
         draw_as_mask2former(self.model)
+        call_every_layer(self.model)
         self.class_projection = class_projection(config.hidden_dim, config.projection_dim, config.class_projection)
         self.text_model = self.vision_model = None
         if config.text_config is not None:
@@ -198,6 +234,27 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             for norm in batch_norms(self.model.pixel_level_module.encoder):
                 norm.requires_grad_(False).eval()
         return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The text tower's token embeddings; raises NotImplementedError without a tower."""
+        if self.text_model is None:
+            raise NotImplementedError("this model has no text tower, and so no token embeddings")
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """As `get_input_embeddings`."""
+        if self.text_model is None:
+            raise NotImplementedError("this model has no text tower, and so no token embeddings")
+        self.text_model.set_input_embeddings(value)
+
+    def enable_input_require_grads(self) -> None:
+        """For adapters in a frozen model: what the trained part is given gets gradients, so that they reach all of it.
+
+        These are the token embeddings, as in other models, and the backbone's feature maps.
+        """
+        super().enable_input_require_grads()
+        hook = self.model.pixel_level_module.encoder.register_forward_hook(require_gradients)
+        self._require_grads_hooks.append(hook)
 
     def freeze_backbone_norms(self) -> None:
         """From now on the backbone's batch norms do not learn, neither statistics nor scale and shift (Mask2Former's
@@ -286,7 +343,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self.config.class_names = names
         self.config.id2label = dict(enumerate(names))
         self.config.label2id = {name: index for index, name in enumerate(names)}
-        self.vocabulary = F.normalize(text_embeds.detach().float(), dim=-1).contiguous().to(self.device)
+        self.vocabulary = self._placed(F.normalize(text_embeds.detach().float(), dim=-1).contiguous())
 
     def _embed_names(
         self, class_names: Sequence[str | Sequence[str] | dict], processor: ProcessorMixin | None
@@ -370,8 +427,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             raise ValueError(
                 "this checkpoint has no text tower: pass text_embeds, or no text at all to use its stored vocabulary"
             )
-        input_ids = input_ids.to(self.device)
-        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
+        input_ids = self._placed(input_ids)
+        attention_mask = None if attention_mask is None else self._placed(attention_mask)
         if input_ids.dim() == 2:
             input_ids = input_ids[:, None]
             attention_mask = None if attention_mask is None else attention_mask[:, None]
@@ -386,8 +443,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         with torch.autocast(ids.device.type, enabled=False):  # once for a label list: exact rather than fast
             for rows in lengths.argsort(stable=True).split(TEXT_CHUNK):  # alike in length, so hardly any padding
                 longest = int(lengths[rows[-1]])
-                text = self.text_model(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
-                prompts[rows] = text.text_embeds.float()
+                inputs = {"input_ids": ids[rows, :longest], "attention_mask": mask[rows, :longest]}
+                text = self.text_model(**inputs, return_dict=True)
+                prompts[rows] = text.text_embeds.float().to(prompts.device)
         embeds = prompts.new_zeros(*exists.shape, prompts.shape[-1])
         embeds[exists] = F.normalize(prompts, dim=-1)  # (C, T, D)
         embeds = embeds.sum(1)
@@ -405,7 +463,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         image_labels: Tensor | None = None,
         is_seen: Tensor | None = None,
         target_counts: Tensor | None = None,
-    ) -> Zs3Output:
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Zs3Output | tuple:
         """Mask proposals, their class embeddings, and with `labels` the loss of Eq. 8.
 
         pixel_values: (B, 3, H, W), normalised. pixel_mask: (B, H, W), 1 on the image, 0 on padding.
@@ -415,15 +476,30 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         image_labels: (B, C), 1 present, 0 absent, -1 unknown. None: from `labels` (see `default_image_labels`).
         is_seen: (C,) bool, only for that default.
         target_counts: (3,), where the batch is a part of one whose gradient is meant, see `count_targets`.
+        output_hidden_states, output_attentions: also return these, see Zs3Output; transformers' own forward then runs.
+        return_dict: False returns the values as a tuple, without those that are None.
+        The last three are None for what the config says.
         """
+        config = self.config
+        looks = {
+            "hidden_states": config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            "attentions": config.output_attentions if output_attentions is None else output_attentions,
+        }
         text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
         if labels is None:
-            proposals = self.propose(pixel_values, pixel_mask)
-            return Zs3Output(**proposals, **self.classify(proposals["class_embeds"], text_embeds))
+            proposals = self.propose(pixel_values, pixel_mask, **looks)
+            outputs = Zs3Output(**proposals, **self.classify(proposals["class_embeds"], text_embeds))
+        else:
+            labels = labels.long() if pixel_mask is None else labels.long().masked_fill(pixel_mask == 0, PADDING)
+            targets = self._targets(labels, image_labels, is_seen, len(text_embeds))
+            outputs = self._outputs_with_loss(pixel_values, text_embeds, targets, target_counts, **looks)
+        return outputs if (config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
-        labels = labels.long() if pixel_mask is None else labels.long().masked_fill(pixel_mask == 0, PADDING)
-        targets = self._targets(labels, image_labels, is_seen, len(text_embeds))
-        mask_logits, class_embeds = self._proposals(pixel_values, every=self.config.use_auxiliary_loss)
+    def _outputs_with_loss(
+        self, pixel_values: Tensor, text_embeds: Tensor, targets: Targets, target_counts: Tensor | None, **looks: bool
+    ) -> Zs3Output:
+        """looks: as in `_proposals`."""
+        mask_logits, class_embeds, states = self._proposals(pixel_values, self.config.use_auxiliary_loss, **looks)
         losses = self._losses(mask_logits, class_embeds, text_embeds, targets, target_counts)
         weights = {
             "class": self.config.class_weight,
@@ -432,6 +508,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             "rank": self.config.rank_weight,
             "label_map": self.config.label_map_weight,
         }
+        labels = targets.labels
         return Zs3Output(
             loss=sum(weights[name] * term for name, term in losses.terms.items()),  # Eq. 8
             loss_terms=losses.terms,
@@ -440,6 +517,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             class_embeds=class_embeds[-1],
             valid_sizes=labels.new_tensor([labels.shape[1:]], dtype=torch.int64).repeat(len(labels), 1),
             **self.classify(class_embeds[-1], text_embeds),
+            **states,
         )
 
     def _targets(
@@ -487,18 +565,41 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 )
             text_embeds = self.vocabulary
         check_text_embeds(text_embeds, self.config.projection_dim)
-        return F.normalize(text_embeds.to(self.device).float(), dim=-1)
+        return F.normalize(self._placed(text_embeds).float(), dim=-1)
 
-    def _proposals(self, pixel_values: Tensor, every: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Mask logits (B, Q, h, w) and class embeddings (B, Q, D): of every decoder output, or of the last one."""
-        run = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else run_plainly
-        outputs = decoder_outputs(self.model, pixel_values, every, run)
-        return outputs.mask_logits, [self.class_projection(hidden) for hidden in outputs.hidden]
+    def _placed(self, tensor: Tensor) -> Tensor:
+        """On the model's device; where it is, if accelerate brings the weights one layer at a time ("meta")."""
+        return tensor if self.device.type == "meta" else tensor.to(self.device)
 
-    def propose(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> dict[str, Tensor]:
+    def _proposals(
+        self, pixel_values: Tensor, every: bool, hidden_states: bool = False, attentions: bool = False
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor | tuple]]:
+        """Mask logits (B, Q, h, w) and class embeddings (B, Q, D): of every decoder output, or of the last one.
+
+        The last value are those fields of Zs3Output that are asked for with hidden_states and attentions.
+        """
+        if hidden_states or attentions:
+            inside = transformers_outputs(self.model, pixel_values, attentions)
+            outputs = outputs_of_layers(inside, every)
+            names = [name for name in Zs3Output.__dataclass_fields__ if inside.get(name) is not None]
+            states = {name: inside[name] for name in names if hidden_states or not name.endswith("_hidden_states")}
+        else:
+            run = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else run_plainly
+            outputs, states = decoder_outputs(self.model, pixel_values, every, run), {}
+        return outputs.mask_logits, [self.class_projection(hidden) for hidden in outputs.hidden], states
+
+    def propose(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        *,
+        hidden_states: bool = False,
+        attentions: bool = False,
+    ) -> dict[str, Tensor | tuple]:
         """The part of `forward` that needs no text; each image is run at its own size, so its batch does not matter.
 
-        Returns mask_logits (B, Q, h, w), class_embeds (B, Q, D) and valid_sizes (B, 2), see Zs3Output.
+        Returns mask_logits (B, Q, h, w), class_embeds (B, Q, D) and valid_sizes (B, 2), see Zs3Output; with
+        hidden_states or attentions those, too. Raises ValueError where images of different sizes have no common ones.
         """
         batch, _, height, width = pixel_values.shape
         if pixel_mask is None:
@@ -509,12 +610,17 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             raise ValueError("pixel_mask hides a whole image: it must be 1 where the image is")
         own_sizes = [tuple(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size) for size in valid_sizes.tolist()]
         mask_height, mask_width = (max(sides) // MASK_STRIDE for sides in zip(*own_sizes, strict=True))
+        if (hidden_states or attentions) and len(set(own_sizes)) > 1:
+            raise ValueError(
+                f"hidden states and attentions are for images of one size, got {len(set(own_sizes))} sizes: "
+                "pass images of one size at once"
+            )
         mask_logits, class_embeds = [None] * batch, [None] * batch
         for size in dict.fromkeys(own_sizes):
             same = [image for image in range(batch) if own_sizes[image] == size]
             pixels = pixel_values[same, :, : size[0], : size[1]]
             pixels = F.pad(pixels, (0, size[1] - pixels.shape[3], 0, size[0] - pixels.shape[2]))
-            logits, embeds = self._proposals(pixels, every=False)
+            logits, embeds, states = self._proposals(pixels, False, hidden_states, attentions)
             # Edge values continue into the padding: upsampling then gives what it gives without padding.
             margin = (0, mask_width - logits[-1].shape[3], 0, mask_height - logits[-1].shape[2])
             padded = F.pad(logits[-1], margin, mode="replicate")
@@ -523,7 +629,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         proposals = {"mask_logits": torch.stack(mask_logits), "class_embeds": torch.stack(class_embeds)}
         for name, values in proposals.items():
             check_finite_output(name, values)
-        return {**proposals, "valid_sizes": valid_sizes}
+        return {**proposals, "valid_sizes": valid_sizes, **states}
 
     @torch.no_grad()
     def embed_proposals(
@@ -573,7 +679,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                         masks = proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
                         side = tower.config.image_size
                         crops.append(crop_proposals(images[image], masks, side, fill=fill, expansion=expansion))
-                    embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops)).image_embeds.float()
+                    embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops), return_dict=True).image_embeds.float()
         check_finite_output("CLIP's embeddings of the proposals", embeds)
         return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
 
@@ -712,7 +818,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             is_seen = torch.tensor(among(names, trained))
         if tuple(is_seen.shape) != (num_classes,):
             raise ValueError(f"is_seen must be ({num_classes},), got {tuple(is_seen.shape)}")
-        return is_seen.to(self.device).bool()
+        return self._placed(is_seen).bool()
 
     def _background_similarity(self, class_embeds: Tensor) -> Tensor | None:
         if self.background_embed is None:
@@ -733,6 +839,12 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         }
 
 
+def require_gradients(backbone: nn.Module, inputs: tuple, outputs: ModelOutput) -> None:
+    """A forward hook."""
+    for feature_map in outputs.feature_maps:
+        feature_map.requires_grad_(True)
+
+
 def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Module:
     """The layer that makes the class embeddings E^c (Fig. 2). MLP as in Xu et al. 2021, or one linear layer."""
     if kind == "linear":
@@ -743,7 +855,8 @@ def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Modu
 def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """R of section 3.2: class_embeds (B, Q, D), text_embeds (C, D) -> (B, Q, C), cosine in [-1, 1]."""
     with torch.autocast(class_embeds.device.type, enabled=False):  # 0.4 % of a cosine is 0.4 of a logit at tau = 0.01
-        return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds.float(), dim=-1).T
+        text_embeds = text_embeds.to(class_embeds.device).float()
+        return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds, dim=-1).T
 
 
 def label_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
@@ -791,8 +904,9 @@ def check_text_embeds(text_embeds: Tensor, size: int) -> None:
 
 
 def check_finite_output(name: str, values: Tensor) -> None:
-    """Raises Refused where an output is not finite: what is made of it would look like an answer."""
-    if not torch.isfinite(values).all():
+    """Raises Refused where an output is not finite: what is made of it would look like an answer. Under torch.func,
+    where values have no value yet, nothing is checked."""
+    if not torch._C._are_functorch_transforms_active() and not torch.isfinite(values).all():
         raise Refused(f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32")
 
 

@@ -1,12 +1,14 @@
 """Mask2Former's forward, in less time and memory: transformers' modules hold the weights, the functions here use them.
 
+The functions read weights without calling the layers that hold them, so they are for a network of plain layers alone.
+Where one layer is an adapter, quantised, hooked or offloaded (`is_plain`), transformers' own forward calls all of them.
+
 The outputs are those of transformers' Mask2FormerModel (to 1e-4, tests/test_network.py). What differs:
     backbone: channels last; a ResNet whose batch norms do not learn runs as convolutions alone (`normed_convolution`).
     pixel decoder: on a CPU deformable attention gathers the neighbours of its sampling points as weighted bags of rows
         (`bags_of_neighbours`); no tensor of sampled values is made, and none is kept for the gradient.
     transformer decoder: fused attention; where masks block attention is found on the small feature maps, and without a
         loss only the last output's masks are made.
-Weights are used without calling the layers that hold them: forward hooks on those do not run.
 
 Axes: B image, C channel, Q query, S position of all levels, G head, P sampling points of all levels, D channel of a
 head, H W of a level, h w of the masks.
@@ -15,15 +17,29 @@ head, H W of a level, h w of the masks.
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import FunctionCtx
-from transformers import Mask2FormerModel
-from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
+from torch.nn.modules.module import _has_any_global_hook
+from transformers import Mask2FormerModel, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerMaskedAttentionDecoderLayer,
+    Mask2FormerMLPPredictionHead,
+    Mask2FormerModelOutput,
+    Mask2FormerPixelDecoder,
+    Mask2FormerPixelDecoderEncoderLayer,
+    Mask2FormerPredictionBlock,
+    Mask2FormerTransformerModule,
+    multi_scale_deformable_attention,
+)
 from transformers.models.resnet.modeling_resnet import ResNetBackbone
+from transformers.utils import ModelOutput
 
 try:
     from scipy.sparse import csc_array
@@ -54,12 +70,81 @@ def decoder_outputs(
     """`network(pixel_values)`: pixel_values (B, 3, H, W), sides of multiples of 32.
 
     every: the outputs of all layers, for deep supervision; or of the last one alone.
-    run: how layers are run; with `torch.utils.checkpoint.checkpoint` their inputs alone are kept for the gradient.
+    run: how plain layers are run: with `torch.utils.checkpoint.checkpoint` their inputs alone are kept.
     """
+    if not is_plain(network):
+        return outputs_of_layers(transformers_outputs(network, pixel_values), every)
     pixels = network.pixel_level_module
     features = backbone_features(pixels.encoder, pixel_values.contiguous(memory_format=torch.channels_last), run)
     mask_features, levels = pixel_decoder(pixels.decoder, features, run)
     return transformer_decoder(network.transformer_module, mask_features, levels, every, run)
+
+
+def transformers_outputs(
+    network: Mask2FormerModel, pixel_values: Tensor, attentions: bool = False
+) -> Mask2FormerModelOutput:
+    """Of transformers' own forward, with all hidden states."""
+    return network(pixel_values, output_hidden_states=True, output_attentions=attentions, return_dict=True)
+
+
+def outputs_of_layers(outputs: Mask2FormerModelOutput, every: bool) -> DecoderOutputs:
+    """From `transformers_outputs`."""
+    mask_logits = list(outputs.masks_queries_logits)
+    hidden = [state.transpose(0, 1) for state in outputs.transformer_decoder_intermediate_states]
+    return DecoderOutputs(mask_logits, hidden) if every else DecoderOutputs(mask_logits[-1:], hidden[-1:])
+
+
+# ------------------------------------------------------------------------------------------- is it all plain?
+
+PLAIN_SOURCES = ("torch.nn.modules.", "transformers.models.", "transformers.activations", __name__)
+PLAIN_WEIGHTS = {nn.Parameter, Tensor, FakeTensor, type(None)}  # FakeTensor: under torch.export
+# Children, by name, whose weights are read or whose output is changed in place: no other kind will do.
+TAKEN_APART = {
+    "convolution": nn.Conv2d,
+    "normalization": nn.modules.batchnorm._BatchNorm,
+    "sampling_offsets": nn.Linear,
+    "fc1": nn.Linear,
+    "cross_attn": nn.MultiheadAttention,
+    "queries_embedder": nn.Embedding,
+    "queries_features": nn.Embedding,
+    "level_embed": nn.Embedding,
+}
+
+
+def is_plain(network: Mask2FormerModel) -> bool:
+    """Whether the functions here may take the network apart: its layers are PyTorch's and transformers' own, nothing
+    watches their calls (hooks, a `forward` set on one, a compiled one), and their weights are plain tensors.
+
+    A backbone that is no ResNet is called as a whole, whatever it is made of. torch.func wants every call, too: it
+    does not see through `bags_of_neighbours`.
+    """
+    if _has_any_global_hook() or torch._C._are_functorch_transforms_active():
+        return False
+    layers: list[nn.Module] = [network]
+    for layer in layers:  # grows
+        if not is_plain_layer(layer):
+            return False
+        layers += [child for child in layer._modules.values() if child is not None and not is_foreign(child)]
+    return True
+
+
+def is_foreign(layer: nn.Module) -> bool:
+    """Whether it is a backbone that is called as a whole."""
+    return isinstance(layer, PreTrainedModel) and not isinstance(layer, ResNetBackbone)
+
+
+def is_plain_layer(layer: nn.Module) -> bool:
+    """Without its children, but for their kinds."""
+    own, kind = layer.__dict__, type(layer)
+    return (
+        kind.__module__.startswith(PLAIN_SOURCES)
+        and kind.forward.__module__.startswith(PLAIN_SOURCES)
+        and "forward" not in own
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
+        and not (own["_backward_pre_hooks"] or layer._compiled_call_impl)
+        and PLAIN_WEIGHTS.issuperset(map(type, own["_parameters"].values()))
+        and all(isinstance(own["_modules"][name], TAKEN_APART[name]) for name in TAKEN_APART.keys() & own["_modules"])
+    )
 
 
 # ------------------------------------------------------------------------------------------------- backbone
@@ -508,6 +593,123 @@ def attend(
     probability = layer.dropout if layer.training else 0.0
     found = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=probability)
     return found.transpose(1, 2).flatten(2)
+
+
+# -------------------------------------------------------------------------------------------- called layers
+
+
+class CrossAttention(nn.MultiheadAttention):
+    """Calls its `out_proj`, whose weight PyTorch's reads."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """query (Q, B, C), key and value (K, B, C), masks as PyTorch's -> (Q, B, C), weights (B, Q, K)."""
+        attended, weights = F.multi_head_attention_forward(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=self.dropout,
+            out_proj_weight=torch.eye(self.embed_dim, dtype=query.dtype, device=query.device),
+            out_proj_bias=None,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+        )
+        return self.out_proj(attended), weights
+
+
+class MaskBlock(Mask2FormerPredictionBlock):
+    """Calls the layers that are registered; transformers' calls those of a list, which replaced ones do not enter."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.children():
+            hidden = layer(hidden)
+        return hidden
+
+
+class MaskMLP(Mask2FormerMLPPredictionHead):
+    """As `MaskBlock`."""
+
+    forward = MaskBlock.forward
+
+
+class PixelDecoder(Mask2FormerPixelDecoder):
+    """As `MaskBlock`."""
+
+    @property
+    def lateral_convolutions(self) -> list[nn.Module]:
+        return [getattr(self, f"adapter_{level}") for level in range(self.num_fpn_levels, 0, -1)]
+
+    @property
+    def output_convolutions(self) -> list[nn.Module]:
+        return [getattr(self, f"layer_{level}") for level in range(self.num_fpn_levels, 0, -1)]
+
+
+class TransformerModule(Mask2FormerTransformerModule):
+    """Calls its embeddings, whose weights transformers' reads."""
+
+    def forward(self, multi_scale_features: list[Tensor], *args: object, **kwargs: object) -> ModelOutput:
+        device, queries = multi_scale_features[0].device, self.decoder.config.num_queries
+        rows = {"queries_embedder": queries, "queries_features": queries, "level_embed": self.num_feature_levels}
+        embeddings = {
+            name: SimpleNamespace(weight=getattr(self, name)(torch.arange(count, device=device)))
+            for name, count in rows.items()
+        }
+        part = SimpleNamespace(**{**vars(self), **dict(self.named_children()), **embeddings})
+        return Mask2FormerTransformerModule.forward(part, multi_scale_features, *args, **kwargs)
+
+
+class PixelDecoderLayer(GradientCheckpointingLayer, Mask2FormerPixelDecoderEncoderLayer):
+    """Its activations can be made anew, as those of the transformer decoder's layers."""
+
+
+class TransformerDecoderLayer(Mask2FormerMaskedAttentionDecoderLayer):
+    """Its activations can be made anew by reentrant checkpointing, too, which sees tensors and no lists of them."""
+
+    def __call__(
+        self, hidden: Tensor, level: int, mask: None, positions: list[Tensor], queries: Tensor, sources: list, **options
+    ) -> tuple[Tensor, ...]:
+        if self.gradient_checkpointing and self.training:
+            level, positions, sources = 0, positions[level][None], sources[level][None]
+        return super().__call__(hidden, level, mask, positions, queries, sources, **options)
+
+
+CALLED = {
+    nn.MultiheadAttention: CrossAttention,
+    Mask2FormerPredictionBlock: MaskBlock,
+    Mask2FormerMLPPredictionHead: MaskMLP,
+    Mask2FormerPixelDecoder: PixelDecoder,
+    Mask2FormerPixelDecoderEncoderLayer: PixelDecoderLayer,
+    Mask2FormerMaskedAttentionDecoderLayer: TransformerDecoderLayer,
+    Mask2FormerTransformerModule: TransformerModule,
+}
+
+
+def call_every_layer(network: Mask2FormerModel) -> None:
+    """From now on transformers' own forward calls every layer, and computes the same as before.
+
+    So an adapter, a hook or an offloaded weight works wherever it is put. Layers are not dropped at random, as
+    transformers' decoder does in training with dropout: with hooks or without, the network is the same.
+    """
+    for part in (network.pixel_level_module.decoder, network.transformer_module):
+        for layer in part.modules():
+            layer.__class__ = CALLED.get(type(layer), type(layer))
+    network.transformer_module.decoder.layerdrop = 0.0
 
 
 # -------------------------------------------------------------------------------------------------- of both

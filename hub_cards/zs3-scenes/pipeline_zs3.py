@@ -4,38 +4,38 @@ An image becomes views, itself or overlapping windows of it; the network makes p
 turns proposals into a label map. `propose` stops in the middle, so that other label lists cost no network.
 """
 
+import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import islice
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Pipeline
 from transformers.utils import logging
 
 try:
-    from .configuration_zs3 import places, shortened
+    from .configuration_zs3 import Refused, as_number, places, shortened
     from .drawing_zs3 import NONE_OF_THESE, draw
     from .files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map
     from .label_maps_zs3 import semantic_map
-    from .modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
+    from .modeling_zs3 import ProposalEmbeds, Zs3ForSemanticSegmentation, Zs3Output, best_synonyms, check_text_embeds
     from .processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
     from .text_zs3 import LabelReport, TextCache, lint_labels
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import places, shortened
+    from configuration_zs3 import Refused, as_number, places, shortened
     from drawing_zs3 import NONE_OF_THESE, draw
     from files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map
     from label_maps_zs3 import semantic_map
-    from modeling_zs3 import ProposalEmbeds, Zs3Output, best_synonyms, check_text_embeds
+    from modeling_zs3 import ProposalEmbeds, Zs3ForSemanticSegmentation, Zs3Output, best_synonyms, check_text_embeds
     from processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
     from text_zs3 import LabelReport, TextCache, lint_labels
 
@@ -60,13 +60,14 @@ class Proposals:
 
     image_size: (height, width). outputs: of each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
     valid_sizes (1, 2), as in Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
-    ensemble: how CLIP saw them, "crops" or "single_pass", or "off".
+    ensemble: how CLIP saw them, "crops" or "single_pass", or "off". checkpoint: which one made them, see `fingerprint`.
     """
 
     image_size: tuple[int, int]
     views: list[View]
     outputs: list[dict[str, Tensor]]
     ensemble: str
+    checkpoint: str
 
 
 @dataclass
@@ -90,13 +91,79 @@ class Choice:
     ensemble_weight: float | None
 
 
+class Unreadable(Refused):
+    """Some images of a list cannot be read. results: of the others, None in the places of these."""
+
+    def __init__(self, message: str, results: list):
+        super().__init__(message)
+        self.results = results
+
+
+class Images(Dataset):
+    """Several images in their order, which transformers' loop takes as they are. alone: there was no list around it."""
+
+    def __init__(self, images: Iterable, alone: bool = False):
+        self.images = images
+        self.alone = alone
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def loaded(self, num_workers: int) -> Iterator:
+        """The images one by one; those of a dataset with a length by as many processes."""
+        by_index = isinstance(self.images, Dataset) and not isinstance(self.images, IterableDataset)
+        if not by_index or not hasattr(self.images, "__len__"):
+            return iter(self.images)
+        if num_workers:
+            return iter(DataLoader(self.images, batch_size=None, collate_fn=_unchanged, num_workers=num_workers))
+        return (self.images[place] for place in range(len(self.images)))
+
+
+class Results:
+    """The results of several images, made when they are asked for; as many as images, where that is known.
+
+    An image that cannot be read raises Refused in its turn; `next` may then be asked for the others.
+    """
+
+    def __init__(self, images: Images, make: Callable[[], Iterator]):
+        self._images, self._make = images, make
+        self._made: Iterator | None = None
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __iter__(self) -> "Results":
+        """From the first image on, as transformers' own."""
+        self._made = self._make()
+        return self
+
+    def __next__(self) -> dict | list[dict] | Proposals:
+        if self._made is None:
+            iter(self)
+        result = next(self._made)
+        if isinstance(result, Refused):
+            raise result
+        return result
+
+    def all(self) -> list:
+        """Raises Unreadable where an image cannot be read, after the others."""
+        made = list(self._make())
+        bad = [result for result in made if isinstance(result, Refused)]
+        if bad:
+            others = f" ({len(bad)} of {len(made)}; the others' results are this error's .results)"
+            message = f"{bad[0]}{others if len(bad) < len(made) else ''}"
+            raise Unreadable(message, [None if isinstance(result, Refused) else result for result in made])
+        return made
+
+
 class Zs3Pipeline(Pipeline):
     """Segment images with a label list of your own.
 
     segment(images, candidate_labels=[...], **options)
 
-    images: a path, an address, a PIL image, a uint8 array (H, W), (H, W, 3) or (H, W, 4), `Proposals`; or a list of
-        these, or a folder of images (in the order of their names): a list of results; or a generator: a generator.
+    images: one, as for `load_picture` of files_zs3 or as `Proposals`; or a list of these, or a folder of images (in the
+        order of their names): a list of results; or a dataset, a column of one, a generator: `Results`, made when they
+        are asked for. Where images of a list cannot be read the others are segmented, then `Unreadable` is raised.
     candidate_labels: each a name, a list of synonyms, or a dict with `name`, `synonyms` and `templates`; None: the
         vocabulary stored in the checkpoint. A checkpoint without a text tower takes names of that vocabulary only.
     synonyms: "mean", a label is the mean of the text vectors of all its prompts; or "max", a query looks at the synonym
@@ -114,6 +181,8 @@ class Zs3Pipeline(Pipeline):
     window, overlap: pixels; images larger than a window are seen in overlapping windows of this side, each at the size
         that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
     batch_size: views that the network sees at once. It does not change the results.
+    num_workers: processes that take images from a dataset with a length. None: 0, none but this one.
+    timeout: seconds that an address may take in all. None: 60.
     output: "masks", a list of {"label", "label_id", "score", "mask"} for each label that occurs: label_id indexes the
         list given, score is the mean confidence (probability), mask a PIL "L" image (255 inside); or "map", a dict
         {"segmentation": (H, W) int64, "labels": names, "scores": (H, W) float32}. What got no label has the id -1, the
@@ -134,25 +203,20 @@ class Zs3Pipeline(Pipeline):
 
     def __call__(
         self,
-        images: ImageLike | Proposals | Iterable,
+        images: ImageLike | Proposals | Iterable | None = None,
         candidate_labels: Sequence[ClassName] | None = None,
         **options,
-    ) -> dict | list[dict] | list[list[dict]] | Iterator:
+    ) -> "dict | list[dict] | list[list[dict]] | Results":
+        if "inputs" in options and images is None:  # transformers' name
+            images = options.pop("inputs")
         if candidate_labels is not None:
             options["candidate_labels"] = candidate_labels
         if isinstance(images, str | Path) and not is_address(images) and os.path.isdir(images):
             images = _folder(Path(images))
-        if isinstance(images, str | Path | Image.Image | Proposals) or getattr(images, "ndim", None) in (2, 3):
-            return super().__call__([images], **options)[0]
-        if isinstance(images, tuple | np.ndarray | Tensor):
-            images = list(images)
-        if isinstance(images, list) and not images:
-            return []
-        if not isinstance(images, Iterable | Dataset):
-            raise ValueError(f"images must be an image, a folder, or several of them, got {images!r}")
-        if not isinstance(images, list | Dataset):  # of what can be gone through once, transformers knows generators
-            images = (image for image in images)
-        return super().__call__(images, **options)
+        if not _are_several(images):
+            return next(super().__call__(Images([images], alone=True), **options))
+        results = super().__call__(Images(images), **options)
+        return results.all() if isinstance(images, list | tuple | np.ndarray | Tensor) else results
 
     def propose(
         self,
@@ -162,14 +226,14 @@ class Zs3Pipeline(Pipeline):
         overlap: int | None = None,
         batch_size: int | None = None,
         ensemble: str | None = None,
-    ) -> Proposals | list[Proposals] | Iterator[Proposals]:
+    ) -> "Proposals | list[Proposals] | Results":
         """The network's part alone: see the class, and Proposals. CLIP is shown all of them with any ensemble."""
         options = {"window": window, "overlap": overlap, "batch_size": batch_size}
         return self(images, propose=True, **options, **({} if ensemble is None else {"ensemble": ensemble}))
 
     def draw(self, image: ImageLike, result: dict | list[dict], **options) -> Image.Image:
         """The result over its image, with a legend: see `draw` of drawing_zs3."""
-        return draw(_load(image), result, **options)
+        return draw(image, result, **options)
 
     def save_map(self, result: dict, path: str | Path) -> None:
         """Saves a result with output="map" as a PNG of ids: see `save_map` of files_zs3."""
@@ -183,34 +247,31 @@ class Zs3Pipeline(Pipeline):
         """Checks the options one by one; what they say together is only known where they meet those of the pipeline's
         making, in `_choose`."""
         steps = {
-            "preprocess": ("window", "overlap"),
+            "preprocess": ("window", "overlap", "timeout"),
             "forward": ("candidate_labels", "synonyms", "background", "threshold", "confidence", "propose", *ENSEMBLE),
             "postprocess": ("output",),
         }
-        unknown = sorted(set(options) - {name for names in steps.values() for name in names})
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is no option of this pipeline; there are {sum(steps.values(), ())}")
+        known = [name for names in steps.values() for name in names]
+        for name in options:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "see help(type(pipeline))"
+                raise ValueError(f"{shortened(name)} is no option of this pipeline: {hint}")
         choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
         choices["ensemble"] = ("off", "crops", "lazy", "single_pass")
         for name, allowed in choices.items():
-            if options.get(name) not in (None, *allowed):
-                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {options[name]!r}")
-        for name, kind, least, most in (
-            ("threshold", (int, float), 0, 1),
-            ("ensemble_weight", (int, float), 0, 1),
-            ("window", int, 1, None),
-            ("overlap", int, 0, None),
-        ):
             value = options.get(name)
-            if value is None:
-                continue
-            fits = isinstance(value, kind) and not isinstance(value, bool) and value >= least  # NaN is not
-            if not fits or not (most is None or value <= most):
-                allowed = f"a number in [{least}, {most}]" if most else f"a whole number of pixels, {least} or more"
-                raise ValueError(f"{name} must be {allowed}, got {shortened(value)}")
+            if value is not None and not (isinstance(value, str) and value in allowed):
+                raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shortened(value)}")
+        for name, least, most in (("threshold", 0, 1), ("ensemble_weight", 0, 1), ("timeout", 0.001, 86400)):
+            if options.get(name) is not None:
+                options[name] = as_number(name, options[name], least, most)
+        for name, least in (("window", 1), ("overlap", 0)):
+            if options.get(name) is not None:
+                options[name] = as_number(name, options[name], least, whole=True)
         background = options.get("background")
-        if not isinstance(background, list | tuple | None) and background != "reject":
-            raise ValueError(f"background must be 'reject' or a list of labels, got {background!r}")
+        if not isinstance(background, list | tuple | None) and str(background) != "reject":
+            raise ValueError(f"background must be 'reject' or a list of labels, got {shortened(background)}")
         if "background" in options:  # what was said of another background does not hold for this one
             options = {"threshold": None, "confidence": None, **options}
         if "window" in options:
@@ -306,8 +367,8 @@ class Zs3Pipeline(Pipeline):
         postprocess_params: dict,
     ) -> Iterator:
         """transformers' loop would need images of one size, and one result for each that the network sees."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        batch_size = as_number("batch_size", batch_size, 1, whole=True)
+        num_workers = as_number("num_workers", num_workers, 0, whole=True)
         if forward_params.get("propose", False):
             asked = {name: forward_params.get(name) for name in ENSEMBLE}
             if asked["ensemble"] is not None and asked["ensemble_weight"] is None:
@@ -317,23 +378,39 @@ class Zs3Pipeline(Pipeline):
         else:
             choice = self._choose(**{name: value for name, value in forward_params.items() if name != "propose"})
             view = choice.ensemble
-        return self._results(inputs, batch_size, choice, view, preprocess_params, postprocess_params)
+
+        def make() -> Iterator:
+            loaded = inputs.loaded(num_workers)
+            return self._results(loaded, inputs.alone, batch_size, choice, view, preprocess_params, postprocess_params)
+
+        return Results(inputs, make)
 
     def _results(
         self,
         images: Iterable,
+        alone: bool,
         batch_size: int,
         choice: Choice | None,
         ensemble: str,
         preprocess: dict,
         postprocess: dict,
     ) -> Iterator:
-        """Without a choice, Proposals."""
-        images = iter(images)
-        while group := list(islice(images, batch_size)):
-            inputs = [self.preprocess(image, **preprocess) for image in group]
-            seen = [[] for _ in inputs]
-            waiting = [(place, view) for place, image in enumerate(inputs) for view in range(len(image["views"]))]
+        """Of each image its result, without a choice its Proposals; of one that cannot be read Refused, the reason."""
+        count = 0
+        for group in _groups(images, batch_size):
+            inputs, seen = [], [[] for _ in group]
+            for place, image in enumerate(group):
+                try:
+                    inputs.append(self.preprocess(image, **preprocess))
+                except Refused as error:
+                    inputs.append(error if alone else Refused(f"images[{count + place}]: {error}"))
+            count += len(group)
+            waiting = [
+                (place, view)
+                for place, image in enumerate(inputs)
+                if not isinstance(image, Refused)
+                for view in range(len(image["views"]))
+            ]
             for start in range(0, len(waiting), batch_size):
                 part = waiting[start : start + batch_size]
                 made = self.forward(
@@ -342,20 +419,30 @@ class Zs3Pipeline(Pipeline):
                 for (place, _), result in zip(part, made, strict=True):
                     seen[place].append(result)
             for image, results in zip(inputs, seen, strict=True):
-                if choice is None:
-                    yield Proposals(image["image_size"], image["views"], results, ensemble)
+                if isinstance(image, Refused):
+                    yield image
+                elif choice is None:
+                    yield Proposals(image["image_size"], image["views"], results, ensemble, fingerprint(self.model))
                 else:
                     yield self.postprocess({**image, "results": results, "choice": choice}, **postprocess)
 
-    def preprocess(self, image: ImageLike | Proposals, window: int | None = None, overlap: int | None = None) -> dict:
-        if isinstance(image, Proposals):
+    def preprocess(
+        self,
+        image: ImageLike | Proposals,
+        window: int | None = None,
+        overlap: int | None = None,
+        timeout: float | None = None,
+    ) -> dict:
+        if _are_proposals(image):
+            if getattr(image, "checkpoint", None) != fingerprint(self.model):
+                raise Refused("another checkpoint made these proposals: make them anew, with this pipeline's propose")
             if window is not None:
                 raise ValueError(
                     "window goes with propose(...): these proposals were made without, or with another one"
                 )
             kept = {"outputs": image.outputs, "kept_ensemble": image.ensemble}
             return {"image_size": image.image_size, "views": image.views, **kept}
-        image = _load(image)
+        image = load_picture(image, timeout)
         views = _views(image.width, image.height, window, overlap)
         return {"image_size": (image.height, image.width), "views": views, "image": image}
 
@@ -460,6 +547,51 @@ class Zs3Pipeline(Pipeline):
         processor.save_pretrained(save_directory)
 
 
+def _are_several(images: object) -> bool:
+    """Whether these are several images: what is neither these nor one image is refused as the one that it is no."""
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim not in (0, 2, 3)
+    if isinstance(images, str | Path | Image.Image | bytes | bytearray | memoryview | Mapping | Set):
+        return False
+    if _are_proposals(images) or hasattr(images, "read") or hasattr(images, "column_names"):  # a file, rows of a table
+        return False
+    return isinstance(images, Iterable | Dataset)
+
+
+def _are_proposals(image: object) -> bool:
+    """By their fields: another copy of this file, as remote code has, makes them of another class."""
+    return hasattr(image, "views") and hasattr(image, "outputs")
+
+
+def fingerprint(model: Zs3ForSemanticSegmentation) -> str:
+    """Of a model's weights, by some of those that make class embeddings; the same in float32 and in bfloat16."""
+    digest = hashlib.sha256()
+    for weight in model.class_projection.parameters():
+        digest.update(weight.detach().flatten()[:256].to("cpu", torch.bfloat16).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _groups(images: Iterator, size: int) -> Iterator[list]:
+    """Lists of so many images; where getting one raises, those before it come first."""
+    group = []
+    try:
+        for image in images:
+            group.append(image)
+            if len(group) == size:
+                yield group
+                group = []
+    except Exception:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
+
+
+def _unchanged(image: ImageLike) -> ImageLike:
+    return image
+
+
 def _folder(folder: Path) -> list[Path]:
     there = sorted(file for file in folder.iterdir() if not is_leftover(file.name))
     files = [file for file in there if is_picture_name(file.name)]
@@ -469,25 +601,6 @@ def _folder(folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{folder} holds no images ({', '.join(PICTURE_SUFFIXES)})")
     return files
-
-
-def _load(image: ImageLike) -> Image.Image:
-    """RGB, turned as its EXIF data say."""
-    if isinstance(image, Tensor):
-        image = image.numpy(force=True)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-            raise ValueError(
-                f"an image array must be uint8, (H, W), (H, W, 3) or (H, W, 4), got {image.dtype} {image.shape}"
-            )
-        image = Image.fromarray(image)
-    if is_address(image) and not str(image).startswith("data:") and constants.HF_HUB_OFFLINE:
-        raise ValueError(
-            f"{str(image)[:200]} is an address, but this process is offline (HF_HUB_OFFLINE): download it first"
-        )
-    if isinstance(image, str | Path) and os.path.isdir(image):
-        raise ValueError(f"{str(image)[:200]} is a folder: give it alone")
-    return load_picture(image)
 
 
 def _views(width: int, height: int, window: int | None, overlap: int | None) -> list[View]:

@@ -5,34 +5,38 @@ Zs3Processor: the same plus class names -> input_ids of T prompts a class.
 """
 
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, CLIPTokenizer, ProcessorMixin
+from transformers import BatchEncoding, BatchFeature, CLIPTokenizer, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
+    ChannelDimension,
     ImageInput,
     PILImageResampling,
     SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import cached_file
+from transformers.utils import TensorType, cached_file
 
 try:
-    from .configuration_zs3 import Refused, among, check_name, check_names, shortened
+    from .configuration_zs3 import Refused, among, check_name, check_names, is_number, shortened
     from .files_zs3 import load_picture, read_text
     from .label_maps_zs3 import SemanticMap
     from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Refused, among, check_name, check_names, shortened
+    from configuration_zs3 import Refused, among, check_name, check_names, is_number, shortened
     from files_zs3 import load_picture, read_text
     from label_maps_zs3 import SemanticMap
     from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
@@ -55,7 +59,17 @@ PROMPT_TEMPLATES = (
     "There is a large {} in the scene.",
 )
 
+LABELS_AT_ONCE = 256  # whose tokens are counted
+TOKENIZING = threading.RLock()
+TEXT_OPTIONS = {  # None or one of these
+    "padding": (True, "longest", "max_length"),
+    "truncation": (True, "longest_first"),
+    "return_tensors": ("pt", "np"),
+}
+
 ClassName = str | Sequence[str] | dict
+
+SIZE_KEYS = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
 
 
 class Zs3ImageProcessorKwargs(ImagesKwargs, total=False):
@@ -63,6 +77,79 @@ class Zs3ImageProcessorKwargs(ImagesKwargs, total=False):
 
     size_divisor: int | None
     ignore_index: int | None
+
+
+def is_size(value: object, keys: Sequence[set[str]] = SIZE_KEYS) -> bool:
+    """Whether a value is an edge, (height, width), or a dict with one of these sets of keys, in whole pixels."""
+    if isinstance(value, dict):
+        sides, known = list(value.values()), set(value) in keys
+    else:
+        sides = list(value) if isinstance(value, list | tuple) else [value, value]
+        known = len(sides) == 2
+    return known and all(is_number(side, whole=True) and side > 0 for side in sides)
+
+
+def is_per_channel(value: object, positive: bool = False) -> bool:
+    """Whether a value is a number, or a list of one a channel."""
+    numbers = value if isinstance(value, list | tuple) else [value]
+    return len(numbers) > 0 and all(is_number(number) and (number > 0 or not positive) for number in numbers)
+
+
+SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb", "default_to_square")
+
+# What an option must be where it is not None, and the words for it.
+OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys((*SWITCHES, "disable_grouping"), (lambda value: isinstance(value, bool), "True or False")),
+    "do_center_crop": (lambda value: value is False, "False: cut the images and their label maps first"),
+    "size": (is_size, "whole pixels: an edge, (height, width), {shortest_edge, longest_edge} or {height, width}"),
+    "pad_size": (
+        lambda value: is_size(value, [{"height", "width"}]),
+        "whole pixels: an edge, (height, width) or {height, width}",
+    ),
+    "size_divisor": (lambda value: is_number(value, whole=True) and value >= 0, "a whole number, 0 or more"),
+    "resample": (lambda value: is_number(value, whole=True) and value in list(PILImageResampling), "a PIL resampling"),
+    "rescale_factor": (is_number, "a number"),
+    "image_mean": (is_per_channel, "a number, or one a channel"),
+    "image_std": (lambda value: is_per_channel(value, positive=True), "a number above 0, or one a channel"),
+    **dict.fromkeys(
+        ("ignore_index", "image_seq_length"), (lambda value: is_number(value, whole=True), "a whole number")
+    ),
+    **dict.fromkeys(
+        ("data_format", "input_data_format"),
+        (lambda value: value in list(ChannelDimension), "'channels_first' or 'channels_last'"),
+    ),
+    "return_tensors": (lambda value: value in list(TensorType), "'pt' or 'np'"),
+    "device": (lambda value: isinstance(value, str | torch.device), "a device"),
+}
+
+
+def as_python(value: Any) -> Any:
+    """A value in which the numbers and arrays of NumPy and torch are Python's."""
+    if isinstance(value, dict | SizeDict):
+        return {name: as_python(entry) for name, entry in dict(value).items()}
+    if isinstance(value, list | tuple):
+        return [as_python(entry) for entry in value]
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | Tensor) else value
+
+
+def checked_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of an image processor, as Python's values. Raises Refused."""
+    options = {name: as_python(value) for name, value in options.items()}
+    for name, (fits, words) in OPTIONS.items():
+        if options.get(name) is not None and not fits(options[name]):
+            raise Refused(f"{name} must be {words}, got {shortened(options[name])}")
+    for name in ("rescale_factor", "image_mean", "image_std"):  # transformers takes no whole numbers for these
+        value = options.get(name)
+        if value is not None:
+            options[name] = list(map(float, value)) if isinstance(value, list) else float(value)
+    return options
+
+
+def kind(value: object) -> str:
+    """What an input is, for a message: its type, and the shape of an array."""
+    if isinstance(value, list | tuple):
+        return f"a list of {' and '.join(dict.fromkeys(map(kind, value))) or 'nothing'}"
+    return f"{type(value).__name__}{f' {tuple(value.shape)}' if isinstance(value, np.ndarray | Tensor) else ''}"
 
 
 class Zs3ImageProcessor(PilBackend):
@@ -83,20 +170,43 @@ class Zs3ImageProcessor(PilBackend):
     size_divisor = SIZE_DIVISOR
     ignore_index = 255
 
+    def __init__(self, **kwargs):
+        super().__init__(**checked_options(kwargs))
+
     def preprocess(self, images: ImageInput, segmentation_maps: ImageInput | None = None, **kwargs) -> BatchFeature:
         """Images, and optionally one label map an image, to tensors.
 
         images: PIL, NumPy or torch, a path or an address, or a list of them.
         segmentation_maps: (H, W) integers of any size, the images' own height and width; `ignore_index` -> -1.
+        kwargs: options of this call, see OPTIONS.
         Returns pixel_values (B, 3, H, W), pixel_mask (B, H, W) int64, and labels (B, H, W) int64, -1 on padding.
         """
-        return super().preprocess(images, segmentation_maps, **kwargs)
+        return super().preprocess(images, segmentation_maps, **checked_options(kwargs))
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Paths and addresses are opened as the pipeline opens them: see `load_picture`."""
-        if isinstance(image_url_or_urls, str):
+        if isinstance(image_url_or_urls, str | Path):
             return load_picture(image_url_or_urls)
         return super().fetch_images(image_url_or_urls)
+
+    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Image.Image | np.ndarray]:
+        """Images, or label maps of two dimensions, as a flat list. Raises Refused, where one has no pixels, too."""
+        name, shape = ("image", "(H, W, C) or (C, H, W)") if expected_ndims == 3 else ("segmentation map", "(H, W)")
+        try:
+            flat = super()._prepare_images_structure(images, expected_ndims)
+        except Refused:
+            raise
+        except (TypeError, ValueError) as error:  # whose message holds the whole input
+            words = f"PIL images, {shape} arrays, paths, or lists of them"
+            raise Refused(f"{name}s must be {words}, got {kind(images)[:90]}") from error
+        flat = [_as_array(image) if isinstance(image, Tensor) else image for image in flat]
+        for place, image in enumerate(flat):
+            sides = image.size if isinstance(image, Image.Image) else image.shape
+            if 0 in sides:
+                raise Refused(f"{name} {place} has no pixels: its sides are {tuple(sides)}")
+        if not flat:
+            raise Refused(f"there is no {name}")
+        return flat
 
     def resize(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
         """As ever, but a side of a very long, thin image never becomes 0 pixels."""
@@ -117,15 +227,22 @@ class Zs3ImageProcessor(PilBackend):
             features["labels"] = self._label_maps(segmentation_maps, own_sizes, features, kwargs["ignore_index"])
         return BatchFeature(dict(features), tensor_type=return_tensors)
 
-    def _preprocess(self, images: list[np.ndarray], *, do_pad, size_divisor, **kwargs) -> BatchFeature:
-        kwargs.update(pad_size=None, return_tensors=None)
-        pixel_values = super()._preprocess(images, do_pad=False, **kwargs)["pixel_values"]
+    def _preprocess(self, images: list[np.ndarray], *, do_pad, pad_size, size_divisor, **kwargs) -> BatchFeature:
+        kwargs.update(do_pad=False, pad_size=None, return_tensors=None)
+        pixel_values = super()._preprocess(images, **kwargs)["pixel_values"]
+        channels = {len(image) for image in pixel_values}
+        if len(channels) > 1:
+            raise Refused("images of different numbers of channels need do_convert_rgb=True to make a batch")
         if not do_pad and len({image.shape for image in pixel_values}) > 1:
-            raise ValueError("images of different sizes need do_pad=True to make a batch")
+            raise Refused("images of different sizes need do_pad=True to make a batch")
         tallest, widest = (max(image.shape[axis] for image in pixel_values) for axis in (1, 2))
-        divisor = size_divisor if do_pad else 1
+        divisor = size_divisor if do_pad and size_divisor else 1
         height, width = (-(-side // divisor) * divisor for side in (tallest, widest))
-        pixels = np.zeros((len(pixel_values), 3, height, width), dtype=np.float32)
+        if do_pad and pad_size is not None:
+            height, width = pad_size.height, pad_size.width
+            if tallest > height or widest > width:
+                raise Refused(f"pad_size must be {tallest} x {widest} or more, got {height} x {width}")
+        pixels = np.zeros((len(pixel_values), *channels, height, width), dtype=np.float32)
         mask = np.zeros((len(pixel_values), height, width), dtype=np.int64)
         for row, image in enumerate(pixel_values):
             pixels[row, :, : image.shape[1], : image.shape[2]] = image
@@ -138,22 +255,24 @@ class Zs3ImageProcessor(PilBackend):
             raise ValueError("without do_rescale the range of pixel_values is not known: make RGB in [0, 1] yourself")
         pixels = pixel_values.float()
         if self.do_normalize:
-            mean, std = (pixels.new_tensor(value).view(3, 1, 1) for value in (self.image_mean, self.image_std))
+            mean, std = (pixels.new_tensor(value).view(-1, 1, 1) for value in (self.image_mean, self.image_std))
             pixels = pixels * std + mean
         return (pixels / (255 * self.rescale_factor)).clamp(0, 1)
 
-    @staticmethod
-    def _label_maps(segmentation_maps, own_sizes, features: BatchFeature, ignore_index: int | None) -> np.ndarray:
-        if not isinstance(segmentation_maps, (list, tuple)):
-            batched = isinstance(segmentation_maps, (np.ndarray, Tensor)) and segmentation_maps.ndim == 3
-            segmentation_maps = list(segmentation_maps) if batched else [segmentation_maps]
+    def _label_maps(self, segmentation_maps, own_sizes, features: BatchFeature, ignore_index: int | None) -> np.ndarray:
+        segmentation_maps = self._prepare_images_structure(segmentation_maps, expected_ndims=2)
         if len(segmentation_maps) != len(own_sizes):
-            raise ValueError(f"{len(own_sizes)} images, but {len(segmentation_maps)} segmentation maps")
+            raise Refused(f"{len(own_sizes)} images, but {len(segmentation_maps)} segmentation maps")
         labels = np.full(features["pixel_mask"].shape, -1, dtype=np.int64)
         for row, (label_map, own_size) in enumerate(zip(segmentation_maps, own_sizes, strict=True)):
-            label_map = np.asarray(label_map).astype(np.int64)
-            if label_map.shape != tuple(own_size):
-                raise ValueError(f"segmentation map {row} has size {label_map.shape}, its image {tuple(own_size)}")
+            ids = np.asarray(label_map)
+            if ids.shape != tuple(own_size):
+                raise Refused(f"segmentation map {row} has size {ids.shape}, its image {tuple(own_size)}")
+            if not np.can_cast(ids.dtype, np.int64):
+                with np.errstate(invalid="ignore"):  # NaN becomes some number, which is not it
+                    if ids.dtype.kind not in "uf" or (ids.astype(np.int64) != ids).any():
+                        raise Refused(f"segmentation map {row} must hold whole numbers, the ids of classes")
+            label_map = ids.astype(np.int64)
             if ignore_index is not None:
                 label_map = np.where(label_map == ignore_index, -1, label_map)
             height, width = (int(features["pixel_mask"][row].any(axis).sum()) for axis in (1, 0))
@@ -175,9 +294,10 @@ class Zs3ImageProcessor(PilBackend):
         is_seen: (C,) bool; a SemanticMap, too, with the best of the seen and of the unseen classes.
         """
         if target_sizes is None:
-            target_sizes = outputs.valid_sizes.tolist()
+            target_sizes = outputs.valid_sizes
+        target_sizes = checked_sizes(target_sizes)
         if len(target_sizes) != len(outputs.mask_logits):
-            raise ValueError(f"{len(outputs.mask_logits)} images, but {len(target_sizes)} target sizes")
+            raise Refused(f"{len(outputs.mask_logits)} images, but {len(target_sizes)} target sizes")
         return semantic_map(
             final_probabilities(outputs),
             outputs.mask_logits,
@@ -187,6 +307,20 @@ class Zs3ImageProcessor(PilBackend):
             return_scores=return_scores,
             is_seen=is_seen,
         )
+
+
+def checked_sizes(sizes: Any) -> list[tuple[int, int]]:
+    """(height, width) of images, as a list or an array of any kind. Raises Refused."""
+    sizes = as_python(sizes)
+    for size in sizes if isinstance(sizes, list) else [sizes]:
+        sides = size if isinstance(size, list) and len(size) == 2 else [None]
+        if not all(is_number(side) and side >= 1 and side == int(side) for side in sides):
+            raise Refused(f"a target size must be (height, width), in whole pixels, got {shortened(size)}")
+    return [(int(height), int(width)) for height, width in sizes]
+
+
+def _as_array(image: Tensor) -> np.ndarray:
+    return (image.float() if image.dtype == torch.bfloat16 else image).numpy(force=True)  # NumPy has no bfloat16
 
 
 def padded_size(mask_logits: Tensor) -> tuple[int, int]:
@@ -273,6 +407,13 @@ def _as_list(value: str | Sequence[str]) -> list[str]:
 class Zs3Processor(ProcessorMixin):
     """Images and class names to the inputs of Zs3ForSemanticSegmentation, and its outputs to label maps."""
 
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
+        """The parts, of classes that are known: the Auto classes would run the checkpoint's code, or ask to."""
+        return [
+            part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in (Zs3ImageProcessor, CLIPTokenizer)
+        ]
+
     def __init__(
         self, image_processor=None, tokenizer=None, prompt_templates: Sequence[str] = PROMPT_TEMPLATES, **kwargs
     ):
@@ -293,15 +434,45 @@ class Zs3Processor(ProcessorMixin):
 
         class_names: see `read_labels`. Adds input_ids and attention_mask (C, T, L): T prompts a class; where a class
         has fewer, the rest are masked everywhere.
+        kwargs: options, see `_options`.
         """
-        features = BatchFeature()
-        if images is not None:
-            features.update(self.image_processor(images, segmentation_maps, **kwargs))
+        image_options, text_options = self._options(**kwargs)
+        if images is None and class_names is None:
+            raise Refused("give images, class_names or both")
+        if images is None and segmentation_maps is not None:
+            raise Refused("segmentation_maps go with their images")
         if class_names is not None:
             labels = read_labels(class_names, self.prompt_templates)
             self.check_readable(labels)
-            features.update(self.tokenize(labels))
-        return features
+        features = {}
+        if images is not None:
+            features.update(self.image_processor(images, segmentation_maps, **image_options))
+        if class_names is not None:
+            features.update(self.tokenize(labels, text_options.get("padding") or True))
+        tensor_type = text_options.get("return_tensors") or image_options.get("return_tensors") or "pt"
+        return BatchFeature(features, tensor_type=tensor_type)
+
+    def _options(self, *, images_kwargs=None, text_kwargs=None, common_kwargs=None, **flat) -> tuple[dict, dict]:
+        """Options of the images and of the texts. They come flat, in common_kwargs, or in a dict of their kind.
+
+        Those of texts are TEXT_OPTIONS. padding="max_length": to the number of tokens that the tokenizer reads.
+        """
+        if "text" in flat:
+            raise Refused("the texts of this processor are class names: give class_names=[...], not text=")
+        common, images, texts = {**(common_kwargs or {}), **flat}, images_kwargs or {}, text_kwargs or {}
+        of_images = self.image_processor.valid_kwargs.__annotations__.keys()
+        of_texts = TEXT_OPTIONS.keys()
+        unknown = (common.keys() - of_images - of_texts) | (images.keys() - of_images) | (texts.keys() - of_texts)
+        if unknown:
+            raise Refused(f"{shortened(min(unknown))} is no option of images or of class names")
+        twice = flat.keys() & {**images, **texts}.keys()
+        if twice:
+            raise Refused(f"{min(twice)} is given twice, once in a dict")
+        texts = {**{name: value for name, value in common.items() if name in of_texts}, **texts}
+        for name, values in TEXT_OPTIONS.items():
+            if texts.get(name) not in (None, *values):
+                raise Refused(f"{name} of class names must be one of {values}, got {shortened(texts[name])}")
+        return {**{name: value for name, value in common.items() if name in of_images}, **images}, texts
 
     def check_readable(self, labels: Sequence[Label]) -> None:
         """Raises Refused where the tokens do not tell two labels apart, or where they end before a name does.
@@ -321,17 +492,32 @@ class Zs3Processor(ProcessorMixin):
                 limit = self.tokenizer.model_max_length
                 raise Refused(f"{both} become the same tokens ({limit} are read): rename one")
 
+    def token_counts(self, labels: Sequence[Label]) -> list[int]:
+        """Tokens of each label's longest prompt, special ones included, however many are read."""
+        counts = []
+        for start in range(0, len(labels), LABELS_AT_ONCE):
+            prompts = [label.prompts for label in labels[start : start + LABELS_AT_ONCE]]
+            texts = [text for of_label in prompts for text in of_label]
+            lengths = iter([len(row) for row in self._encode(texts, truncation=False, verbose=False)["input_ids"]])
+            counts += [max(next(lengths) for _ in of_label) for of_label in prompts]
+        return counts
+
+    def _encode(self, texts: list[str], **options) -> BatchEncoding:
+        """The tokenizer's call, in which threads take turns: it changes how the tokenizer cuts and pads."""
+        with TOKENIZING:
+            return self.tokenizer(texts, **options)
+
     def _tokens(self, labels: Sequence[Label]) -> list[tuple]:
         """Of each label the tokens of its prompts, in an order that its words do not decide."""
         texts = [text for label in labels for text in label.prompts]
-        rows = iter(self.tokenizer(texts, truncation=True)["input_ids"])
+        rows = iter(self._encode(texts, truncation=True)["input_ids"])
         return [tuple(sorted(tuple(next(rows)) for _ in label.prompts)) for label in labels]
 
-    def tokenize(self, labels: Sequence[Label]) -> dict[str, Tensor]:
-        """input_ids and attention_mask, both (C, T, L) int64, padded no further than the longest prompt."""
+    def tokenize(self, labels: Sequence[Label], padding: bool | str = True) -> dict[str, Tensor]:
+        """input_ids and attention_mask, both (C, T, L) int64, padded to the longest prompt, or as padding says."""
         counts = torch.tensor([len(label.words) * len(label.templates) for label in labels])
         prompts = [prompt for label in labels for prompt in label.prompts]
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
+        tokens = self._encode(prompts, padding=padding, truncation=True, return_tensors="pt")
         exists = torch.arange(int(counts.max())) < counts[:, None]  # (C, T)
         shape = (*exists.shape, tokens["input_ids"].shape[1])
         features = {}
@@ -359,7 +545,7 @@ class Zs3Processor(ProcessorMixin):
 
 
 # ---- from a checkpoint, with the classes of this file -------------------------------------------------------
-# `Zs3Processor.from_pretrained` would ask the Auto classes for the parts, which run the checkpoint's code or ask to.
+# Where a file is missing, `Zs3Processor.from_pretrained` takes defaults, and these raise.
 
 
 def saved_processor(source: str, *, text: bool = True, revision: str = "main") -> Zs3Processor | Zs3ImageProcessor:

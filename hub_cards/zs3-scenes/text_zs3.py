@@ -25,14 +25,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 try:
-    from .configuration_zs3 import plain
+    from .configuration_zs3 import as_number, plain
     from .files_zs3 import PARTIAL, whole
     from .modeling_zs3 import Zs3ForSemanticSegmentation
     from .processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import plain
+    from configuration_zs3 import as_number, plain
     from files_zs3 import PARTIAL, whole
     from modeling_zs3 import Zs3ForSemanticSegmentation
     from processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
@@ -54,7 +54,6 @@ ENCODER_FIELDS = ("eos_token_id", "hidden_act", "layer_norm_eps", "num_attention
 SIMILAR = 0.94
 MOST_PAIRS = 1000  # of near-synonyms in a report
 COSINES_AT_ONCE = 2**22
-LABELS_AT_ONCE = 256
 LINES = 10  # of each kind in a printed report
 
 
@@ -93,6 +92,14 @@ class TextCache:
         self._segments: dict[Place, Segment] = {}  # the longest unused first
         self._writable = True
         self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict:
+        """For copies and other processes: each has a lock of its own."""
+        with self._lock:
+            return {**vars(self), "_segments": dict(self._segments), "_lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     def embed(self, labels: Sequence[Label], model: Zs3ForSemanticSegmentation, processor: Zs3Processor) -> Tensor:
         """(C, D) float32, unit length, on the model's device: `encode_text` of what is not there yet, in one call."""
@@ -360,6 +367,7 @@ def lint_labels(
     similar: cosine from which two labels are near-synonyms. Labels with the same words, and those too long, are left
         out.
     """
+    similar = as_number("similar", similar, -1, 1)
     tokenizer = None if processor is None else processor.tokenizer
     templates = PROMPT_TEMPLATES if processor is None else processor.prompt_templates
     labels = read_labels(class_names, templates, allow_repeats=True)
@@ -376,7 +384,7 @@ def lint_labels(
     limit = tokenizer.model_max_length
     if text_model is not None:
         limit = min(limit, text_model.config.max_position_embeddings)
-    tokens = _prompt_tokens(labels, tokenizer)
+    tokens = processor.token_counts(labels)
     report.max_tokens = limit
     report.too_long = {label.name: count for label, count in zip(labels, tokens, strict=True) if count > limit}
     if text_model is not None:
@@ -397,17 +405,6 @@ def _duplicates(words: list[tuple[str, ...]]) -> dict[str, list[int]]:
         for word in of_label:
             places.setdefault(word, []).append(row)
     return {word: rows for word, rows in places.items() if len(rows) > 1}
-
-
-def _prompt_tokens(labels: Sequence[Label], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of each label's longest prompt, special ones included."""
-    counts = []
-    for start in range(0, len(labels), LABELS_AT_ONCE):
-        prompts = [label.prompts for label in labels[start : start + LABELS_AT_ONCE]]
-        texts = [text for of_label in prompts for text in of_label]
-        lengths = iter([len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]])
-        counts += [max(next(lengths) for _ in of_label) for of_label in prompts]
-    return counts
 
 
 def near_synonyms(labels: Sequence[Label], text_embeds: Tensor, similar: float) -> list[SimilarNames]:
