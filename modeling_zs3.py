@@ -443,8 +443,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         with torch.autocast(ids.device.type, enabled=False):  # once for a label list: exact rather than fast
             for rows in lengths.argsort(stable=True).split(TEXT_CHUNK):  # alike in length, so hardly any padding
                 longest = int(lengths[rows[-1]])
-                inputs = {"input_ids": ids[rows, :longest], "attention_mask": mask[rows, :longest]}
-                text = self.text_model(**inputs, return_dict=True)
+                text = self.text_model(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
                 prompts[rows] = text.text_embeds.float().to(prompts.device)
         embeds = prompts.new_zeros(*exists.shape, prompts.shape[-1])
         embeds[exists] = F.normalize(prompts, dim=-1)  # (C, T, D)
@@ -679,7 +678,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                         masks = proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
                         side = tower.config.image_size
                         crops.append(crop_proposals(images[image], masks, side, fill=fill, expansion=expansion))
-                    embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops), return_dict=True).image_embeds.float()
+                    embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops)).image_embeds.float()
         check_finite_output("CLIP's embeddings of the proposals", embeds)
         return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
 

@@ -6,6 +6,7 @@ import math
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from tiny import CLASS_NAMES, save_checkpoint, tiny_config
+from transformers import PreTrainedConfig
 
 from configuration_zs3 import Zs3Config, among, check_names, places, plain
 
@@ -220,3 +221,59 @@ def test_a_long_list_of_long_names_is_refused_in_a_short_line():
     with pytest.raises(ValueError, match="are one name") as refused:
         check_names([f"{'long ' * 100}{number % 500}{' ' * (1 + number // 500)}x" for number in range(1000)])
     assert len(str(refused.value)) <= 200
+
+
+# ------------------------------------------------------------------------------------- fields of any config
+
+OF_ANY_CONFIG = {
+    "return_dict": False,
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "chunk_size_feed_forward": 5,
+    "is_encoder_decoder": True,
+    "architectures": ["Zs3ForSemanticSegmentation"],
+    "problem_type": "regression",
+    "tie_word_embeddings": False,
+    "pad_token_id": 3,
+    "bos_token_id": 1,
+    "eos_token_id": [1, 2],
+    "sep_token_id": 4,
+    "decoder_start_token_id": 4,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tokenizer_class": "CLIPTokenizer",
+    "task_specific_params": {"a": 1},
+    "torchscript": False,
+    "finetuning_task": "x",
+    "hidden_size": 64,  # Mask2Former's other names of hidden_dim and decoder_layers
+    "num_hidden_layers": 3,
+    "num_labels": 5,
+}
+
+
+@pytest.mark.parametrize("field", OF_ANY_CONFIG)
+@pytest.mark.parametrize("how", ["given", "set"])
+def test_what_any_transformers_config_takes_is_taken_and_kept(field, how, tmp_path):
+    value = OF_ANY_CONFIG[field]
+    config = Zs3Config(**{field: value}) if how == "given" else Zs3Config()
+    if how == "set":
+        setattr(config, field, value)
+    config.save_pretrained(tmp_path / "once")
+    again = Zs3Config.from_pretrained(tmp_path / "once")
+    assert getattr(again, field) == value
+    again.save_pretrained(tmp_path / "twice")
+    assert Zs3Config.from_pretrained(tmp_path / "twice").to_dict() == again.to_dict()
+
+
+def test_all_that_transformers_writes_of_its_plainest_config_is_taken():
+    fields = PreTrainedConfig().to_dict()
+    assert len(fields) > 10
+    assert Zs3Config(**{**fields, "model_type": "zs3"}).to_dict().keys() >= fields.keys()
+    Zs3Config(**{**fields, "use_cache": False, "attn_implementation": "eager", "torch_dtype": "float16"})
+
+
+def test_a_long_misspelled_field_is_refused_in_a_short_line():
+    for name in ("rank_wieght" * 40, "tie_word_embedings", "pad_tokn_id"):
+        with pytest.raises(ValueError, match="is not a field of Zs3Config") as refused:
+            Zs3Config(**{name: 1})
+        assert len(str(refused.value)) <= 200 and "\n" not in str(refused.value)

@@ -706,3 +706,162 @@ def test_a_saved_checkpoint_knows_its_names(tmp_path):
     model = save_checkpoint(tmp_path)
     assert model.config.id2label == dict(enumerate(CLASS_NAMES))
     assert Zs3ForSemanticSegmentation.from_pretrained(tmp_path).vocabulary.shape == (len(CLASS_NAMES), 12)
+
+
+# ---------------------------------------------------------------------- what any transformers model is asked for
+
+STATES = {
+    "encoder_last_hidden_state",
+    "pixel_decoder_last_hidden_state",
+    "transformer_decoder_last_hidden_state",
+    "encoder_hidden_states",
+    "pixel_decoder_hidden_states",
+    "transformer_decoder_hidden_states",
+    "attentions",
+}
+
+
+def asked(**fields) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(2, 3, 64, 96), "text_embeds": unit(4, 12), **fields}
+
+
+def assert_equal_states(found, expected, names) -> None:
+    for name in names:
+        values = [values if isinstance(values, tuple) else (values,) for values in (found[name], expected[name])]
+        for mine, its in zip(*values, strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("from_config", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+def test_hidden_states_and_attentions_are_mask2formers(labels, from_config):
+    plain, batch = plain_mask2former(), asked()
+    model = Zs3ForSemanticSegmentation(tiny_config(text=False)).eval()
+    model.model.load_state_dict(plain.model.state_dict())
+    if labels:
+        batch["labels"] = torch.arange(96).expand(2, 64, 96) // 24
+    flags = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        expected = plain(batch["pixel_values"], **flags)
+        if from_config:
+            model.config.update(flags)
+            found = model(**batch)
+        else:
+            found = model(**batch, **flags)
+        without = model(**batch, output_hidden_states=False, output_attentions=False)
+    assert_equal_states(found, expected, STATES)
+    assert [len(found[name]) for name in sorted(STATES) if isinstance(found[name], tuple)] == [2, 4, 3, 3]
+    torch.testing.assert_close(found.mask_logits, expected.masks_queries_logits, rtol=1e-4, atol=1e-4)
+    assert set(without) == set(found) - STATES  # and nothing of them where nobody asks
+    torch.testing.assert_close(without.class_embeds, found.class_embeds, rtol=1e-4, atol=1e-4)
+
+
+def test_one_can_ask_for_hidden_states_or_for_attentions_alone():
+    model, batch = tiny_model(text=False), asked()
+    states, attentions = model(**batch, output_hidden_states=True), model(**batch, output_attentions=True)
+    assert STATES - set(states) == {"attentions"}
+    assert {name for name in STATES & set(attentions) if isinstance(attentions[name], tuple)} == {"attentions"}
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_hidden_states_and_attentions_keep_their_gradients(labels):
+    model, batch = tiny_model(text=False).train(), asked()
+    if labels:
+        batch["labels"] = torch.arange(96).expand(2, 64, 96) // 24
+    outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+    kept = [value for name in STATES if isinstance(outputs[name], tuple) for value in outputs[name][:-1]]
+    for value in kept:
+        value.retain_grad()
+    (outputs.loss if labels else outputs.mask_logits.sum()).backward()
+    assert kept and all(value.grad.abs().sum() > 0 for value in kept)
+
+
+def test_images_of_different_sizes_have_no_common_hidden_states():
+    model, batch, mask = tiny_model(text=False), asked(), torch.ones(2, 64, 96, dtype=torch.int64)
+    mask[:, 50:] = 0
+    assert model(**batch, pixel_mask=mask, output_hidden_states=True).encoder_hidden_states[0].shape[0] == 2
+    mask[1, 32:] = 0
+    for flag in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match="images of one size, got 2 sizes") as refused:
+            model(**batch, pixel_mask=mask, **{flag: True})
+        assert len(str(refused.value)) <= 200
+
+
+@pytest.mark.parametrize("fields", [{}, {"output_hidden_states": True, "output_attentions": True}])
+@pytest.mark.parametrize("labels", [False, True])
+def test_without_return_dict_the_output_is_the_tuple_of_the_dict(labels, fields):
+    model, batch = tiny_model(text=False), asked(**fields)
+    if labels:
+        batch["labels"] = torch.arange(96).expand(2, 64, 96) // 24
+    outputs = []
+    for return_dict, in_config in ((True, False), (False, True), (None, False)):
+        torch.manual_seed(2)  # of the loss's points
+        model.config.return_dict = in_config
+        outputs.append(model(**batch, return_dict=return_dict))
+    expected = [value for value in outputs[0].values() if value is not None]
+    for found in outputs[1:]:
+        assert type(found) is tuple
+        torch.testing.assert_close(list(found), expected, rtol=0, atol=0)
+    assert labels == (outputs[1][0].dim() == 0)  # the loss is the first value
+
+
+def test_the_input_embeddings_are_the_text_towers():
+    model = tiny_model()
+    embeddings = model.get_input_embeddings()
+    assert embeddings is model.text_model.get_input_embeddings() and embeddings.weight.shape == (514, 16)
+    model.resize_token_embeddings(520)
+    assert model.get_input_embeddings().weight.shape == (520, 16) and model.config.text_config.vocab_size == 520
+    assert torch.equal(model.get_input_embeddings().weight[:514], embeddings.weight[:514])
+    model.encode_text(torch.tensor([[1, 519, 513]]))
+    other = nn.Embedding(3, 16)
+    model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is other is model.text_model.get_input_embeddings()
+
+
+def test_without_a_text_tower_there_are_no_input_embeddings():
+    model = tiny_model(text=False)
+    for ask in (model.get_input_embeddings, lambda: model.set_input_embeddings(nn.Embedding(3, 16))):
+        with pytest.raises(NotImplementedError, match="no text tower"):
+            ask()
+    assert model.get_output_embeddings() is None
+    model.enable_input_require_grads()
+    model.disable_input_require_grads()
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_model_of_half_precision_answers_and_learns_as_that_of_float32(kind, hooked):
+    model, batch = tiny_model(text=False), asked()
+    with torch.no_grad():
+        expected = model(**batch)
+    model, batch["pixel_values"] = model.to(kind), batch["pixel_values"].to(kind)
+    if hooked:
+        model.model.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        found = model(**batch)
+    assert found.mask_logits.dtype == kind and found.class_logits.dtype == torch.float32
+    error = (found.mask_logits.float() - expected.mask_logits).abs().mean()
+    assert error < 0.1 * expected.mask_logits.abs().mean()  # 0.02 as a rule; a mask may block other pixels
+    model.train()
+    loss = model(**batch, labels=torch.arange(96).expand(2, 64, 96) // 24).loss
+    loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+
+
+def test_frozen_adapters_are_given_inputs_with_gradients():
+    """Reentrant checkpointing gives no gradient to what is only given frozen inputs."""
+    model, batch = tiny_model(text=False), asked(labels=torch.arange(96).expand(2, 64, 96) // 24)
+    model.requires_grad_(False).train()
+    trained = [
+        model.model.pixel_level_module.decoder.encoder.layers[0].fc1.weight,
+        model.model.transformer_module.decoder.layers[0].fc1.weight,
+    ]
+    for weight in trained:
+        weight.requires_grad_(True)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    model(**batch).loss.backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in trained)
+    model.disable_input_require_grads()
+    assert not model.model.pixel_level_module.encoder._forward_hooks
