@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -50,9 +50,16 @@ from zs3.checkpoints import (
     weights_sha256,
 )
 from zs3.command_line import (
+    TINY,
+    Arguments,
+    Count,
     InputError,
+    Number,
     OutputFolder,
-    check_at_least,
+    Seed,
+    Share,
+    Whole,
+    Workers,
     check_outside,
     check_required,
     flag,
@@ -87,7 +94,7 @@ from zs3.typed_json import check_needed, unless_damaged
 
 
 @dataclass
-class EvalArgs:
+class EvalArgs(Arguments):
     """One evaluation of one checkpoint: on one dataset, or on the datasets of a suite."""
 
     model: str | None = flag(None, "Checkpoint: a folder or a Hub id.")
@@ -117,42 +124,38 @@ class EvalArgs:
         None,
         "w of the ensemble: a number, or a file of zs3.ensemble_weight; default: the checkpoint's own weight.",
     )
-    ensemble_tolerance: float = flag(0.0, "Share of an image's pixels that 'lazy' may leave open.")
+    ensemble_tolerance: Share = flag(0.0, "Share of an image's pixels that 'lazy' may leave open.")
     seen_bias: str | None = flag(
         None, "What is taken off the scores of seen classes: a number, or a result file, for the best of its curve."
     )
     calibration: bool = flag(
         True, "Measure the seen/unseen curve, reliability and rejection in the same pass; not with --ensemble lazy."
     )
-    max_wrong: float = flag(0.1, "Share of an image's pixels that may get a wrong label, for the rejection threshold.")
+    max_wrong: Annotated[float, Number(float, TINY, 1, below=True)] = flag(
+        0.1, "Share of an image's pixels that may get a wrong label, for the rejection threshold."
+    )
     absent: Literal["union", "truth"] = flag(
         "union", "A class is left out of means where truth and prediction (union) or truth alone lack it."
     )
     pictures: OutputFolder | None = flag(None, "Folder for pictures: image, truth, prediction.")
-    num_pictures: int = flag(8, "How many pictures to draw, spread evenly over the split.")
+    num_pictures: Whole = flag(8, "How many pictures to draw, spread evenly over the split.")
     curves: OutputFolder | None = flag(
         None, "Folder for the curve and the reliability diagram (PNG; needs matplotlib)."
     )
-    max_images: int | None = flag(None, "Evaluate the first N images only.")
-    num_workers: int = flag(2, "Processes that read images ahead; 0 reads them in the main one.")
-    seed: int = flag(0, "Of the bootstrap.")
+    max_images: Count | None = flag(None, "Evaluate the first N images only.")
+    num_workers: Workers = flag(2, "Processes that read images ahead; 0 reads them in the main one.")
+    seed: Seed = flag(0, "Of the bootstrap.")
 
     def check(self) -> None:
         check_required(self, "model")
-        check_at_least(self, 1, "max_images")
-        check_at_least(self, 0, "num_pictures", "seed", "ensemble_tolerance", "num_workers")
         if self.ensemble_weight is not None:
             check_weight(self.ensemble_weight)
-        if self.ensemble_tolerance > 1:
-            raise InputError("--ensemble_tolerance is a share, at most 1")
         if self.ensemble_tolerance > 0 and self.ensemble != "lazy":
             raise InputError("--ensemble_tolerance goes with --ensemble lazy")
         if self.seen_bias is not None and (self.setting != "gzs3" or self.suite == "ovs5"):
             raise InputError("--seen_bias goes with --setting gzs3, where seen and unseen names compete")
         if self.ensemble == "lazy" and self.seen_bias is not None:
             raise InputError("--seen_bias does not go with --ensemble lazy, which decides the label map without it")
-        if not 0 < self.max_wrong < 1:
-            raise InputError(f"--max_wrong is a share between 0 and 1, got {self.max_wrong}")
         if self.suite is None:
             check_required(self, "dataset")
             if self.data_root or self.members:

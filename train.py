@@ -49,9 +49,20 @@ from zs3.checkpoints import (
     trained_on,
 )
 from zs3.command_line import (
+    Amount,
+    Arguments,
+    Count,
     InputError,
     OutputFolder,
-    check_at_least,
+    Pixels,
+    Positive,
+    PositiveShare,
+    Seed,
+    Share,
+    Side,
+    Some,
+    Whole,
+    Workers,
     check_required,
     flag,
     in_one_line,
@@ -96,7 +107,7 @@ TOWERS = ("text_config", "vision_config")  # come from a checkpoint; null leaves
 
 
 @dataclass
-class TrainArgs:
+class TrainArgs(Arguments):
     """One training run. Section numbers are the paper's; its values are the defaults."""
 
     dataset: str | None = flag(None, "Folder or Hub id of the training data.")
@@ -104,7 +115,7 @@ class TrainArgs:
     split: str = flag("train", "Split of the dataset to train on.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     streaming: bool = flag(False, "Read shard after shard, from the disk or the Hub, without a copy in the cache.")
-    shuffle_buffer: int = flag(
+    shuffle_buffer: Count = flag(
         1000, "Pictures, not decoded, that each worker of a stream shuffles among (1000 of COCO's are 0.2 GB)."
     )
     unseen_labels: str = flag(
@@ -113,7 +124,7 @@ class TrainArgs:
         "image labels, from a folder of pseudo labels (the --output of zs3.pseudo_labels) or 'ground_truth', never "
         "masks (transductive); or their 'masks' (supervised: no zero-shot training).",
     )
-    pseudo_label_unknown_above: float | None = flag(
+    pseudo_label_unknown_above: Share | None = flag(
         None,
         "Pseudo labels with a score above this, and below --pseudo_label_threshold, are unknown; default: absent.",
     )
@@ -137,19 +148,19 @@ class TrainArgs:
         None, "Prompts, '{}' is the name, '{}' alone is no prompt; default: --init_from's own, or ViLD's 14."
     )
 
-    max_steps: int = flag(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
-    batch_size: int = flag(8, "Images a step, over all processes (section 4.3).")
-    device_batch_size: int | None = flag(
+    max_steps: Count = flag(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
+    batch_size: Count = flag(8, "Images a step, over all processes (section 4.3).")
+    device_batch_size: Count | None = flag(
         None, "The most images a process takes at once; a larger share of the batch goes in equal parts, one by one."
     )
-    learning_rate: float = flag(5e-5, "AdamW's initial rate (section 4.3).")
-    weight_decay: float = flag(1e-4, "AdamW's weight decay (section 4.3); 0 on norms and embeddings.")
-    backbone_multiplier: float = flag(0.1, "Learning rate factor of the backbone (section 4.3).")
-    max_grad_norm: float = flag(0.01, "Gradient clipping, L2 over the whole model (Mask2Former's).")
+    learning_rate: Amount = flag(5e-5, "AdamW's initial rate (section 4.3).")
+    weight_decay: Amount = flag(1e-4, "AdamW's weight decay (section 4.3); 0 on norms and embeddings.")
+    backbone_multiplier: Amount = flag(0.1, "Learning rate factor of the backbone (section 4.3).")
+    max_grad_norm: Positive = flag(0.01, "Gradient clipping, L2 over the whole model (Mask2Former's).")
     lr_schedule: Literal["multistep", "poly"] = flag(
         "multistep", "'multistep' (section 4.3) or 'poly' (power 0.9, the ancestors')."
     )
-    lr_milestones: list[int] = flag([5_000, 80_000], "Steps at which multistep divides the rate by 10.")
+    lr_milestones: list[Whole] = flag([5_000, 80_000], "Steps at which multistep divides the rate by 10.")
     backbone_norm: Literal["frozen", "batch", "sync"] = flag(
         "frozen",
         "Batch norms of the backbone: 'frozen' as the start has them (Mask2Former's), or with the statistics of each "
@@ -158,20 +169,20 @@ class TrainArgs:
     activation_checkpointing: bool = flag(False, "Less memory, more time: activations are made anew for the gradient.")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the forward pass; fp16 on a GPU only.")
 
-    crop_size: int = flag(640, "Side of the square training crop, pixels (640 COCO-Stuff, 512 VOC).")
-    short_edges: list[int] | None = flag(None, "Short edges to resize to; default: 0.5 to 2 times crop_size.")
-    max_size: int = flag(2560, "Longest edge after resizing, pixels, in training and at inference.")
+    crop_size: Side = flag(640, "Side of the square training crop, pixels (640 COCO-Stuff, 512 VOC).")
+    short_edges: Some[Pixels] | None = flag(None, "Short edges to resize to; default: 0.5 to 2 times crop_size.")
+    max_size: Pixels = flag(2560, "Longest edge after resizing, pixels, in training and at inference.")
     flip: bool = flag(True, "Mirror half of the images.")
     color_jitter: bool = flag(True, "SSD's colour jitter.")
-    single_class_max_area: float = flag(1.0, "Largest share of one class in a crop; 1 is no limit.")
-    test_short_edge: int = flag(640, "Short edge at inference, pixels; stored in the image processor.")
+    single_class_max_area: PositiveShare = flag(1.0, "Largest share of one class in a crop; 1 is no limit.")
+    test_short_edge: Pixels = flag(640, "Short edge at inference, pixels; stored in the image processor.")
 
-    num_workers: int = flag(4, "Data loading processes of each training process; 0 loads in the main one.")
-    logging_steps: int = flag(50, "Steps between lines of metrics.jsonl.")
-    checkpointing_steps: int = flag(5_000, "Steps between checkpoints.")
-    checkpoints_kept: int = flag(2, "Checkpoints kept; older ones are deleted.")
+    num_workers: Workers = flag(4, "Data loading processes of each training process; 0 loads in the main one.")
+    logging_steps: Count = flag(50, "Steps between lines of metrics.jsonl.")
+    checkpointing_steps: Count = flag(5_000, "Steps between checkpoints.")
+    checkpoints_kept: Count = flag(2, "Checkpoints kept; older ones are deleted.")
     trackers: list[str] = flag([], "Where metrics.jsonl goes too, by accelerate's names: tensorboard, wandb, ...")
-    seed: int = flag(0, "Of weights, data order, augmentation and point sampling.")
+    seed: Seed = flag(0, "Of weights, data order, augmentation and point sampling.")
 
     @property
     def setting(self) -> Setting:
@@ -180,12 +191,6 @@ class TrainArgs:
     def check(self) -> None:
         """What the parser cannot check."""
         check_required(self, "dataset", "output_dir")
-        check_at_least(self, 1, "max_steps", "batch_size", "device_batch_size", "logging_steps")
-        check_at_least(self, 32, "crop_size")
-        check_at_least(
-            self, 1, "checkpointing_steps", "checkpoints_kept", "test_short_edge", "max_size", "shuffle_buffer"
-        )
-        check_at_least(self, 0, "learning_rate", "weight_decay", "backbone_multiplier", "num_workers", "seed")
         if self.caption_nouns is not None and self.unseen_labels != "none":
             raise InputError("--caption_nouns are names beside the seen ones: leave out --unseen_labels")
         if self.caption_nouns is not None and self.text_embeds is not None:
@@ -197,8 +202,6 @@ class TrainArgs:
                 f"--learning_rate {self.learning_rate}, --weight_decay {self.weight_decay} and --backbone_multiplier "
                 f"{self.backbone_multiplier} are together beyond float32: give smaller ones"
             )
-        if not self.max_grad_norm > 0:
-            raise InputError(f"--max_grad_norm must be positive, got {self.max_grad_norm}")
         if self.init_from is None and self.clip is None and self.text_embeds is None:
             raise InputError(
                 "a recipe of stage 2 wants --init_from, the final/ of stage 1; stage 1 takes its text from --clip (a "
@@ -509,7 +512,9 @@ def go_on_after(saved_by: int, args: TrainArgs, accelerator: Accelerator, step: 
             f"a stream's shards are dealt out to processes, and this run was saved by {saved_by}: resume it with as "
             f"many, not {here}, or it would meet some pictures twice and miss others"
         )
-    set_seed(args.seed + 1 + accelerator.process_index + here * step)  # nor those of the run's beginning again
+    set_seed(
+        (args.seed + 1 + accelerator.process_index + here * step) % 2**32
+    )  # nor those of the run's beginning again
     accelerator.print(
         f"note      saved by {saved_by} processes, resumed by {here}: each step's images and their augmentation stay; "
         "the sampled points and the images that batch norm averages over do not"
@@ -638,7 +643,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
         straighten_gradients(model)
     config = model.config  # no longer to be had when the model is wrapped
     model, optimizer = accelerator.prepare(model.train(), optimizer)
-    set_seed(args.seed + 1 + accelerator.process_index)  # point sampling differs between processes
+    set_seed((args.seed + 1 + accelerator.process_index) % 2**32)  # point sampling differs between processes
     saved_by = checkpoints.resume()
     if saved_by is not None:
         accelerator.print(f"resumed   at step {progress.step}")

@@ -32,7 +32,19 @@ from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 from clip_views_zs3 import ProposalEmbeds, crop_proposals, proposal_masks, single_pass
 from modeling_zs3 import Zs3Output
 from zs3.checkpoints import class_vectors, load_checkpoint
-from zs3.command_line import InputError, OutputFile, check_at_least, check_required, flag, read_arguments, run
+from zs3.command_line import (
+    Arguments,
+    Count,
+    InputError,
+    OutputFile,
+    Pixels,
+    Share,
+    Some,
+    check_required,
+    flag,
+    read_arguments,
+    run,
+)
 from zs3.data import load_split
 from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
 from zs3.files import write_report
@@ -44,24 +56,23 @@ SAME = 1e-4  # embeddings of loop and batch differ by no more
 
 
 @dataclass
-class ClipViewsArgs:
+class ClipViewsArgs(Arguments):
     """Sizes of the comparison."""
 
     model: str | None = flag(None, "Checkpoint with an image tower, trained on the embedded benchmark.")
     dataset: str | None = flag(None, "The benchmark's folder.")
-    images: int = flag(200, "Validation scenes.")
-    weight: float = flag(0.8, "w of the ensemble.")
-    tolerances: list[float] = flag([0.0, 0.01, 0.05], "Shares of the pixels that lazy crops may leave open.")
-    proposals: int = flag(100, "Proposals of the image for the cost.")
-    size: int = flag(640, "Side of that image, pixels.")
-    rounds: int = flag(3, "Rounds of the cost; times are medians.")
-    large_images: int = flag(20, "Of the scenes, those looked at with the large tower too.")
-    layers: int = flag(12, "Layers of the large tower.")
+    images: Count = flag(200, "Validation scenes.")
+    weight: Share = flag(0.8, "w of the ensemble.")
+    tolerances: Some[Share] = flag([0.0, 0.01, 0.05], "Shares of the pixels that lazy crops may leave open.")
+    proposals: Count = flag(100, "Proposals of the image for the cost.")
+    size: Pixels = flag(640, "Side of that image, pixels.")
+    rounds: Count = flag(3, "Rounds of the cost; times are medians.")
+    large_images: Count = flag(20, "Of the scenes, those looked at with the large tower too.")
+    layers: Count = flag(12, "Layers of the large tower.")
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset")
-        check_at_least(self, 1, "images", "proposals", "size", "rounds", "layers", "large_images")
 
 
 def crop_loop(

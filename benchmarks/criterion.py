@@ -29,7 +29,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from configuration_zs3 import Zs3Config
 from losses_zs3 import Targets, mask_ids, zs3_losses
-from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
+from zs3.command_line import Arguments, Count, InputError, OutputFile, Side, Some, flag, read_arguments, run
 from zs3.files import write_report
 from zs3.results import markdown_table
 
@@ -44,17 +44,17 @@ TERMS = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dice"
 
 
 @dataclass
-class CriterionArgs:
+class CriterionArgs(Arguments):
     """Sizes of the comparison."""
 
-    images: int = flag(4, "Images in the batch.")
-    queries: int = flag(100, "Queries.")
-    outputs: int = flag(10, "Decoder outputs.")
-    size: int = flag(512, "Side of the label maps, pixels; masks have a quarter of it.")
-    class_names: int = flag(171, "Names on the class axis.")
-    classes: list[int] = flag([8, 40], "Classes in each image.")
-    points: int = flag(12544, "Points of the mask losses.")
-    rounds: int = flag(7, "Rounds; the first is not counted.")
+    images: Count = flag(4, "Images in the batch.")
+    queries: Count = flag(100, "Queries.")
+    outputs: Count = flag(10, "Decoder outputs.")
+    size: Side = flag(512, "Side of the label maps, pixels; masks have a quarter of it.")
+    class_names: Count = flag(171, "Names on the class axis.")
+    classes: Some[Count] = flag([8, 40], "Classes in each image.")
+    points: Count = flag(12544, "Points of the mask losses.")
+    rounds: Count = flag(7, "Rounds; the first is not counted.")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
@@ -256,10 +256,8 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     args, _ = read_arguments(CriterionArgs)
-    check_at_least(args, 1, "images", "queries", "outputs", "points", "rounds", "class_names")
-    check_at_least(args, 32, "size")
-    if max(args.classes) > args.class_names or min(args.classes) < 1:
-        raise InputError(f"--classes must lie between 1 and --class_names {args.class_names}, got {args.classes}")
+    if max(args.classes) > args.class_names:
+        raise InputError(f"--classes must be at most --class_names {args.class_names}, got {max(args.classes)}")
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
     device = torch.device("cuda" if cuda else "cpu")
     results = [in_fresh_process(compare, args, classes, device) for classes in args.classes]

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 import train as training
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import OutputFile, check_at_least, check_required, flag, read_arguments, run
+from zs3.command_line import Arguments, Count, OutputFile, check_required, flag, read_arguments, run
 from zs3.data import StepSampler, collate
 from zs3.demo import train_stage
 from zs3.files import write_report
@@ -31,14 +31,14 @@ RECIPE = "scenes_stage2_ground_truth.yaml"
 
 
 @dataclass
-class GradientArgs:
+class GradientArgs(Arguments):
     """Where to start and how long to train."""
 
     dataset: str | None = flag(None, "Folder made by zs3.scenes.")
     stage1: str | None = flag(None, "Checkpoint of stage 1, from which stage 2 starts.")
     output_dir: str = flag("runs/gradient_sizes", "Folder of the training between the measurements.")
-    steps: int = flag(200, "Steps of stage 2 before the last measurement.")
-    batches: int = flag(8, "Batches a measurement.")
+    steps: Count = flag(200, "Steps of stage 2 before the last measurement.")
+    batches: Count = flag(8, "Batches a measurement.")
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
 
@@ -60,7 +60,6 @@ def gradient_norms(model: Zs3ForSemanticSegmentation, batches: list[dict], text_
 def main() -> None:
     args, _ = read_arguments(GradientArgs)
     check_required(args, "dataset", "stage1")
-    check_at_least(args, 1, "steps", "batches")
     folder = Path(args.output_dir)
     train_stage(RECIPE, Path(args.dataset), folder, 1, args.steps, "--init_from", args.stage1)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,21 @@ from tqdm.auto import tqdm
 from transformers import Mask2FormerImageProcessorPil
 
 from label_maps_zs3 import semantic_map, semantic_scores
-from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
+from zs3.command_line import (
+    INT32,
+    Amount,
+    Arguments,
+    Count,
+    InputError,
+    Number,
+    OutputFile,
+    Positive,
+    Side,
+    Some,
+    flag,
+    read_arguments,
+    run,
+)
 from zs3.files import write_report
 from zs3.results import markdown_table
 
@@ -48,18 +62,18 @@ WARM_UP = (150, 64)  # labels and size of the call before the measured ones
 
 
 @dataclass
-class LabelCountArgs:
+class LabelCountArgs(Arguments):
     """Sizes of the comparison."""
 
-    labels: list[int] = flag([150, 847, 4000, 20000], "Numbers of labels.")
-    size: int = flag(640, "Side of their label maps, pixels; masks have a quarter of it.")
-    large_labels: int = flag(847, "Labels of the larger image.")
-    large_size: int = flag(1024, "Its side, pixels.")
-    queries: int = flag(100, "Queries.")
-    rounds: int = flag(7, "Timed calls of a method, and rounds of those that take turns.")
-    seconds: float = flag(8.0, "No further call or round after so long, but one at least.")
-    memory_limit: float = flag(12.0, "GB; a method that would need more is not started.")
-    checked: int = flag(
+    labels: Some[Count] = flag([150, 847, 4000, 20000], "Numbers of labels.")
+    size: Side = flag(640, "Side of their label maps, pixels; masks have a quarter of it.")
+    large_labels: Count = flag(847, "Labels of the larger image.")
+    large_size: Side = flag(1024, "Its side, pixels.")
+    queries: Annotated[int, Number(int, 2, INT32)] = flag(100, "Queries.")
+    rounds: Count = flag(7, "Timed calls of a method, and rounds of those that take turns.")
+    seconds: Amount = flag(8.0, "No further call or round after so long, but one at least.")
+    memory_limit: Positive = flag(12.0, "GB; a method that would need more is not started.")
+    checked: Count = flag(
         2 * 10**9, "Scores (labels x pixels) of the float64 reference; a random sample if there are more."
     )
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
@@ -319,12 +333,9 @@ def goal_table(goals: dict[str, list[Goal]]) -> str:
 
 def main() -> None:
     args, _ = read_arguments(LabelCountArgs)
-    check_at_least(args, 1, "large_labels", "rounds")
-    check_at_least(args, 2, "queries")
-    check_at_least(args, 32, "size", "large_size")
-    check_at_least(args, max(*args.labels, args.large_labels), "checked")
-    if min(args.labels) < 1:
-        raise InputError(f"--labels must be 1 or more, got {args.labels}")
+    most = max(*args.labels, args.large_labels)
+    if args.checked < most:
+        raise InputError(f"--checked must be {most} or more, the labels of a pixel, got {args.checked}")
     sizes = [*((labels, args.size) for labels in args.labels), (args.large_labels, args.large_size)]
     cases = [Case(kind, *size) for kind in KINDS for size in dict.fromkeys(sizes)]
     rows = measure_all(args, cases)

@@ -32,7 +32,19 @@ from benchmarks.criterion import in_fresh_process
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.augmentation import Augmentation, augment
-from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
+from zs3.command_line import (
+    Arguments,
+    Count,
+    InputError,
+    OutputFile,
+    Pixels,
+    Seed,
+    Some,
+    Workers,
+    flag,
+    read_arguments,
+    run,
+)
 from zs3.data import (
     SegmentationDataset,
     StepSampler,
@@ -52,29 +64,28 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
-class LoaderBenchArgs:
+class LoaderBenchArgs(Arguments):
     """Sizes of the comparison."""
 
     dataset: str | None = flag(None, "Dataset to load; default: synthetic pictures.")
     split: str = flag("train", "Its split.")
     label_space: str = flag("coco_stuff_171", "Benchmark name or classes.json.")
-    crop_size: int = flag(640, "Side of the crop, pixels.")
-    short_edges: list[int] = flag([64 * x for x in range(5, 16)], "Short edges; zsseg's of COCO-Stuff.")
-    images: int = flag(128, "Synthetic pictures of the first size; an eighth as many of the second.")
-    sizes: list[int] = flag([640, 480, 3200, 2400], "Width and height of the synthetic pictures, twice.")
-    samples: int = flag(256, "Samples of each measurement of speed.")
-    memory_samples: int = flag(400, "Samples of each measurement of memory.")
-    workers: list[int] = flag([2], "Numbers of workers.")
-    batch_size: int = flag(1, "Of the model's step.")
-    steps: int = flag(2, "Steps of the model, after one that is not counted.")
+    crop_size: Pixels = flag(640, "Side of the crop, pixels.")
+    short_edges: Some[Pixels] = flag([64 * x for x in range(5, 16)], "Short edges; zsseg's of COCO-Stuff.")
+    images: Count = flag(128, "Synthetic pictures of the first size; an eighth as many of the second.")
+    sizes: list[Pixels] = flag([640, 480, 3200, 2400], "Width and height of the synthetic pictures, twice.")
+    samples: Count = flag(256, "Samples of each measurement of speed.")
+    memory_samples: Count = flag(400, "Samples of each measurement of memory.")
+    workers: Some[Workers] = flag([2], "Numbers of workers.")
+    batch_size: Count = flag(1, "Of the model's step.")
+    steps: Count = flag(2, "Steps of the model, after one that is not counted.")
     device: str = flag("cpu", "Of the model.")
-    seed: int = flag(0, "Of pictures, weights and draws.")
+    seed: Seed = flag(0, "Of pictures, weights and draws.")
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
         if len(self.sizes) != 4:
             raise InputError("--sizes takes four numbers: width and height, twice")
-        check_at_least(self, 1, "crop_size", "images", "samples", "memory_samples", "batch_size", "steps")
 
 
 # ---- data --------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ import network_zs3
 from benchmarks.criterion import in_fresh_process, measure, peak_memory
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
+from zs3.command_line import Arguments, Count, InputError, OutputFile, Pixels, Some, flag, read_arguments, run
 from zs3.files import write_report, write_text
 from zs3.results import markdown_table
 
@@ -65,23 +65,22 @@ REST = "rest"
 
 
 @dataclass
-class NetworkArgs:
+class NetworkArgs(Arguments):
     """Sizes of the comparison."""
 
-    backbones: list[str] = flag(list(BACKBONES), f"Backbones, of {', '.join(BACKBONES)}.")
-    sizes: list[int] = flag([512, 640], "Sides of the images, pixels.")
-    modes: list[str] = flag(["eager", "compiled"], "'eager', 'compiled'.")
-    batch_size: int = flag(1, "Images at once.")
-    class_names: int = flag(171, "Names on the class axis.")
+    backbones: Some[str] = flag(list(BACKBONES), f"Backbones, of {', '.join(BACKBONES)}.")
+    sizes: Some[Pixels] = flag([512, 640], "Sides of the images, pixels.")
+    modes: Some[str] = flag(["eager", "compiled"], "'eager', 'compiled'.")
+    batch_size: Count = flag(1, "Images at once.")
+    class_names: Count = flag(171, "Names on the class axis.")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "'bfloat16': the forwards run under autocast in it.")
-    rounds: int = flag(7, "Rounds; the first is not counted.")
-    gemm_size: int = flag(2048, "Side of the matrices whose product gives the machine's rate; 8192 suits a GPU.")
+    rounds: Count = flag(7, "Rounds; the first is not counted.")
+    gemm_size: Count = flag(2048, "Side of the matrices whose product gives the machine's rate; 8192 suits a GPU.")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
     profile: OutputFile | None = flag(None, "Text file for the operators that took longest.")
     output: OutputFile | None = flag(None, "Result file; the printed tables go beside it as .md.")
 
     def check(self) -> None:
-        check_at_least(self, 1, "batch_size", "class_names", "rounds", "gemm_size")
         check_choices("backbones", self.backbones, list(BACKBONES))
         check_choices("modes", self.modes, ["eager", "compiled"])
         check_sizes(self.sizes)

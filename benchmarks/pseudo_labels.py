@@ -22,7 +22,18 @@ from tqdm.auto import tqdm
 
 from benchmarks.clip_views import crop_loop
 from zs3.checkpoints import class_vectors, load_checkpoint
-from zs3.command_line import InputError, OutputFile, check_at_least, check_required, flag, read_arguments, run
+from zs3.command_line import (
+    Arguments,
+    Count,
+    InputError,
+    OutputFile,
+    Processes,
+    Some,
+    check_required,
+    flag,
+    read_arguments,
+    run,
+)
 from zs3.data import load_split
 from zs3.files import write_report
 from zs3.image_labels import load_unseen_scores
@@ -34,20 +45,19 @@ LOOP = "loop over crops, 1 thread"
 
 
 @dataclass
-class PseudoLabelBenchArgs:
+class PseudoLabelBenchArgs(Arguments):
     """Sizes of the comparison."""
 
     model: str | None = flag(None, "Stage-1 checkpoint with an image tower.")
     dataset: str | None = flag(None, "Folder of its data.")
-    few: int = flag(64, "Images of the short run; of the loop too.")
-    many: int = flag(1088, "Images of the long run.")
-    shard_size: int = flag(32, "Images a shard.")
-    processes: list[int] = flag([1, 2], "Numbers of processes; the first is what the others are compared with.")
+    few: Count = flag(64, "Images of the short run; of the loop too.")
+    many: Count = flag(1088, "Images of the long run.")
+    shard_size: Count = flag(32, "Images a shard.")
+    processes: Some[Processes] = flag([1, 2], "Numbers of processes; the first is what the others are compared with.")
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset")
-        check_at_least(self, 1, "few", "shard_size")
         if not self.few < self.many:
             raise InputError(f"--many must be more than --few, got {self.many} and {self.few}")
 

@@ -31,7 +31,7 @@ from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import PROMPT_TEMPLATES, Label, Zs3ImageProcessor, Zs3Processor, read_labels
 from text_zs3 import TextCache
-from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
+from zs3.command_line import Arguments, Count, InputError, OutputFile, flag, one_line, read_arguments, run
 from zs3.files import write_report
 from zs3.label_space import load_label_space
 from zs3.results import markdown_table
@@ -44,14 +44,14 @@ PADDED, FIRST = "all prompts padded to {}", "first call"
 
 
 @dataclass
-class TextArgs:
+class TextArgs(Arguments):
     """Sizes of the comparison."""
 
-    labels: int = flag(847, "Labels, the first of ADE20K-847.")
-    templates: int = flag(1, "Prompt templates a label.")
-    layers: int = flag(12, "Layers of the text tower.")
-    width: int = flag(512, "Its width; its heads have 64 channels.")
-    rounds: int = flag(20, "Calls that find their vectors in memory or on disk; the time is their median.")
+    labels: Count = flag(847, "Labels, the first of ADE20K-847.")
+    templates: Count = flag(1, "Prompt templates a label.")
+    layers: Count = flag(12, "Layers of the text tower.")
+    width: Count = flag(512, "Its width; its heads have 64 channels.")
+    rounds: Count = flag(20, "Calls that find their vectors in memory or on disk; the time is their median.")
     tokenizer: str | None = flag(None, f"Folder with OpenAI's {MERGES_FILE}; without it, one token a word.")
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
@@ -74,7 +74,9 @@ def clip_tokenizer(folder: str) -> CLIPTokenizer:
     try:
         lines = gzip.decompress((Path(folder) / MERGES_FILE).read_bytes()).decode().splitlines()
     except OSError as error:
-        raise InputError(f"--tokenizer {folder}: {MERGES_FILE} cannot be read there ({error})") from error
+        raise InputError(
+            f"--tokenizer {folder}: {MERGES_FILE} cannot be read there ({error.strerror or one_line(error)})"
+        ) from error
     letters = list(bytes_to_unicode().values())
     letters += [letter + "</w>" for letter in letters]
     merges = [tuple(line.split()) for line in lines[1 : VOCABULARY - len(letters) - 1]]
@@ -161,9 +163,10 @@ def table(seconds: dict[str, float]) -> str:
 def main() -> None:
     args, _ = read_arguments(TextArgs)
     names = load_label_space("ade20k_847").class_names
-    check_at_least(args, 1, "labels", "templates", "layers", "width", "rounds")
     if args.labels > len(names) or args.templates > len(PROMPT_TEMPLATES):
         raise InputError(f"there are {len(names)} --labels and {len(PROMPT_TEMPLATES)} --templates")
+    if args.width >= 64 and args.width % (args.width // 64):
+        raise InputError(f"--width must be a multiple of 64, got {args.width}")
     labels = read_labels(names[: args.labels], PROMPT_TEMPLATES[: args.templates])
     prompts = [prompt for label in labels for prompt in label.prompts]
     tokenizer = word_tokenizer(prompts) if args.tokenizer is None else clip_tokenizer(args.tokenizer)

@@ -45,7 +45,7 @@ from benchmarks.network import (
 )
 from losses_zs3 import mask_ids
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import InputError, OutputFile, check_at_least, flag, read_arguments, run
+from zs3.command_line import Arguments, Count, InputError, OutputFile, Pixels, Some, flag, read_arguments, run
 from zs3.results import markdown_table
 
 SAME, EQ8 = "zs3, the same losses", "zs3, Eq. 8"
@@ -54,26 +54,25 @@ CLIP, LEARNING_RATE, WEIGHT_DECAY = 0.01, 5e-5, 1e-4  # section 4.3
 
 
 @dataclass
-class TrainStepArgs:
+class TrainStepArgs(Arguments):
     """Sizes of the comparison."""
 
-    backbones: list[str] = flag(list(BACKBONES), f"Backbones, of {', '.join(BACKBONES)}.")
-    sizes: list[int] = flag([512], "Sides of the images, pixels.")
-    norms: list[str] = flag(["frozen", "live"], "Batch norms of a backbone that has some: 'frozen', 'live'.")
-    modes: list[str] = flag(["eager"], "'eager', 'compiled'.")
-    batch_size: int = flag(2, "Images in the batch.")
-    class_names: int = flag(171, "Names on the class axis.")
-    classes: int = flag(8, "Classes in each image.")
-    points: int = flag(12544, "Points of the mask losses.")
+    backbones: Some[str] = flag(list(BACKBONES), f"Backbones, of {', '.join(BACKBONES)}.")
+    sizes: Some[Pixels] = flag([512], "Sides of the images, pixels.")
+    norms: Some[str] = flag(["frozen", "live"], "Batch norms of a backbone that has some: 'frozen', 'live'.")
+    modes: Some[str] = flag(["eager"], "'eager', 'compiled'.")
+    batch_size: Count = flag(2, "Images in the batch.")
+    class_names: Count = flag(171, "Names on the class axis.")
+    classes: Count = flag(8, "Classes in each image.")
+    points: Count = flag(12544, "Points of the mask losses.")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "'bfloat16': forward and loss run under autocast in it.")
-    rounds: int = flag(3, "Rounds; the first is not counted.")
-    gemm_size: int = flag(2048, "Side of the matrices whose product gives the machine's rate; 8192 suits a GPU.")
+    rounds: Count = flag(3, "Rounds; the first is not counted.")
+    gemm_size: Count = flag(2048, "Side of the matrices whose product gives the machine's rate; 8192 suits a GPU.")
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
     profile: OutputFile | None = flag(None, "Text file for the operators that took longest.")
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
-        check_at_least(self, 1, "batch_size", "class_names", "classes", "points", "rounds", "gemm_size")
         check_choices("backbones", self.backbones, list(BACKBONES))
         check_choices("norms", self.norms, ["frozen", "live"])
         check_choices("modes", self.modes, ["eager", "compiled"])

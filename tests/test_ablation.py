@@ -185,12 +185,12 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
 
 def settings_of(args: AblationArgs, seed: int, row: str, view: str) -> dict:
     """As eval.py stamps them."""
-    asked = EvalArgs(model=str(args.run_folder(seed, row) / "final"), dataset=str(args.data), ensemble=view)
+    asked = EvalArgs(model=str(args.run_folder(seed, row) / "final"), dataset=str(args.data), ensemble="crops")
     if view == "zegformer":
-        return deciding_flags(replace(asked, ensemble="crops", ensemble_weight="0.6667", seen_bias="0.1"))
+        return deciding_flags(replace(asked, ensemble_weight="0.6667", seen_bias="0.1"))
     if view == "chosen":
         return deciding_flags(replace(asked, ensemble=None, ensemble_weight=f"elsewhere/{row}/ensemble_weight.json"))
-    return deciding_flags(replace(asked, ensemble_weight=None if view == "off" else "0.8"))
+    return deciding_flags(replace(asked, ensemble=view, ensemble_weight=None if view == "off" else "0.8"))
 
 
 def call(monkeypatch, *words: object) -> None:

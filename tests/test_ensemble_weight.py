@@ -144,7 +144,7 @@ def test_the_answer_goes_into_the_checkpoint_and_unseen_masks_do_not_matter(chec
     ("changes", "words"),
     [
         ({"unseen_labels": None}, "--unseen_labels is missing"),
-        ({"weights": [1.2]}, "--weights must lie in"),
+        ({"weights": [1.2]}, "--weights must be at most 1, got 1.2"),
         ({"write": True, "model": "owner/name"}, "--write needs a checkpoint's folder"),
     ],
 )

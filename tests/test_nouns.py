@@ -467,7 +467,7 @@ def test_a_broken_table_and_an_image_in_two_splits_are_refused(arguments, tmp_pa
         (["--num_words", "5"], "--num_words 5 is less than the 6 seen names"),
         (["--num_proc", "0"], "--num_proc must be 1 or more, got 0"),
         (["--label_space", "coco_stuff_17"], "did you mean coco_stuff_171?"),
-        (["--tagger", "spacy"], "invalid choice"),
+        (["--tagger", "spacy"], "--tagger must be one of hanta, nltk, got 'spacy'"),
         (["--num_word", "7"], "did you mean --num_words?"),
     ],
 )

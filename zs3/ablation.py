@@ -34,11 +34,23 @@ import torch
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
-from configuration_zs3 import Zs3Config
+from configuration_zs3 import Zs3Config, shortened
 from zs3.ablation_report import LEVEL, draw, report, summarise
 from zs3.ablation_tables import ENSEMBLE_WEIGHT, TRAININGS, VIEWS, Row, Table, make_tables
 from zs3.checkpoints import WEIGHTS, weights_sha256
-from zs3.command_line import InputError, OutputFile, OutputFolder, check_at_least, flag, read_arguments, run
+from zs3.command_line import (
+    Arguments,
+    Count,
+    InputError,
+    OutputFile,
+    OutputFolder,
+    Processes,
+    Seed,
+    Some,
+    flag,
+    read_arguments,
+    run,
+)
 from zs3.curves import check_matplotlib
 from zs3.data import dataset_name, load_split
 from zs3.ensemble_weight import WeightArgs, weight_settings
@@ -56,10 +68,10 @@ PLACES = ("output_dir", "dataset", "init_from", "unseen_labels", "text_embeds", 
 
 
 @dataclass
-class AblationArgs:
+class AblationArgs(Arguments):
     """Which tables, on what, and the sizes of what they are made from."""
 
-    table: list[str] = flag(["table5", "table6"], "Tables; the word --table may be left out where they come first.")
+    table: Some[str] = flag(["table5", "table6"], "Tables; the word --table may be left out where they come first.")
     benchmark: str = flag(SCENES, "'scenes', which are drawn, or the folder of a dataset.")
     stage1: str = flag("recipes/scenes_stage1.yaml", "Recipe of stage 1.")
     stage2: str = flag("recipes/scenes_stage2_ground_truth.yaml", "Recipe of stage 2; trainings add flags to it.")
@@ -70,13 +82,13 @@ class AblationArgs:
     scripts: str | None = flag(
         None, "Module whose words `train` and `eval` stand for train.py and eval.py, as benchmarks.photographs."
     )
-    seeds: list[int] = flag([0, 1, 2], "One run of everything for each.")
-    processes: int = flag(1, "Jobs side by side, each a process of one thread.")
+    seeds: Some[Seed] = flag([0, 1, 2], "One run of everything for each.")
+    processes: Processes = flag(1, "Jobs side by side, each a process of one thread.")
     output_dir: OutputFolder = flag("runs/ablation", "Folder for everything the command makes but the tables.")
-    num_train: int = flag(3000, "Training scenes.")
-    num_validation: int = flag(200, "Validation scenes.")
-    stage1_steps: int | None = flag(None, "Default: the recipe's.")
-    stage2_steps: int | None = flag(None, "Default: the recipe's.")
+    num_train: Count = flag(3000, "Training scenes.")
+    num_validation: Count = flag(200, "Validation scenes.")
+    stage1_steps: Count | None = flag(None, "Default: the recipe's.")
+    stage2_steps: Count | None = flag(None, "Default: the recipe's.")
     result: OutputFile | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")
     picture: OutputFile | None = flag(None, "Draw all scores over seeds into this PNG (needs matplotlib).")
 
@@ -84,9 +96,8 @@ class AblationArgs:
         unknown = [name for name in self.table if name not in self.known_tables]
         if unknown:
             raise InputError(f"no table is called {unknown[0]!r}: the names are {', '.join(self.known_tables)}")
-        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise InputError(f"--seeds must be distinct and 0 or more, got {self.seeds}")
-        check_at_least(self, 1, "processes", "num_train", "num_validation", "stage1_steps", "stage2_steps")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"--seeds must be distinct, got {shortened(self.seeds)}")
         if self.benchmark != SCENES and not Path(self.benchmark).is_dir():
             raise InputError(f"--benchmark {self.benchmark}: there is no such folder; 'scenes' are drawn")
         if self.result is not None and Path(self.result).suffix != ".json":

@@ -206,8 +206,8 @@ def voc(source: Path, split: str) -> list[Pair]:
         folder, suffix, values = augmented, ".png", palette_values
     else:
         raise InputError(
-            f"{source} has neither SBD (benchmark_RELEASE/dataset/cls/*.mat, also under SBD/) nor "
-            f"{_shown(root / 'SegmentationClassAug', source)}: the training split needs the maps of one of them"
+            f"{source} has neither benchmark_RELEASE/dataset/cls/*.mat of SBD nor "
+            f"{_shown(root / 'SegmentationClassAug', source)}: the training split needs one of them"
         )
     left_out = {*train, *validation}
     rest = [image_id for image_id in dict.fromkeys(others) if image_id not in left_out]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from processing_zs3 import nearest_pixels
-from zs3.command_line import InputError
+from zs3.command_line import Pixels, PositiveShare, Some, checked
 
 IGNORED = -1  # in a map: no label here
 
@@ -37,14 +37,11 @@ class Augmentation:
     single_class_max_area: float = 1.0
 
     def __post_init__(self) -> None:
-        edges = self.short_edges
-        if edges is None:
-            edges = [max(1, self.crop_size * tenth // 10) for tenth in range(5, 21)]
+        for name, kind in {"crop_size": Pixels, "max_size": Pixels, "single_class_max_area": PositiveShare}.items():
+            object.__setattr__(self, name, checked(name, getattr(self, name), kind))
+        edges = checked("short_edges", self.short_edges, Some[Pixels] | None)
+        edges = edges or [max(1, self.crop_size * tenth // 10) for tenth in range(5, 21)]
         object.__setattr__(self, "short_edges", tuple(edges))
-        if not edges or min(self.crop_size, self.max_size, *edges) < 1:
-            raise InputError("crop_size, max_size and every one of short_edges must be 1 pixel or more")
-        if not 0 < self.single_class_max_area <= 1:
-            raise InputError(f"single_class_max_area {self.single_class_max_area} must be above 0 and at most 1")
 
     def draw_size(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
         """Width and height to which a picture of `size` is scaled before the crop; its shape is kept."""

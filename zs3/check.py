@@ -17,7 +17,17 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from zs3.command_line import InputError, OutputFile, check_at_least, check_required, flag, read_arguments, run
+from zs3.command_line import (
+    Arguments,
+    InputError,
+    OutputFile,
+    Some,
+    Workers,
+    check_required,
+    flag,
+    read_arguments,
+    run,
+)
 from zs3.data import Split, dataset_name, load_split
 from zs3.files import write_json
 from zs3.label_space import FoundIds, LabelSpace, load_label_space
@@ -27,18 +37,17 @@ PIXELS_AT_ONCE = 2**22  # that are counted
 
 
 @dataclass
-class CheckArgs:
+class CheckArgs(Arguments):
     """Is every picture of a dataset fit to be trained and evaluated on?"""
 
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
-    splits: list[str] = flag(["train", "validation"], "Splits to read.")
+    splits: Some[str] = flag(["train", "validation"], "Splits to read.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
-    num_workers: int = flag(0, "Processes that read pictures; 0 reads in the main one.")
+    num_workers: Workers = flag(0, "Processes that read pictures; 0 reads in the main one.")
     output: OutputFile | None = flag(None, "Result file (JSON), with all problems and counts.")
 
     def check(self) -> None:
         check_required(self, "dataset")
-        check_at_least(self, 0, "num_workers")
 
 
 class Read(NamedTuple):

@@ -5,7 +5,6 @@ They are loaded with this project's classes. The code that lies beside a checkpo
 """
 
 import hashlib
-import math
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,7 +33,7 @@ from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.utils import ModelOutput
 
 import modeling_zs3
-from configuration_zs3 import Zs3Config, among, check_names, places, shortened
+from configuration_zs3 import Zs3Config, among, check_names, is_number, places, shortened
 from files_zs3 import is_leftover
 from modeling_zs3 import Zs3ForSemanticSegmentation, check_text_embeds
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
@@ -275,10 +274,10 @@ def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
         **dict.fromkeys(NOT_OURS, lambda value: value is None or value is False),
         "image_mean": _is_color,
         "image_std": lambda value: _is_color(value) and min(value) > 0,
-        "rescale_factor": lambda value: _is_number(value) and value > 0,
+        "rescale_factor": lambda value: is_number(value) and value > 0,
         "size": _is_size,
-        "size_divisor": lambda value: _is_whole(value) and value > 0,
-        "ignore_index": lambda value: value is None or _is_whole(value),
+        "size_divisor": lambda value: is_number(value, whole=True) and value > 0,
+        "ignore_index": lambda value: value is None or is_number(value, whole=True),
         "resample": lambda value: value in list(PILImageResampling),
     }
     own = vars(processor)
@@ -292,22 +291,14 @@ def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
         )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_color(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))
+    return isinstance(value, list | tuple) and len(value) == 3 and all(map(is_number, value))
 
 
 def _is_size(value: object) -> bool:
     sides = _sides(value) if isinstance(value, SizeDict) else {}
     enough = "shortest_edge" in sides or {"height", "width"} <= sides.keys()
-    return enough and all(_is_whole(side) and side > 0 for side in sides.values())
+    return enough and all(is_number(side, whole=True) and side > 0 for side in sides.values())
 
 
 def _sides(size: SizeDict) -> dict[str, object]:
@@ -317,7 +308,7 @@ def _sides(size: SizeDict) -> dict[str, object]:
 def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrainedConfig) -> None:
     """Names become tokens, and these are rows of the text tower."""
     longest = tokenizer.model_max_length
-    if not _is_number(longest) or longest < text_config.max_position_embeddings:
+    if not is_number(longest) or longest < text_config.max_position_embeddings:
         most = text_config.max_position_embeddings
         raise InputError(
             f"{shown(path)}: tokenizer_config.json cuts texts at {shortened(longest)} tokens, the text tower at {most}"

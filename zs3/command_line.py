@@ -8,7 +8,6 @@ import argparse
 import difflib
 import errno
 import inspect
-import json
 import os
 import re
 import stat
@@ -16,14 +15,30 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import field, fields
+from functools import cache, partial
+from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from uuid import uuid4
 
+import numpy as np
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
-from configuration_zs3 import Refused, shortened
+from configuration_zs3 import Refused, is_number, shortened
 from files_zs3 import read_text
 
 Args = TypeVar("Args")
@@ -42,15 +57,23 @@ OLD_NAMES: dict[str, str] = {}
 
 
 BESIDE = (".md", ".csv", "_images.npz")  # what commands write beside a result file
-LONGEST_LINE = 450  # characters of a refusal
-OF_PROCESSES = ("num_workers", "num_proc", "processes", "num_processes", "num_threads")
-MOST_PROCESSES = 1024
+LONGEST_LINE = 200  # characters of a refusal
+SHORTEST_WORD = 40  # characters that are left of a long path or name where the line is too long
 MOST_OF_A_YAML = 100_000  # values, those that are there by reference counted each time
-MOST_OF_A_LIBRARY = 110  # characters of its message in one of ours
+MOST_OF_A_LIBRARY = 80  # characters of its message in one of ours
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line which names the thing and the mend."""
+    """Bad input. The message is one line of at most 200 characters, which names the thing and the mend.
+
+    Long paths and names in it are shortened; one from a DataLoader worker comes wrapped in a traceback.
+    """
+
+    def __init__(self, message: object = ""):
+        text = str(message).strip()
+        if text.startswith("Caught "):
+            text = text.splitlines()[-1].split("InputError: ", 1)[-1]
+        super().__init__(fitted(text))
 
 
 @contextmanager
@@ -78,6 +101,18 @@ def printable(text: str) -> str:
     return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def fitted(text: str) -> str:
+    """One line of at most 200 characters. Of long words, as paths are, both ends are kept; then of the line."""
+    words = printable(text).replace("\n", "\\n").split(" ")
+    for place in sorted(range(len(words)), key=lambda place: len(words[place]), reverse=True):
+        word, over = words[place], len(" ".join(words)) - LONGEST_LINE
+        length = max(len(word) - over, SHORTEST_WORD)
+        if over > 0 and len(word) > length:
+            words[place] = f"{word[:10]}...{word[13 - length :]}"
+    line = " ".join(words)
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[5 - LONGEST_LINE // 2 :]}"
+
+
 class _PrintableStream:
     """A stream to which no name from the data can send more than letters, and no letter is a fault of the encoding."""
 
@@ -102,7 +137,7 @@ def run(main: Callable[[], None]) -> None:
         with redirect_stdout(_PrintableStream(sys.stdout)):
             main()
     except InputError as error:
-        _refuse(_own_message(error))
+        _refuse(error)
     except Exception as error:
         # Each writer has its own exception for a full disk: Python OSError, safetensors and torch theirs.
         thing = shown(getattr(error, "of_file", None) or getattr(error, "filename", None) or "a file", 150)
@@ -111,28 +146,19 @@ def run(main: Callable[[], None]) -> None:
             reasons.append(f"{thing}: {error.strerror}; give another place, or mend this one")
         if not reasons:
             raise
-        _refuse(reasons[0])
+        _refuse(InputError(reasons[0]))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _refuse(message: str) -> NoReturn:
-    """One line; of a long one, which holds a long name, the beginning and the end, where the mend stands."""
-    line = printable(message).replace("\n", "\\n")
-    line = line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 205]} ... {line[-200:]}"
-    print(f"error: {line}", file=_PrintableStream(sys.stderr))
+def _refuse(error: InputError) -> NoReturn:
+    print(f"error: {error}", file=_PrintableStream(sys.stderr))
     sys.exit(2)
 
 
 def _is(error: Exception, code: int) -> bool:
     return getattr(error, "errno", None) == code or os.strerror(code) in str(error)
-
-
-def _own_message(error: InputError) -> str:
-    """The line an InputError was raised with; one from a DataLoader worker comes wrapped in a traceback."""
-    message = str(error).strip()
-    return message.splitlines()[-1].split("InputError: ", 1)[-1] if message.startswith("Caught ") else message
 
 
 def flag(default: Any, text: str) -> Any:
@@ -149,12 +175,119 @@ def check_required(args: Any, *names: str) -> None:
             raise InputError(f"--{name} is missing")
 
 
-def check_at_least(args: Any, least: float, *names: str) -> None:
-    """Numbers that make no sense below `least`; None is no number given."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise InputError(f"--{name} must be {least} or more, got {value}")
+# ---- what a field takes ------------------------------------------------------------------------------------
+
+TINY, HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least positive number, and the largest, of a float32
+INT32 = 2**31 - 1
+
+
+class Number(NamedTuple):
+    """The numbers that a field takes (see `is_number`). It stands in its type: Annotated[int, Number(int, 1, 8)]."""
+
+    kind: type  # int or float
+    least: float
+    most: float
+    below: bool = False  # `most` itself is not taken
+
+    def of(self, value: object) -> int | float:
+        """Python's own number. Raises ValueError, which says what the value should be."""
+        if not is_number(value, whole=self.kind is int):
+            raise ValueError("a whole number" if self.kind is int else "a finite number")
+        number = int(value) if isinstance(value, Integral) else float(value)
+        if number < self.least:
+            raise ValueError("positive" if self.least == TINY else f"{_figure(self.least)} or more")
+        if number > self.most or (self.below and number == self.most):
+            raise ValueError(f"{'below' if self.below else 'at most'} {_figure(self.most)}")
+        return self.kind(number)
+
+
+def _figure(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+NOT_EMPTY = "not empty"
+Item = TypeVar("Item")
+Some = Annotated[list[Item], NOT_EMPTY]
+
+Count = Annotated[int, Number(int, 1, INT32)]
+Whole = Annotated[int, Number(int, 0, INT32)]
+Pixels = Annotated[int, Number(int, 1, 2**16)]
+Side = Annotated[int, Number(int, 32, 2**16)]  # of a picture that a model sees
+Seed = Annotated[int, Number(int, 0, 2**32 - 1)]  # NumPy takes no larger one
+Processes = Annotated[int, Number(int, 1, 1024)]
+Workers = Annotated[int, Number(int, 0, 1024)]  # 0: none beside the main process
+Share = Annotated[float, Number(float, 0, 1)]
+PositiveShare = Annotated[float, Number(float, TINY, 1)]
+Amount = Annotated[float, Number(float, 0, HUGE)]
+Positive = Annotated[float, Number(float, TINY, HUGE)]
+ANY = {int: Number(int, -INT32, INT32), float: Number(float, -HUGE, HUGE)}  # what torch takes
+
+
+class Arguments:
+    """Base of the commands' arguments. A field's type is checked whenever the field is set, from Python too."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        hints = _hints(type(self))
+        super().__setattr__(name, checked(name, value, hints[name]) if name in hints else value)
+
+
+@cache
+def _hints(args_class: type) -> dict[str, Any]:
+    return get_type_hints(args_class, include_extras=True)
+
+
+def checked(name: str, value: object, hint: Any) -> Any:
+    """The value of a flag, with Python's own numbers in it. Raises InputError where it is not of the type."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):  # with None
+        return None if value is None else checked(name, value, parts[0])
+    if kind is list and (isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim)):
+        return [checked(name, one, parts[0]) for one in value]
+    if kind is Annotated and not isinstance(parts[1], Number):
+        value = checked(name, value, parts[0])
+        if parts[1] == NOT_EMPTY and not value:
+            raise InputError(f"--{name} is empty: give one value or more")
+        return value
+    try:
+        return _of_type(value, hint)
+    except ValueError as error:
+        raise InputError(f"--{name} must be {error}, got {shortened(value, 40)}") from error
+
+
+def _of_type(value: object, hint: Any) -> Any:
+    """Raises ValueError, which says what the value should be. A text may be given as a path or a number."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if hint in ANY or kind is Annotated:
+        return (ANY.get(hint) or parts[1]).of(value)
+    if kind is list:
+        raise ValueError("a list")
+    if kind is Literal and not (isinstance(value, str) and value in parts):
+        raise ValueError(f"one of {', '.join(parts)}")
+    if hint is bool and not isinstance(value, bool | np.bool_):
+        raise ValueError("true or false")
+    if hint is str and not (isinstance(value, str | os.PathLike) or is_number(value)):
+        raise ValueError("a text")
+    return bool(value) if hint is bool else value
+
+
+def _typed(kind: Callable[[str], Any], text: str) -> Any:
+    """The text as a value of the flag's type; a text that is none stays a text, for `checked` to refuse."""
+    try:
+        return kind(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        return text
+
+
+def _check_numbers(name: str, value: object) -> None:
+    """Of a model field, whose type is the configuration's own to check."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_numbers(name, inner)
+    elif type(value) in ANY:
+        checked(name, value, type(value))
+
+
+# ---- outputs -----------------------------------------------------------------------------------------------
 
 
 def try_outputs(args: Any) -> None:
@@ -162,10 +295,10 @@ def try_outputs(args: Any) -> None:
 
     Outputs are the fields of the types OutputFile and OutputFolder. Nothing is left there. Raises InputError.
     """
-    for name, hint in get_type_hints(type(args), include_extras=True).items():
-        kinds = [kind.__metadata__[0] for kind in (hint, *get_args(hint)) if get_origin(kind) is Annotated]
+    for name, hint in _hints(type(args)).items():
+        kinds = [kind for kind in (OutputFile, OutputFolder) if kind in (hint, *get_args(hint))]
         if kinds and getattr(args, name) is not None:
-            try_output(f"--{name}", getattr(args, name), kinds[0])
+            try_output(f"--{name}", getattr(args, name), kinds[0].__metadata__[0])
 
 
 def try_output(flag: str, given: str | Path, kind: str) -> None:
@@ -264,7 +397,7 @@ def read_arguments(
 
     `--config FILE` names the recipe. Unknown names, wrong values and outputs that cannot be written raise InputError.
     """
-    types = get_type_hints(args_class)
+    types = get_type_hints(args_class)  # without what Annotated says
     names = [field.name for field in fields(args_class) if field.init]
     config_names = [name for name in model_fields(config_class) if name not in names]
     argv = [_renamed_flag(token) for token in (sys.argv[1:] if argv is None else argv)]
@@ -283,30 +416,29 @@ def read_arguments(
         flags + argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unexpected:
-        raise InputError(f"unexpected argument {unexpected[0]!r} (--help lists the flags)")
+        raise InputError(f"unexpected argument {shortened(unexpected[0])} (--help lists the flags)")
     for name, values in vars(others).items():
         if name in config_names:
             overrides[name] = values[0] if len(values) == 1 else values
-    for name, value in {**vars(args), **overrides}.items():
-        _check_number(name, value)
+    for name in names:
+        setattr(args, name, checked(name, getattr(args, name), _hints(args_class)[name]))
+    for name, value in overrides.items():
+        _check_numbers(name, value)
     try_outputs(args)
     return args, overrides
 
 
-def _check_number(name: str, value: Any) -> None:
-    """Refuses what no command means: NaN, an infinity, more than an int32, more processes than a machine runs."""
-    most = MOST_PROCESSES if name in OF_PROCESSES else 2**31 - 1
-    if isinstance(value, int) and not -(2**31) <= value <= most:
-        raise InputError(f"--{name} must be at most {most:,}, got {shortened(value, 20)}")
-    try:
-        json.dumps(value, allow_nan=False, default=str)
-    except ValueError as error:
-        raise InputError(f"--{name} must be a finite number, got {shortened(value)}") from error
-
-
 class _Parser(HfArgumentParser):
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """What argparse would refuse, with the whole value in its message, is left to `checked`."""
+        if "choices" in options:
+            options["metavar"] = f"{{{','.join(options.pop('choices'))}}}"
+        if "type" in options:
+            options["type"] = partial(_typed, options["type"])
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{cut(message, 150)} (--help lists the flags)")
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -385,7 +517,7 @@ def _read_recipe(
             flags += [f"--{name}", *value]
         else:
             kind = "a list of plain values" if _is_list(types[name]) else "one plain value"
-            raise InputError(f"{path}: field {name!r} takes {kind}, not {as_typed[name]!r}")
+            raise InputError(f"{path}: field {name!r} takes {kind}, not {shortened(as_typed[name])}")
     return flags, empty, overrides
 
 
@@ -442,7 +574,7 @@ def _check_flags(argv: list[str], names: list[str]) -> None:
             flag = token[2:].split("=", 1)[0]
             name = flag.replace("-", "_")
             if name not in names and name.removeprefix("no_") not in names:
-                raise InputError(f"unknown flag --{flag}; {_did_you_mean(name, names, '--')}")
+                raise InputError(f"unknown flag --{cut(flag, 60)}; {_did_you_mean(name, names, '--')}")
 
 
 def _did_you_mean(name: str, names: list[str], prefix: str = "") -> str:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configuration_zs3 import shortened
-from zs3.command_line import InputError, OutputFile, check_at_least, cut, flag, read_arguments, run, shown
+from zs3.command_line import Arguments, InputError, OutputFile, Seed, cut, flag, read_arguments, run, shown
 from zs3.evaluation import (
     SCORES,
     GeneralizedScores,
@@ -50,18 +50,17 @@ OPEN = "no difference can be told from these images"
 
 
 @dataclass
-class CompareArgs:
+class CompareArgs(Arguments):
     """Two results of one protocol on the same images."""
 
     a: str | None = flag(None, "Result file of eval.py. The two files may be given without their flags.")
     b: str | None = flag(None, "Another one; differences are B - A.")
     output: OutputFile | None = flag(None, "Result file (JSON); the printed tables go beside it as .md.")
-    seed: int = flag(0, "Of the bootstrap.")
+    seed: Seed = flag(0, "Of the bootstrap.")
 
     def check(self) -> None:
         if self.a is None or self.b is None:
             raise InputError("give two result files of eval.py: python -m zs3.compare A.json B.json")
-        check_at_least(self, 0, "seed")
         if self.output is not None and Path(self.output).with_suffix("").resolve() in {
             Path(result).with_suffix("").resolve() for result in (self.a, self.b)
         }:

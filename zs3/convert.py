@@ -44,9 +44,11 @@ from configuration_zs3 import shortened
 from files_zs3 import Unwanted, is_leftover, map_png, read_text
 from zs3.archives import ARCHIVES, NUM_CAPTIONS, SPLITS, BadFile, Captioned, Pair, opened
 from zs3.command_line import (
+    Arguments,
     InputError,
     OutputFolder,
-    check_at_least,
+    Processes,
+    Some,
     check_required,
     flag,
     one_line,
@@ -69,14 +71,14 @@ OUTSIDE = -1  # in the table of ids: no value of the archive's
 
 
 @dataclass
-class ConvertArgs:
+class ConvertArgs(Arguments):
     """A benchmark's official archive becomes a dataset: python -m zs3.convert NAME --source DIR --output DIR."""
 
     name: str | None = flag(None, f"The benchmark: {', '.join(ARCHIVES)}.")
     source: str | None = flag(None, "Folder of the unpacked archive, or the one above.")
     output: OutputFolder | None = flag(None, "Folder for the dataset; the same command again goes on where it stopped.")
-    splits: list[str] = flag(list(SPLITS), "Splits to convert.")
-    num_proc: int = flag(1, "Processes that read pictures.")
+    splits: Some[str] = flag(list(SPLITS), "Splits to convert.")
+    num_proc: Processes = flag(1, "Processes that read pictures.")
     on_problem: Literal["stop", "skip"] = flag(
         "stop",
         "What a picture that cannot be used does: nothing is finished around it (stop), or it is left out (skip).",
@@ -91,7 +93,6 @@ class ConvertArgs:
             alike = alike or difflib.get_close_matches(self.name, ARCHIVES, n=1, cutoff=0.0)
             raise InputError(f"no archive is called {self.name!r}: did you mean {' or '.join(alike)}?")
         check_required(self, "source", "output")
-        check_at_least(self, 1, "num_proc")
         if not self.splits or not set(self.splits) <= set(SPLITS):
             raise InputError(f"--splits takes {' and '.join(SPLITS)}, got {' '.join(self.splits) or 'none'}")
         if not Path(self.source).is_dir():

@@ -7,14 +7,13 @@ It changes nothing, and no code that lies beside a checkpoint runs. Each problem
 exit code is 2. Of a run folder it checks the checkpoints, the stamp and the final model.
 """
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configuration_zs3 import Zs3Config, among, check_names
+from configuration_zs3 import Zs3Config, among, check_names, is_number
 from files_zs3 import is_leftover
 from modeling_zs3 import check_text_embeds
 from processing_zs3 import read_labels
@@ -26,7 +25,7 @@ from zs3.checkpoints import (
     project_code,
     weights_sha256,
 )
-from zs3.command_line import InputError, check_required, flag, in_one_line, read_arguments, run, shown
+from zs3.command_line import Arguments, InputError, check_required, flag, in_one_line, read_arguments, run, shown
 from zs3.data import load_split, stream_split
 from zs3.files import is_locked
 from zs3.label_space import load_label_space, load_text_embeds
@@ -50,7 +49,7 @@ TOWER_FIELDS = {"text": "text_config", "image": "vision_config"}
 
 
 @dataclass
-class DoctorArgs:
+class DoctorArgs(Arguments):
     """Checks the folder of a run or of a model."""
 
     path: str | None = flag(
@@ -273,7 +272,7 @@ def examine_metrics(path: Path, found: Findings) -> None:
         return
     step, loss = rows[-1]["step"], rows[-1].get("loss")
     found.say("metrics", f"{len(rows)} lines, the last of step {step}, loss {loss}")
-    if not isinstance(loss, int | float) or not math.isfinite(loss):
+    if not is_number(loss):
         found.problems.append(f"{path}: the loss of step {step} is no number")
 
 

@@ -26,9 +26,13 @@ from tqdm.auto import tqdm
 from configuration_zs3 import places, shortened
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, read_settings, weights_sha256
 from zs3.command_line import (
+    Arguments,
+    Count,
     InputError,
     OutputFile,
-    check_at_least,
+    Seed,
+    Share,
+    Some,
     check_required,
     flag,
     in_one_line,
@@ -48,7 +52,7 @@ SURE = 0.975  # share of the resamples in which a weight must beat no ensemble
 
 
 @dataclass
-class WeightArgs:
+class WeightArgs(Arguments):
     """One choice for one checkpoint."""
 
     model: str | None = flag(None, "Checkpoint with an image tower: a folder or a Hub id.")
@@ -61,26 +65,22 @@ class WeightArgs:
         "Unseen image labels: a folder of python -m zs3.pseudo_labels; or 'ground_truth' (image-level), for a model "
         "whose training was told them.",
     )
-    weights: list[float] = flag([0.5, 0.6, 0.7, 0.8, 0.9], "Weights to compare with no ensemble.")
-    num_images: int = flag(300, "Pictures, spread evenly over the split.")
-    min_share: float = flag(0.01, "Share of its label map from which a picture shows a class.")
+    weights: Some[Share] = flag([0.5, 0.6, 0.7, 0.8, 0.9], "Weights to compare with no ensemble.")
+    num_images: Count = flag(300, "Pictures, spread evenly over the split.")
+    min_share: Share = flag(0.01, "Share of its label map from which a picture shows a class.")
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
     output: OutputFile | None = flag(None, "Result file (JSON).")
     write: bool = flag(False, "Write the answer into the checkpoint's config.json, where evaluation and pipeline look.")
-    seed: int = flag(0, "Of the bootstrap.")
+    seed: Seed = flag(0, "Of the bootstrap.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset", "unseen_labels")
-        check_at_least(self, 1, "num_images")
-        check_at_least(self, 0, "min_share", "seed")
         if self.write and not Path(self.model, "config.json").is_file():
             raise InputError(f"--write needs a checkpoint's folder, and {self.model} is none")
         if self.write:
             try_output("--write", Path(self.model, "config.json"), "file")
         if self.output is not None:
             check_replaceable(Path(self.output), read_answer)
-        if not self.weights or not all(0 <= weight <= 1 for weight in self.weights):
-            raise InputError(f"--weights must lie in [0, 1], got {self.weights}")
 
 
 def weight_settings(args: WeightArgs) -> dict:

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from losses_zs3 import class_probabilities
 from modeling_zs3 import SIZE_DIVISOR, Zs3ForSemanticSegmentation
 from zs3.checkpoints import load_model
-from zs3.command_line import InputError, OutputFile, check_required, flag, read_arguments, run
+from zs3.command_line import Arguments, InputError, OutputFile, check_required, flag, read_arguments, run
 from zs3.files import naming
 
 INPUTS, OUTPUTS = ["pixel_values", "text_embeds"], ["class_probs", "mask_logits"]
@@ -139,7 +139,7 @@ def _onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
 
 
 @dataclass
-class ExportArgs:
+class ExportArgs(Arguments):
     """One checkpoint to one file."""
 
     model: str | None = flag(None, "Checkpoint: a folder or a Hub id.")

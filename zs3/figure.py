@@ -23,9 +23,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from configuration_zs3 import shortened
 from zs3.checkpoints import Look, class_vectors, is_trained, load_checkpoint
 from zs3.command_line import (
+    Arguments,
+    Count,
     InputError,
     OutputFolder,
-    check_at_least,
     check_outside,
     check_required,
     flag,
@@ -46,7 +47,7 @@ IMAGE, TRUTH = "image", "ground truth (grey: unlabelled)"
 
 
 @dataclass
-class FigureArgs:
+class FigureArgs(Arguments):
     """Pictures of some images of a dataset, with the label maps of one or several models."""
 
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
@@ -57,13 +58,12 @@ class FigureArgs:
     titles: list[str] = flag([], "What stands above the models' panels; default: --models.")
     output: OutputFolder | None = flag(None, "Folder for the pictures.")
     images: list[str] = flag([], "Ids of the images to draw.")
-    worst: int | None = flag(None, "Draw the N images with the lowest mean IoU of their classes, by --result.")
+    worst: Count | None = flag(None, "Draw the N images with the lowest mean IoU of their classes, by --result.")
     result: str | None = flag(None, "Result file of eval.py for --worst, with its counts NAME_images.npz beside it.")
 
     def check(self) -> None:
         check_required(self, "dataset", "output")
         check_outside("--output", self.output, self.dataset)
-        check_at_least(self, 1, "worst")
         if not self.models:
             raise InputError("--models is missing")
         self.titles = self.titles or self.models

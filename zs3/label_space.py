@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configuration_zs3 import Refused, check_names, places, shortened
+from configuration_zs3 import Refused, check_names, is_number, places, shortened
 from files_zs3 import decoding, read_text
 from modeling_zs3 import check_text_embeds
 from zs3.command_line import InputError, looks_local, one_line, shown
@@ -64,9 +64,10 @@ class LabelSpace:
             mend = "add it" if place is None else f"spell it {shortened(self.class_names[place])} in both"
             raise InputError(f"unseen holds {shortened(strangers[0])}, unknown to class_names: {mend}")
         last = len(self.class_names) - 1
-        fits = type(self.ignore_index) is int and abs(self.ignore_index) < 2**31
+        fits = is_number(self.ignore_index, whole=True) and abs(self.ignore_index) < 2**31
         if not fits or 0 <= self.ignore_index <= last:
             raise InputError(f"ignore_index {shortened(self.ignore_index)} must be an integer outside ids 0 to {last}")
+        object.__setattr__(self, "ignore_index", int(self.ignore_index))
 
     @property
     def is_seen(self) -> Tensor:

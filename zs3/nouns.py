@@ -45,9 +45,12 @@ from typing_extensions import TypedDict
 from configuration_zs3 import among, plain
 from files_zs3 import ignored_id
 from zs3.command_line import (
+    Arguments,
+    Count,
     InputError,
     OutputFolder,
-    check_at_least,
+    Processes,
+    Some,
     check_required,
     cut,
     flag,
@@ -66,21 +69,20 @@ PACKAGES = {"hanta": ("HanTa", "lemminflect"), "nltk": ("nltk", "lemminflect")} 
 
 
 @dataclass
-class NounArgs:
+class NounArgs(Arguments):
     """Nouns of captions as class names beside the seen ones."""
 
     captions: str | None = flag(None, "Folder with data/{split}-*.parquet: image_id and captions, a list of strings.")
     label_space: str | None = flag(None, "Benchmark name or classes.json, whose seen names come first.")
     output: OutputFolder | None = flag(None, "Folder for the result; it must not exist yet.")
-    splits: list[str] = flag(["train"], "Splits whose captions are read.")
-    num_words: int = flag(1047, "Class names in all, the seen ones among them.")
+    splits: Some[str] = flag(["train"], "Splits whose captions are read.")
+    num_words: Count = flag(1047, "Class names in all, the seen ones among them.")
     exclude_unseen: bool = flag(True, "Leave out nouns that are an unseen name.")
     tagger: Literal["hanta", "nltk"] = flag("hanta", "What tells the nouns; nltk needs its data, a separate download.")
-    num_proc: int = flag(1, "Processes that read captions.")
+    num_proc: Processes = flag(1, "Processes that read captions.")
 
     def check(self) -> None:
         check_required(self, "captions", "label_space", "output")
-        check_at_least(self, 1, "num_words", "num_proc")
         repeated = [split for split, times in Counter(self.splits).items() if times > 1]
         if repeated or not self.splits:
             raise InputError(f"--splits must name each split once, got {' '.join(self.splits) or 'none'}")

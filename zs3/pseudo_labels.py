@@ -26,7 +26,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,9 +46,16 @@ from processing_zs3 import Zs3ImageProcessor, resize_nearest
 from zs3.augmentation import IGNORED
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
 from zs3.command_line import (
+    Arguments,
+    Count,
     InputError,
+    Number,
     OutputFolder,
-    check_at_least,
+    Positive,
+    PositiveShare,
+    Processes,
+    Share,
+    Workers,
     check_required,
     flag,
     in_one_line,
@@ -75,7 +82,7 @@ DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class PseudoLabelArgs:
+class PseudoLabelArgs(Arguments):
     """Pseudo labels of one split, from the proposals of a stage-1 model."""
 
     model: str | None = flag(None, "Stage-1 checkpoint with a CLIP image tower: a folder or a Hub id.")
@@ -85,40 +92,33 @@ class PseudoLabelArgs:
     split: str = flag("train", "Split of the dataset to make pseudo labels for.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
-    max_images: int | None = flag(None, "Score the first N images only.")
+    max_images: Count | None = flag(None, "Score the first N images only.")
 
     seen_names: bool = flag(False, "Seen names take part in the softmax of Eq. 9 too, so that they can win.")
-    unannotated_share: float = flag(
+    unannotated_share: Share = flag(
         0.0, "Use only proposals with this share of their pixels or more on no seen class (unseen and void alike)."
     )
     fill: Literal["none", "mean", "zero"] = flag(
         "none", "What CLIP sees outside a mask: the picture (none), its mean colour (mean), or black (zero)."
     )
-    expansion: float = flag(1.0, "Sides of the boxes, in those of the tight box.")
-    mask_threshold: float = flag(0.5, "A proposal is where its mask is above this.")
+    expansion: Positive = flag(1.0, "Sides of the boxes, in those of the tight box.")
+    mask_threshold: Annotated[float, Number(float, 0, 1, below=True)] = flag(
+        0.5, "A proposal is where its mask is above this."
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the CLIP image tower.")
 
-    batch_size: int = flag(8, "Images at once.")
-    shard_size: int = flag(256, "Images a shard.")
-    num_threads: int = flag(1, "Threads of each process.")
-    num_workers: int = flag(0, "Data loading processes of each process; 0 loads in the process itself.")
+    batch_size: Count = flag(8, "Images at once.")
+    shard_size: Count = flag(256, "Images a shard.")
+    num_threads: Processes = flag(1, "Threads of each process.")
+    num_workers: Workers = flag(0, "Data loading processes of each process; 0 loads in the process itself.")
 
-    threshold_sweep: list[float] = flag(
+    threshold_sweep: list[PositiveShare] = flag(
         [0.5, 0.7, 0.9, 0.95, 0.99, 0.999], "Thresholds of the summary, beside the model's own."
     )
     measure: bool = flag(True, "Compare with the image labels of unseen classes, where the label maps hold them.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset", "output")
-        check_at_least(self, 1, "max_images", "batch_size", "shard_size", "num_threads")
-        check_at_least(self, 0, "num_workers", "mask_threshold", "unannotated_share")
-        if self.unannotated_share > 1 or self.mask_threshold >= 1:
-            raise InputError("--unannotated_share must be at most 1, and --mask_threshold below 1")
-        if not self.expansion > 0:
-            raise InputError(f"--expansion must be positive, got {self.expansion}")
-        outside = [threshold for threshold in self.threshold_sweep if not 0 < threshold <= 1]
-        if outside:
-            raise InputError(f"--threshold_sweep must lie above 0 and be at most 1, got {outside[0]}")
 
 
 # ---- scores ------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from zs3.checkpoints import (
     with_imports,
 )
 from zs3.command_line import (
+    Arguments,
     InputError,
     OutputFolder,
     check_required,
@@ -77,7 +78,7 @@ SEAL = "\n<!-- Made by python -m zs3.release. sha256 of this folder: "
 
 
 @dataclass
-class ReleaseArgs:
+class ReleaseArgs(Arguments):
     """A checkpoint to a folder for the Hub, and with --push to the Hub."""
 
     model: str | None = flag(None, "Folder of the checkpoint.")

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from configuration_zs3 import among, check_names, shortened
 from zs3.calibration import best_point
-from zs3.command_line import InputError, printable, shown
+from zs3.command_line import InputError, checked, printable, shown
 from zs3.evaluation import (
     SCORES,
     Absent,
@@ -365,9 +365,7 @@ def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> Choice:
     value = as_number(given)
     if value is None:
         return best_bias(Path(given), stamp, image_ids)
-    if not math.isfinite(value):
-        raise InputError(f"--seen_bias must be a finite number, got {given}")
-    return Choice(value, BY_HAND)
+    return Choice(checked("seen_bias", value, float), BY_HAND)
 
 
 def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
@@ -400,7 +398,9 @@ def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
 def check_weight(given: str) -> None:
     weight = as_number(given)
     if not (Path(given).is_file() if weight is None else 0 <= weight <= 1):
-        raise InputError(f"--ensemble_weight must be in [0, 1] or a file of zs3.ensemble_weight, got {given!r}")
+        raise InputError(
+            f"--ensemble_weight must be in [0, 1] or a file of zs3.ensemble_weight, got {shortened(given)}"
+        )
 
 
 def chosen_weight(given: str, stamp: dict, image_ids: list[str]) -> Choice:

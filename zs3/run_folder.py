@@ -203,8 +203,7 @@ def check_final(folder: Path) -> None:
                     pass
     except CHECKPOINT_ERRORS as error:
         raise InputError(
-            f"{folder} is damaged ({one_line(error)}): delete it and give the command again, which makes it of the "
-            "last checkpoint"
+            f"{folder} is damaged ({one_line(error)}): delete it, and the same command makes it of the last checkpoint"
         ) from error
 
 

@@ -12,14 +12,14 @@ zs3.command_line is imported where it is used: it brings transformers, seconds f
 Axes: H W picture, h w the part of it that a thing can touch, P corner of an outline.
 """
 
-import argparse
 import math
 import multiprocessing
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -475,16 +475,13 @@ def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed:
     appears under its name when it is complete. Large sets are drawn by several processes, which import the main
     script again: call this below `if __name__ == "__main__":`.
     """
-    from zs3.command_line import InputError
+    from zs3.command_line import Count, InputError, Number, Seed, checked
     from zs3.files import write_json, writing_folder
 
     folder = Path(folder)
-    if not 1 <= num_train <= FIRST_VALIDATION:
-        raise InputError(f"train {num_train} must be between 1 and {FIRST_VALIDATION} pictures")
-    if num_validation < 1:
-        raise InputError(f"validation {num_validation} must be 1 picture or more")
-    if seed < 0:
-        raise InputError(f"seed {seed} must be 0 or more")
+    num_train = checked("train", num_train, Annotated[int, Number(int, 1, FIRST_VALIDATION)])
+    num_validation = checked("validation", num_validation, Count)
+    seed = checked("seed", seed, Seed)
     if folder.exists():
         raise InputError(f"{folder} exists already: name another folder, or remove it first")
     jobs = [("train", number, number) for number in range(num_train)]
@@ -499,15 +496,19 @@ def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed:
 
 
 def main() -> None:
-    from zs3.command_line import try_output
+    from zs3.command_line import Arguments, OutputFolder, check_required, flag, read_arguments
 
-    parser = argparse.ArgumentParser(description="Draws the embedded benchmark `scenes`.")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--train", type=int, default=3000, help="number of training pictures")
-    parser.add_argument("--validation", type=int, default=200, help="number of validation pictures")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    try_output("--output", args.output, "folder")
+    @dataclass
+    class SceneArgs(Arguments):
+        """Draws the embedded benchmark `scenes`."""
+
+        output: OutputFolder | None = flag(None, "Folder to make; it must not exist.")
+        train: int = flag(3000, "Training pictures.")
+        validation: int = flag(200, "Validation pictures.")
+        seed: int = flag(0, "Of the pictures.")
+
+    args, _ = read_arguments(SceneArgs)
+    check_required(args, "output")
     write_dataset(args.output, args.train, args.validation, args.seed)
     print(f"{args.train} training and {args.validation} validation scenes are in {args.output}")
 

@@ -10,17 +10,18 @@ Map: captions and tokenizer; crops; model; the loss and the loop; accuracy on he
 Axes: B picture, N name, T template, L token, D embedding.
 """
 
-import argparse
 import json
 import math
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +35,17 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from files_zs3 import read_text
 from processing_zs3 import PROMPT_TEMPLATES
 from zs3 import scenes
-from zs3.command_line import InputError, run, try_output
+from zs3.command_line import (
+    Arguments,
+    Count,
+    InputError,
+    OutputFolder,
+    Seed,
+    check_required,
+    flag,
+    read_arguments,
+    run,
+)
 from zs3.files import write_json, write_text, writing_folder
 from zs3.results import markdown_table
 
@@ -454,11 +465,20 @@ the pixels outside the class are filled with the mean colour.
 # ------------------------------------------------------------------------------------------------ commands
 
 
+@dataclass
+class TinyClipArgs(Arguments):
+    """Trains or evaluates the tiny CLIP of the scenes benchmark."""
+
+    command: Literal["train", "evaluate"] | None = flag(None, "What to do. The flag's name may be left out.")
+    output: OutputFolder | None = flag(None, "Folder that `train` makes; it must not exist.")
+    steps: Count = flag(2400, "Steps of the training.")
+    seed: Seed = flag(0, "Of weights and crops.")
+    model: str | None = flag(None, "Folder that `evaluate` reads.")
+
+
 def _train_command(folder: Path, steps: int, seed: int) -> None:
     if folder.exists():
         raise InputError(f"{folder} exists already: name another folder, or remove it first")
-    if steps < 1 or seed < 0:
-        raise InputError(f"steps {steps} must be 1 or more and seed {seed} 0 or more")
     with writing_folder(folder) as unfinished:
         print(_fill(unfinished, steps, seed, folder.name))
     print(f"the tiny CLIP and its card are in {folder}")
@@ -488,20 +508,15 @@ def _evaluate_command(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains or evaluates the tiny CLIP of the scenes benchmark.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train")
-    training.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
-    training.add_argument("--steps", type=int, default=2400)
-    training.add_argument("--seed", type=int, default=0)
-    evaluation = commands.add_parser("evaluate")
-    evaluation.add_argument("--model", type=Path, required=True)
-    args = parser.parse_args()
+    words = sys.argv[1:]
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--command")
+    args, _ = read_arguments(TinyClipArgs, words)
+    check_required(args, "command", "output" if args.command == "train" else "model")
     if args.command == "train":
-        try_output("--output", args.output, "folder")
-        _train_command(args.output, args.steps, args.seed)
+        _train_command(Path(args.output), args.steps, args.seed)
     else:
-        _evaluate_command(args.model)
+        _evaluate_command(Path(args.model))
 
 
 if __name__ == "__main__":
