@@ -139,7 +139,7 @@ def is_plain_layer(layer: nn.Module) -> bool:
     return (
         kind.__module__.startswith(PLAIN_SOURCES)
         and kind.forward.__module__.startswith(PLAIN_SOURCES)
-        and "forward" not in own
+        and ("forward" not in own or getattr(own["forward"], "__func__", None) is kind.forward)
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
         and not (own["_backward_pre_hooks"] or layer._compiled_call_impl)
         and PLAIN_WEIGHTS.issuperset(map(type, own["_parameters"].values()))
