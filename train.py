@@ -29,7 +29,6 @@ from accelerate.utils import (
     parse_flag_from_env,
     set_seed,
 )
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -51,6 +50,7 @@ from zs3.checkpoints import (
 from zs3.command_line import (
     Amount,
     Arguments,
+    Batch,
     Count,
     InputError,
     OutputFolder,
@@ -67,7 +67,6 @@ from zs3.command_line import (
     flag,
     in_one_line,
     model_fields,
-    one_line,
     read_arguments,
     run,
     shown,
@@ -149,8 +148,8 @@ class TrainArgs(Arguments):
     )
 
     max_steps: Count = flag(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
-    batch_size: Count = flag(8, "Images a step, over all processes (section 4.3).")
-    device_batch_size: Count | None = flag(
+    batch_size: Batch = flag(8, "Images a step, over all processes (section 4.3).")
+    device_batch_size: Batch | None = flag(
         None, "The most images a process takes at once; a larger share of the batch goes in equal parts, one by one."
     )
     learning_rate: Amount = flag(5e-5, "AdamW's initial rate (section 4.3).")
@@ -218,8 +217,8 @@ def check_fields(overrides: dict) -> None:
     """Model fields of a wrong value are not the fault of the checkpoint that they would change."""
     try:
         Zs3Config(**overrides)
-    except StrictDataclassError as error:
-        raise InputError(f"the model's configuration: {one_line(error.__cause__ or error)}") from error
+    except CHECKPOINT_ERRORS as error:
+        raise refusal("the model's configuration", error.__cause__ or error) from error
 
 
 def make_model(

@@ -2,9 +2,12 @@ import errno
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,7 +15,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import Mask2FormerConfig
 
-from zs3.command_line import OLD_NAMES, InputError, read_arguments, run
+from zs3.command_line import OLD_NAMES, Arguments, InputError, Number, Seed, read_arguments, run
 
 
 @dataclass
@@ -191,6 +194,141 @@ def test_a_switch_of_an_old_name_can_be_turned_off(argv, renamed, capsys):
 def test_a_recipe_with_a_flags_old_and_new_name_is_refused(renamed, recipe):
     with pytest.raises(InputError, match="'iterations' and 'max_steps', which are one flag"):
         read_arguments(Args, recipe("dataset: a\niterations: 3\nmax_steps: 4"))
+
+
+# ---- numbers of every command --------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = [float("nan"), float("inf"), -float("inf"), True, np.bool_(True), np.float64("nan"), np.float32("inf"), -1e39]
+HOSTILE += [10**400, "5", "x" * 10_000, "a\nb", [[1]], np.array(3), b"1", 1j]
+
+
+def commands() -> list[type]:
+    """The argument classes of train.py, eval.py, zs3/ and benchmarks/."""
+    files = [ROOT / "train.py", ROOT / "eval.py", *ROOT.glob("zs3/*.py"), *ROOT.glob("benchmarks/*.py")]
+    found = []
+    for file in files:
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if "(Arguments):" in file.read_text():
+            found += [one for one in vars(import_module(name)).values() if getattr(one, "__module__", "") == name]
+    return [one for one in found if isinstance(one, type) and issubclass(one, Arguments)]
+
+
+def ranges(hint: object) -> list[Number]:
+    return [hint] if isinstance(hint, Number) else [one for part in get_args(hint) for one in ranges(part)]
+
+
+def kinds(hint: object) -> set[object]:
+    """The plain types in a type."""
+    parts = get_args(hint) if get_origin(hint) is not Literal else ()
+    return {one for part in parts for one in kinds(part)} or {hint}
+
+
+@pytest.fixture(scope="module")
+def numeric() -> list[tuple[type, str, Number, bool]]:
+    """Every numeric field of every command, its range, and whether it takes a list."""
+    found = []
+    for args_class in commands():
+        hints, plain = get_type_hints(args_class, include_extras=True), get_type_hints(args_class)
+        for name in (one.name for one in fields(args_class)):
+            if kinds(plain[name]) & {int, float}:
+                (number,) = ranges(hints[name])  # a number without a range is a fault
+                found.append((args_class, name, number, "list" in str(plain[name])))
+    return found
+
+
+def test_every_number_of_every_command_has_a_range_and_takes_no_other(numeric):
+    assert len(numeric) > 110
+    for args_class, name, number, is_list in numeric:
+        wrong = [*HOSTILE, number.most + (1 if number.kind is int else max(1, number.most)), number.least - 1]
+        wrong += [1.5, 2.0] if number.kind is int else []
+        for value in wrong:
+            with pytest.raises(InputError) as refused:
+                args_class(**{name: [value] if is_list else value})
+            message = str(refused.value)
+            assert f"--{name} " in message and len(message) <= 200 and "\n" not in message
+
+
+def test_numbers_of_numpy_are_kept_as_pythons_own(numeric):
+    for args_class, name, number, is_list in numeric:
+        value = number.least if number.below else number.most
+        given = np.int64(value) if number.kind is int else np.float64(value)
+        kept = getattr(args_class(**{name: np.array([given]) if is_list else given}), name)
+        assert kept == ([value] if is_list else value)
+        assert type(kept[0] if is_list else kept) is number.kind
+
+
+def test_a_field_set_later_is_checked_too(numeric):
+    for args_class, name, _, is_list in numeric:
+        args = args_class()
+        with pytest.raises(InputError, match=f"--{name} "):
+            setattr(args, name, [True] if is_list else True)
+
+
+def test_seeds_end_where_those_of_numpy_do():
+    (seed,) = ranges(Seed)
+    state = np.random.get_state()
+    np.random.seed(seed.most)
+    np.random.set_state(state)
+    with pytest.raises(ValueError, match="2\\*\\*32 - 1"):
+        np.random.seed(seed.most + 1)
+
+
+@pytest.mark.parametrize("way", ["flag", "recipe"])
+@pytest.mark.parametrize("value", ["True", "yes", "0x10", "1.5", "", "9" * 5000, "x" * 10_000, "a\nb", "2147483648"])
+def test_a_text_that_is_no_number_of_the_flag_is_refused_and_not_shown_whole(value, way, recipe):
+    argv = [f"--max_steps={value}"] if way == "flag" else recipe(yaml.safe_dump({"max_steps": value}))
+    with pytest.raises(InputError, match="^--max_steps must be a") as refused:
+        read_arguments(Args, ["--dataset", "a", *argv])
+    assert len(str(refused.value)) <= 200 and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["resume", "mixed_precision", "x" * 10_000])
+def test_long_values_and_names_of_other_flags_are_not_shown_whole(name):
+    with pytest.raises(InputError, match=name[:40]) as refused:
+        read_arguments(Args, ["--dataset", "a", f"--{name}", "y" * 10_000])
+    assert len(str(refused.value)) <= 200
+
+
+def test_an_empty_list_is_refused_where_a_command_needs_one():
+    ablation = import_module("zs3.ablation")
+    with pytest.raises(InputError, match="^--seeds is empty"):
+        ablation.AblationArgs(seeds=[])
+
+
+# ---- messages ------------------------------------------------------------------------------------------------
+
+
+def test_a_message_of_a_long_path_keeps_the_files_name_what_is_wrong_and_what_to_do():
+    folder = "/data/" + "very_deep/" * 40
+    message = str(InputError(f"cannot read {folder}scene_00017.png, which holds id 77: correct the map"))
+    assert len(message) <= 200
+    assert message.startswith("cannot read /data/very...")
+    assert message.endswith("deep/scene_00017.png, which holds id 77: correct the map")
+
+
+def test_a_message_of_two_long_paths_keeps_the_names_of_both():
+    one, other = (f"/{letter * 300}/{letter}.json" for letter in "ab")
+    message = str(InputError(f"{one} and {other} differ in the setting: evaluate both by one"))
+    assert (
+        len(message) <= 200
+        and "a/a.json and " in message
+        and message.endswith("b/b.json differ in the setting: evaluate both by one")
+    )
+
+
+def test_a_long_message_of_short_words_keeps_its_beginning_and_its_end():
+    message = str(InputError("a.png: " + "so it is and " * 100 + "replace it"))
+    assert len(message) <= 200 and message.startswith("a.png: so it is") and message.endswith("and replace it")
+
+
+def test_a_message_is_one_line_without_what_a_terminal_obeys():
+    assert str(InputError("a\nb\x1b[2J: rename it")) == "a\\nb\\x1b[2J: rename it"
+
+
+def test_a_message_within_the_bound_is_not_changed():
+    text = "a" * 100 + " " + "b" * 99
+    assert str(InputError(text)) == text
 
 
 def exit_code_and_stderr(main, capsys) -> tuple[int, str]:

@@ -166,7 +166,11 @@ def test_a_stopped_run_leaves_no_folder_of_that_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "numbers, word",
-    [((0, 1, 0), "train"), ((10**6 + 1, 1, 0), "train"), ((1, 0, 0), "validation"), ((1, 1, -5), "seed")],
+    [
+        *[((number, 1, 0), "train") for number in (0, 10**6 + 1, True, 1.5, float("nan"))],
+        *[((1, number, 0), "validation") for number in (0, 10**6 + 1)],
+        *[((1, 1, number), "seed") for number in (-5, 2**32)],
+    ],
 )
 def test_numbers_that_make_no_sense_are_named_and_nothing_is_made(tmp_path, numbers, word):
     with pytest.raises(InputError, match=word):
@@ -174,8 +178,12 @@ def test_numbers_that_make_no_sense_are_named_and_nothing_is_made(tmp_path, numb
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_input_of_the_command_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "zs3.scenes", "--output", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [([], "exists already"), (["--seed", str(2**32)], "--seed"), (["--train", "x" * 9999], "--train")],
+)
+def test_bad_input_of_the_command_is_one_line_and_exit_code_2(flags, word, tmp_path):
+    command = [sys.executable, "-m", "zs3.scenes", "--output", str(tmp_path), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and str(tmp_path) in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and word in done.stderr and len(done.stderr) < 210

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from zs3 import scenes, tiny_clip
+from zs3.command_line import run
 
 FOLDER = Path(tiny_clip.__file__).with_name("scenes_clip")
 
@@ -199,7 +199,23 @@ def test_train_makes_a_whole_folder_and_refuses_to_overwrite_it(tmp_path, monkey
         tiny_clip.main()
 
 
-def test_a_folder_without_weights_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "zs3.tiny_clip", "evaluate", "--model", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and str(tmp_path) in done.stderr
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["evaluate", "--model", "nowhere"], "nowhere holds no model.safetensors"),
+        (["evaluate"], "--model is missing"),
+        (["train"], "--output is missing"),
+        ([], "--command is missing"),
+        (["play"], "--command must be one of train, evaluate, got 'play'"),
+        (["train", "--seed", str(2**32)], "--seed must be at most 4,294,967,295, got 4294967296"),
+        (["train", "--steps", "0"], "--steps must be 1 or more, got 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tiny_clip", *words])
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_clip.main)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.startswith(f"error: {told}") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -109,6 +109,12 @@ def test_the_parts_of_a_batch_are_not_replaced_by_what_the_environment_says_of_a
     assert accelerator.gradient_accumulation_steps == parts.micro_batches == 2
 
 
+def test_the_largest_seed_trains(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "out", max_steps=1, seed=2**32 - 1)])
+    main()
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(("workers", "steps_before"), [(0, 3), (2, 3)])
 def test_a_streamed_run_goes_on_with_the_pictures_it_would_have_met(
     data, tmp_path, monkeypatch, batches, workers, steps_before
@@ -378,6 +384,11 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
         ({"max_steps": 0}, "--max_steps must be 1 or more, got 0"),
         ({"learning_rate": -1}, "--learning_rate must be 0 or more, got -1"),
         ({"lr_schedule": "cosine"}, "cosine"),
+        ({"seed": 2**32}, "--seed must be at most 4,294,967,295, got 4294967296"),
+        ({"single_class_max_area": 0}, "--single_class_max_area must be positive, got 0.0"),
+        ({"max_grad_norm": 1e-320}, "--max_grad_norm must be positive, got 1e-320"),
+        ({"lr_milestones": -1}, "--lr_milestones must be 0 or more, got -1"),
+        ({"backbone_config": "{}"}, "error: the model's configuration: "),
         ({"device_batch_size": 0}, "--device_batch_size must be 1 or more, got 0"),
         ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
         ({"backbone_norm": "sync"}, "give batch or frozen"),

@@ -44,6 +44,7 @@ from zs3.command_line import (
     InputError,
     OutputFile,
     OutputFolder,
+    Pictures,
     Processes,
     Seed,
     Some,
@@ -85,8 +86,8 @@ class AblationArgs(Arguments):
     seeds: Some[Seed] = flag([0, 1, 2], "One run of everything for each.")
     processes: Processes = flag(1, "Jobs side by side, each a process of one thread.")
     output_dir: OutputFolder = flag("runs/ablation", "Folder for everything the command makes but the tables.")
-    num_train: Count = flag(3000, "Training scenes.")
-    num_validation: Count = flag(200, "Validation scenes.")
+    num_train: Pictures = flag(3000, "Training scenes.")
+    num_validation: Pictures = flag(200, "Validation scenes.")
     stage1_steps: Count | None = flag(None, "Default: the recipe's.")
     stage2_steps: Count | None = flag(None, "Default: the recipe's.")
     result: OutputFile | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")

@@ -60,7 +60,7 @@ BESIDE = (".md", ".csv", "_images.npz")  # what commands write beside a result f
 LONGEST_LINE = 200  # characters of a refusal
 SHORTEST_WORD = 40  # characters that are left of a long path or name where the line is too long
 MOST_OF_A_YAML = 100_000  # values, those that are there by reference counted each time
-MOST_OF_A_LIBRARY = 80  # characters of its message in one of ours
+MOST_OF_A_LIBRARY = 110  # characters of its message in one of ours
 
 
 class InputError(ValueError):
@@ -211,6 +211,8 @@ Some = Annotated[list[Item], NOT_EMPTY]
 
 Count = Annotated[int, Number(int, 1, INT32)]
 Whole = Annotated[int, Number(int, 0, INT32)]
+Batch = Annotated[int, Number(int, 1, 2**16)]
+Pictures = Annotated[int, Number(int, 1, 10**6)]  # that a command draws
 Pixels = Annotated[int, Number(int, 1, 2**16)]
 Side = Annotated[int, Number(int, 32, 2**16)]  # of a picture that a model sees
 Seed = Annotated[int, Number(int, 0, 2**32 - 1)]  # NumPy takes no larger one

@@ -521,7 +521,7 @@ def push(args: ConvertArgs) -> None:
         )
     except (*HfHubHTTPError.__bases__, ValueError) as error:
         raise InputError(
-            f"cannot upload to {args.push_to_hub} ({one_line(error)}): the dataset in {args.output} is whole, and the "
+            f"cannot upload to {args.push_to_hub} ({one_line(error)[:70]}): the dataset in {args.output} is whole; the "
             "same command tries again"
         ) from error
 

@@ -18,7 +18,18 @@ import torch
 
 from pipeline_zs3 import Zs3Pipeline
 from zs3.checkpoints import load_checkpoint
-from zs3.command_line import Arguments, Count, InputError, OutputFolder, Processes, flag, printable, read_arguments, run
+from zs3.command_line import (
+    Arguments,
+    Count,
+    InputError,
+    OutputFolder,
+    Pictures,
+    Processes,
+    flag,
+    printable,
+    read_arguments,
+    run,
+)
 from zs3.data import load_split
 from zs3.evaluation import GeneralizedScores, percent
 from zs3.figure import draw_figures
@@ -44,12 +55,12 @@ class DemoArgs(Arguments):
     """Sizes of the demo; the defaults take about 7 minutes on 2 CPU cores, with half of the recipes' steps."""
 
     output_dir: OutputFolder = flag("runs/demo", "Folder for everything the demo makes.")
-    num_train: Count = flag(3000, "Training scenes.")
-    num_validation: Count = flag(200, "Validation scenes.")
+    num_train: Pictures = flag(3000, "Training scenes.")
+    num_validation: Pictures = flag(200, "Validation scenes.")
     stage1_steps: Count = flag(600, "Optimizer steps; the recipe has 1400.")
     stage2_steps: Count = flag(250, "Optimizer steps; the recipe has 500.")
     num_processes: Processes | None = flag(None, "Training processes; default: 2 on CPU, 1 on a GPU.")
-    num_pictures: Count = flag(6, "Validation scenes that are drawn.")
+    num_pictures: Pictures = flag(6, "Validation scenes that are drawn.")
 
 
 def cpu_cores() -> int:

@@ -47,6 +47,7 @@ from zs3.augmentation import IGNORED
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
 from zs3.command_line import (
     Arguments,
+    Batch,
     Count,
     InputError,
     Number,
@@ -107,7 +108,7 @@ class PseudoLabelArgs(Arguments):
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the CLIP image tower.")
 
-    batch_size: Count = flag(8, "Images at once.")
+    batch_size: Batch = flag(8, "Images at once.")
     shard_size: Count = flag(256, "Images a shard.")
     num_threads: Processes = flag(1, "Threads of each process.")
     num_workers: Workers = flag(0, "Data loading processes of each process; 0 loads in the process itself.")

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -475,12 +475,12 @@ def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed:
     appears under its name when it is complete. Large sets are drawn by several processes, which import the main
     script again: call this below `if __name__ == "__main__":`.
     """
-    from zs3.command_line import Count, InputError, Number, Seed, checked
+    from zs3.command_line import InputError, Pictures, Seed, checked
     from zs3.files import write_json, writing_folder
 
     folder = Path(folder)
-    num_train = checked("train", num_train, Annotated[int, Number(int, 1, FIRST_VALIDATION)])
-    num_validation = checked("validation", num_validation, Count)
+    num_train = checked("train", num_train, Pictures)
+    num_validation = checked("validation", num_validation, Pictures)
     seed = checked("seed", seed, Seed)
     if folder.exists():
         raise InputError(f"{folder} exists already: name another folder, or remove it first")
@@ -496,16 +496,16 @@ def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed:
 
 
 def main() -> None:
-    from zs3.command_line import Arguments, OutputFolder, check_required, flag, read_arguments
+    from zs3.command_line import Arguments, OutputFolder, Pictures, Seed, check_required, flag, read_arguments
 
     @dataclass
     class SceneArgs(Arguments):
         """Draws the embedded benchmark `scenes`."""
 
         output: OutputFolder | None = flag(None, "Folder to make; it must not exist.")
-        train: int = flag(3000, "Training pictures.")
-        validation: int = flag(200, "Validation pictures.")
-        seed: int = flag(0, "Of the pictures.")
+        train: Pictures = flag(3000, "Training pictures.")
+        validation: Pictures = flag(200, "Validation pictures.")
+        seed: Seed = flag(0, "Of the pictures.")
 
     args, _ = read_arguments(SceneArgs)
     check_required(args, "output")
