@@ -143,7 +143,7 @@ def is_plain_layer(layer: nn.Module) -> bool:
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
         and not (own["_backward_pre_hooks"] or layer._compiled_call_impl)
         and PLAIN_WEIGHTS.issuperset(map(type, own["_parameters"].values()))
-        and all(isinstance(own["_modules"][name], TAKEN_APART[name]) for name in TAKEN_APART.keys() & own["_modules"])
+        and all(isinstance(child, TAKEN_APART.get(name, nn.Module)) for name, child in own["_modules"].items())
     )
 
 
@@ -634,18 +634,17 @@ class CrossAttention(nn.MultiheadAttention):
 
 
 class MaskBlock(Mask2FormerPredictionBlock):
-    """Calls the layers that are registered; transformers' calls those of a list, which replaced ones do not enter."""
+    """Its layers are those that are registered. transformers' keeps a list, which a replaced layer does not enter."""
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        for layer in self.children():
-            hidden = layer(hidden)
-        return hidden
+    @property
+    def layers(self) -> list[nn.Module]:
+        return list(self.children())
 
 
 class MaskMLP(Mask2FormerMLPPredictionHead):
     """As `MaskBlock`."""
 
-    forward = MaskBlock.forward
+    layers = MaskBlock.layers
 
 
 class PixelDecoder(Mask2FormerPixelDecoder):
@@ -709,6 +708,8 @@ def call_every_layer(network: Mask2FormerModel) -> None:
     for part in (network.pixel_level_module.decoder, network.transformer_module):
         for layer in part.modules():
             layer.__class__ = CALLED.get(type(layer), type(layer))
+            for kept in ("layers", "lateral_convolutions", "output_convolutions"):
+                vars(layer).pop(kept, None)
     network.transformer_module.decoder.layerdrop = 0.0
 
 
