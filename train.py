@@ -553,7 +553,10 @@ def text_vectors(
             prompts = processor(class_names=class_names)
             embeds = model.encode_text(**prompts)
     if embeds.shape[1] != model.config.projection_dim:
-        raise InputError(f"{args.text_embeds} has {embeds.shape[1]} columns, the model {model.config.projection_dim}")
+        own = model.config.projection_dim
+        raise InputError(
+            f"{args.text_embeds} has {embeds.shape[1]} columns, the model {own}: take its encoder's"
+        )
     return embeds, prompts
 
 

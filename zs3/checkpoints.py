@@ -311,7 +311,8 @@ def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrained
     if not is_number(longest) or longest < text_config.max_position_embeddings:
         most = text_config.max_position_embeddings
         raise InputError(
-            f"{shown(path)}: tokenizer_config.json cuts texts at {shortened(longest)} tokens, the text tower at {most}"
+            f"{shown(path)}: tokenizer_config.json cuts texts at {shortened(longest)} tokens, the tower at {most}: "
+            "take the tower's own"
         )
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= text_config.vocab_size:

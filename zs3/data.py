@@ -272,8 +272,8 @@ def _folder_rows(folder: Path) -> list[Row]:
         if alone:
             shown_names = ", ".join(ours[stem].name for stem in alone[:3]) + (", ..." if len(alone) > 3 else "")
             raise InputError(
-                f"{folder / missing} lacks the partner of {len(alone)} of {len(ours)} ({shown_names}): partners have "
-                f"one name, pictures end in {', '.join(PICTURE_SUFFIXES)}, label maps in {', '.join(MAP_SUFFIXES)}"
+                f"{folder / missing} lacks the partner of {len(alone)} of {len(ours)} ({shown_names}): give partners "
+                f"one name, as images/a.jpg and labels/a{MAP_SUFFIXES[0]}"
             )
     if not images:
         raise InputError(f"{folder / 'images'} has no picture ({', '.join(PICTURE_SUFFIXES)})")
@@ -359,7 +359,8 @@ def _table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Datase
             table = table._resolve_features()
         missing = [name for name in COLUMNS if name not in (table.column_names or [])]
         if missing:
-            raise InputError(f"{dataset} has no column {', '.join(missing)}; its columns are {table.column_names}")
+            own = shortened(table.column_names)
+            raise InputError(f"{dataset} has no column {', '.join(missing)}: rename one of {own}")
         table = table.select_columns(list(COLUMNS))
         for name in ("image", "label"):
             with whole_table(f"column {name!r} of split {split!r} of {dataset} holds no images"):

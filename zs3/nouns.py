@@ -252,7 +252,7 @@ def read_captions(folder: Path, split: str) -> dict[str, list[str]]:
         try:
             rows = pyarrow.parquet.read_table(file).to_pydict()
         except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"cannot read {file}: {one_line(error)}") from error
+            raise InputError(f"cannot read {file} ({cut(str(error), 80)}): copy it anew") from error
         missing = [name for name in ("image_id", "captions") if name not in rows]
         if missing:
             raise InputError(f"{file} has no column {missing[0]!r}: it needs image_id and captions")

@@ -45,6 +45,7 @@ from zs3.command_line import (
     InputError,
     OutputFolder,
     check_required,
+    cut,
     flag,
     one_line,
     read_arguments,
@@ -276,7 +277,7 @@ def visited(folder: Path, labels: Sequence[str]) -> str:
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise InputError(f"a stranger cannot use this checkpoint, nothing was made: {last[:400]}")
+        raise InputError(f"a stranger cannot use this checkpoint, nothing was made: {cut(last, 120)}")
     return done.stdout.strip().splitlines()[-1]
 
 
