@@ -115,10 +115,10 @@ def is_plain(network: Mask2FormerModel) -> bool:
     """Whether the functions here may take the network apart: its layers are PyTorch's and transformers' own, nothing
     watches their calls (hooks, a `forward` set on one, a compiled one), and their weights are plain tensors.
 
-    A backbone that is no ResNet is called as a whole, whatever it is made of. torch.func wants every call, too: it
-    does not see through `bags_of_neighbours`.
+    A backbone that is no ResNet is called as a whole, whatever it is made of. Under torch.func and torch.jit.trace,
+    which do not see through `bags_of_neighbours`, nothing is plain.
     """
-    if _has_any_global_hook() or torch._C._are_functorch_transforms_active():
+    if _has_any_global_hook() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return False
     layers: list[nn.Module] = [network]
     for layer in layers:  # grows
