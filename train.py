@@ -555,7 +555,7 @@ def text_vectors(
     if embeds.shape[1] != model.config.projection_dim:
         own = model.config.projection_dim
         raise InputError(
-            f"{args.text_embeds} has {embeds.shape[1]} columns, the model {own}: take its encoder's"
+            f"{args.text_embeds} has {embeds.shape[1]} columns, the model {own}: give vectors of its encoder"
         )
     return embeds, prompts
 

@@ -254,12 +254,18 @@ def table(results: list[dict]) -> str:
     return "\n".join(markdown_table(head, lines)) + "\n"
 
 
+def device_named(name: str) -> torch.device:
+    """'auto' is CUDA where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no CUDA device here")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
 def main() -> None:
     args, _ = read_arguments(CriterionArgs)
     if max(args.classes) > args.class_names:
         raise InputError(f"--classes must be at most --class_names {args.class_names}, got {max(args.classes)}")
-    cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    device = torch.device("cuda" if cuda else "cpu")
+    device = device_named(args.device)
     results = [in_fresh_process(compare, args, classes, device) for classes in args.classes]
     machine = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name()
     text = f"Batch of {args.images}, {args.queries} queries, {args.outputs} decoder outputs, labels {args.size} x "

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from benchmarks.criterion import in_fresh_process, measure
+from benchmarks.criterion import device_named, in_fresh_process, measure
 from benchmarks.label_count import trained_proposals
-from benchmarks.network import device_named, machine_name, make_zs3
+from benchmarks.network import machine_name, make_zs3
 from configuration_zs3 import shortened
 from label_maps_zs3 import semantic_map
 from zs3.calibration import Rejection, Reliability, SeenBiasCurve

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -28,7 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from benchmarks.criterion import in_fresh_process
+from benchmarks.criterion import device_named, in_fresh_process
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.augmentation import Augmentation, augment
@@ -79,11 +80,12 @@ class LoaderBenchArgs(Arguments):
     workers: Some[Workers] = flag([2], "Numbers of workers.")
     batch_size: Count = flag(1, "Of the model's step.")
     steps: Count = flag(2, "Steps of the model, after one that is not counted.")
-    device: str = flag("cpu", "Of the model.")
+    device: Literal["cpu", "cuda"] = flag("cpu", "Of the model.")
     seed: Seed = flag(0, "Of pictures, weights and draws.")
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
+        device_named(self.device)
         if len(self.sizes) != 4:
             raise InputError("--sizes takes four numbers: width and height, twice")
 

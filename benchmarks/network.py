@@ -39,7 +39,7 @@ from transformers import (
 )
 
 import network_zs3
-from benchmarks.criterion import in_fresh_process, measure, peak_memory
+from benchmarks.criterion import device_named, in_fresh_process, measure, peak_memory
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import Arguments, Count, InputError, OutputFile, Pixels, Some, flag, read_arguments, run
@@ -96,13 +96,6 @@ def check_sizes(sizes: list[int]) -> None:
     for size in sizes:
         if size < 64 or size % 32:
             raise InputError(f"a side must be 64 or more and a multiple of 32, got {size}")
-
-
-def device_named(name: str) -> torch.device:
-    """'auto' is CUDA where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but torch sees no CUDA device here")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 # ---- the two networks --------------------------------------------------------------------------------------

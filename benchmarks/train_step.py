@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.criterion import SAME_LOSSES, CriterionArgs, in_fresh_process, make_labels
+from benchmarks.criterion import SAME_LOSSES, CriterionArgs, device_named, in_fresh_process, make_labels
 from benchmarks.network import (
     BACKBONES,
     EQUAL,
@@ -34,7 +34,6 @@ from benchmarks.network import (
     check_choices,
     check_sizes,
     compile_network,
-    device_named,
     make_peer,
     make_zs3,
     measure_all,

@@ -48,6 +48,7 @@ from zs3.command_line import (
     Processes,
     Seed,
     Some,
+    cut,
     flag,
     read_arguments,
     run,
@@ -96,7 +97,9 @@ class AblationArgs(Arguments):
     def check(self) -> None:
         unknown = [name for name in self.table if name not in self.known_tables]
         if unknown:
-            raise InputError(f"no table is called {unknown[0]!r}: the names are {', '.join(self.known_tables)}")
+            raise InputError(
+                f"no table is called {shortened(unknown[0], 30)}: the names are {', '.join(self.known_tables)}"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds must be distinct, got {shortened(self.seeds)}")
         if self.benchmark != SCENES and not Path(self.benchmark).is_dir():
@@ -346,10 +349,10 @@ def check_nothing_is_trained_anew(args: AblationArgs, planned: list[Job]) -> Non
             folder, *others = (args.run_folder(seed, one) for one in (name, *followers))
             left = next(filter(has_ended, (folder, *others)), None)
             if left is not None:
+                needed, left = folder.relative_to(args.output_dir) / "final", left.relative_to(args.output_dir)
                 raise InputError(
-                    f"{of_seed[-1].log.with_suffix('.json')} is missing and needs {folder / 'final'}, which is gone, "
-                    f"although {left} holds what was made with it: bring one of them back, or delete "
-                    f"{folder.parent if followers else folder}"
+                    f"{of_seed[-1].name}.json is missing and needs {needed}, now gone, although {left} holds "
+                    f"what was made with it: bring one back, or delete {folder.parent if followers else folder}"
                 )
 
 
@@ -484,7 +487,9 @@ def check_ended(job: Job, code: int) -> None:
     lines = job.log.read_text(encoding="utf-8", errors="replace").splitlines()
     last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing was printed")
     how = f"failed with exit code {code}" if code else "ended without its result"
-    raise InputError(f"{job.name} {how}, see {job.log} ({last[:200]}); once mended, the same command goes on from here")
+    raise InputError(
+        f"{job.name} {how}, see {job.log} ({cut(last, 70)}); once mended, the same command goes on from here"
+    )
 
 
 # ---- the command -------------------------------------------------------------------------------------------

@@ -61,9 +61,7 @@ def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:
     present = [name for name in suite.members if (root / name).is_dir()]
     chosen = [name for name in present if (name in names if names else name not in suite.on_request)]
     if not chosen:
-        raise InputError(
-            f"--data_root {root} has none of the folders {', '.join(suite.members)}: make them"
-        )
+        raise InputError(f"--data_root {root} has none of the folders {', '.join(suite.members)}: make them")
     return chosen
 
 
