@@ -480,12 +480,12 @@ def test_a_missing_result_is_made_by_what_is_there(finished):
         (
             "none",
             "none/gzs3_crops.json",
-            "none/gzs3_crops.json is missing and needs seed1/none/final, .*seed1/none holds .*delete .*/none$",
+            "none/gzs3_crops.json is missing and needs seed1/none/final, .*seed1/none was made .*delete .*/none$",
         ),
         (
             "stage1",
             "stage1/gzs3_off.json",
-            "stage1/gzs3_off.json is missing and needs seed1/stage1/final.*seed1/stage1 holds .*/seed1$",
+            "stage1/gzs3_off.json is missing and needs seed1/stage1/final.*seed1/stage1 was made .*/seed1$",
         ),
     ],
 )
@@ -499,7 +499,7 @@ def test_a_model_that_is_gone_is_not_trained_again_beside_its_old_results(finish
 
 def test_nor_is_a_stage_1_that_others_started_from(finished, monkeypatch):
     shutil.rmtree(finished.run_folder(2, "stage1"))
-    with pytest.raises(InputError, match="seed2/none holds .*: bring one back, or delete .*/seed2$"):
+    with pytest.raises(InputError, match="seed2/none was made with it: bring one back, or delete .*/seed2$"):
         call(monkeypatch, "table5", "table4", *flags(finished))
 
 

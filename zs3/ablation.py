@@ -351,8 +351,8 @@ def check_nothing_is_trained_anew(args: AblationArgs, planned: list[Job]) -> Non
             if left is not None:
                 needed, left = folder.relative_to(args.output_dir) / "final", left.relative_to(args.output_dir)
                 raise InputError(
-                    f"{of_seed[-1].name}.json is missing and needs {needed}, now gone, although {left} holds "
-                    f"what was made with it: bring one back, or delete {folder.parent if followers else folder}"
+                    f"{of_seed[-1].name}.json is missing and needs {needed}, now gone, although {left} was "
+                    f"made with it: bring one back, or delete {folder.parent if followers else folder}"
                 )
 
 
