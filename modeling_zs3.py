@@ -203,7 +203,6 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
     supports_gradient_checkpointing = True
     gradient_checkpointing = False  # the layers of the whole visual part, `network_zs3` runs them
-    _no_split_modules = ["Mask2FormerPixelLevelModule", "TransformerModule"]  # their feature maps meet on one device
 
     def __init__(self, config: Zs3Config):
         super().__init__(config)

@@ -865,9 +865,3 @@ def test_frozen_adapters_are_given_inputs_with_gradients():
     assert all(weight.grad.abs().sum() > 0 for weight in trained)
     model.disable_input_require_grads()
     assert not model.model.pixel_level_module.encoder._forward_hooks
-
-
-def test_parts_that_stay_on_one_device_are_parts_of_the_model():
-    model = tiny_model(text=False)
-    kinds = [type(part).__name__ for part in model.modules()]
-    assert [kinds.count(name) for name in Zs3ForSemanticSegmentation._no_split_modules] == [1, 1]

@@ -147,7 +147,8 @@ def test_an_empty_model_is_filled_from_a_checkpoint_and_the_disk(where, tmp_path
     parts = {name: "disk" if name == "model" else "cpu" for name, _ in empty.named_children()}
     placed = {"device_map": parts | {"vocabulary": "cpu"}}
     if where == "auto":
-        placed = {"device_map": "auto", "max_memory": {"cpu": model.get_memory_footprint() // 2}}
+        half = {"cpu": model.get_memory_footprint() // 2}
+        placed = {"device_map": "auto", "max_memory": half, "no_split_module_classes": empty._no_split_modules}
     filled = accelerate.load_checkpoint_and_dispatch(
         empty, tmp_path / "checkpoint", offload_folder=tmp_path / "offload", **placed
     ).eval()
