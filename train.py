@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Annotated, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -53,6 +53,7 @@ from zs3.command_line import (
     Batch,
     Count,
     InputError,
+    Number,
     OutputFolder,
     Pixels,
     Positive,
@@ -64,6 +65,7 @@ from zs3.command_line import (
     Whole,
     Workers,
     check_required,
+    checked,
     flag,
     in_one_line,
     model_fields,
@@ -102,6 +104,27 @@ from zs3.stopping import EXIT_CODE, Termination, agree, all_refuse, outlive_firs
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")
 UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+SIZES = (
+    *(
+        "feature_size",
+        "mask_feature_size",
+        "hidden_dim",
+        "encoder_feedforward_dim",
+        "dim_feedforward",
+        "projection_dim",
+    ),
+    *("num_attention_heads", "num_queries"),
+)
+# Of the fields that Zs3Config has from Mask2FormerConfig, which knows no ranges.
+RANGES = {
+    **dict.fromkeys(SIZES, Annotated[int, Number(int, 1, 2**16)]),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), Annotated[int, Number(int, 1, 1000)]),
+    **dict.fromkeys(("init_std", "init_xavier_std"), Amount),
+    "dropout": Share,
+    "train_num_points": Annotated[int, Number(int, 1, 10**6)],
+    "oversample_ratio": Annotated[float, Number(float, 1, 1000)],
+    "feature_strides": Some[Pixels],
+}
 TOWERS = ("text_config", "vision_config")  # come from a checkpoint; null leaves one out
 
 
@@ -215,6 +238,10 @@ class TrainArgs(Arguments):
 
 def check_fields(overrides: dict) -> None:
     """Model fields of a wrong value are not the fault of the checkpoint that they would change."""
+    for name in RANGES.keys() & overrides.keys():
+        checked(name, overrides[name], RANGES[name])
+    if "feature_strides" in overrides and len(overrides["feature_strides"]) != 4:
+        raise InputError("--feature_strides takes four numbers, the strides of the backbone's four stages")
     try:
         Zs3Config(**overrides)
     except CHECKPOINT_ERRORS as error:
@@ -229,7 +256,7 @@ def make_model(
     for name, model_type in types.items():
         if getattr(args, name) is not None:
             check_checkpoint(name, getattr(args, name), model_type)
-    start = args.init_from or args.mask2former or args.backbone or args.clip
+    start = args.init_from or args.mask2former or args.backbone or args.clip or "random weights"
     try:
         if args.init_from is not None:
             model = load_whole(args.init_from, overrides)
