@@ -149,9 +149,9 @@ def test_the_answer_goes_into_the_checkpoint_and_unseen_masks_do_not_matter(chec
     ],
 )
 def test_wrong_flags_are_one_line(checkpoint, data, changes, words):
-    args = WeightArgs(**{"model": str(checkpoint), "dataset": str(data), "unseen_labels": "ground_truth", **changes})
+    flags = {"model": str(checkpoint), "dataset": str(data), "unseen_labels": "ground_truth", **changes}
     with pytest.raises(InputError, match=words):
-        choose(args)
+        choose(WeightArgs(**flags))
 
 
 def test_ground_truth_is_for_models_that_were_told_it(data, tmp_path):
