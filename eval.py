@@ -79,6 +79,7 @@ from zs3.results import (
     RESULT_FILE,
     Choice,
     Result,
+    check_bias,
     check_replaceable,
     check_weight,
     chosen_bias,
@@ -150,6 +151,8 @@ class EvalArgs(Arguments):
         check_required(self, "model")
         if self.ensemble_weight is not None:
             check_weight(self.ensemble_weight)
+        if self.seen_bias is not None:
+            check_bias(self.seen_bias)
         if self.ensemble_tolerance > 0 and self.ensemble != "lazy":
             raise InputError("--ensemble_tolerance goes with --ensemble lazy")
         if self.seen_bias is not None and (self.setting != "gzs3" or self.suite == "ovs5"):

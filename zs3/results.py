@@ -365,7 +365,7 @@ def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> Choice:
     value = as_number(given)
     if value is None:
         return best_bias(Path(given), stamp, image_ids)
-    return Choice(checked("seen_bias", value, float), BY_HAND)
+    return Choice(value, BY_HAND)
 
 
 def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
@@ -393,6 +393,11 @@ def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
     else:
         chosen = f"chosen on other images, on classes held out ({', '.join(result['unseen'])}), {labels}"
     return Choice(curve["best"]["gamma"], chosen)
+
+
+def check_bias(given: str) -> None:
+    if as_number(given) is not None:
+        checked("seen_bias", as_number(given), float)
 
 
 def check_weight(given: str) -> None:
