@@ -18,10 +18,12 @@ from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 try:
+    from .configuration_zs3 import TINY, Refused, as_number, shortened
     from .label_maps_zs3 import MASK_STRIDE, RUNNER_UP, semantic_map
 except ImportError:
     if __package__:
         raise
+    from configuration_zs3 import TINY, Refused, as_number, shortened
     from label_maps_zs3 import MASK_STRIDE, RUNNER_UP, semantic_map
 
 Fill = Literal["mean", "zero"]
@@ -92,7 +94,8 @@ def crop_proposals(
         they are shown as they are. The box is stretched to S x S (bicubic, no antialias), as in Xu et al. 2021.
     """
     if fill not in ("mean", "zero", None):
-        raise ValueError(f"fill must be 'mean', 'zero' or None, got {fill!r}")
+        raise Refused(f"fill must be 'mean', 'zero' or None, got {shortened(fill)}")
+    expansion = as_number("expansion", expansion, TINY)
     pixels = _normalised(image)
     blank = _normalised(torch.zeros_like(image[:, :1, :1])) if fill == "zero" else pixels.new_zeros(3, 1, 1)
     left, top, right, bottom = mask_boxes(masks, expansion).unbind(1)

@@ -9,11 +9,14 @@ The rules that all files share, when two class names are one and what is a numbe
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import wraps
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 from unicodedata import category, normalize
 
+import numpy as np
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import (
     AutoConfig,
     CLIPTextConfig,
@@ -22,6 +25,9 @@ from transformers import (
     PreTrainedConfig,
     ResNetConfig,
 )
+
+TINY, HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least positive number, and the largest, of a float32
+INT32 = 2**31 - 1
 
 # What transformers writes into a config.json or passes to a config, beside what its base class declares.
 WRITTEN_BY_TRANSFORMERS = {
@@ -79,6 +85,50 @@ def fields_of_any_config() -> set[str]:
 Supervision = Literal["none", "pseudo", "captions", "ground_truth"]
 
 
+def in_plain_words(config_class: type) -> type:
+    """A strict dataclass that takes NumPy's numbers as Python's, and whose refusals are one short line (Refused)."""
+    make, put = config_class.__init__, config_class.__setattr__
+
+    @wraps(make)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            make(self, *args, **kwargs)
+        except StrictDataclassClassValidationError as error:
+            raise Refused(str(error.__cause__)) from error
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        try:
+            put(self, name, value.item() if isinstance(value, np.generic) else value)
+        except StrictDataclassFieldValidationError as error:
+            kind = config_class.__dataclass_fields__[name].type
+            words = kind.__name__ if isinstance(kind, type) else str(kind)
+            if get_origin(kind) is Literal:
+                words = f"one of {', '.join(map(repr, get_args(kind)))}"
+            raise Refused(f"{name} must be {words[:90]}, got {shortened(value)}") from error
+
+    config_class.__init__, config_class.__setattr__ = __init__, __setattr__
+    return config_class
+
+
+# What fields take, where that is not any number; both ends included.
+RANGES = {
+    **dict.fromkeys(("class_temperature", "rank_scale", "clip_logit_scale"), (TINY, HUGE)),
+    **dict.fromkeys(("matched_weight", "importance_sample_ratio", "clip_ensemble_weight"), (0, 1)),
+    **dict.fromkeys(("word_drop_probability", "dropout"), (0, 1)),
+    "pseudo_label_threshold": (TINY, 1),
+    **dict.fromkeys(("class_weight", "mask_weight", "dice_weight", "rank_weight"), (0, HUGE)),
+    **dict.fromkeys(("label_map_weight", "no_object_weight", "init_std", "init_xavier_std"), (0, HUGE)),
+    **dict.fromkeys(("hidden_dim", "feature_size", "mask_feature_size", "projection_dim"), (1, 2**16)),
+    **dict.fromkeys(("dim_feedforward", "encoder_feedforward_dim"), (1, 2**16)),
+    **dict.fromkeys(("num_attention_heads", "num_queries"), (1, 2**16)),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), (1, 1000)),
+    "train_num_points": (1, 10**6),
+    "oversample_ratio": (1, 1000),
+    "common_stride": (4, 4),  # the stride of the masks
+}
+
+
+@in_plain_words
 @strict
 class Zs3Config(Mask2FormerConfig):
     """Configuration of Zs3ForSemanticSegmentation. A misspelled or mistyped field raises.
@@ -184,42 +234,16 @@ class Zs3Config(Mask2FormerConfig):
                 setattr(self, name, self.sub_configs[name](**getattr(self, name)))
         super().__post_init__(**kwargs)
 
-    def validate_losses(self):
-        """Ranges that the losses rely on (called by `strict`)."""
+    def validate_numbers(self):
+        """Ranges that model and losses rely on (called by `strict`)."""
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}")
-        if self.class_temperature <= 0:
-            raise ValueError(f"class_temperature must be positive, got {self.class_temperature}")
-        if not 0 <= self.matched_weight <= 1:
-            raise ValueError(f"matched_weight must lie in [0, 1], got {self.matched_weight}")
-        if self.common_stride != 4:
-            raise ValueError(f"common_stride must be 4, the stride of the masks, got {self.common_stride}")
-        if self.train_num_points < 1 or self.oversample_ratio < 1:
-            raise ValueError("train_num_points and oversample_ratio must be 1 or more")
-        if not 0 <= self.importance_sample_ratio <= 1:
-            raise ValueError(f"importance_sample_ratio must lie in [0, 1], got {self.importance_sample_ratio}")
-        if self.clip_ensemble_weight is not None and not 0 <= self.clip_ensemble_weight <= 1:
-            raise ValueError(f"clip_ensemble_weight must lie in [0, 1] or be None, got {self.clip_ensemble_weight}")
-        if not 0 <= self.word_drop_probability <= 1:
-            raise ValueError(f"word_drop_probability must lie in [0, 1], got {self.word_drop_probability}")
-        if not 0 < self.pseudo_label_threshold <= 1:
-            raise ValueError(f"pseudo_label_threshold must lie in (0, 1], got {self.pseudo_label_threshold}")
-        if self.clip_logit_scale <= 0:
-            raise ValueError(f"clip_logit_scale must be a positive number, got {self.clip_logit_scale}")
-        if self.rank_scale <= 0:
-            raise ValueError(f"rank_scale must be positive, got {self.rank_scale}")
-        for name in (
-            "class_weight",
-            "mask_weight",
-            "dice_weight",
-            "rank_weight",
-            "label_map_weight",
-            "no_object_weight",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                as_number(name, value, *RANGES.get(name, (-HUGE, HUGE)))
+        if len(self.feature_strides) != 4 or min(self.feature_strides) < 1:  # of the backbone's stages
+            raise ValueError(
+                f"feature_strides must be four whole numbers above 0, got {shortened(self.feature_strides)}"
+            )
 
 
 # ---- names: when are two names one? -------------------------------------------------------------------------
@@ -288,26 +312,54 @@ def is_number(value: object, whole: bool = False) -> bool:
     return isinstance(value, Integral) or math.isfinite(value)
 
 
-def as_number(
-    name: str, value: object, least: float = -math.inf, most: float = math.inf, whole: bool = False
-) -> int | float:
-    """The value as Python's number. Raises Refused where it is none (see `is_number`) or not in [least, most]."""
-    if not is_number(value, whole) or not least <= value <= most:
-        kind = "a whole number" if whole else "a number"
-        span = f", {least} or more" if most == math.inf else f" in [{least}, {most}]"
-        raise Refused(f"{name} must be {kind}{span}, got {shortened(value)}")
-    return int(value) if whole else float(value)
+class Number(NamedTuple):
+    """The numbers that an option takes (see `is_number`). In a type it stands as Annotated[int, Number(int, 1, 8)]."""
+
+    kind: type  # int or float
+    least: float
+    most: float
+    below: bool = False  # `most` itself is not taken
+
+    def of(self, value: object) -> int | float:
+        """Python's own number. Raises ValueError, which says what the value should be."""
+        if not is_number(value, whole=self.kind is int):
+            raise ValueError("a whole number" if self.kind is int else "a finite number")
+        number = int(value) if isinstance(value, Integral) else float(value)
+        if number < self.least:
+            raise ValueError("positive" if self.least == TINY else f"{_figure(self.least)} or more")
+        if number > self.most or (self.below and number == self.most):
+            raise ValueError(f"{'below' if self.below else 'at most'} {_figure(self.most)}")
+        return self.kind(number)
+
+
+def _figure(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+def as_number(name: str, value: object, least: float = -HUGE, most: float = HUGE, whole: bool = False) -> int | float:
+    """The value of an option as Python's number. Raises Refused where it is none, or not in [least, most]."""
+    try:
+        return Number(int if whole else float, least, most).of(value)
+    except ValueError as error:
+        raise Refused(f"{name} must be {error}, got {shortened(value)}") from error
 
 
 def shortened(value: object, length: int = 60) -> str:
     """A value for a message, never whole where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out the longest whole numbers
+        text = f"a very long {type(value).__name__}"
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 Zs3Config.register_for_auto_class()
 
 __all__ = [
+    "TINY",
+    "HUGE",
+    "INT32",
+    "Number",
     "Refused",
     "Supervision",
     "Zs3Config",

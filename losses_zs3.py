@@ -22,11 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 try:
-    from .configuration_zs3 import Zs3Config
+    from .configuration_zs3 import Refused, Zs3Config
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Zs3Config
+    from configuration_zs3 import Refused, Zs3Config
 
 try:
     from scipy.optimize import linear_sum_assignment
@@ -34,7 +34,7 @@ except ImportError:  # inference needs no matching
     linear_sum_assignment = None
 
 UNMATCHED = -1  # a query without a label
-IGNORED, PADDING = -1, -2  # in a label map
+IGNORED, PADDING = -1, -(2**62)  # in a label map
 NO_ID = 2**62  # fills up the ids of an image with fewer masks than others
 POINTS_AT_ONCE = 2**21  # points of as many masks as go together: more need memory, fewer take time
 TINY = 1e-6  # divides in place of zero, where the dividend is zero too
@@ -61,8 +61,15 @@ class Targets(NamedTuple):
 
 
 def mask_ids(labels: Tensor) -> list[Tensor]:
-    """The distinct ids >= 0 of each label map, ascending, on the CPU: labels (B, H, W) int64 -> B times (M,)."""
+    """The distinct ids >= 0 of each label map, ascending, on the CPU: labels (B, H, W) int64 -> B times (M,).
+
+    Raises Refused where an id is negative, and neither IGNORED nor PADDING.
+    """
     ids = [label_map.unique_consecutive().unique().cpu() for label_map in labels]  # runs first: little is left to sort
+    for values in ids:
+        wrong = values[(values < IGNORED) & (values != PADDING)]
+        if len(wrong):
+            raise Refused(f"labels must be ids of 0 or more, or {IGNORED} where there is none, got {int(wrong[0])}")
     return [values[values >= 0] for values in ids]
 
 

@@ -14,9 +14,10 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Annotated, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -53,7 +54,6 @@ from zs3.command_line import (
     Batch,
     Count,
     InputError,
-    Number,
     OutputFolder,
     Pixels,
     Positive,
@@ -65,7 +65,6 @@ from zs3.command_line import (
     Whole,
     Workers,
     check_required,
-    checked,
     flag,
     in_one_line,
     model_fields,
@@ -104,27 +103,6 @@ from zs3.stopping import EXIT_CODE, Termination, agree, all_refuse, outlive_firs
 # Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
 FILLED_IN = ("class_names", "seen_class_names")
 UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-SIZES = (
-    *(
-        "feature_size",
-        "mask_feature_size",
-        "hidden_dim",
-        "encoder_feedforward_dim",
-        "dim_feedforward",
-        "projection_dim",
-    ),
-    *("num_attention_heads", "num_queries"),
-)
-# Of the fields that Zs3Config has from Mask2FormerConfig, which knows no ranges.
-RANGES = {
-    **dict.fromkeys(SIZES, Annotated[int, Number(int, 1, 2**16)]),
-    **dict.fromkeys(("encoder_layers", "decoder_layers"), Annotated[int, Number(int, 1, 1000)]),
-    **dict.fromkeys(("init_std", "init_xavier_std"), Amount),
-    "dropout": Share,
-    "train_num_points": Annotated[int, Number(int, 1, 10**6)],
-    "oversample_ratio": Annotated[float, Number(float, 1, 1000)],
-    "feature_strides": Some[Pixels],
-}
 TOWERS = ("text_config", "vision_config")  # come from a checkpoint; null leaves one out
 
 
@@ -238,10 +216,6 @@ class TrainArgs(Arguments):
 
 def check_fields(overrides: dict) -> None:
     """Model fields of a wrong value are not the fault of the checkpoint that they would change."""
-    for name in RANGES.keys() & overrides.keys():
-        checked(name, overrides[name], RANGES[name])
-    if "feature_strides" in overrides and len(overrides["feature_strides"]) != 4:
-        raise InputError("--feature_strides takes four numbers, the strides of the backbone's four stages")
     try:
         Zs3Config(**overrides)
     except CHECKPOINT_ERRORS as error:
@@ -594,7 +568,7 @@ def claim_folder(
     dataset: SegmentationDataset,
     prompts: dict[str, Tensor] | None,
     model: Zs3ForSemanticSegmentation,
-) -> tuple[IO, dict]:
+) -> tuple[ExitStack, dict]:
     """Makes the output folder this run's, with its recipe and stamp, or refuses. The open lock, and the stamp.
 
     whole_space: the label space as the data has it; label_space: as the training knows it.
@@ -602,15 +576,15 @@ def claim_folder(
     output_dir = Path(args.output_dir)
     if not has_begun(output_dir):
         check_learnable(dataset.records, label_space)
-    lock = lock_folder(output_dir)
-    check_places(output_dir)
-    check_final(output_dir / "final")
-    start = None if args.init_from is None else record_of(load_config(args.init_from))
-    stamp = make_stamp(vars(args), whole_space, dataset.records, prompts, start, model)
-    stamp = check_stamp(output_dir, stamp, vars(args), label_space.unseen)
-    check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config), recipe_defaults())
-    write_json(output_dir / STAMP, stamp)
-    return lock, stamp
+    with lock_folder(output_dir) as lock:
+        check_places(output_dir)
+        check_final(output_dir / "final")
+        start = None if args.init_from is None else record_of(load_config(args.init_from))
+        stamp = make_stamp(vars(args), whole_space, dataset.records, prompts, start, model)
+        stamp = check_stamp(output_dir, stamp, vars(args), label_space.unseen)
+        check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config), recipe_defaults())
+        write_json(output_dir / STAMP, stamp)
+        return lock.pop_all(), stamp
 
 
 def train(args: TrainArgs, overrides: dict) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from tiny import CLASS_NAMES, save_checkpoint, tiny_config
@@ -72,6 +73,40 @@ def test_defaults_are_the_papers():
 def test_a_mistake_is_refused_by_name(field, value):
     with pytest.raises(REFUSED, match=field):
         Zs3Config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("class_weight", True),
+        ("class_weight", np.bool_(True)),
+        ("class_weight", float("nan")),
+        ("class_weight", np.float32("inf")),
+        ("class_weight", 10**400),
+        ("num_queries", 0),
+        ("num_queries", 2.0),
+        ("projection_dim", True),
+        ("encoder_layers", -1),
+        ("dropout", -0.1),
+        ("feature_strides", [4, 8, 16]),
+        ("feature_strides", [4, 8, 16, 0]),
+        ("kl", "x" * 10_000),
+        ("class_names", "x" * 10_000),
+        ("class_names", np.array(["sky"])),
+    ],
+)
+def test_what_is_refused_is_named_in_one_short_line(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must be ") as error:
+        Zs3Config(**{field: value})
+    assert len(str(error.value)) <= 200 and "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_become_pythons():
+    config = Zs3Config(class_weight=np.float32(2), num_queries=np.int64(7), use_auxiliary_loss=np.bool_(False))
+    kinds = [type(getattr(config, name)) for name in ("class_weight", "num_queries", "use_auxiliary_loss")]
+    assert kinds == [float, int, bool]
+    config.rank_weight = np.float64(0.5)
+    assert type(config.rank_weight) is float and json.loads(config.to_json_string())["num_queries"] == 7
 
 
 def test_a_misspelled_field_gets_a_hint():

@@ -1,5 +1,6 @@
 """Label maps against Eq. 4 in float64, dense and in loops; on inputs made to be hard for the tile-bound argmax."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -421,8 +422,10 @@ def test_an_explanation_adds_up_to_the_winners_score(image_size):
         expected = outputs.class_probs[1, :, told.label_id].double() * told.mask_probs
         torch.testing.assert_close(told.contributions, expected)
     assert outputs.explain(0, 0, image=1).contributions.requires_grad is False
-    with pytest.raises(ValueError, match="outside the image"):
-        explain(outputs, 40, 0, image=1, image_size=image_size)
+    for y, x in ((40, 0), (-1, 0), (0, 1000), (True, 0), (0, 1.0), (float("nan"), 0)):
+        with pytest.raises(ValueError, match="^[xy] must be "):
+            outputs.explain(y, x, image=1, image_size=image_size)
+    assert outputs.explain(np.int64(0), np.uint8(1), image=1).label_id == outputs.explain(0, 1, image=1).label_id
 
 
 @pytest.mark.parametrize("seen", ["all", "none", "some"])

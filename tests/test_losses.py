@@ -18,6 +18,7 @@ from transformers.models.mask2former import modeling_mask2former as mask2former
 
 from configuration_zs3 import Zs3Config
 from losses_zs3 import (
+    PADDING,
     UNMATCHED,
     Losses,
     PointLabels,
@@ -747,7 +748,7 @@ def test_every_switch_is_what_loops_over_explicit_masks_give(seed, queries, gone
     mask_logits = [3 * torch.randn(2, queries, 6, 8) for _ in range(2)]
     shapes = (2, queries, 7), (2, queries)
     similarity, background = ([random_similarity(*shape) for _ in range(2)] for shape in shapes)
-    labels = random_labels(2, ids=(-2, -1, 0, 3, 5))  # -2 is padding
+    labels = random_labels(2, ids=(PADDING, -1, 0, 3, 5))
     labels[1][torch.isin(labels[1], torch.tensor(gone))] = -1
     image_labels = torch.randint(-1, 2, (2, 7))
     if config.matching != "unpaired":

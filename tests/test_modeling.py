@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -651,6 +652,87 @@ def test_image_labels_of_another_shape_are_refused():
             labels=torch.zeros(1, 64, 32, dtype=torch.int64),
             image_labels=torch.ones(1, 3, dtype=torch.int8),
         )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("labels", torch.zeros(1, 64, 32)),
+        ("labels", torch.full((1, 64, 32), float("nan"))),
+        ("labels", torch.ones(1, 64, 32, dtype=torch.bool)),
+        ("labels", torch.zeros(1, 64, 32, dtype=torch.complex128)),
+        ("labels", torch.full((1, 64, 32), -2)),
+        ("labels", torch.zeros(1, 32, 32, dtype=torch.int64)),
+        ("labels", torch.zeros(2, 64, 32, dtype=torch.int64)),
+        ("labels", torch.zeros(64, 32, dtype=torch.int64)),
+        ("labels", np.zeros((1, 64, 32), dtype=np.int64)),
+        ("image_labels", torch.tensor([[1, 0, 2, 0]])),
+        ("image_labels", torch.tensor([[-2, 0, 1, 0]])),
+        ("image_labels", torch.tensor([[1.0, 0.5, 0, 0]])),
+        ("image_labels", torch.tensor([[1.0, float("nan"), 0, 0]])),
+        ("image_labels", [[1, 0, 0, 0]]),
+        ("is_seen", torch.tensor([True])),
+    ],
+)
+def test_labels_that_are_none_are_refused_in_one_short_line(field, value):
+    labels = torch.zeros(1, 64, 32, dtype=torch.int64)
+    batch = {"text_embeds": unit(4, 12), "labels": labels, field: value}
+    with pytest.raises(ValueError, match=f"^{field} must be ") as error:
+        tiny_model(text=False)(torch.randn(1, 3, 64, 32), **batch)
+    assert len(str(error.value)) <= 200 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("matching", ["joint", "hybrid"])
+def test_a_mask_of_a_class_that_is_said_to_be_absent_is_refused(matching):
+    model, pixels = tiny_model(text=False, matching=matching), torch.randn(2, 3, 64, 32)
+    labels = torch.stack([torch.zeros(64, 32, dtype=torch.int64), torch.full((64, 32), 2)])
+    told = torch.tensor([[1, 0, 0, -1], [1, 0, 0, -1]])
+    with pytest.raises(ValueError, match="class 2 has a mask in image 1, whose image_labels say it is absent"):
+        model(pixels, text_embeds=unit(4, 12), labels=labels, image_labels=told)
+    told[1, 2] = 1
+    assert model(pixels, text_embeds=unit(4, 12), labels=labels, image_labels=told).loss.isfinite()
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.float32, torch.bool])
+def test_image_labels_may_be_of_any_kind_of_number(kind):
+    model, labels = tiny_model(text=False), torch.zeros(1, 64, 32, dtype=torch.uint8)
+    losses = []
+    for told in (torch.tensor([[1, 0, 1, 0]], dtype=torch.int8), torch.tensor([[1, 0, 1, 0]]).to(kind)):
+        torch.manual_seed(0)
+        losses.append(model(torch.ones(1, 3, 64, 32), text_embeds=unit(4, 12), labels=labels, image_labels=told).loss)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight", float("nan")),
+        ("weight", True),
+        ("weight", "x" * 1000),
+        ("tolerance", True),
+        ("batch_size", 0),
+        ("batch_size", 2.5),
+        ("batch_size", True),
+        ("mask_threshold", float("nan")),
+        ("mask_threshold", True),
+        ("view", "x" * 1000),
+    ],
+)
+def test_options_of_the_ensemble_are_refused_in_one_short_line(name, value):
+    model, pixels, text = tiny_model(text=False, vision=True), torch.rand(1, 3, 64, 64), unit(3, 12)
+    outputs = model(pixels, text_embeds=text)
+    with pytest.raises(ValueError, match=f"^{name} must be ") as error:
+        model.ensemble(outputs, pixels, text, is_seen=torch.tensor([True, True, False]), **{name: value})
+    assert len(str(error.value)) <= 200
+
+
+def test_numbers_of_numpy_are_numbers_for_the_ensemble():
+    model, pixels, text = tiny_model(text=False, vision=True), torch.rand(1, 3, 64, 64), unit(3, 12)
+    outputs, is_seen = model(pixels, text_embeds=text), torch.tensor([True, True, False])
+    options = {"weight": 0.5, "batch_size": 2, "mask_threshold": 0.25}
+    of_numpy = {"weight": np.float32(0.5), "batch_size": np.int64(2), "mask_threshold": np.float16(0.25)}
+    found = [model.ensemble(outputs, pixels, text, is_seen=is_seen, **given) for given in (options, of_numpy)]
+    assert torch.equal(found[0].ensemble_probs, found[1].ensemble_probs)
 
 
 # ------------------------------------------------------------------------------------------- sizes and padding

@@ -402,7 +402,7 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
         ({"trackers": "tensorbord"}, "accelerate knows aim, clearml"),
         ({"dataset": "nowhere"}, "nowhere"),
         ({"matching": "joined"}, "error: the model's configuration: Field 'matching' expected one of"),
-        ({"class_weight": -1}, "error: the model's configuration: class_weight must not be negative, got -1"),
+        ({"class_weight": -1}, "error: the model's configuration: class_weight must be 0 or more, got -1"),
         ({"unseen_labels": "ground-truth"}, "do not exist: did you mean ground_truth?"),
         ({"text_embeds": None}, "a recipe of stage 2 wants --init_from"),
         ({"caption_nouns": "nouns"}, "--caption_nouns need a text tower"),

@@ -15,7 +15,6 @@ run on several machines and brought together without final/ and checkpoints/. Wh
     OUTPUT_DIR/times.jsonl                 how long each job took, and on what
 """
 
-import fcntl
 import json
 import os
 import shlex
@@ -469,6 +468,8 @@ def versions_of(results: Iterable[Path]) -> dict[str, list[str]]:
 
 def start(job: Job) -> subprocess.Popen:
     """The log is locked as long as the job lives, even if this command was killed before: none is run twice at once."""
+    import fcntl  # not there on Windows
+
     environment = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import field, fields
 from functools import cache, partial
-from numbers import Integral
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -24,7 +23,6 @@ from typing import (
     Any,
     ClassVar,
     Literal,
-    NamedTuple,
     NoReturn,
     TypeVar,
     Union,
@@ -38,7 +36,7 @@ import numpy as np
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
-from configuration_zs3 import Refused, is_number, shortened
+from configuration_zs3 import HUGE, INT32, TINY, Number, Refused, is_number, shortened
 from files_zs3 import read_text
 
 Args = TypeVar("Args")
@@ -176,34 +174,6 @@ def check_required(args: Any, *names: str) -> None:
 
 
 # ---- what a field takes ------------------------------------------------------------------------------------
-
-TINY, HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least positive number, and the largest, of a float32
-INT32 = 2**31 - 1
-
-
-class Number(NamedTuple):
-    """The numbers that a field takes (see `is_number`). It stands in its type: Annotated[int, Number(int, 1, 8)]."""
-
-    kind: type  # int or float
-    least: float
-    most: float
-    below: bool = False  # `most` itself is not taken
-
-    def of(self, value: object) -> int | float:
-        """Python's own number. Raises ValueError, which says what the value should be."""
-        if not is_number(value, whole=self.kind is int):
-            raise ValueError("a whole number" if self.kind is int else "a finite number")
-        number = int(value) if isinstance(value, Integral) else float(value)
-        if number < self.least:
-            raise ValueError("positive" if self.least == TINY else f"{_figure(self.least)} or more")
-        if number > self.most or (self.below and number == self.most):
-            raise ValueError(f"{'below' if self.below else 'at most'} {_figure(self.most)}")
-        return self.kind(number)
-
-
-def _figure(number: float) -> str:
-    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
-
 
 NOT_EMPTY = "not empty"
 Item = TypeVar("Item")

@@ -192,14 +192,14 @@ def lock_folder(folder: Path) -> ExitStack:
         raise InputError(f"{shown(folder)} is a file: choose a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock_file(folder / LOCK, folder)
-        for left in folder.iterdir():
-            match = LEFT.fullmatch(left.name)
-            if match and left.is_file() and not (match["process"] and _lives(int(match["process"]))):
-                left.unlink()
+        with lock_file(folder / LOCK, folder) as held:
+            for left in folder.iterdir():
+                match = LEFT.fullmatch(left.name)
+                if match and left.is_file() and not (match["process"] and _lives(int(match["process"]))):
+                    left.unlink()
+            return held.pop_all()
     except OSError as error:
         raise cannot_write(folder, error) from error
-    return held
 
 
 def _lives(process: int) -> bool:

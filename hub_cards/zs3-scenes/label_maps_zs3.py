@@ -30,6 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+try:
+    from .configuration_zs3 import Refused, as_number, is_number, shortened
+except ImportError:
+    if __package__:
+        raise
+    from configuration_zs3 import Refused, as_number, is_number, shortened
+
 MASK_STRIDE = 4  # a mask pixel covers 4 x 4 pixels of the model's input
 EQUAL = 1e-12  # scores this close are equal: above the rounding of float64 sums over some hundred queries
 NEAR = 1e-6  # scores this close count as equal among the seen, or the unseen, classes
@@ -185,13 +192,16 @@ def explain(
     outputs: a Zs3Output, whose method of this name does the same. y, x: row and column in the image of `image_size`
     (height, width); None: the size without padding at the model's input. image: its place in the batch.
     """
+    batch = len(outputs.mask_logits)
+    image = as_number("image", image, -batch, batch - 1, whole=True)
     mask_logits, class_probs = (values[image].cpu().double() for values in (outputs.mask_logits, outputs.class_probs))
     if not (torch.isfinite(mask_logits).all() and torch.isfinite(class_probs).all()):
         raise ValueError("the outputs hold NaN or infinite values: they explain nothing")
     valid = tuple(outputs.valid_sizes[image].tolist())
     own = valid if image_size is None else tuple(image_size)
-    if not (isinstance(y, int) and isinstance(x, int) and 0 <= y < own[0] and 0 <= x < own[1]):
-        raise ValueError(f"pixel ({y}, {x}) lies outside the image of {own[0]} x {own[1]}")
+    if len(own) != 2 or not all(is_number(side, whole=True) and side > 0 for side in own):
+        raise Refused(f"image_size must be (height, width), whole pixels, got {shortened(image_size)}")
+    y, x = (as_number(name, at, 0, side - 1, whole=True) for name, at, side in zip("yx", (y, x), own, strict=True))
     lengths = zip(mask_logits.shape[1:], valid, own, strict=True)
     rows, columns = (_axis(mask, mask * MASK_STRIDE, *sides, TILE) for mask, *sides in lengths)
     masks = _exact_masks(mask_logits, rows, columns, torch.tensor([y]), torch.tensor([x]))[0]  # (Q,)

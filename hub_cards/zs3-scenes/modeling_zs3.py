@@ -48,7 +48,7 @@ try:
         single_pass,
         visible_proposals,
     )
-    from .configuration_zs3 import Refused, Zs3Config, among
+    from .configuration_zs3 import Refused, Zs3Config, among, as_number, shortened
     from .label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from .losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
     from .network_zs3 import (
@@ -73,7 +73,7 @@ except ImportError:
         single_pass,
         visible_proposals,
     )
-    from configuration_zs3 import Refused, Zs3Config, among
+    from configuration_zs3 import Refused, Zs3Config, among, as_number, shortened
     from label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
     from losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
     from network_zs3 import (
@@ -203,7 +203,6 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
     supports_gradient_checkpointing = True
     gradient_checkpointing = False  # the layers of the whole visual part, `network_zs3` runs them
-    _no_split_modules = ["Mask2FormerPixelLevelModule", "TransformerModule"]  # their feature maps meet on one device
 
     def __init__(self, config: Zs3Config):
         super().__init__(config)
@@ -443,8 +442,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         with torch.autocast(ids.device.type, enabled=False):  # once for a label list: exact rather than fast
             for rows in lengths.argsort(stable=True).split(TEXT_CHUNK):  # alike in length, so hardly any padding
                 longest = int(lengths[rows[-1]])
-                inputs = {"input_ids": ids[rows, :longest], "attention_mask": mask[rows, :longest]}
-                text = self.text_model(**inputs, return_dict=True)
+                text = self.text_model(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
                 prompts[rows] = text.text_embeds.float().to(prompts.device)
         embeds = prompts.new_zeros(*exists.shape, prompts.shape[-1])
         embeds[exists] = F.normalize(prompts, dim=-1)  # (C, T, D)
@@ -490,6 +488,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             proposals = self.propose(pixel_values, pixel_mask, **looks)
             outputs = Zs3Output(**proposals, **self.classify(proposals["class_embeds"], text_embeds))
         else:
+            check_labels(labels, pixel_values)
             labels = labels.long() if pixel_mask is None else labels.long().masked_fill(pixel_mask == 0, PADDING)
             targets = self._targets(labels, image_labels, is_seen, len(text_embeds))
             outputs = self._outputs_with_loss(pixel_values, text_embeds, targets, target_counts, **looks)
@@ -535,9 +534,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             raise ValueError(f"labels hold id {largest}, but there are {num_classes} classes: {mend}")
         if image_labels is None:
             image_labels = default_image_labels(ids, num_classes, is_seen)
-        if tuple(image_labels.shape) != (len(labels), num_classes):
-            raise ValueError(f"image_labels must be {(len(labels), num_classes)}, got {tuple(image_labels.shape)}")
-        return Targets(labels, ids, image_labels.cpu())
+        check_image_labels(image_labels, (len(labels), num_classes))
+        if not free:
+            check_masks_are_present(ids, image_labels)
+        return Targets(labels, ids, image_labels.to("cpu", torch.int8))
 
     def _losses(
         self,
@@ -657,7 +657,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         """
         tower = self._image_tower()
         if view not in ("crops", "single_pass"):
-            raise ValueError(f"view must be 'crops' or 'single_pass', got {view!r}")
+            raise ValueError(f"view must be 'crops' or 'single_pass', got {shortened(view)}")
+        mask_threshold = as_number("mask_threshold", mask_threshold, 0, 1)
+        batch_size = as_number("batch_size", batch_size, 1, whole=True)
         if valid_sizes is None:
             valid_sizes = [images.shape[2:]] * len(images)
         sizes = [tuple(int(side) for side in size) for size in valid_sizes]
@@ -679,7 +681,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                         masks = proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
                         side = tower.config.image_size
                         crops.append(crop_proposals(images[image], masks, side, fill=fill, expansion=expansion))
-                    embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops), return_dict=True).image_embeds.float()
+                    embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops)).image_embeds.float()
         check_finite_output("CLIP's embeddings of the proposals", embeds)
         return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
 
@@ -730,16 +732,14 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             sees at once, in their last digits, and so may lazy pixels.
         """
         if view not in ("crops", "lazy", "single_pass"):
-            raise ValueError(f"view must be 'crops', 'lazy' or 'single_pass', got {view!r}")
-        if not 0 <= tolerance <= 1:
-            raise ValueError(f"tolerance must lie in [0, 1], got {tolerance}")
+            raise ValueError(f"view must be 'crops', 'lazy' or 'single_pass', got {shortened(view)}")
+        tolerance = as_number("tolerance", tolerance, 0, 1)
         crops = {"mask_threshold": mask_threshold, "dtype": dtype, "batch_size": batch_size}
         stored = text_embeds is None and input_ids is None
         weight = self.config.clip_ensemble_weight if weight is None else weight
         if weight is None:
             raise ValueError("this checkpoint's clip_ensemble_weight is None, do not ensemble: pass weight to do it")
-        if not 0 <= weight <= 1:
-            raise ValueError(f"the ensemble's weight must lie in [0, 1], got {weight}")
+        weight = as_number("weight", weight, 0, 1)
         text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
         is_seen = self._is_seen(is_seen, outputs.class_logits.shape[2], stored)
         see = partial(self.clip_probs, text_embeds=text_embeds, owner=owner)
@@ -903,6 +903,36 @@ def check_text_embeds(text_embeds: Tensor, size: int) -> None:
         )
 
 
+def check_labels(labels: Tensor, pixel_values: Tensor) -> None:
+    """Raises Refused where label maps are no (B, H, W) integers of the images' size."""
+    batch, _, height, width = pixel_values.shape
+    whole = isinstance(labels, Tensor) and not (labels.dtype.is_floating_point or labels.dtype.is_complex)
+    if not whole or labels.dtype == torch.bool:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise Refused(f"labels must be a tensor of whole numbers, got {kind}")
+    if tuple(labels.shape) != (batch, height, width):
+        raise Refused(f"labels must be {(batch, height, width)}, as pixel_values, got {tuple(labels.shape)}")
+
+
+def check_image_labels(image_labels: Tensor, shape: tuple[int, int]) -> None:
+    """Raises Refused where image labels are not of the shape (B, C), or hold anything but 1, 0 and -1."""
+    if not isinstance(image_labels, Tensor) or tuple(image_labels.shape) != shape:
+        kind = tuple(image_labels.shape) if isinstance(image_labels, Tensor) else type(image_labels).__name__
+        raise Refused(f"image_labels must be {shape}, got {kind}")
+    known = (image_labels == 1) | (image_labels == 0) | (image_labels == -1)
+    if not known.all():
+        wrong = image_labels[~known][0].item()
+        raise Refused(f"image_labels must be 1 (present), 0 (absent) or -1 (unknown), got {wrong}")
+
+
+def check_masks_are_present(ids: list[Tensor], image_labels: Tensor) -> None:
+    """Raises Refused where a class has a mask (ids: B times (M,)) and image labels (B, C) that say it is absent."""
+    for image, (own, told) in enumerate(zip(ids, image_labels.cpu(), strict=True)):
+        absent = own[told[own] == 0]
+        if len(absent):
+            raise Refused(f"class {int(absent[0])} has a mask in image {image}, whose image_labels say it is absent")
+
+
 def check_finite_output(name: str, values: Tensor) -> None:
     """Raises Refused where an output is not finite: what is made of it would look like an answer. Under torch.func,
     where values have no value yet, nothing is checked."""
@@ -931,6 +961,8 @@ def default_image_labels(ids: list[Tensor], num_classes: int, is_seen: Tensor | 
     is_seen: (C,) bool; None: all seen.
     """
     absent = torch.zeros(num_classes, dtype=torch.int8)
+    if is_seen is not None and tuple(is_seen.shape) != (num_classes,):
+        raise Refused(f"is_seen must be ({num_classes},), got {tuple(is_seen.shape)}")
     if is_seen is not None:
         absent[~is_seen.cpu()] = -1
     return torch.stack([absent.index_fill(0, present, 1) for present in ids])

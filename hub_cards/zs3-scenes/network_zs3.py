@@ -115,10 +115,10 @@ def is_plain(network: Mask2FormerModel) -> bool:
     """Whether the functions here may take the network apart: its layers are PyTorch's and transformers' own, nothing
     watches their calls (hooks, a `forward` set on one, a compiled one), and their weights are plain tensors.
 
-    A backbone that is no ResNet is called as a whole, whatever it is made of. torch.func wants every call, too: it
-    does not see through `bags_of_neighbours`.
+    A backbone that is no ResNet is called as a whole, whatever it is made of. Under torch.func and torch.jit.trace,
+    which do not see through `bags_of_neighbours`, nothing is plain.
     """
-    if _has_any_global_hook() or torch._C._are_functorch_transforms_active():
+    if _has_any_global_hook() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return False
     layers: list[nn.Module] = [network]
     for layer in layers:  # grows
@@ -139,11 +139,11 @@ def is_plain_layer(layer: nn.Module) -> bool:
     return (
         kind.__module__.startswith(PLAIN_SOURCES)
         and kind.forward.__module__.startswith(PLAIN_SOURCES)
-        and "forward" not in own
+        and ("forward" not in own or getattr(own["forward"], "__func__", None) is kind.forward)
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
         and not (own["_backward_pre_hooks"] or layer._compiled_call_impl)
         and PLAIN_WEIGHTS.issuperset(map(type, own["_parameters"].values()))
-        and all(isinstance(own["_modules"][name], TAKEN_APART[name]) for name in TAKEN_APART.keys() & own["_modules"])
+        and all(isinstance(child, TAKEN_APART.get(name, nn.Module)) for name, child in own["_modules"].items())
     )
 
 
@@ -634,18 +634,17 @@ class CrossAttention(nn.MultiheadAttention):
 
 
 class MaskBlock(Mask2FormerPredictionBlock):
-    """Calls the layers that are registered; transformers' calls those of a list, which replaced ones do not enter."""
+    """Its layers are those that are registered. transformers' keeps a list, which a replaced layer does not enter."""
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        for layer in self.children():
-            hidden = layer(hidden)
-        return hidden
+    @property
+    def layers(self) -> list[nn.Module]:
+        return list(self.children())
 
 
 class MaskMLP(Mask2FormerMLPPredictionHead):
     """As `MaskBlock`."""
 
-    forward = MaskBlock.forward
+    layers = MaskBlock.layers
 
 
 class PixelDecoder(Mask2FormerPixelDecoder):
@@ -709,6 +708,8 @@ def call_every_layer(network: Mask2FormerModel) -> None:
     for part in (network.pixel_level_module.decoder, network.transformer_module):
         for layer in part.modules():
             layer.__class__ = CALLED.get(type(layer), type(layer))
+            for kept in ("layers", "lateral_convolutions", "output_convolutions"):
+                vars(layer).pop(kept, None)
     network.transformer_module.decoder.layerdrop = 0.0
 
 
