@@ -183,6 +183,7 @@ class Zs3Pipeline(Pipeline):
     batch_size: views that the network sees at once. It does not change the results.
     num_workers: processes that take images from a dataset with a length. None: 0, none but this one.
     timeout: seconds that an address may take in all. None: 60.
+    subtask: "semantic" or None, as for transformers' own pipeline.
     output: "masks", a list of {"label", "label_id", "score", "mask"} for each label that occurs: label_id indexes the
         list given, score is the mean confidence (probability), mask a PIL "L" image (255 inside); or "map", a dict
         {"segmentation": (H, W) int64, "labels": names, "scores": (H, W) float32}. What got no label has the id -1, the
@@ -251,14 +252,14 @@ class Zs3Pipeline(Pipeline):
             "forward": ("candidate_labels", "synonyms", "background", "threshold", "confidence", "propose", *ENSEMBLE),
             "postprocess": ("output",),
         }
-        known = [name for names in steps.values() for name in names]
+        known = [*(name for names in steps.values() for name in names), "subtask"]
         for name in options:
             if name not in known:
                 close = get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else "see help(type(pipeline))"
                 raise ValueError(f"{shortened(name)} is no option of this pipeline: {hint}")
         choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
-        choices["ensemble"] = ("off", "crops", "lazy", "single_pass")
+        choices |= {"ensemble": ("off", "crops", "lazy", "single_pass"), "subtask": ("semantic",)}
         for name, allowed in choices.items():
             value = options.get(name)
             if value is not None and not (isinstance(value, str) and value in allowed):

@@ -219,7 +219,7 @@ def check_fields(overrides: dict) -> None:
     try:
         Zs3Config(**overrides)
     except CHECKPOINT_ERRORS as error:
-        raise refusal("the model's configuration", error.__cause__ or error) from error
+        raise refusal("the model's configuration", error) from error
 
 
 def make_model(

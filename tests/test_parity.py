@@ -246,9 +246,10 @@ def test_what_transformers_refuses_is_refused_in_one_short_line(kind, ours, stoc
     assert "read as an image: " in str(error.value)
 
 
-def test_both_names_of_the_first_argument_are_known(ours):
+def test_both_names_of_the_first_argument_are_known_and_the_subtask(ours):
     expected = segments(ours(IMAGES[0]))
     assert segments(ours(inputs=IMAGES[0])) == segments(ours(images=IMAGES[0])) == expected
+    assert segments(ours(IMAGES[0], subtask="semantic")) == expected
 
 
 # ------------------------------------------------------------------------------------------------ several results
@@ -406,7 +407,7 @@ def test_numbers_of_numpy_are_numbers(ours):
     assert segments(ours(IMAGES[0], **{**options, **of_numpy})) == segments(ours(IMAGES[0], **options))
 
 
-@pytest.mark.parametrize("name", ["output", "synonyms", "confidence", "ensemble", "background"])
+@pytest.mark.parametrize("name", ["output", "synonyms", "confidence", "ensemble", "background", "subtask"])
 @pytest.mark.parametrize("value", [True, 5, "x" * 10_000, np.array([1, 2])], ids=["truth", "number", "text", "array"])
 def test_choices_are_refused_in_one_short_line(name, value, ours):
     with pytest.raises(ValueError, match=f"^{name} must be ") as error:

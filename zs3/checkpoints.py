@@ -113,7 +113,7 @@ def config_of(flag: str, path: str) -> dict:
     if Path(path).is_dir():
         file = Path(path, "config.json")
         if Path(path, "final").is_dir() and not file.is_file():
-            raise InputError(f"{flag} {path} is the folder of a run: did you mean {Path(path) / 'final'}?")
+            raise InputError(f"{flag} {path} is the folder of a run: give the final/ in it")
         if not file.is_file():
             raise InputError(
                 f"{flag} {shown(path)} is no checkpoint: it has no config.json, model.save_pretrained writes it"
