@@ -39,7 +39,7 @@ MAP_FORMATS = ("PNG",)  # JPEG and its like change ids, writers of GIF renumber 
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 PARTIAL = r"\.[0-9a-f]{32}\.(?P<process>\d+)\.partial"  # names that `whole` gives
-SMALLEST_PICTURE = 32  # bytes: a shorter text of base64 is a path that does not exist
+SMALLEST_PICTURE = 32  # bytes: a text of base64 that holds fewer is taken for a path that does not exist
 SECONDS = 60  # that an address may take
 MOST_FETCHED = 2**28  # bytes of an address
 MAX_PIXELS = 2**27  # of an image that is opened: 0.5 GB decoded
@@ -129,7 +129,7 @@ def load_picture(image: str | Path | Image.Image | np.ndarray | Tensor, timeout:
 
     image: a path, an address (http, https, data:image/), a text of base64, a PIL image, or an array or tensor of uint8,
         (H, W), (H, W, 3) or (H, W, 4).
-    timeout: seconds that an address may take in all; None: SECONDS.
+    timeout: about the seconds that an address may take in all; None: SECONDS.
     """
     try:
         with decoding():

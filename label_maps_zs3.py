@@ -198,7 +198,7 @@ def explain(
     if not (torch.isfinite(mask_logits).all() and torch.isfinite(class_probs).all()):
         raise ValueError("the outputs hold NaN or infinite values: they explain nothing")
     valid = tuple(outputs.valid_sizes[image].tolist())
-    own = valid if image_size is None else tuple(image_size)
+    own = valid if image_size is None else tuple(image_size) if isinstance(image_size, Sequence) else ()
     if len(own) != 2 or not all(is_number(side, whole=True) and side > 0 for side in own):
         raise Refused(f"image_size must be (height, width), whole pixels, got {shortened(image_size)}")
     y, x = (as_number(name, at, 0, side - 1, whole=True) for name, at, side in zip("yx", (y, x), own, strict=True))

@@ -70,7 +70,7 @@ def decoder_outputs(
     """`network(pixel_values)`: pixel_values (B, 3, H, W), sides of multiples of 32.
 
     every: the outputs of all layers, for deep supervision; or of the last one alone.
-    run: how plain layers are run: with `torch.utils.checkpoint.checkpoint` their inputs alone are kept.
+    run: how plain layers are run; `torch.utils.checkpoint.checkpoint` keeps only their inputs for the gradient.
     """
     if not is_plain(network):
         return outputs_of_layers(transformers_outputs(network, pixel_values), every)
@@ -599,7 +599,7 @@ def attend(
 
 
 class CrossAttention(nn.MultiheadAttention):
-    """Calls its `out_proj`, whose weight PyTorch's reads."""
+    """Calls `out_proj` as a layer; PyTorch's class reads only its weight."""
 
     def forward(
         self,
@@ -634,7 +634,7 @@ class CrossAttention(nn.MultiheadAttention):
 
 
 class MaskBlock(Mask2FormerPredictionBlock):
-    """Its layers are those that are registered. transformers' keeps a list, which a replaced layer does not enter."""
+    """Uses its registered layers. transformers keeps a second list, which still holds a layer that was replaced."""
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -660,7 +660,7 @@ class PixelDecoder(Mask2FormerPixelDecoder):
 
 
 class TransformerModule(Mask2FormerTransformerModule):
-    """Calls its embeddings, whose weights transformers' reads."""
+    """Calls its embeddings as layers; transformers' class reads only their weights."""
 
     def forward(self, multi_scale_features: list[Tensor], *args: object, **kwargs: object) -> ModelOutput:
         device, queries = multi_scale_features[0].device, self.decoder.config.num_queries
@@ -678,7 +678,7 @@ class PixelDecoderLayer(GradientCheckpointingLayer, Mask2FormerPixelDecoderEncod
 
 
 class TransformerDecoderLayer(Mask2FormerMaskedAttentionDecoderLayer):
-    """Its activations can be made anew by reentrant checkpointing, too, which sees tensors and no lists of them."""
+    """Takes tensors where transformers' class takes lists: reentrant checkpointing gives gradients to tensors alone."""
 
     def __call__(
         self, hidden: Tensor, level: int, mask: None, positions: list[Tensor], queries: Tensor, sources: list, **options

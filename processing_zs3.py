@@ -190,14 +190,16 @@ class Zs3ImageProcessor(PilBackend):
         return super().fetch_images(image_url_or_urls)
 
     def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Image.Image | np.ndarray]:
-        """Images, or label maps of two dimensions, as a flat list. Raises Refused, where one has no pixels, too."""
+        """Images, or label maps of two dimensions, as a flat list. Raises Refused, also if an image has no pixels."""
         name, shape = ("image", "(H, W, C) or (C, H, W)") if expected_ndims == 3 else ("segmentation map", "(H, W)")
         try:
+            if expected_ndims == 2 and isinstance(images, str | Path):
+                raise TypeError("a path")
             flat = super()._prepare_images_structure(images, expected_ndims)
         except Refused:
             raise
         except (TypeError, ValueError) as error:  # whose message holds the whole input
-            words = f"PIL images, {shape} arrays, paths, or lists of them"
+            words = f"PIL images, {shape} arrays{', paths' if expected_ndims == 3 else ''}, or lists of them"
             raise Refused(f"{name}s must be {words}, got {kind(images)[:90]}") from error
         flat = [_as_array(image) if isinstance(image, Tensor) else image for image in flat]
         for place, image in enumerate(flat):
@@ -269,7 +271,7 @@ class Zs3ImageProcessor(PilBackend):
             if ids.shape != tuple(own_size):
                 raise Refused(f"segmentation map {row} has size {ids.shape}, its image {tuple(own_size)}")
             if not np.can_cast(ids.dtype, np.int64):
-                with np.errstate(invalid="ignore"):  # NaN becomes some number, which is not it
+                with np.errstate(invalid="ignore"):  # NaN becomes an arbitrary integer: the comparison finds it
                     if ids.dtype.kind not in "uf" or (ids.astype(np.int64) != ids).any():
                         raise Refused(f"segmentation map {row} must hold whole numbers, the ids of classes")
             label_map = ids.astype(np.int64)
@@ -545,7 +547,7 @@ class Zs3Processor(ProcessorMixin):
 
 
 # ---- from a checkpoint, with the classes of this file -------------------------------------------------------
-# Where a file is missing, `Zs3Processor.from_pretrained` takes defaults, and these raise.
+# Where the tokenizer's files are missing, `Zs3Processor.from_pretrained` makes an empty one, and these raise.
 
 
 def saved_processor(source: str, *, text: bool = True, revision: str = "main") -> Zs3Processor | Zs3ImageProcessor:

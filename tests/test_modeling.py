@@ -682,6 +682,24 @@ def test_labels_that_are_none_are_refused_in_one_short_line(field, value):
     assert len(str(error.value)) <= 200 and "\n" not in str(error.value)
 
 
+def test_whole_numbers_say_which_classes_are_seen_as_booleans_do():
+    model, labels = tiny_model(text=False), torch.zeros(1, 64, 32, dtype=torch.int64)
+    losses = []
+    for is_seen in (torch.tensor([True, True, False]), torch.tensor([1, 1, 0])):
+        torch.manual_seed(0)
+        losses.append(model(torch.ones(1, 3, 64, 32), text_embeds=unit(3, 12), labels=labels, is_seen=is_seen).loss)
+    assert losses[0] == losses[1]
+
+
+def test_hooks_for_gradients_of_the_inputs_all_go_away():
+    model = tiny_model()
+    before = sum(len(module._forward_hooks) for module in model.modules())
+    model.enable_input_require_grads()
+    model.enable_input_require_grads()
+    model.disable_input_require_grads()
+    assert sum(len(module._forward_hooks) for module in model.modules()) == before
+
+
 @pytest.mark.parametrize("matching", ["joint", "hybrid"])
 def test_a_mask_of_a_class_that_is_said_to_be_absent_is_refused(matching):
     model, pixels = tiny_model(text=False, matching=matching), torch.randn(2, 3, 64, 32)

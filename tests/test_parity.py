@@ -6,6 +6,7 @@ a few things that only ours takes.
 
 import base64
 import copy
+import dataclasses
 import io
 import multiprocessing
 import pickle
@@ -281,7 +282,7 @@ def test_an_error_of_the_dataset_itself_is_no_end(ours):
 def test_a_bad_image_costs_none_of_the_others_and_is_named(ours, place):
     images = [IMAGES[0], "half.png", IMAGES[1], "missing.png", IMAGES[2]]
     expected = [segments(result) for result in ours(IMAGES)]
-    with pytest.raises(ValueError, match=r"^images\[1\]: half.png .*\(2 of 5; the others' results") as error:
+    with pytest.raises(ValueError, match=r"^images\[1\]: half.png .*\(2 of 5 images; error.results") as error:
         ours(images, batch_size=2)
     kept = error.value.results
     assert [segments(kept[row]) for row in (0, 2, 4)] == expected and kept[1] is None and kept[3] is None
@@ -486,3 +487,23 @@ def test_threads_share_pipelines_one_cache_and_the_linter(ours, monkeypatch):
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(work, range(240)))
     assert len(together) > 240 and max(together) == 1
+
+
+def test_an_iterator_whose_first_result_was_taken_loses_none(ours):
+    images = [*IMAGES, *IMAGES]
+    expected = [segments(result) for result in ours(images)]
+    results = ours(iter(images), batch_size=4)
+    assert [segments(next(results)), *(segments(result) for result in results)] == expected
+
+
+def test_proposals_serve_the_same_checkpoint_in_another_precision_and_where_weights_cannot_be_read(ours, folder):
+    proposals = ours.propose(IMAGES[0])
+    for dtype in (torch.bfloat16, torch.float16):
+        half = pipeline(model=folder, trust_remote_code=True, dtype=dtype)
+        assert half(proposals) and ours(half.propose(IMAGES[0]))
+    quantised = copy.copy(ours)
+    quantised.model = torch.ao.quantization.quantize_dynamic(ours.model, {torch.nn.Linear})
+    assert quantised.propose(IMAGES[0]).checkpoint is None
+    assert ours(quantised.propose(IMAGES[0])) and quantised(proposals)
+    with pytest.raises(ValueError, match="another checkpoint"):
+        ours(dataclasses.replace(proposals, outputs=[{"class_embeds": torch.zeros(1, 5, 99)}], checkpoint=None))

@@ -71,11 +71,7 @@ def test_the_demo_the_python_and_the_export_work(workplace):
     assert re.search(r"\(96, 96\) \['sky', 'grass'", printed) and "[96, 96]" in printed
     assert "words that repeat: 1" in printed and printed.splitlines()[-1] in ("sky", "grass", "water", "red square")
     assert (workplace / "runs/demo/overlay.png").exists()
-    training = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-    assert len(training) == 2 and "Trainer(" in training[0] and "peft" in training[1]
-    lines = "\n".join(training).replace("max_steps=100", "max_steps=2, report_to='none'")
+    lines = "\n".join(blocks("python", TRAINING)).replace("max_steps=100", "max_steps=2, report_to='none'")
     assert re.search(r"^\d+\.\d+$", execute([sys.executable, "-c", lines], workplace), re.MULTILINE)  # eval_loss
     assert (workplace / "runs/trainer/merged/model.safetensors").exists()
     (export,) = [block for block in blocks("bash") if "zs3.export" in block]

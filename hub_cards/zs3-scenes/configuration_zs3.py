@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from unicodedata import category, normalize
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers import (
     ResNetConfig,
 )
 
-TINY, HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least positive number, and the largest, of a float32
+TINY, HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least normal number, and the largest, of a float32
 INT32 = 2**31 - 1
 
 # What transformers writes into a config.json or passes to a config, beside what its base class declares.
@@ -85,8 +86,22 @@ def fields_of_any_config() -> set[str]:
 Supervision = Literal["none", "pseudo", "captions", "ground_truth"]
 
 
+WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", dict: "a dict", list: "a list"}
+
+
+def _in_words(kind: Any) -> str:
+    """What a field of this type takes."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]
+    if float in parts:
+        parts = [part for part in parts if part is not int]
+    words = ["None" if part is type(None) else WORDS.get(get_origin(part) or part, "a config") for part in parts]
+    return " or ".join(words)
+
+
 def in_plain_words(config_class: type) -> type:
-    """A strict dataclass that takes NumPy's numbers as Python's, and whose refusals are one short line (Refused)."""
+    """Class decorator: a strict dataclass takes NumPy's numbers as Python's, and raises Refused, one short line."""
     make, put = config_class.__init__, config_class.__setattr__
 
     @wraps(make)
@@ -101,16 +116,13 @@ def in_plain_words(config_class: type) -> type:
             put(self, name, value.item() if isinstance(value, np.generic) else value)
         except StrictDataclassFieldValidationError as error:
             kind = config_class.__dataclass_fields__[name].type
-            words = kind.__name__ if isinstance(kind, type) else str(kind)
-            if get_origin(kind) is Literal:
-                words = f"one of {', '.join(map(repr, get_args(kind)))}"
-            raise Refused(f"{name} must be {words[:90]}, got {shortened(value)}") from error
+            raise Refused(f"{name} must be {_in_words(kind)}, got {shortened(value)}") from error
 
     config_class.__init__, config_class.__setattr__ = __init__, __setattr__
     return config_class
 
 
-# What fields take, where that is not any number; both ends included.
+# The allowed range of fields, both ends included. Other fields take any finite float32.
 RANGES = {
     **dict.fromkeys(("class_temperature", "rank_scale", "clip_logit_scale"), (TINY, HUGE)),
     **dict.fromkeys(("matched_weight", "importance_sample_ratio", "clip_ensemble_weight"), (0, 1)),
@@ -181,7 +193,7 @@ class Zs3Config(Mask2FormerConfig):
     model_type = "zs3"
     sub_configs = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
     backbones_supported = ["swin", "resnet", "convnext"]
-    keys_to_ignore_at_inference = ["loss_terms", "same_label_rate"]  # no predictions, for the Trainer
+    keys_to_ignore_at_inference = ["loss_terms", "same_label_rate"]  # outputs that the Trainer must not collect
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -306,7 +318,7 @@ def check_name(name: object) -> None:
 
 
 def is_number(value: object, whole: bool = False) -> bool:
-    """Whether a value is a finite number, Python's or NumPy's, a whole one if asked. A boolean is none."""
+    """Whether a value is a finite number, Python's or NumPy's, a whole one if asked. A boolean is not a number."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return False
     return isinstance(value, Integral) or math.isfinite(value)
@@ -325,8 +337,11 @@ class Number(NamedTuple):
         if not is_number(value, whole=self.kind is int):
             raise ValueError("a whole number" if self.kind is int else "a finite number")
         number = int(value) if isinstance(value, Integral) else float(value)
+        if self.least == self.most and number != self.least:
+            raise ValueError(_figure(self.least))
         if number < self.least:
-            raise ValueError("positive" if self.least == TINY else f"{_figure(self.least)} or more")
+            positive = self.least == TINY and number <= 0
+            raise ValueError("positive" if positive else f"{_figure(self.least)} or more")
         if number > self.most or (self.below and number == self.most):
             raise ValueError(f"{'below' if self.below else 'at most'} {_figure(self.most)}")
         return self.kind(number)
@@ -337,7 +352,7 @@ def _figure(number: float) -> str:
 
 
 def as_number(name: str, value: object, least: float = -HUGE, most: float = HUGE, whole: bool = False) -> int | float:
-    """The value of an option as Python's number. Raises Refused where it is none, or not in [least, most]."""
+    """The value of an option as Python's number. Raises Refused if it is not a number, or not in [least, most]."""
     try:
         return Number(int if whole else float, least, most).of(value)
     except ValueError as error:

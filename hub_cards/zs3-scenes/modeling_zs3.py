@@ -247,10 +247,11 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def enable_input_require_grads(self) -> None:
-        """For adapters in a frozen model: what the trained part is given gets gradients, so that they reach all of it.
-
-        These are the token embeddings, as in other models, and the backbone's feature maps.
+        """The inputs of the trained layers require gradients; else reentrant checkpointing gives adapters in a frozen
+        model none. These inputs are the token embeddings, as in other models, and the backbone's feature maps.
         """
+        if getattr(self, "_require_grads_hooks", None):
+            self.disable_input_require_grads()
         super().enable_input_require_grads()
         hook = self.model.pixel_level_module.encoder.register_forward_hook(require_gradients)
         self._require_grads_hooks.append(hook)
@@ -476,7 +477,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         target_counts: (3,), where the batch is a part of one whose gradient is meant, see `count_targets`.
         output_hidden_states, output_attentions: also return these, see Zs3Output; transformers' own forward then runs.
         return_dict: False returns the values as a tuple, without those that are None.
-        The last three are None for what the config says.
+        output_hidden_states, output_attentions, return_dict: None takes the config's value.
         """
         config = self.config
         looks = {
@@ -534,10 +535,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             raise ValueError(f"labels hold id {largest}, but there are {num_classes} classes: {mend}")
         if image_labels is None:
             image_labels = default_image_labels(ids, num_classes, is_seen)
-        check_image_labels(image_labels, (len(labels), num_classes))
+        image_labels = checked_image_labels(image_labels, (len(labels), num_classes))
         if not free:
             check_masks_are_present(ids, image_labels)
-        return Targets(labels, ids, image_labels.to("cpu", torch.int8))
+        return Targets(labels, ids, image_labels)
 
     def _losses(
         self,
@@ -568,7 +569,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         return F.normalize(self._placed(text_embeds).float(), dim=-1)
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        """On the model's device; where it is, if accelerate brings the weights one layer at a time ("meta")."""
+        """The tensor on the model's device. Unchanged if accelerate loads weights layer by layer (device "meta")."""
         return tensor if self.device.type == "meta" else tensor.to(self.device)
 
     def _proposals(
@@ -576,7 +577,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor | tuple]]:
         """Mask logits (B, Q, h, w) and class embeddings (B, Q, D): of every decoder output, or of the last one.
 
-        The last value are those fields of Zs3Output that are asked for with hidden_states and attentions.
+        Third: the fields of Zs3Output that hidden_states and attentions ask for.
         """
         if hidden_states or attentions:
             inside = transformers_outputs(self.model, pixel_values, attentions)
@@ -816,9 +817,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             if names is None or trained is None or not stored:
                 raise ValueError("pass is_seen, which of the classes are seen ones: the checkpoint does not say it")
             is_seen = torch.tensor(among(names, trained))
-        if tuple(is_seen.shape) != (num_classes,):
-            raise ValueError(f"is_seen must be ({num_classes},), got {tuple(is_seen.shape)}")
-        return self._placed(is_seen).bool()
+        return self._placed(checked_is_seen(is_seen, num_classes))
 
     def _background_similarity(self, class_embeds: Tensor) -> Tensor | None:
         if self.background_embed is None:
@@ -914,20 +913,30 @@ def check_labels(labels: Tensor, pixel_values: Tensor) -> None:
         raise Refused(f"labels must be {(batch, height, width)}, as pixel_values, got {tuple(labels.shape)}")
 
 
-def check_image_labels(image_labels: Tensor, shape: tuple[int, int]) -> None:
-    """Raises Refused where image labels are not of the shape (B, C), or hold anything but 1, 0 and -1."""
+def checked_image_labels(image_labels: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B, C) int8 on the CPU. Raises Refused where they are not of this shape, or hold anything but 1, 0 and -1."""
     if not isinstance(image_labels, Tensor) or tuple(image_labels.shape) != shape:
         kind = tuple(image_labels.shape) if isinstance(image_labels, Tensor) else type(image_labels).__name__
         raise Refused(f"image_labels must be {shape}, got {kind}")
+    image_labels = image_labels.cpu()
     known = (image_labels == 1) | (image_labels == 0) | (image_labels == -1)
     if not known.all():
         wrong = image_labels[~known][0].item()
         raise Refused(f"image_labels must be 1 (present), 0 (absent) or -1 (unknown), got {wrong}")
+    return image_labels.to(torch.int8)
+
+
+def checked_is_seen(is_seen: Tensor, num_classes: int) -> Tensor:
+    """(C,) bool. Raises Refused where it is no tensor of this shape."""
+    if not isinstance(is_seen, Tensor) or tuple(is_seen.shape) != (num_classes,):
+        kind = tuple(is_seen.shape) if isinstance(is_seen, Tensor) else type(is_seen).__name__
+        raise Refused(f"is_seen must be ({num_classes},), got {kind}")
+    return is_seen.bool()
 
 
 def check_masks_are_present(ids: list[Tensor], image_labels: Tensor) -> None:
     """Raises Refused where a class has a mask (ids: B times (M,)) and image labels (B, C) that say it is absent."""
-    for image, (own, told) in enumerate(zip(ids, image_labels.cpu(), strict=True)):
+    for image, (own, told) in enumerate(zip(ids, image_labels, strict=True)):
         absent = own[told[own] == 0]
         if len(absent):
             raise Refused(f"class {int(absent[0])} has a mask in image {image}, whose image_labels say it is absent")
@@ -961,10 +970,8 @@ def default_image_labels(ids: list[Tensor], num_classes: int, is_seen: Tensor | 
     is_seen: (C,) bool; None: all seen.
     """
     absent = torch.zeros(num_classes, dtype=torch.int8)
-    if is_seen is not None and tuple(is_seen.shape) != (num_classes,):
-        raise Refused(f"is_seen must be ({num_classes},), got {tuple(is_seen.shape)}")
     if is_seen is not None:
-        absent[~is_seen.cpu()] = -1
+        absent[~checked_is_seen(is_seen, num_classes).cpu()] = -1
     return torch.stack([absent.index_fill(0, present, 1) for present in ids])
 
 

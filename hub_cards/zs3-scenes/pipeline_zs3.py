@@ -4,7 +4,6 @@ An image becomes views, itself or overlapping windows of it; the network makes p
 turns proposals into a label map. `propose` stops in the middle, so that other label lists cost no network.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -60,14 +59,15 @@ class Proposals:
 
     image_size: (height, width). outputs: of each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
     valid_sizes (1, 2), as in Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
-    ensemble: how CLIP saw them, "crops" or "single_pass", or "off". checkpoint: which one made them, see `fingerprint`.
+    ensemble: how CLIP saw them, "crops" or "single_pass", or "off". checkpoint: which one made them, see `fingerprint`;
+    None: not known.
     """
 
     image_size: tuple[int, int]
     views: list[View]
     outputs: list[dict[str, Tensor]]
     ensemble: str
-    checkpoint: str
+    checkpoint: Tensor | None = None
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Choice:
 
 
 class Unreadable(Refused):
-    """Some images of a list cannot be read. results: of the others, None in the places of these."""
+    """Some images of a list cannot be read. results: one entry an image, None for those that cannot be read."""
 
     def __init__(self, message: str, results: list):
         super().__init__(message)
@@ -100,7 +100,7 @@ class Unreadable(Refused):
 
 
 class Images(Dataset):
-    """Several images in their order, which transformers' loop takes as they are. alone: there was no list around it."""
+    """Images in their order, which transformers' loop takes as they are. alone: the caller gave one image, no list."""
 
     def __init__(self, images: Iterable, alone: bool = False):
         self.images = images
@@ -110,7 +110,7 @@ class Images(Dataset):
         return len(self.images)
 
     def loaded(self, num_workers: int) -> Iterator:
-        """The images one by one; those of a dataset with a length by as many processes."""
+        """Yields the images. num_workers processes read a dataset that has a length."""
         by_index = isinstance(self.images, Dataset) and not isinstance(self.images, IterableDataset)
         if not by_index or not hasattr(self.images, "__len__"):
             return iter(self.images)
@@ -133,8 +133,9 @@ class Results:
         return len(self._images)
 
     def __iter__(self) -> "Results":
-        """From the first image on, as transformers' own."""
-        self._made = self._make()
+        """From the first image on, as transformers' own; of an iterator, which cannot begin anew, from where it is."""
+        if self._made is None or not isinstance(self._images.images, Iterator):
+            self._made = self._make()
         return self
 
     def __next__(self) -> dict | list[dict] | Proposals:
@@ -150,7 +151,7 @@ class Results:
         made = list(self._make())
         bad = [result for result in made if isinstance(result, Refused)]
         if bad:
-            others = f" ({len(bad)} of {len(made)}; the others' results are this error's .results)"
+            others = f" ({len(bad)} of {len(made)} images; error.results holds the other results)"
             message = f"{bad[0]}{others if len(bad) < len(made) else ''}"
             raise Unreadable(message, [None if isinstance(result, Refused) else result for result in made])
         return made
@@ -182,7 +183,7 @@ class Zs3Pipeline(Pipeline):
         that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
     batch_size: views that the network sees at once. It does not change the results.
     num_workers: processes that take images from a dataset with a length. None: 0, none but this one.
-    timeout: seconds that an address may take in all. None: 60.
+    timeout: about the seconds that an address may take in all. None: 60.
     subtask: "semantic" or None, as for transformers' own pipeline.
     output: "masks", a list of {"label", "label_id", "score", "mask"} for each label that occurs: label_id indexes the
         list given, score is the mean confidence (probability), mask a PIL "L" image (255 inside); or "map", a dict
@@ -208,7 +209,9 @@ class Zs3Pipeline(Pipeline):
         candidate_labels: Sequence[ClassName] | None = None,
         **options,
     ) -> "dict | list[dict] | list[list[dict]] | Results":
-        if "inputs" in options and images is None:  # transformers' name
+        if "inputs" in options:  # transformers' name
+            if images is not None:
+                raise ValueError("inputs is another name of images: give one of the two")
             images = options.pop("inputs")
         if candidate_labels is not None:
             options["candidate_labels"] = candidate_labels
@@ -271,7 +274,8 @@ class Zs3Pipeline(Pipeline):
             if options.get(name) is not None:
                 options[name] = as_number(name, options[name], least, whole=True)
         background = options.get("background")
-        if not isinstance(background, list | tuple | None) and str(background) != "reject":
+        fits = background == "reject" if isinstance(background, str) else isinstance(background, list | tuple | None)
+        if not fits:
             raise ValueError(f"background must be 'reject' or a list of labels, got {shortened(background)}")
         if "background" in options:  # what was said of another background does not hold for this one
             options = {"threshold": None, "confidence": None, **options}
@@ -396,7 +400,7 @@ class Zs3Pipeline(Pipeline):
         preprocess: dict,
         postprocess: dict,
     ) -> Iterator:
-        """Of each image its result, without a choice its Proposals; of one that cannot be read Refused, the reason."""
+        """Yields for each image its result, or its Proposals if choice is None, or a Refused if it cannot be read."""
         count = 0
         for group in _groups(images, batch_size):
             inputs, seen = [], [[] for _ in group]
@@ -435,7 +439,7 @@ class Zs3Pipeline(Pipeline):
         timeout: float | None = None,
     ) -> dict:
         if _are_proposals(image):
-            if getattr(image, "checkpoint", None) != fingerprint(self.model):
+            if not self._made(image):
                 raise Refused("another checkpoint made these proposals: make them anew, with this pipeline's propose")
             if window is not None:
                 raise ValueError(
@@ -446,6 +450,14 @@ class Zs3Pipeline(Pipeline):
         image = load_picture(image, timeout)
         views = _views(image.width, image.height, window, overlap)
         return {"image_size": (image.height, image.width), "views": views, "image": image}
+
+    def _made(self, proposals: Proposals) -> bool:
+        """Whether this checkpoint, in whatever precision, made the proposals, as far as that is known."""
+        if any(output["class_embeds"].shape[2] != self.model.config.projection_dim for output in proposals.outputs):
+            return False
+        made, own = getattr(proposals, "checkpoint", None), fingerprint(self.model)
+        known = made is not None and own is not None
+        return not known or (made.shape == own.shape and torch.allclose(made, own, rtol=2**-7, atol=1e-6))
 
     def _look(self, image: dict, view: int) -> dict:
         """What `_forward` takes of a view: its part of the image, or what was made of it before."""
@@ -549,7 +561,7 @@ class Zs3Pipeline(Pipeline):
 
 
 def _are_several(images: object) -> bool:
-    """Whether these are several images: what is neither these nor one image is refused as the one that it is no."""
+    """Whether the input is several images. All else counts as one image, which `load_picture` reads or refuses."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim not in (0, 2, 3)
     if isinstance(images, str | Path | Image.Image | bytes | bytearray | memoryview | Mapping | Set):
@@ -564,16 +576,17 @@ def _are_proposals(image: object) -> bool:
     return hasattr(image, "views") and hasattr(image, "outputs")
 
 
-def fingerprint(model: Zs3ForSemanticSegmentation) -> str:
-    """Of a model's weights, by some of those that make class embeddings; the same in float32 and in bfloat16."""
-    digest = hashlib.sha256()
-    for weight in model.class_projection.parameters():
-        digest.update(weight.detach().flatten()[:256].to("cpu", torch.bfloat16).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def fingerprint(model: Zs3ForSemanticSegmentation) -> Tensor | None:
+    """By which a checkpoint is known: the first 256 numbers of each weight of the class projection, float32 on the CPU.
+    None: they cannot be read (quantised, or kept elsewhere)."""
+    weights = list(model.class_projection.parameters())
+    if not weights or any(weight.is_meta for weight in weights):
+        return None
+    return torch.cat([weight.detach().flatten()[:256].float().cpu() for weight in weights])
 
 
 def _groups(images: Iterator, size: int) -> Iterator[list]:
-    """Lists of so many images; where getting one raises, those before it come first."""
+    """Lists of `size` images. If reading an image raises, the images before it are yielded first."""
     group = []
     try:
         for image in images:
