@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
 from transformers import Mask2FormerConfig
 
-from zs3.command_line import OLD_NAMES, Arguments, InputError, Number, Seed, read_arguments, run
+from zs3.command_line import OLD_NAMES, Arguments, InputError, Number, Seed, one_line, read_arguments, run
+from zs3.scenes import SceneArgs
 
 
 @dataclass
-class Args:
+class Args(Arguments):
     """Trains a model."""
 
     dataset: str = field(metadata={"help": "folder or Hub id"})
@@ -104,9 +105,6 @@ def test_fields_annotated_by_a_subclass_of_the_configuration_are_accepted_and_th
         ("learning_rate: nan", [], "learning_rate"),
         ("", ["--shares", "0.5", "NaN"], "shares"),
         ("shares: [0.5, inf]", [], "shares"),
-        ("", ["--class_weight", ".nan"], "class_weight"),
-        ("class_weight: .inf", [], "class_weight"),
-        ("", ["--class_weight=-.INF"], "class_weight"),
         ("", ["--feature_strides", "4", ".inf"], "feature_strides"),
         ("backbone_config: {eps: .nan}", [], "backbone_config"),
         ("backbone_config: {depths: [1, {a: .inf}]}", [], "backbone_config"),
@@ -115,6 +113,16 @@ def test_fields_annotated_by_a_subclass_of_the_configuration_are_accepted_and_th
 def test_numbers_that_are_not_finite_are_refused_in_every_flag(recipe, text, flags, name):
     with pytest.raises(InputError, match=f"^--{name} must be a finite number, got "):
         read_arguments(Args, [*recipe(f"dataset: a\n{text}"), *flags], Mask2FormerConfig)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [(5, "5"), (1.5, "1.5"), (np.int64(5), "5"), (np.float64(1.5), "1.5"), (np.str_("a"), "a"), (Path("a/b"), "a/b")],
+)
+def test_a_path_or_a_number_for_a_text_becomes_a_text(given, text):
+    args = Args(given, text_embeds=given)
+    assert (args.dataset, args.text_embeds) == (text, text)
+    assert type(args.dataset) is str and type(args.text_embeds) is str
 
 
 @pytest.mark.parametrize(
@@ -238,7 +246,7 @@ def numeric() -> list[tuple[type, str, Number, bool]]:
 
 
 def test_every_number_of_every_command_has_a_range_and_takes_no_other(numeric):
-    assert len(numeric) > 110
+    assert len(numeric) > 113 and SceneArgs in {args_class for args_class, *_ in numeric}
     for args_class, name, number, is_list in numeric:
         wrong = [*HOSTILE, number.most + (1 if number.kind is int else max(1, number.most)), number.least - 1]
         wrong += [1.5, 2.0] if number.kind is int else []
@@ -329,6 +337,12 @@ def test_a_message_is_one_line_without_what_a_terminal_obeys():
 def test_a_message_within_the_bound_is_not_changed():
     text = "a" * 100 + " " + "b" * 99
     assert str(InputError(text)) == text
+
+
+def test_the_message_of_a_library_is_one_line_and_its_absence_is_the_class():
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line(ValueError("x" * 50), 20) == "x" * 17 + "..."
+    assert one_line(EOFError(), 20) == "EOFError"
 
 
 def exit_code_and_stderr(main, capsys) -> tuple[int, str]:

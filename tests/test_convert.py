@@ -33,7 +33,7 @@ from configuration_zs3 import Refused, Zs3Config
 from eval import EvalArgs, evaluate
 from zs3.archives import ARCHIVES, NUM_CAPTIONS, BadFile, Pair, check_inflated, context_values, grey_values
 from zs3.command_line import InputError, read_arguments, run
-from zs3.convert import ConvertArgs, convert, convert_all, cut, main
+from zs3.convert import ConvertArgs, convert, convert_all, main, shards_of
 from zs3.data import load_split
 from zs3.files import lock_folder
 from zs3.label_space import load_label_space
@@ -104,7 +104,7 @@ def command(monkeypatch, *words: str) -> int:
 def test_every_shard_of_training_is_a_fair_sample_of_it():
     ids = [f"ADE_train_{number:08d}" for number in range(20210)]  # sorted by scene in the archive
     pairs = [Pair(image_id, Path(image_id), Path(image_id), grey_values) for image_id in ids]
-    rows = cut("train", MIXED(pairs))
+    rows = shards_of("train", MIXED(pairs))
     assert sorted(pair for shard in rows for pair in shard.items) == pairs and MIXED(pairs[::-1]) == MIXED(pairs)
     for shard in rows:
         early = np.mean([pair.image_id < ids[20210 // 4] for pair in shard.items])
@@ -297,7 +297,7 @@ def test_voc_without_the_maps_of_sbd_has_a_validation_split_alone(tmp_path):
 def test_shards_are_a_multiple_of_8_and_nearly_equal():
     items = [Pair(f"{number:06d}", Path(), Path(), grey_values) for number in range(16001)]
     for count, shards in ((1, 1), (7, 1), (8, 8), (16000, 8), (16001, 16)):
-        parts = [shard.items for shard in cut("train", items[:count])]
+        parts = [shard.items for shard in shards_of("train", items[:count])]
         assert sum(parts, []) == items[:count] and len(parts) == shards
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -90,7 +90,7 @@ def test_each_tower_loads_by_itself_and_gives_the_same_vectors(model, tokenizer)
 def test_the_image_processor_of_the_folder_prepares_what_training_prepared():
     processor = CLIPImageProcessor.from_pretrained(FOLDER)
     image = scenes.render_scene(0, 0).image
-    crop = tiny_clip.cut(image, (0, 0, 96, 96), Image.Resampling.BICUBIC)
+    crop = tiny_clip.cut_out(image, (0, 0, 96, 96), Image.Resampling.BICUBIC)
     prepared = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
     # Half a level: one of 255 levels is 0.0154 after the normalisation.
     torch.testing.assert_close(prepared, tiny_clip.pixel_values(crop[None]), atol=0.016, rtol=0)
@@ -209,6 +209,9 @@ def test_train_makes_a_whole_folder_and_refuses_to_overwrite_it(tmp_path, monkey
         (["play"], "--command must be one of train, evaluate, got 'play'"),
         (["train", "--seed", str(2**32)], "--seed must be at most 4,294,967,295, got 4294967296"),
         (["train", "--steps", "0"], "--steps must be 1 or more, got 0"),
+        (["train", "--output", "clip", "--model", "other"], "`train` takes no --model: leave it out"),
+        (["evaluate", "--model", "clip", "--output", "x"], "`evaluate` takes no --output: leave it out"),
+        (["evaluate", "--model", "clip", "--steps", "3"], "`evaluate` takes no --steps: leave it out"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, told, tmp_path, monkeypatch, capsys):

@@ -47,7 +47,7 @@ from zs3.command_line import (
     Processes,
     Seed,
     Some,
-    cut,
+    beginning,
     flag,
     read_arguments,
     run,
@@ -489,7 +489,7 @@ def check_ended(job: Job, code: int) -> None:
     last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing was printed")
     how = f"failed with exit code {code}" if code else "ended without its result"
     raise InputError(
-        f"{job.name} {how}, see {job.log} ({cut(last, 70)}); once mended, the same command goes on from here"
+        f"{job.name} {how}, see {job.log} ({beginning(last, 70)}); once mended, the same command goes on from here"
     )
 
 

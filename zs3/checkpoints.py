@@ -29,7 +29,6 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.utils import ModelOutput
 
 import modeling_zs3
@@ -37,7 +36,7 @@ from configuration_zs3 import Zs3Config, among, check_names, is_number, places, 
 from files_zs3 import is_leftover
 from modeling_zs3 import Zs3ForSemanticSegmentation, check_text_embeds
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
-from zs3.command_line import InputError, cut, in_one_line, looks_local, one_line, shown
+from zs3.command_line import InputError, beginning, in_one_line, looks_local, one_line, shown
 from zs3.files import file_sha256
 from zs3.label_space import LabelSpace, load_text_embeds
 from zs3.typed_json import read_json
@@ -51,8 +50,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
-SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb")
-NOT_OURS = ("do_center_crop", "data_format", "input_data_format", "return_tensors", "device")  # label maps know none
+# Settings of an image processor: those without which it cannot work, and those that label maps do not follow.
+NEEDED = ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb", "size", "resample")
+NOT_OURS = ("do_center_crop", "data_format", "input_data_format", "return_tensors", "device")
 FLOATS = ("F16", "BF16", "F32", "F64")  # as the headers of safetensors files call them
 LETTERS = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation})
 COUNTS = ("num_batches_tracked", "position_ids", "relative_position_index")  # buffers of whole numbers, I64
@@ -81,7 +81,7 @@ CHECKPOINT_ERRORS = (
 def refusal(thing: str, error: Exception) -> InputError:
     """What a library says of a thing, in one line."""
     said = f"nothing is called {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
-    return InputError(cut(f"{thing}: {said}", 190))
+    return InputError(beginning(f"{thing}: {said}", 190))
 
 
 def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
@@ -268,41 +268,18 @@ def not_finite(state: Mapping[str, Tensor]) -> str | None:
 
 
 def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
-    """The settings that a checkpoint's file gives it are of the kinds that it computes with."""
+    """What the commands need beyond the processor's own checks: settings that are there, and fit RGB and label maps."""
     fits = {
-        **dict.fromkeys(SWITCHES, lambda value: isinstance(value, bool)),
+        **dict.fromkeys(NEEDED, lambda value: value is not None),
         **dict.fromkeys(NOT_OURS, lambda value: value is None or value is False),
-        "image_mean": _is_color,
-        "image_std": lambda value: _is_color(value) and min(value) > 0,
-        "rescale_factor": lambda value: is_number(value) and value > 0,
-        "size": _is_size,
-        "size_divisor": lambda value: is_number(value, whole=True) and value > 0,
-        "ignore_index": lambda value: value is None or is_number(value, whole=True),
-        "resample": lambda value: value in list(PILImageResampling),
+        **dict.fromkeys(("image_mean", "image_std"), lambda value: isinstance(value, list | tuple) and len(value) == 3),
+        **dict.fromkeys(("rescale_factor", "size_divisor"), lambda value: value is not None and value > 0),
     }
-    own = vars(processor)
     wrong = [name for name, is_right in fits.items() if not is_right(getattr(processor, name))]
-    wrong += [name for name in own if callable(getattr(type(processor), name, None))]  # would hide a method
+    wrong += [name for name in vars(processor) if callable(getattr(type(processor), name, None))]  # hides a method
     if wrong:
-        value = getattr(processor, wrong[0])
-        value = _sides(value) if isinstance(value, SizeDict) else value
-        raise InputError(
-            f"the image processor of {shown(path)} has a wrong {wrong[0]}, {shortened(value)}: save the processor anew"
-        )
-
-
-def _is_color(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(map(is_number, value))
-
-
-def _is_size(value: object) -> bool:
-    sides = _sides(value) if isinstance(value, SizeDict) else {}
-    enough = "shortest_edge" in sides or {"height", "width"} <= sides.keys()
-    return enough and all(is_number(side, whole=True) and side > 0 for side in sides.values())
-
-
-def _sides(size: SizeDict) -> dict[str, object]:
-    return {name: side for name, side in dict(size).items() if side is not None}
+        value = shortened(getattr(processor, wrong[0]))
+        raise InputError(f"the image processor of {shown(path)} has a wrong {wrong[0]}, {value}: save it anew")
 
 
 def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrainedConfig) -> None:
@@ -458,7 +435,7 @@ class Look(NamedTuple):
 
     def __call__(self, inputs: BatchFeature, size: tuple[int, int]) -> ModelOutput:
         """The model's output of one image, whose label map is wanted at this size (H, W)."""
-        outputs = self.model(**inputs, text_embeds=self.text_embeds)
+        outputs = self.model(**inputs, text_embeds=self.text_embeds, return_dict=True)
         if self.view == "off":
             return outputs
         return self.model.ensemble(

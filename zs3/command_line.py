@@ -39,7 +39,7 @@ from transformers import HfArgumentParser, PreTrainedConfig
 from configuration_zs3 import HUGE, INT32, TINY, Number, Refused, is_number, shortened
 from files_zs3 import read_text
 
-Args = TypeVar("Args")
+Args = TypeVar("Args", bound="Arguments")
 # Flags that name what a command makes; `try_outputs` tries the places before the work.
 OutputFile = Annotated[str, "file"]
 OutputFolder = Annotated[str, "folder"]
@@ -59,6 +59,7 @@ LONGEST_LINE = 200  # characters of a refusal
 SHORTEST_WORD = 40  # characters that are left of a long path or name where the line is too long
 MOST_OF_A_YAML = 100_000  # values, those that are there by reference counted each time
 MOST_OF_A_LIBRARY = 110  # characters of its message in one of ours
+MOST_PICTURES = 10**6  # of a split that a command draws
 
 
 class InputError(ValueError):
@@ -71,7 +72,7 @@ class InputError(ValueError):
         text = str(message).strip()
         if text.startswith("Caught "):
             text = text.splitlines()[-1].split("InputError: ", 1)[-1]
-        super().__init__(fitted(text))
+        super().__init__(refusal_line(text))
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def printable(text: str) -> str:
     return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def fitted(text: str) -> str:
+def refusal_line(text: str) -> str:
     """One line of at most 200 characters. Of long words, as paths are, both ends are kept; then of the line."""
     words = printable(text).replace("\n", "\\n").split(" ")
     for place in sorted(range(len(words)), key=lambda place: len(words[place]), reverse=True):
@@ -182,7 +183,7 @@ Some = Annotated[list[Item], NOT_EMPTY]
 Count = Annotated[int, Number(int, 1, INT32)]
 Whole = Annotated[int, Number(int, 0, INT32)]
 Batch = Annotated[int, Number(int, 1, 2**16)]
-Pictures = Annotated[int, Number(int, 1, 10**6)]  # that a command draws
+Pictures = Annotated[int, Number(int, 1, MOST_PICTURES)]  # that a command draws
 Pixels = Annotated[int, Number(int, 1, 2**16)]
 Side = Annotated[int, Number(int, 32, 2**14)]  # of a picture that a model sees
 Seed = Annotated[int, Number(int, 0, 2**32 - 1)]  # NumPy takes no larger one
@@ -239,24 +240,25 @@ def _of_type(value: object, hint: Any) -> Any:
         raise ValueError("true or false")
     if hint is str and not (isinstance(value, str | os.PathLike) or is_number(value)):
         raise ValueError("a text")
+    if hint is str:
+        return os.fsdecode(value) if isinstance(value, os.PathLike) else str(value)
     return bool(value) if hint is bool else value
 
 
 def _typed(kind: Callable[[str], Any], text: str) -> Any:
-    """The text as a value of the flag's type; a text that is none stays a text, for `checked` to refuse."""
+    """The text as a value of the flag's type. Where that cannot be, it stays a text, for `checked` to refuse."""
     try:
         return kind(text)
     except (ValueError, argparse.ArgumentTypeError):
         return text
 
 
-def _check_numbers(name: str, value: object) -> None:
-    """Of a model field, whose type is the configuration's own to check."""
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            _check_numbers(name, inner)
-    elif type(value) in ANY:
-        checked(name, value, type(value))
+def _check_inner_numbers(name: str, value: object) -> None:
+    """Refuses a NaN or an infinity within a model field, as in `backbone_config`: transformers does not look there."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if type(inner) in ANY:
+            checked(name, inner, type(inner))
+        _check_inner_numbers(name, inner)
 
 
 # ---- outputs -----------------------------------------------------------------------------------------------
@@ -337,9 +339,9 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def one_line(error: Exception) -> str:
-    """The beginning of a library's message, which may go over many lines, or have none."""
-    return cut(str(error), MOST_OF_A_LIBRARY) or type(error).__name__
+def one_line(error: Exception, length: int = MOST_OF_A_LIBRARY) -> str:
+    """The beginning of a library's message, on one line. Of an error without a message: its class."""
+    return beginning(str(error), length) or type(error).__name__
 
 
 def shown(path: str | Path, length: int = 60) -> str:
@@ -348,8 +350,8 @@ def shown(path: str | Path, length: int = 60) -> str:
     return text if len(text) <= length else f"...{text[3 - length :]}"
 
 
-def cut(text: str, length: int) -> str:
-    """A text for a message: on one line, its beginning where it is long."""
+def beginning(text: str, length: int) -> str:
+    """A text for a message, on one line: its first characters where it is long."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
@@ -392,10 +394,8 @@ def read_arguments(
     for name, values in vars(others).items():
         if name in config_names:
             overrides[name] = values[0] if len(values) == 1 else values
-    for name in names:
-        setattr(args, name, checked(name, getattr(args, name), _hints(args_class)[name]))
     for name, value in overrides.items():
-        _check_numbers(name, value)
+        _check_inner_numbers(name, value)
     try_outputs(args)
     return args, overrides
 
@@ -410,7 +410,7 @@ class _Parser(HfArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{cut(message, 150)} (--help lists the flags)")
+        raise InputError(f"{beginning(message, 150)} (--help lists the flags)")
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -546,7 +546,7 @@ def _check_flags(argv: list[str], names: list[str]) -> None:
             flag = token[2:].split("=", 1)[0]
             name = flag.replace("-", "_")
             if name not in names and name.removeprefix("no_") not in names:
-                raise InputError(f"unknown flag --{cut(flag, 60)}; {_did_you_mean(name, names, '--')}")
+                raise InputError(f"unknown flag --{beginning(flag, 60)}; {_did_you_mean(name, names, '--')}")
 
 
 def _did_you_mean(name: str, names: list[str], prefix: str = "") -> str:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configuration_zs3 import shortened
-from zs3.command_line import Arguments, InputError, OutputFile, Seed, cut, flag, read_arguments, run, shown
+from zs3.command_line import Arguments, InputError, OutputFile, Seed, beginning, flag, read_arguments, run, shown
 from zs3.evaluation import (
     SCORES,
     GeneralizedScores,
@@ -96,18 +96,18 @@ def check_comparable(a: Evaluated, b: Evaluated) -> None:
     for field, words in SAME.items():
         theirs = [one.result[field] for one in (a, b)]
         if theirs[0] != theirs[1]:
-            what = " and ".join(cut(value, 22) for value in theirs)
+            what = " and ".join(beginning(value, 22) for value in theirs)
             raise InputError(f"{both} differ in the {words}, {what}: evaluate both by one protocol")
     for field, words in CLASSES.items():
         theirs = [list(one.result[field]) for one in (a, b)]
         if theirs[0] != theirs[1]:
             odd = sorted(set(theirs[0]) ^ set(theirs[1]))
-            what = f"{cut(', '.join(map(repr, odd[:3])), 37)} in one alone" if odd else "in their order"
+            what = f"{beginning(', '.join(map(repr, odd[:3])), 37)} in one alone" if odd else "in their order"
             raise InputError(f"{both} differ in the {words}, {what}: evaluate both with the same names and --without")
     odd = sorted(set(a.image_ids) ^ set(b.image_ids))
     if odd:
         where = shown(a.path if odd[0] in set(a.image_ids) else b.path)
-        what = f"{cut(repr(odd[0]), 40)} is in {where} alone"
+        what = f"{beginning(repr(odd[0]), 40)} is in {where} alone"
         raise InputError(f"{len(odd)} images are not in both results ({what}): evaluate both on the same")
     if (a.areas.truth != b.areas.truth).nnz:
         raise InputError(f"{both} differ in the label maps of their images: evaluate both on the same data")

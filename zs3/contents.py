@@ -56,7 +56,7 @@ def hub_files(repo_id: str) -> list[tuple[str, str]] | None:
     try:
         files = HfApi().dataset_info(repo_id, files_metadata=True).siblings
     except (OSError, HTTPError) as error:
-        print(f"note: the Hub does not list the files of {repo_id}, so they are not compared ({one_line(error)[:80]})")
+        print(f"note: the Hub does not list the files of {repo_id}, so they are not compared ({one_line(error, 80)})")
         return None
     return sorted((file.rfilename, file.blob_id) for file in files if file.rfilename not in HUB_CARD)
 

@@ -93,8 +93,8 @@ class ConvertArgs(Arguments):
             alike = alike or difflib.get_close_matches(self.name, ARCHIVES, n=1, cutoff=0.0)
             raise InputError(f"no archive is called {self.name!r}: did you mean {' or '.join(alike)}?")
         check_required(self, "source", "output")
-        if not self.splits or not set(self.splits) <= set(SPLITS):
-            raise InputError(f"--splits takes {' and '.join(SPLITS)}, got {' '.join(self.splits) or 'none'}")
+        if not set(self.splits) <= set(SPLITS):
+            raise InputError(f"--splits takes {' and '.join(SPLITS)}, got {' '.join(self.splits)}")
         if not Path(self.source).is_dir():
             raise InputError(f"--source {self.source} is no folder: give that of the unpacked archive")
         if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
@@ -248,7 +248,7 @@ class Shard(NamedTuple):
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def cut(split: str, items: list[Pair | Captioned]) -> list[Shard]:
+def shards_of(split: str, items: list[Pair | Captioned]) -> list[Shard]:
     """The shards of a split: a multiple of 8, so that 2, 4 or 8 processes get equal shares of a stream."""
     total = 8 * math.ceil(len(items) / 16000) if len(items) >= 8 else 1
     bounds = [number * len(items) // total for number in range(total + 1)]
@@ -521,7 +521,7 @@ def push(args: ConvertArgs) -> None:
         )
     except (*HfHubHTTPError.__bases__, ValueError) as error:
         raise InputError(
-            f"cannot upload to {args.push_to_hub} ({one_line(error)[:70]}): the dataset in {args.output} is whole; the "
+            f"cannot upload to {args.push_to_hub} ({one_line(error, 70)}): the dataset in {args.output} is whole; the "
             "same command tries again"
         ) from error
 
@@ -545,7 +545,7 @@ def convert_items(args: ConvertArgs, items: dict[str, list[Pair | Captioned]]) -
     output = Path(args.output)
     whole, begun = output / "data", output / PROGRESS / "data"
     folder = whole if whole.is_dir() else begun
-    shards = [shard for split in args.splits for shard in cut(split, items[split])]
+    shards = [shard for split in args.splits for shard in shards_of(split, items[split])]
     done = [(shard, finished(output, folder, shard)) for shard in shards]
     if args.on_problem == "stop" and any(measures and measures["problems"] for _, measures in done):
         raise InputError(

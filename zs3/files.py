@@ -184,8 +184,9 @@ def writing_folder(folder: Path) -> Iterator[Path]:
 
 
 def lock_folder(folder: Path) -> ExitStack:
-    """The folder, made if need be, is this process's until it ends or what is returned is closed, as by `with`.
+    """Locks the folder, which is made if it is missing.
 
+    The lock ends when the returned stack is closed or the process ends.
     Half files that a killed process left there are removed.
     """
     if folder.exists() and not folder.is_dir():

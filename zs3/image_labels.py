@@ -18,7 +18,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from configuration_zs3 import Zs3Config, among, places, shortened
-from zs3.command_line import InputError, cut, shown
+from zs3.command_line import InputError, one_line, shown
 from zs3.label_space import LabelSpace
 from zs3.typed_json import Count, read_json
 
@@ -220,7 +220,7 @@ def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
         columns = rows.flatten()
         image_ids = [str(image_id) for image_id in table["image_id"].to_pylist()]
     except (OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
-        raise InputError(f"cannot read pseudo labels {file} ({cut(str(error), 60)}): make them anew") from error
+        raise InputError(f"cannot read pseudo labels {file} ({one_line(error, 60)}): make them anew") from error
     own = places(unseen, names)
     if None in own or len(names) != len(unseen):
         odd = [*(name for name, place in zip(unseen, own, strict=True) if place is None)]

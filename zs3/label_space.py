@@ -21,7 +21,7 @@ from torch import Tensor
 from configuration_zs3 import Refused, check_names, is_number, places, shortened
 from files_zs3 import decoding, read_text
 from modeling_zs3 import check_text_embeds
-from zs3.command_line import InputError, cut, looks_local, one_line, shown
+from zs3.command_line import InputError, looks_local, one_line, shown
 
 CLASSES_FOLDER = Path(__file__).parent / "classes"
 BENCHMARKS = (*sorted(file.stem for file in CLASSES_FOLDER.glob("*.json")), "scenes")
@@ -163,7 +163,7 @@ def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None)
         with decoding():
             rows = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: of its header's size the file must be
     except Refused as error:
-        raise InputError(f"cannot read text vectors {shown(path)} ({cut(str(error), 80)}): save a .npy") from error
+        raise InputError(f"cannot read text vectors {shown(path)} ({one_line(error, 80)}): save a .npy") from error
     if not isinstance(rows, np.ndarray):
         raise InputError(f"{shown(path)} holds several arrays: text vectors are one .npy")
     if rows.ndim != 2 or len(rows) != num_classes or (dim is not None and rows.shape[1] != dim):
@@ -189,7 +189,7 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {shown(path)} as JSON ({cut(str(error), 80)}): mend or copy it") from error
+        raise InputError(f"cannot read {shown(path)} as JSON ({one_line(error, 80)}): mend or copy it") from error
     missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else list(KEYS)
     if missing:  # no default: a misspelled "unseen" would train on the masks of unseen classes
         raise InputError(f"{shown(path)} lacks {', '.join(missing)}: it needs the keys {', '.join(KEYS)}")

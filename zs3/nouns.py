@@ -51,8 +51,8 @@ from zs3.command_line import (
     OutputFolder,
     Processes,
     Some,
+    beginning,
     check_required,
-    cut,
     flag,
     one_line,
     read_arguments,
@@ -84,8 +84,8 @@ class NounArgs(Arguments):
     def check(self) -> None:
         check_required(self, "captions", "label_space", "output")
         repeated = [split for split, times in Counter(self.splits).items() if times > 1]
-        if repeated or not self.splits:
-            raise InputError(f"--splits must name each split once, got {' '.join(self.splits) or 'none'}")
+        if repeated:
+            raise InputError(f"--splits must name each split once, got {' '.join(self.splits)}")
 
 
 # ---- words of a caption ------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def read_captions(folder: Path, split: str) -> dict[str, list[str]]:
         try:
             rows = pyarrow.parquet.read_table(file).to_pydict()
         except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"cannot read {file} ({cut(str(error), 80)}): copy it anew") from error
+            raise InputError(f"cannot read {file} ({one_line(error, 80)}): copy it anew") from error
         missing = [name for name in ("image_id", "captions") if name not in rows]
         if missing:
             raise InputError(f"{file} has no column {missing[0]!r}: it needs image_id and captions")
@@ -321,7 +321,7 @@ def load_caption_nouns(path: str | Path, label_space: LabelSpace) -> CaptionNoun
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise InputError(f"cannot read the caption nouns {folder}: {one_line(error)}; make them again") from error
     if settings["label_space_sha256"] != label_space.sha256:
-        named = cut(settings["label_space"], 60)
+        named = beginning(settings["label_space"], 60)
         raise InputError(f"{shown(folder)} was made for another label space ({named}): make caption nouns for this one")
     if not all(among(label_space.seen, class_names)):
         raise InputError(f"{shown(folder)} lacks a seen name of the label space in its classes.json: make it again")

@@ -209,7 +209,7 @@ def score_batch(
     return torch.stack([unseen_scores(embeds[shown], text_embeds, scale) for embeds, shown in pairs])
 
 
-def cut(indices: range, size: int) -> list[range]:
+def in_parts(indices: range, size: int) -> list[range]:
     """In order, into parts of `size`; the last may be shorter."""
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
@@ -444,7 +444,7 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
 
     # Shards: which are there, and who makes the others
     folder, image_ids = Path(args.output), records.image_ids[: args.max_images]
-    parts = cut(range(len(image_ids)), args.shard_size)
+    parts = in_parts(range(len(image_ids)), args.shard_size)
     shards = {folder / shard_name(number, len(parts)): part for number, part in enumerate(parts)}
     digest = [b""]  # of the main process's settings, for all: another's device may be called otherwise
     with ExitStack() as held:
@@ -492,7 +492,7 @@ def make_shards(
     batches = iter(
         DataLoader(
             ScoredImages(records, label_space),
-            batch_sampler=[batch for part in shards.values() for batch in cut(part, args.batch_size)],
+            batch_sampler=[batch for part in shards.values() for batch in in_parts(part, args.batch_size)],
             collate_fn=partial(collate, image_processor),
             num_workers=args.num_workers,
             pin_memory=model.device.type == "cuda",
@@ -500,7 +500,7 @@ def make_shards(
     )
     for path, part in shards.items():
         image_ids, scores = [records.image_ids[index] for index in part], []
-        for batch in islice(batches, len(cut(part, args.batch_size))):
+        for batch in islice(batches, len(in_parts(part, args.batch_size))):
             with in_one_line(f"one of the images from {shortened(image_ids[0])} on"):
                 found = score_batch(model, image_processor, text_embeds, batch, args)
             scores.append(found[:, : len(unseen)].cpu())

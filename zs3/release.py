@@ -44,8 +44,8 @@ from zs3.command_line import (
     Arguments,
     InputError,
     OutputFolder,
+    beginning,
     check_required,
-    cut,
     flag,
     one_line,
     read_arguments,
@@ -277,7 +277,7 @@ def visited(folder: Path, labels: Sequence[str]) -> str:
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise InputError(f"a stranger cannot use this checkpoint, nothing was made: {cut(last, 120)}")
+        raise InputError(f"a stranger cannot use this checkpoint, nothing was made: {beginning(last, 120)}")
     return done.stdout.strip().splitlines()[-1]
 
 

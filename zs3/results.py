@@ -19,6 +19,7 @@ from typing_extensions import TypedDict
 from configuration_zs3 import among, check_names, shortened
 from zs3.calibration import best_point
 from zs3.command_line import InputError, checked, printable, shown
+from zs3.command_line import Share as ShareFlag
 from zs3.evaluation import (
     SCORES,
     Absent,
@@ -350,8 +351,8 @@ class Choice(NamedTuple):
     chosen: str
 
 
-def as_number(given: str) -> float | None:
-    """None where it is none, but the name of a file."""
+def number_or_none(given: str) -> float | None:
+    """The number of a flag that takes the name of a file, too: None for that."""
     try:
         return float(given)
     except ValueError:
@@ -362,7 +363,7 @@ def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> Choice:
     """A number as it is; of a result file the best of its curve, and what its choice knew."""
     if given is None:
         return Choice(0.0, "none")
-    value = as_number(given)
+    value = number_or_none(given)
     if value is None:
         return best_bias(Path(given), stamp, image_ids)
     return Choice(value, BY_HAND)
@@ -396,13 +397,16 @@ def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
 
 
 def check_bias(given: str) -> None:
-    if as_number(given) is not None:
-        checked("seen_bias", as_number(given), float)
+    bias = number_or_none(given)
+    if bias is not None:
+        checked("seen_bias", bias, float)
 
 
 def check_weight(given: str) -> None:
-    weight = as_number(given)
-    if not (Path(given).is_file() if weight is None else 0 <= weight <= 1):
+    weight = number_or_none(given)
+    if weight is not None:
+        checked("ensemble_weight", weight, ShareFlag)
+    elif not Path(given).is_file():
         raise InputError(
             f"--ensemble_weight must be in [0, 1] or a file of zs3.ensemble_weight, got {shortened(given)}"
         )
@@ -410,7 +414,7 @@ def check_weight(given: str) -> None:
 
 def chosen_weight(given: str, stamp: dict, image_ids: list[str]) -> Choice:
     """A number as it is; of a file of zs3.ensemble_weight its answer, and what its choice knew."""
-    weight = as_number(given)
+    weight = number_or_none(given)
     return best_weight(Path(given), stamp, image_ids) if weight is None else Choice(weight, BY_HAND)
 
 

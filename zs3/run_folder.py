@@ -392,7 +392,7 @@ def read_progress(folder: Path) -> dict:
     try:
         state = torch.load(folder / "progress.bin", weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        raise InputError(f"progress.bin cannot be read: {one_line(error)[:80]}") from error
+        raise InputError(f"progress.bin cannot be read: {one_line(error, 80)}") from error
     state = state if isinstance(state, dict) else {}
     lacking = [name for name, kind in PROGRESS.items() if not isinstance(state.get(name), kind)]
     if lacking:

@@ -110,7 +110,9 @@ class Crops(NamedTuple):
     name: np.ndarray  # (B,) int64, index of the caption's name in a list of names
 
 
-def cut(image: np.ndarray, box: tuple[float, ...], resample: Image.Resampling, antialias: bool = True) -> np.ndarray:
+def cut_out(
+    image: np.ndarray, box: tuple[float, ...], resample: Image.Resampling, antialias: bool = True
+) -> np.ndarray:
     """(48, 48, 3) uint8: the part of `image` (H, W, 3) in `box` (x0, y0, x1, y1), squashed to a square."""
     picture = Image.fromarray(image)
     if antialias:
@@ -131,7 +133,7 @@ def _training_cut(rng: np.random.Generator, image: np.ndarray, box: tuple[int, i
     slip = rng.uniform(-0.06, 0.06, 4) * (x1 - x0, y1 - y0, x1 - x0, y1 - y0)
     moved = np.clip(np.array((x0, y0, x1, y1)) + slip, 0, scenes.SIZE)
     resample = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)[rng.integers(2)]
-    return cut(image, tuple(moved), resample, antialias=rng.uniform() < 0.7)
+    return cut_out(image, tuple(moved), resample, antialias=rng.uniform() < 0.7)
 
 
 def _part_of_stuff(rng: np.random.Generator, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -226,7 +228,7 @@ def held_out_crops(margin: float, per_class: int, *, masked: bool = False) -> Cr
             if shown < 30 or len(pixels[number]) == per_class:
                 continue
             seen = np.where((label == number)[..., None], image, MEAN_COLOUR) if masked else image
-            pixels[number].append(cut(seen, widened(region.box, margin), Image.Resampling.BICUBIC))
+            pixels[number].append(cut_out(seen, widened(region.box, margin), Image.Resampling.BICUBIC))
     names = np.repeat(np.arange(len(pixels)), per_class)
     return Crops(np.stack([crop for crops in pixels.values() for crop in crops]), names)
 
@@ -475,6 +477,12 @@ class TinyClipArgs(Arguments):
     seed: Seed = flag(0, "Of weights and crops.")
     model: str | None = flag(None, "Folder that `evaluate` reads.")
 
+    def check(self) -> None:
+        check_required(self, "command", "output" if self.command == "train" else "model")
+        for name in ("model",) if self.command == "train" else ("output", "steps", "seed"):
+            if getattr(self, name) != getattr(TinyClipArgs, name):
+                raise InputError(f"`{self.command}` takes no --{name}: leave it out")
+
 
 def _train_command(folder: Path, steps: int, seed: int) -> None:
     if folder.exists():
@@ -512,7 +520,7 @@ def main() -> None:
     if words and not words[0].startswith("-"):
         words.insert(0, "--command")
     args, _ = read_arguments(TinyClipArgs, words)
-    check_required(args, "command", "output" if args.command == "train" else "model")
+    args.check()
     if args.command == "train":
         _train_command(Path(args.output), args.steps, args.seed)
     else:

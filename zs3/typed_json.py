@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 
 from configuration_zs3 import shortened
 from files_zs3 import lines_of, read_text
-from zs3.command_line import InputError, cut, shown
+from zs3.command_line import InputError, beginning, one_line, shown
 
 Content = TypeVar("Content")
 
@@ -63,8 +63,8 @@ class Wrong(NamedTuple):
     words: str  # what it should be; "" of a key that is missing
 
     def __str__(self) -> str:
-        should = f"is {shown_value(self.value)}, not {cut(self.words, 40)}" if self.words else "is missing"
-        return f"{cut(self.field, 40)} {should}".strip()
+        should = f"is {shown_value(self.value)}, not {beginning(self.words, 40)}" if self.words else "is missing"
+        return f"{beginning(self.field, 40)} {should}".strip()
 
 
 def read_json(path: Path, kind: type[Content], what: str, mend: str, needed: Sequence[str] = ()) -> Content:
@@ -73,7 +73,7 @@ def read_json(path: Path, kind: type[Content], what: str, mend: str, needed: Seq
     try:
         content = _parsed(text)
     except (ValueError, RecursionError) as error:  # of too many brackets
-        raise Damaged(f"{shown(path)} is no JSON ({cut(str(error), 50)}), so no {what}: {mend}") from error
+        raise Damaged(f"{shown(path)} is no JSON ({one_line(error, 50)}), so no {what}: {mend}") from error
     check_content(content, kind, path, what, mend)
     check_needed(content, needed, path, what)
     return content
@@ -133,7 +133,7 @@ def check_needed(content: dict, needed: Sequence[str], path: Path, what: str) ->
 
 def refusal(path: Path, words: str, mend: str) -> InputError:
     """One line of at most 200 characters: the file, what is wrong with it, the mend."""
-    return InputError(f"{shown(path)}: {cut(words, 105)}: {mend}")
+    return InputError(f"{shown(path)}: {beginning(words, 105)}: {mend}")
 
 
 # ---- a value against its type --------------------------------------------------------------------------------
@@ -210,4 +210,4 @@ def shown_value(value: object) -> str:
     """A value for a message, on one line: a text in quotes, a container by its kind."""
     if isinstance(value, dict | list):
         return "a list" if isinstance(value, list) else "a mapping"
-    return cut(shortened(value) if isinstance(value, str) else json.dumps(value), 25)
+    return beginning(shortened(value) if isinstance(value, str) else json.dumps(value), 25)
