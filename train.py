@@ -512,9 +512,8 @@ def go_on_after(saved_by: int, args: TrainArgs, accelerator: Accelerator, step: 
             f"a stream's shards are dealt out to processes, and this run was saved by {saved_by}: resume it with as "
             f"many, not {here}, or it would meet some pictures twice and miss others"
         )
-    set_seed(
-        (args.seed + 1 + accelerator.process_index + here * step) % 2**32
-    )  # nor those of the run's beginning again
+    # Neither the other processes' random numbers nor those of the run's beginning again.
+    set_seed((args.seed + 1 + accelerator.process_index + here * step) % 2**32)
     accelerator.print(
         f"note      saved by {saved_by} processes, resumed by {here}: each step's images and their augmentation stay; "
         "the sampled points and the images that batch norm averages over do not"
@@ -641,7 +640,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
     folder = output_dir / "checkpoints"
     checkpoints = Checkpoints(accelerator, folder, model, scheduler, progress, kept=args.checkpoints_kept, stamp=stamp)
     if accelerator.is_fsdp2:
-        model.get_input_embeddings = lambda: None  # accelerate asks for them; an image model has none
+        model.get_input_embeddings = lambda: None  # accelerate would shard them apart, and stop without a text tower
     elif accelerator.num_processes > 1:
         straighten_gradients(model)
     config = model.config  # no longer to be had when the model is wrapped
@@ -672,7 +671,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    outputs = model(**batch, text_embeds=text_embeds)
+                    outputs = model(**batch, text_embeds=text_embeds, return_dict=True)
                 if not torch.isfinite(outputs.loss):
                     loss = float(outputs.loss.detach())
                     fault = f"the loss is {loss} at step {progress.step}, images {shortened(image_ids)}: stopped"

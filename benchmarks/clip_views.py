@@ -99,7 +99,7 @@ def crop_loop(
         region = torch.where(mask[box], region, 255 * mean) if masked else region
         region = (region - 255 * mean) / (255 * std)
         crop = F.interpolate(region[None], size=(side, side), mode="bicubic", align_corners=False)
-        embeds[query] = F.normalize(tower(crop).image_embeds[0], dim=-1)
+        embeds[query] = F.normalize(tower(crop, return_dict=True).image_embeds[0], dim=-1)
         shown[query] = True
     return ProposalEmbeds(embeds[None], shown[None])
 
@@ -206,7 +206,8 @@ def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
         for index in tqdm(range(count), unit="image", mininterval=1):
             image, label, _ = records[index]
             inputs = processor(images=image)
-            rgb, outputs = processor.to_rgb(inputs["pixel_values"]), model(**inputs, text_embeds=text_embeds)
+            rgb = processor.to_rgb(inputs["pixel_values"])
+            outputs = model(**inputs, text_embeds=text_embeds, return_dict=True)
             at_size = {name: way | {"image_sizes": [label.shape]} for name, way in ways.items()}
             spent, made = timed(looks(model, outputs, rgb, at_size, options), 1)
             if index < args.large_images:

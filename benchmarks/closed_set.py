@@ -103,7 +103,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
     for batch in tqdm(loader, total=args.max_steps, unit="step", mininterval=1):
         masks, ids = binary_masks(batch["labels"].to(accelerator.device))
         pixels = {name: batch[name].to(accelerator.device) for name in ("pixel_values", "pixel_mask")}
-        model(**pixels, mask_labels=masks, class_labels=[own.to(accelerator.device) for own in ids]).loss.backward()
+        ids = [own.to(accelerator.device) for own in ids]
+        model(**pixels, mask_labels=masks, class_labels=ids, return_dict=True).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -126,7 +127,7 @@ def evaluate(args: EvalArgs) -> dict:
     theirs = Mask2FormerImageProcessorPil()
     for image, label, image_id in tqdm(records, total=len(records), unit="image", mininterval=1):
         inputs = processor(images=image)
-        outputs = model(**inputs)
+        outputs = model(**inputs, return_dict=True)
         height, width = inputs["pixel_mask"][0].any(1).sum(), inputs["pixel_mask"][0].any(0).sum()
         size = inputs["pixel_values"].shape[-2:]
         masks = functional.interpolate(outputs.masks_queries_logits, size=size, mode="bilinear")

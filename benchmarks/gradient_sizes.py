@@ -49,7 +49,7 @@ def gradient_norms(model: Zs3ForSemanticSegmentation, batches: list[dict], text_
     weights |= {"dice": config.dice_weight, "rank": config.rank_weight}
     norms = dict.fromkeys(weights, 0.0)
     for batch in batches:
-        terms = model(**batch, text_embeds=text_embeds).loss_terms
+        terms = model(**batch, text_embeds=text_embeds, return_dict=True).loss_terms
         for name, weight in weights.items():
             gradients = torch.autograd.grad(weight * terms[name], parameters, retain_graph=True, allow_unused=True)
             squares = sum(gradient.square().sum() for gradient in gradients if gradient is not None)

@@ -185,8 +185,18 @@ def test_the_checkpoint_says_whether_to_ensemble(checkpoint, with_clip, data, tm
     assert asked(tmp_path / "copy", ensemble_weight="0.5") == ("crops", 0.5)
     with pytest.raises(InputError, match="says not to"):
         asked(tmp_path / "copy", ensemble="crops")
-    with pytest.raises(InputError, match=r"must be in \[0, 1\] or a file of zs3.ensemble_weight, got '1.5'"):
+    with pytest.raises(InputError, match="^--ensemble_weight must be at most 1, got 1.5"):
         asked(with_clip, ensemble_weight="1.5")
+    with pytest.raises(InputError, match=r"must be in \[0, 1\] or a file of zs3.ensemble_weight, got 'x.json'"):
+        asked(with_clip, ensemble_weight="x.json")
+
+
+def test_a_checkpoint_whose_config_asks_for_tuples_gets_the_same_scores(with_clip, data, tmp_path):
+    shutil.copytree(with_clip, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    one, other = (evaluate(EvalArgs(model=str(model), dataset=str(data))) for model in (with_clip, tmp_path / "copy"))
+    assert one["miou"] is not None and one["per_class"] == other["per_class"]
 
 
 def sha256_of(path: Path) -> str:

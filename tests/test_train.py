@@ -361,9 +361,17 @@ def test_a_misspelled_field_is_one_line_with_the_right_name(data, tmp_path, monk
     assert "learning_rat" in line and "learning_rate" in line
 
 
-def test_a_wrong_value_of_the_model_configuration_is_one_line(data, tmp_path, monkeypatch, capsys):
-    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", class_loss="hinge"))
-    assert "class_loss" in line and "hinge" in line
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("class_loss", "hinge", "class_loss must be one of"),
+        ("class_weight", ".nan", "class_weight must be a finite number, got nan"),
+        ("class_weight", ".INF", "class_weight must be a finite number, got inf"),
+        ("matched_weight", "1.5", "matched_weight must be at most 1, got 1.5"),
+    ],
+)
+def test_a_wrong_value_of_the_model_configuration_is_one_line(data, tmp_path, monkeypatch, capsys, name, value, words):
+    assert words in refused(monkeypatch, capsys, flags(data, tmp_path / "out", **{name: value}))
 
 
 def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, capsys):
@@ -453,6 +461,17 @@ def plain_flags(data: Path, output_dir: Path, start: Path, **overrides) -> list[
     recipe = {name: value for name, value in RECIPE.items() if name in TrainArgs.__dataclass_fields__}
     (output_dir.parent / "plain.yaml").write_text(yaml.safe_dump(recipe))
     return flags(data, output_dir, config=output_dir.parent / "plain.yaml", init_from=start, **overrides)
+
+
+def test_a_start_whose_config_asks_for_tuples_is_trained_on(data, tmp_path, monkeypatch):
+    model = save_checkpoint(tmp_path / "start", text=False)
+    model.config.seen_class_names, model.config.return_dict = [], False
+    model.save_pretrained(tmp_path / "start")
+    assert json.loads((tmp_path / "start" / "config.json").read_text())["return_dict"] is False
+    arguments = plain_flags(data, tmp_path / "out", tmp_path / "start", max_steps=1)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    main()
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
 
 
 def seen_after(data: Path, folder: Path, seen_before: list[str] | None, monkeypatch) -> list[str] | None:

@@ -185,7 +185,7 @@ def label_maps(
 ) -> dict[str | float, np.ndarray]:
     """(H, W) by weight, from one pass of the network and one look of CLIP's."""
     inputs = processor(images=image).to(model.device)
-    outputs = model(**inputs, text_embeds=text_embeds)
+    outputs = model(**inputs, text_embeds=text_embeds, return_dict=True)
     rgb = processor.to_rgb(inputs["pixel_values"])
     embeds = model.embed_proposals(rgb, outputs.mask_logits, outputs.valid_sizes)
     maps = {}

@@ -51,7 +51,7 @@ class VisualPart(nn.Module):
         height, width = pixel_values.shape[2:]
         pixel_values = F.pad(pixel_values, (0, _padded(width) - width, 0, _padded(height) - height))
         with FreeSizes():  # transformers' own forward: every operator of it has a counterpart in ONNX
-            outputs = self.model.model(pixel_values, output_hidden_states=True)
+            outputs = self.model.model(pixel_values, output_hidden_states=True, return_dict=True)
         class_embeds = self.model.class_projection(outputs.transformer_decoder_intermediate_states[-1].transpose(0, 1))
         class_probs = class_probabilities(**self.model.classify(class_embeds, text_embeds))
         return class_probs, outputs.masks_queries_logits[-1]
