@@ -76,7 +76,7 @@ class WeightArgs(Arguments):
     def check(self) -> None:
         check_required(self, "model", "dataset", "unseen_labels")
         if self.write and not Path(self.model, "config.json").is_file():
-            raise InputError(f"--write needs a checkpoint's folder, and {self.model} is none")
+            raise InputError(f"--write needs a checkpoint's folder, and {self.model} is no folder")
         if self.write:
             try_output("--write", Path(self.model, "config.json"), "file")
         if self.output is not None:

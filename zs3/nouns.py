@@ -200,7 +200,7 @@ class NameFinder:
                     self.longest = max(self.longest, len(words))
 
     def __call__(self, words: list[Word]) -> set[str]:
-        """Class names, as the label space writes them, and nouns that are none."""
+        """Class names, as the label space writes them, and nouns that are no class names."""
         found, start = set(), 0
         while start < len(words):
             length, name = self._at(words[start : start + self.longest])
