@@ -99,7 +99,7 @@ def crop_loop(
         region = torch.where(mask[box], region, 255 * mean) if masked else region
         region = (region - 255 * mean) / (255 * std)
         crop = F.interpolate(region[None], size=(side, side), mode="bicubic", align_corners=False)
-        embeds[query] = F.normalize(tower(crop, return_dict=True).image_embeds[0], dim=-1)
+        embeds[query] = F.normalize(tower(crop).image_embeds[0], dim=-1)
         shown[query] = True
     return ProposalEmbeds(embeds[None], shown[None])
 
