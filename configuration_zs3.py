@@ -17,7 +17,7 @@ from unicodedata import category, normalize
 
 import numpy as np
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import (
     AutoConfig,
     CLIPTextConfig,
@@ -108,15 +108,25 @@ def in_plain_words(config_class: type) -> type:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             make(self, *args, **kwargs)
-        except StrictDataclassClassValidationError as error:
-            raise Refused(str(error.__cause__)) from error
+        except Refused:
+            raise
+        except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:  # of a part's own fields, too
+            if isinstance(error.__cause__, Refused):
+                raise error.__cause__ from None
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise Refused(f"a field has a wrong value: {reason[:140]}") from error
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
+        field = config_class.__dataclass_fields__.get(name)
+        value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+        if isinstance(value, list):
+            value = [one.item() if isinstance(one, np.generic) else one for one in value]
+        if field is not None and isinstance(value, int | float) and not isinstance(value, bool):
+            as_number(name, value, *RANGES.get(name, (-HUGE, HUGE)))
         try:
-            put(self, name, value.item() if isinstance(value, np.generic) else value)
+            put(self, name, value)
         except StrictDataclassFieldValidationError as error:
-            kind = config_class.__dataclass_fields__[name].type
-            raise Refused(f"{name} must be {_in_words(kind)}, got {shortened(value)}") from error
+            raise Refused(f"{name} must be {_in_words(field.type)}, got {shortened(value)}") from error
 
     config_class.__init__, config_class.__setattr__ = __init__, __setattr__
     return config_class
@@ -246,16 +256,11 @@ class Zs3Config(Mask2FormerConfig):
                 setattr(self, name, self.sub_configs[name](**getattr(self, name)))
         super().__post_init__(**kwargs)
 
-    def validate_numbers(self):
-        """Ranges that model and losses rely on (called by `strict`)."""
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                as_number(name, value, *RANGES.get(name, (-HUGE, HUGE)))
-        if len(self.feature_strides) != 4 or min(self.feature_strides) < 1:  # of the backbone's stages
-            raise ValueError(
-                f"feature_strides must be four whole numbers above 0, got {shortened(self.feature_strides)}"
-            )
+    def validate_strides(self):
+        """Called by `strict`."""
+        strides = self.feature_strides  # of the backbone's stages
+        if len(strides) != 4 or min(strides) < 1:
+            raise Refused(f"feature_strides must be four whole numbers above 0, got {shortened(strides)}")
 
 
 # ---- names: when are two names one? -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The model against transformers' own Mask2Former and CLIP, and label maps against Eq. 4 written out."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny import CLASS_NAMES, byte_tokenizer, save_checkpoint, tiny_config, tiny_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -689,6 +691,21 @@ def test_whole_numbers_say_which_classes_are_seen_as_booleans_do():
         torch.manual_seed(0)
         losses.append(model(torch.ones(1, 3, 64, 32), text_embeds=unit(3, 12), labels=labels, is_seen=is_seen).loss)
     assert losses[0] == losses[1]
+
+
+def test_whatever_looks_at_shapes_alone_can_run_the_model():
+    """As it can transformers' own: one graph, exported programs, tensors without values."""
+    model, pixels = tiny_model(), torch.randn(2, 3, 64, 64)
+    model.set_vocabulary(list("abcd"), unit(4, 12))
+    with torch.no_grad():
+        expected = model(pixels).class_logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(pixel_values=pixels).class_logits, expected, rtol=1e-4, atol=1e-3)
+        program = torch.export.export(model, (pixels,), strict=False).module()
+        torch.testing.assert_close(program(pixels).class_logits, expected, rtol=1e-4, atol=1e-3)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert model(torch.empty(2, 3, 64, 64)).class_logits.shape == expected.shape
+        assert copy.deepcopy(model).to("meta")(pixels.to("meta")).class_logits.shape == expected.shape
 
 
 def test_hooks_for_gradients_of_the_inputs_all_go_away():

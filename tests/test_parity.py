@@ -198,6 +198,11 @@ NEITHER = {
     "missing, a long path": lambda: "a/" * 2500 + "x.png",
     "missing, among others": lambda: [IMAGES[0], "missing.png"],
     "path with a zero": lambda: "a\0b.png",
+    "zeros": lambda: "\0" * 300,
+    "letters that are not shown, among others": lambda: [IMAGES[0], "\ue000" * 300],
+    "a long path, among others": lambda: [IMAGES[0], "a" * 5000],
+    "folder in a list": lambda: ["."],
+    "class of a long name": lambda: type("C" * 300, (), {})(),
     "empty file": lambda: "empty.png",
     "text file": lambda: "text.png",
     "half a file": lambda: "half.png",
@@ -264,25 +269,59 @@ def test_results_have_the_length_of_their_dataset_and_can_be_had_again(kind, our
         len(ours(iter(IMAGES)))
 
 
-def test_an_error_of_the_dataset_itself_is_no_end(ours):
-    class Broken(Rows):
-        def __getitem__(self, row):
-            if row == 2:
-                raise IndexError("its own")
-            return super().__getitem__(row)
+class Broken(Rows):
+    def __getitem__(self, row):
+        if row == 1:
+            raise IndexError("its own")
+        return super().__getitem__(row)
 
-    for options in ({}, {"batch_size": 3}, {"num_workers": 1}):
-        found = []
-        with pytest.raises(IndexError, match="its own"):
-            for result in ours(Broken(IMAGES), **options):
-                found.append(result)
-        assert len(found) == 2, "the results of the images before are not lost"
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3}, {"num_workers": 1}])
+def test_an_error_of_the_dataset_itself_is_no_end_and_costs_no_other_image(options, ours):
+    expected = [segments(result) for result in ours(IMAGES)]
+    results = ours(Broken(IMAGES), **options)
+    assert segments(next(results)) == expected[0]
+    with pytest.raises(IndexError, match="its own") as error:
+        next(results)
+    assert "images[1]" in error.value.__notes__[0]
+    assert segments(next(results)) == expected[2] and next(results, None) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, {"num_workers": 1}])
+@pytest.mark.parametrize("kind", ["column of a dataset", "column"])
+def test_a_bad_picture_of_a_table_is_named_and_costs_no_other(kind, options, ours):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"image": ["0.png", "text.png", "2.png"]})
+    column = rows.cast_column("image", datasets.Image())
+    results = ours(KeyDataset(column, "image") if kind == "column of a dataset" else column["image"], **options)
+    found = [next(results)]
+    with pytest.raises(ValueError, match=r"^images\[1\]: it cannot be read as an image: "):
+        next(results)
+    found.append(next(results))
+    assert [segments(result) for result in found] == [segments(result) for result in ours([IMAGES[0], IMAGES[2]])]
+
+
+def test_results_go_through_a_loader_and_to_other_processes(ours):
+    expected = [segments(result) for result in ours(IMAGES)]
+    loader = torch.utils.data.DataLoader(ours(Rows(IMAGES)), batch_size=None, collate_fn=list)
+    assert [segments(result) for result in loader] == expected
+    results = ours(Rows(IMAGES))
+    next(results)
+    assert [segments(result) for result in pickle.loads(pickle.dumps(results))] == expected
+
+
+def test_the_refusal_of_some_images_can_be_sent_to_another_process(ours):
+    with pytest.raises(ValueError) as error:
+        ours([IMAGES[0], "missing.png"])
+    for twin in (copy.deepcopy(error.value), pickle.loads(pickle.dumps(error.value))):
+        assert str(twin) == str(error.value) and len(twin.results) == 2 and twin.results[1] is None
 
 
 def test_a_bad_image_costs_none_of_the_others_and_is_named(ours, place):
     images = [IMAGES[0], "half.png", IMAGES[1], "missing.png", IMAGES[2]]
     expected = [segments(result) for result in ours(IMAGES)]
-    with pytest.raises(ValueError, match=r"^images\[1\]: half.png .*\(2 of 5 images; error.results") as error:
+    with pytest.raises(ValueError, match=r"^images\[1\]: half.png .*\(2 of 5; error.results") as error:
         ours(images, batch_size=2)
     kept = error.value.results
     assert [segments(kept[row]) for row in (0, 2, 4)] == expected and kept[1] is None and kept[3] is None
@@ -308,6 +347,12 @@ def test_processes_that_load_the_images_change_nothing(ours):
 class Answers(BaseHTTPRequestHandler):
     def do_GET(self):  # noqa: N802 - its name
         status = int(self.path[1:4])
+        while self.path.endswith("heads") and not self.server.ended.wait(0.05):
+            try:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n" if not self.headers.get("begun") else b"X-A: b\r\n")
+                self.headers["begun"] = "yes"
+            except OSError:
+                return
         self.send_response(302 if self.path.endswith("round") else status)
         if self.path.endswith("round"):
             self.send_header("Location", self.path)
@@ -353,6 +398,7 @@ def test_an_address_is_taken_as_transformers_takes_it(timeout, server, ours, sto
         ("200", "it is no image of a format"),
         ("302round", "redirects"),
         ("200drops", "not all of it came within 0.5 seconds"),
+        ("200heads", "not all of it came within 0.5 seconds"),
     ],
 )
 def test_an_address_that_gives_no_image_is_named_with_the_reason(path, reason, server, ours):
@@ -364,7 +410,7 @@ def test_an_address_that_gives_no_image_is_named_with_the_reason(path, reason, s
 
 
 def test_a_server_that_says_nothing_is_left_when_the_time_is_up(server, ours):
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ValueError, match="timed out"):
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ValueError, match="0.2 seconds|timed out"):
         ours(f"http://127.0.0.1:{silent.getsockname()[1]}/a.png", timeout=0.2)
 
 
@@ -503,7 +549,18 @@ def test_proposals_serve_the_same_checkpoint_in_another_precision_and_where_weig
         assert half(proposals) and ours(half.propose(IMAGES[0]))
     quantised = copy.copy(ours)
     quantised.model = torch.ao.quantization.quantize_dynamic(ours.model, {torch.nn.Linear})
-    assert quantised.propose(IMAGES[0]).checkpoint is None
+    assert set(quantised.propose(IMAGES[0]).checkpoint) < set(proposals.checkpoint)
     assert ours(quantised.propose(IMAGES[0])) and quantised(proposals)
     with pytest.raises(ValueError, match="another checkpoint"):
-        ours(dataclasses.replace(proposals, outputs=[{"class_embeds": torch.zeros(1, 5, 99)}], checkpoint=None))
+        ours(dataclasses.replace(proposals, outputs=[{"class_embeds": torch.zeros(1, 5, 99)}], checkpoint={}))
+
+
+def test_a_pipeline_whose_weights_are_brought_one_layer_at_a_time(ours):
+    accelerate = pytest.importorskip("accelerate")
+    labels = ["sky", "zebra", "red square"]
+    expected, report = segments(ours(IMAGES[0], candidate_labels=labels)), str(ours.lint_labels(labels))
+    offloaded = copy.deepcopy(ours)
+    accelerate.cpu_offload(offloaded.model, execution_device=torch.device("cpu"))
+    assert segments(offloaded(IMAGES[0], candidate_labels=labels)) == expected
+    assert segments(ours(offloaded.propose(IMAGES[0]), candidate_labels=labels)) == expected
+    assert str(offloaded.lint_labels(labels)) == report

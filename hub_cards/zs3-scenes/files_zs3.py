@@ -12,9 +12,11 @@ import errno
 import io
 import os
 import stat
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,7 +131,7 @@ def load_picture(image: str | Path | Image.Image | np.ndarray | Tensor, timeout:
 
     image: a path, an address (http, https, data:image/), a text of base64, a PIL image, or an array or tensor of uint8,
         (H, W), (H, W, 3) or (H, W, 4).
-    timeout: about the seconds that an address may take in all; None: SECONDS.
+    timeout: seconds that an address may take in all; None: SECONDS.
     """
     try:
         with decoding():
@@ -140,7 +142,7 @@ def load_picture(image: str | Path | Image.Image | np.ndarray | Tensor, timeout:
                 raise Refused(f"mode {picture.mode} holds more than 8 bits a channel; convert it to 8 first")
             return ImageOps.exif_transpose(picture).convert("RGB")
     except Refused as error:
-        raise Refused(f"{_name(image)} cannot be read as an image: {error}") from error
+        raise Refused(f"{shown_name(image)} cannot be read as an image: {error}") from error
 
 
 def _opened(image: object, timeout: float | None) -> Image.Image:
@@ -164,23 +166,24 @@ def _opened(image: object, timeout: float | None) -> Image.Image:
     raise Refused(_why_no_image(image))
 
 
-def _name(image: object) -> str:
-    """How a message calls an image: by the end of its path, where its name is."""
+def shown_name(image: object) -> str:
+    """How a message calls an image: by the end of its path, where its name is, at most 45 characters."""
     if not isinstance(image, str | Path):
         return "the image"
     text = str(image)
     if not text.strip():
-        return repr(text)
-    shown = repr(text[-67:])[1:-1]  # escapes what shows nothing
-    return f"...{shown}" if len(text) > 67 else shown
+        return repr(text[:20])
+    shown = repr(text[-60:])[1:-1]  # escapes what shows nothing
+    return shown if len(text) <= 60 and len(shown) <= 45 else f"...{shown[-42:]}"
 
 
 def _why_no_image(value: object) -> str:
+    it = f"it is of type {type(value).__name__[:30]}"
     if isinstance(value, bytes | bytearray | memoryview) or hasattr(value, "read"):
-        return f"it is of type {type(value).__name__}: open it first, PIL.Image.open(...), with io.BytesIO for bytes"
+        return f"{it}: open it first, PIL.Image.open(...), with io.BytesIO for bytes"
     if isinstance(value, Mapping) or hasattr(value, "column_names"):
-        return f'it is of type {type(value).__name__}: give the image in it, of a dataset a column, dataset["image"]'
-    return f"it is of type {type(value).__name__}, no image, path or address"
+        return f'{it}: give the image in it, of a dataset a column, dataset["image"]'
+    return f"{it}, no image, path or address"
 
 
 def _from_base64(text: str) -> bytes | None:
@@ -213,17 +216,30 @@ def _fetched(address: str, timeout: float | None) -> bytes:
     if constants.HF_HUB_OFFLINE:
         raise Refused("this process is offline (HF_HUB_OFFLINE): download it first")
     timeout = SECONDS if timeout is None else timeout
-    end, content = time.monotonic() + timeout, bytearray()
-    with get_session().stream("GET", address, follow_redirects=True, timeout=timeout) as answer:
-        if answer.status_code >= 400:
-            raise Refused(f"the server answers {answer.status_code} {answer.reason_phrase[:40]}")
-        for part in answer.iter_bytes():
-            content += part
-            if len(content) > MOST_FETCHED:
-                raise Refused(f"it is more than {MOST_FETCHED:,} bytes")
-            if time.monotonic() > end:
-                raise Refused(f"not all of it came within {timeout:g} seconds: give more, timeout=...")
-    return bytes(content)
+    content: Future[bytes] = Future()
+    threading.Thread(target=_download, args=(address, timeout, content), daemon=True).start()
+    try:
+        return content.result(timeout)
+    except TimeoutError as error:
+        raise Refused(f"not all of it came within {timeout:g} seconds: give more, timeout=...") from error
+
+
+def _download(address: str, timeout: float, content: Future) -> None:
+    """Sets the content, or why there is none. In a thread of its own, as a server may hold it up for ever."""
+    try:
+        found, end = bytearray(), time.monotonic() + timeout
+        with get_session().stream("GET", address, follow_redirects=True, timeout=timeout) as answer:
+            if answer.status_code >= 400:
+                raise Refused(f"the server answers {answer.status_code} {answer.reason_phrase[:40]}")
+            for part in answer.iter_bytes():
+                found += part
+                if len(found) > MOST_FETCHED:
+                    raise Refused(f"it is more than {MOST_FETCHED:,} bytes")
+                if time.monotonic() > end:  # nobody waits for it any more
+                    return
+        content.set_result(bytes(found))
+    except Exception as error:
+        content.set_exception(error)
 
 
 def read_text(path: str | Path) -> str:
@@ -312,8 +328,9 @@ def save_map(label_map: Any, path: str | Path, num_classes: int | None = None) -
     try:
         with whole(Path(path)) as partial:
             partial.write_bytes(content)
-    except OSError as error:
-        raise Refused(f"cannot save {shortened(str(path), 120)} ({error.strerror}): choose another place") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero in it
+        reason = getattr(error, "strerror", None) or error
+        raise Refused(f"cannot save {shortened(str(path), 100)} ({reason}): choose another place") from error
 
 
 __all__ = ["load_picture", "map_png", "open_image", "save_map", "whole"]

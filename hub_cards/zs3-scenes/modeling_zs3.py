@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     AutoConfig,
     CLIPModel,
@@ -605,11 +606,17 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         batch, _, height, width = pixel_values.shape
         if pixel_mask is None:
             valid_sizes = pixel_values.new_tensor([[height, width]], dtype=torch.int64).repeat(batch, 1)
+            sizes = [[height, width]] * batch
+        elif tuple(pixel_mask.shape) != (batch, height, width):
+            raise Refused(
+                f"pixel_mask must be {(batch, height, width)}, as pixel_values, got {tuple(pixel_mask.shape)}"
+            )
         else:
             valid_sizes = torch.stack([pixel_mask.bool().any(2).sum(1), pixel_mask.bool().any(1).sum(1)], dim=1)
-        if (valid_sizes == 0).any():
+            sizes = valid_sizes.tolist()
+        if any(0 in size for size in sizes):
             raise ValueError("pixel_mask hides a whole image: it must be 1 where the image is")
-        own_sizes = [tuple(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size) for size in valid_sizes.tolist()]
+        own_sizes = [tuple(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in size) for size in sizes]
         mask_height, mask_width = (max(sides) // MASK_STRIDE for sides in zip(*own_sizes, strict=True))
         if (hidden_states or attentions) and len(set(own_sizes)) > 1:
             raise ValueError(
@@ -853,7 +860,8 @@ def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Modu
 
 def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """R of section 3.2: class_embeds (B, Q, D), text_embeds (C, D) -> (B, Q, C), cosine in [-1, 1]."""
-    with torch.autocast(class_embeds.device.type, enabled=False):  # 0.4 % of a cosine is 0.4 of a logit at tau = 0.01
+    device = "cpu" if class_embeds.is_meta else class_embeds.device.type  # autocast knows no "meta"
+    with torch.autocast(device, enabled=False):  # 0.4 % of a cosine is 0.4 of a logit at tau = 0.01
         text_embeds = text_embeds.to(class_embeds.device).float()
         return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds, dim=-1).T
 
@@ -871,7 +879,7 @@ def tie(values: Tensor, source: Tensor) -> Tensor:
 
     Products and powers need it: at the end of a row they may be rounded otherwise than in its middle.
     """
-    if source.shape[-1] < 2 or source.is_meta or torch.compiler.is_compiling():
+    if source.shape[-1] < 2 or has_no_values(source):
         return values
     columns = source.reshape(-1, source.shape[-1])
     # On the CPU: not every device has `unique` along an axis. Four rows tell nearly all columns apart.
@@ -894,6 +902,8 @@ def check_text_embeds(text_embeds: Tensor, size: int) -> None:
     if text_embeds.dim() != 2 or len(text_embeds) == 0 or text_embeds.shape[1] != size:
         raise Refused(f"text vectors must be (C, {size}), got {tuple(text_embeds.shape)}")
     lengths = F.normalize(text_embeds.float(), dim=-1).norm(dim=-1)
+    if has_no_values(lengths):
+        return
     lost = (~((lengths - 1).abs() < 0.01)).nonzero()[:, 0]  # "not": NaN is lost, too
     if len(lost):
         raise Refused(
@@ -926,6 +936,12 @@ def checked_image_labels(image_labels: Tensor, shape: tuple[int, int]) -> Tensor
     return image_labels.to(torch.int8)
 
 
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values cannot be looked at: "meta", or while a graph or a torch.func transform is made."""
+    made = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return made or tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def checked_is_seen(is_seen: Tensor, num_classes: int) -> Tensor:
     """(C,) bool. Raises Refused where it is no tensor of this shape."""
     if not isinstance(is_seen, Tensor) or tuple(is_seen.shape) != (num_classes,):
@@ -943,9 +959,8 @@ def check_masks_are_present(ids: list[Tensor], image_labels: Tensor) -> None:
 
 
 def check_finite_output(name: str, values: Tensor) -> None:
-    """Raises Refused where an output is not finite: what is made of it would look like an answer. Under torch.func,
-    where values have no value yet, nothing is checked."""
-    if not torch._C._are_functorch_transforms_active() and not torch.isfinite(values).all():
+    """Raises Refused where an output is not finite: what is made of it would look like an answer."""
+    if not has_no_values(values) and not torch.isfinite(values).all():
         raise Refused(f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32")
 
 

@@ -6,8 +6,9 @@ turns proposals into a label map. `propose` stops in the middle, so that other l
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,15 @@ from transformers.utils import logging
 try:
     from .configuration_zs3 import Refused, as_number, places, shortened
     from .drawing_zs3 import NONE_OF_THESE, draw
-    from .files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map
+    from .files_zs3 import (
+        PICTURE_SUFFIXES,
+        is_address,
+        is_leftover,
+        is_picture_name,
+        load_picture,
+        save_map,
+        shown_name,
+    )
     from .label_maps_zs3 import semantic_map
     from .modeling_zs3 import ProposalEmbeds, Zs3ForSemanticSegmentation, Zs3Output, best_synonyms, check_text_embeds
     from .processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
@@ -32,7 +41,7 @@ except ImportError:
         raise
     from configuration_zs3 import Refused, as_number, places, shortened
     from drawing_zs3 import NONE_OF_THESE, draw
-    from files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map
+    from files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map, shown_name
     from label_maps_zs3 import semantic_map
     from modeling_zs3 import ProposalEmbeds, Zs3ForSemanticSegmentation, Zs3Output, best_synonyms, check_text_embeds
     from processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
@@ -59,15 +68,14 @@ class Proposals:
 
     image_size: (height, width). outputs: of each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
     valid_sizes (1, 2), as in Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
-    ensemble: how CLIP saw them, "crops" or "single_pass", or "off". checkpoint: which one made them, see `fingerprint`;
-    None: not known.
+    ensemble: how CLIP saw them, "crops" or "single_pass", or "off". checkpoint: which one made them, see `fingerprint`.
     """
 
     image_size: tuple[int, int]
     views: list[View]
     outputs: list[dict[str, Tensor]]
     ensemble: str
-    checkpoint: Tensor | None = None
+    checkpoint: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -98,6 +106,32 @@ class Unreadable(Refused):
         super().__init__(message)
         self.results = results
 
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.results)
+
+
+@dataclass
+class Lost:
+    """Stands for an image that cannot be read, and for its result. error: raised when the result is asked for."""
+
+    error: Exception
+
+
+class Rows(Dataset):
+    """A dataset, of which a row that raises is Lost, so that the other rows can still be read."""
+
+    def __init__(self, rows: Dataset | Sequence):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> object:
+        try:
+            return self.rows[place]
+        except Exception as error:
+            return Lost(error)
+
 
 class Images(Dataset):
     """Images in their order, which transformers' loop takes as they are. alone: the caller gave one image, no list."""
@@ -111,49 +145,65 @@ class Images(Dataset):
 
     def loaded(self, num_workers: int) -> Iterator:
         """Yields the images. num_workers processes read a dataset that has a length."""
-        by_index = isinstance(self.images, Dataset) and not isinstance(self.images, IterableDataset)
-        if not by_index or not hasattr(self.images, "__len__"):
+        by_index = isinstance(self.images, Dataset | Sequence) and hasattr(self.images, "__len__")
+        if not by_index or isinstance(self.images, IterableDataset):
             return iter(self.images)
+        rows = Rows(self.images)
         if num_workers:
-            return iter(DataLoader(self.images, batch_size=None, collate_fn=_unchanged, num_workers=num_workers))
-        return (self.images[place] for place in range(len(self.images)))
+            return iter(DataLoader(rows, batch_size=None, collate_fn=_unchanged, num_workers=num_workers))
+        return (rows[place] for place in range(len(rows)))
+
+    def named(self, error: Exception, place: int) -> Lost:
+        """With an error that says which image it is about."""
+        if isinstance(error, OSError):  # of a decoder or the disk
+            error = Refused(f"it cannot be read as an image: {' '.join(str(error).split())[:100]}")
+        if isinstance(error, Refused) and not self.alone:
+            error = Refused(f"images[{place}]: {error}")
+        elif not isinstance(error, Refused):
+            error.add_note(f"It was raised by images[{place}].")
+        return Lost(error)
 
 
-class Results:
+class Results(IterableDataset):
     """The results of several images, made when they are asked for; as many as images, where that is known.
 
-    An image that cannot be read raises Refused in its turn; `next` may then be asked for the others.
+    An image that cannot be read raises in its turn, Refused or the dataset's own error; `next` then gives the others.
     """
 
-    def __init__(self, images: Images, make: Callable[[], Iterator]):
-        self._images, self._make = images, make
+    def __init__(self, images: Images, make: Callable[[Images], Iterator]):
+        self.images, self.make = images, make
         self._made: Iterator | None = None
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_made": None}
+
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     def __iter__(self) -> "Results":
         """From the first image on, as transformers' own; of an iterator, which cannot begin anew, from where it is."""
-        if self._made is None or not isinstance(self._images.images, Iterator):
-            self._made = self._make()
+        if self._made is None or not isinstance(self.images.images, Iterator):
+            self._made = self.make(self.images)
         return self
 
     def __next__(self) -> dict | list[dict] | Proposals:
         if self._made is None:
             iter(self)
         result = next(self._made)
-        if isinstance(result, Refused):
-            raise result
+        if isinstance(result, Lost):
+            raise result.error
         return result
 
     def all(self) -> list:
         """Raises Unreadable where an image cannot be read, after the others."""
-        made = list(self._make())
-        bad = [result for result in made if isinstance(result, Refused)]
-        if bad:
-            others = f" ({len(bad)} of {len(made)} images; error.results holds the other results)"
-            message = f"{bad[0]}{others if len(bad) < len(made) else ''}"
-            raise Unreadable(message, [None if isinstance(result, Refused) else result for result in made])
+        made = list(self.make(self.images))
+        lost = [result.error for result in made if isinstance(result, Lost)]
+        if lost:
+            message = str(lost[0])
+            others = f" ({len(lost)} of {len(made)}; error.results has the others)"
+            if len(lost) < len(made) and len(message + others) <= 200:
+                message += others
+            raise Unreadable(message, [None if isinstance(result, Lost) else result for result in made])
         return made
 
 
@@ -183,7 +233,7 @@ class Zs3Pipeline(Pipeline):
         that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
     batch_size: views that the network sees at once. It does not change the results.
     num_workers: processes that take images from a dataset with a length. None: 0, none but this one.
-    timeout: about the seconds that an address may take in all. None: 60.
+    timeout: seconds that an address may take in all. None: 60.
     subtask: "semantic" or None, as for transformers' own pipeline.
     output: "masks", a list of {"label", "label_id", "score", "mask"} for each label that occurs: label_id indexes the
         list given, score is the mean confidence (probability), mask a PIL "L" image (255 inside); or "map", a dict
@@ -229,10 +279,13 @@ class Zs3Pipeline(Pipeline):
         window: int | None = None,
         overlap: int | None = None,
         batch_size: int | None = None,
+        num_workers: int | None = None,
+        timeout: float | None = None,
         ensemble: str | None = None,
     ) -> "Proposals | list[Proposals] | Results":
         """The network's part alone: see the class, and Proposals. CLIP is shown all of them with any ensemble."""
-        options = {"window": window, "overlap": overlap, "batch_size": batch_size}
+        options = {"window": window, "overlap": overlap, "timeout": timeout}
+        options |= {"batch_size": batch_size, "num_workers": num_workers}
         return self(images, propose=True, **options, **({} if ensemble is None else {"ensemble": ensemble}))
 
     def draw(self, image: ImageLike, result: dict | list[dict], **options) -> Image.Image:
@@ -384,38 +437,35 @@ class Zs3Pipeline(Pipeline):
             choice = self._choose(**{name: value for name, value in forward_params.items() if name != "propose"})
             view = choice.ensemble
 
-        def make() -> Iterator:
-            loaded = inputs.loaded(num_workers)
-            return self._results(loaded, inputs.alone, batch_size, choice, view, preprocess_params, postprocess_params)
-
-        return Results(inputs, make)
+        options = {"preprocess": preprocess_params, "postprocess": postprocess_params}
+        many = {"num_workers": num_workers, "batch_size": batch_size}
+        return Results(inputs, partial(self._results, choice=choice, ensemble=view, **many, **options))
 
     def _results(
         self,
-        images: Iterable,
-        alone: bool,
+        images: Images,
+        *,
+        num_workers: int,
         batch_size: int,
         choice: Choice | None,
         ensemble: str,
         preprocess: dict,
         postprocess: dict,
     ) -> Iterator:
-        """Yields for each image its result, or its Proposals if choice is None, or a Refused if it cannot be read."""
+        """Yields for each image its result, or its Proposals if choice is None, or Lost if it cannot be read."""
         count = 0
-        for group in _groups(images, batch_size):
-            inputs, seen = [], [[] for _ in group]
+        for group in _groups(images.loaded(num_workers), batch_size):
+            inputs, seen, waiting = [], [[] for _ in group], []
             for place, image in enumerate(group):
+                if isinstance(image, Lost):
+                    inputs.append(images.named(image.error, count + place))
+                    continue
                 try:
                     inputs.append(self.preprocess(image, **preprocess))
+                    waiting += [(place, view) for view in range(len(inputs[place]["views"]))]
                 except Refused as error:
-                    inputs.append(error if alone else Refused(f"images[{count + place}]: {error}"))
+                    inputs.append(images.named(error, count + place))
             count += len(group)
-            waiting = [
-                (place, view)
-                for place, image in enumerate(inputs)
-                if not isinstance(image, Refused)
-                for view in range(len(image["views"]))
-            ]
             for start in range(0, len(waiting), batch_size):
                 part = waiting[start : start + batch_size]
                 made = self.forward(
@@ -424,7 +474,7 @@ class Zs3Pipeline(Pipeline):
                 for (place, _), result in zip(part, made, strict=True):
                     seen[place].append(result)
             for image, results in zip(inputs, seen, strict=True):
-                if isinstance(image, Refused):
+                if isinstance(image, Lost):
                     yield image
                 elif choice is None:
                     yield Proposals(image["image_size"], image["views"], results, ensemble, fingerprint(self.model))
@@ -455,9 +505,9 @@ class Zs3Pipeline(Pipeline):
         """Whether this checkpoint, in whatever precision, made the proposals, as far as that is known."""
         if any(output["class_embeds"].shape[2] != self.model.config.projection_dim for output in proposals.outputs):
             return False
-        made, own = getattr(proposals, "checkpoint", None), fingerprint(self.model)
-        known = made is not None and own is not None
-        return not known or (made.shape == own.shape and torch.allclose(made, own, rtol=2**-7, atol=1e-6))
+        made, own = getattr(proposals, "checkpoint", {}), fingerprint(self.model)
+        pairs = [(made[name], own[name]) for name in made.keys() & own.keys()]
+        return all(one.shape == two.shape and torch.allclose(one, two, rtol=2**-7, atol=1e-6) for one, two in pairs)
 
     def _look(self, image: dict, view: int) -> dict:
         """What `_forward` takes of a view: its part of the image, or what was made of it before."""
@@ -576,13 +626,16 @@ def _are_proposals(image: object) -> bool:
     return hasattr(image, "views") and hasattr(image, "outputs")
 
 
-def fingerprint(model: Zs3ForSemanticSegmentation) -> Tensor | None:
-    """By which a checkpoint is known: the first 256 numbers of each weight of the class projection, float32 on the CPU.
-    None: they cannot be read (quantised, or kept elsewhere)."""
-    weights = list(model.class_projection.parameters())
-    if not weights or any(weight.is_meta for weight in weights):
-        return None
-    return torch.cat([weight.detach().flatten()[:256].float().cpu() for weight in weights])
+def fingerprint(model: Zs3ForSemanticSegmentation) -> dict[str, Tensor]:
+    """By which a checkpoint is known: the first 256 numbers of the weights by which queries begin and class embeddings
+    are made, float32 on the CPU; without those that cannot be read (quantised, or kept elsewhere)."""
+    parts = {"projection": model.class_projection, "queries": model.model.transformer_module.queries_features}
+    weights = [(name, *pair) for name, part in parts.items() for pair in part.named_parameters()]
+    return {
+        f"{name}.{key}": weight.detach().flatten()[:256].float().cpu()
+        for name, key, weight in weights
+        if not weight.is_meta
+    }
 
 
 def _groups(images: Iterator, size: int) -> Iterator[list]:
@@ -613,7 +666,7 @@ def _folder(folder: Path) -> list[Path]:
     if files and others:
         logger.warning(f"left out of {folder}, as they are no pictures: {shortened(others)}")
     if not files:
-        raise ValueError(f"{folder} holds no images ({', '.join(PICTURE_SUFFIXES)})")
+        raise ValueError(f"{shown_name(folder)} holds no images ({', '.join(PICTURE_SUFFIXES)})")
     return files
 
 

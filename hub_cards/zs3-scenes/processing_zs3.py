@@ -108,7 +108,7 @@ OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "size_divisor": (lambda value: is_number(value, whole=True) and value >= 0, "a whole number, 0 or more"),
     "resample": (lambda value: is_number(value, whole=True) and value in list(PILImageResampling), "a PIL resampling"),
-    "rescale_factor": (is_number, "a number"),
+    "rescale_factor": (lambda value: is_number(value) and value != 0, "a number other than 0"),
     "image_mean": (is_per_channel, "a number, or one a channel"),
     "image_std": (lambda value: is_per_channel(value, positive=True), "a number above 0, or one a channel"),
     **dict.fromkeys(
@@ -204,6 +204,10 @@ class Zs3ImageProcessor(PilBackend):
         flat = [_as_array(image) if isinstance(image, Tensor) else image for image in flat]
         for place, image in enumerate(flat):
             sides = image.size if isinstance(image, Image.Image) else image.shape
+            if expected_ndims == 3 and isinstance(image, Image.Image) and image.mode[0] in "IF":
+                raise Refused(
+                    f"{name} {place} has more than 8 bits a channel (mode {image.mode}): convert it to 8 first"
+                )
             if 0 in sides:
                 raise Refused(f"{name} {place} has no pixels: its sides are {tuple(sides)}")
         if not flat:

@@ -105,6 +105,8 @@ class TextCache:
         """(C, D) float32, unit length, on the model's device: `encode_text` of what is not there yet, in one call."""
         if model.text_model is None:
             raise ValueError("this checkpoint has no text tower: label lists cannot be embedded")
+        if any(weight.is_meta for weight in model.text_model.parameters()):  # kept elsewhere: no fingerprint of them
+            return model.encode_text(**processor.tokenize(labels))
         with self._lock:
             return self._embed(labels, model, processor)
 
