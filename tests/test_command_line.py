@@ -1,4 +1,5 @@
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -413,3 +414,14 @@ def test_a_full_disk_is_one_line_whoever_writes(error, capsys):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match("error: (no space left|a limit on the size)", line)
+
+
+def test_a_recipe_that_is_no_file_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, words in (
+        (tmp_path / "pipe.yaml", "it is a pipe"),
+        ("/dev/zero", "it is a device"),
+        ("--", "takes a file"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read_arguments(Args, [f"--config={path}"])

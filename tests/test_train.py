@@ -394,7 +394,7 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
         ({"lr_schedule": "cosine"}, "cosine"),
         ({"seed": 2**32}, "--seed must be at most 4,294,967,295, got 4294967296"),
         ({"single_class_max_area": 0}, "--single_class_max_area must be positive, got 0.0"),
-        ({"max_grad_norm": 1e-320}, "--max_grad_norm must be positive, got 1e-320"),
+        ({"max_grad_norm": 1e-320}, "--max_grad_norm must be 1.17549e-38 or more, got 1e-320"),
         ({"lr_milestones": -1}, "--lr_milestones must be 0 or more, got -1"),
         ({"backbone_config": "{}"}, "error: the model's configuration: "),
         ({"num_queries": 0}, "configuration: num_queries must be 1 or more, got 0"),

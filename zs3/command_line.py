@@ -463,7 +463,10 @@ def _yaml_value(text: str) -> Any:
 def _recipe_path(argv: list[str]) -> str | None:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
-    return parser.parse_known_args(argv)[0].config
+    path = parser.parse_known_args(argv)[0].config
+    if path is not None and not isinstance(path, str):  # argparse makes a list of `--config=--`
+        raise InputError("--config takes a file")
+    return path
 
 
 def _read_recipe(

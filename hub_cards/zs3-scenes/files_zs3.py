@@ -243,7 +243,10 @@ def _download(address: str, timeout: float, content: Future) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """UTF-8, or what a byte order mark at the beginning says. Raises OSError, or ValueError where it is no text."""
+    """UTF-8, or what a byte order mark at the beginning says. Raises OSError, or ValueError where it is no text, or no
+    file (a pipe or a device has no end)."""
+    if os.path.exists(path):
+        check_regular(path)
     content = Path(path).read_bytes()
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
     return content.decode(encoding)
