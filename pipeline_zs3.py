@@ -312,7 +312,7 @@ class Zs3Pipeline(Pipeline):
         for name in options:
             if name not in known:
                 close = get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "see help(type(pipeline))"
+                hint = f"did you mean {close[0]!r}?" if close else "labels are candidate_labels=[...]; see its help()"
                 raise ValueError(f"{shortened(name)} is no option of this pipeline: {hint}")
         choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
         choices |= {"ensemble": ("off", "crops", "lazy", "single_pass"), "subtask": ("semantic",)}
@@ -349,7 +349,7 @@ class Zs3Pipeline(Pipeline):
         ensemble_weight: float | None = None,
     ) -> Choice:
         if (threshold is not None or confidence is not None) and background != "reject":
-            raise ValueError('threshold and confidence say when to reject: they need background="reject"')
+            raise ValueError('threshold and confidence need background="reject"')
         confidence = confidence or "probability"
         if background == "reject":
             threshold = THRESHOLDS[confidence] if threshold is None else threshold
@@ -357,9 +357,7 @@ class Zs3Pipeline(Pipeline):
         if candidate_labels is None and self.model.config.class_names is None:
             raise ValueError("no labels: pass candidate_labels=[...]; this checkpoint has no vocabulary of its own")
         if candidate_labels is not None and (not isinstance(candidate_labels, list | tuple) or not candidate_labels):
-            raise ValueError(
-                f"candidate_labels must be a list of labels, and not empty, got {shortened(candidate_labels)}"
-            )
+            raise ValueError(f'candidate_labels must be a list as ["sky", "grass"], got {shortened(candidate_labels)}')
         if candidate_labels is not None:
             labels, vectors, owner = self._embed([*candidate_labels, *distractors], synonyms)
         else:
@@ -492,9 +490,7 @@ class Zs3Pipeline(Pipeline):
             if not self._made(image):
                 raise Refused("another checkpoint made these proposals: make them anew, with this pipeline's propose")
             if window is not None:
-                raise ValueError(
-                    "window goes with propose(...): these proposals were made without, or with another one"
-                )
+                raise ValueError("window goes with propose(...), not with proposals that are made")
             kept = {"outputs": image.outputs, "kept_ensemble": image.ensemble}
             return {"image_size": image.image_size, "views": image.views, **kept}
         image = load_picture(image, timeout)

@@ -647,7 +647,7 @@ def test_ids_that_name_no_class_are_refused_where_they_must(matching):
 
 def test_image_labels_of_another_shape_are_refused():
     model = tiny_model(text=False)
-    with pytest.raises(ValueError, match=r"image_labels must be \(1, 4\), got \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"image_labels must be \(1, 4\), .* got \(1, 3\)"):
         model(
             torch.randn(1, 3, 64, 32),
             text_embeds=unit(4, 12),

@@ -410,11 +410,11 @@ def test_repeated_names_are_read_where_they_are_asked_for():
         (["sky", "s\nea"], "one line"),
         (["sky", {"name": "sea", "synonyms": ["oc\tean"]}], "one line"),
         (["sky", "x" * 500, "X" * 500], "names repeat"),
-        ([{"name": "sky", 3: "a"}], "name, synonyms and templates"),
+        ([{"name": "sky", 3: "a"}], "a label needs a name"),
         ([{"name": "sky", "templates": [3]}], "prompt template"),
         (["sky", 3], "must be a name, a list of synonyms or a dict, got 3"),
         (["sky", []], "must be a name"),
-        ([{"synonyms": ["sky"]}], "name, synonyms and templates"),
+        ([{"synonyms": ["sky"]}], "a label needs a name"),
         ([{"name": "sky", "template": "a {}"}], "template"),
         ([{"name": "sky", "templates": ["a sky"]}], "'a sky'"),
         ([{"name": None}], "must be a name"),
@@ -701,7 +701,7 @@ def test_the_pipeline_takes_many_pictures_and_answers_as_for_each_alone(segment)
 
 
 def test_the_pipeline_refuses_wrong_labels_and_outputs(segment):
-    for labels, message in (([], "empty"), (["sky", "sky"], "repeat")):
+    for labels, message in (([], "must be a list"), (["sky", "sky"], "repeat")):
         with pytest.raises(ValueError, match=message):
             segment(picture(50, 70), candidate_labels=labels)
     with pytest.raises(ValueError, match="'picture'"):

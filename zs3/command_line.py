@@ -553,8 +553,8 @@ def _check_flags(argv: list[str], names: list[str]) -> None:
 
 
 def _did_you_mean(name: str, names: list[str], prefix: str = "") -> str:
-    closest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-    return f"did you mean {prefix}{closest}?"
+    closest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{closest[0]}?" if closest else f"see {'--help' if prefix else 'the flags in --help'}"
 
 
 def model_fields(config_class: type | None) -> list[str]:

@@ -182,8 +182,8 @@ def _why_no_image(value: object) -> str:
     if isinstance(value, bytes | bytearray | memoryview) or hasattr(value, "read"):
         return f"{it}: open it first, PIL.Image.open(...), with io.BytesIO for bytes"
     if isinstance(value, Mapping) or hasattr(value, "column_names"):
-        return f'{it}: give the image in it, of a dataset a column, dataset["image"]'
-    return f"{it}, no image, path or address"
+        return f'{it}: give the image itself, row["image"], or a column of a dataset, dataset["image"]'
+    return "none was given" if value is None else f"{it}, no image, path or address"
 
 
 def _from_base64(text: str) -> bytes | None:

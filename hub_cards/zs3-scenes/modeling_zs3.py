@@ -927,7 +927,7 @@ def checked_image_labels(image_labels: Tensor, shape: tuple[int, int]) -> Tensor
     """(B, C) int8 on the CPU. Raises Refused where they are not of this shape, or hold anything but 1, 0 and -1."""
     if not isinstance(image_labels, Tensor) or tuple(image_labels.shape) != shape:
         kind = tuple(image_labels.shape) if isinstance(image_labels, Tensor) else type(image_labels).__name__
-        raise Refused(f"image_labels must be {shape}, got {kind}")
+        raise Refused(f"image_labels must be {shape}, a column for each class name, got {kind}")
     image_labels = image_labels.cpu()
     known = (image_labels == 1) | (image_labels == 0) | (image_labels == -1)
     if not known.all():

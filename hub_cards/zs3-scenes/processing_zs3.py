@@ -382,7 +382,7 @@ def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
         unknown = sorted(map(str, set(entry) - {"name", "synonyms", "templates"}))
         if unknown or "name" not in entry:
             raise ValueError(
-                f"a label's keys are name, synonyms and templates, got {shortened(sorted(map(str, entry)))}"
+                f"a label needs a name, and may have synonyms and templates, got {shortened(sorted(map(str, entry)))}"
             )
         templates = _as_list(entry.get("templates") or templates)
         entry = [entry["name"], *_as_list(entry.get("synonyms") or [])]
