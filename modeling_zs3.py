@@ -477,8 +477,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         is_seen: (C,) bool, only for that default.
         target_counts: (3,), where the batch is a part of one whose gradient is meant, see `count_targets`.
         output_hidden_states, output_attentions: also return these, see Zs3Output; transformers' own forward then runs.
-        return_dict: False returns the values as a tuple, without those that are None.
-        output_hidden_states, output_attentions, return_dict: None takes the config's value.
+            None takes the config's value.
+        return_dict: False returns the values as a tuple, without those that are None. None takes the config's value.
         """
         config = self.config
         looks = {
@@ -607,11 +607,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         if pixel_mask is None:
             valid_sizes = pixel_values.new_tensor([[height, width]], dtype=torch.int64).repeat(batch, 1)
             sizes = [[height, width]] * batch
-        elif tuple(pixel_mask.shape) != (batch, height, width):
-            raise Refused(
-                f"pixel_mask must be {(batch, height, width)}, as pixel_values, got {tuple(pixel_mask.shape)}"
-            )
         else:
+            check_shape("pixel_mask", pixel_mask, (batch, height, width), "as pixel_values")
             valid_sizes = torch.stack([pixel_mask.bool().any(2).sum(1), pixel_mask.bool().any(1).sum(1)], dim=1)
             sizes = valid_sizes.tolist()
         if any(0 in size for size in sizes):
@@ -912,6 +909,13 @@ def check_text_embeds(text_embeds: Tensor, size: int) -> None:
         )
 
 
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], words: str = "") -> None:
+    """Raises Refused where a value is no tensor of this shape; words say where the shape comes from."""
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise Refused(f"{name} must be {shape}, {words + ', ' if words else ''}got {kind}")
+
+
 def check_labels(labels: Tensor, pixel_values: Tensor) -> None:
     """Raises Refused where label maps are no (B, H, W) integers of the images' size."""
     batch, _, height, width = pixel_values.shape
@@ -919,15 +923,12 @@ def check_labels(labels: Tensor, pixel_values: Tensor) -> None:
     if not whole or labels.dtype == torch.bool:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise Refused(f"labels must be a tensor of whole numbers, got {kind}")
-    if tuple(labels.shape) != (batch, height, width):
-        raise Refused(f"labels must be {(batch, height, width)}, as pixel_values, got {tuple(labels.shape)}")
+    check_shape("labels", labels, (batch, height, width), "as pixel_values")
 
 
 def checked_image_labels(image_labels: Tensor, shape: tuple[int, int]) -> Tensor:
     """(B, C) int8 on the CPU. Raises Refused where they are not of this shape, or hold anything but 1, 0 and -1."""
-    if not isinstance(image_labels, Tensor) or tuple(image_labels.shape) != shape:
-        kind = tuple(image_labels.shape) if isinstance(image_labels, Tensor) else type(image_labels).__name__
-        raise Refused(f"image_labels must be {shape}, a column for each class name, got {kind}")
+    check_shape("image_labels", image_labels, shape, "a column for each class name")
     image_labels = image_labels.cpu()
     known = (image_labels == 1) | (image_labels == 0) | (image_labels == -1)
     if not known.all():
@@ -944,9 +945,7 @@ def has_no_values(tensor: Tensor) -> bool:
 
 def checked_is_seen(is_seen: Tensor, num_classes: int) -> Tensor:
     """(C,) bool. Raises Refused where it is no tensor of this shape."""
-    if not isinstance(is_seen, Tensor) or tuple(is_seen.shape) != (num_classes,):
-        kind = tuple(is_seen.shape) if isinstance(is_seen, Tensor) else type(is_seen).__name__
-        raise Refused(f"is_seen must be ({num_classes},), got {kind}")
+    check_shape("is_seen", is_seen, (num_classes,))
     return is_seen.bool()
 
 

@@ -21,7 +21,7 @@ from transformers import Pipeline
 from transformers.utils import logging
 
 try:
-    from .configuration_zs3 import Refused, as_number, places, shortened
+    from .configuration_zs3 import Refused, as_number, one_line, places, shortened
     from .drawing_zs3 import NONE_OF_THESE, draw
     from .files_zs3 import (
         PICTURE_SUFFIXES,
@@ -39,7 +39,7 @@ try:
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Refused, as_number, places, shortened
+    from configuration_zs3 import Refused, as_number, one_line, places, shortened
     from drawing_zs3 import NONE_OF_THESE, draw
     from files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map, shown_name
     from label_maps_zs3 import semantic_map
@@ -156,7 +156,7 @@ class Images(Dataset):
     def named(self, error: Exception, place: int) -> Lost:
         """With an error that says which image it is about."""
         if isinstance(error, OSError):  # of a decoder or the disk
-            error = Refused(f"it cannot be read as an image: {' '.join(str(error).split())[:100]}")
+            error = Refused(f"it cannot be read as an image: {one_line(error, 100)}")
         if isinstance(error, Refused) and not self.alone:
             error = Refused(f"images[{place}]: {error}")
         elif not isinstance(error, Refused):
@@ -451,7 +451,7 @@ class Zs3Pipeline(Pipeline):
         postprocess: dict,
     ) -> Iterator:
         """Yields for each image its result, or its Proposals if choice is None, or Lost if it cannot be read."""
-        count = 0
+        count, checkpoint = 0, fingerprint(self.model) if choice is None else {}
         for group in _groups(images.loaded(num_workers), batch_size):
             inputs, seen, waiting = [], [[] for _ in group], []
             for place, image in enumerate(group):
@@ -475,7 +475,7 @@ class Zs3Pipeline(Pipeline):
                 if isinstance(image, Lost):
                     yield image
                 elif choice is None:
-                    yield Proposals(image["image_size"], image["views"], results, ensemble, fingerprint(self.model))
+                    yield Proposals(image["image_size"], image["views"], results, ensemble, checkpoint)
                 else:
                     yield self.postprocess({**image, "results": results, "choice": choice}, **postprocess)
 

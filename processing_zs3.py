@@ -30,14 +30,14 @@ from transformers.utils import TensorType, cached_file
 
 try:
     from .configuration_zs3 import Refused, among, check_name, check_names, is_number, shortened
-    from .files_zs3 import load_picture, read_text
+    from .files_zs3 import is_deep, load_picture, read_text
     from .label_maps_zs3 import SemanticMap
     from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import Refused, among, check_name, check_names, is_number, shortened
-    from files_zs3 import load_picture, read_text
+    from files_zs3 import is_deep, load_picture, read_text
     from label_maps_zs3 import SemanticMap
     from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
 
@@ -204,7 +204,7 @@ class Zs3ImageProcessor(PilBackend):
         flat = [_as_array(image) if isinstance(image, Tensor) else image for image in flat]
         for place, image in enumerate(flat):
             sides = image.size if isinstance(image, Image.Image) else image.shape
-            if expected_ndims == 3 and isinstance(image, Image.Image) and image.mode[0] in "IF":
+            if expected_ndims == 3 and isinstance(image, Image.Image) and is_deep(image):
                 raise Refused(
                     f"{name} {place} has more than 8 bits a channel (mode {image.mode}): convert it to 8 first"
                 )

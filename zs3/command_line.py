@@ -36,7 +36,7 @@ import numpy as np
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
-from configuration_zs3 import HUGE, INT32, TINY, Number, Refused, is_number, shortened
+from configuration_zs3 import HUGE, INT32, TINY, Number, Refused, beginning, is_number, one_line, shortened
 from files_zs3 import read_text
 
 Args = TypeVar("Args", bound="Arguments")
@@ -58,8 +58,6 @@ BESIDE = (".md", ".csv", "_images.npz")  # what commands write beside a result f
 LONGEST_LINE = 200  # characters of a refusal
 SHORTEST_WORD = 40  # characters that are left of a long path or name where the line is too long
 MOST_OF_A_YAML = 100_000  # values, those that are there by reference counted each time
-MOST_OF_A_LIBRARY = 110  # characters of its message in one of ours
-MOST_PICTURES = 10**6  # of a split that a command draws
 
 
 class InputError(ValueError):
@@ -183,7 +181,7 @@ Some = Annotated[list[Item], NOT_EMPTY]
 Count = Annotated[int, Number(int, 1, INT32)]
 Whole = Annotated[int, Number(int, 0, INT32)]
 Batch = Annotated[int, Number(int, 1, 2**16)]
-Pictures = Annotated[int, Number(int, 1, MOST_PICTURES)]  # that a command draws
+Pictures = Annotated[int, Number(int, 1, 10**6)]  # that a command draws; scenes: FIRST_VALIDATION
 Pixels = Annotated[int, Number(int, 1, 2**16)]
 Side = Annotated[int, Number(int, 32, 2**14)]  # of a picture that a model sees
 Seed = Annotated[int, Number(int, 0, 2**32 - 1)]  # NumPy takes no larger one
@@ -339,21 +337,10 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def one_line(error: Exception, length: int = MOST_OF_A_LIBRARY) -> str:
-    """The beginning of a library's message, on one line. Of an error without a message: its class."""
-    return beginning(str(error), length) or type(error).__name__
-
-
 def shown(path: str | Path, length: int = 60) -> str:
     """A path for a message: its end, where it is long."""
     text = printable(str(path))
     return text if len(text) <= length else f"...{text[3 - length :]}"
-
-
-def beginning(text: str, length: int) -> str:
-    """A text for a message, on one line: its first characters where it is long."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def read_arguments(

@@ -37,6 +37,7 @@ from files_zs3 import (
     PICTURE_SUFFIXES,
     check_regular,
     decoding,
+    is_deep,
     is_leftover,
     is_of_the_machine,
     lines_of,
@@ -519,9 +520,7 @@ def open_stored(source: str | Path | bytes, what: Literal["picture", "map"]) -> 
     if image.format == "PNG":
         verify_checksums(source)
     depth = str(image.tile[0].args) if image.tile else ""  # of a PNG its raw mode, as "RGB;16B"
-    if what == "picture" and (
-        image.mode.startswith("I") or image.mode == "F" or image.format == "PNG" and ";16" in depth
-    ):
+    if what == "picture" and (is_deep(image) or image.format == "PNG" and ";16" in depth):
         raise Refused("it has more than 8 bits a channel: save it with 8")
     if what == "map" and image.tile and image.tile[0].args in ("L;2", "L;4"):  # Pillow fills 8 bits with them
         raise Refused("it has less than 8 bits a pixel: save it with 8")

@@ -8,6 +8,7 @@ beside related seen ones (`THEMES`), and each attribute and shape of an unseen t
 Map: the vocabulary; outlines of shapes; textures of stuff; painting a thing; `compose` puts a picture together
 from names; `render_scene` picks the names; `write_dataset` makes the folder that train.py reads.
 Every picture depends on its (seed, index) alone. Coordinates are pixels, x to the right and y down.
+zs3.command_line is imported where it is used: it brings transformers, seconds for each drawing process.
 Axes: H W picture, h w the part of it that a thing can touch, P corner of an outline.
 """
 
@@ -24,25 +25,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from zs3.command_line import (
-    MOST_PICTURES,
-    Arguments,
-    InputError,
-    OutputFolder,
-    Pictures,
-    Seed,
-    check_required,
-    checked,
-    flag,
-    read_arguments,
-    run,
-)
-from zs3.files import write_json, writing_folder
-
 SIZE = 96  # pixels, both sides of a picture
 IGNORE_INDEX = 255  # label of distractors
 ATLAS = 256  # pixels, both sides of a texture; scenes cut their pieces from it
-FIRST_VALIDATION = MOST_PICTURES  # training indices count from 0, validation indices from here
+FIRST_VALIDATION = 10**6  # training indices count from 0, validation indices from here
 
 # ------------------------------------------------------------------------------------------------ vocabulary
 
@@ -472,7 +458,7 @@ def _write_all(folder: Path, jobs: list[tuple[str, int, int]], seed: int) -> Non
     write = partial(_write_scene, folder=folder, seed=seed)
     processes = min(os.cpu_count() or 1, 8)
     with tqdm(total=len(jobs), desc="drawing scenes", unit="scene") as progress:
-        if processes == 1 or len(jobs) < 500:  # a new process takes seconds to import what this module does
+        if processes == 1 or len(jobs) < 500:  # a new process takes about as long to start as 300 scenes
             for job in jobs:
                 write(job)
                 progress.update()
@@ -489,6 +475,9 @@ def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed:
     appears under its name when it is complete. Large sets are drawn by several processes, which import the main
     script again: call this below `if __name__ == "__main__":`.
     """
+    from zs3.command_line import InputError, Pictures, Seed, checked
+    from zs3.files import write_json, writing_folder
+
     folder = Path(folder)
     num_train = checked("train", num_train, Pictures)
     num_validation = checked("validation", num_validation, Pictures)
@@ -506,22 +495,33 @@ def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed:
         write_json(unfinished / "classes.json", classes)
 
 
-@dataclass
-class SceneArgs(Arguments):
-    """Draws the embedded benchmark `scenes`."""
+@cache
+def scene_args() -> type:
+    """The class of the command's arguments."""
+    from zs3.command_line import Arguments, OutputFolder, Pictures, Seed, flag
 
-    output: OutputFolder | None = flag(None, "Folder to make; it must not exist.")
-    train: Pictures = flag(3000, "Training pictures.")
-    validation: Pictures = flag(200, "Validation pictures.")
-    seed: Seed = flag(0, "Of the pictures.")
+    @dataclass
+    class SceneArgs(Arguments):
+        """Draws the embedded benchmark `scenes`."""
+
+        output: OutputFolder | None = flag(None, "Folder to make; it must not exist.")
+        train: Pictures = flag(3000, "Training pictures.")
+        validation: Pictures = flag(200, "Validation pictures.")
+        seed: Seed = flag(0, "Of the pictures.")
+
+    return SceneArgs
 
 
 def main() -> None:
-    args, _ = read_arguments(SceneArgs)
+    from zs3.command_line import check_required, read_arguments
+
+    args, _ = read_arguments(scene_args())
     check_required(args, "output")
     write_dataset(args.output, args.train, args.validation, args.seed)
     print(f"{args.train} training and {args.validation} validation scenes are in {args.output}")
 
 
 if __name__ == "__main__":
+    from zs3.command_line import run
+
     run(main)

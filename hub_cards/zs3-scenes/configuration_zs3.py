@@ -9,7 +9,7 @@ The rules that all files share, when two class names are one and what is a numbe
 import math
 from collections.abc import Sequence
 from difflib import get_close_matches
-from functools import wraps
+from functools import cache, wraps
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -71,6 +71,7 @@ DECLARED_BY_VERSION_4 = {
 }
 
 
+@cache
 def fields_of_any_config() -> set[str]:
     """What any transformers config takes: the fields of its base class and the properties that can be set."""
     properties = {
@@ -113,8 +114,7 @@ def in_plain_words(config_class: type) -> type:
         except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:  # of a part's own fields, too
             if isinstance(error.__cause__, Refused):
                 raise error.__cause__ from None
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise Refused(f"a field has a wrong value: {reason[:140]}") from error
+            raise Refused(f"a field has a wrong value: {one_line(error.__cause__ or error, 140)}") from error
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         field = config_class.__dataclass_fields__.get(name)
@@ -364,6 +364,17 @@ def as_number(name: str, value: object, least: float = -HUGE, most: float = HUGE
         raise Refused(f"{name} must be {error}, got {shortened(value)}") from error
 
 
+def one_line(error: BaseException, length: int = 110) -> str:
+    """The beginning of a library's message, on one line. Of an error without a message: its class."""
+    return beginning(str(error), length) or type(error).__name__
+
+
+def beginning(text: str, length: int) -> str:
+    """A text for a message, on one line: its first characters where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def shortened(value: object, length: int = 60) -> str:
     """A value for a message, never whole where it is long."""
     try:
@@ -385,10 +396,12 @@ __all__ = [
     "Zs3Config",
     "among",
     "as_number",
+    "beginning",
     "check_name",
     "check_names",
     "is_number",
     "once",
+    "one_line",
     "places",
     "plain",
     "shortened",

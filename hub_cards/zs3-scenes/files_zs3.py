@@ -29,11 +29,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 try:
-    from .configuration_zs3 import Refused, as_number, shortened
+    from .configuration_zs3 import Refused, as_number, one_line, shortened
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Refused, as_number, shortened
+    from configuration_zs3 import Refused, as_number, one_line, shortened
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -64,7 +64,7 @@ def decoding() -> Iterator[None]:
     except Exception as error:
         if is_of_the_machine(error):
             raise
-        raise Refused(" ".join(str(error).split())[:100] or type(error).__name__) from error
+        raise Refused(one_line(error, 100)) from error
 
 
 def is_of_the_machine(error: Exception) -> bool:
@@ -138,7 +138,7 @@ def load_picture(image: str | Path | Image.Image | np.ndarray | Tensor, timeout:
             picture = _opened(image, timeout)
             if not (picture.width and picture.height):
                 raise Refused(f"it has {picture.width} x {picture.height} pixels")
-            if picture.mode[0] in "IF":
+            if is_deep(picture):
                 raise Refused(f"mode {picture.mode} holds more than 8 bits a channel; convert it to 8 first")
             return ImageOps.exif_transpose(picture).convert("RGB")
     except Refused as error:
@@ -164,6 +164,11 @@ def _opened(image: object, timeout: float | None) -> Image.Image:
     if isinstance(image, str | Path):
         return open_image(image)
     raise Refused(_why_no_image(image))
+
+
+def is_deep(picture: Image.Image) -> bool:
+    """Whether it holds more than 8 bits a channel: RGB would cut them off."""
+    return picture.mode[0] in "IF"
 
 
 def shown_name(image: object) -> str:
