@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test hub_cards clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m zs3.demo $(DEMO)
+	$(BIN)/zs3 demo $(DEMO)
 
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -14,241 +14,45 @@ row of the paper's table; members that are there are not repeated.
 """
 
 import hashlib
-import json
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from configuration_zs3 import among, shortened
-from label_maps_zs3 import SemanticMap
-from zs3.calibration import OUTSIDER, Rejection, Reliability, SeenBiasCurve
-from zs3.checkpoints import (
+from zs3.checkpoints import NoClaim, class_vectors, code_sha256, load_checkpoint, settings_sha256, weights_sha256
+from zs3.command_line import InputError, read_arguments, run
+from zs3.data.records import Split, dataset_name, load_split
+from zs3.evaluation.arguments import EvalArgs, deciding_flags
+from zs3.evaluation.choices import Choice, chosen_bias, chosen_weight
+from zs3.evaluation.curves import draw_reliability, draw_seen_unseen_curve
+from zs3.evaluation.one_pass import (
+    Candidates,
+    Counts,
+    Images,
     Look,
-    NoClaim,
-    check_no_unseen_masks,
-    class_vectors,
-    code_sha256,
-    is_trained,
-    load_checkpoint,
-    settings_sha256,
-    weights_sha256,
+    candidates_of,
+    check_claim,
+    count_images,
+    new_counts,
 )
-from zs3.command_line import (
-    TINY,
-    Arguments,
-    Count,
-    InputError,
-    Number,
-    OutputFolder,
-    Seed,
-    Share,
-    Whole,
-    Workers,
-    check_outside,
-    check_required,
-    flag,
-    in_one_line,
-    printable,
-    read_arguments,
-    run,
-    try_output,
-)
-from zs3.curves import check_matplotlib, draw_reliability, draw_seen_unseen_curve
-from zs3.data import Split, dataset_name, load_split
-from zs3.evaluation import ConfusionMatrix, GeneralizedScores
-from zs3.files import file_name, file_sha256, finite_or_none, lock_folder, write_json, write_text
+from zs3.evaluation.report import protocol, report, write_result
+from zs3.evaluation.results import Result
+from zs3.evaluation.suites import SUITES, Suite, chosen_members, finished, row
+from zs3.files import file_sha256, finite_or_none, lock_folder, write_json, write_text
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.pictures import draw_comparison
-from zs3.results import (
-    RESULT_FILE,
-    Choice,
-    Result,
-    check_bias,
-    check_replaceable,
-    check_weight,
-    chosen_bias,
-    chosen_weight,
-    protocol,
-    read_result,
-    report,
-    write_result,
-)
-from zs3.stopping import all_refuse
-from zs3.suites import OF_A_ROW, SUITES, Suite, chosen_members, row
-from zs3.typed_json import check_needed, unless_damaged
-
-
-@dataclass
-class EvalArgs(Arguments):
-    """One evaluation of one checkpoint: on one dataset, or on the datasets of a suite."""
-
-    model: str | None = flag(None, "Checkpoint: a folder or a Hub id.")
-    trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
-    dataset: str | None = flag(None, "Folder or Hub id of the data.")
-    suite: Literal["gzs3", "ovs5"] | None = flag(None, "Datasets and setting of the paper's Tables 1-2, or 3.")
-    data_root: str | None = flag(None, "Folder of the suite's datasets, each named as zs3.convert names it.")
-    members: list[str] = flag([], "Datasets of the suite; default: all that are there, voc_21 only where named.")
-    split: str = flag("validation", "Split of the dataset to evaluate on.")
-    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
-    setting: Literal["gzs3", "zs3", "ovs"] = flag(
-        "gzs3",
-        "Candidates: all classes (gzs3), the unseen alone (zs3), or of any label space, with no claim (ovs).",
-    )
-    without: list[str] = flag([], "Names that are no candidates; their pixels count for rejection alone.")
-    output: str | None = flag(None, "Result file (JSON); of a suite, a folder.")
-    text_embeds: str | None = flag(
-        None,
-        "Text vectors for a checkpoint without text tower: a .npy, one row a class; of a suite, a folder of NAME.npy.",
-    )
-    ensemble: Literal["off", "crops", "lazy", "single_pass"] | None = flag(
-        None,
-        "CLIP's view of the proposals joined in (section 4.6): of all their crops, of those that can change the label "
-        "map, or from one pass over the image; default: crops where the checkpoint has an image tower and a weight.",
-    )
-    ensemble_weight: str | None = flag(
-        None,
-        "w of the ensemble: a number, or a file of zs3.ensemble_weight; default: the checkpoint's own weight.",
-    )
-    ensemble_tolerance: Share = flag(0.0, "Share of an image's pixels that 'lazy' may leave open.")
-    seen_bias: str | None = flag(
-        None, "What is taken off the scores of seen classes: a number, or a result file, for the best of its curve."
-    )
-    calibration: bool = flag(
-        True, "Measure the seen/unseen curve, reliability and rejection in the same pass; not with --ensemble lazy."
-    )
-    max_wrong: Annotated[float, Number(float, TINY, 1, below=True)] = flag(
-        0.1, "Share of an image's pixels that may get a wrong label, for the rejection threshold."
-    )
-    absent: Literal["union", "truth"] = flag(
-        "union", "A class is left out of means where truth and prediction (union) or truth alone lack it."
-    )
-    pictures: OutputFolder | None = flag(None, "Folder for pictures: image, truth, prediction.")
-    num_pictures: Whole = flag(8, "How many pictures to draw, spread evenly over the split.")
-    curves: OutputFolder | None = flag(
-        None, "Folder for the curve and the reliability diagram (PNG; needs matplotlib)."
-    )
-    max_images: Count | None = flag(None, "Evaluate the first N images only.")
-    num_workers: Workers = flag(2, "Processes that read images ahead; 0 reads them in the main one.")
-    seed: Seed = flag(0, "Of the bootstrap.")
-
-    def check(self) -> None:
-        check_required(self, "model")
-        if self.ensemble_weight is not None:
-            check_weight(self.ensemble_weight)
-        if self.seen_bias is not None:
-            check_bias(self.seen_bias)
-        if self.ensemble_tolerance > 0 and self.ensemble != "lazy":
-            raise InputError("--ensemble_tolerance goes with --ensemble lazy")
-        if self.seen_bias is not None and (self.setting != "gzs3" or self.suite == "ovs5"):
-            raise InputError("--seen_bias goes with --setting gzs3, where seen and unseen names compete")
-        if self.ensemble == "lazy" and self.seen_bias is not None:
-            raise InputError("--seen_bias does not go with --ensemble lazy, which decides the label map without it")
-        if self.suite is None:
-            check_required(self, "dataset")
-            if self.data_root or self.members:
-                raise InputError("--data_root and --members go with --suite")
-        else:
-            check_required(self, "data_root", "output")
-            if self.dataset or self.label_space or self.without:
-                raise InputError("--dataset, --label_space and --without do not go with --suite: it has its own")
-        check_outside("--pictures", self.pictures, self.dataset)
-        if self.output is not None and self.suite is None:
-            if Path(self.output).suffix != ".json" or os.path.isdir(self.output):
-                raise InputError(f"--output {self.output} must be a file that ends in .json")
-            try_output("--output", self.output, "file")
-            check_replaceable(Path(self.output), read_result)
-        elif self.output is not None:
-            if os.path.exists(self.output) and not os.path.isdir(self.output):
-                raise InputError(f"--output {self.output} is a file: of a suite it is a folder")
-            try_output("--output", self.output, "folder")
-        if self.ensemble == "off" and self.ensemble_weight is not None:
-            raise InputError("--ensemble_weight goes with an ensemble, and --ensemble is off")
-        if self.curves is not None and not self.calibration:
-            raise InputError("--curves draws what is left out without calibration")
-        if self.curves is not None:
-            check_matplotlib("--curves")
-
+from zs3.scores.means import GeneralizedScores
+from zs3.training.stopping import all_refuse
 
 WORST_PAIRS = 10
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "zs3")
-NOT_OF_THE_RESULT = {
-    *("output", "pictures", "num_pictures", "curves", "num_workers", "suite", "data_root", "members"),
-    "trust_remote_code",  # code_sha256 says which code it was
-}
-
-
-# ---- what is asked -----------------------------------------------------------------------------------------
-
-
-class Candidates(NamedTuple):
-    """The class axis of an evaluation, C names; is_seen and is_trained: (C,) bool.
-
-    place: (ids + 1,) int64, where each id of a label map lands on the axis: OUTSIDER where the class is no candidate;
-        the last entry is for pixels without a label.
-    """
-
-    names: list[str]
-    index: Tensor  # (C,) int64, of the label space
-    is_seen: Tensor
-    is_trained: Tensor
-    place: np.ndarray
-
-    @property
-    def ignored(self) -> int:
-        """An id of our own for pixels without a label: the data's may lie inside the candidates' range."""
-        return len(self.place) - 1
-
-    def label_map(self, label: np.ndarray, ignore_index: int) -> np.ndarray:
-        """(H, W) ids of the label space -> int64: 0 to C - 1, OUTSIDER or `ignored`."""
-        return self.place[np.where(label == ignore_index, self.ignored, label)]
-
-
-def candidates_of(label_space: LabelSpace, setting: str, without: list[str], config: PreTrainedConfig) -> Candidates:
-    names = label_space.class_names
-    strangers = [name for name, known in zip(without, among(without, names), strict=True) if not known]
-    if strangers:
-        raise InputError(f"--without {strangers[0]!r}: the label space has no such name (quote names of two words)")
-    chosen = ~torch.tensor(among(names, without))
-    if setting == "zs3":
-        chosen &= ~label_space.is_seen
-    index = torch.nonzero(chosen).squeeze(1)
-    if len(index) == 0:
-        raise InputError(f"no candidate is left: --setting {setting} asks for names that the label space has not got")
-    place = np.full(len(names) + 1, OUTSIDER)
-    place[-1] = len(names)
-    place[index.numpy()] = np.arange(len(index))
-    kept = [names[position] for position in index]
-    return Candidates(kept, index, label_space.is_seen[index], is_trained(config, kept), place)
-
-
-def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str) -> None:
-    """A zero-shot number needs a model that saw no unseen mask."""
-    if setting == "ovs":
-        return
-    check_no_unseen_masks(config, label_space, f"{setting} result can be claimed, --setting ovs is open to it")
-    trained = among(label_space.seen, config.seen_class_names)
-    missing = [name for name, is_known in zip(label_space.seen, trained, strict=True) if not is_known]
-    if missing and setting == "gzs3":
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise NoClaim(
-            f"the checkpoint saw no masks of {shortened(missing[0])}{more}, seen classes here: use --setting ovs"
-        )
 
 
 def check_code(path: str, processor: ProcessorMixin) -> None:
@@ -276,119 +80,6 @@ def chosen_ensemble(args: EvalArgs, model: PreTrainedModel, stamp: dict, image_i
     if view == "off":
         return view, Choice(None, "none")
     return view, given or Choice(model.config.clip_ensemble_weight, "the checkpoint's")
-
-
-# ---- the pass ----------------------------------------------------------------------------------------------
-
-
-class Item(NamedTuple):
-    """An image as the pass meets it. label: (H, W) int64 on the class axis, see Candidates.label_map."""
-
-    index: int
-    image: Image.Image
-    label: np.ndarray
-    image_id: str
-    inputs: BatchFeature
-
-
-class Images(Dataset):
-    """Some of a split's images."""
-
-    def __init__(self, records: Split, indices: range, candidates: Candidates, processor: ProcessorMixin):
-        self.records, self.indices, self.candidates, self.processor = records, indices, candidates, processor
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Item:
-        image, label, image_id = self.records[self.indices[position]]
-        label = self.candidates.label_map(label, self.records.label_space.ignore_index)
-        return Item(self.indices[position], image, label, image_id, self.processor(images=image))
-
-
-def as_it_is(item: Item) -> Item:
-    """No collation, which would make tensors of arrays."""
-    return item
-
-
-@dataclass
-class Counts:
-    """What one process counts. shown, undecided: sums over images, of the ensemble."""
-
-    confusion: ConfusionMatrix
-    curve: SeenBiasCurve | None
-    reliability: Reliability | None
-    rejection: Rejection | None
-    shown: int = 0
-    undecided: float = 0.0
-
-    def merge(self, other: "Counts") -> None:
-        for name in ("confusion", "curve", "reliability", "rejection"):
-            if getattr(self, name) is not None:
-                getattr(self, name).merge(getattr(other, name))
-        self.shown += other.shown
-        self.undecided += other.undecided
-
-
-def new_counts(args: EvalArgs, candidates: Candidates, bias: Choice, calibration: bool) -> Counts:
-    """A curve where there are seen and unseen candidates; confidences where no bias changes the winner, whose they
-    are."""
-    ignored, unbiased = candidates.ignored, calibration and bias.value == 0
-    curve = calibration and args.setting == "gzs3" and 0 < int(candidates.is_seen.sum()) < len(candidates.names)
-    return Counts(
-        ConfusionMatrix(len(candidates.names), ignored),
-        SeenBiasCurve(candidates.is_seen, ignored) if curve else None,
-        Reliability(ignored) if unbiased else None,
-        Rejection(ignored) if unbiased else None,
-    )
-
-
-def count(counts: Counts, found: SemanticMap, prediction: Tensor, label: Tensor, image_id: str) -> None:
-    """One image into the counts. label: (H, W), see Candidates.label_map."""
-    inside = torch.where(label == OUTSIDER, counts.confusion.ignore_index, label)
-    counts.confusion.update(prediction, inside, image_id)
-    if counts.curve is not None:
-        counts.curve.update(found, inside)
-    if counts.reliability is not None:
-        counts.reliability.update(found, inside)
-        counts.rejection.update(found, label, image_id)
-
-
-@torch.inference_mode()
-def count_images(
-    args: EvalArgs, look: Look, images: Images, counts: Counts, seen_bias: float, accelerator: Accelerator
-) -> None:
-    """All of this process's images into the counts; some of them are drawn."""
-    candidates, options = images.candidates, {"return_scores": counts.reliability is not None}
-    if counts.curve is not None or seen_bias:
-        options["is_seen"] = candidates.is_seen
-    num_images = len(images.records.image_ids[: args.max_images])
-    drawn = set(np.linspace(0, num_images - 1, min(args.num_pictures, num_images)).astype(int).tolist())
-    workers = min(args.num_workers, len(images))
-    loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=as_it_is)
-    quiet = not accelerator.is_local_main_process
-    for item in tqdm(loader, desc=printable(dataset_name(args.dataset)), unit="image", mininterval=1, disable=quiet):
-        size = item.label.shape
-        with in_one_line(f"image {shortened(item.image_id)}"):
-            outputs = look(item.inputs.to(accelerator.device), size)
-        if look.view != "off":
-            counts.shown += int(outputs.shown_to_clip.sum())
-            counts.undecided += float(outputs.undecided.sum())
-        (found,) = look.processor.post_process_semantic_segmentation(outputs, [size], **options)
-        prediction = found if isinstance(found, Tensor) else found.with_seen_bias(seen_bias)
-        count(counts, found, prediction, torch.from_numpy(item.label).to(prediction.device), item.image_id)
-        if args.pictures is not None and item.index in drawn:
-            try:
-                draw(item, prediction, candidates, Path(args.pictures))
-            except InputError as error:  # the pass is worth more than its pictures
-                print(f"warning: {error}; no more pictures are drawn")
-                drawn = set()
-
-
-def draw(item: Item, prediction: Tensor, candidates: Candidates, folder: Path) -> None:
-    truth = np.where((item.label == OUTSIDER) | (item.label == candidates.ignored), -1, item.label)
-    panels = {"image": item.image, "truth (grey: not counted)": truth, "prediction": prediction.cpu()}
-    draw_comparison(panels, candidates.names, folder / file_name(item.image_id, ".png"))
 
 
 @torch.inference_mode()
@@ -503,11 +194,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def deciding_flags(args: EvalArgs) -> dict:
-    """Those of the flags that decide the numbers."""
-    return {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
-
-
 def scores(args: EvalArgs, total: Counts, candidates: Candidates) -> Result:
     """Shares in [0, 1]; NaN where there is nothing to take one of, None for what does not belong to the setting."""
     confusion, names, is_seen = total.confusion, candidates.names, candidates.is_seen.numpy()
@@ -597,17 +283,6 @@ def member_args(args: EvalArgs, suite: Suite, name: str) -> EvalArgs:
         pictures=None if args.pictures is None else str(Path(args.pictures, name)),
         curves=None if args.curves is None else str(Path(args.curves, name)),
     )
-
-
-def finished(path: Path, stamp: Result) -> Result | None:
-    """The result that is there, if it is that of the same checkpoint, data, flags and versions."""
-    if not path.exists():
-        return None
-    result = unless_damaged(read_result, path)
-    if result is None or {name: result.get(name) for name in stamp} != json.loads(json.dumps(stamp)):
-        return None
-    check_needed(result, OF_A_ROW, path, RESULT_FILE)
-    return result
 
 
 def main() -> None:

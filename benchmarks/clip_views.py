@@ -45,10 +45,10 @@ from zs3.command_line import (
     read_arguments,
     run,
 )
-from zs3.data import load_split
-from zs3.evaluation import ConfusionMatrix, generalized_scores, percent
-from zs3.files import write_report
-from zs3.results import markdown_table
+from zs3.data.records import load_split
+from zs3.files import markdown_table, percent, write_report
+from zs3.scores.confusion import ConfusionMatrix
+from zs3.scores.means import generalized_scores
 
 OFF = "no ensemble"
 LOOP, CROPS, LAZY, SINGLE = "loop over crops", "batched crops", "lazy crops", "single pass"

@@ -27,20 +27,23 @@ from transformers import (
 )
 
 from configuration_zs3 import Zs3Config
-from eval import EvalArgs, deciding_flags, versions
+from eval import versions
 from losses_zs3 import mask_ids
 from modeling_zs3 import draw_as_mask2former
 from processing_zs3 import Zs3ImageProcessor
-from train import TrainArgs, make_dataset, make_loader, make_scheduler, parameter_groups
+from train import make_scheduler, parameter_groups
 from zs3.checkpoints import weights_sha256
 from zs3.command_line import InputError, check_required, read_arguments, run
-from zs3.data import load_split
-from zs3.evaluation import ConfusionMatrix
+from zs3.data.image_labels import training_space
+from zs3.data.records import load_split
+from zs3.evaluation.arguments import EvalArgs, deciding_flags
 from zs3.files import finite_or_none, write_json
-from zs3.image_labels import training_space
 from zs3.label_space import load_label_space
-from zs3.run_folder import check_recipe, save_final
-from zs3.run_plan import cut_batch
+from zs3.scores.confusion import ConfusionMatrix
+from zs3.training.arguments import TrainArgs
+from zs3.training.folder import check_recipe, save_final
+from zs3.training.loader import make_dataset, make_loader
+from zs3.training.processes import cut_batch
 
 TRAIN_FLAGS = {
     *("dataset", "split", "label_space", "output_dir", "seed", "max_steps", "batch_size", "num_workers"),

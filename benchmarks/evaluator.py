@@ -34,13 +34,12 @@ from torch import Tensor
 from benchmarks.criterion import device_named, in_fresh_process, measure
 from benchmarks.label_count import trained_proposals
 from benchmarks.network import machine_name, make_zs3
-from configuration_zs3 import shortened
+from configuration_zs3 import Number, shortened
 from label_maps_zs3 import semantic_map
-from zs3.calibration import Rejection, Reliability, SeenBiasCurve
-from zs3.command_line import Arguments, Count, InputError, Number, OutputFile, Side, Some, flag, read_arguments, run
-from zs3.evaluation import ConfusionMatrix
-from zs3.files import write_report
-from zs3.results import markdown_table
+from zs3.command_line import Arguments, Count, InputError, OutputFile, Side, Some, flag, read_arguments, run
+from zs3.files import markdown_table, write_report
+from zs3.scores.calibration import Rejection, Reliability, SeenBiasCurve
+from zs3.scores.confusion import ConfusionMatrix
 
 INFERENCE, OBJECTS, NOISE = "inference", "objects", "noise"
 COUNTED, CALIBRATED = "objects, with counters", "objects, with counters and scores"

@@ -1,6 +1,6 @@
 """How hard each term of Eq. 8 pulls: gradient norms at three points of a training on the embedded benchmark.
 
-    python -m zs3.scenes --output runs/scenes
+    zs3 scenes --output runs/scenes
     accelerate launch train.py --config recipes/scenes_stage1.yaml --dataset runs/scenes --output_dir runs/stage1
     python -m benchmarks.gradient_sizes --dataset runs/scenes --stage1 runs/stage1/final \
         --output docs/results/gradient_sizes.json
@@ -21,11 +21,10 @@ import train as training
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import Arguments, Count, OutputFile, check_required, flag, read_arguments, run
-from zs3.data import StepSampler, collate
-from zs3.demo import train_stage
-from zs3.files import write_report
+from zs3.data.batches import StepSampler, collate
+from zs3.files import markdown_table, write_report
 from zs3.label_space import load_label_space
-from zs3.results import markdown_table
+from zs3.scenes.demo import train_stage
 
 RECIPE = "scenes_stage2_ground_truth.yaml"
 

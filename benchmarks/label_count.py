@@ -33,14 +33,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Mask2FormerImageProcessorPil
 
+from configuration_zs3 import INT32, Number
 from label_maps_zs3 import semantic_map, semantic_scores
 from zs3.command_line import (
-    INT32,
     Amount,
     Arguments,
     Count,
     InputError,
-    Number,
     OutputFile,
     Positive,
     Side,
@@ -49,8 +48,7 @@ from zs3.command_line import (
     read_arguments,
     run,
 )
-from zs3.files import write_report
-from zs3.results import markdown_table
+from zs3.files import markdown_table, write_report
 
 PEER, DENSE, CHUNKED = "transformers' Mask2Former post-processing", "dense einsum", "running maximum over chunks"
 OURS, SCORED = "semantic_map", "semantic_map with scores"

@@ -32,7 +32,6 @@ from tqdm.auto import tqdm
 from benchmarks.criterion import device_named, in_fresh_process
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.augmentation import Augmentation, augment
 from zs3.command_line import (
     Arguments,
     Count,
@@ -46,19 +45,13 @@ from zs3.command_line import (
     read_arguments,
     run,
 )
-from zs3.data import (
-    SegmentationDataset,
-    StepSampler,
-    StoredRecord,
-    StreamedBatches,
-    collate,
-    dataset_name,
-    load_split,
-    stream_split,
-)
-from zs3.files import write_report
+from zs3.data.augmentation import Augmentation, augment
+from zs3.data.batches import StepSampler, StreamedBatches, collate
+from zs3.data.records import dataset_name, load_split, stream_split
+from zs3.data.samples import SegmentationDataset
+from zs3.data.stored import StoredRecord
+from zs3.files import markdown_table, write_report
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.results import markdown_table
 
 PEER = "1 process, resize and crop"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -27,14 +27,13 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ResNetConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from configuration_zs3 import Zs3Config
+from configuration_zs3 import Zs3Config, one_line
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import PROMPT_TEMPLATES, Label, Zs3ImageProcessor, Zs3Processor, read_labels
 from text_zs3 import TextCache
-from zs3.command_line import Arguments, Count, InputError, OutputFile, flag, one_line, read_arguments, run
-from zs3.files import write_report
+from zs3.command_line import Arguments, Count, InputError, OutputFile, flag, read_arguments, run
+from zs3.files import markdown_table, write_report
 from zs3.label_space import load_label_space
-from zs3.results import markdown_table
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"

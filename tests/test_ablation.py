@@ -19,17 +19,19 @@ import pytest
 import yaml
 from scipy import stats
 
+import zs3.ablation.__main__ as command
 from configuration_zs3 import Zs3Config
-from eval import EvalArgs, deciding_flags
-from train import TrainArgs
-from zs3 import ablation, ablation_report
-from zs3.ablation import AblationArgs, Job, make_jobs, trainings
-from zs3.ablation_report import t_interval, verdict
-from zs3.ablation_tables import TRAININGS, VIEWS, Row, make_tables
+from zs3 import files
+from zs3.ablation import report, runner
+from zs3.ablation.jobs import AblationArgs, Job, make_jobs, pseudo_label_job, trainings
+from zs3.ablation.report import t_interval, verdict
+from zs3.ablation.tables import TRAININGS, VIEWS, Row, make_tables
 from zs3.command_line import InputError, read_arguments, run
-from zs3.ensemble_weight import WeightArgs, weight_settings
+from zs3.evaluation.arguments import EvalArgs, deciding_flags
+from zs3.evaluation.ensemble_weight import WeightArgs, weight_settings
 from zs3.pseudo_labels import PseudoLabelArgs
-from zs3.scenes import write_dataset
+from zs3.scenes.dataset import write_dataset
+from zs3.training.arguments import TrainArgs
 
 ROOT = Path(__file__).parent.parent
 TABLES = make_tables(clip=True, matching="unpaired")
@@ -196,7 +198,7 @@ def settings_of(args: AblationArgs, seed: int, row: str, view: str) -> dict:
 def call(monkeypatch, *words: object) -> None:
     monkeypatch.setattr(sys, "argv", ["ablation", *map(str, words)])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    ablation.main()
+    command.main()
 
 
 def flags(args: AblationArgs) -> list[object]:
@@ -212,7 +214,7 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     result = json.loads((tmp_path / "tables.json").read_text())
     text = (tmp_path / "tables.md").read_text()
     assert text in capsys.readouterr().out
-    assert result["command"].startswith("python -m zs3.ablation table4 table5 --output_dir")
+    assert result["command"].startswith("zs3 ablation table4 table5 --output_dir")
     assert result["steps"] == {"stage1": 1400, "none": 500, "pseudo": 500, "ground_truth": 500}
     assert len(result["tables"]["table4"]["rows"]) == 12 and len(result["tables"]["table5"]["rows"]) == 3
     assert (
@@ -286,7 +288,7 @@ def test_every_table_is_told(finished, monkeypatch, capsys):
 
 def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(ablation_report, "draw_scores", lambda tables, path: drawn.append((tables, path)))
+    monkeypatch.setattr(report, "draw_scores", lambda tables, path: drawn.append((tables, path)))
     call(monkeypatch, "table5", *flags(finished), "--seeds", 0, 1, 2, "--picture", tmp_path / "tables.png")
     table = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]
     for row in table["rows"]:
@@ -331,7 +333,7 @@ def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkey
 
 
 def planned(args: AblationArgs) -> list[str]:
-    return [job.name for job in ablation.jobs_to_run(make_jobs(args, OLD))]
+    return [job.name for job in runner.jobs_to_run(make_jobs(args, OLD))]
 
 
 def test_what_a_row_starts_from_is_trained_too():
@@ -387,7 +389,7 @@ def test_a_file_with_a_field_of_a_wrong_type_is_one_line(finished, monkeypatch):
 def test_a_truncated_file_is_made_again_with_a_word(finished, capsys):
     """Cut anywhere, a result is one that is not there; the others stay."""
     rows = finished.known_tables["ensemble_weight"].rows
-    jobs = {job.name: job for job in [*ablation.make_jobs(finished, rows), ablation.pseudo_label_job(finished, 0)]}
+    jobs = {job.name: job for job in [*make_jobs(finished, rows), pseudo_label_job(finished, 0)]}
     for file, job in (
         ("none/gzs3_off.json", "none/gzs3_off"),
         ("none/ensemble_weight.json", "none/ensemble_weight"),
@@ -405,8 +407,8 @@ def test_a_truncated_file_is_made_again_with_a_word(finished, capsys):
 def test_half_a_line_of_times_is_left_out(finished, capsys):
     times = Path(finished.output_dir, "times.jsonl")
     times.write_text('{"job": "seed0/none", "seco')
-    ablation.append_line(times, '{"job": "a", "seconds": 2.0, "machine": "m"}')
-    assert ablation.seconds_by_machine([], times) == {}
+    files.append_line(times, '{"job": "a", "seconds": 2.0, "machine": "m"}')
+    assert runner.seconds_by_machine([], times) == {}
     assert "line 1 of" in capsys.readouterr().out
 
 
@@ -514,7 +516,7 @@ def test_pseudo_labels_of_another_stage_1_are_made_again(finished):
 
 def test_the_weight_is_chosen_anew_for_another_checkpoint_or_by_other_labels(finished):
     def missing() -> list[str]:
-        return [job.name for job in ablation.jobs_to_run(make_jobs(finished, TABLES["ensemble_weight"].rows))]
+        return [job.name for job in runner.jobs_to_run(make_jobs(finished, TABLES["ensemble_weight"].rows))]
 
     assert missing() == []
     path = finished.run_folder(0, "none") / "ensemble_weight.json"
@@ -546,7 +548,7 @@ def test_a_weight_is_chosen_by_what_training_may_know():
     labels["none"] = labels["stage1"]
     for name, expected in labels.items():
         folder = f"runs/ablation/seed1/{name}"
-        words = f"-m zs3.ensemble_weight --model {folder}/final --dataset runs/ablation/scenes "
+        words = f"-m zs3 ensemble_weight --model {folder}/final --dataset runs/ablation/scenes "
         words += f"--unseen_labels {expected} --output {folder}/ensemble_weight.json"
         job = jobs[f"seed1/{name}/ensemble_weight"]
         assert job.command[1:] == words.split()
@@ -562,7 +564,7 @@ def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch,
     recipe = {"max_steps": 500, "learning_rate": 5e-4, "class_loss": "background_aware", "seed": 0, "of_old": 1}
     path = finished.run_folder(0, "none") / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    assert ablation.check_trained(finished, 0, "none") == 500
+    assert command.check_trained(finished, 0, "none") == 500
     with pytest.raises(InputError, match=r"seed0/none was made with max_steps 500 \(asked for: 20\): .*none, or"):
         call(monkeypatch, "table5", *flags(finished), "--stage2_steps", 20)
     path.write_text(yaml.safe_dump(recipe | {"class_loss": "cross_entropy"}))
@@ -634,9 +636,9 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
             assert evaluation.ensemble_weight == (None if evaluation.ensemble == "off" else "0.8")
             assert job.name.endswith(f"gzs3_{evaluation.ensemble}")
         else:
-            classes = {"zs3.pseudo_labels": PseudoLabelArgs, "zs3.ensemble_weight": WeightArgs}
-            assert job.command[1] == "-m"
-            read_arguments(classes[job.command[2]], job.command[3:])[0].check()
+            words = " ".join(job.command[1:]).split(" --")[0]
+            args_class = {"-m zs3.pseudo_labels": PseudoLabelArgs, "-m zs3 ensemble_weight": WeightArgs}[words]
+            read_arguments(args_class, job.command[1 + len(words.split()) :])[0].check()
 
 
 def test_what_a_job_reads_another_before_it_makes():
@@ -655,7 +657,7 @@ def test_what_a_job_reads_another_before_it_makes():
     [
         (["table7"], "no table is called 'table7': the names are table4, table5, table6, matching"),
         (["table5", "--seeds", "1", "1"], "--seeds must be distinct"),
-        (["table5", "--processes", "0"], "--processes must be 1 or more"),
+        (["table5", "--num_jobs", "0"], "--num_jobs must be 1 or more"),
         (["--benchmark", "photographs"], "--benchmark photographs: there is no such folder"),
         (["table5", "--result", "tables.md"], "--result tables.md must be a file that ends in .json"),
         (["table5", "--seed", "1"], "did you mean --seeds"),
@@ -676,7 +678,7 @@ def test_scenes_of_another_number_are_refused(finished, monkeypatch):
 
 
 def run_jobs(jobs: list[Job], processes: int) -> None:
-    ablation.run_jobs(jobs, processes, jobs[0].log.parent.parent / "times.jsonl")
+    runner.run_jobs(jobs, processes, jobs[0].log.parent.parent / "times.jsonl")
 
 
 class Fakes:
@@ -722,7 +724,7 @@ def test_nothing_is_repeated(fakes):
     run_jobs([fakes.job("a"), fakes.job("b", "a")], processes=1)
     assert fakes.events() == [("b", "begins"), ("b", "ends")]
     (row,) = map(json.loads, (fakes.folder / "times.jsonl").read_text().splitlines())
-    assert row["job"] == "b" and 0.1 < row["seconds"] < 60 and row["machine"] == ablation.machine()
+    assert row["job"] == "b" and 0.1 < row["seconds"] < 60 and row["machine"] == runner.machine()
 
 
 def test_a_failure_names_the_log_ends_the_others_and_is_mended(fakes, capsys):
@@ -753,7 +755,7 @@ def test_a_job_without_a_result_has_failed(fakes):
 def test_a_job_left_by_a_killed_command_is_not_started_twice(fakes):
     """kill -9 gives the command no time to end its jobs."""
     job = fakes.job("a", seconds=60)
-    orphan = ablation.start(job)
+    orphan = runner.start(job)
     try:
         with pytest.raises(InputError, match="a is running already, it writes .*a.log"):
             run_jobs([job], processes=1)

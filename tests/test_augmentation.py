@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zs3.augmentation import Augmentation, _jittered, augment
 from zs3.command_line import InputError
+from zs3.data.augmentation import Augmentation, _jittered, augment
 
 
 def coordinates(height, width):

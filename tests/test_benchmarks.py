@@ -23,7 +23,8 @@ from benchmarks import (
 )
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
-from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
+from zs3.scenes.dataset import write_dataset
+from zs3.scenes.render import CLASS_NAMES, UNSEEN
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from label_maps_zs3 import SemanticMap, semantic_map, semantic_scores
-from zs3 import calibration
-from zs3.calibration import (
+from zs3.command_line import InputError
+from zs3.files import write_json
+from zs3.scores import calibration
+from zs3.scores.calibration import (
     BINS,
     GAMMAS,
     LEVELS,
@@ -26,8 +28,6 @@ from zs3.calibration import (
     conformal_threshold,
     in_check_half,
 )
-from zs3.command_line import InputError
-from zs3.files import write_json
 
 IGNORE = 255
 SCORES = ("miou_seen", "miou_unseen", "hiou", "miou")

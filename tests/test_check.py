@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from test_data import SPACE, random_sample, write_folder
 
-from zs3.check import main
 from zs3.command_line import run
+from zs3.data.check import main
 from zs3.label_space import LabelSpace
 
 

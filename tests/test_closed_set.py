@@ -12,8 +12,9 @@ from transformers import Mask2FormerForUniversalSegmentation
 from benchmarks.closed_set import binary_masks, main
 from processing_zs3 import Zs3ImageProcessor
 from zs3.command_line import run
-from zs3.data import load_split
-from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
+from zs3.data.records import load_split
+from zs3.scenes.dataset import write_dataset
+from zs3.scenes.render import CLASS_NAMES, UNSEEN
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "scenes_stage1.yaml"
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zs3 import compare as module
+import zs3.evaluation.compare as module
 from zs3.command_line import InputError, run
-from zs3.compare import BETTER, OPEN, WORSE, CompareArgs, compare, main, report, verdict
-from zs3.evaluation import ConfusionMatrix, images_path
+from zs3.evaluation.compare import BETTER, OPEN, WORSE, CompareArgs, compare, main, report, verdict
 from zs3.files import finite_or_none
+from zs3.scores.bootstrap import images_path
+from zs3.scores.confusion import ConfusionMatrix
 
 NAMES, UNSEEN = ["sky", "grass", "cow", "boat"], ["cow", "boat"]
 IGNORE = 255

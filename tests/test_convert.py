@@ -28,17 +28,21 @@ from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 import train
-import zs3.convert
+import zs3.convert.__main__ as conversion
 from configuration_zs3 import Refused, Zs3Config
-from eval import EvalArgs, evaluate
-from zs3.archives import ARCHIVES, NUM_CAPTIONS, BadFile, Pair, check_inflated, context_values, grey_values
+from eval import evaluate
 from zs3.command_line import InputError, read_arguments, run
-from zs3.convert import ConvertArgs, convert, convert_all, main, shards_of
-from zs3.data import load_split
+from zs3.convert import items
+from zs3.convert.__main__ import ConvertArgs, convert, main
+from zs3.convert.archives import ARCHIVES, NUM_CAPTIONS, BadFile, Pair, check_inflated, context_values, grey_values
+from zs3.convert.items import convert_all
+from zs3.convert.shards import shards_of
+from zs3.data.records import load_split
+from zs3.evaluation.arguments import EvalArgs
 from zs3.files import lock_folder
 from zs3.label_space import load_label_space
 
-MIXED = zs3.convert.mixed  # as it is outside of the tests
+MIXED = conversion.mixed  # as it is outside of the tests
 ROOT = Path(__file__).parents[1]
 SAMPLES = Path(__file__).parents[2] / "shared" / "data" / "samples"
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the real samples are not there")
@@ -55,7 +59,7 @@ def small_releases(monkeypatch):
 @pytest.fixture(autouse=True)
 def sorted_training(monkeypatch):
     """The shards of the small trees hold what their names say; how training rows are mixed is a test of its own."""
-    monkeypatch.setattr(zs3.convert, "mixed", list)
+    monkeypatch.setattr(conversion, "mixed", list)
 
 
 def arguments(folder: Path, name: str, **options) -> ConvertArgs:
@@ -270,7 +274,7 @@ def test_other_layouts_give_the_same_ids(tmp_path, name, folder, options):
         found = ARCHIVES[name].items(tmp_path / folder, split)
         assert sorted(pair.image_id for pair in found) == sorted(expected[split])
         for pair in found:
-            ids = zs3.convert.read_ids(pair, name)
+            ids = items.read_ids(pair, name)
             assert pair.image.is_file()
             np.testing.assert_array_equal(ids, expected[split][pair.image_id])
 
@@ -510,7 +514,7 @@ def test_lists_may_have_a_byte_order_mark(encoding, tmp_path):
 def test_a_folder_belongs_to_one_conversion_at_a_time(tmp_path):
     ade20k(tmp_path)
     with lock_folder(tmp_path / "out" / ".progress"):
-        code = "import sys; from zs3.convert import main; from zs3.command_line import run; run(main)"
+        code = "import sys; from zs3.convert.__main__ import main; from zs3.command_line import run; run(main)"
         words = ["ade20k_150", "--source", tmp_path / "source", "--output", tmp_path / "out", "--on_problem", "skip"]
         done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: another run writes in ")
@@ -578,9 +582,9 @@ def test_pictures_that_are_ignored_everywhere_are_kept_and_counted(tmp_path):
 
 def test_the_command_with_two_processes_writes_the_bytes_of_one(tmp_path, monkeypatch):
     """Run as users do: what the processes get has to be found in the main script."""
-    monkeypatch.setattr(zs3.convert, "mixed", MIXED)
+    monkeypatch.setattr(conversion, "mixed", MIXED)
     write_tree(tmp_path / "source", "voc_20", train=21)  # maps as PNG and as .mat
-    words = ["voc_20", "--source", tmp_path / "source", "--output", tmp_path / "two", "--num_proc", "2"]
+    words = ["voc_20", "--source", tmp_path / "source", "--output", tmp_path / "two", "--num_workers", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "zs3.convert", *words, "--on_problem", "skip"], capture_output=True, text=True
     )
@@ -600,7 +604,7 @@ def end_process(path: Path) -> None:
 
 def test_a_process_that_is_killed_is_one_line(monkeypatch):
     fork = multiprocessing.get_context("fork")  # a spawned one takes seconds to begin
-    monkeypatch.setattr(zs3.convert.multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr(items.multiprocessing, "get_context", lambda _: fork)
     pairs = [Pair("0", Path("0.jpg"), Path("0.png"), end_process)] * 3
     with pytest.raises(InputError, match="a process ended at 0 or soon after"):
         list(convert_all(pairs, "ade20k_150", 2))
@@ -850,7 +854,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, capsys)
             ["voc_20", "--source", ".", "--output", "out", "--splits", "test"],
             "--splits takes train and validation, got test",
         ),
-        (["voc_20", "--source", ".", "--output", "out", "--num_proc", "0"], "--num_proc must be 1 or more"),
+        (["voc_20", "--source", ".", "--output", "out", "--num_workers", "-1"], "--num_workers must be 0 or more"),
         (["voc_20", "--source", ".", "--output", "out", "--on_problem", "go"], "--on_problem"),
         (["voc_20", "--source", ".", "--output", "out", "--push_to_hub", "me"], "no Hub id of the form owner/name"),
         (["voc_20", "ade20k_150", "--source", "."], "unexpected argument 'ade20k_150'"),

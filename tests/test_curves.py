@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.test_calibration import IGNORE, map_of, map_with_confidence
-from zs3.calibration import Reliability, SeenBiasCurve
 from zs3.command_line import InputError
-from zs3.curves import (
+from zs3.evaluation.curves import (
     _reliability_figure,
     _scores_figure,
     _seen_unseen_figure,
@@ -19,6 +18,7 @@ from zs3.curves import (
     draw_seen_unseen_curve,
 )
 from zs3.files import write_json
+from zs3.scores.calibration import Reliability, SeenBiasCurve
 
 
 def curve(shift: float = 0.3) -> dict:

@@ -12,21 +12,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from zs3.augmentation import IGNORED, Augmentation
 from zs3.command_line import InputError
-from zs3.data import (
-    SegmentationDataset,
-    Split,
-    StepSampler,
-    StreamedBatches,
-    collate,
-    load_split,
-    mask_positions,
-    stream_split,
-    to_image_labels,
-    to_mask_labels,
-)
-from zs3.image_labels import GroundTruthLabels, NothingTold, PseudoLabels
+from zs3.data.augmentation import IGNORED, Augmentation
+from zs3.data.batches import StepSampler, StreamedBatches, collate
+from zs3.data.image_labels import GroundTruthLabels, NothingTold, PseudoLabels
+from zs3.data.records import Split, load_split, stream_split
+from zs3.data.samples import SegmentationDataset, mask_positions, to_image_labels, to_mask_labels
 from zs3.label_space import LabelSpace
 
 SPACE = LabelSpace(["sky", "cow", "road", "cat", "sea"], ["cow", "cat"], 255)

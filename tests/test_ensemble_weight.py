@@ -10,13 +10,15 @@ import pytest
 from PIL import Image
 from tiny import byte_tokenizer, tiny_model
 
-from eval import EvalArgs, evaluate
+from eval import evaluate
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from zs3.command_line import InputError, run
-from zs3.data import load_split
-from zs3.ensemble_weight import OFF, Counts, WeightArgs, choose, decide, main, report
+from zs3.data.records import load_split
+from zs3.evaluation.arguments import EvalArgs
+from zs3.evaluation.ensemble_weight import OFF, Counts, WeightArgs, choose, decide, main, report
 from zs3.pseudo_labels import write_shard
-from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
+from zs3.scenes.dataset import write_dataset
+from zs3.scenes.render import CLASS_NAMES, UNSEEN
 
 SEEN = [name for name in CLASS_NAMES if name not in UNSEEN]
 

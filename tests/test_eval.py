@@ -20,14 +20,16 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import AutoModel, AutoProcessor
 
-from eval import EvalArgs, evaluate, main
+from eval import evaluate, main
 from processing_zs3 import Zs3ImageProcessor
 from zs3.command_line import InputError, run
-from zs3.data import load_split
-from zs3.evaluation import load_images
+from zs3.data.records import load_split
+from zs3.evaluation.arguments import EvalArgs
+from zs3.evaluation.results import Result, read_images, read_result
 from zs3.label_space import load_label_space
-from zs3.results import Result, read_images, read_result
-from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
+from zs3.scenes.dataset import write_dataset
+from zs3.scenes.render import CLASS_NAMES, UNSEEN
+from zs3.scores.bootstrap import load_images
 from zs3.typed_json import first_wrong
 
 ROOT = Path(__file__).parent.parent

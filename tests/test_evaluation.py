@@ -12,18 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zs3.command_line import InputError
-from zs3.evaluation import (
-    AreaShares,
-    ConfusedPair,
-    ConfusionMatrix,
-    GeneralizedScores,
-    average_precision,
-    generalized_scores,
-    images_path,
-    iou_of_areas,
-    load_images,
-    summed_areas,
-)
+from zs3.scores.bootstrap import images_path, load_images, summed_areas
+from zs3.scores.confusion import AreaShares, ConfusedPair, ConfusionMatrix
+from zs3.scores.means import GeneralizedScores, average_precision, generalized_scores, iou_of_areas
 
 IGNORE = 255
 

@@ -15,7 +15,7 @@ from transformers import SwinConfig
 
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import InputError, run
-from zs3.export import export_visual, main, save
+from zs3.release.export import export_visual, main, save
 
 SIZES = ((1, 64, 96, 4), (3, 100, 33, 1), (2, 150, 90, 7), (1, 160, 128, 40))  # B, H, W, C; traced: 2, 150, 90, 4
 

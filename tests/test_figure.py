@@ -11,14 +11,16 @@ from PIL import Image
 from tiny import save_checkpoint, tiny_model
 from transformers import AutoModel, pipeline
 
-import zs3.figure
 from processing_zs3 import Zs3ImageProcessor
 from zs3.checkpoints import class_vectors, load_checkpoint
 from zs3.command_line import run
-from zs3.data import load_split
-from zs3.evaluation import ConfusionMatrix, load_images
-from zs3.figure import image_ious, label_map, main
-from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
+from zs3.data.records import load_split
+from zs3.evaluation import figure
+from zs3.evaluation.figure import image_ious, label_map, main
+from zs3.scenes.dataset import write_dataset
+from zs3.scenes.render import CLASS_NAMES, UNSEEN
+from zs3.scores.bootstrap import load_images
+from zs3.scores.confusion import ConfusionMatrix
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def command(monkeypatch, *words: object) -> int:
 def drawn(monkeypatch) -> dict[str, dict]:
     """file name -> panels, of what is drawn from here on."""
     kept = {}
-    monkeypatch.setattr(zs3.figure, "draw_comparison", lambda panels, names, path: kept.update({path.name: panels}))
+    monkeypatch.setattr(figure, "draw_comparison", lambda panels, names, path: kept.update({path.name: panels}))
     return kept
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from zs3.command_line import InputError
-from zs3.image_labels import GroundTruthLabels, NothingTold, PseudoLabels, load_unseen_scores, training_space
+from zs3.data.image_labels import GroundTruthLabels, NothingTold, PseudoLabels, load_unseen_scores, training_space
 from zs3.label_space import LabelSpace
 
 SPACE = LabelSpace(["sky", "cow", "road", "cat", "sea"], ["cow", "cat"], 255)

@@ -7,14 +7,7 @@ import numpy as np
 import pytest
 
 from zs3.command_line import InputError
-from zs3.label_space import (
-    BENCHMARKS,
-    CLASSES_FOLDER,
-    LabelSpace,
-    load_label_space,
-    load_text_embeds,
-    source_ids,
-)
+from zs3.label_space import BENCHMARKS, CLASSES_FOLDER, LabelSpace, load_label_space, load_text_embeds, source_ids
 
 SIZES = {
     "ade20k_150": (150, 0, 255),

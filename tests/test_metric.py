@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from zs3.evaluation import ConfusionMatrix, generalized_scores
 from zs3.metric.metric import SegmentationScores
+from zs3.scores.confusion import ConfusionMatrix
+from zs3.scores.means import generalized_scores
 
 ROOT = Path(__file__).parent.parent
 IGNORE, CLASSES = 255, 6

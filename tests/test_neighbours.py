@@ -18,10 +18,11 @@ from transformers import Mask2FormerConfig, Mask2FormerModel, Trainer, TrainingA
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from network_zs3 import is_plain
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
-from zs3.augmentation import Augmentation
-from zs3.data import SegmentationDataset, load_split
+from zs3.data.augmentation import Augmentation
+from zs3.data.records import load_split
+from zs3.data.samples import SegmentationDataset
 from zs3.label_space import load_label_space
-from zs3.scenes import write_dataset
+from zs3.scenes.dataset import write_dataset
 
 CPU = torch.device("cpu")
 

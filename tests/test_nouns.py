@@ -11,23 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import zs3.nouns
 from zs3.command_line import InputError, run
+from zs3.convert import nouns
+from zs3.convert.nouns import NameFinder, NounArgs, Word, chosen_words, load_tagger, main, make_nouns, noun_lemma
+from zs3.data.caption_labels import CaptionLabels, CaptionNouns, dropped, load_caption_nouns
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.nouns import (
-    CaptionLabels,
-    CaptionNouns,
-    NameFinder,
-    NounArgs,
-    Word,
-    chosen_words,
-    dropped,
-    load_caption_nouns,
-    load_tagger,
-    main,
-    make_nouns,
-    noun_lemma,
-)
 
 # 100 captions in the manner of COCO, and their nouns as a reader marks them; with "?" where readers may differ.
 # The last 30 were written after the tagger was chosen.
@@ -361,7 +349,7 @@ def test_two_processes_write_the_bytes_of_one(arguments, tmp_path):
     write_captions(tmp_path / "captions", {str(i): [caption] for i, (caption, _) in enumerate(MARKED)})
     folders = []
     for number in (1, 2):
-        args = replace(arguments, num_proc=number, num_words=100, output=str(tmp_path / f"by_{number}"))
+        args = replace(arguments, num_workers=number, num_words=100, output=str(tmp_path / f"by_{number}"))
         make_nouns(args)
         folders.append({path.name: path.read_bytes() for path in Path(args.output).iterdir()})
     assert folders[0] == folders[1] and len(folders[0]) == 3
@@ -404,7 +392,7 @@ def test_an_interrupted_run_leaves_no_result_and_the_next_one_is_whole(arguments
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(zs3.nouns, "write_nouns", interrupted)
+        patch.setattr(nouns, "write_nouns", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make_nouns(arguments)
     assert not Path(arguments.output).exists()
@@ -465,7 +453,7 @@ def test_a_broken_table_and_an_image_in_two_splits_are_refused(arguments, tmp_pa
         (["--splits", "test"], "has no split 'test'"),
         (["--splits", "train", "train"], "--splits must name each split once"),
         (["--num_words", "5"], "--num_words 5 is less than the 6 seen names"),
-        (["--num_proc", "0"], "--num_proc must be 1 or more, got 0"),
+        (["--num_workers", "-1"], "--num_workers must be 0 or more, got -1"),
         (["--label_space", "coco_stuff_17"], "did you mean coco_stuff_171?"),
         (["--tagger", "spacy"], "--tagger must be one of hanta, nltk, got 'spacy'"),
         (["--num_word", "7"], "did you mean --num_words?"),
@@ -491,7 +479,7 @@ def test_the_command_says_what_it_made(arguments, monkeypatch, capsys):
 
 
 def test_nouns_of_another_label_space_or_of_no_run_are_refused(arguments, tmp_path):
-    with pytest.raises(InputError, match="holds no caption nouns: give the --output of python -m zs3.nouns"):
+    with pytest.raises(InputError, match="holds no caption nouns: give the --output of zs3 nouns"):
         load_caption_nouns(arguments.captions, SPACE)
     make_nouns(arguments)
     other = LabelSpace(SPACE.class_names, ["cow"])
@@ -505,7 +493,7 @@ def test_nouns_of_another_label_space_or_of_no_run_are_refused(arguments, tmp_pa
             load_caption_nouns(arguments.output, SPACE)
     settings.write_text(written)
     table = Path(arguments.output) / "nouns-train.parquet"
-    zs3.nouns.write_nouns(table, ["1"], [np.array([2, 9], np.int32)])
+    nouns.write_nouns(table, ["1"], [np.array([2, 9], np.int32)])
     with pytest.raises(InputError, match="positions outside its 9 class names"):
         load_caption_nouns(arguments.output, SPACE)
     table.write_bytes(b"half")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from drawing_zs3 import NOTHING, STRIPE, colour_of, colours_of, font_for, line_height
-from zs3.pictures import MARGIN, draw_comparison, stack
+from zs3.evaluation.pictures import MARGIN, draw_comparison, stack
 
 CLASSES = Path(__file__).parents[1] / "zs3" / "classes"
 

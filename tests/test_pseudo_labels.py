@@ -21,8 +21,8 @@ from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 from zs3.command_line import InputError, run
-from zs3.data import check_scored_pictures, load_split
-from zs3.image_labels import bound_to, load_unseen_scores, read_settings, settings_digest
+from zs3.data.image_labels import bound_to, check_scored_pictures, load_unseen_scores, read_settings, settings_digest
+from zs3.data.records import load_split
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import (
     PseudoLabelArgs,
@@ -35,7 +35,8 @@ from zs3.pseudo_labels import (
     unseen_scores,
     usable_proposals,
 )
-from zs3.scenes import CLASS_NAMES, UNSEEN, write_dataset
+from zs3.scenes.dataset import write_dataset
+from zs3.scenes.render import CLASS_NAMES, UNSEEN
 
 ROOT = Path(__file__).parent.parent
 NUM_IMAGES = 11

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from test_wall import HUB_HALF
 from tiny import save_checkpoint, tiny_config, tiny_model
 
-import zs3.release
+import zs3.release.__main__
 from configuration_zs3 import Zs3Config
 from zs3.checkpoints import settings_sha256, weights_sha256
 from zs3.command_line import InputError, run
 from zs3.label_space import load_label_space
-from zs3.model_card import model_card, recipes_of, runs, slots, starts, training
-from zs3.release import HUB_CARDS, chosen_template, code_files, is_sealed, main, project_code_of, release_files
+from zs3.release.__main__ import HUB_CARDS, chosen_template, code_files, is_sealed, main, project_code_of, release_files
+from zs3.release.card import model_card, recipes_of, runs, slots, starts, training
 
 ROOT = Path(__file__).parents[1]
 SCENES = load_label_space("scenes")
@@ -56,7 +56,7 @@ def untried(monkeypatch) -> list[list[str]]:
         visits.append([sorted(path.name for path in folder.iterdir()), list(labels)])
         return "fine"
 
-    monkeypatch.setattr(zs3.release, "visited", visited)
+    monkeypatch.setattr(zs3.release.__main__, "visited", visited)
     return visits
 
 
@@ -230,7 +230,7 @@ def test_a_failure_keeps_the_release_before(checkpoint, tmp_path, monkeypatch, u
     def fails(*_: object) -> None:
         raise InputError("a full disk, say")
 
-    for place in ("zs3.release.visited", "zs3.files.rename"):
+    for place in ("zs3.release.__main__.visited", "zs3.files.rename"):
         with monkeypatch.context() as patched:
             patched.setattr(place, fails)
             assert command(monkeypatch, *words) == 2
@@ -704,7 +704,7 @@ def test_nothing_is_uploaded_that_a_stranger_cannot_use(checkpoint, tmp_path, mo
     def refuses(*_: object) -> None:
         raise InputError("a stranger cannot use this checkpoint")
 
-    monkeypatch.setattr(zs3.release, "visited", refuses)
+    monkeypatch.setattr(zs3.release.__main__, "visited", refuses)
     words = ["--model", checkpoint, "--repo_id", "me/a-model", "--output", tmp_path / "out", "--push"]
     assert command(monkeypatch, *words) == 2 and hub.calls == []
 

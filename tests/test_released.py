@@ -16,8 +16,9 @@ from transformers import pipeline
 
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.checkpoints import load_processor, weights_sha256
-from zs3.evaluation import ConfusionMatrix
-from zs3.scenes import CLASS_NAMES, FIRST_VALIDATION, UNSEEN, render_scene
+from zs3.scenes.dataset import FIRST_VALIDATION
+from zs3.scenes.render import CLASS_NAMES, UNSEEN, render_scene
+from zs3.scores.confusion import ConfusionMatrix
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "hub_cards" / "zs3-scenes"
@@ -75,7 +76,7 @@ def test_the_first_example_of_the_readme_works_in_a_copy_without_links(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     labels, place = done.stdout.splitlines()
     assert set(re.findall("'(.*?)'", labels)) == {"sky", "grass", "red circle", "red square"}
-    assert place == str(tmp_path / "zs3" / "scenes.py")
+    assert place == str(tmp_path / "zs3" / "scenes" / "render.py")
 
 
 def test_its_card_has_the_numbers_of_the_result_file_of_these_weights():

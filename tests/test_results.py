@@ -12,16 +12,19 @@ from types import SimpleNamespace
 import pytest
 
 import eval as evaluation
-import zs3.compare
+import zs3.evaluation.compare as comparison
 from zs3.command_line import InputError
-from zs3.compare import CompareArgs, compare
-from zs3.evaluation import images_path
-from zs3.figure import worst_images
+from zs3.evaluation.choices import best_weight, chosen_bias
+from zs3.evaluation.compare import CompareArgs, compare
+from zs3.evaluation.figure import worst_images
+from zs3.evaluation.report import protocol, report
+from zs3.evaluation.results import Result, read_result
+from zs3.evaluation.suites import SUITES, row
+from zs3.files import markdown_table
 from zs3.label_space import load_label_space
-from zs3.model_card import model_index, tables
-from zs3.release import read_results
-from zs3.results import Result, best_weight, chosen_bias, markdown_table, protocol, read_result, report
-from zs3.suites import SUITES, row
+from zs3.release.__main__ import read_results
+from zs3.release.card import model_index, tables
+from zs3.scores.bootstrap import images_path
 from zs3.typed_json import first_wrong
 
 TESTS = Path(__file__).parent
@@ -242,8 +245,8 @@ def mutations(content: dict, numbers: list = NUMBERS) -> Iterator[tuple[tuple, d
 
 
 def read_by_compare(path: Path, content: dict, monkeypatch: pytest.MonkeyPatch) -> object:
-    monkeypatch.setattr(zs3.compare, "RESAMPLES", 3)
-    return zs3.compare.report(compare(CompareArgs(str(path), str(path))))
+    monkeypatch.setattr(comparison, "RESAMPLES", 3)
+    return comparison.report(compare(CompareArgs(str(path), str(path))))
 
 
 def read_by_release(path: Path, content: dict, monkeypatch: pytest.MonkeyPatch) -> object:

@@ -33,10 +33,11 @@ from tiny_run import flags, write_data
 
 import train
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from train import TrainArgs, go_on_after
 from zs3.command_line import OLD_NAMES, InputError, run
 from zs3.files import lock_folder
-from zs3.run_folder import (
+from zs3.training import loader
+from zs3.training.arguments import TrainArgs
+from zs3.training.folder import (
     Checkpoints,
     MetricsLog,
     Progress,
@@ -48,6 +49,7 @@ from zs3.run_folder import (
     save_final,
     write_manifest,
 )
+from zs3.training.processes import go_on_after
 
 SETTINGS = {"max_steps": 12, "checkpointing_steps": 3, "logging_steps": 1, "lr_milestones": 7}
 KILLS = int(os.environ.get("ZS3_KILLS", 2))
@@ -137,7 +139,7 @@ def kill_at(
 
 def record_images(folder: Path) -> None:
     """The image ids of each step, a line a step, in a file for each process."""
-    collate, agree, image_ids = train.collate, train.agree, []
+    collate, agree, image_ids = loader.collate, train.agree, []
 
     def collated(samples):
         image_ids.extend(sample["image_id"] for sample in samples)
@@ -149,7 +151,7 @@ def record_images(folder: Path) -> None:
         image_ids.clear()
         return agree(*args)
 
-    train.collate, train.agree = collated, agreed
+    loader.collate, train.agree = collated, agreed
 
 
 def spoil_loss(term: Callable[[torch.Tensor], torch.Tensor], step: int, rank: str) -> None:
@@ -246,7 +248,11 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_undisturbed_
 
 # The function that is killed, at which call, and the checkpoints that are left
 PLACES = {
-    "while a checkpoint is written": ("zs3.run_folder:write_manifest", 2, ["step_00000003", "step_00000006.partial"]),
+    "while a checkpoint is written": (
+        "zs3.training.folder:write_manifest",
+        2,
+        ["step_00000003", "step_00000006.partial"],
+    ),
     "before old checkpoints go": ("shutil:rmtree", 1, ["step_00000003", "step_00000006", "step_00000009"]),
     "while the final model is written": (
         "processing_zs3:Zs3ImageProcessor.save_pretrained",
@@ -535,7 +541,7 @@ def test_sigterm_to_a_run_and_its_workers_saves_the_step(data, straight, tmp_pat
 def test_one_process_goes_on_with_the_images_of_two_that_sigterm_stopped(data, straight, tmp_path):
     command = flags(data, tmp_path / "run", **SETTINGS, device_batch_size=1)  # one process alone takes two a step
     record = partial(record_images, tmp_path)
-    sigterm = partial(kill_at, "train:collate", 5, signal.SIGTERM, "1")  # the other one hears of it
+    sigterm = partial(kill_at, "zs3.training.loader:collate", 5, signal.SIGTERM, "1")  # the other one hears of it
     assert [ended(process) for process in start_two(command, tmp_path / "log", record, sigterm)] == [143, 143]
     halves = [read_lines(tmp_path / f"images{rank}.jsonl") for rank in (0, 1)]
     steps = [mine + others for mine, others in zip(*halves, strict=True)]

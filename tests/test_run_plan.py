@@ -13,23 +13,15 @@ from test_data import SPACE, random_sample, write_folder
 from tiny import CLASS_NAMES, tiny_model
 from transformers.models.swin import modeling_swin
 
-from train import TrainArgs
 from zs3.command_line import InputError
-from zs3.data import load_split, stream_split
-from zs3.image_labels import PseudoLabels
+from zs3.data.image_labels import PseudoLabels
+from zs3.data.records import load_split, stream_split
 from zs3.label_space import LabelSpace
 from zs3.pseudo_labels import write_shard
-from zs3.run_plan import (
-    BatchParts,
-    Pace,
-    check_learnable,
-    check_norms,
-    check_trackers,
-    cut_batch,
-    describe,
-    duration,
-    names_lines,
-)
+from zs3.training.arguments import TrainArgs, check_trackers
+from zs3.training.pace import Pace, duration
+from zs3.training.plan import check_learnable, describe, names_lines
+from zs3.training.processes import BatchParts, check_norms, cut_batch
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -64,7 +56,7 @@ def test_accelerate_reads_the_configuration_of_fsdp_and_the_layer_it_names_exist
 
 
 def test_a_tracker_is_refused_where_accelerate_would_leave_it_out(monkeypatch):
-    monkeypatch.setattr("zs3.run_plan.get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setattr("zs3.training.arguments.get_available_trackers", lambda: ["wandb"])
     check_trackers(["wandb"])
     with pytest.raises(InputError, match=re.escape("pip install 'zs3[tensorboard]'")):
         check_trackers(["wandb", "tensorboard"])
@@ -171,7 +163,7 @@ def test_a_precision_that_accelerate_was_given_is_said_not_to_count(plan, monkey
 def clock(monkeypatch) -> SimpleNamespace:
     """Its `now` is the time that Pace sees."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("zs3.run_plan.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("zs3.training.pace.time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 
@@ -244,7 +236,7 @@ def test_one_class_alone_can_be_learned(ids, tmp_path):
 
 
 def test_of_many_maps_of_one_class_the_first_are_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr("zs3.run_plan.MOST_LOOKED_AT", 2)
+    monkeypatch.setattr("zs3.training.plan.MOST_LOOKED_AT", 2)
     for records in records_with(tmp_path, (0,), (0,), (0,)):
         (tmp_path / "train" / "labels" / "p2.png").write_bytes(b"never looked at")
         check_learnable(records, SPACE)

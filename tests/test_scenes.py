@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zs3 import scenes
 from zs3.command_line import InputError
-from zs3.scenes import CLASS_NAMES, IGNORE_INDEX, UNSEEN, render_scene, write_dataset
+from zs3.scenes import render
+from zs3.scenes.dataset import write_dataset
+from zs3.scenes.render import CLASS_NAMES, IGNORE_INDEX, UNSEEN, render_scene
 
 
 @pytest.fixture(scope="module")
-def some_scenes() -> list[scenes.Scene]:
+def some_scenes() -> list[render.Scene]:
     return [render_scene(3, index) for index in range(250)]
 
 
@@ -36,7 +37,7 @@ def test_five_of_twenty_classes_are_unseen_and_made_of_seen_words():
 
 def test_no_word_of_a_distractor_is_a_word_of_a_class():
     words = {word for name in CLASS_NAMES for word in name.split()}
-    assert words.isdisjoint(word for name in scenes.DISTRACTORS for word in name.split())
+    assert words.isdisjoint(word for name in render.DISTRACTORS for word in name.split())
 
 
 def test_labels_lie_on_what_the_picture_shows(some_scenes):
@@ -66,8 +67,8 @@ def test_every_labelled_pixel_lies_in_a_box_of_its_class(some_scenes):
 
 def test_a_scene_has_two_or_three_stuffs_and_two_to_five_things(some_scenes):
     for scene in some_scenes:
-        stuff = [region for region in scene.regions if region.name in scenes.STUFF]
-        things = [region for region in scene.regions if region.name in scenes.THINGS]
+        stuff = [region for region in scene.regions if region.name in render.STUFF]
+        things = [region for region in scene.regions if region.name in render.THINGS]
         assert 2 <= len(stuff) <= 3 and 2 <= len(things) <= 5
 
 
@@ -97,10 +98,10 @@ def test_things_survive_a_stride_of_four(some_scenes):
 def test_no_two_shapes_look_alike():
     def silhouette(shape: str, seed: int) -> np.ndarray:
         canvas = np.zeros((96, 96, 3), dtype=np.float32)
-        return scenes.paint_thing(np.random.default_rng(seed), canvas, f"red {shape}", 24, 48, 48)
+        return render.paint_thing(np.random.default_rng(seed), canvas, f"red {shape}", 24, 48, 48)
 
     for seed in range(5):
-        masks = [silhouette(shape, seed) for shape in scenes.OUTLINES]
+        masks = [silhouette(shape, seed) for shape in render.OUTLINES]
         overlap = [(a & b).sum() / (a | b).sum() for i, a in enumerate(masks) for b in masks[:i]]
         assert max(overlap) < 0.85
 
@@ -149,13 +150,13 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
 def test_a_stopped_run_leaves_no_folder_of_that_name(tmp_path, monkeypatch):
     calls = []
 
-    def stop_at_the_third(*job: int) -> scenes.Scene:
+    def stop_at_the_third(*job: int) -> render.Scene:
         calls.append(job)
         if len(calls) == 3:
             raise KeyboardInterrupt
         return render_scene(*job)
 
-    monkeypatch.setattr(scenes, "render_scene", stop_at_the_third)
+    monkeypatch.setattr(render, "render_scene", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         write_dataset(tmp_path / "set", num_train=5, num_validation=1, seed=0)
     assert not (tmp_path / "set").exists()

@@ -17,15 +17,16 @@ from tiny import save_checkpoint
 from tiny_run import RECIPE, write_data
 from transformers import CLIPTokenizer
 
-from train import TrainArgs, main
+from train import main
 from zs3.command_line import InputError, run
-from zs3.contents import contents_of
-from zs3.data import load_split, stream_split
+from zs3.convert.nouns import write_nouns
+from zs3.data.contents import contents_of
+from zs3.data.records import load_split, stream_split
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.nouns import write_nouns
 from zs3.pseudo_labels import write_shard
-from zs3.scenes import CLASS_NAMES, UNSEEN
-from zs3.stamp import Record, check_not_unseen, joined, label_space_change, read_stamp
+from zs3.scenes.render import CLASS_NAMES, UNSEEN
+from zs3.training.arguments import TrainArgs
+from zs3.training.stamp import Record, check_not_unseen, joined, label_space_change, read_stamp
 
 IMAGE_IDS = [f"{index:05d}" for index in range(6)]
 SEEN = [name for name in CLASS_NAMES if name not in UNSEEN]

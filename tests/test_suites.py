@@ -15,12 +15,12 @@ from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 import eval as evaluation
-from zs3.archives import ARCHIVES
 from zs3.command_line import InputError, run
-from zs3.convert import ConvertArgs, convert
-from zs3.data import load_split
+from zs3.convert.__main__ import ConvertArgs, convert
+from zs3.convert.archives import ARCHIVES
+from zs3.data.records import load_split
+from zs3.evaluation.suites import SUITES
 from zs3.label_space import load_label_space
-from zs3.suites import SUITES
 
 MEMBERS = SUITES["ovs5"].members
 

@@ -19,10 +19,10 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from zs3 import scenes, tiny_clip
 from zs3.command_line import run
+from zs3.scenes import render, tiny_clip
 
-FOLDER = Path(tiny_clip.__file__).with_name("scenes_clip")
+FOLDER = Path(tiny_clip.__file__).parents[1] / "scenes_clip"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def tokenizer():
 
 
 def test_every_word_of_the_world_is_one_token(tokenizer):
-    for name in scenes.WORLD_NAMES:
+    for name in render.WORLD_NAMES:
         assert len(tokenizer(name)["input_ids"]) == 2 + len(name.split())
 
 
@@ -89,7 +89,7 @@ def test_each_tower_loads_by_itself_and_gives_the_same_vectors(model, tokenizer)
 
 def test_the_image_processor_of_the_folder_prepares_what_training_prepared():
     processor = CLIPImageProcessor.from_pretrained(FOLDER)
-    image = scenes.render_scene(0, 0).image
+    image = render.render_scene(0, 0).image
     crop = tiny_clip.cut_out(image, (0, 0, 96, 96), Image.Resampling.BICUBIC)
     prepared = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
     # Half a level: one of 255 levels is 0.0154 after the normalisation.
@@ -129,8 +129,8 @@ def test_a_pool_of_crops_is_the_same_each_time_and_differs_from_the_next():
 
 def test_training_names_far_more_than_the_classes():
     name = tiny_clip.draw_crops(0, 0, 1500).name
-    assert len(np.unique(name)) > 85 > 4 * len(scenes.CLASS_NAMES)
-    assert set(scenes.CLASS_NAMES) <= {scenes.WORLD_NAMES[number] for number in np.unique(name)}
+    assert len(np.unique(name)) > 85 > 4 * len(render.CLASS_NAMES)
+    assert set(render.CLASS_NAMES) <= {render.WORLD_NAMES[number] for number in np.unique(name)}
 
 
 def test_a_margin_widens_a_box_by_its_share_and_stays_in_the_picture():
@@ -148,16 +148,16 @@ def test_outside_the_mask_a_held_out_crop_has_the_mean_colour():
 
 @pytest.mark.parametrize("margin, masked", [(0.0, False), (0.1, False), (0.2, False), (0.3, False), (0.0, True)])
 def test_the_committed_clip_names_held_out_crops(model, tokenizer, margin, masked):
-    text = tiny_clip.class_text_embeds(model, tokenizer, scenes.CLASS_NAMES)
+    text = tiny_clip.class_text_embeds(model, tokenizer, render.CLASS_NAMES)
     crops = tiny_clip.held_out_crops(margin, 8, masked=masked)
     correct = (tiny_clip.image_embeds(model, crops.pixels) @ text.T).argmax(dim=1).numpy() == crops.name
-    unseen = np.isin(crops.name, [scenes.CLASS_NAMES.index(name) for name in scenes.UNSEEN])
+    unseen = np.isin(crops.name, [render.CLASS_NAMES.index(name) for name in render.UNSEEN])
     assert correct.mean() >= 0.85
     assert correct[unseen].mean() >= 0.8
 
 
 def test_shapes_of_one_colour_have_different_text_vectors(model, tokenizer):
-    for attribute in scenes.ATTRIBUTES:
+    for attribute in render.ATTRIBUTES:
         square, circle = tiny_clip.class_text_embeds(model, tokenizer, [f"{attribute} square", f"{attribute} circle"])
         assert square @ circle < 0.9
 
@@ -179,7 +179,7 @@ def test_the_committed_weights_stay_below_five_megabytes():
 
 def test_accuracies_count_each_group_by_itself():
     name = np.array([0, 6, 7, 16])  # grass, stone wall (unseen), red circle, red square (unseen)
-    assert [scenes.CLASS_NAMES[n] for n in name] == ["grass", "stone wall", "red circle", "red square"]
+    assert [render.CLASS_NAMES[n] for n in name] == ["grass", "stone wall", "red circle", "red square"]
     shares = tiny_clip.accuracies(np.array([True, False, False, True]), name)
     assert shares == {"all": 0.5, "seen": 0.5, "unseen": 0.5, "things": 0.5, "stuff": 0.5}
     shares = tiny_clip.accuracies(np.array([True, True, False, False]), name)

@@ -21,22 +21,17 @@ from tiny_run import RECIPE, flags, write_data
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
 from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
-from train import (
-    StepMean,
-    TrainArgs,
-    main,
-    make_accelerator,
-    make_scheduler,
-    parameter_groups,
-    record_supervision,
-    straighten_gradients,
-)
+from train import main, make_scheduler, parameter_groups
 from zs3.command_line import run
-from zs3.data import load_split
+from zs3.convert.nouns import write_nouns
+from zs3.data.records import load_split
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.nouns import write_nouns
 from zs3.pseudo_labels import write_shard
-from zs3.scenes import CLASS_NAMES, UNSEEN
+from zs3.scenes.render import CLASS_NAMES, UNSEEN
+from zs3.training.arguments import TrainArgs
+from zs3.training.pace import StepMean
+from zs3.training.processes import make_accelerator, straighten_gradients
+from zs3.training.start import record_supervision
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,12 @@ ROOT = Path(__file__).parents[1]
 HUB_HALF = tuple(sorted(path.stem for path in ROOT.glob("*_zs3.py")))
 ALLOWED = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
 OPTIONAL = {"scipy"}
-MODULES = [*HUB_HALF, "train", "eval", *(f"zs3.{path.stem}" for path in sorted((ROOT / "zs3").glob("*.py")))]
+MODULES = [
+    *HUB_HALF,
+    "train",
+    "eval",
+    *(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "zs3").rglob("*.py"))),
+]
 IMPORT_ALL = """
 import importlib, sys
 import accelerate, datasets, evaluate, filelock, huggingface_hub, PIL.Image, psutil, torch, transformers.pipelines

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from zs3.scenes import CLASS_NAMES, write_dataset
+from zs3.scenes.dataset import write_dataset
+from zs3.scenes.render import CLASS_NAMES
 
 RECIPE = {
     "hidden_dim": 32,

@@ -10,7 +10,7 @@ import string
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -22,21 +22,19 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoProcessor,
-    BatchFeature,
     CLIPTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import ModelOutput
 
 import modeling_zs3
-from configuration_zs3 import Zs3Config, among, check_names, is_number, places, shortened
+from configuration_zs3 import Zs3Config, among, beginning, check_names, is_number, one_line, places, shortened
 from files_zs3 import is_leftover
 from modeling_zs3 import Zs3ForSemanticSegmentation, check_text_embeds
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
-from zs3.command_line import InputError, beginning, in_one_line, looks_local, one_line, shown
+from zs3.command_line import InputError, in_one_line, looks_local, shown
 from zs3.files import file_sha256
 from zs3.label_space import LabelSpace, load_text_embeds
 from zs3.typed_json import read_json
@@ -420,34 +418,6 @@ def trained_on(config: PreTrainedConfig, names: list[str]) -> list[str]:
 def is_trained(config: PreTrainedConfig, names: list[str]) -> Tensor:
     """(C,) bool: of which names the training saw masks."""
     return torch.tensor(among(names, config.seen_class_names))
-
-
-class Look(NamedTuple):
-    """How a model looks at images: with text vectors (C, D) on its device, and with CLIP's view of the proposals."""
-
-    model: PreTrainedModel
-    processor: ProcessorMixin
-    text_embeds: Tensor
-    is_trained: Tensor  # (C,) bool
-    view: str  # "off" for no ensemble
-    weight: float | None = None  # of the ensemble; None: the checkpoint's
-    tolerance: float = 0.0
-
-    def __call__(self, inputs: BatchFeature, size: tuple[int, int]) -> ModelOutput:
-        """The model's output of one image, whose label map is wanted at this size (H, W)."""
-        outputs = self.model(**inputs, text_embeds=self.text_embeds, return_dict=True)
-        if self.view == "off":
-            return outputs
-        return self.model.ensemble(
-            outputs,
-            self.processor.to_rgb(inputs["pixel_values"]),
-            self.text_embeds,
-            is_seen=self.is_trained,
-            weight=self.weight,
-            view=self.view,
-            tolerance=self.tolerance,
-            image_sizes=[size],
-        )
 
 
 def check_no_unseen_masks(config: PreTrainedConfig, label_space: LabelSpace, claim: str) -> None:

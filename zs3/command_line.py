@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import field, fields
 from functools import cache, partial
@@ -50,8 +50,14 @@ NO_SPACE = {
 }
 
 
-# Flags that were renamed: the old name, which recipes and commands may still have, and the name now.
-OLD_NAMES: dict[str, str] = {}
+# Flags that were renamed: the old name, which recipes and commands may still have, and the name now. An old name counts
+# where a command has the new one, and none of its own that is called like the old one.
+OLD_NAMES = {
+    "num_proc": "num_workers",
+    "processes": "num_jobs",
+    "train": "num_train",
+    "validation": "num_validation",
+}
 
 
 BESIDE = (".md", ".csv", "_images.npz")  # what commands write beside a result file
@@ -361,7 +367,7 @@ def read_arguments(
     types = get_type_hints(args_class)  # without what Annotated says
     names = [field.name for field in fields(args_class) if field.init]
     config_names = [name for name in model_fields(config_class) if name not in names]
-    argv = [_renamed_flag(token) for token in (sys.argv[1:] if argv is None else argv)]
+    argv = [_renamed_flag(token, names + config_names) for token in (sys.argv[1:] if argv is None else argv)]
     _check_flags(argv, [*names, *config_names, "config", "help"])
 
     usage = "%(prog)s [--config FILE] [--any_field value ...]"
@@ -463,12 +469,12 @@ def _read_recipe(
     flags, empty, overrides = [], {}, {}
     if path is None:
         return flags, empty, overrides
-    as_written, as_typed = _load_recipe(path)
+    as_written, as_typed = _load_recipe(path, names + config_names)
     for name, value in as_written.items():
         if name in config_names:
             overrides[name] = as_typed[name]
         elif name not in names:
-            raise InputError(f"{path}: unknown field {shortened(name)}; {_did_you_mean(name, names + config_names)}")
+            raise InputError(f"{path}: unknown field {shortened(name)}; {did_you_mean(name, names + config_names)}")
         elif value in _NULL and type(None) in get_args(types[name]):
             empty[name] = None
         elif value == [] and _is_list(types[name]):
@@ -483,7 +489,7 @@ def _read_recipe(
     return flags, empty, overrides
 
 
-def _load_recipe(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _load_recipe(path: str, known: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe's mapping twice: scalars as the strings written there, and as the values they stand for."""
     try:
         text = read_text(path)
@@ -500,27 +506,34 @@ def _load_recipe(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
     if not isinstance(as_typed, dict):
         raise InputError(f"{path}: a recipe is a mapping, one `field: value` a line")
-    for old in OLD_NAMES.keys() & as_written.keys():
+    for old in old_names(known).keys() & as_written.keys():
         _say_renamed(old)
-    return renamed(as_written, path), renamed({str(name): value for name, value in as_typed.items()}, path)
+    as_typed = {str(name): value for name, value in as_typed.items()}
+    return renamed(as_written, path, known), renamed(as_typed, path, known)
 
 
-def renamed(recipe: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """A recipe with the names of today."""
-    both = [old for old, name in OLD_NAMES.items() if old in recipe and name in recipe]
+def old_names(known: Collection[str]) -> dict[str, str]:
+    """The part of OLD_NAMES that counts for a command whose flags are `known`."""
+    return {old: name for old, name in OLD_NAMES.items() if name in known and old not in known}
+
+
+def renamed(recipe: dict[str, Any], path: str | Path, known: Collection[str]) -> dict[str, Any]:
+    """A recipe with the names of today. known: the command's flags."""
+    names = old_names(known)
+    both = [old for old, name in names.items() if old in recipe and name in recipe]
     if both:
-        raise InputError(f"{path} has {both[0]!r} and {OLD_NAMES[both[0]]!r}, which are one flag: leave out the first")
-    return {OLD_NAMES.get(name, name): value for name, value in recipe.items()}
+        raise InputError(f"{path} has {both[0]!r} and {names[both[0]]!r}, which are one flag: leave out the first")
+    return {names.get(name, name): value for name, value in recipe.items()}
 
 
-def _renamed_flag(token: str) -> str:
+def _renamed_flag(token: str, known: Collection[str]) -> str:
     """An argument with the name of today, if it is a flag of an old name."""
-    given, equals, value = token.partition("=")
+    names, (given, equals, value) = old_names(known), token.partition("=")
     name = given.removeprefix("--").replace("-", "_")
-    no = "" if name in OLD_NAMES else "no_"  # of a switch that is turned off
-    if not given.startswith("--") or name.removeprefix(no) not in OLD_NAMES:
+    no = "" if name in names else "no_"  # of a switch that is turned off
+    if not given.startswith("--") or name.removeprefix(no) not in names:
         return token
-    now = OLD_NAMES[name.removeprefix(no)]
+    now = names[name.removeprefix(no)]
     _say_renamed(name.removeprefix(no))
     return f"--{no if name.startswith(no) else ''}{now}{equals}{value}"
 
@@ -536,10 +549,10 @@ def _check_flags(argv: list[str], names: list[str]) -> None:
             flag = token[2:].split("=", 1)[0]
             name = flag.replace("-", "_")
             if name not in names and name.removeprefix("no_") not in names:
-                raise InputError(f"unknown flag --{beginning(flag, 60)}; {_did_you_mean(name, names, '--')}")
+                raise InputError(f"unknown flag --{beginning(flag, 60)}; {did_you_mean(name, names, '--')}")
 
 
-def _did_you_mean(name: str, names: list[str], prefix: str = "") -> str:
+def did_you_mean(name: str, names: list[str], prefix: str = "") -> str:
     closest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {prefix}{closest[0]}?" if closest else f"see {'--help' if prefix else 'the flags in --help'}"
 

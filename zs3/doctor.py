@@ -1,7 +1,7 @@
 """Says of a run folder or a checkpoint what it is, what it saw, and whether it is whole.
 
-    python -m zs3.doctor runs/stage2
-    python -m zs3.doctor runs/stage2/final
+    zs3 doctor runs/stage2
+    zs3 doctor runs/stage2/final
 
 It changes nothing, and no code that lies beside a checkpoint runs. Each problem is one line. If there is a problem, the
 exit code is 2. Of a run folder it checks the checkpoints, the stamp and the final model.
@@ -17,21 +17,22 @@ from configuration_zs3 import Zs3Config, among, check_names, is_number
 from files_zs3 import is_leftover
 from modeling_zs3 import check_text_embeds
 from processing_zs3 import read_labels
-from zs3.checkpoints import (
-    check_checkpoint,
-    load_config,
-    load_model,
-    load_processor,
-    project_code,
-    weights_sha256,
-)
-from zs3.command_line import Arguments, InputError, check_required, flag, in_one_line, read_arguments, run, shown
-from zs3.data import load_split, stream_split
+from zs3.checkpoints import check_checkpoint, load_config, load_model, load_processor, project_code, weights_sha256
+from zs3.command_line import Arguments, InputError, check_required, flag, in_one_line, read_arguments, shown
+from zs3.data.records import load_split, stream_split
+from zs3.evaluation.report import TOLD
 from zs3.files import is_locked
 from zs3.label_space import load_label_space, load_text_embeds
-from zs3.results import TOLD
-from zs3.run_folder import complete_checkpoints, copied_recipe, damage, parse_recipe, read_metrics, true_name, unfit
-from zs3.stamp import (
+from zs3.training.folder import (
+    complete_checkpoints,
+    copied_recipe,
+    damage,
+    parse_recipe,
+    read_metrics,
+    true_name,
+    unfit,
+)
+from zs3.training.stamp import (
     STAMP,
     Record,
     Stamp,
@@ -321,7 +322,3 @@ def main() -> None:
     count = len(found.problems)
     if count:
         raise InputError(f"{count} problem{'s' * (count > 1)} in {args.path}, listed above")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configuration_zs3 import Refused, check_names, is_number, places, shortened
+from configuration_zs3 import Refused, check_names, is_number, one_line, places, shortened
 from files_zs3 import decoding, read_text
 from modeling_zs3 import check_text_embeds
-from zs3.command_line import InputError, looks_local, one_line, shown
+from zs3.command_line import InputError, looks_local, shown
 
 CLASSES_FOLDER = Path(__file__).parent / "classes"
-BENCHMARKS = (*sorted(file.stem for file in CLASSES_FOLDER.glob("*.json")), "scenes")
+BENCHMARKS = tuple(sorted(file.stem for file in CLASSES_FOLDER.glob("*.json")))
 KEYS = ("classes", "unseen", "ignore_label")
 MAX_CLASSES = 10_000  # an evaluation counts every pair of classes: 0.8 GB for so many
 
@@ -133,10 +133,6 @@ def load_label_space(name_or_path: str | Path) -> LabelSpace:
     path, name = Path(name_or_path), str(name_or_path)
     if (path / "classes.json").is_file():
         return _read_classes(path / "classes.json")
-    if name == "scenes":
-        from zs3.scenes import CLASS_NAMES, IGNORE_INDEX, UNSEEN
-
-        return LabelSpace(list(CLASS_NAMES), list(UNSEEN), IGNORE_INDEX)
     if name in BENCHMARKS:
         return _read_classes(CLASSES_FOLDER / f"{name}.json")
     if path.is_file():

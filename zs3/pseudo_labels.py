@@ -39,18 +39,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from clip_views_zs3 import CROPS_AT_ONCE, proposal_masks
-from configuration_zs3 import shortened
+from configuration_zs3 import Number, shortened
 from files_zs3 import is_leftover
 from modeling_zs3 import label_similarity
 from processing_zs3 import Zs3ImageProcessor, resize_nearest
-from zs3.augmentation import IGNORED
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
 from zs3.command_line import (
     Arguments,
     Batch,
     Count,
     InputError,
-    Number,
     OutputFolder,
     Positive,
     PositiveShare,
@@ -64,10 +62,8 @@ from zs3.command_line import (
     run,
     shown,
 )
-from zs3.data import Split, dataset_name, load_split, mask_positions, to_mask_labels
-from zs3.evaluation import average_precision, percent
-from zs3.files import file_sha256, lock_folder, write_json, writing
-from zs3.image_labels import (
+from zs3.data.augmentation import IGNORED
+from zs3.data.image_labels import (
     SETTINGS_KEY,
     bound_to,
     load_unseen_scores,
@@ -76,8 +72,12 @@ from zs3.image_labels import (
     settings_digest,
     shard_name,
 )
+from zs3.data.records import Split, dataset_name, load_split
+from zs3.data.samples import mask_positions, to_mask_labels
+from zs3.files import file_sha256, lock_folder, percent, write_json, writing
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.stopping import all_refuse
+from zs3.scores.means import average_precision
+from zs3.training.stopping import all_refuse
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

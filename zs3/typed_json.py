@@ -16,9 +16,9 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
-from configuration_zs3 import shortened
+from configuration_zs3 import beginning, one_line, shortened
 from files_zs3 import lines_of, read_text
-from zs3.command_line import InputError, beginning, one_line, shown
+from zs3.command_line import InputError, shown
 
 Content = TypeVar("Content")
 

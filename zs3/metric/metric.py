@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from zs3.command_line import InputError
-from zs3.evaluation import Absent, ConfusionMatrix, GeneralizedScores, class_mask
+from zs3.scores.confusion import ConfusionMatrix
+from zs3.scores.means import Absent, GeneralizedScores, class_mask
 
 LabelMap = Tensor | np.ndarray
 

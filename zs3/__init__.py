@@ -1,0 +1,28 @@
+"""The lab half: data, training, evaluation, release. `zs3 NAME` runs a command (`zs3.__main__` lists them)."""
+
+import sys
+from importlib.abc import InspectLoader
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+
+
+class OldCommand(InspectLoader):
+    """Runs `zs3 check` and the like, the commands of version 0.1.0, and says their names of today."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        from zs3.__main__ import COMMANDS
+
+        package, _, command = name.partition(".")
+        is_command = package == "zs3" and command in {known for known, *_ in COMMANDS}
+        return spec_from_loader(name, cls()) if is_command else None
+
+    def get_source(self, name: str) -> str:
+        if name in sys.modules:  # an import, which registers a module before it is run
+            raise ModuleNotFoundError(f"there is no module {name} any more: its command is `zs3 {name[4:]}`")
+        return (
+            f"from zs3.__main__ import run_old_command\n\nif __name__ == '__main__':\n    run_old_command({name!r})\n"
+        )
+
+
+sys.meta_path.append(OldCommand)

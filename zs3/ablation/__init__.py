@@ -1,0 +1,1 @@
+"""Ablations: tables of trainings as jobs, run and reported."""

@@ -1,0 +1,303 @@
+"""What an ablation says: means and intervals over seeds, paired differences, verdicts, and where the pixels went.
+
+Scores and shares of areas are in percent.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from zs3.ablation.tables import TRAININGS, Row, Table
+from zs3.command_line import printable
+from zs3.evaluation.curves import draw_scores
+from zs3.evaluation.report import TOLD, markdown
+from zs3.evaluation.results import Result, read_result
+from zs3.files import markdown_table
+from zs3.scores.means import SCORES, GeneralizedScores
+from zs3.typed_json import read_json_lines
+
+LEVEL = 0.95  # of the intervals over seeds
+END = 4  # lines of a log at either end
+LINE = dict[str, float | None]  # of metrics.jsonl
+AREAS = (  # title; whose labelled area it is a share of; what was wrong with the name
+    ("seen area with an unseen name", "of_seen", "wrong_unseen"),
+    ("unseen area with a seen name", "of_unseen", "wrong_seen"),
+    ("unseen area with another unseen name", "of_unseen", "wrong_unseen"),
+)
+OF_A_RUN = (
+    *(*GeneralizedScores._fields, "unseen"),
+    *(f"seen_unseen_confusion.{kind}.{wrong}" for _, kind, wrong in AREAS),
+)
+
+# ---- the statistics, in percent ----------------------------------------------------------------------------
+
+
+def t_interval(values: list[float]) -> tuple[float, float]:
+    """Of the mean, at LEVEL, by Student's t with n - 1 degrees of freedom; NaN for fewer than 2 values."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def ratio(above: float, below: float) -> float:
+    return float(above / below) if below else math.nan
+
+
+def over_seeds(values: list[float]) -> dict:
+    return {"mean": float(np.mean(values)), "interval": list(t_interval(values)), "seeds": values}
+
+
+def verdict(interval: list[float], paper: float | None) -> str:
+    """paper: its difference, where it has one; its sign alone counts."""
+    low, high = interval
+    if math.isnan(low):
+        return "no interval"
+    if low <= 0 <= high:
+        return "no difference"
+    if paper is None:
+        return "higher" if low > 0 else "lower"
+    return "same sign as the paper" if (low > 0) == (paper > 0) else "opposite"
+
+
+class Runs(NamedTuple):
+    """What the runs of one row left, one of each a seed."""
+
+    results: list[Result]
+    logs: list[list[dict]]  # lines of metrics.jsonl; empty where training wrote none
+
+
+def read_runs(results: list[Path]) -> Runs:
+    """results: the files of eval.py, each in the folder of its training."""
+    logs = [path.parent / "metrics.jsonl" for path in results]
+    return Runs(
+        [read_result(path, OF_A_RUN) for path in results],
+        [read_json_lines(path, LINE, "log of train.py", "train again") if path.exists() else [] for path in logs],
+    )
+
+
+def in_percent(share: float | None) -> float:
+    return math.nan if share is None else 100 * share
+
+
+def scores_of(runs: Runs) -> dict[str, list[float]]:
+    """By score, one value a seed; NaN where the split had no such class."""
+    return {name: [in_percent(result[name]) for result in runs.results] for name in GeneralizedScores._fields}
+
+
+def areas_of(runs: Runs) -> dict[str, dict]:
+    """The area that got a name of the wrong kind, by AREAS; NaN where there is no area of that kind."""
+    shares = [result["seen_unseen_confusion"] for result in runs.results]
+    return {title: over_seeds([in_percent(share[kind][wrong]) for share in shares]) for title, kind, wrong in AREAS}
+
+
+def curve_of(runs: Runs) -> dict[str, dict]:
+    """What does not depend on how much the scores favour seen names; NaN where the curve was not measured."""
+    curves = [result.get("seen_unseen_curve") for result in runs.results]
+    alone = [math.nan if curve is None else in_percent(curve["seen_only"]["miou_seen"]) for curve in curves]
+    area = [math.nan if curve is None else in_percent(curve["area"]) for curve in curves]
+    return {
+        "mIoU(S), seen names alone": over_seeds(alone),
+        "area under the seen/unseen curve": over_seeds(area),
+    }
+
+
+def unseen_classes_of(runs: Runs) -> dict[str, dict]:
+    """IoU by unseen class."""
+    names = runs.results[0]["unseen"]
+    return {name: over_seeds([in_percent(result["per_class"][name]) for result in runs.results]) for name in names}
+
+
+def logged_by(runs: Runs) -> dict[str, dict]:
+    """Losses, without weights and summed over the decoder's outputs, and same_label_rate, in [0, 1]: at both ends of
+    training. NaN where a line has none."""
+    if not all(runs.logs):
+        return {}
+    names = [name for name in runs.logs[0][0] if name.startswith("loss_") or name == "same_label_rate"]
+    found = {name: {} for name in names}
+    for end, lines in {"first": slice(None, END), "last": slice(-END, None)}.items():
+        for name in names:
+            values = [np.array([line.get(name) for line in log[lines]], dtype=float).mean() for log in runs.logs]
+            found[name][end] = over_seeds(values)
+    return found
+
+
+def summarise(table: Table, paths: Callable[[Row], list[Path]]) -> dict:
+    """paths: a row's result files, one a seed."""
+    runs = {row: read_runs(paths(row)) for row in table.rows}
+    scores = {row: scores_of(runs[row]) for row in table.rows}
+    rows = [
+        {
+            "title": row.title,
+            "training": row.training,
+            "told": TRAININGS[row.training].told,
+            "ensemble": row.view,
+            "ensemble_weights": [one["clip_ensemble_weight"] for one in runs[row].results] if row.is_chosen else None,
+            "scores": {name: over_seeds(values) for name, values in scores[row].items()},
+            "paper": table.paper[row]._asdict() if row in table.paper else None,
+            "curve": curve_of(runs[row]),
+            "areas": areas_of(runs[row]),
+            "unseen_classes": unseen_classes_of(runs[row]),
+            "logged": logged_by(runs[row]),
+        }
+        for row in table.rows
+    ]
+    differences = []
+    for difference in table.differences:
+        found = {}
+        for name in GeneralizedScores._fields:
+            above, below = scores[difference.row][name], scores[difference.minus][name]
+            its = None if difference.paper is None else getattr(difference.paper, name)
+            found[name] = over_seeds([a - b for a, b in zip(above, below, strict=True)])
+            found[name] |= {"ratio": ratio(np.mean(above), np.mean(below))}
+            found[name] |= {"paper": None if its is None else round(its, 1)}
+            found[name] |= {"verdict": verdict(found[name]["interval"], its)}
+        differences.append({"title": difference.title, "scores": found})
+    return {"title": table.title, "note": table.note, "rows": rows, "differences": differences}
+
+
+# ---- the report --------------------------------------------------------------------------------------------
+
+SCORE_TITLES = {name: SCORES[name] for name in GeneralizedScores._fields}
+
+
+def number(value: float, form: str = ".1f") -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}"
+
+
+def plus_minus(score: dict, sign: str = "") -> str:
+    """`mean ± half of the interval`, `sign` is that of a number's format."""
+    low, high = score["interval"]
+    return f"{number(score['mean'], sign + '.1f')} ± {number((high - low) / 2)}"
+
+
+def each_seed(score: dict, sign: str = "") -> str:
+    return " ".join(number(value, sign + ".1f") for value in score["seeds"])
+
+
+def draw(result: dict, path: Path) -> None:
+    """A picture of all tables: every seed's scores, their means, the paper's."""
+    tables = result["tables"].values()
+    draw_scores({table["title"]: {row["title"]: row for row in table["rows"]} for table in tables}, path)
+
+
+def table_text(table: dict) -> str:
+    """Markdown of one of `summarise`."""
+    rows, differences = [], []
+    for row in table["rows"]:
+        cells = [row["title"], TOLD[row["told"]]]
+        cells += [f"{plus_minus(row['scores'][name])} ({each_seed(row['scores'][name])})" for name in SCORE_TITLES]
+        cells.append(" / ".join(f"{row['paper'][name]:.1f}" for name in SCORE_TITLES) if row["paper"] else "")
+        rows.append(cells)
+    for difference in table["differences"]:
+        for name, title in SCORE_TITLES.items():
+            score = difference["scores"][name]
+            cells = [difference["title"], title, plus_minus(score, "+"), number(score["ratio"], ".2f")]
+            cells += [each_seed(score, "+"), "" if score["paper"] is None else f"{score['paper']:+.1f}"]
+            differences.append([*cells, score["verdict"]])
+    text = [f"## {table['title']}", "", table["note"], ""]
+    text += markdown_table(["training", "told of unseen classes", *SCORE_TITLES.values(), "the paper's"], rows)
+    text += weights_text(table)
+    head = ["difference", "score", "mean", "ratio", "every seed", "the paper's", "verdict"]
+    text += ["", *markdown_table(head, differences), "", *areas_text(table), "", *logged_text(table), ""]
+    return "\n".join(text)
+
+
+def weights_text(table: dict) -> list[str]:
+    """The weights of the ensemble that were chosen, where some were."""
+    rows = [
+        [TRAININGS[row["training"]].title, " ".join("none" if w is None else str(w) for w in row["ensemble_weights"])]
+        for row in table["rows"]
+        if row["ensemble_weights"]
+    ]
+    return ["", *markdown_table(["training", "weight chosen, every seed"], rows)] if rows else []
+
+
+def areas_text(table: dict) -> list[str]:
+    """What the scores would be without a favour for seen names, which areas got a wrong name, and each unseen class."""
+    classes = list(table["rows"][0]["unseen_classes"])
+    rows = []
+    for row in table["rows"]:
+        values = [*row["curve"].values(), *row["areas"].values(), *row["unseen_classes"].values()]
+        rows.append([row["title"], *map(plus_minus, values)])
+    said = "Scores that no bias towards seen names moves, shares of the labelled area of seen and of unseen classes, "
+    said += "and IoU of the unseen classes, percent. With the seen names alone a pixel of an unseen class is always "
+    said += "wrong, as for a model that has no other names:"
+    curve = table["rows"][0]["curve"]
+    head = ["training", *curve, *(title for title, *_ in AREAS), *(f"IoU of {markdown(name)}" for name in classes)]
+    return [said, "", *markdown_table(head, rows)]
+
+
+def logged_text(table: dict) -> list[str]:
+    """What training says of itself: which terms fall, and whether the two matchings part."""
+    logged = {row["training"]: row["logged"] for row in table["rows"]}
+    names = list(dict.fromkeys(name for ends in logged.values() for name in ends))
+    rows = [
+        [TRAININGS[training].title, *(both_ends(ends[name]) if name in ends else "" for name in names)]
+        for training, ends in logged.items()
+    ]
+    said = f"What training logged, means of the first {END} lines → of the last {END}, and over seeds"
+    return [
+        f"{said} (losses without weights, sums over the decoder's outputs):",
+        "",
+        *markdown_table(["training", *names], rows),
+    ]
+
+
+def both_ends(ends: dict[str, dict]) -> str:
+    return " → ".join(number(ends[end]["mean"], ".2f") for end in ("first", "last"))
+
+
+def steps_text(steps: dict[str, int]) -> str:
+    """Of a training that starts from another, both."""
+    told = []
+    for name, count in steps.items():
+        start = TRAININGS[name].start
+        told.append(f"{TRAININGS[name].title} {count if start is None else f'{steps[start]} + {count}'}")
+    return "; ".join(told)
+
+
+def made_on(result: dict) -> str:
+    """Time by machine, where it is known, and versions."""
+    versions = ", ".join(f"{name} {' and '.join(numbers)}" for name, numbers in result["versions"].items())
+    text = f"Versions of the evaluations: {versions}."
+    if result["seconds"] is None:
+        return text
+    spent = " and ".join(f"{value / 3600:.1f} job-hours on {machine}" for machine, value in result["seconds"].items())
+    return f"Jobs of one thread, with the loader's process: {spent}. {text}"
+
+
+def report(result: dict) -> str:
+    """The Markdown file."""
+    seeds, level = ", ".join(map(str, result["seeds"])), f"{100 * result['level']:.0f} %"
+    images = "scenes" if result["synthetic"] else "images"
+    kind = "synthetic, drawn by this project" if result["synthetic"] else "a folder"
+    pairs = len(SCORE_TITLES) * sum(len(table["differences"]) for table in result["tables"].values())
+    return "\n".join(
+        [
+            "# Ablation",
+            "",
+            f"    {printable(result['command'])}",
+            "",
+            f"The benchmark {markdown(result['benchmark'])} is {kind}: {result['num_train']} training and "
+            f"{result['num_validation']} validation {images}. The paper's numbers are those of COCO-Stuff, to compare "
+            "signs with, not sizes.",
+            "",
+            f"Every score is in percent, on the validation {images} with all names as candidates (gzs3): the mean over "
+            f"seeds {seeds} ± half of its {level} t-interval, and in brackets every seed. A seed decides weights, "
+            f"order, augmentation and points of both stages; the {images} are the same. Differences are paired by "
+            'seed, in percentage points, and ratios are of the means. "No difference": the seeds do not show one, '
+            f"the interval holds 0. Every interval stands by itself: of the {pairs} differences here, "
+            f"{(1 - result['level']) * pairs:.0f} would get another verdict by chance if nothing differed.",
+            "",
+            f"Training steps: {steps_text(result['steps'])}.",
+            "",
+            made_on(result),
+            "",
+            *(table_text(table) for table in result["tables"].values()),
+        ]
+    )

@@ -1,0 +1,335 @@
+"""The tables of zs3.ablation as data: trainings (`TRAININGS`), how a model is looked at (`VIEWS`), which pairs are
+compared, and what the paper has there."""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from configuration_zs3 import Zs3Config
+from zs3.scores.means import GeneralizedScores
+
+ENSEMBLE_WEIGHT = Zs3Config.clip_ensemble_weight  # the paper's for COCO-Stuff; the recipes' models have none
+
+# ---- trainings ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """Flags of train.py beside the recipe of its stage.
+
+    told: of unseen classes, in stage 2: none, ground_truth or pseudo, labels made with the same seed's stage 1.
+    start: the training whose model it starts from; None: it has the recipe of stage 1.
+    whole: it has the steps of both stages in one. scripts: as --scripts of zs3.ablation.
+    """
+
+    title: str
+    flags: tuple[str, ...] = ()
+    told: str = "ground_truth"
+    start: str | None = "stage1"
+    whole: bool = False
+    scripts: str | None = None
+
+
+BARE = ("--prompt_templates", "{}")
+LABEL_MAP = ("--label_map_weight", "2")
+BEST = (*LABEL_MAP, "--matching", "hybrid")  # that of recipes/scenes_stage2_best.yaml
+CE = ("--class_loss", "cross_entropy", "--rank_weight", "0")
+CE_KL = ("--rank_weight", "0")
+FIRST = {"told": "none", "start": None}
+TRAININGS = {
+    "stage1": Training("stage 1 alone", **FIRST),
+    "stage1_bare": Training("stage 1 alone, no prompts", BARE, **FIRST),
+    # Table 5
+    "none": Training("stage 2, nothing told", told="none"),
+    "pseudo": Training("stage 2, pseudo labels", told="pseudo"),
+    "ground_truth": Training("stage 2"),
+    # Table 6; its last row, with prompts, is Table 5's
+    "ce": Training("CE and background", CE),
+    "ce_kl": Training("CE, KL", CE_KL),
+    "bare_ce": Training("CE and background, no prompts", (*CE, *BARE), start="stage1_bare"),
+    "bare_ce_kl": Training("CE, KL, no prompts", (*CE_KL, *BARE), start="stage1_bare"),
+    "bare_ce_kl_rank": Training("CE, KL, ranking, no prompts", BARE, start="stage1_bare"),
+    "closed": Training("closed: CE and background, joint matching", (*CE, "--matching", "joint"), told="none"),
+    # beyond the paper: one choice of stage 2 changed
+    "unpaired": Training("unpaired matching", ("--matching", "unpaired")),
+    "joint": Training("joint matching", ("--matching", "joint")),
+    "hybrid": Training("hybrid matching", ("--matching", "hybrid")),
+    "focal": Training("focal mask loss", ("--mask_loss", "focal")),
+    "kl_u_p": Training("KL(U || p)", ("--kl", "u_p")),
+    "ignored_negative": Training("ignored pixels are negatives", ("--ignored_pixels", "negative")),
+    "warm": Training("temperature 0.07 in stage 2", ("--class_temperature", "0.07")),
+    "rank_pairs": Training("ranking of 10 cos, mean over pairs", ("--rank_scale", "10", "--rank_norm", "pairs")),
+    # not the paper's: a loss on the label map of Eq. 4
+    "label_map": Training("label map loss", LABEL_MAP),
+    "label_map_labelled": Training(
+        "label map loss, labelled pixels alone", (*LABEL_MAP, "--label_map_pixels", "labelled")
+    ),
+    "best": Training("hybrid matching, label map loss", BEST),
+    "best_no_rank": Training("hybrid matching, label map loss, no ranking", (*BEST, *CE_KL)),
+    "pseudo_best": Training("hybrid matching, label map loss, pseudo labels", BEST, told="pseudo"),
+    # what else a user could take
+    "mask2former": Training("transformers' Mask2Former", **FIRST, whole=True, scripts="benchmarks.closed_set"),
+    "zegformer": Training("ZegFormer-like", ("--class_projection", "linear"), **FIRST, whole=True),
+}
+
+
+# ---- evaluations -------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """How a model is looked at: flags of eval.py. chosen: with the weight that zs3.ensemble_weight chooses."""
+
+    title: str
+    flags: tuple[str, ...] = ()
+    chosen: bool = False
+
+
+WEIGHT = ("--ensemble_weight", str(ENSEMBLE_WEIGHT))
+VIEWS = {  # lazy is crops, to the pixel
+    "off": View("off", ("--ensemble", "off")),
+    "crops": View("on, crops", ("--ensemble", "crops", *WEIGHT)),
+    "single_pass": View("on, single pass", ("--ensemble", "single_pass", *WEIGHT)),
+    "chosen": View("as chosen by image labels", chosen=True),
+    "zegformer": View(
+        "on, crops, w = 2/3, bias 0.1", ("--ensemble", "crops", "--ensemble_weight", "0.6667", "--seen_bias", "0.1")
+    ),
+}
+
+
+# ---- the tables --------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One row of a table: a training and the ensemble it is evaluated with."""
+
+    training: str  # of TRAININGS
+    view: str = "off"  # of VIEWS
+
+    @property
+    def title(self) -> str:
+        title = TRAININGS[self.training].title
+        return title if self.view == "off" else f"{title}, ensemble {VIEWS[self.view].title}"
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the weight of the ensemble is that of zs3.ensemble_weight."""
+        return VIEWS[self.view].chosen
+
+    @property
+    def needs_pseudo_labels(self) -> bool:
+        """To train, or to choose the weight of the ensemble where training was not told the true labels."""
+        told = TRAININGS[self.training].told
+        return told == "pseudo" or (self.is_chosen and told != "ground_truth")
+
+
+class Difference(NamedTuple):
+    """row - minus, paired by seed."""
+
+    row: Row
+    minus: Row
+    paper: GeneralizedScores | None = None  # the paper's difference, in percentage points, where it has one
+
+    @property
+    def title(self) -> str:
+        return f"{self.row.title} − {self.minus.title}"
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    note: str
+    rows: list[Row]
+    differences: list[Difference]
+    paper: dict[Row, GeneralizedScores] = field(default_factory=dict)  # where the paper has such a row; percent
+
+
+def gain(before: GeneralizedScores, after: GeneralizedScores) -> GeneralizedScores:
+    return GeneralizedScores(*(a - b for a, b in zip(after, before, strict=True)))
+
+
+# Tables 4 to 6 of the paper, COCO-Stuff, percent. Table 5's pseudo labels are Table 4's model with the ensemble on.
+PAPER_NONE = GeneralizedScores(40.1, 25.3, 31.0)
+PAPER_PSEUDO = GeneralizedScores(38.6, 42.0, 40.2)
+PAPER_GROUND_TRUTH = GeneralizedScores(39.0, 52.2, 44.7)
+PAPER_PSEUDO_ENSEMBLE_OFF = GeneralizedScores(37.2, 35.5, 36.4)
+PAPER_CE = GeneralizedScores(36.7, 35.2, 35.9)
+PAPER_CE_KL = GeneralizedScores(31.8, 38.9, 35.0)
+PAPER_CE_KL_RANK = GeneralizedScores(38.4, 50.1, 43.5)
+
+
+def make_tables(clip: bool, matching: str) -> dict[str, Table]:
+    """clip: False where text vectors are ready made: there are no names without prompts, no pseudo labels, and no
+    ensemble. matching: that of the recipe of stage 2."""
+    tables = {"table4": table4(), "table5": table5(), "table6": table6(clip), **beyond_the_paper(matching)}
+    tables |= {"ensemble_weight": ensemble_weight(), "best": best(clip), "parts": parts(), "comparison": comparison()}
+    if clip:
+        return tables
+    del tables["comparison"]  # most of what is compared there has a CLIP
+    reduced = {name: without_clip(table) for name, table in tables.items()}
+    return {name: table for name, table in reduced.items() if table.differences}
+
+
+def without_clip(table: Table) -> Table:
+    def kept(row: Row) -> bool:
+        return TRAININGS[row.training].told != "pseudo" and row.view == "off"
+
+    differences = [pair for pair in table.differences if kept(pair.row) and kept(pair.minus)]
+    return replace(table, rows=[row for row in table.rows if kept(row)], differences=differences)
+
+
+def table4() -> Table:
+    names = ("stage1", "none", "pseudo", "ground_truth")
+    return Table(
+        "Table 4: the ensemble with CLIP",
+        f"The weight is {ENSEMBLE_WEIGHT}, the paper's for COCO-Stuff. The paper has one pair, of the model trained "
+        "with pseudo labels; its sign is asked of every training here. The last differences are Table 5's with the "
+        "ensemble on, as the paper is supposed to have it.",
+        [Row(name, view) for name in names for view in ("off", "crops", "single_pass")],
+        [
+            *(
+                Difference(Row(name, view), Row(name), gain(PAPER_PSEUDO_ENSEMBLE_OFF, PAPER_PSEUDO))
+                for name in names
+                for view in ("crops", "single_pass")
+            ),
+            *table5_differences("crops"),
+        ],
+        {Row("pseudo"): PAPER_PSEUDO_ENSEMBLE_OFF, Row("pseudo", "crops"): PAPER_PSEUDO},
+    )
+
+
+def ensemble_weight() -> Table:
+    names = ("stage1", "none", "pseudo", "ground_truth")
+    ours = ("pseudo_best", "best")
+    return Table(
+        "The weight of the ensemble, chosen without unseen masks or validation images",
+        "`zs3.ensemble_weight` chooses a weight, or no ensemble, on training images and their image labels of unseen "
+        "classes: the true ones for models that were told them, pseudo labels for all others. Its choice, unlike their "
+        "training, so tells also those of unseen classes that were told nothing: with it they are transductive, too.",
+        [
+            *(Row(name, view) for name in names for view in ("off", "crops", "chosen")),
+            *(Row(name, view) for name in ours for view in ("off", "chosen")),
+        ],
+        [
+            *(Difference(Row(name, "chosen"), Row(name)) for name in (*names, *ours)),
+            *(Difference(Row(name, "chosen"), Row(name, "crops")) for name in names),
+            *(Difference(Row(name, "chosen"), Row("stage1", "chosen")) for name in ("pseudo", "pseudo_best")),
+        ],
+    )
+
+
+SUPPOSED_ON = (
+    "The ensemble is off here. The paper's row of pseudo labels is that of its Table 1, with the ensemble; the other "
+    "rows of its Tables 5 and 6 are supposed to have it, too."
+)
+
+
+TABLE5 = {"none": PAPER_NONE, "pseudo": PAPER_PSEUDO, "ground_truth": PAPER_GROUND_TRUTH}
+
+
+def table5() -> Table:
+    return Table(
+        "Table 5: what training is told of unseen classes",
+        SUPPOSED_ON,
+        [Row(name) for name in TABLE5],
+        table5_differences("off"),
+        {Row(name): scores for name, scores in TABLE5.items()},
+    )
+
+
+def table5_differences(view: str) -> list[Difference]:
+    pairs = (("pseudo", "none"), ("ground_truth", "none"), ("pseudo", "ground_truth"))
+    return [Difference(Row(a, view), Row(b, view), gain(TABLE5[b], TABLE5[a])) for a, b in pairs]
+
+
+def table6(clip: bool) -> Table:
+    steps = {"ce": PAPER_CE, "ce_kl": PAPER_CE_KL, "ce_kl_rank": PAPER_CE_KL_RANK}
+    if clip:
+        steps = {f"bare_{name}": scores for name, scores in steps.items()} | {"ground_truth": PAPER_GROUND_TRUTH}
+        note = "The rows without prompts have a stage 1 without prompts, too; 'stage 2' has all components."
+    else:
+        steps = {"ground_truth" if name == "ce_kl_rank" else name: scores for name, scores in steps.items()}
+        note = "The text vectors are ready made, so the paper's last step, prompts, is not among the rows."
+    names = list(steps)
+    pairs = [*zip(names[1:], names, strict=False), (names[-1], names[0]), (names[-1], "closed")]
+    return Table(
+        "Table 6: the components",
+        f"{SUPPOSED_ON} 'Closed' is stage 1 trained on for as many steps; the paper has no such row. {note}",
+        [Row("closed"), *map(Row, names)],
+        [
+            Difference(Row(name), Row(minus), gain(steps[minus], steps[name]) if minus in steps else None)
+            for name, minus in dict.fromkeys(pairs)
+        ],
+        {Row(name): scores for name, scores in steps.items()},
+    )
+
+
+CHOICE_NOTE = "Rows differ from 'stage 2', the recipe of stage 2, by what they are called; the ensemble is off."
+
+
+def beyond_the_paper(matching: str) -> dict[str, Table]:
+    matchings = tuple(name for name in ("unpaired", "joint", "hybrid") if name != matching)
+    changed = {
+        "matching": (f"Matching of labels and masks; the paper's is unpaired, stage 2 has {matching}", matchings),
+        "mask_loss": ("Mask loss; the paper's is focal, the recipes have BCE", ("focal",)),
+        "kl": ("Direction of the KL; as printed it is KL(p || U)", ("kl_u_p",)),
+        "ignored_pixels": ("Ignored pixels; the paper leaves them out of the mask losses", ("ignored_negative",)),
+        "temperature": ("Temperature; the recipes have 0.01", ("warm",)),
+        "ranking": ("Ranking loss; as printed, on cosines, divided by the positives", ("ce_kl", "rank_pairs")),
+    }
+    return {
+        key: Table(
+            title,
+            CHOICE_NOTE,
+            [Row("ground_truth"), *map(Row, names)],
+            [Difference(Row(name), Row("ground_truth")) for name in names],
+        )
+        for key, (title, names) in changed.items()
+    }
+
+
+def best(clip: bool) -> Table:
+    baseline = "bare_ce" if clip else "ce"  # Table 6, row 1
+    pairs = [
+        *(("best", name) for name in ("ground_truth", baseline, "closed", "stage1")),
+        *(("pseudo_best", name) for name in ("pseudo", "none", "best")),
+    ]
+    names = ["stage1", "closed", baseline, "none", "pseudo", "ground_truth", "best", "pseudo_best"]
+    return Table(
+        "Hybrid matching and the label map loss",
+        "Neither is the paper's; together (`label_map_weight` 2 in place of 0) they are "
+        "`recipes/scenes_stage2_best.yaml`. Stage 1 alone has fewer steps than the other rows. The ensemble is off.",
+        [Row(name) for name in names],
+        [Difference(Row(name), Row(minus)) for name, minus in pairs],
+    )
+
+
+def parts() -> Table:
+    pairs = [
+        *((name, "ground_truth") for name in ("hybrid", "label_map", "label_map_labelled")),
+        *(("best", name) for name in ("hybrid", "label_map")),
+        ("best_no_rank", "best"),
+    ]
+    return Table(
+        "The parts of hybrid matching and the label map loss",
+        CHOICE_NOTE,
+        [Row(name) for name in ("ground_truth", "hybrid", "label_map_labelled", "label_map", "best", "best_no_rank")],
+        [Difference(Row(name), Row(minus)) for name, minus in pairs],
+    )
+
+
+def comparison() -> Table:
+    theirs = [Row("mask2former"), Row("closed", "crops"), Row("zegformer", "zegformer")]
+    ours = [Row("pseudo"), Row("pseudo", "crops"), Row("pseudo_best"), Row("ground_truth"), Row("best")]
+    return Table(
+        "What else a user could take",
+        "All rows have the same number of steps and the same data and augmentation; where they are in one stage, the "
+        "learning rate decays once. The first three rows are inductive: they know of unseen classes nothing, or names "
+        "at inference; ours are told image labels, pseudo or true, and have the ensemble off but for one row, which is "
+        "the paper's own setting. Transformers' Mask2Former has its own losses and no "
+        "name for an unseen class: its mIoU(U) is 0 by construction, and differences of mIoU(U) and hIoU to it say no "
+        "more than that. 'Closed' with the ensemble is zsseg-like (Xu et al. 2021: a background embedding, w = 0.8). "
+        "'ZegFormer-like' (Ding et al. 2022) has a linear class projection, its ensemble's exponents of 2/3 and 1/3, "
+        "and 0.1 off the scores of seen classes; it lacks the averaging of CLIP's scores over seen classes. Both are "
+        "stand-ins in this code, not those projects.",
+        [*theirs, *ours],
+        [Difference(row, minus) for row in ours for minus in theirs],
+    )

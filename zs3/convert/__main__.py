@@ -1,0 +1,399 @@
+"""Official archives -> a dataset of parquet shards, which `zs3.data.load_split` and `datasets.load_dataset` read.
+
+    zs3 convert ade20k_150 --source ADEChallengeData2016 --output data/ade20k_150 --num_workers 8
+
+The names and layouts are those of `zs3.archives`; docs/data.md tells them. Columns: image (the file's bytes as they
+are), label (a PNG of ids: 8 bits where the ignored id is 255, 16 where it is 65535), image_id, class_ids (the sorted
+ids in the label map, without the ignored one). coco_captions has image_id and captions alone: its pictures are those
+of coco_stuff_171.
+
+Everything is checked on the way. A shard, `train-00003-of-00016.parquet`, is there whole or not at all, and waits with
+what was measured of it in `.progress/`: the same command again makes the shards that are missing, to the same bytes.
+When all are there, `classes.json`, the card and `conversion.json` are written, and the shards become `data/`, so that
+nobody loads the half of a dataset.
+
+Axes: H W pixels.
+"""
+
+import difflib
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from tqdm.auto import tqdm
+
+from configuration_zs3 import one_line, shortened
+from files_zs3 import is_leftover, read_text
+from zs3.command_line import (
+    Arguments,
+    InputError,
+    OutputFolder,
+    Some,
+    Workers,
+    check_required,
+    flag,
+    printable,
+    read_arguments,
+    run,
+)
+from zs3.convert.archives import ARCHIVES, NUM_CAPTIONS, SPLITS, Captioned, Pair
+from zs3.convert.card import card
+from zs3.convert.items import PROGRESS, Converted, convert_all
+from zs3.convert.shards import Shard, finished, read_measures, record, recorded, schema_of, shards_of, write_shard
+from zs3.data.tables import image_id_of
+from zs3.files import json_text, lock_folder, write_json, write_text
+from zs3.label_space import CLASSES_FOLDER, is_hub_id, load_label_space
+
+SHOWN = 5  # problems in the terminal
+
+
+@dataclass
+class ConvertArgs(Arguments):
+    """A benchmark's official archive becomes a dataset: zs3 convert NAME --source DIR --output DIR."""
+
+    name: str | None = flag(None, f"The benchmark: {', '.join(ARCHIVES)}.")
+    source: str | None = flag(None, "Folder of the unpacked archive, or the one above.")
+    output: OutputFolder | None = flag(None, "Folder for the dataset; the same command again goes on where it stopped.")
+    splits: Some[str] = flag(list(SPLITS), "Splits to convert.")
+    num_workers: Workers = flag(0, "Processes that read pictures; 0 reads in the main one.")
+    on_problem: Literal["stop", "skip"] = flag(
+        "stop",
+        "What a picture that cannot be used does: nothing is finished around it (stop), or it is left out (skip).",
+    )
+    push_to_hub: str | None = flag(None, "Hub id, owner/name, of the dataset to upload to when all is done.")
+    private: bool = flag(False, "A dataset that --push_to_hub makes is private.")
+
+    def check(self) -> None:
+        check_required(self, "name")
+        if self.name not in ARCHIVES:
+            alike = [name for name in ARCHIVES if name.startswith(self.name)]
+            alike = alike or difflib.get_close_matches(self.name, ARCHIVES, n=1, cutoff=0.0)
+            raise InputError(f"no archive is called {self.name!r}: did you mean {' or '.join(alike)}?")
+        check_required(self, "source", "output")
+        if not set(self.splits) <= set(SPLITS):
+            raise InputError(f"--splits takes {' and '.join(SPLITS)}, got {' '.join(self.splits)}")
+        if not Path(self.source).is_dir():
+            raise InputError(f"--source {self.source} is no folder: give that of the unpacked archive")
+        if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
+            raise InputError(f"--push_to_hub {self.push_to_hub} is no Hub id of the form owner/name")
+
+
+# ---- the whole ---------------------------------------------------------------------------------------------
+
+
+def list_items(args: ConvertArgs) -> dict[str, list[Pair | Captioned]]:
+    """Of each split; those whose id was there before are marked.
+
+    The training split is mixed, the others are in the order of the ids. A split whose size is not the release's is
+    refused, unless problems are skipped.
+    """
+    archive, items = ARCHIVES[args.name], {}
+    for split in args.splits:
+        found = sorted(archive.items(Path(args.source), split), key=lambda item: item[:2])
+        if not found:
+            raise InputError(f"{split} of {args.name} in {args.source} is empty: copy it from the archive")
+        for item in found:
+            image_id_of(item.image_id)
+        ids = [None, *(item.image_id for item in found)]
+        found = [item._replace(repeats=item.image_id == ids[n]) for n, item in enumerate(found)]
+        items[split] = mixed(found) if split == "train" else found
+        for what, (count, known) in counts(args.name, split, items[split]).items():
+            if count not in known and args.on_problem == "stop":
+                raise InputError(
+                    f"{split} of {args.name} in {args.source} holds {count:,} {what}, the release {known[0]:,}: "
+                    "copy the rest, or --on_problem skip"
+                )
+    return items
+
+
+def mixed(items: list[Pair | Captioned]) -> list[Pair | Captioned]:
+    """In the order of the digests of the image ids: every shard is then a fair sample of the split.
+
+    A stream shuffles no more than its buffer, and some archives are sorted by scene.
+    """
+    return sorted(items, key=lambda item: hashlib.sha256(item.image_id.encode()).digest())
+
+
+def counts(name: str, split: str, items: list[Pair | Captioned]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """What was found and what the release has, or may have, by kind."""
+    found = {"pictures": (len(items), ARCHIVES[name].counts[split])}
+    if name == "coco_captions":
+        found["captions"] = (sum(len(item.captions) for item in items), (NUM_CAPTIONS[split],))
+    return found
+
+
+def check_free(output: Path) -> None:
+    """A folder holds one conversion, and nothing else."""
+    if not output.exists() or (output / PROGRESS / "settings.json").exists():
+        return
+    if not output.is_dir():
+        raise InputError(f"--output {output} is a file: choose a folder")
+    others = [file.name for file in output.iterdir() if file.name != PROGRESS and not is_leftover(file.name)]
+    if others:
+        raise InputError(f"--output {output} holds other files ({shortened(others[0])}): choose a new folder")
+
+
+def check_settings(args: ConvertArgs) -> None:
+    """The settings of a conversion are written at the start and must be the same when it goes on."""
+    output = Path(args.output)
+    settings = {
+        "name": args.name,
+        "source": str(Path(args.source).resolve()),
+        "splits": args.splits,
+        "classes_sha256": hashlib.sha256(classes_text(args.name).encode()).hexdigest(),
+        "versions": versions(),
+    }
+    path = output / PROGRESS / "settings.json"
+    before = read_measures(path) if path.exists() else None
+    if before is not None:
+        whole = (output / "data").is_dir()  # no shard of another version will join it
+        changed = [key for key in settings if before.get(key) != settings[key] and not (whole and key == "versions")]
+        if changed:
+            raise InputError(
+                f"{output} was made with another {', '.join(changed)}: choose another --output, or delete it"
+            )
+        return
+    write_json(path, settings)
+
+
+def classes_text(name: str) -> str:
+    """The label space's file; captions have none."""
+    path = CLASSES_FOLDER / f"{name}.json"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("datasets", "numpy", "pillow", "pyarrow", "scipy")}
+
+
+def conversion(args: ConvertArgs, items: dict[str, list], shards: list[tuple[Shard, dict]]) -> dict:
+    """What was measured, for conversion.json."""
+    label_space = None if args.name == "coco_captions" else load_label_space(CLASSES_FOLDER / f"{args.name}.json")
+    splits, problems, notes = {}, [], []
+    for split in args.splits:
+        own = [(shard, measures) for shard, measures in shards if shard.split == split]
+        problems += [{"split": split, **remark} for _, measures in own for remark in measures["problems"]]
+        notes += [{"split": split, **remark} for _, measures in own for remark in measures["notes"]]
+        known = counts(args.name, split, items[split])
+        splits[split] = {
+            "num_images": sum(measures["num_images"] for _, measures in own),
+            "bytes": sum(measures["bytes"] for _, measures in own),
+            "in_source": {what: found for what, (found, _) in known.items()},
+            "in_release": {what: list(release) for what, (_, release) in known.items()},
+            "as_released": all(found in release for found, release in known.values())
+            and not any(measures["problems"] for _, measures in own),
+            "shards": [
+                {"file": f"data/{shard.name}"} | {key: measures[key] for key in ("num_images", "bytes", "sha256")}
+                for shard, measures in own
+            ],
+        }
+        if label_space is None:
+            splits[split]["num_captions"] = sum(measures["num_captions"] for _, measures in own)
+        else:
+            pixels, images = (sum((Counter(m[key]) for _, m in own), Counter()) for key in ("pixels", "images"))
+            names = label_space.class_names
+            splits[split] |= {
+                "pixels": {name: pixels[str(i)] for i, name in enumerate(names)},
+                "images": {name: images[str(i)] for i, name in enumerate(names)},
+                "ignored_pixels": pixels[str(label_space.ignore_index)],
+                "images_ignored_everywhere": sum(measures["all_ignored"] for _, measures in own),
+                "never": [name for i, name in enumerate(names) if not images[str(i)]],
+            }
+    return {
+        "name": args.name,
+        "source": Path(args.source).resolve().name,
+        "on_problem": args.on_problem,
+        "label_space_sha256": label_space and label_space.sha256,
+        "splits": splits,
+        "problems": problems,
+        "notes": notes,
+        "versions": versions(),
+    }
+
+
+def report(result: dict) -> str:
+    """The lines for the terminal."""
+    lines = []
+    for split, row in result["splits"].items():
+        what, number = ("pictures", "num_images") if "pixels" in row else ("captions", "num_captions")
+        amount = f"{row[number]:,} {what}"
+        release = "as released" if row["as_released"] else f"the release has {max(row['in_release'][what]):,}"
+        lines.append(f"{split:<12}{amount} ({release}), {len(row['shards'])} shards, {row['bytes'] / 1e6:,.1f} MB")
+        if row.get("images_ignored_everywhere"):
+            lines.append(f"{'':<12}{row['images_ignored_everywhere']:,} pictures are ignored everywhere")
+        if row.get("never"):
+            shown = ", ".join(row["never"][:SHOWN]) + (", ..." if len(row["never"]) > SHOWN else "")
+            lines.append(f"{'':<12}{len(row['never'])} classes never occur: {shown}")
+    if result["notes"]:
+        lines.append(f"{'notes':<12}{tally(result['notes'])}")
+    if result["problems"]:
+        lines.append(f"{'left out':<12}{tally(result['problems'])}")
+    return "\n".join(lines)
+
+
+def tally(remarks: list[dict[str, str]]) -> str:
+    """How many of each kind, and the first few."""
+    kinds = Counter(remark["kind"] for remark in remarks)
+    lines = [", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())]
+    lines += [f"  {remark['message']}" for remark in remarks[:SHOWN]]
+    if len(remarks) > SHOWN:
+        lines.append("  ...")
+    return "\n".join(lines)
+
+
+def push(args: ConvertArgs) -> None:
+    """Uploads the dataset; what an earlier one left in its data/ goes."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The bases of HfHubHTTPError: OSError, and all errors of the HTTP library, which changes with huggingface_hub.
+    try:
+        HfApi().create_repo(args.push_to_hub, repo_type="dataset", private=args.private, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=args.push_to_hub,
+            repo_type="dataset",
+            folder_path=args.output,
+            ignore_patterns=[".progress/*", "*.partial"],
+            delete_patterns="data/*.parquet",
+            commit_message=f"{args.name}, converted from the official archive",
+        )
+    except (*HfHubHTTPError.__bases__, ValueError) as error:
+        raise InputError(
+            f"cannot upload to {args.push_to_hub} ({one_line(error, 70)}): the dataset in {args.output} is whole; the "
+            "same command tries again"
+        ) from error
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def convert(args: ConvertArgs) -> dict:
+    """What was measured, as conversion.json holds it."""
+    args.check()
+    args = replace(args, splits=[split for split in SPLITS if split in args.splits])
+    items = list_items(args)
+    check_free(Path(args.output))
+    with lock_folder(Path(args.output, PROGRESS)):
+        check_settings(args)
+        return convert_items(args, items)
+
+
+def convert_items(args: ConvertArgs, items: dict[str, list[Pair | Captioned]]) -> dict:
+    """As `convert`, of a folder that is nobody else's now."""
+    output = Path(args.output)
+    whole, begun = output / "data", output / PROGRESS / "data"
+    folder = whole if whole.is_dir() else begun
+    shards = [shard for split in args.splits for shard in shards_of(split, items[split])]
+    done = [(shard, finished(output, folder, shard)) for shard in shards]
+    if args.on_problem == "stop" and any(measures and measures["problems"] for _, measures in done):
+        raise InputError(
+            f"{output} holds shards from which --on_problem skip left pictures out: "
+            "choose another --output, or skip again"
+        )
+    if folder == whole and None not in (measures for _, measures in done):
+        result = conversion(args, items, done)
+        mended = write_about(args, result, again=False)
+        print(f"there already: {f'all but {mended}' if mended else 'nothing was left to do'} in {output}")
+        return result
+    if folder == whole and None in (recorded(output, shard) for shard in shards):
+        raise InputError(
+            f"{output} is a finished dataset of other pictures than {args.source} holds now, and stays as it is: "
+            "choose another --output, or delete it"
+        )
+
+    measured = make_shards(args, folder, done)  # of a finished dataset, those that were lost
+    check_problems(args, measured)
+    result = conversion(args, items, measured)
+    write_about(args, result)
+    if folder == begun:
+        for file in {*begun.iterdir()} - {begun / shard.name for shard in shards}:
+            file.unlink()  # of a copy of the archive that had fewer pictures, or half a shard
+        begun.rename(whole)
+    return result
+
+
+def write_about(args: ConvertArgs, result: dict, again: bool = True) -> str:
+    """What lies beside the shards; with again=False, of it what is damaged or gone. The names of what was written."""
+    texts = {"README.md": card(result), "conversion.json": json_text(result)}
+    if args.name != "coco_captions":
+        texts["classes.json"] = classes_text(args.name)
+    written = [name for name in texts if again or not _is_whole(Path(args.output, name))]
+    for name in written:
+        write_text(Path(args.output, name), texts[name])
+    return ", ".join(written)
+
+
+def _is_whole(path: Path) -> bool:
+    """A text that is not empty; of JSON, a mapping."""
+    try:
+        return bool(read_text(path)) and (path.suffix != ".json" or bool(read_measures(path)))
+    except (OSError, ValueError):
+        return False
+
+
+def make_shards(args: ConvertArgs, folder: Path, done: list[tuple[Shard, dict | None]]) -> list[tuple[Shard, dict]]:
+    """Those without measurements, and the measurements of all."""
+    folder.mkdir(exist_ok=True)
+    total = sum(len(shard.items) for shard, _ in done)
+    remaining = [item for shard, measures in done if measures is None for item in shard.items]
+    schema = schema_of(args.name)
+    measured = []
+    results = convert_all(remaining, args.name, args.num_workers)
+    with closing(results), tqdm(total=total, initial=total - len(remaining), unit="picture", mininterval=1) as bar:
+        for shard, measures in done:
+            if measures is None:
+                own = _counted(islice(results, len(shard.items)), bar)
+                measures = write_shard(folder / shard.name, own, schema, Path(args.source), args.on_problem)
+                measures["items_sha256"] = shard.items_sha256
+                if "sha256" in measures:
+                    write_json(record(Path(args.output), shard), measures)
+            measured.append((shard, measures))
+    return measured
+
+
+def check_problems(args: ConvertArgs, measured: list[tuple[Shard, dict]]) -> None:
+    """With --on_problem stop, all problems are written down and the first few shown; a split needs a picture."""
+    path = Path(args.output) / "problems.json"
+    problems = [{"split": shard.split, **remark} for shard, measures in measured for remark in measures["problems"]]
+    if problems and args.on_problem == "stop":
+        write_json(path, {"problems": problems})
+        print(printable(f"problems    {tally(problems)}"), file=sys.stderr)
+        raise InputError(
+            f"{len(problems):,} problem{'s' * (len(problems) > 1)}, all in {path}: mend them and run the same command "
+            "again, which redoes only what is missing, or --on_problem skip"
+        )
+    path.unlink(missing_ok=True)
+    for split in args.splits:
+        if not any(measures["num_images"] for shard, measures in measured if shard.split == split):
+            print(printable(f"problems    {tally(problems)}"), file=sys.stderr)
+            raise InputError(f"not one picture of {split} can be used: give the archive as it was released")
+
+
+def _counted(results: Iterable[Converted], bar: tqdm) -> Iterator[Converted]:
+    for result in results:
+        bar.update()
+        yield result
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv = ["--name", *argv]
+    args, _ = read_arguments(ConvertArgs, argv)
+    result = convert(args)
+    print(report(result))
+    if args.push_to_hub is not None:
+        push(args)
+        print(f"uploaded    https://huggingface.co/datasets/{args.push_to_hub}")
+    print(f"dataset     {args.output}")
+
+
+if __name__ == "__main__":
+    run(main)

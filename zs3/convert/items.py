@@ -1,0 +1,158 @@
+"""One picture of an archive as a row of the dataset, and all of them over processes.
+
+Not in `zs3/convert/__main__.py`: processes that are spawned cannot import that file's functions.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from files_zs3 import map_png
+from zs3.command_line import InputError
+from zs3.convert.archives import ARCHIVES, BadFile, Captioned, Pair, opened
+from zs3.data.stored import exif_orientation
+from zs3.label_space import CLASSES_FOLDER, load_label_space, source_ids
+
+PROGRESS = ".progress"  # in the output: settings, measurements, and the shards until all are there
+OUTSIDE = -1  # in the table of ids: no value of the archive's
+
+
+# ---- one picture -------------------------------------------------------------------------------------------
+
+
+class Converted(NamedTuple):
+    """What became of an item. row: of the table; None if there is a problem."""
+
+    row: dict | None
+    problems: list[dict[str, str]]  # kind, image_id, message
+    notes: list[dict[str, str]]  # the same, of what is no fault
+    pixels: dict[int, int]  # id -> how many, the ignored id among them
+
+
+@functools.cache
+def lookup_table(name: str) -> tuple[np.ndarray, int]:
+    """(65536,) int32: the id of each value of the archive's label files, or OUTSIDE; and the ignored id."""
+    ignore_index = load_label_space(CLASSES_FOLDER / f"{name}.json").ignore_index
+    table = np.full(65536, OUTSIDE, dtype=np.int32)
+    table[list(ARCHIVES[name].ignored)] = ignore_index
+    values = source_ids(name)
+    table[values] = np.arange(len(values))
+    return table, ignore_index
+
+
+def convert_item(item: Pair | Captioned, name: str) -> Converted:
+    if item.repeats:
+        where = f": the second is {item.image}" if isinstance(item, Pair) else ""
+        return Converted(None, [_remark(item, "repeated_id", f"{item.image_id} is there twice{where}")], [], {})
+    if isinstance(item, Pair):
+        return convert_pair(item, name)
+    if not item.captions:
+        return Converted(None, [_remark(item, "missing_captions", f"{item.image_id} has no caption")], [], {})
+    return Converted({"image_id": item.image_id, "captions": item.captions}, [], [], {})
+
+
+def convert_pair(pair: Pair, name: str) -> Converted:
+    problems, image, ids = [], None, None
+    ignore_index = lookup_table(name)[1]
+    try:
+        content, image = opened(pair.image, "picture")
+    except BadFile as error:
+        problems.append(_remark(pair, error.kind, str(error)))
+    try:
+        ids = read_ids(pair, name)
+    except BadFile as error:
+        problems.append(_remark(pair, error.kind, str(error)))
+    if image is None or ids is None:
+        return Converted(None, problems, [], {})
+    turned = exif_orientation(image) in range(2, 9)
+    if ids.shape != (image.height, image.width):
+        return Converted(None, [_remark(pair, "size_mismatch", mismatch(pair, image, ids))], [], {})
+    counts = np.bincount(ids.ravel())
+    pixels = {int(i): int(counts[i]) for i in np.nonzero(counts)[0]}
+    label = map_png(np.where(ids == ignore_index, -1, ids), len(source_ids(name)))
+    row = {
+        "image": {"bytes": content, "path": pair.image.name},
+        "label": {"bytes": label, "path": f"{pair.image_id}.png"},
+        "image_id": pair.image_id,
+        "class_ids": [i for i in pixels if i != ignore_index],
+    }
+    message = f"{pair.image} has an EXIF orientation tag; its map fits it as stored, and so both are read"
+    return Converted(row, [], [_remark(pair, "exif_orientation", message)] if turned else [], pixels)
+
+
+def read_ids(pair: Pair, name: str) -> np.ndarray:
+    """(H, W) int32 of the label space."""
+    values = pair.values(pair.label)
+    ids = lookup_table(name)[0][values]
+    if (ids == OUTSIDE).any():
+        value = values[ids == OUTSIDE][0]
+        raise BadFile("ids_outside", f"{pair.label} holds value {value}, which the release of {name} does not have")
+    return ids
+
+
+def mismatch(pair: Pair, image: Image.Image, ids: np.ndarray) -> str:
+    sizes = f"{pair.label} is {ids.shape[1]} x {ids.shape[0]} pixels, {pair.image} {image.width} x {image.height}"
+    if exif_orientation(image) in range(5, 9) and ids.shape == image.size:
+        return (
+            f"{sizes}: the map was drawn on the picture turned as its EXIF tag says; save it turned and without the tag"
+        )
+    return sizes
+
+
+def _remark(item: Pair | Captioned, kind: str, message: str) -> dict[str, str]:
+    return {"kind": kind, "image_id": item.image_id, "message": message}
+
+
+def convert_all(items: list[Pair | Captioned], name: str, num_workers: int) -> Iterator[Converted]:
+    """In order; a few items for each process are under way or done, never more."""
+    convert = functools.partial(convert_item, name=name)
+    if num_workers == 0 or isinstance(next(iter(items), None), Captioned):
+        yield from map(convert, items)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    remaining = iter(items)
+    with ProcessPoolExecutor(num_workers, spawn, _begin_process) as pool:
+        with _deaf_to_ctrl_c():  # processes that are started in it are so from their first line on
+            waiting = deque((item, pool.submit(convert, item)) for item in islice(remaining, 8 * num_workers))
+        while waiting:
+            item, result = waiting.popleft()
+            try:
+                yield result.result()
+            except BrokenProcessPool as error:
+                raise InputError(
+                    f"a process ended at {item.image_id} or soon after, for want of memory or at a broken .mat file: "
+                    "start again with a smaller --num_workers, or replace the file"
+                ) from error
+            waiting.extend((item, pool.submit(convert, item)) for item in islice(remaining, 1))
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal, and is for the main one to hear."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _begin_process() -> None:
+    """Of the pool: when the main process is gone, however it went, so is this one."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,256 @@
+"""Image-level labels: what a training is told of its pictures as a whole, beside the masks of the seen classes.
+
+Nothing of the unseen classes (inductive); or whether each is in the picture, by the truth or by the scores of
+`zs3 pseudo_labels` (transductive, section 3.4). `zs3.nouns` tells what captions say (section 4.5).
+
+Axes: C names on the class axis of the run, N images, U unseen names.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from typing_extensions import TypedDict
+
+from configuration_zs3 import Zs3Config, among, one_line, places, shortened
+from zs3.command_line import InputError, shown
+from zs3.data.records import Split
+from zs3.label_space import LabelSpace
+from zs3.typed_json import Count, read_json
+
+# What a training may see of the unseen classes. "inductive": nothing, and their names are not on the class axis;
+# "transductive": their names, and whether they are in a picture, but never where; "supervised": their masks, as if they
+# were seen, which leaves no zero-shot claim (the upper bound).
+Setting = Literal["inductive", "transductive", "supervised"]
+SHARD = re.compile(r"scores-\d+-of-\d+\.parquet")  # see `shard_name`
+SETTINGS_KEY = b"zs3_settings_sha256"  # of a shard of scores
+
+
+def training_space(label_space: LabelSpace, setting: Setting) -> LabelSpace:
+    """The label space as a training knows it: fully supervised, no class is unseen."""
+    if setting == "supervised":
+        return LabelSpace(label_space.class_names, [], label_space.ignore_index)
+    return label_space
+
+
+class Told(Protocol):
+    """What is told of pictures. `class_names`: the C names on the class axis of the run."""
+
+    class_names: list[str]
+
+    def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(C,) int8: 1 present, 0 absent, -1 unknown; names with a mask in the crop will be present in any case.
+
+        ids: of the label space, those in the whole picture, unseen classes included. rng: of this sample.
+        """
+
+
+class NothingTold:
+    """The seen names alone are on the class axis: names that are never positive would only be pushed down."""
+
+    def __init__(self, label_space: LabelSpace):
+        self.class_names = label_space.seen
+
+    def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return np.zeros(len(self.class_names), dtype=np.int8)
+
+
+class GroundTruthLabels:
+    """Whether each unseen class is in the picture, the whole of it and not the crop: Table 5's "GT Unseen"."""
+
+    def __init__(self, label_space: LabelSpace):
+        self.class_names = label_space.class_names
+        self.is_unseen = ~label_space.is_seen.numpy()
+
+    def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        labels = np.zeros(len(self.class_names), dtype=np.int8)
+        labels[ids] = self.is_unseen[ids]
+        return labels
+
+
+class Positives(NamedTuple):
+    """How many labels are positive, and in how many of how many images."""
+
+    labels: int
+    images: int
+    all_images: int
+
+
+class PseudoLabels:
+    """Section 3.4: the scores of a folder (`load_unseen_scores`) made into labels (`pseudo_labels`).
+
+    image_ids: of the pictures to come, all of which must have scores; None, of a stream: they are missed when met.
+
+    `positives` are counted over these pictures; of a stream, over all that have scores.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        label_space: LabelSpace,
+        image_ids: Sequence[str] | None,
+        threshold: float = Zs3Config.pseudo_label_threshold,
+        unknown_above: float | None = None,
+    ):
+        self.path = path
+        self.class_names = label_space.class_names
+        self.row_of, scores = read_scores(path, label_space)
+        rows = slice(None) if image_ids is None else _rows_of(image_ids, self.row_of, path)
+        self.labels = np.zeros((len(scores), len(self.class_names)), dtype=np.int8)
+        columns = places(label_space.unseen, label_space.class_names)  # in the order of the scores
+        self.labels[:, columns] = pseudo_labels(scores, threshold, unknown_above)
+        is_positive = self.labels[rows] == 1
+        self.positives = Positives(int(is_positive.sum()), int(is_positive.any(axis=1).sum()), len(is_positive))
+
+    def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self.labels[_rows_of([image_id], self.row_of, self.path)[0]]
+
+
+class PseudoLabelSettings(TypedDict, total=False):
+    """The content of settings.json beside the scores, as far as a reader asks for it."""
+
+    checkpoint_sha256: dict[str, str]
+    num_images: Count
+    picture_sizes_sha256: str | None
+
+
+def read_settings(folder: Path) -> PseudoLabelSettings:
+    """Of a folder of `zs3 pseudo_labels`, checked."""
+    what = "settings file of zs3.pseudo_labels"
+    return read_json(folder / "settings.json", PseudoLabelSettings, what, "make the pseudo labels anew")
+
+
+def settings_digest(settings: Mapping[str, Any]) -> bytes:
+    """What binds a shard to the settings that it was made with."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest().encode()
+
+
+def bound_to(file: Path) -> bytes | None:
+    """The digest of the settings that a shard was made with; None where it has none: it is damaged, or of an older
+    version."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return (pyarrow.parquet.read_schema(file).metadata or {}).get(SETTINGS_KEY) or None
+    except (OSError, ValueError, pyarrow.ArrowException):
+        return None
+
+
+def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Sequence[str]) -> np.ndarray:
+    """(N, U) float32: what `zs3 pseudo_labels` says of the unseen names, in the order of label_space.unseen.
+
+    path: its folder of shards `scores-00003-of-00047.parquet`, or one such file, with the columns image_id and scores
+        (a struct of one number for each unseen name).
+    image_ids: N, of the images that are wanted.
+    """
+    row_of, scores = read_scores(path, label_space)
+    return scores[_rows_of(image_ids, row_of, path)]
+
+
+def read_scores(path: str | Path, label_space: LabelSpace) -> tuple[dict[str, int], np.ndarray]:
+    """The row of each image_id, and all the scores (N, U)."""
+    row_of, scores = {}, []
+    files, expected = _score_files(Path(path)), None
+    if (Path(path) / "settings.json").is_file():
+        expected = settings_digest(read_settings(Path(path)))
+    for file in files:
+        bound = bound_to(file)
+        expected = expected or bound
+        if bound not in (None, expected):
+            raise InputError(f"{shown(file)} was made with other settings than the folder's: delete it, make it again")
+        ids, part = _read_scores(file, label_space.unseen)
+        row_of.update(zip(ids, range(len(row_of), len(row_of) + len(ids)), strict=True))
+        scores.append(part)
+        if len(row_of) != sum(map(len, scores)):
+            raise InputError(f"{file} has an image_id that was there before: an image has one row")
+    return row_of, np.concatenate(scores)
+
+
+def _rows_of(image_ids: Sequence[str], row_of: dict[str, int], path: str | Path) -> list[int]:
+    missing = [image_id for image_id in image_ids if image_id not in row_of]
+    if missing:
+        raise InputError(
+            f"{path} has no row for {len(missing)} images ({missing[0]!r}, ...): make the pseudo labels from this split"
+        )
+    return [row_of[image_id] for image_id in image_ids]
+
+
+def _score_files(path: Path) -> list[Path]:
+    """The shards of a folder, all of them; or the one file."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        close = get_close_matches(str(path), ("none", "ground_truth", "masks"), n=1)
+        if close:
+            raise InputError(f"pseudo labels {path} do not exist: did you mean {close[0]}?")
+        raise InputError(
+            f"pseudo labels {path} do not exist: unseen_labels is 'none', 'ground_truth', 'masks', or a "
+            "folder that zs3 pseudo_labels made"
+        )
+    found = [file for file in sorted(path.glob("scores-*.parquet")) if SHARD.fullmatch(file.name)]
+    if not found:
+        raise InputError(f"{path} holds no shards: give the --output of zs3 pseudo_labels")
+    total = int(found[0].stem.rsplit("-", 1)[1])
+    if len(found) != total or found != [path / shard_name(index, total) for index in range(total)]:
+        raise InputError(
+            f"{path} holds {len(found)} shards, but not the {total} of one run: "
+            "start zs3 pseudo_labels again, or delete those of another run"
+        )
+    return found
+
+
+def shard_name(index: int, total: int) -> str:
+    return f"scores-{index:05d}-of-{total:05d}.parquet"
+
+
+def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
+    """Image ids, and their scores (N, U) float32 in the order of `unseen`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file, columns=["image_id", "scores"])
+        rows = table["scores"].combine_chunks()
+        names = [field.name for field in rows.type]
+        columns = rows.flatten()
+        image_ids = [str(image_id) for image_id in table["image_id"].to_pylist()]
+    except (OSError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise InputError(f"cannot read pseudo labels {file} ({one_line(error, 60)}): make them anew") from error
+    own = places(unseen, names)
+    if None in own or len(names) != len(unseen):
+        odd = [*(name for name, place in zip(unseen, own, strict=True) if place is None)]
+        odd += [name for name, known in zip(names, among(names, unseen), strict=True) if not known]
+        which = f" ({shortened(odd[0])})" if odd else ""
+        raise InputError(f"{file} has scores of other unseen names than the label space{which}: make them anew")
+    scores = np.stack([columns[place].to_numpy(zero_copy_only=False) for place in own], axis=1).astype(np.float32)
+    if not np.isfinite(scores).all():
+        raise InputError(f"{file} has a score that is missing or not finite: make the pseudo labels anew")
+    return image_ids, scores
+
+
+def pseudo_labels(scores: np.ndarray, threshold: float, unknown_above: float | None = None) -> np.ndarray:
+    """Section 3.4: scores -> int8 of the same shape, 1 from the threshold on, else 0.
+
+    unknown_above: what lies above it, and below the threshold, is -1, unknown; None: nothing is.
+    """
+    labels = (scores >= threshold).astype(np.int8)
+    if unknown_above is not None:
+        if unknown_above >= threshold:
+            raise InputError(f"pseudo_label_unknown_above {unknown_above} must be below the threshold {threshold}")
+        labels[(scores > unknown_above) & (scores < threshold)] = -1
+    return labels
+
+
+def check_scored_pictures(path: Path, records: Split) -> None:
+    """Refuses scores of a folder's pictures for another folder whose image ids are the same."""
+    made_of = read_settings(path) if (path / "settings.json").is_file() else {}
+    known, count = made_of.get("picture_sizes_sha256"), made_of.get("num_images", 0)
+    own = records.picture_sizes_sha256(count)
+    if None not in (known, own) and known != own:
+        raise InputError(f"{path} was made of other pictures of the same names: make the pseudo labels of this dataset")

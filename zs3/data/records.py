@@ -1,0 +1,154 @@
+"""Datasets: the records (picture, label map, id) of a split.
+
+`load_split` finds them and checks them at the door; `stream_split` reads the same records one after the other, without
+a copy on the disk. `zs3.data.samples` makes training samples of them.
+
+Axes: H W pixels.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from zs3.command_line import InputError
+from zs3.data.contents import Row, contents_of, sizes_sha256
+from zs3.data.stored import Record, StoredRecord, read_ids, read_label, read_stored
+from zs3.data.tables import folder_rows, image_id_of, open_table, table_files, whole_table
+from zs3.label_space import LabelSpace, load_label_space
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class Split(Sequence[Record]):
+    """The records of one split, read when asked for.
+
+    shards: the files of a table, see `table_files`.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], image_ids: list[str], label_space: LabelSpace, shards: Sequence[Path] | str = ()
+    ):
+        self.rows = rows
+        self.image_ids = image_ids
+        self.label_space = label_space
+        self.shards = shards
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.stored(index).record()
+
+    def stored(self, index: int) -> StoredRecord:
+        image_id = self.image_ids[index]  # raises IndexError past the end, which ends a loop over records
+        return read_stored(self.rows[index % len(self)], image_id, self.label_space)
+
+    def label(self, index: int) -> np.ndarray:
+        """(H, W) int32, a record's label map without its picture."""
+        row, image_id = self.rows[index % len(self)], self.image_ids[index]
+        return read_label(row["label"], image_id, self.label_space)[1].astype(np.int32)
+
+    def ids(self) -> Iterator[tuple[np.ndarray, bool]]:
+        """Of each label map in turn the ids that are in it, the ignored one aside; and whether that is in it, too."""
+        for row, image_id in zip(self.rows, self.image_ids, strict=True):
+            yield read_ids(row, image_id, self.label_space)
+
+    def contents(self) -> dict[str, int | str]:
+        """What the split is made of; see `contents_of`."""
+        return contents_of(self.image_ids, self.rows if isinstance(self.rows, list) else None, self.shards)
+
+    def picture_sizes_sha256(self, count: int) -> str | None:
+        """Of the sizes of the first pictures of a folder; None for tables."""
+        if not isinstance(self.rows, list):
+            return None
+        return sizes_sha256([row["image"] for row in self.rows[:count]])
+
+
+class StreamedSplit:
+    """The records of one split, one after the other: a shard is read (or downloaded) when its turn comes.
+
+    table: rows as `Row`, its pictures not decoded.
+    rows: those of a folder, which are known beforehand. shards: as of a Split.
+    """
+
+    def __init__(
+        self,
+        table: "datasets.IterableDataset",
+        label_space: LabelSpace,
+        rows: list[Row] | None = None,
+        shards: Sequence[Path] | str = (),
+    ):
+        self.table = table
+        self.label_space = label_space
+        self.rows = rows
+        self.shards = shards
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self.stored(row).record() for row in read_rows(self.table))
+
+    def ids(self) -> Iterator[tuple[np.ndarray, bool]]:
+        """As of a Split."""
+        for row in read_rows(self.table):
+            yield read_ids(row, image_id_of(row["image_id"]), self.label_space)
+
+    def stored(self, row: Row) -> StoredRecord:
+        return read_stored(row, image_id_of(row["image_id"]), self.label_space)
+
+    def contents(self) -> dict[str, int | str]:
+        """What the split is made of; see `contents_of`."""
+        image_ids = None if self.rows is None else [row["image_id"] for row in self.rows]
+        return contents_of(image_ids, self.rows, self.shards)
+
+
+def read_rows(table: "datasets.IterableDataset") -> Iterator[Row]:
+    """The rows of a stream; what is wrong with a shard, or with the way to it, is an InputError."""
+    with whole_table("cannot read on in the stream"):
+        yield from table
+
+
+def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None = None) -> Split:
+    """The records of `split` ("train", "validation", ...).
+
+    dataset: a folder with `{split}/images` and `{split}/labels` (pairs of one stem, labels png) or with
+        `{split}/metadata.jsonl`, a folder with `data/{split}-*.parquet`, or a Hub id; the last two with columns image,
+        label, image_id.
+    label_space: what the ids of the label maps mean; None reads the dataset's own classes.json.
+    """
+    if label_space is None:
+        label_space = load_label_space(dataset)
+    if (Path(dataset) / split).is_dir():
+        rows = folder_rows(Path(dataset) / split)
+        return Split(rows, [row["image_id"] for row in rows], label_space)
+    table = open_table(dataset, split, streaming=False)
+    with whole_table(f"cannot read image_id of split {split!r} of {dataset}"):
+        image_ids = [image_id_of(image_id) for image_id in table["image_id"]]
+    repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
+    if repeated:
+        raise InputError(f"split {split!r} of {dataset} has image_id {repeated[0]!r} twice: give every picture its own")
+    return Split(table, image_ids, label_space, table_files(dataset, split))
+
+
+def stream_split(dataset: str | Path, split: str, label_space: LabelSpace | None = None) -> StreamedSplit:
+    """The records of `load_split`, of the same datasets, in a stream."""
+    import datasets
+
+    if label_space is None:
+        label_space = load_label_space(dataset)
+    if (Path(dataset) / split).is_dir():
+        rows = folder_rows(Path(dataset) / split)  # a list is dealt out to readers, and shuffled, entry by entry
+        table = datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": rows})
+        return StreamedSplit(table, label_space, rows)
+    return StreamedSplit(open_table(dataset, split, streaming=True), label_space, shards=table_files(dataset, split))
+
+
+def _each(rows: list[Row]) -> Iterator[Row]:
+    yield from rows
+
+
+def dataset_name(dataset: str) -> str:
+    """What results call it: a Hub id, or a folder's name without the way to it."""
+    return Path(dataset).name if Path(dataset).is_dir() else dataset

@@ -1,0 +1,143 @@
+"""One record as it is stored: its picture opened, its label map read and checked.
+
+Axes: H W pixels.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from configuration_zs3 import Refused, shortened
+from files_zs3 import MAP_FORMATS, PICTURE_FORMATS, check_regular, decoding, is_deep, open_image, verify_checksums
+from zs3.command_line import InputError
+from zs3.data.contents import Row
+from zs3.label_space import LabelSpace
+
+
+class Record(NamedTuple):
+    image: Image.Image  # RGB, as stored: an EXIF rotation is not applied
+    label: np.ndarray  # (H, W) int32: ids of the label space, or its ignore_index
+    image_id: str
+
+
+class StoredRecord(NamedTuple):
+    """A record whose picture has been opened, but not decoded."""
+
+    name: str  # what to call the picture
+    image: Image.Image
+    label: np.ndarray  # (H, W), as many bits a pixel as in its file
+    ids: np.ndarray  # of the label space, those in the label map
+    image_id: str
+
+    def decoded(self, size: tuple[int, int] | None = None) -> Image.Image:
+        """The picture in RGB.
+
+        size: width and height that will do: a JPEG is then decoded at a half, quarter or eighth of its size, as long
+            as that is no less, which costs less time and memory.
+        """
+        with readable(self.name):
+            if size is not None:
+                self.image.draft("RGB", size)
+            self.image.load()
+            return self.image if self.image.mode == "RGB" else self.image.convert("RGB")  # which would copy it
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the picture has an EXIF rotation, which nothing here applies."""
+        with readable(self.name):
+            return exif_orientation(self.image) in range(2, 9)
+
+    def record(self) -> Record:
+        return Record(self.decoded(), self.label.astype(np.int32), self.image_id)
+
+
+def read_stored(row: Row, image_id: str, label_space: LabelSpace) -> StoredRecord:
+    image_name, image = _opened(row["image"], "picture", image_id)
+    label_name, label, ids = read_label(row["label"], image_id, label_space)
+    size = label.shape[::-1]
+    if size != image.size:
+        rotated = size == image.size[::-1]
+        mend = "rotate the image as its EXIF tag says and save it without" if rotated else "make them equal"
+        raise InputError(f"{label_name} is {_size(size)} pixels, but {image_name} is {_size(image.size)}: {mend}")
+    return StoredRecord(image_name, image, label, ids, image_id)
+
+
+def read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> tuple[str, np.ndarray, np.ndarray]:
+    """The name to call a label map by, the map (H, W), and the ids that are in it, the ignored one aside."""
+    name, image = _opened(source, "map", image_id)
+    if image.mode not in ("L", "P") and not image.mode.startswith("I"):
+        raise InputError(f"{name} has mode {image.mode}: store one id a pixel, as PNG of mode L, P or I;16")
+    with readable(name):
+        label = np.asarray(image)  # a palette's indices are the ids
+        found = np.flatnonzero(image.histogram()) if label.dtype == np.uint8 else np.unique(label)
+    ids = found[found != label_space.ignore_index]
+    num_classes = len(label_space.class_names)
+    outside = ids[(ids < 0) | (ids >= num_classes)]
+    if len(outside):
+        raise InputError(
+            f"{name} holds id {outside[0]}; ids are 0 to {num_classes - 1}, and {label_space.ignore_index} for "
+            "ignored: correct the map, or the label space"
+        )
+    return name, label, ids
+
+
+def _opened(source: Path | Row | None, what: Literal["picture", "map"], image_id: str) -> tuple[str, Image.Image]:
+    """What lies behind a path or a table's cell, its header read, with the name to call it by."""
+    if isinstance(source, Path):
+        file, name = source, str(source)
+    else:
+        cell = source or {"bytes": None, "path": None}
+        file = cell["path"] if cell["bytes"] is None else cell["bytes"]
+        name = f"{'image' if what == 'picture' else 'label map'} of {shortened(image_id)}"
+    if file is None:
+        raise InputError(f"the {name} is empty: give the row a picture and a map, or remove it")
+    with readable(name):
+        return name, open_stored(file, what)
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """What a decoder refuses within the block is an InputError that names the file."""
+    try:
+        with decoding():
+            yield
+    except Refused as error:
+        raise InputError(f"cannot read {name} ({error}): replace it, or remove it with its partner") from error
+
+
+def read_ids(row: Row, image_id: str, label_space: LabelSpace) -> tuple[np.ndarray, bool]:
+    _, label, ids = read_label(row["label"], image_id, label_space)
+    return ids, bool((label == label_space.ignore_index).any())
+
+
+def open_stored(source: str | Path | bytes, what: Literal["picture", "map"]) -> Image.Image:
+    """A dataset's picture or label map, not decoded yet. Raises Refused, whose message is the reason.
+
+    Whoever decodes it gets the values that were written, or an error: of a PNG the checksums are right, and none is
+    of a depth that Pillow would stretch or cut.
+    """
+    if not isinstance(source, bytes):
+        check_regular(source)
+        source = Path(source).read_bytes()
+    image = open_image(source, PICTURE_FORMATS if what == "picture" else MAP_FORMATS)
+    if image.format == "PNG":
+        verify_checksums(source)
+    depth = str(image.tile[0].args) if image.tile else ""  # of a PNG its raw mode, as "RGB;16B"
+    if what == "picture" and (is_deep(image) or image.format == "PNG" and ";16" in depth):
+        raise Refused("it has more than 8 bits a channel: save it with 8")
+    if what == "map" and image.tile and image.tile[0].args in ("L;2", "L;4"):  # Pillow fills 8 bits with them
+        raise Refused("it has less than 8 bits a pixel: save it with 8")
+    return image
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """1 as stored, 2 to 8 turned or mirrored, from 5 on with the edges exchanged; nothing here applies it."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -1,0 +1,6 @@
+"""One pass over a dataset, its result files, and what is made of them. The scores themselves: `zs3.scores`."""
+
+from zs3.scores.confusion import ConfusionMatrix
+from zs3.scores.means import GeneralizedScores, generalized_scores
+
+__all__ = ["ConfusionMatrix", "GeneralizedScores", "generalized_scores"]

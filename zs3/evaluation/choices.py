@@ -1,0 +1,140 @@
+"""What an evaluation was given or looked up: a seen bias and an ensemble weight, and what each was chosen on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from typing_extensions import TypedDict
+
+from configuration_zs3 import among, shortened
+from zs3.command_line import InputError, checked, shown
+from zs3.command_line import Share as ShareFlag
+from zs3.evaluation.results import read_images, read_result
+from zs3.typed_json import read_json, shown_value
+
+# ---- the bias and the weight that a result has found -------------------------------------------------------
+
+
+BY_HAND = "chosen by hand: it may be tuned on these images"
+TUNED = "TUNED ON THE TEST IMAGES"
+
+
+class Choice(NamedTuple):
+    """What is taken off the scores of seen classes, or w of the ensemble (None: no ensemble); and how it was chosen, in
+    words."""
+
+    value: float | None
+    chosen: str
+
+
+def number_or_none(given: str) -> float | None:
+    """The number of a flag that takes the name of a file, too: None for that."""
+    try:
+        return float(given)
+    except ValueError:
+        return None
+
+
+def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> Choice:
+    """A number as it is; of a result file the best of its curve, and what its choice knew."""
+    if given is None:
+        return Choice(0.0, "none")
+    value = number_or_none(given)
+    if value is None:
+        return best_bias(Path(given), stamp, image_ids)
+    return Choice(value, BY_HAND)
+
+
+def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
+    result, unseen = read_result(path, ("dataset", "split", "seen", "unseen", "trained_on_masks_of")), stamp["unseen"]
+    curve = result.get("seen_unseen_curve") or {}
+    if curve.get("best") is None:
+        raise InputError(
+            f"--seen_bias {shown(path)}: it has no curve; evaluate again, with --setting gzs3 and calibration"
+        )
+    leaked = [name for name, saw in zip(unseen, among(unseen, result["trained_on_masks_of"]), strict=True) if saw]
+    if leaked:
+        raise InputError(
+            f"--seen_bias {shown(path)}: its model saw masks of {shortened(leaked)}, which are unseen here"
+        )
+    theirs = among(unseen, [*result["seen"], *result["unseen"]])
+    known = [name for name, is_theirs in zip(unseen, theirs, strict=True) if is_theirs]
+    labels = f"with labels of the unseen classes ({', '.join(known)})" if known else "without labels of unseen classes"
+    shared = 0
+    if (result["dataset"], result["split"]) == (stamp["dataset"], stamp["split"]):
+        shared = len({*read_images(path, result).image_ids} & {*image_ids})
+    if shared:
+        chosen = f"{TUNED}, {shared} of {len(image_ids)}, {labels}"
+    elif known:
+        chosen = f"chosen on other images, {labels}"
+    else:
+        chosen = f"chosen on other images, on classes held out ({', '.join(result['unseen'])}), {labels}"
+    return Choice(curve["best"]["gamma"], chosen)
+
+
+def check_bias(given: str) -> None:
+    bias = number_or_none(given)
+    if bias is not None:
+        checked("seen_bias", bias, float)
+
+
+def check_weight(given: str) -> None:
+    weight = number_or_none(given)
+    if weight is not None:
+        checked("ensemble_weight", weight, ShareFlag)
+    elif not Path(given).is_file():
+        raise InputError(
+            f"--ensemble_weight must be in [0, 1] or a file of zs3.ensemble_weight, got {shortened(given)}"
+        )
+
+
+def chosen_weight(given: str, stamp: dict, image_ids: list[str]) -> Choice:
+    """A number as it is; of a file of zs3.ensemble_weight its answer, and what its choice knew."""
+    weight = number_or_none(given)
+    return best_weight(Path(given), stamp, image_ids) if weight is None else Choice(weight, BY_HAND)
+
+
+class WeightSettings(TypedDict, total=False):
+    """Those of the flags of zs3.ensemble_weight that say what its answer knew."""
+
+    split: str
+    unseen_labels: str
+
+
+class WeightAnswer(TypedDict, total=False):
+    """The content of a file of zs3.ensemble_weight, of what eval.py reads."""
+
+    settings: WeightSettings
+    checkpoint_sha256: str | None
+    dataset: str
+    image_ids: list[str]
+    weights: dict[str, dict[str, float | None]]
+    clip_ensemble_weight: Any  # best_weight has its own words for it
+
+
+def read_answer(path: Path, needed: Sequence[str] = ()) -> WeightAnswer:
+    """Of zs3.ensemble_weight, checked."""
+    return read_json(path, WeightAnswer, "result file of zs3.ensemble_weight", "choose again", needed)
+
+
+def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
+    needed = ("clip_ensemble_weight", "weights", "settings.split", "settings.unseen_labels")
+    answer = read_answer(path, (*needed, "checkpoint_sha256", "dataset", "image_ids"))
+    weight, asked = answer["clip_ensemble_weight"], answer["settings"]
+    if weight is not None and not (type(weight) in (int, float) and 0 <= weight <= 1):
+        what = f"its weight must be null or in [0, 1], got {shown_value(weight)}"
+        raise InputError(f"--ensemble_weight {shown(path)}: {what}")
+    if answer["checkpoint_sha256"] != stamp["checkpoint_sha256"]:
+        raise InputError(
+            f"--ensemble_weight {shown(path)} was chosen for another checkpoint: choose for this one, python -m "
+            "zs3.ensemble_weight, the other flags as before"
+        )
+    shared = 0
+    if (answer["dataset"], asked["split"]) == (stamp["dataset"], stamp["split"]):
+        shared = len({*answer["image_ids"]} & {*image_ids})
+    chosen = f"chosen on {len(answer['image_ids'])} images of {answer['dataset']}, split {asked['split']}"
+    if shared:
+        chosen = f"{TUNED}, {shared} of {len(image_ids)}"
+    truth = asked["unseen_labels"] == "ground_truth"
+    labels = "ground-truth image labels" if truth else f"the image labels in {Path(asked['unseen_labels']).name}"
+    return Choice(weight, f"{chosen}, with {labels}")

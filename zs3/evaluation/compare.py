@@ -1,0 +1,214 @@
+"""Compare two results of eval.py: is B better than A, or can these images not tell?
+
+    zs3 compare A.json B.json --output runs/compare.json
+
+Both models were evaluated on the same images, so the images are resampled in pairs: each of the 1000 resamples draws
+the same images for both, and the interval is that of the difference of their scores. It is narrower than what the two
+models' own intervals suggest, because an image that is hard for one is mostly hard for the other. Beside each result
+file lie the areas that it is made of (A_images.npz), which eval.py writes.
+"""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from configuration_zs3 import beginning, shortened
+from zs3.command_line import Arguments, InputError, OutputFile, Seed, flag, read_arguments, shown
+from zs3.evaluation.report import markdown
+from zs3.evaluation.results import EVALUATE_AGAIN, Result, read_images, read_result
+from zs3.files import finite_or_none, markdown_table, percent, write_report
+from zs3.scores.bootstrap import ImageAreas, images_path, interval, resampled_areas, summed_areas
+from zs3.scores.means import SCORES, GeneralizedScores, iou_of_areas, scores_of_areas
+from zs3.typed_json import refusal
+
+RESAMPLES = 1000
+SAME = {  # what must be alike for a difference to mean anything
+    "dataset": "dataset",
+    "split": "split",
+    "label_space_sha256": "label space",
+    "setting": "setting",
+    "absent": "rule for absent classes",
+}
+NEEDED = (*SAME, "model", "seen", "unseen", "miou")
+CLASSES = {"per_class": "candidates", "seen": "seen candidates", "unseen": "unseen candidates"}
+FEW = 30  # images
+BETTER, WORSE = "B is better: the interval excludes 0", "A is better: the interval excludes 0"
+OPEN = "no difference can be told from these images"
+
+
+@dataclass
+class CompareArgs(Arguments):
+    """Two results of one protocol on the same images."""
+
+    a: str | None = flag(None, "Result file of eval.py. The two files may be given without their flags.")
+    b: str | None = flag(None, "Another one; differences are B - A.")
+    output: OutputFile | None = flag(None, "Result file (JSON); the printed tables go beside it as .md.")
+    seed: Seed = flag(0, "Of the bootstrap.")
+
+    def check(self) -> None:
+        if self.a is None or self.b is None:
+            raise InputError("give two result files of eval.py: zs3 compare A.json B.json")
+        if self.output is not None and Path(self.output).with_suffix("").resolve() in {
+            Path(result).with_suffix("").resolve() for result in (self.a, self.b)
+        }:
+            raise InputError(f"--output {shown(self.output)} is one of the results: choose another name")
+
+
+class Evaluated(NamedTuple):
+    """A result file with the areas of its images, in the order of their ids."""
+
+    path: Path
+    result: Result
+    image_ids: list[str]
+    areas: ImageAreas
+
+
+def load_evaluated(path: Path) -> Evaluated:
+    result = read_result(path, NEEDED)
+    class_names, image_ids, areas = read_images(path, result)
+    beside = shown(images_path(path))
+    if class_names != list(result["per_class"]) or {*class_names} != {*result["seen"], *result["unseen"]}:
+        raise refusal(path, "per_class has other names than seen and unseen", EVALUATE_AGAIN)
+    if None in image_ids:
+        raise InputError(f"{beside} holds images without an id: they cannot be paired; evaluate again")
+    repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
+    if repeated:
+        raise InputError(f"{beside} holds image {shortened(repeated[0])} twice: give every image an id of its own")
+    order = sorted(range(len(image_ids)), key=image_ids.__getitem__)
+    return Evaluated(path, result, [image_ids[at] for at in order], ImageAreas(*(area[:, order] for area in areas)))
+
+
+def check_comparable(a: Evaluated, b: Evaluated) -> None:
+    both = f"{shown(a.path, 30)} and {shown(b.path, 30)}"
+    for field, words in SAME.items():
+        theirs = [one.result[field] for one in (a, b)]
+        if theirs[0] != theirs[1]:
+            what = " and ".join(beginning(value, 22) for value in theirs)
+            raise InputError(f"{both} differ in the {words}, {what}: evaluate both by one protocol")
+    for field, words in CLASSES.items():
+        theirs = [list(one.result[field]) for one in (a, b)]
+        if theirs[0] != theirs[1]:
+            odd = sorted(set(theirs[0]) ^ set(theirs[1]))
+            what = f"{beginning(', '.join(map(repr, odd[:3])), 37)} in one alone" if odd else "in their order"
+            raise InputError(f"{both} differ in the {words}, {what}: evaluate both with the same names and --without")
+    odd = sorted(set(a.image_ids) ^ set(b.image_ids))
+    if odd:
+        where = shown(a.path if odd[0] in set(a.image_ids) else b.path)
+        what = f"{beginning(repr(odd[0]), 40)} is in {where} alone"
+        raise InputError(f"{len(odd)} images are not in both results ({what}): evaluate both on the same")
+    if (a.areas.truth != b.areas.truth).nnz:
+        raise InputError(f"{both} differ in the label maps of their images: evaluate both on the same data")
+
+
+def verdict(low: float | None, high: float | None, num_images: int) -> str:
+    """What the interval of B - A says, in words; a percentile bootstrap of few images claims too much."""
+    if num_images < FEW:
+        return f"no verdict: {num_images} images are too few"
+    if low is not None and low > 0:
+        return BETTER
+    return WORSE if high is not None and high < 0 else OPEN
+
+
+def compare(args: CompareArgs) -> dict:
+    """The result, as it is written to args.output; scores and differences in [-1, 1], None where there are none."""
+    args.check()
+    a, b = load_evaluated(Path(args.a)), load_evaluated(Path(args.b))
+    check_comparable(a, b)
+    names, absent = list(a.result["per_class"]), a.result["absent"]
+    is_seen = np.array([name not in a.result["unseen"] for name in names])
+    areas = [summed_areas(one.areas) for one in (a, b)]
+    areas += [resampled_areas(one.areas, RESAMPLES, args.seed) for one in (a, b)]
+    scores = [scores_of_areas(*own, is_seen, absent) for own in areas]
+    iou = [iou_of_areas(*own, absent) for own in areas]
+    left_out = GeneralizedScores._fields if a.result["setting"] == "ovs" else ()  # seen and unseen mean nothing there
+    rows = {name: _row(*(own[name] for own in scores)) for name in SCORES if name not in left_out}
+    return {
+        "a": _source(a),
+        "b": _source(b),
+        **{field: a.result[field] for field in SAME},
+        "unseen": a.result["unseen"],
+        "num_images": len(a.image_ids),
+        "resamples": RESAMPLES,
+        "seed": args.seed,
+        "scores": {
+            name: row | {"verdict": verdict(*row["interval"], len(a.image_ids))}
+            for name, row in rows.items()
+            if row["difference"] is not None  # a setting without seen or unseen classes has no such score
+        },
+        "per_class": {name: _row(*(own[..., at] for own in iou)) for at, name in enumerate(names)},
+    }
+
+
+def _source(one: Evaluated) -> dict:
+    return {"result": str(one.path), "model": one.result["model"], "protocol": one.result.get("protocol")}
+
+
+def _row(a: float, b: float, drawn_a: np.ndarray, drawn_b: np.ndarray) -> dict:
+    row = {"a": float(a), "b": float(b), "difference": float(b - a), "interval": interval(drawn_b - drawn_a)}
+    return finite_or_none(row)
+
+
+def report(result: dict) -> str:
+    """Markdown, percent; the classes from B's largest gain to its largest loss."""
+    lines = [
+        f"{result['setting']} on {result['num_images']} images of {markdown(result['dataset'])} "
+        f"({markdown(result['split'])}); percent, "
+        f"differences in points, 95 % intervals of {result['resamples']} resamples of the images.",
+        "",
+        *_told("A", result["a"]),
+        *_told("B", result["b"]),
+        "",
+    ]
+    head = ["A", "B", "B - A", "95 % interval"]
+    rows = {title: result["scores"][name] for name, title in SCORES.items() if name in result["scores"]}
+    lines += markdown_table(
+        ["score", *head, "verdict"], ([title, *_cells(row), row["verdict"]] for title, row in rows.items())
+    )
+    unseen = set() if result["setting"] == "ovs" else set(result["unseen"])
+    gains = sorted(result["per_class"].items(), key=_smaller_gain)
+    told = ([markdown(name) + (" (unseen)" if name in unseen else ""), *_cells(row)] for name, row in gains)
+    lines += ["", *markdown_table(["class", *head], told)]
+    lines += [
+        "",
+        f"The intervals of the {len(gains)} classes are not corrected for their number: without any difference",
+    ]
+    lines[-1] += " between A and B, about one in twenty would exclude 0 by chance."
+    return "\n".join(lines) + "\n"
+
+
+def _told(letter: str, source: dict) -> list[str]:
+    name, protocol = markdown(f"{source['result']} ({source['model']})"), source["protocol"]
+    return [f"- {letter}: {name}", *([f"  - {markdown(protocol)}"] if protocol else [])]
+
+
+def _smaller_gain(item: tuple[str, dict]) -> tuple[bool, float]:
+    """Sorts largest gains first, classes without a difference last."""
+    difference = item[1]["difference"]
+    return difference is None, -(difference or 0)
+
+
+def _cells(row: dict) -> list[str]:
+    low, high = row["interval"]
+    between = "-" if low is None else f"{_points(low)} to {_points(high)}"
+    return [percent(row["a"]), percent(row["b"]), _points(row["difference"]), between]
+
+
+def _points(difference: float | None) -> str:
+    return "-" if difference is None else f"{100 * difference:+.2f}"
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    for place, name in ((0, "--a"), (2, "--b")):
+        if len(words) > place and not words[place].startswith("-"):
+            words.insert(place, name)
+    args, _ = read_arguments(CompareArgs, words)
+    result = compare(args)
+    text = report(result)
+    print(text, end="")
+    if args.output is not None:
+        write_report(Path(args.output), result, text)

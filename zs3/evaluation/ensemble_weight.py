@@ -1,0 +1,233 @@
+"""Choose the weight of the CLIP ensemble (section 4.6) without unseen masks and without the test set, or none at all.
+
+    zs3 ensemble_weight --model runs/stage2/final --dataset DIR --unseen_labels runs/pseudo_labels
+
+Label maps of training pictures are compared with what training may know. Seen classes: IoU on annotated pixels. Unseen
+classes: F1 of "the picture shows it", as its label map says and as its image labels say (pseudo or ground truth). The
+score is the harmonic mean of the two means. The answer is "do not ensemble" unless a weight is better in nearly all
+bootstrap resamples of the pictures: the ensemble costs a look at every proposal, and hurts a model that knows the
+unseen classes better than CLIP does.
+
+`eval.py --ensemble_weight FILE` takes the answer from the file that --output writes; --write puts it into the
+checkpoint.
+
+Pseudo labels come from the same CLIP, and so speak for it; and the model was trained on these pictures, which speaks
+for the model. Pictures of its own (`--split`) that training left out avoid the second.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from configuration_zs3 import places, shortened
+from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, read_settings, weights_sha256
+from zs3.command_line import (
+    Arguments,
+    Count,
+    InputError,
+    OutputFile,
+    Seed,
+    Share,
+    Some,
+    check_required,
+    flag,
+    in_one_line,
+    read_arguments,
+    try_output,
+)
+from zs3.data.image_labels import load_unseen_scores, pseudo_labels
+from zs3.data.records import dataset_name, load_split
+from zs3.data.samples import mask_positions, to_mask_labels
+from zs3.evaluation.choices import read_answer
+from zs3.evaluation.results import check_replaceable
+from zs3.files import write_json
+from zs3.label_space import load_label_space
+
+OFF = "off"
+RESAMPLES = 1000
+SURE = 0.975  # share of the resamples in which a weight must beat no ensemble
+
+
+@dataclass
+class WeightArgs(Arguments):
+    """One choice for one checkpoint."""
+
+    model: str | None = flag(None, "Checkpoint with an image tower: a folder or a Hub id.")
+    trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
+    dataset: str | None = flag(None, "Folder or Hub id of the data.")
+    split: str = flag("train", "Split to choose on; not the one to report on.")
+    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    unseen_labels: str | None = flag(
+        None,
+        "Unseen image labels: a folder of zs3 pseudo_labels; or 'ground_truth' (image-level), for a model "
+        "whose training was told them.",
+    )
+    weights: Some[Share] = flag([0.5, 0.6, 0.7, 0.8, 0.9], "Weights to compare with no ensemble.")
+    num_images: Count = flag(300, "Pictures, spread evenly over the split.")
+    min_share: Share = flag(0.01, "Share of its label map from which a picture shows a class.")
+    text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
+    output: OutputFile | None = flag(None, "Result file (JSON).")
+    write: bool = flag(False, "Write the answer into the checkpoint's config.json, where evaluation and pipeline look.")
+    seed: Seed = flag(0, "Of the bootstrap.")
+
+    def check(self) -> None:
+        check_required(self, "model", "dataset", "unseen_labels")
+        if self.write and not Path(self.model, "config.json").is_file():
+            raise InputError(f"--write needs a checkpoint's folder, and {self.model} is no folder")
+        if self.write:
+            try_output("--write", Path(self.model, "config.json"), "file")
+        if self.output is not None:
+            check_replaceable(Path(self.output), read_answer)
+
+
+def weight_settings(args: WeightArgs) -> dict:
+    """Those of the flags that decide the answer."""
+    others = ("output", "write", "trust_remote_code")
+    return {name: value for name, value in asdict(args).items() if name not in others}
+
+
+class Counts:
+    """What is counted of each picture under one weight. areas: N x (3, S) pixels: intersection, truth, prediction of
+    seen classes, where they are annotated. shown: N x (3, U) 0 or 1: hits, false alarms, misses of unseen classes."""
+
+    def __init__(self) -> None:
+        self.areas: list[np.ndarray] = []
+        self.shown: list[np.ndarray] = []
+
+    def add(self, prediction: np.ndarray, label: np.ndarray, present: np.ndarray, is_seen: np.ndarray, least: float):
+        """prediction, label: (H, W), the latter -1 where no seen class is annotated; present: (U,) bool."""
+        classes = len(is_seen)
+        annotated = label >= 0
+        truth, predicted, both = (
+            np.bincount(values, minlength=classes)[is_seen]
+            for values in (label[annotated], prediction[annotated], label[annotated & (label == prediction)])
+        )
+        self.areas.append(np.stack([both, truth, predicted]))
+        found = (np.bincount(prediction.ravel(), minlength=classes) >= least * prediction.size)[~is_seen]
+        self.shown.append(np.stack([found & present, found & ~present, ~found & present]))
+
+    def scores(self, drawn: np.ndarray) -> np.ndarray:
+        """(R, 3): mIoU(S), mean F1(U) and their harmonic mean, of R resamples: drawn (R, N), how often each picture."""
+        both, truth, predicted = np.einsum("rn,nkc->krc", drawn, np.stack(self.areas))
+        hits, alarms, misses = np.einsum("rn,nkc->krc", drawn, np.stack(self.shown).astype(np.int64))
+        seen = _mean_ratio(both, truth + predicted - both)
+        unseen = _mean_ratio(2 * hits, 2 * hits + alarms + misses)
+        total = np.where(seen + unseen > 0, seen + unseen, 1)
+        return np.stack([seen, unseen, 2 * seen * unseen / total], axis=1)
+
+
+def _mean_ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """(R, K) each -> (R,): the mean over the classes that occur, 0 where none does."""
+    occurs = whole > 0
+    return np.where(occurs, part / np.where(occurs, whole, 1), 0).sum(1) / np.maximum(occurs.sum(1), 1)
+
+
+@torch.inference_mode()
+def choose(args: WeightArgs) -> dict:
+    """The result, as it is written to args.output."""
+    args.check()
+    label_space = load_label_space(args.label_space or args.dataset)
+    if not label_space.unseen:
+        raise InputError("the label space has no unseen class: there is nothing to choose the weight for")
+    records = load_split(args.dataset, args.split, label_space)
+    model, processor = load_checkpoint(args.model, args.trust_remote_code)
+    checkpoint_sha256 = weights_sha256(args.model)
+    check_no_unseen_masks(model.config, label_space, "weight can be chosen without unseen masks")
+    if model.vision_model is None:
+        raise InputError(f"{args.model} has no CLIP image tower: there is nothing to ensemble with")
+    if args.unseen_labels == "ground_truth" and model.config.unseen_labels != "ground_truth":
+        raise InputError(
+            f"the training of {args.model} was not told ground-truth image labels, so its weight must not be chosen by "
+            "them: give a folder of pseudo labels"
+        )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    present = None
+    if args.unseen_labels != "ground_truth":
+        scores = load_unseen_scores(args.unseen_labels, label_space, records.image_ids)
+        order = np.argsort(places(label_space.unseen, label_space.class_names))  # from the scores' to the ids'
+        present = pseudo_labels(scores, model.config.pseudo_label_threshold)[:, order] == 1  # (all of the split, U)
+    text_embeds, _ = class_vectors(model, processor, label_space.class_names, args.text_embeds)
+    is_seen = label_space.is_seen
+    unseen_ids = np.flatnonzero(~is_seen.numpy())
+    positions = mask_positions(label_space, label_space.class_names)
+
+    counts = {weight: Counts() for weight in (OFF, *args.weights)}
+    indices = np.unique(np.linspace(0, len(records) - 1, min(args.num_images, len(records))).astype(int)).tolist()
+    for index in tqdm(indices, unit="image", mininterval=1):
+        image, label, _ = records[index]
+        here = np.isin(unseen_ids, label) if present is None else present[index]
+        label = to_mask_labels(label, positions, label_space.ignore_index)
+        with in_one_line(f"image {shortened(records.image_ids[index])}"):
+            predictions = label_maps(model, processor, image, text_embeds, is_seen, args)
+        for weight, prediction in predictions.items():
+            counts[weight].add(prediction, label, here, is_seen.numpy(), args.min_share)
+    result = {
+        "settings": weight_settings(args),
+        "checkpoint_sha256": checkpoint_sha256,
+        "dataset": dataset_name(args.dataset),
+        "image_ids": [records.image_ids[index] for index in indices],
+        **decide(counts, len(indices), args.seed),
+    }
+    if args.output is not None:
+        write_json(Path(args.output), result)
+    if args.write:
+        path = Path(args.model, "config.json")
+        config = read_settings(path)
+        write_json(path, config | {"clip_ensemble_weight": result["clip_ensemble_weight"]})
+    return result
+
+
+def label_maps(
+    model, processor, image, text_embeds: Tensor, is_seen: Tensor, args: WeightArgs
+) -> dict[str | float, np.ndarray]:
+    """(H, W) by weight, from one pass of the network and one look of CLIP's."""
+    inputs = processor(images=image).to(model.device)
+    outputs = model(**inputs, text_embeds=text_embeds, return_dict=True)
+    rgb = processor.to_rgb(inputs["pixel_values"])
+    embeds = model.embed_proposals(rgb, outputs.mask_logits, outputs.valid_sizes)
+    maps = {}
+    for weight in (OFF, *args.weights):
+        made = outputs
+        if weight != OFF:
+            made = model.ensemble(outputs, embeds, text_embeds, is_seen=is_seen, weight=weight)
+        (found,) = processor.post_process_semantic_segmentation(made, [(image.height, image.width)])
+        maps[weight] = found.cpu().numpy()
+    return maps
+
+
+def decide(counts: dict[str | float, Counts], num_images: int, seed: int) -> dict:
+    """The scores of every weight, how sure each is to beat no ensemble, and the weight to take, or None."""
+    whole = np.ones((1, num_images), dtype=np.int64)
+    shares = np.full(num_images, 1 / num_images)
+    drawn = np.random.default_rng(seed).multinomial(num_images, shares, size=RESAMPLES)
+    resampled = {weight: own.scores(drawn)[:, 2] for weight, own in counts.items()}
+    rows = {}
+    for weight, own in counts.items():
+        seen, unseen, both = own.scores(whole)[0].tolist()
+        better = float((resampled[weight] > resampled[OFF]).mean())
+        rows[str(weight)] = {"miou_seen": seen, "f1_unseen": unseen, "score": both, "better_than_off": better}
+    sure = [weight for weight in counts if weight != OFF and rows[str(weight)]["better_than_off"] >= SURE]
+    best = max(sure, key=lambda weight: rows[str(weight)]["score"], default=None)
+    return {"weights": rows, "clip_ensemble_weight": best}
+
+
+def report(result: dict) -> str:
+    split = result["settings"]["split"]
+    lines = [f"{len(result['image_ids'])} pictures of {result['dataset']} ({split}), percent"]
+    lines.append("  weight   mIoU(S)   F1(U)   both   better than off in")
+    for weight, row in result["weights"].items():
+        numbers = [100 * row[name] for name in ("miou_seen", "f1_unseen", "score")]
+        share = "" if weight == OFF else f"{100 * row['better_than_off']:8.1f} % of resamples"
+        lines.append(f"  {weight:>6s}   {numbers[0]:7.1f} {numbers[1]:7.1f} {numbers[2]:6.1f}   {share}".rstrip())
+    best = result["clip_ensemble_weight"]
+    lines.append("do not ensemble: no weight is surely better than none" if best is None else f"take the weight {best}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args, _ = read_arguments(WeightArgs)
+    print(report(choose(args)))

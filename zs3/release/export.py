@@ -1,0 +1,166 @@
+"""The visual part of a checkpoint as one file (torch.export or ONNX): pixels and any label vectors in, proposals out.
+
+    zs3 export --model runs/demo/stage2/final --output zs3.pt2
+    zs3 export --model runs/demo/stage2/final --output zs3.onnx
+
+Inputs: pixel_values (B, 3, H, W), normalised, H and W from 33 on; text_embeds (C, D), of any label list, from the
+model's `encode_text` or `vocabulary`. Outputs: class_probs (B, Q, C) and mask_logits (B, Q, h, w), of Eq. 4. B, H, W
+and C are free at run time; the file needs neither this project nor transformers.
+"""
+
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
+
+from losses_zs3 import class_probabilities
+from modeling_zs3 import SIZE_DIVISOR, Zs3ForSemanticSegmentation
+from zs3.checkpoints import load_model
+from zs3.command_line import Arguments, InputError, OutputFile, check_required, flag, read_arguments
+from zs3.files import naming
+
+INPUTS, OUTPUTS = ["pixel_values", "text_embeds"], ["class_probs", "mask_logits"]
+SIZES = {"pixel_values": {0: "batch", 2: "height", 3: "width"}, "text_embeds": {0: "num_classes"}}  # free at run time
+FEWEST_TILES, MOST_TILES = 2, 1024  # of 32 pixels along a side: where a feature map may have one row, code branches
+SIDE = {"min": (FEWEST_TILES - 1) * SIZE_DIVISOR + 1, "max": MOST_TILES * SIZE_DIVISOR}  # pixels
+
+
+class VisualPart(nn.Module):
+    """`model(pixel_values, text_embeds=text_embeds)` as a function of tensors alone, made for tracing."""
+
+    def __init__(self, model: Zs3ForSemanticSegmentation):
+        super().__init__()
+        self.model = model.without_towers("text_model", "vision_model")
+        self.model.register_buffer("vocabulary", None)
+
+    def forward(self, pixel_values: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """pixel_values (B, 3, H, W), text_embeds (C, D) -> class_probs (B, Q, C), mask_logits (B, Q, h, w).
+
+        The image is padded by zeros to multiples of 32, as the model does; h and w are a quarter of that.
+        """
+        height, width = pixel_values.shape[2:]
+        pixel_values = F.pad(pixel_values, (0, _padded(width) - width, 0, _padded(height) - height))
+        with FreeSizes():  # transformers' own forward: every operator of it has a counterpart in ONNX
+            outputs = self.model.model(pixel_values, output_hidden_states=True, return_dict=True)
+        class_embeds = self.model.class_projection(outputs.transformer_decoder_intermediate_states[-1].transpose(0, 1))
+        class_probs = class_probabilities(**self.model.classify(class_embeds, text_embeds))
+        return class_probs, outputs.masks_queries_logits[-1]
+
+
+def _padded(side: int) -> int:
+    """The next multiple of 32. Its number of tiles is made a value of its own, of which all sizes are multiples:
+    the tracer's formulas stay short, and so do the times of tracing and loading."""
+    tiles = 1 + (side - 1) // SIZE_DIVISOR  # not by a negative number: ONNX would round its quotient up
+    tiles = torch.full((), tiles, dtype=torch.int64).item()
+    for fact in (tiles >= FEWEST_TILES, tiles <= MOST_TILES, tiles * SIZE_DIVISOR >= side):
+        torch._check(fact)
+    return tiles * SIZE_DIVISOR
+
+
+class FreeSizes(TorchFunctionMode):
+    """While tracing, sizes stay free where transformers' Mask2Former hands them to torch.tensor and torch.linspace.
+
+    Those take no symbols: they would turn the traced size into a constant of the program.
+    """
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor) and _holds_symbol(args[0]):
+            return _as_tensor(args[0]).to(**kwargs)
+        if function is torch.linspace and _holds_symbol(args):
+            first, _, steps = args  # the centres of `steps` pixels, 0.5, 1.5, ...
+            return torch.arange(steps, **kwargs) + first
+        return function(*args, **kwargs)
+
+
+def _holds_symbol(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_holds_symbol(item) for item in value)
+    return isinstance(value, torch.SymInt)
+
+
+def _as_tensor(value: list | tuple | int | torch.SymInt) -> Tensor:
+    """Nested lists of sizes -> int64."""
+    if isinstance(value, list | tuple):
+        return torch.stack([_as_tensor(item) for item in value])
+    return torch.full((), value, dtype=torch.int64)
+
+
+def export_visual(model: Zs3ForSemanticSegmentation) -> ExportedProgram:
+    """VisualPart, traced with the sizes of SIZES free. Runs on the model's device, in its precision."""
+    if model.training:
+        raise InputError("a model in training mode cannot be exported: call model.eval() first")
+    if model.config.backbone_config.model_type == "swin":
+        raise InputError("a Swin backbone cannot be exported: how it cuts windows hangs on the size of the image")
+    # Sizes unlike one another and not multiples of 32: the tracer shall not take one for another.
+    pixel_values = torch.zeros(2, 3, 150, 90, dtype=model.dtype, device=model.device)
+    text_embeds = torch.zeros(4, model.config.projection_dim, device=model.device)
+    limits = {"height": SIDE, "width": SIDE}
+    sizes = {
+        name: {axis: Dim(size, **limits.get(size, {"min": 1})) for axis, size in axes.items()}
+        for name, axes in SIZES.items()
+    }
+    with torch.no_grad():
+        part = VisualPart(model).eval()
+        return torch.export.export(part, (pixel_values, text_embeds), dynamic_shapes=sizes, strict=False)
+
+
+def save(program: ExportedProgram, path: Path) -> None:
+    """As .pt2 or .onnx, by the suffix; made in a folder beside and moved, so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), tempfile.TemporaryDirectory(prefix=".export.", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        if path.suffix == ".onnx":
+            _onnx(program).save(partial)
+        else:
+            torch.export.save(program, partial)
+        for file in sorted(partial.parent.iterdir(), reverse=True):  # NAME.onnx.data, if there is one, before NAME
+            os.replace(file, path.with_name(file.name))
+
+
+def _onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
+    for name in ("torch.onnx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they warn of what nobody here can mend
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's exporter, to PyTorch
+        return torch.onnx.export(
+            program, dynamo=True, input_names=INPUTS, output_names=OUTPUTS, dynamic_shapes=SIZES, verbose=False
+        )
+
+
+@dataclass
+class ExportArgs(Arguments):
+    """One checkpoint to one file."""
+
+    model: str | None = flag(None, "Checkpoint: a folder or a Hub id.")
+    trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
+    output: OutputFile | None = flag(
+        None, "File to write: .pt2 (torch.export) or .onnx, which needs the extra `export`."
+    )
+
+    def check(self) -> None:
+        check_required(self, "model", "output")
+        suffix = Path(self.output).suffix
+        if suffix not in (".pt2", ".onnx"):
+            raise InputError(f"--output {self.output}: the suffix says the kind, .pt2 (torch.export) or .onnx")
+        if suffix == ".onnx" and importlib.util.find_spec("onnxscript") is None:
+            raise InputError(f"--output {self.output} needs onnxscript: pip install -c constraints.txt -e '.[export]'")
+
+
+def main() -> None:
+    args, _ = read_arguments(ExportArgs)
+    args.check()
+    model = load_model(args.model, args.trust_remote_code)
+    print("tracing: about a minute, for ONNX several", flush=True)
+    save(export_visual(model), Path(args.output))
+    print(f"{args.output}: {', '.join(INPUTS)} (C, {model.config.projection_dim}) -> {', '.join(OUTPUTS)}")

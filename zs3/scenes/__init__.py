@@ -1,0 +1,5 @@
+"""The embedded benchmark `scenes`: its world, its CLIP, and the demo."""
+
+from zs3.scenes.render import CLASS_NAMES, IGNORE_INDEX, UNSEEN, render_scene
+
+__all__ = ["CLASS_NAMES", "IGNORE_INDEX", "UNSEEN", "render_scene"]

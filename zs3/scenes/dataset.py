@@ -1,0 +1,55 @@
+"""The folder of the embedded benchmark that train.py and eval.py read.
+
+Not in `render.py`, which the drawing processes import: this file brings transformers, seconds for each of them.
+"""
+
+import multiprocessing
+import os
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from zs3.command_line import InputError, Pictures, Seed, checked
+from zs3.files import write_json, writing_folder
+from zs3.scenes.render import CLASS_NAMES, IGNORE_INDEX, UNSEEN, write_scene
+
+FIRST_VALIDATION = 10**6  # training indices count from 0, validation indices from here
+
+
+def _write_all(folder: Path, jobs: list[tuple[str, int, int]], seed: int) -> None:
+    write = partial(write_scene, folder=folder, seed=seed)
+    processes = min(os.cpu_count() or 1, 8)
+    with tqdm(total=len(jobs), desc="drawing scenes", unit="scene") as progress:
+        if processes == 1 or len(jobs) < 500:  # a new process takes about as long to start as 300 scenes
+            for job in jobs:
+                write(job)
+                progress.update()
+            return
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            for _ in pool.imap_unordered(write, jobs, chunksize=20):
+                progress.update()
+
+
+def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed: int) -> None:
+    """Writes {train,validation}/{images,labels}/00000.png ... and classes.json.
+
+    Labels are dense, unseen classes included: taking those out of training is the reader's job. The folder
+    appears under its name when it is complete. Large sets are drawn by several processes, which import the main
+    script again: call this below `if __name__ == "__main__":`.
+    """
+    folder = Path(folder)
+    num_train = checked("num_train", num_train, Pictures)
+    num_validation = checked("num_validation", num_validation, Pictures)
+    seed = checked("seed", seed, Seed)
+    if folder.exists():
+        raise InputError(f"{folder} exists already: name another folder, or remove it first")
+    jobs = [("train", number, number) for number in range(num_train)]
+    jobs += [("validation", number, FIRST_VALIDATION + number) for number in range(num_validation)]
+    with writing_folder(folder) as unfinished:
+        for split in ("train", "validation"):
+            for kind in ("images", "labels"):
+                (unfinished / split / kind).mkdir(parents=True)
+        _write_all(unfinished, jobs, seed)
+        classes = {"name": "scenes", "classes": CLASS_NAMES, "unseen": UNSEEN, "ignore_label": IGNORE_INDEX}
+        write_json(unfinished / "classes.json", classes)

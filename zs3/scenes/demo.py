@@ -1,0 +1,187 @@
+"""The demo: two stages of training on the embedded benchmark, two evaluations, a picture with labels of your own.
+
+    zs3 demo [--output_dir runs/demo]
+
+It trains and evaluates through the public commands, each a process of its own, and can be interrupted and started
+again. Stage 2 is told which unseen classes an image shows (ground-truth IMAGE labels, Table 5's third row);
+it never sees an unseen mask.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline_zs3 import Zs3Pipeline
+from zs3.checkpoints import load_checkpoint
+from zs3.command_line import (
+    Arguments,
+    Count,
+    InputError,
+    OutputFolder,
+    Pictures,
+    Processes,
+    flag,
+    printable,
+    read_arguments,
+)
+from zs3.data.records import load_split
+from zs3.evaluation.figure import draw_figures
+from zs3.evaluation.pictures import save_picture, stack
+from zs3.evaluation.results import Result, read_result
+from zs3.files import lock_folder, markdown_table, percent, write_text
+from zs3.scenes.dataset import write_dataset
+from zs3.scores.means import GeneralizedScores
+
+OWN_LABELS = [
+    "sky",
+    "grass",
+    {"name": "water", "templates": ["a photo of {}.", "a picture of {}."]},
+    "green cross",
+    "red circle",
+    ["red square", "a red square"],
+    "stone wall",
+    "blue heart",
+]
+
+
+@dataclass
+class DemoArgs(Arguments):
+    """Sizes of the demo; the defaults take about 7 minutes on 2 CPU cores, with half of the recipes' steps."""
+
+    output_dir: OutputFolder = flag("runs/demo", "Folder for everything the demo makes.")
+    num_train: Pictures = flag(3000, "Training scenes.")
+    num_validation: Pictures = flag(200, "Validation scenes.")
+    stage1_steps: Count = flag(600, "Optimizer steps; the recipe has 1400.")
+    stage2_steps: Count = flag(250, "Optimizer steps; the recipe has 500.")
+    num_processes: Processes | None = flag(None, "Training processes; default: 2 on CPU, 1 on a GPU.")
+    num_pictures: Pictures = flag(6, "Validation scenes that are drawn.")
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use; fewer than the machine has, in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launch(script: str, num_processes: int, *flags: object) -> None:
+    """`accelerate launch script flags`, in num_processes; an error of the command ends the demo."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", "--num_processes", str(num_processes)]
+    environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")
+    if not torch.cuda.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"
+        # More threads than cores make small models many times slower.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores() // num_processes)))
+    if num_processes > 1:
+        command.append("--multi_gpu")  # the launcher's word for several processes, CPU ones too
+    command += [script, *(str(word) for word in flags)]
+    if subprocess.run(command, env=environment).returncode != 0:
+        raise InputError(
+            f"{script} failed, its error is above; once that is mended, the same command goes on from here"
+        )
+
+
+def train_stage(recipe: str, data: Path, output_dir: Path, processes: int, steps: int, *flags: object) -> None:
+    launch(
+        "train.py",
+        processes,
+        "--config",
+        Path("recipes", recipe),
+        "--dataset",
+        data,
+        "--output_dir",
+        output_dir,
+        "--max_steps",
+        steps,
+        *flags,
+    )
+
+
+def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
+    """The pipeline with a label list of its own, on the first validation scene; returns the labels found."""
+    image, _, _ = load_split(data, "validation")[0]
+    network, processor = load_checkpoint(str(model))
+    segment = Zs3Pipeline(model=network, processor=processor, image_processor=processor.image_processor)
+    result = segment(image, candidate_labels=OWN_LABELS, output="map")
+    save_picture(segment.draw(image, result), path)
+    return [result["labels"][index] for index in np.unique(result["segmentation"])]
+
+
+def write_report(folder: Path, results: dict[str, Result], pictures: list[Path], found: list[str]) -> str:
+    """runs/demo/report.md, from the result files; returns its table."""
+    rows = []
+    for title, result in results.items():
+        low, high = result["confidence_intervals"]["hiou"]
+        means = (percent(result[name]) for name in GeneralizedScores._fields)
+        rows.append([title, *means, f"{percent(low)} to {percent(high)}"])
+    scores = "\n".join(markdown_table(["model", "mIoU(S)", "mIoU(U)", "hIoU", "hIoU, 95 % interval"], rows))
+    images = "\n\n".join(f"![{path.stem}]({path.relative_to(folder)})" for path in pictures)
+    text = f"""# Demo report
+
+Synthetic benchmark `scenes`, validation split, one seed. Generalised zero-shot setting: all 20 names are candidates.
+Stage 2 was told which unseen classes each training image shows (ground-truth image labels), never where.
+
+{scores}
+
+## Validation scenes
+
+{images}
+
+## A label list of its own
+
+![own labels](own_labels.png)
+
+Labels found: {", ".join(found)}.
+"""
+    write_text(folder / "report.md", printable(text))
+    return scores
+
+
+def main() -> None:
+    args, _ = read_arguments(DemoArgs)
+    if not Path("train.py").exists():
+        raise InputError("train.py is not here: start the demo from the root of the repository")
+    with lock_folder(Path(args.output_dir)):
+        demonstrate(args, Path(args.output_dir))
+
+
+def demonstrate(args: DemoArgs, folder: Path) -> None:
+    """The six steps, into a folder that is nobody else's now."""
+    data, stage1, stage2 = folder / "scenes", folder / "stage1", folder / "stage2"
+    processes = args.num_processes or (1 if torch.cuda.is_available() else min(2, cpu_cores()))
+
+    print("1/6  rendering the scenes", flush=True)
+    if not data.exists():
+        write_dataset(data, args.num_train, args.num_validation, seed=0)
+    counts = (len(load_split(data, "train")), len(load_split(data, "validation")))
+    if counts != (args.num_train, args.num_validation):
+        raise InputError(f"{data} holds {counts[0]} and {counts[1]} scenes: delete it, or choose another --output_dir")
+    print("2/6  stage 1: masks and names of the seen classes", flush=True)
+    train_stage("scenes_stage1.yaml", data, stage1, processes, args.stage1_steps)
+    print("3/6  evaluation of stage 1", flush=True)
+    launch("eval.py", processes, "--model", stage1 / "final", "--dataset", data, "--output", stage1 / "gzs3.json")
+    print("4/6  stage 2: Eq. 5-8 with GROUND-TRUTH IMAGE LABELS for unseen classes, no unseen mask", flush=True)
+    start = ("--init_from", stage1 / "final")
+    train_stage("scenes_stage2_ground_truth.yaml", data, stage2, processes, args.stage2_steps, *start)
+    print("5/6  evaluation of stage 2", flush=True)
+    launch("eval.py", processes, "--model", stage2 / "final", "--dataset", data, "--output", stage2 / "gzs3.json")
+    print("6/6  pictures", flush=True)
+    records, stages = load_split(data, "validation"), {"stage 1": stage1 / "final", "stage 2": stage2 / "final"}
+    pictures = draw_figures(records, stages, range(min(args.num_pictures, len(records))), folder / "pictures")
+    stack(pictures[:3], folder / "pictures.png")
+    found = draw_own_labels(data, stage2 / "final", folder / "own_labels.png")
+    results = {
+        title: read_result(path / "gzs3.json", (*GeneralizedScores._fields, "confidence_intervals.hiou"))
+        for title, path in {
+            "stage 1 (seen classes only)": stage1,
+            "stage 2 (ground-truth image labels)": stage2,
+        }.items()
+    }
+    print(write_report(folder, results, pictures, found))
+    print(f"report    {folder / 'report.md'}")
+    print(f"pictures  {folder / 'pictures'}, {folder / 'own_labels.png'}")
+    print(f"model     {stage2 / 'final'}")

@@ -1,0 +1,159 @@
+"""Intervals of scores: images drawn again, with replacement, and the scores of each draw."""
+
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from configuration_zs3 import Refused, check_names
+from files_zs3 import decoding
+from zs3.command_line import InputError, shown
+
+RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap: that many x N counts
+LEVEL = 0.95  # of the intervals
+MOST_OF_AREAS = 2**29  # bytes, unpacked; a class in an image takes 40
+
+
+class ImageAreas(NamedTuple):
+    """The areas that make up IoU, of every class in every image: (C, N) int64 each, in pixels, sparse."""
+
+    intersection: csr_array
+    truth: csr_array
+    predicted: csr_array
+
+
+class SavedImages(NamedTuple):
+    """What `save_images` wrote."""
+
+    class_names: list[str]  # C
+    image_ids: list[str | None]  # N
+    areas: ImageAreas
+
+
+class Bootstrap(NamedTuple):
+    """Scores and IoU in R resamples of the images; NaN where a resample has no class to take the mean over.
+
+    scores: (R,) by name, those of `scores_of_areas`. iou: (R, C).
+    """
+
+    scores: dict[str, np.ndarray]
+    iou: np.ndarray
+
+    def intervals(self, level: float = LEVEL) -> dict[str, tuple[float, float]]:
+        """(low, high) of each score."""
+        return {name: interval(values, level) for name, values in self.scores.items()}
+
+    def class_intervals(self, level: float = LEVEL) -> np.ndarray:
+        """(C, 2) low and high of the IoU of each class. They are not corrected for the number of classes."""
+        return np.array([interval(values, level) for values in self.iou.T])
+
+
+def images_path(result: Path) -> Path:
+    """Where the areas of the images lie that the numbers of a result file are made of."""
+    return result.with_name(f"{result.stem}_images.npz")
+
+
+def load_images(path: Path) -> SavedImages:
+    """What `save_images` wrote there."""
+    if not path.exists():
+        raise InputError(f"{shown(path)} does not exist: eval.py writes it beside its --output; evaluate again")
+    try:
+        with decoding():
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > MOST_OF_AREAS:
+                    raise Refused(f"it is more than {MOST_OF_AREAS:,} bytes unpacked")
+            with np.load(path, allow_pickle=False) as file:
+                names, ids, image, rows = (file[name] for name in ("class_names", "image_ids", "image", "rows"))
+            _check_arrays(names, ids, image, rows)
+            areas = image_areas(rows, image, len(names), len(ids))
+    except Refused as error:
+        raise InputError(f"{shown(path)} is no file of image areas, or is broken: evaluate again") from error
+    return SavedImages(names.tolist(), [image_id or None for image_id in ids.tolist()], areas)
+
+
+def _check_arrays(names: np.ndarray, ids: np.ndarray, image: np.ndarray, rows: np.ndarray) -> None:
+    """Raises ValueError where these are not what `save_images` writes: class_names, image_ids, image and rows."""
+    for texts in (names, ids):
+        if texts.dtype.kind != "U" or texts.ndim != 1:
+            raise ValueError("names and ids are texts")
+    check_names(names.tolist())
+    for numbers, shape in ((image, (len(rows),)), (rows, (len(rows), 4))):
+        if numbers.dtype != np.int64 or numbers.shape != shape:
+            raise ValueError("image and rows are whole numbers, as many as there are classes in images")
+    place, (intersection, truth, predicted) = rows[:, 0], rows[:, 1:].T
+    for values, end in ((image, len(ids)), (place, len(names))):
+        if len(values) and not 0 <= values.min() <= values.max() < end:
+            raise ValueError("a row is of an image or a class that is not there")
+    if len(rows) and (intersection.min() < 0 or (intersection > np.minimum(truth, predicted)).any()):
+        raise ValueError("an intersection lies in the areas that it is of")
+    if rows[:, 1:].sum(axis=0, dtype=np.float64).max() >= 2**53:
+        raise ValueError("more pixels than are counted exactly")
+    if len(np.unique(image * len(names) + place)) != len(rows):
+        raise ValueError("a class has one row in an image")
+
+
+def summed_areas(areas: ImageAreas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """intersection, truth, predicted over all of the images, each (C,) in pixels."""
+    intersection, truth, predicted = (area.sum(axis=1) for area in areas)
+    return intersection, truth, predicted
+
+
+def resampled_areas(areas: ImageAreas, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """intersection, truth, predicted over the images of each resample, which draws N images with replacement: (R, C).
+
+    The same seed draws the same places among N images, whatever their areas: two models are compared in pairs.
+    """
+    num_classes, num_images = areas.truth.shape
+    summed = np.zeros((3, resamples, num_classes), dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples if num_images else 0, RESAMPLES_AT_ONCE):
+        part = summed[:, start : start + RESAMPLES_AT_ONCE]
+        drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=part.shape[1])  # (R, N)
+        for own, area in zip(part, areas, strict=True):
+            own[:] = (area @ drawn.T).T
+    intersection, truth, predicted = summed
+    return intersection, truth, predicted
+
+
+def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """The quantiles between which `level` of the values lie, as many above as below; NaN values are left out."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def runs(prediction: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two flat maps (P,) as runs of equal neighbours: prediction, label and pixels of each, int64.
+
+    Objects are wider than a pixel, so that all further work is on a few percent of the pixels.
+    """
+    first = np.ones(label.size, dtype=bool)
+    np.not_equal(label[1:], label[:-1], out=first[1:])
+    first[1:] |= prediction[1:] != prediction[:-1]
+    (starts,) = np.nonzero(first)
+    pixels = np.diff(starts, append=label.size)
+    return prediction[starts].astype(np.int64), label[starts].astype(np.int64), pixels
+
+
+def summed(place: np.ndarray, pixels: np.ndarray, size: int) -> np.ndarray:
+    """(size,) int64: the pixels at each place; what lies beyond is left out."""
+    total = np.bincount(place, weights=pixels, minlength=size)[:size]  # float64 is exact here: far below 2**53
+    return total.astype(np.int64)
+
+
+def all_rows(images: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty((0, 4), dtype=np.int64), *images])
+
+
+def image_of_rows(images: list[np.ndarray]) -> np.ndarray:
+    return np.repeat(np.arange(len(images)), np.array([len(rows) for rows in images], dtype=np.int64))
+
+
+def image_areas(rows: np.ndarray, image: np.ndarray, num_classes: int, num_images: int) -> ImageAreas:
+    """rows: (K, 4) class, intersection, truth, predicted; image: (K,) the place of the image of each row."""
+    shape = (num_classes, num_images)
+    return ImageAreas(*(csr_array((rows[:, column], (rows[:, 0], image)), shape=shape) for column in (1, 2, 3)))

@@ -1,0 +1,322 @@
+"""Calibration: the seen/unseen curve, how far confidences can be believed, and where to answer "none of these".
+
+Three counters, fed image by image with what `semantic_map` knows of every pixel. Their memory does not grow with the
+number of images. All they add up are whole numbers, so that parts of a dataset merge into exactly the whole, in any
+order.
+
+SeenBiasCurve: mIoU(S), mIoU(U) and hIoU for every bias gamma off the seen classes' scores, from one pass.
+Reliability: accuracy by confidence, and the expected calibration error.
+Rejection: how well the confidence tells pixels of other classes, and a threshold that bounds the share of wrong labels.
+
+Axes: H W pixels, C classes, G gammas, T levels of the confidence.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from label_maps_zs3 import SemanticMap
+from zs3.command_line import InputError
+from zs3.files import finite_or_none
+from zs3.scores.means import Absent, headline_scores, iou_of_areas
+
+# Gaps between the best seen and the best unseen score are of any order of magnitude: about 1 where the model is sure,
+# some thousandths where it hardly tells hundreds of classes apart. So 32 gammas to each doubling: neighbours differ by
+# 1.6 to 3.1 %. From 2^-12, below which a bias decides next to nothing, to 8: Eq. 4 sums over queries, and more than a
+# few never cover one pixel. All are exact in float32.
+_SIZES = np.ldexp(1 + np.arange(32) / 32, np.arange(-12, 3)[:, None]).ravel()
+GAMMAS = np.concatenate([[-np.inf], -_SIZES[::-1], [0], _SIZES, [np.inf]])  # (G,), ascending
+UNBIASED = len(_SIZES) + 1  # the place of 0
+
+BINS = 15  # Guo et al. 2017
+# Thresholds are multiples of 2^-16, about what confidences are off by (1e-5). Being exact in float32, they divide
+# pixels here as they do in the pipeline.
+LEVELS = 2**16
+UNIT = 2**24  # confidences and shares are added up as whole multiples of 1 / UNIT, the grain of float32 below 1
+
+OUTSIDER = -1  # in a label map: the true class is none of the candidates
+
+
+class SeenBiasCurve:
+    """Intersections and areas of every class for all GAMMAS (Chao et al. 2016), which are taken off the seen scores.
+
+    The best seen class, the best unseen class and the gap between their scores say what a pixel becomes at any gamma.
+    Below, a pixel's switch is the number of GAMMAS with which its seen class wins.
+
+    predicted, intersection: (C, G + 1) int64, pixels by the class in question and their switch. truth: (C,) int64.
+    """
+
+    def __init__(self, is_seen: Sequence[bool] | Tensor | np.ndarray, ignore_index: int):
+        self.is_seen = np.asarray(is_seen, dtype=bool)
+        if self.is_seen.all() or not self.is_seen.any():
+            raise InputError("a curve of seen against unseen classes needs both: the candidates are all of one kind")
+        self.ignore_index = ignore_index
+        shape = len(self.is_seen), len(GAMMAS) + 1
+        self.predicted, self.intersection = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        self.truth = np.zeros(len(self.is_seen), dtype=np.int64)
+
+    def update(self, found: SemanticMap, label: Tensor | np.ndarray) -> None:
+        """Counts one image. found: with the winners among seen and unseen. label: (H, W), 0 to C - 1, or ignored."""
+        label, labelled = _labelled(label, found, self.ignore_index)
+        classes, switches = self.predicted.shape
+        if len(label) and not 0 <= label.min() <= label.max() < classes:
+            raise InputError(
+                f"label map holds ids from {label.min()} to {label.max()} besides the ignored {self.ignore_index}; "
+                f"they must lie in 0 to {classes - 1}"
+            )
+        winners = found.label_map, found.seen_map, found.unseen_map, found.seen_score, found.unseen_score
+        winner, seen, unseen, seen_score, unseen_score = (values.masked_select(labelled) for values in winners)
+        switch = _switch(seen_score.double() - unseen_score.double(), seen < unseen, winner == seen)
+        place = label * switches + switch
+        for guess in (seen, unseen):  # no class is in both
+            self.predicted += _counts(guess * switches + switch, self.predicted.size).reshape(self.predicted.shape)
+            hits = place.masked_select(label == guess)
+            self.intersection += _counts(hits, self.predicted.size).reshape(self.predicted.shape)
+        self.truth += _counts(label, classes)
+
+    def merge(self, other: "SeenBiasCurve") -> None:
+        """Adds the counts of another part of the dataset."""
+        if not np.array_equal(self.is_seen, other.is_seen) or self.ignore_index != other.ignore_index:
+            raise ValueError("curves of two label spaces cannot be merged")
+        self.predicted += other.predicted
+        self.intersection += other.intersection
+        self.truth += other.truth
+
+    @property
+    def has_both(self) -> bool:
+        """Whether some pixel is of a seen, and some of an unseen class: without, there is no curve to speak of."""
+        return bool(self.truth[self.is_seen].any() and self.truth[~self.is_seen].any())
+
+    def iou(self, absent: Absent = "union") -> np.ndarray:
+        """(G, C) in [0, 1], NaN for the classes that are left out of means: see ConfusionMatrix.iou."""
+        intersection, predicted = (self._with_bias(counts) for counts in (self.intersection, self.predicted))
+        return iou_of_areas(intersection, self.truth, predicted, absent)
+
+    def _with_bias(self, counts: np.ndarray) -> np.ndarray:
+        """(C, G + 1) by switch -> (G, C) pixels at each gamma: a seen class has those that have not switched yet."""
+        switched = counts.cumsum(axis=1)
+        seen = switched[:, -1:] - switched
+        return np.where(self.is_seen[:, None], seen, switched)[:, :-1].T
+
+    def result(self, absent: Absent = "union", every: int = 8) -> dict:
+        """Plain numbers in [0, 1], None where there is nothing to take a mean over.
+
+        points: lists of equal length, gamma ascending, miou_seen, miou_unseen, hiou and miou: one in `every` of
+            the finite GAMMAS, with 0 and the best. The rest is of all GAMMAS.
+        seen_only, unseen_only: the same scores at gamma = -inf and inf. unbiased: at 0. best: at the gamma with the
+            largest hiou, of equal ones the smallest bias.
+        area: of all (mIoU(U), mIoU(S)), x and y, that some gamma reaches or exceeds in both. It is summed in steps:
+            nothing is claimed between two gammas. Chao et al. 2016 take the area under the curve of accuracies
+            (AUSUC), which falls all the way; a curve of IoUs also turns back, as too large a bias takes from both.
+        """
+        columns = {"gamma": GAMMAS, **headline_scores(self.iou(absent), self.is_seen)}
+        rows = [dict(zip(columns, row, strict=True)) for row in np.stack(list(columns.values()), axis=1).tolist()]
+        rows = finite_or_none(rows)
+        finite = [row for row in rows if row["gamma"] is not None]
+        seen_only, unseen_only = ({name: row[name] for name in row if name != "gamma"} for row in (rows[0], rows[-1]))
+        best = best_point(finite)
+        shown = [row for place, row in enumerate(finite) if place % every == 0 or row is best or row["gamma"] == 0]
+        ends = [row for row in rows if row["miou_seen"] is not None and row["miou_unseen"] is not None]
+        return {
+            "absent": absent,
+            "area": _attained_area([(row["miou_unseen"], row["miou_seen"]) for row in ends]) if ends else None,
+            "unbiased": rows[UNBIASED],
+            "best": best,
+            "seen_only": seen_only,
+            "unseen_only": unseen_only,
+            "points": {name: [row[name] for row in shown] for name in rows[0]},
+        }
+
+
+def best_point(points: list[dict]) -> dict | None:
+    """Of points of a curve, the one with the largest hiou, of equal ones the one with the smallest bias."""
+    rated = [point for point in points if point["hiou"] is not None]
+    return max(rated, key=lambda point: (point["hiou"], -abs(point["gamma"])), default=None)
+
+
+def _switch(gap: Tensor, seen_first: Tensor, seen_wins: Tensor) -> Tensor:
+    """(P,) int64: with how many GAMMAS the seen class wins.
+
+    gap: (P,) float64, the best seen score less the best unseen one. seen_first: (P,) bool, which index is lower, and so
+    wins where gamma is the gap. seen_wins: (P,) bool, the winner at gamma = 0, which was decided more exactly.
+    """
+    gammas = torch.as_tensor(GAMMAS, device=gap.device)
+    switch = torch.bucketize(gap, gammas)  # the gammas below the gap
+    switch += seen_first & (gammas[switch] == gap)
+    return torch.where(seen_wins, switch.clamp(min=UNBIASED + 1), switch.clamp(max=UNBIASED))
+
+
+def _attained_area(points: list[tuple[float, float]]) -> float:
+    """Area of the union of the rectangles from (0, 0) to each point (x, y) in [0, 1]."""
+    x, y = np.array(sorted(points, reverse=True)).T
+    return float(np.sum((x - np.append(x[1:], 0)) * np.maximum.accumulate(y)))
+
+
+class Reliability:
+    """Confidence against accuracy, by BINS equal bins of confidence: (0, 1/15], (1/15, 2/15], ..., the first with 0.
+
+    count, correct: (BINS,) int64, pixels. confidence: (BINS,) int64, their sum, each rounded to 1 / UNIT.
+    """
+
+    def __init__(self, ignore_index: int):
+        self.ignore_index = ignore_index
+        self.count, self.correct, self.confidence = np.zeros((3, BINS), dtype=np.int64)
+
+    def update(self, found: SemanticMap, label: Tensor | np.ndarray) -> None:
+        """Counts one image. label: (H, W), the true class, or ignored; found: as it is without a bias."""
+        label, labelled = _labelled(label, found, self.ignore_index)
+        confidence = found.confidence.masked_select(labelled).double()
+        place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
+        self.count += _counts(place, BINS)
+        self.correct += _counts(place.masked_select(found.label_map.masked_select(labelled) == label), BINS)
+        # Whole numbers whose sum stays below 2^53 for images of up to 2^29 pixels are added without rounding.
+        sums = torch.bincount(place, weights=(confidence * UNIT).round(), minlength=BINS)
+        self.confidence += sums.long().cpu().numpy()
+
+    def merge(self, other: "Reliability") -> None:
+        """Adds the counts of another part of the dataset."""
+        self.count += other.count
+        self.correct += other.correct
+        self.confidence += other.confidence
+
+    def result(self) -> dict:
+        """bins: low, high, count, and the mean confidence and the accuracy, in [0, 1], None in an empty bin.
+
+        ece: expected calibration error (Guo et al. 2017), the mean over pixels of |accuracy - mean confidence| of their
+        bin, in [0, 1]; None without pixels.
+        """
+        bins, off = [], 0.0
+        rows = zip(self.count.tolist(), self.correct.tolist(), self.confidence.tolist(), strict=True)
+        for place, (count, correct, confidence) in enumerate(rows):
+            means = {"confidence": None, "accuracy": None}
+            if count:
+                means = {"confidence": confidence / UNIT / count, "accuracy": correct / count}
+                off += abs(correct - confidence / UNIT)
+            bins.append({"low": place / BINS, "high": (place + 1) / BINS, "count": count, **means})
+        pixels = int(self.count.sum())
+        return {"pixels": pixels, "ece": off / pixels if pixels else None, "bins": bins}
+
+
+class Rejection:
+    """ "None of these" where the confidence is below a threshold, as the pipeline's `background="reject"` does it.
+
+    Thresholds are t / LEVELS, t = 0 to LEVELS; a pixel is accepted where its confidence is the threshold or more.
+    Images are halved by a hash of their ids: one half to choose a threshold with, the other to check it on.
+
+    insiders, outsiders: (T,) int64, pixels by the level of their confidence, of the candidates' classes and of others.
+    images: (2,) int64, calibration and check half. wrong, accepted: (2, T) int64, sums over their images of the share
+    of an image's labelled pixels that threshold t accepts and that are wrong, or that it accepts at all; each rounded
+    up to a multiple of 1 / UNIT, which keeps sums exact, and the guarantee true.
+    """
+
+    def __init__(self, ignore_index: int):
+        self.ignore_index = ignore_index
+        self.insiders, self.outsiders = np.zeros((2, LEVELS + 1), dtype=np.int64)
+        self.images = np.zeros(2, dtype=np.int64)
+        self.wrong, self.accepted = np.zeros((2, 2, LEVELS + 1), dtype=np.int64)
+
+    def update(self, found: SemanticMap, label: Tensor | np.ndarray, image_id: str) -> None:
+        """Counts one image. label: (H, W), the true class, OUTSIDER where it is no candidate, or ignored."""
+        label, labelled = _labelled(label, found, self.ignore_index)
+        pixels = len(label)
+        if not pixels:
+            return  # it has no share of anything
+        level = (found.confidence.masked_select(labelled) * LEVELS).long()
+        outside, wrong = label == OUTSIDER, found.label_map.masked_select(labelled) != label
+        by_level = _counts(level, LEVELS + 1)
+        outsiders = _counts(level.masked_select(outside), LEVELS + 1)
+        self.insiders += by_level - outsiders
+        self.outsiders += outsiders
+        half = int(in_check_half(image_id))
+        self.images[half] += 1
+        for total, counts in ((self.wrong, _counts(level.masked_select(wrong), LEVELS + 1)), (self.accepted, by_level)):
+            total[half] += -(-_from_above(counts) * UNIT // pixels)  # rounded up
+
+    def merge(self, other: "Rejection") -> None:
+        """Adds the counts of another part of the dataset."""
+        self.insiders += other.insiders
+        self.outsiders += other.outsiders
+        self.images += other.images
+        self.wrong += other.wrong
+        self.accepted += other.accepted
+
+    def result(self, alpha: float = 0.1) -> dict:
+        """How well the confidence tells outsiders, and the threshold for a share of wrong labels of at most alpha.
+
+        auroc: how often an insider has more confidence than an outsider, over all pairs of pixels, ties count half.
+        threshold_at_95: the largest threshold that accepts at least 95 % of the insiders; fpr_at_95: the share of the
+            outsiders that it accepts. None without insiders or without outsiders.
+        conformal: see `conformal_threshold`; wrong_share and accepted_share are means over the images of the check
+            half, which did not take part in the choice.
+        """
+        if not 0 < alpha < 1:
+            raise InputError(f"alpha, the share of wrong labels allowed, must lie between 0 and 1, got {alpha}")
+        insiders, outsiders = _from_above(self.insiders), _from_above(self.outsiders)  # accepted at each threshold
+        auroc = threshold = fpr = None
+        if insiders[0] and outsiders[0]:
+            better = insiders - self.insiders / 2  # insiders above the level, and half of those on it
+            auroc = float(np.sum(self.outsiders / outsiders[0] * (better / insiders[0])))
+            (enough,) = np.nonzero(20 * insiders >= 19 * insiders[0])
+            threshold, fpr = int(enough[-1]) / LEVELS, float(outsiders[enough[-1]] / outsiders[0])
+        (calibration, check), place = self.images.tolist(), conformal_threshold(self.wrong[0], self.images[0], alpha)
+        shares = {"wrong_share": None, "accepted_share": None}
+        if check and place is None:
+            shares = {"wrong_share": 0.0, "accepted_share": 0.0}
+        elif check:
+            wrong, accepted = (float(total[1, place] / UNIT / check) for total in (self.wrong, self.accepted))
+            shares = {"wrong_share": wrong, "accepted_share": accepted}
+        return {
+            "insiders": int(insiders[0]),
+            "outsiders": int(outsiders[0]),
+            "auroc": auroc,
+            "threshold_at_95": threshold,
+            "fpr_at_95": fpr,
+            "conformal": {
+                "alpha": alpha,
+                "threshold": None if place is None else place / LEVELS,
+                "rejects_everything": place is None,
+                "num_calibration_images": calibration,
+                "num_check_images": check,
+                **shares,
+            },
+        }
+
+
+def conformal_threshold(wrong: np.ndarray, images: int, alpha: float) -> int | None:
+    """Conformal risk control (Angelopoulos et al. 2022): the least t with (sum of losses + 1) / (images + 1) <= alpha.
+
+    wrong: (T,), the sum over calibration images of their loss at threshold t, in units of 1 / UNIT. A loss is the share
+    of an image's labelled pixels that are accepted and wrong: it never grows with t, and is at most 1.
+    Then a new image has a share of wrong labels of at most alpha: on average over images, and over the choice of the
+    calibration images, if all are exchangeable (drawn alike and independently, say; frames of one video are not). None
+    where no t does it, as with less than 1 / alpha - 1 images: reject everything.
+    """
+    (safe,) = np.nonzero((wrong / UNIT + 1) / (images + 1) <= alpha)
+    return int(safe[0]) if len(safe) else None
+
+
+def in_check_half(image_id: str) -> bool:
+    """Whether an image is of the half that checks the threshold; the same on every process."""
+    return bool(hashlib.sha256(image_id.encode()).digest()[0] % 2)
+
+
+def _labelled(label: Tensor | np.ndarray, found: SemanticMap, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The labels (P,) int64 of the pixels that count, where the maps are, and which those are, (H, W) bool."""
+    label = torch.as_tensor(label, device=found.label_map.device).long()
+    if label.shape != found.label_map.shape:
+        raise ValueError(f"prediction has shape {tuple(found.label_map.shape)}, but the label map {tuple(label.shape)}")
+    labelled = label != ignore_index
+    return label.masked_select(labelled), labelled
+
+
+def _counts(places: Tensor, length: int) -> np.ndarray:
+    """(length,) int64."""
+    return torch.bincount(places, minlength=length).cpu().numpy()
+
+
+def _from_above(counts: np.ndarray) -> np.ndarray:
+    """(T,) -> (T,): how many have level t or more."""
+    return counts[::-1].cumsum()[::-1]

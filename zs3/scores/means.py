@@ -1,0 +1,128 @@
+"""IoU of areas, and its means over seen and unseen classes."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Absent = Literal["union", "truth"]
+SCORES = {
+    "miou_seen": "mIoU(S)",
+    "miou_unseen": "mIoU(U)",
+    "hiou": "hIoU",
+    "miou": "mIoU",
+    "pixel_accuracy": "pixel accuracy",
+    "frequency_weighted_iou": "frequency-weighted IoU",
+}  # by their names in result files, as they are printed
+
+
+class GeneralizedScores(NamedTuple):
+    """Dataset-level means of IoU, in [0, 1]; NaN where there is no class to take the mean over."""
+
+    miou_seen: float
+    miou_unseen: float
+    hiou: float
+
+
+def headline_scores(iou: np.ndarray, is_seen: Sequence[bool] | Tensor | np.ndarray) -> dict[str, np.ndarray]:
+    """iou (..., C) -> miou, miou_seen, miou_unseen and hiou, each (...)."""
+    generalized = _generalized(iou, class_mask(is_seen, iou.shape[-1]))
+    return {"miou": _nanmean(iou), **dict(zip(GeneralizedScores._fields, generalized, strict=True))}
+
+
+def scores_of_areas(
+    intersection: np.ndarray,
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    is_seen: Sequence[bool] | Tensor | np.ndarray,
+    absent: Absent,
+) -> dict[str, np.ndarray]:
+    """Areas (..., C) in pixels -> the scores named in SCORES, each (...) in [0, 1]; NaN without a labelled pixel.
+
+    Pixel accuracy is the share of the labelled pixels that got their true class. Frequency-weighted IoU weights each
+    class by them: one that the truth has not got weighs nothing, so both rules for absent classes give one number.
+    """
+    iou, pixels = iou_of_areas(intersection, truth, predicted, absent), truth.sum(axis=-1)
+    return headline_scores(iou, is_seen) | {
+        "pixel_accuracy": ratio(intersection.sum(axis=-1), pixels),
+        "frequency_weighted_iou": ratio(np.nansum(truth * iou, axis=-1), pixels),
+    }
+
+
+def class_mask(is_seen: Sequence[bool] | Tensor | np.ndarray, num_classes: int) -> np.ndarray:
+    """is_seen as (C,) bool; anything else is refused."""
+    mask = np.asarray(_on_cpu(is_seen))
+    if mask.shape != (num_classes,) or mask.dtype != np.bool_:
+        raise ValueError(f"is_seen must be ({num_classes},) bool, not {mask.shape} {mask.dtype}")
+    return mask
+
+
+def generalized_scores(
+    iou: Sequence[float] | Tensor | np.ndarray, is_seen: Sequence[bool] | Tensor | np.ndarray
+) -> GeneralizedScores:
+    """Means of IoU over the seen and over the unseen classes, and their harmonic mean (0 if both are 0).
+
+    iou: (C,) in [0, 1] over the whole dataset; NaN classes are left out. is_seen: (C,) bool.
+    """
+    iou = np.asarray(_on_cpu(iou), dtype=np.float64)
+    return GeneralizedScores(*(float(score) for score in _generalized(iou, class_mask(is_seen, len(iou)))))
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
+    """Area under the precision-recall curve in steps, in [0, 1]; NaN where nothing is true.
+
+    scores: (N,). truth: (N,) bool. Equal scores enter together, so their order makes no difference: each distinct
+    score adds the recall it brings, times the precision from there up.
+    """
+    if not np.any(truth):
+        return float("nan")
+    order = np.argsort(-scores)
+    scores, truth = scores[order], truth[order]
+    (last,) = np.nonzero(np.append(scores[1:] != scores[:-1], True))  # of each group of equal scores
+    hits = np.cumsum(truth)[last]
+    return float(np.sum(np.diff(hits, prepend=0) / hits[-1] * hits / (last + 1)))
+
+
+def _generalized(iou: np.ndarray, is_seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """iou (..., C) -> miou_seen, miou_unseen, hiou, each (...)."""
+    seen, unseen = _nanmean(iou[..., is_seen]), _nanmean(iou[..., ~is_seen])
+    total = seen + unseen
+    return seen, unseen, np.where(total == 0, 0.0, 2 * ratio(seen * unseen, total))
+
+
+def class_areas(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """counts (C, C + 1) -> intersection, truth, predicted, each (C,) in pixels."""
+    return np.diagonal(counts), counts.sum(axis=1), counts[:, :-1].sum(axis=0)
+
+
+def iou_of_areas(intersection: np.ndarray, truth: np.ndarray, predicted: np.ndarray, absent: Absent) -> np.ndarray:
+    iou = ratio(intersection, truth + predicted - intersection)
+    if absent == "union":
+        return iou
+    if absent == "truth":
+        return np.where(truth == 0, np.nan, iou)
+    raise ValueError(f"absent is 'union' or 'truth', not {absent!r}")
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """NaN, without a warning, where the denominator is 0."""
+    denominator = np.asarray(denominator, dtype=np.float64)
+    return np.asarray(numerator) / np.where(denominator == 0, np.nan, denominator)
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """(..., C) -> (...): the mean of what is not NaN; NaN if nothing is."""
+    return ratio(np.nansum(values, axis=-1), np.count_nonzero(~np.isnan(values), axis=-1))
+
+
+def integers(values: Tensor | np.ndarray, name: str) -> np.ndarray:
+    values = np.asarray(_on_cpu(values))
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"{name} must hold integers, not {values.dtype}")
+    return values
+
+
+def _on_cpu(values: object) -> object:
+    return values.detach().cpu() if isinstance(values, torch.Tensor) else values

@@ -1,0 +1,1 @@
+"""One training run: its flags, its start, its processes, its data, its folder."""

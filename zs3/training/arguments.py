@@ -1,0 +1,178 @@
+"""The flags of train.py."""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from configuration_zs3 import Zs3Config
+from zs3.checkpoints import CHECKPOINT_ERRORS, refusal
+from zs3.command_line import (
+    Amount,
+    Arguments,
+    Batch,
+    Count,
+    InputError,
+    OutputFolder,
+    Pixels,
+    Positive,
+    PositiveShare,
+    Seed,
+    Share,
+    Side,
+    Some,
+    Whole,
+    Workers,
+    check_required,
+    flag,
+    model_fields,
+)
+from zs3.data.image_labels import Setting
+
+# Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
+FILLED_IN = ("class_names", "seen_class_names")
+
+
+TOWERS = ("text_config", "vision_config")  # come from a checkpoint; null leaves one out
+
+
+@dataclass
+class TrainArgs(Arguments):
+    """One training run. Section numbers are the paper's; its values are the defaults."""
+
+    dataset: str | None = flag(None, "Folder or Hub id of the training data.")
+    output_dir: OutputFolder | None = flag(None, "Folder for checkpoints, metrics and the final model.")
+    split: str = flag("train", "Split of the dataset to train on.")
+    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    streaming: bool = flag(False, "Read shard after shard, from the disk or the Hub, without a copy in the cache.")
+    shuffle_buffer: Count = flag(
+        1000, "Pictures, not decoded, that each worker of a stream shuffles among (1000 of COCO's are 0.2 GB)."
+    )
+    unseen_labels: str = flag(
+        "none",
+        "What training is told of unseen classes: 'none', and their names are not on the class axis (inductive); "
+        "image labels, from a folder of pseudo labels (the --output of zs3.pseudo_labels) or 'ground_truth', never "
+        "masks (transductive); or their 'masks' (supervised: no zero-shot training).",
+    )
+    pseudo_label_unknown_above: Share | None = flag(
+        None,
+        "Pseudo labels with a score above this, and below --pseudo_label_threshold, are unknown; default: absent.",
+    )
+
+    caption_nouns: str | None = flag(
+        None, "Further class names, from captions (the --output of zs3.nouns), told with their images (section 4.5)."
+    )
+    dropped_words: Literal["unknown", "negative"] = flag(
+        "unknown", "What a word of a caption is where it is dropped (--word_drop_probability)."
+    )
+
+    init_from: str | None = flag(None, "Checkpoint of this project to start from (stage 2).")
+    init_parts: Literal["all", "backbone"] = flag(
+        "all", "What to take of --init_from: the whole model, or its backbone (CLIP towers in either case)."
+    )
+    mask2former: str | None = flag(None, "Mask2Former checkpoint to start from (Hub id or folder).")
+    backbone: str | None = flag(None, "ImageNet backbone to start from (Hub id or folder).")
+    clip: str | None = flag(None, "CLIP checkpoint for text and image tower (Hub id or folder).")
+    text_embeds: str | None = flag(None, "Ready-made text vectors instead of a text tower: a .npy, one row a class.")
+    prompt_templates: list[str] | None = flag(
+        None, "Prompts, '{}' is the name, '{}' alone is no prompt; default: --init_from's own, or ViLD's 14."
+    )
+
+    max_steps: Count = flag(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
+    batch_size: Batch = flag(8, "Images a step, over all processes (section 4.3).")
+    device_batch_size: Batch | None = flag(
+        None, "The most images a process takes at once; a larger share of the batch goes in equal parts, one by one."
+    )
+    learning_rate: Amount = flag(5e-5, "AdamW's initial rate (section 4.3).")
+    weight_decay: Amount = flag(1e-4, "AdamW's weight decay (section 4.3); 0 on norms and embeddings.")
+    backbone_multiplier: Amount = flag(0.1, "Learning rate factor of the backbone (section 4.3).")
+    max_grad_norm: Positive = flag(0.01, "Gradient clipping, L2 over the whole model (Mask2Former's).")
+    lr_schedule: Literal["multistep", "poly"] = flag(
+        "multistep", "'multistep' (section 4.3) or 'poly' (power 0.9, the ancestors')."
+    )
+    lr_milestones: list[Whole] = flag([5_000, 80_000], "Steps at which multistep divides the rate by 10.")
+    backbone_norm: Literal["frozen", "batch", "sync"] = flag(
+        "frozen",
+        "Batch norms of the backbone: 'frozen' as the start has them (Mask2Former's), or with the statistics of each "
+        "process's images ('batch') or of all ('sync', GPUs only), as a backbone from scratch needs them.",
+    )
+    activation_checkpointing: bool = flag(False, "Less memory, more time: activations are made anew for the gradient.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the forward pass; fp16 on a GPU only.")
+
+    crop_size: Side = flag(640, "Side of the square training crop, pixels (640 COCO-Stuff, 512 VOC).")
+    short_edges: Some[Pixels] | None = flag(None, "Short edges to resize to; default: 0.5 to 2 times crop_size.")
+    max_size: Pixels = flag(2560, "Longest edge after resizing, pixels, in training and at inference.")
+    flip: bool = flag(True, "Mirror half of the images.")
+    color_jitter: bool = flag(True, "SSD's colour jitter.")
+    single_class_max_area: PositiveShare = flag(1.0, "Largest share of one class in a crop; 1 is no limit.")
+    test_short_edge: Pixels = flag(640, "Short edge at inference, pixels; stored in the image processor.")
+
+    num_workers: Workers = flag(4, "Data loading processes of each training process; 0 loads in the main one.")
+    logging_steps: Count = flag(50, "Steps between lines of metrics.jsonl.")
+    checkpointing_steps: Count = flag(5_000, "Steps between checkpoints.")
+    checkpoints_kept: Count = flag(2, "Checkpoints kept; older ones are deleted.")
+    trackers: list[str] = flag([], "Where metrics.jsonl goes too, by accelerate's names: tensorboard, wandb, ...")
+    seed: Seed = flag(0, "Of weights, data order, augmentation and point sampling.")
+
+    @property
+    def setting(self) -> Setting:
+        return {"none": "inductive", "masks": "supervised"}.get(self.unseen_labels, "transductive")
+
+    def check(self) -> None:
+        """What the parser cannot check."""
+        check_required(self, "dataset", "output_dir")
+        if self.caption_nouns is not None and self.unseen_labels != "none":
+            raise InputError("--caption_nouns are names beside the seen ones: leave out --unseen_labels")
+        if self.caption_nouns is not None and self.text_embeds is not None:
+            raise InputError("--caption_nouns need a text tower for their names: give --clip, not --text_embeds")
+        # AdamW divides the rate by 0.1 in its first step, or multiplies it with the decay.
+        largest = self.learning_rate * max(1.0, self.backbone_multiplier) * max(10.0, self.weight_decay)
+        if not largest <= torch.finfo(torch.float32).max:
+            raise InputError(
+                f"--learning_rate {self.learning_rate}, --weight_decay {self.weight_decay} and --backbone_multiplier "
+                f"{self.backbone_multiplier} are together beyond float32: give smaller ones"
+            )
+        if self.init_from is None and self.clip is None and self.text_embeds is None:
+            raise InputError(
+                "a recipe of stage 2 wants --init_from, the final/ of stage 1; stage 1 takes its text from --clip (a "
+                "checkpoint) or --text_embeds (a .npy)"
+            )
+        if self.init_from is None and self.init_parts != "all":
+            raise InputError("--init_parts says what to take of --init_from, which is missing")
+        if self.init_from is not None and (self.mask2former or self.backbone or self.clip):
+            raise InputError("--init_from brings the whole model: leave out mask2former, backbone and clip")
+        check_trackers(self.trackers)
+
+
+def check_fields(overrides: dict) -> None:
+    """Model fields of a wrong value are not the fault of the checkpoint that they would change."""
+    try:
+        Zs3Config(**overrides)
+    except CHECKPOINT_ERRORS as error:
+        raise refusal("the model's configuration", error) from error
+
+
+def resolved_recipe(args: TrainArgs, config: Zs3Config) -> dict:
+    """Every flag of the run, the model's included; it can be given to --config again."""
+    saved = config.to_dict()
+    names = [name for name in model_fields(Zs3Config) if name not in (*FILLED_IN, *TOWERS)]
+    left_out = [name for name in TOWERS if saved[name] is None]
+    return {**{name: saved[name] for name in [*names, *left_out]}, **asdict(args)}
+
+
+def recipe_defaults() -> dict:
+    """Of every flag of a recipe."""
+    return {**Zs3Config().to_dict(), **asdict(TrainArgs())}
+
+
+def check_trackers(names: list[str]) -> None:
+    """accelerate leaves out, without a word, what is not installed."""
+    known = sorted(set(LoggerType.list()) - {"all"})
+    for name in names:
+        if name not in known:
+            raise InputError(f"--trackers {name}: accelerate knows {', '.join(known)}")
+        if name not in map(str, get_available_trackers()):
+            package = "'zs3[tensorboard]'" if name == "tensorboard" else name.replace("_", "-")
+            raise InputError(f"--trackers {name} is not installed: pip install {package}, or leave it out")

@@ -1,0 +1,226 @@
+"""Records the inputs of a training run, and compares them when it resumes.
+
+A run may be stopped, and go on days later. The contents of its paths may have changed meanwhile: other classes, other
+vectors, other pictures. Its stamp says what was there at first. It also has the record of what the training saw, on
+which every zero-shot claim depends. The record never shrinks. zs3.run_folder keeps the stamps.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Required, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from configuration_zs3 import Supervision, Zs3Config, once, one_line, places, shortened
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from zs3.checkpoints import INDEX, WEIGHTS, files_sha256, local_folder, weights_sha256
+from zs3.command_line import InputError, shown
+from zs3.data.records import Split, StreamedSplit
+from zs3.label_space import LabelSpace
+from zs3.typed_json import read_json, refusal
+
+STAMP = "stamp.json"
+TOWER_WEIGHTS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
+
+# Of each key of a stamp, what is said where it has changed; in the braces are flags, and the two values.
+CHANGES = {
+    "towers_sha256": "other CLIP towers",
+    "text_embeds_sha256": "other text vectors in {text_embeds}",
+    "prompts_sha256": "other prompts, or another tokenizer",
+    "layout": "the data were {before}, are {now} now",
+    "num_images": "{before} pictures then, {now} now",
+    "image_ids_sha256": "pictures of other names in {dataset}",
+    "picture_sizes_sha256": "other pictures in {dataset}",
+    "picture_ends_sha256": "other pictures in {dataset}",
+    "label_sizes_sha256": "other label maps in {dataset}",
+    "label_ends_sha256": "other label maps in {dataset}",
+    "shard_names_sha256": "other parquet files in {dataset}",
+    "shard_sizes_sha256": "other parquet files in {dataset}",
+    "shard_ends_sha256": "other parquet files in {dataset}",
+    "hub_files_sha256": "other files in {dataset} on the Hub",
+    "caption_nouns_sha256": "other caption nouns in {caption_nouns}",
+    "pseudo_labels_sha256": "other pseudo labels in {unseen_labels}",
+    "init_from_sha256": "other weights in {init_from}",
+    "init_from_record": "another record of what was seen in {init_from}",
+    "mask2former_sha256": "other weights in {mask2former}",
+    "backbone_sha256": "other weights in {backbone}",
+}
+STARTS = ("init_from", "mask2former", "backbone")
+MEND = "put it back"  # of a damaged stamp
+BRIEF = 45  # characters of a name, in messages that hold two
+
+
+class Space(TypedDict):
+    """The fields of a LabelSpace."""
+
+    class_names: list[str]
+    unseen: list[str]
+    ignore_index: int
+
+
+class Stamp(TypedDict, total=False):
+    """What every stamp has; the keys of CHANGES come on top, as far as they are known."""
+
+    label_space: Required[Space]
+    seen_class_names: Required[list[str] | None]
+    unseen_labels: Required[Supervision | None]
+
+
+# ---- the record --------------------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """What a training saw, as Zs3Config says it; None: not known."""
+
+    seen_class_names: list[str] | None
+    unseen_labels: str | None
+
+
+def record_of(config: Zs3Config) -> Record:
+    return Record(config.seen_class_names, config.unseen_labels)
+
+
+def joined(records: Iterable[Record]) -> Record:
+    """Joins records: every name once, and the strongest image labels. If one record is unknown, so is the result."""
+    names, labels = zip(*records, strict=True)
+    if None in names:
+        return Record(None, None)
+    strongest = None if None in labels else max(labels, key=get_args(Supervision).index)
+    return Record(once([name for part in names for name in part]), strongest)
+
+
+# ---- the stamp ---------------------------------------------------------------------------------------------
+
+
+def make_stamp(
+    flags: Mapping[str, Any],
+    label_space: LabelSpace,
+    records: Split | StreamedSplit,
+    prompts: Mapping[str, Tensor] | None,
+    start: Record | None,
+    model: Zs3ForSemanticSegmentation,
+) -> dict[str, Any]:
+    """What a start of a run finds. What it cannot know, such as the weights of a Hub id, has no key.
+
+    flags: of train.py.
+    prompts: the token ids that the text tower embeds; None where --text_embeds has the vectors.
+    start: the record of --init_from.
+    model: as it starts, its configuration with the record of this start.
+    """
+    found = {"label_space": space_of(label_space), **records.contents()}
+    if prompts is None:
+        found["text_embeds_sha256"] = vectors_sha256(flags["text_embeds"])
+    else:
+        found["prompts_sha256"] = _sha256(tensor.numpy() for _, tensor in sorted(prompts.items()))
+    if flags["caption_nouns"] is not None:
+        folder = Path(flags["caption_nouns"])
+        found["caption_nouns_sha256"] = files_sha256([folder / "classes.json", *folder.glob("nouns-*.parquet")])
+    if flags["unseen_labels"] not in ("none", "ground_truth", "masks"):
+        path = Path(flags["unseen_labels"])
+        found["pseudo_labels_sha256"] = files_sha256([path] if path.is_file() else path.glob("scores-*.parquet"))
+    for name in STARTS:
+        path = flags[name]
+        folder = None if path is None else local_folder(path)
+        if folder is not None and any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+            found[f"{name}_sha256"] = weights_sha256(path)
+    if start is not None:
+        found["init_from_record"] = list(start)
+    return {**found, "towers_sha256": towers_sha256(model), **record_of(model.config)._asdict()}
+
+
+def space_of(label_space: LabelSpace) -> Space:
+    return Space(class_names=label_space.class_names, unseen=label_space.unseen, ignore_index=label_space.ignore_index)
+
+
+def vectors_sha256(path: str) -> str:
+    """Of the numbers in a --text_embeds file."""
+    return _sha256([np.load(path, mmap_mode="r", allow_pickle=False).astype(np.float32)])
+
+
+def towers_sha256(model: nn.Module) -> str:
+    """Of the weights that checkpoints leave out."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(TOWER_WEIGHTS):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _sha256(arrays: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def read_stamp(path: Path) -> Stamp:
+    """Raises InputError where the file is not what `make_stamp` made."""
+    stamp = read_json(path, Stamp, "stamp of a run", MEND)
+    try:
+        LabelSpace(**stamp["label_space"])
+    except (InputError, TypeError) as error:
+        raise refusal(path, one_line(error), MEND) from error
+    return stamp
+
+
+def record_in(stamp: dict[str, Any]) -> Record:
+    return Record(stamp["seen_class_names"], stamp["unseen_labels"])
+
+
+# ---- what has changed --------------------------------------------------------------------------------------
+
+
+def change_since(before: Stamp, now: Mapping[str, Any], flags: Mapping[str, Any]) -> str | None:
+    """What is not what it was, in words; None if all is. Keys that one of the stamps lacks are skipped.
+
+    flags: of the run, for the words.
+    """
+    change = label_space_change(before["label_space"], now["label_space"])
+    shown_flags = {name: shown(value) for name, value in flags.items()}
+    for name, words in CHANGES.items():
+        if change is None and name in before and name in now and before[name] != now[name]:
+            change = words.format(before=before[name], now=now[name], **shown_flags)
+    return change
+
+
+def label_space_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first difference of two label spaces, in words; None if there is none."""
+    if before == now:
+        return None
+    names, its_names = before["class_names"], now["class_names"]
+    kinds, its_kinds = ([unseen_or_seen(space, name) for name in space["class_names"]] for space in (before, now))
+    for name, kind, place in zip(names, kinds, places(names, its_names), strict=True):
+        if place is not None and its_kinds[place] != kind:
+            return f"{shortened(name, BRIEF)} was {kind}, is {its_kinds[place]} now"
+    for name, kind, place in zip(names, kinds, places(names, its_names), strict=True):
+        if place is None:
+            return f"{shortened(name, BRIEF)} was {kind}, is no class now"
+    for name, place in zip(its_names, places(its_names, names), strict=True):
+        if place is None:
+            return f"{shortened(name, BRIEF)} is a new class"
+    for index, (name, its_name) in enumerate(zip(names, its_names, strict=False)):
+        if name != its_name:
+            return f"id {index} was {shortened(name, BRIEF)}, is {shortened(its_name, BRIEF)} now"
+    if len(names) != len(its_names):
+        return f"{len(names)} classes then, {len(its_names)} now"
+    if before["ignore_index"] != now["ignore_index"]:
+        return f"the ignored id was {before['ignore_index']}, is {now['ignore_index']} now"
+    return "the unseen names are in another order"
+
+
+def unseen_or_seen(space: dict[str, Any], name: str) -> str:
+    return "unseen" if places([name], space["unseen"]) != [None] else "seen"
+
+
+def check_not_unseen(seen: Record, unseen: Sequence[str]) -> None:
+    """The leak guard: what any start of a run saw masks of cannot be unseen in another."""
+    for name, place in zip(unseen, places(unseen, seen.seen_class_names), strict=True):
+        if place is not None:
+            raise InputError(
+                f"this run saw masks of {shortened(name, BRIEF)}, which is unseen now: choose another --output_dir"
+            )
