@@ -1,36 +1,56 @@
-"""The README's own commands, in its own order, with short overrides."""
+"""The commands and numbers of the README and the docs: the commands run in the pages' order, with short overrides."""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from zs3.results import TOLD
+from zs3.__main__ import COMMANDS
+from zs3.evaluation.report import TOLD
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROSE = " ".join(README.split())  # wherever its lines are broken
 RESULTS = ROOT / "docs" / "results"
+PAGES = {
+    path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+PROSE = {name: " ".join(page.split()) for name, page in PAGES.items()}  # wherever its lines are broken
 DEMO = "--num_train 12 --num_validation 2 --stage1_steps 2 --stage2_steps 2 --num_pictures 1"
 SHORT = {
     "train.py": ["--max_steps", "2"],
     "eval.py": ["--max_images", "1"],
-    "zs3.scenes": ["--train", "12", "--validation", "1"],
-    "zs3.ensemble_weight": ["--num_images", "2"],
-    "zs3.figure": ["--worst", "1"],
+    "scenes": ["--num_train", "12", "--num_validation", "1"],
+    "ensemble_weight": ["--num_images", "2"],
+    "figure": ["--worst", "1"],
 }
+# Runs commands one after the other, each in a copy of a process that has imported what takes most of the time.
+FORK = """
+import json, os, runpy, sys
+
+import accelerate, datasets, modeling_zs3
+
+for words in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        sys.argv = words
+        if words[0].endswith(".py"):
+            runpy.run_path(words[0], run_name="__main__")
+        else:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        sys.exit()
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"failed: {words}")
+"""
 
 
-TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str, page: str = README) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+def blocks(language: str, page: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -44,149 +64,240 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def execute(command: str | list[str], folder: Path) -> str:
+def execute(command: list[str], folder: Path) -> str:
     environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     environment |= {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     environment |= {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, shell=isinstance(command, str), capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
+def words_of(line: str) -> list[str]:
+    """A command line as it is run: `zs3` is this Python's, and what takes long is made short."""
+    words = shlex.split(line)
+    (name,) = [word for word in words if word in SHORT] or [None]
+    words += SHORT.get(name, [])
+    return [sys.executable, "-m", *words] if words[0] == "zs3" else words
+
+
+def execute_all(lines: list[str], folder: Path) -> str:
+    """The first `zs3` and each first `accelerate launch` as they stand there, all others by FORK. Returns what the last
+    of them printed."""
+    started, waiting, printed = set(), [], ""
+    for line in [*lines, None]:
+        words = [] if line is None else words_of(line)
+        what = words[3 if words[2:3] == ["-m"] else 2] if words[:2] == ["accelerate", "launch"] else "zs3"
+        if waiting and (line is None or what not in started):
+            printed = execute([sys.executable, "-c", FORK, json.dumps(waiting)], folder)
+            waiting = []
+        if line is not None and what in started:
+            at = words.index(what)
+            waiting.append(words[at:])
+        elif line is not None:
+            started.add(what)
+            printed = execute(words, folder)
+    return printed
+
+
 def test_the_demo_the_python_and_the_export_work(workplace):
-    assert "make demo\n" in blocks("bash")[0]
+    assert "make demo\n" in blocks("bash", "README")[0]
     # What `make demo` runs once .venv is there; the installation itself is what `make test` has just done.
     make = ["make", "--no-print-directory", "-n", "demo", f"DEMO={DEMO}"]
     recipe = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (command,) = [line for line in recipe.splitlines() if "zs3.demo" in line]
-    command = command.replace(".venv/bin/python", sys.executable)
-    printed = execute(command, workplace)
+    (command,) = [line for line in recipe.splitlines() if "--num_pictures" in line]
+    printed = execute(words_of(command.removeprefix(".venv/bin/")), workplace)
     assert "report.md" in printed.splitlines()[-3]
     assert (workplace / "runs/demo/report.md").exists() and (workplace / "runs/demo/own_labels.png").exists()
-    printed = execute([sys.executable, "-c", "\n".join(blocks("python"))], workplace)  # each goes on from the last
+    training = "\n".join(blocks("python", "training")).replace("max_steps=100", "max_steps=2, report_to='none'")
+    lines = [*blocks("python", "README"), *blocks("python", "pipeline"), "print('====')", training]
+    printed, of_training = execute([sys.executable, "-c", "\n".join(lines)], workplace).split("====\n")
     (found,) = re.findall(r"^\{'.*'\}$", printed, re.MULTILINE)  # by the checkpoint in the repository
     assert set(re.findall(r"'(.*?)'", found)) == {"sky", "grass", "red circle", "red square"}
     assert re.search(r"\(96, 96\) \['sky', 'grass'", printed) and "[96, 96]" in printed
     assert "words that repeat: 1" in printed and printed.splitlines()[-1] in ("sky", "grass", "water", "red square")
-    assert (workplace / "runs/demo/overlay.png").exists()
-    lines = "\n".join(blocks("python", TRAINING)).replace("max_steps=100", "max_steps=2, report_to='none'")
-    assert re.search(r"^\d+\.\d+$", execute([sys.executable, "-c", lines], workplace), re.MULTILINE)  # eval_loss
+    assert (workplace / "overlay.png").exists() and (workplace / "runs/demo/overlay.png").exists()
+    assert re.search(r"^\d+\.\d+$", of_training, re.MULTILINE)  # eval_loss
     assert (workplace / "runs/trainer/merged/model.safetensors").exists()
-    (export,) = [block for block in blocks("bash") if "zs3.export" in block]
-    execute(export, workplace)
+    (export,) = blocks("bash", "pipeline")
+    execute(words_of(export), workplace)
     assert (workplace / "runs/demo/zs3.pt2").exists()
 
 
 def test_the_commands_of_training_evaluation_and_release_work(workplace):
-    lines = [
-        line for block in blocks("bash") if "train.py" in block or "eval.py" in block for line in block.splitlines()
-    ]
-    for line in lines:
-        for name, short in SHORT.items():
-            if name in line:
-                line = " ".join([line, *short])
-        printed = execute(line, workplace)
-    assert (workplace / "runs/stage2/gzs3.json").exists() and len(list((workplace / "runs/figures").iterdir())) == 1
-    assert "model.safetensors" in printed and (workplace / "runs/release/zs3-scenes/README.md").exists()
+    lines = [line for block in blocks("bash", "README") for line in block.splitlines() if "make" not in line]
+    lines += ["zs3 check --dataset runs/scenes"]
+    assert f"`{lines[-1].replace('runs/scenes', 'DIR')}`" in PAGES["README"]
+    for line in [line for block in blocks("bash", "evaluation") for line in block.splitlines()]:
+        if line not in lines and "runs/scenes" in line or line.startswith(("zs3 compare", "zs3 doctor")):
+            lines.append(line)
+    execute_all(lines, workplace)
+    results = [workplace / f"runs/{name}.json" for name in ("stage2/gzs3", "stage2/gzs3_ensemble", "comparison")]
+    assert all(path.exists() for path in results) and len(list((workplace / "runs/figures").iterdir())) == 1
+    folder = workplace / "runs/release/zs3-scenes"
+    assert (folder / "model.safetensors").exists() and (folder / "README.md").exists()
 
 
-def test_the_comparison_of_the_readme_is_that_of_the_result_file():
+def test_every_command_of_the_pages_exists_and_is_installed():
+    named = {name: set(re.findall(r"(?:^|`)zs3 (\w+)", page, re.MULTILINE)) for name, page in PAGES.items()}
+    known = {name for name, *_ in COMMANDS}
+    assert {name: commands - known for name, commands in named.items() if commands - known} == {}
+    assert {"scenes", "check", "compare", "release"} <= named["README"]
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    assert scripts == {"zs3": "zs3.__main__:main"}
+
+
+def anchors(path: Path) -> set[str]:
+    """Those that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_of_the_pages_leads_somewhere():
+    lost = []
+    for name, page in PAGES.items():
+        page_path = ROOT / "README.md" if name == "README" else ROOT / "docs" / f"{name}.md"
+        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page):
+            path, _, anchor = link.partition("#")
+            target = page_path.parent / path if path else page_path
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                lost.append(f"{name}: {link}")
+    assert not lost
+
+
+def test_the_readme_is_short_and_what_it_names_is_there():
+    readme = PAGES["README"]
+    assert len(readme) <= 8000
+    equations = re.findall(r"^\| Eq\. .* \| `(\w+)` in `(\S+)` \|$", readme, re.MULTILINE)
+    assert len(equations) == 5
+    for function, path in equations:
+        assert f"\ndef {function}(" in (ROOT / path).read_text(encoding="utf-8")
+    wings = {path.parent.name for path in ROOT.glob("zs3/*/__init__.py")}
+    assert wings == set(re.findall(r"^\| `zs3/(\w+)/` \|", readme, re.MULTILINE))
+
+
+def test_no_paragraph_of_the_pages_is_long():
+    long = []
+    for name, page in PAGES.items():
+        prose = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+        for block in re.split(r"\n\s*\n|\n(?=- |\| |#)", prose):
+            if not block.startswith("|") and len(block.split()) > 90:
+                long.append(f"{name}: {len(block.split())} words, {block[:60]}")
+    assert not long
+
+
+def test_the_comparison_of_the_evidence_is_that_of_the_result_file():
     path = RESULTS / "zs3-scenes_compare.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     rows = [result["scores"][name] for name in ("miou_seen", "miou_unseen", "hiou")]
     for side in ("a", "b"):
-        assert " / ".join(f"{100 * row[side]:.1f}" for row in rows) in PROSE.replace(" | ", " / ")
+        assert " / ".join(f"{100 * row[side]:.1f}" for row in rows) in PROSE["evidence"]
     low, high = (f"{100 * bound:.1f}" for bound in rows[2]["interval"])
-    assert f"{100 * rows[2]['difference']:.1f} points" in PROSE and f"{low} to {high} over images" in PROSE
+    assert f"{100 * rows[2]['difference']:.1f} points of hIoU, {low} to {high} over images" in PROSE["evidence"]
 
 
 ABLATIONS = [RESULTS / f"{name}.json" for name in ("scenes_tables", "scenes_choices", "photographs_tables")]
 
 
-def test_the_tables_of_the_readme_are_those_of_the_result_files():
+def test_the_table_of_the_readme_is_that_of_the_result_files():
     tables = [table for path in ABLATIONS for table in json.loads(path.read_text(encoding="utf-8"))["tables"].values()]
-    told = re.findall(r"^\| .* ± .* \|$", README, re.MULTILINE)
-    expected = set()
+    found = re.findall(r"^\| .* ± .* \|$", PAGES["README"], re.MULTILINE)
+    expected = {}
     for row in (row for table in tables for row in table["rows"]):
         halves = [
             (row["scores"][n], np.ptp(row["scores"][n]["interval"]) / 2) for n in ("miou_seen", "miou_unseen", "hiou")
         ]
-        cells = " | ".join(f"{score['mean']:.1f} ± {half:.1f}" for score, half in halves)
-        expected.add(f"| {row['title']} | {TOLD[row['told']]} | {cells} |")
-    assert len(told) == 24 and set(told) <= expected
+        cells = [f"{score['mean']:.1f} ± {half:.1f}" for score, half in halves]
+        expected[f"| {row['title']} | {TOLD[row['told']]} | {' | '.join(cells)} |"] = row["title"], cells[2]
+    assert len(found) == 4 and set(found) <= expected.keys()
+    (with_ensemble,) = re.findall(r"hIoU is then (.*? ± \d+\.\d)", PROSE["README"])
+    assert ("stage 2, pseudo labels, ensemble on, crops", with_ensemble) in expected.values()
 
 
 def test_the_tables_of_the_evidence_are_those_of_the_result_files():
-    rows = re.findall(r"^\| .*[±→].* \|$", (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| .*[±→].* \|$", PAGES["evidence"], re.MULTILINE)
     there = [path.with_suffix(".md").read_text(encoding="utf-8").splitlines() for path in ABLATIONS]
-    assert len(rows) > 60 and set(rows) <= {line for lines in there for line in lines}
+    assert len(rows) > 200 and set(rows) <= {line for lines in there for line in lines}
 
 
-def test_the_ratios_of_the_readme_are_those_of_the_result_files():
+def test_the_ratios_of_clips_view_are_those_of_the_result_files():
     cost = json.loads((RESULTS / "clip_views.json").read_text(encoding="utf-8"))["cost"]
     seconds = {row["way"]: row["seconds"] for row in cost}
-    one_pass, loop = seconds["single pass"], seconds["loop over crops"]
-    assert f"took {one_pass:.2f} s where a loop over 100 crops took {loop:.2f} s" in PROSE
+    one_pass, loop, batched = (seconds[way] for way in ("single pass", "loop over crops", "batched crops"))
+    told = f"took {one_pass:.2f} s where a loop over 100 crops took {loop:.2f} s and batched crops {batched:.2f} s"
+    assert told in PROSE["performance"]
     _, one, two = json.loads((RESULTS / "pseudo_labels.json").read_text(encoding="utf-8"))["rows"]
     told = f"made {one['times_faster_than_loop']:.2f} times as fast as by a loop over crops, and two processes were "
-    assert told + f"{two['times_faster_than_first']:.2f} times as fast as one" in PROSE
+    assert told + f"{two['times_faster_than_first']:.2f} times as fast as one" in PROSE["performance"]
 
 
-def test_the_network_of_the_readme_is_that_of_the_result_files():
-    told = {}
-    for name, network in (("network", "zs3"), ("train_step", "zs3, the same losses")):
-        rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
-        row = next(row for row in rows if row["backbone"] == "resnet50" and row["size"] == 512)
-        assert row.get("norms", "frozen") == "frozen"
-        told[name] = row["networks"][network]
-    forward, step = told["network"], told["train_step"]
-    words = f"a forward {forward['times_faster']:.2f} times as fast with {forward['peak_share']:.2f} of the memory, "
-    words += f"a training step {step['times_faster']:.2f} times with {step['peak_share']:.2f}"
-    assert words in PROSE
+def network_rows(name: str, network: str) -> tuple[dict, dict]:
+    """transformers' and this project's, with a ResNet-50 at 512 pixels and frozen batch norms."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
+    row = next(row for row in rows if row["backbone"] == "resnet50" and row["size"] == 512)
+    assert row.get("norms", "frozen") == "frozen"
+    return row["networks"]["transformers' Mask2Former"], row["networks"][network]
 
 
-def test_the_loader_of_the_readme_is_that_of_the_result_file():
+def test_the_network_of_the_pages_is_that_of_the_result_files():
+    forward, step = network_rows("network", "zs3"), network_rows("train_step", "zs3, the same losses")
+    _, compiled = network_rows("network_compiled", "zs3")
+    for words in (
+        f"a forward {forward[1]['times_faster']:.2f} times as fast with {forward[1]['peak_share']:.2f} of the memory",
+        f"{compiled['times_faster']:.2f} times if both are [compiled]",
+        f"a training step {step[1]['times_faster']:.2f} times as fast with {step[1]['peak_share']:.2f} of the memory",
+    ):
+        assert words in PROSE["performance"], words
+    for start, both in (("| forward, ", forward), ("| training step, ", step)):
+        (line,) = [line for line in PAGES["README"].splitlines() if line.startswith(start)]
+        assert line.split(" | ", 1)[1] == " | ".join(cell(row) for row in both) + " |"
+
+
+def cell(row: dict) -> str:
+    return f"{row['seconds']:.2f} s, {row['peak_mib']:.0f} MiB"
+
+
+def test_the_loader_of_the_pages_is_that_of_the_result_file():
     rows = json.loads((RESULTS / "loader.json").read_text(encoding="utf-8"))["results"]
     small, large = [row for row in rows if row["loader"] == "1 process, map-style"]
-    assert f"makes {small['samples_per_second']:.1f} samples of 640 x 640 a second" in PROSE
-    assert f"640 x 480, {small['times_faster']:.2f} times" in PROSE
-    assert f"3200 x 2400, {large['times_faster']:.2f} times" in PROSE
+    assert f"makes {small['samples_per_second']:.1f} samples of 640 x 640 a second" in PROSE["performance"]
+    assert f"640 x 480, {small['times_faster']:.2f} times" in PROSE["performance"]
+    assert f"makes {large['samples_per_second']:.1f}, {large['times_faster']:.2f} times" in PROSE["performance"]
     memory = [row["mib_end"] / row["mib_half"] for row in rows if "mib_end" in row]
     assert max(memory) < 1.1  # "flat"
 
 
-def test_the_label_stage_of_the_readme_is_that_of_the_result_file():
+def test_the_label_stage_of_the_pages_is_that_of_the_result_file():
     rows = json.loads((RESULTS / "label_count.json").read_text(encoding="utf-8"))["rows"]
     rows = {(row["labels"], row["size"], row["method"]): row for row in rows if row["kind"].startswith("like")}
-    told = re.findall(r"^\| (\d+), (\d+) x \d+ \| (.+) \| (.+) \|$", README, re.MULTILINE)
-    assert len(told) == 4
-    for labels, size, *cells in told:
-        for method, cell in zip(("transformers' Mask2Former post-processing", "semantic_map"), cells, strict=True):
+    found = re.findall(r"^\| (\d+), (\d+) x \d+ \| (.+) \| (.+) \|$", PAGES["performance"], re.MULTILINE)
+    readme = re.findall(r"^\| label map, (\d+) labels, (\d+) x \d+ \| (.+) \| (.+) \|$", PAGES["README"], re.MULTILINE)
+    assert len(found) == 4 and len(readme) == 1
+    for labels, size, *cells in found + readme:
+        for method, own in zip(("transformers' Mask2Former post-processing", "semantic_map"), cells, strict=True):
             row = rows[int(labels), int(size), method]
             if "seconds" in row:
-                assert cell == f"{row['seconds']:.2f} s, {row['peak_mib']:.0f} MiB"
+                assert own == cell(row)
             else:
-                assert cell == f"would need {row['bytes_needed'] / 1e9:.0f} GB"
+                assert own == f"would need {row['bytes_needed'] / 1e9:.0f} GB"
 
 
-def test_the_evaluator_of_the_readme_is_that_of_the_result_file():
-    result = json.loads((RESULTS / "evaluator.json").read_text(encoding="utf-8"))
+def test_the_evaluator_of_the_pages_is_that_of_the_result_file():
+    result, prose = json.loads((RESULTS / "evaluator.json").read_text(encoding="utf-8")), PROSE["performance"]
     shares = {}
     for row in result["times"]:
         shares.setdefault(row["maps"], []).append(100 * row["share_of_inference"])
-    assert {f"{share:.1f}" for share in shares["objects"]} == {"0.2"} and "takes 0.2 % of the inference" in PROSE
-    assert f"rejection {max(shares['objects, with counters']):.1f} % or less" in PROSE
+    assert {f"{share:.1f}" for share in shares["objects"]} == {"0.2"} and "takes 0.2 % of the inference" in prose
+    assert f"rejection it takes {max(shares['objects, with counters']):.1f} % or less" in prose
     scored = sorted(f"{share:.0f}" for share in shares["objects, with counters and scores"])
-    assert f"takes {' to '.join(scored)} % of an" in PROSE
+    assert f"takes {' to '.join(scored)} % of an" in prose
     held = {}
     for row in (row for row in result["memory"] if row["way"] == "ConfusionMatrix"):
         held.setdefault(row["classes"], []).append((row["images"], row["held_mib"] * 1024))
     growth = [(after - before) / (images - fewer) for (fewer, before), (images, after) in held.values()]
-    assert {f"{kib:.1f}" for kib in growth} == {"0.8"} and "about 0.8 KiB an image" in PROSE
-    assert f"take {result['bootstrap']['seconds']:.1f} seconds" in PROSE
+    assert {f"{kib:.1f}" for kib in growth} == {"0.8"} and "about 0.8 KiB an image" in prose
+    assert f"take {result['bootstrap']['seconds']:.1f} seconds" in prose
 
 
 def test_no_placeholder_is_left():
-    assert not re.findall(r"@[A-Z_]+@", README)
+    assert not [name for name, page in PAGES.items() if re.findall(r"@[A-Z_]+@|\{\{\w+\}\}", page)]
