@@ -46,9 +46,10 @@ from zs3.command_line import (
     run,
 )
 from zs3.data.records import load_split
-from zs3.files import markdown_table, percent, write_report
+from zs3.files import write_report
 from zs3.scores.confusion import ConfusionMatrix
 from zs3.scores.means import generalized_scores
+from zs3.tables import markdown_table, percent
 
 OFF = "no ensemble"
 LOOP, CROPS, LAZY, SINGLE = "loop over crops", "batched crops", "lazy crops", "single pass"

@@ -30,7 +30,8 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 from configuration_zs3 import Zs3Config
 from losses_zs3 import Targets, mask_ids, zs3_losses
 from zs3.command_line import Arguments, Count, InputError, OutputFile, Side, Some, flag, read_arguments, run
-from zs3.files import markdown_table, write_report
+from zs3.files import write_report
+from zs3.tables import markdown_table
 
 SAME_LOSSES = {"matching": "joint", "class_loss": "cross_entropy", "mask_loss": "bce", "match_points": "random"}
 PEER = "transformers' Mask2FormerLoss"

@@ -37,9 +37,10 @@ from benchmarks.network import machine_name, make_zs3
 from configuration_zs3 import Number, shortened
 from label_maps_zs3 import semantic_map
 from zs3.command_line import Arguments, Count, InputError, OutputFile, Side, Some, flag, read_arguments, run
-from zs3.files import markdown_table, write_report
+from zs3.files import write_report
 from zs3.scores.calibration import Rejection, Reliability, SeenBiasCurve
 from zs3.scores.confusion import ConfusionMatrix
+from zs3.tables import markdown_table
 
 INFERENCE, OBJECTS, NOISE = "inference", "objects", "noise"
 COUNTED, CALIBRATED = "objects, with counters", "objects, with counters and scores"

@@ -22,9 +22,10 @@ from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import Arguments, Count, OutputFile, check_required, flag, read_arguments, run
 from zs3.data.batches import StepSampler, collate
-from zs3.files import markdown_table, write_report
+from zs3.files import write_report
 from zs3.label_space import load_label_space
 from zs3.scenes.demo import train_stage
+from zs3.tables import markdown_table
 
 RECIPE = "scenes_stage2_ground_truth.yaml"
 

@@ -48,7 +48,8 @@ from zs3.command_line import (
     read_arguments,
     run,
 )
-from zs3.files import markdown_table, write_report
+from zs3.files import write_report
+from zs3.tables import markdown_table
 
 PEER, DENSE, CHUNKED = "transformers' Mask2Former post-processing", "dense einsum", "running maximum over chunks"
 OURS, SCORED = "semantic_map", "semantic_map with scores"

@@ -50,8 +50,9 @@ from zs3.data.batches import StepSampler, StreamedBatches, collate
 from zs3.data.records import dataset_name, load_split, stream_split
 from zs3.data.samples import SegmentationDataset
 from zs3.data.stored import StoredRecord
-from zs3.files import markdown_table, write_report
+from zs3.files import write_report
 from zs3.label_space import LabelSpace, load_label_space
+from zs3.tables import markdown_table
 
 PEER = "1 process, resize and crop"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -43,7 +43,8 @@ from benchmarks.criterion import device_named, in_fresh_process, measure, peak_m
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import Arguments, Count, InputError, OutputFile, Pixels, Some, flag, read_arguments, run
-from zs3.files import markdown_table, write_report, write_text
+from zs3.files import write_report, write_text
+from zs3.tables import markdown_table
 
 PEER, OURS, GEMM = "transformers' Mask2Former", "zs3", "matrix product"
 EQUAL = 1e-4  # of the largest mask logit

@@ -36,8 +36,9 @@ from zs3.command_line import (
 )
 from zs3.data.image_labels import load_unseen_scores
 from zs3.data.records import load_split
-from zs3.files import markdown_table, write_report
+from zs3.files import write_report
 from zs3.pseudo_labels import unseen_scores
+from zs3.tables import markdown_table
 
 SAME = 1e-3  # a score of the loop and one of the command differ by no more
 LOOP = "loop over crops, 1 thread"

@@ -32,8 +32,9 @@ from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import PROMPT_TEMPLATES, Label, Zs3ImageProcessor, Zs3Processor, read_labels
 from text_zs3 import TextCache
 from zs3.command_line import Arguments, Count, InputError, OutputFile, flag, read_arguments, run
-from zs3.files import markdown_table, write_report
+from zs3.files import write_report
 from zs3.label_space import load_label_space
+from zs3.tables import markdown_table
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"

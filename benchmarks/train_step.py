@@ -45,7 +45,7 @@ from benchmarks.network import (
 from losses_zs3 import mask_ids
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import Arguments, Count, InputError, OutputFile, Pixels, Some, flag, read_arguments, run
-from zs3.files import markdown_table
+from zs3.tables import markdown_table
 
 SAME, EQ8 = "zs3, the same losses", "zs3, Eq. 8"
 EQUAL_GRADIENTS = 1e-3  # of the gradient's norm

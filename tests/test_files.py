@@ -30,18 +30,17 @@ from drawing_zs3 import draw
 from files_zs3 import Unwanted, lines_of, load_picture, open_image, read_text, save_map, whole
 from zs3.command_line import InputError, printable, run, try_output
 from zs3.data.records import load_split
-from zs3.evaluation.report import csv_text, markdown
 from zs3.files import (
     append_line,
     file_name,
     is_locked,
     lock_folder,
-    markdown_table,
     write_json,
     writing,
     writing_folder,
 )
 from zs3.label_space import LabelSpace
+from zs3.tables import csv_text, markdown, markdown_table
 
 OTHERS = ("EPS", "ICO", "PCX", "SGI", "TGA", "DDS", "IM", "MSP", "SPIDER", "PDF", "XBM")  # that Pillow writes
 

@@ -20,11 +20,11 @@ from zs3.evaluation.figure import worst_images
 from zs3.evaluation.report import protocol, report
 from zs3.evaluation.results import Result, read_result
 from zs3.evaluation.suites import SUITES, row
-from zs3.files import markdown_table
 from zs3.label_space import load_label_space
 from zs3.release.__main__ import read_results
 from zs3.release.card import model_index, tables
 from zs3.scores.bootstrap import images_path
+from zs3.tables import markdown_table
 from zs3.typed_json import first_wrong
 
 TESTS = Path(__file__).parent

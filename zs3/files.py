@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -243,14 +243,3 @@ def is_locked(folder: Path) -> bool:
             return not filelock.lock_descriptor(file.fileno(), blocking=False)
         except OSError:  # a file system without locks, or NFS, which locks only what is open for writing
             return False
-
-
-def percent(score: float | None) -> str:
-    """A score in [0, 1] as it is printed."""
-    return "-" if score is None else f"{100 * score:.1f}"
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of Markdown; a bar in a cell ends no cell."""
-    lines = [[re.sub(r"(?<!\\)\|", r"\|", cell) for cell in cells] for cells in (head, ["---"] * len(head), *rows)]
-    return [f"| {' | '.join(cells)} |" for cells in lines]

@@ -74,10 +74,11 @@ from zs3.data.image_labels import (
 )
 from zs3.data.records import Split, dataset_name, load_split
 from zs3.data.samples import mask_positions, to_mask_labels
-from zs3.files import file_sha256, lock_folder, percent, write_json, writing
+from zs3.files import file_sha256, lock_folder, write_json, writing
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.scores.means import average_precision
 from zs3.training.stopping import all_refuse
+from zs3.tables import percent
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -14,10 +14,10 @@ from scipy import stats
 from zs3.ablation.tables import TRAININGS, Row, Table
 from zs3.command_line import printable
 from zs3.evaluation.curves import draw_scores
-from zs3.evaluation.report import TOLD, markdown
+from zs3.evaluation.report import TOLD
 from zs3.evaluation.results import Result, read_result
-from zs3.files import markdown_table
 from zs3.scores.means import SCORES, GeneralizedScores
+from zs3.tables import markdown, markdown_table
 from zs3.typed_json import read_json_lines
 
 LEVEL = 0.95  # of the intervals over seeds

@@ -8,8 +8,8 @@ import hashlib
 import yaml
 
 from zs3.convert.archives import ARCHIVES
-from zs3.files import markdown_table
 from zs3.label_space import CLASSES_FOLDER, load_label_space
+from zs3.tables import markdown_table
 
 
 def card(result: dict) -> str:

@@ -3,19 +3,18 @@
 import csv
 import io
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from configuration_zs3 import among
-from zs3.command_line import printable
 from zs3.evaluation.results import Rejection, Result, candidates
-from zs3.files import markdown_table, percent, write_json, write_text
+from zs3.files import write_json, write_text
 from zs3.scores.bootstrap import images_path
 from zs3.scores.confusion import ConfusionMatrix
 from zs3.scores.means import SCORES, class_areas
+from zs3.tables import csv_text, markdown, markdown_table, percent, percent_range
 
 TOLD = {
     "none": "no image labels",
@@ -63,18 +62,6 @@ def write_result(path: Path, result: Result, confusion: ConfusionMatrix) -> None
 # ---- for people --------------------------------------------------------------------------------------------
 
 
-def markdown(text: str) -> str:
-    """A name, a path or a sentence as it is, for a Markdown text: nothing in it is markup, HTML or a line's end."""
-    one_line = " ".join(printable(text).split())
-    return re.sub(r"[\\`*\[\]<>|&~$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line)
-
-
-def csv_text(text: str) -> str:
-    """A name for a CSV file: what a spreadsheet would take for a formula gets an apostrophe."""
-    text = printable(text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
-
-
 def class_table(result: Result, confusion: ConfusionMatrix) -> str:
     """CSV, one line a class: IoU in [0, 1] with its interval, areas in pixels."""
     text = io.StringIO()
@@ -93,7 +80,7 @@ def report(result: Result) -> str:
     title = f"{result['setting']}: {result['model']} on {result['num_images']} images of {result['dataset']}"
     lines = [markdown(f"{title}, {result['split']}"), "", f"Protocol: {markdown(result['protocol'])}.", ""]
     rows = [
-        [title, percent(result[name]), _range(result["confidence_intervals"][name])]
+        [title, percent(result[name]), percent_range(result["confidence_intervals"][name])]
         for name, title in SCORES.items()
         if result[name] is not None
     ]
@@ -109,7 +96,7 @@ def report(result: Result) -> str:
         [
             markdown(name) + (" (unseen)" if told and name in result["unseen"] else ""),
             percent(iou),
-            _range(result["per_class_intervals"][name]),
+            percent_range(result["per_class_intervals"][name]),
         ]
         for name, iou in result["per_class"].items()
     ]
@@ -156,8 +143,3 @@ def _rejection(rejection: Rejection) -> Iterable[str]:
             f"new image are wrong, on average (chosen on {images} images); on the {others} others {wrong} % were, "
             f"and {accepted} % kept a label"
         )
-
-
-def _range(interval: list[float | None]) -> str:
-    low, high = interval
-    return f"{percent(low)} to {percent(high)}"

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from zs3.command_line import InputError
-from zs3.evaluation.report import markdown
 from zs3.evaluation.results import RESULT_FILE, Result, read_result
-from zs3.files import markdown_table, percent
 from zs3.label_space import CLASSES_FOLDER, load_label_space
 from zs3.scores.means import SCORES, GeneralizedScores
+from zs3.tables import markdown, markdown_table, percent
 from zs3.typed_json import check_needed, unless_damaged
 
 

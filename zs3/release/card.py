@@ -21,11 +21,10 @@ from configuration_zs3 import once, one_line
 from files_zs3 import read_text
 from zs3.command_line import InputError, printable, shown
 from zs3.convert.archives import ARCHIVES
-from zs3.evaluation.report import markdown
 from zs3.evaluation.results import Result, candidates
-from zs3.files import markdown_table, percent
 from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
 from zs3.scores.means import SCORES
+from zs3.tables import markdown, markdown_table, percent
 from zs3.training.folder import read_recipe
 from zs3.typed_json import check_content
 

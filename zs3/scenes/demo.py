@@ -33,9 +33,10 @@ from zs3.data.records import load_split
 from zs3.evaluation.figure import draw_figures
 from zs3.evaluation.pictures import save_picture, stack
 from zs3.evaluation.results import Result, read_result
-from zs3.files import lock_folder, markdown_table, percent, write_text
+from zs3.files import lock_folder, write_text
 from zs3.scenes.dataset import write_dataset
 from zs3.scores.means import GeneralizedScores
+from zs3.tables import markdown_table, percent
 
 OWN_LABELS = [
     "sky",

@@ -35,8 +35,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from files_zs3 import read_text
 from processing_zs3 import PROMPT_TEMPLATES
 from zs3.command_line import Arguments, Count, InputError, OutputFolder, Seed, check_required, flag, read_arguments
-from zs3.files import markdown_table, write_json, write_text, writing_folder
+from zs3.files import write_json, write_text, writing_folder
 from zs3.scenes import render
+from zs3.tables import markdown_table
 
 CROP = 48  # pixels, both sides of what the image tower sees
 BATCH = 128  # crops of one step
