@@ -176,6 +176,19 @@ def test_the_readme_is_short_and_what_it_names_is_there():
     assert wings == set(re.findall(r"^\| `zs3/(\w+)/` \|", readme, re.MULTILINE))
 
 
+def test_the_functions_and_tests_of_the_method_are_there():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("zs3/**/*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
+    rows = re.findall(r"^\| (?:\d|Eq).*? \| (.*?) \| .* \|$", PAGES["method"], re.MULTILINE)
+    assert len(rows) > 20
+    for name in re.findall(r"`(?:[\w.]+\.)?(\w+)`", " ".join(rows)):
+        known = rf"(?:def|class) {name}\b|self\.{name} = |^    {name}: Tensor"
+        assert re.search(known, code, re.MULTILINE) or list(ROOT.glob(f"zs3/*/{name}.py")), name
+    for name in re.findall(r"`(test_\w+)\*?`", PAGES["method"]):
+        assert f"\ndef {name}" in tests, name
+
+
 def test_no_paragraph_of_the_pages_is_long():
     long = []
     for name, page in PAGES.items():
