@@ -29,6 +29,7 @@ from transformers import (
 
 TINY, HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least normal number, and the largest, of a float32
 INT32 = 2**31 - 1
+SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
 
 # What transformers writes into a config.json or passes to a config, beside what its base class declares.
 WRITTEN_BY_TRANSFORMERS = {
@@ -392,6 +393,7 @@ __all__ = [
     "INT32",
     "Number",
     "Refused",
+    "SIZE_DIVISOR",
     "Supervision",
     "Zs3Config",
     "among",

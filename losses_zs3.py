@@ -23,10 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from .configuration_zs3 import Refused, Zs3Config
+    from .outputs_zs3 import at_least_float32, class_probabilities
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import Refused, Zs3Config
+    from outputs_zs3 import at_least_float32, class_probabilities
 
 try:
     from scipy.optimize import linear_sum_assignment
@@ -131,14 +133,9 @@ def random_points(batch: int, count: int, device: torch.device) -> Tensor:
 
 def sample_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples of mask_logits (B, Q, h, w) at points (B, P, 2) in [-1, 1] -> (B, Q, P), differentiable."""
-    mask_logits = _full(mask_logits)
+    mask_logits = at_least_float32(mask_logits)
     grid = points.to(mask_logits.dtype)[:, None]
     return F.grid_sample(mask_logits, grid, padding_mode="border", align_corners=False)[:, :, 0]
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor.float() if tensor.element_size() < 4 else tensor
 
 
 # -------------------------------------------------------------------------------------------------- matching
@@ -198,7 +195,7 @@ def mask_cost(logits: Tensor, truth: PointLabels, mask_weight: float, dice_weigh
     logits: (B, Q, P) at `truth.points` -> (B, Q, M).
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logits, weight, inside = _full(logits), truth.weight, truth.inside
+        logits, weight, inside = at_least_float32(logits), truth.weight, truth.inside
         return mask_weight * pairwise_bce(logits, inside, weight) + dice_weight * pairwise_dice(logits, inside, weight)
 
 
@@ -315,7 +312,7 @@ def dice_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor, *, wei
 
     logits, targets: (M, P); targets in [0, 1]. weight: (M, P) in [0, 1], 0 on ignored points.
     """
-    probs, targets = _full(logits).sigmoid(), _full(targets)
+    probs, targets = at_least_float32(logits).sigmoid(), at_least_float32(targets)
     weight = torch.ones_like(probs) if weight is None else weight
     overlap = 2 * (weight * probs * targets).sum(1)
     total = (weight * (probs + targets)).sum(1)
@@ -327,7 +324,7 @@ def bce_loss(logits: Tensor, targets: Tensor, num_masks: float | Tensor, *, weig
 
     logits, targets, weight: (M, P), as in `dice_loss`. Mask2Former's own mask loss.
     """
-    loss = F.binary_cross_entropy_with_logits(_full(logits), _full(targets), reduction="none")
+    loss = F.binary_cross_entropy_with_logits(at_least_float32(logits), at_least_float32(targets), reduction="none")
     return _point_mean(loss, weight).sum() / num_masks
 
 
@@ -344,7 +341,7 @@ def focal_loss(
 
     logits, targets, weight: (M, P), as in `dice_loss`. alpha weighs positives, 1 - alpha negatives.
     """
-    logits, targets = _full(logits), _full(targets)
+    logits, targets = at_least_float32(logits), at_least_float32(targets)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     probs = logits.sigmoid()
     miss = probs + targets - 2 * probs * targets  # 1 - p_t
@@ -362,22 +359,10 @@ def _point_mean(loss: Tensor, weight: Tensor | None) -> Tensor:
 # --------------------------------------------------------------------------------------------- class losses
 
 
-def class_probabilities(class_logits: Tensor, background_logits: Tensor | None = None) -> Tensor:
-    """p_q of Eq. 2: class_logits (..., Q, C) = cosine / temperature -> (..., Q, C).
-
-    background_logits: (..., Q), of the learned t_0 where there is one; it takes part in the sum (j = 0 of Eq. 2)
-    and its column is dropped, so that rows sum to at most 1.
-    """
-    if background_logits is None:
-        return _full(class_logits).softmax(-1)
-    logits = torch.cat([class_logits, background_logits[..., None]], dim=-1)
-    return _full(logits).softmax(-1)[..., :-1]
-
-
 def probabilities_of_cosines(similarity: Tensor, background: Tensor | None, temperature: float) -> Tensor:
     """p_q of Eq. 2: similarity (..., Q, C) and, where there is a t_0, background (..., Q), both cosine."""
-    background_logits = None if background is None else _full(background) / temperature
-    return class_probabilities(_full(similarity) / temperature, background_logits)
+    background_logits = None if background is None else at_least_float32(background) / temperature
+    return class_probabilities(at_least_float32(similarity) / temperature, background_logits)
 
 
 def kl_to_uniform(log_probs: Tensor) -> Tensor:
@@ -402,7 +387,7 @@ def class_loss(
     num_matched, num_unmatched: divide the sums over each group; default: its number of queries in `target`.
     Reading: Eq. 5 does not say sum or mean. Mean over each group, or 92 unmatched queries would drown 8 matched.
     """
-    log_probs = (_full(similarity) / temperature).log_softmax(-1)
+    log_probs = (at_least_float32(similarity) / temperature).log_softmax(-1)
     matched = target != UNMATCHED
     cross_entropy = -log_probs.gather(-1, target.clamp(min=0)[..., None]).squeeze(-1)
     if kl == "p_u":
@@ -439,7 +424,7 @@ def background_class_loss(
     num_matched, num_unmatched: as in `class_loss`.
     """
     logits = torch.cat([similarity, background_similarity[..., None]], dim=-1)
-    log_probs = (_full(logits) / temperature).log_softmax(-1)
+    log_probs = (at_least_float32(logits) / temperature).log_softmax(-1)
     background = similarity.shape[-1]
     matched = target != UNMATCHED
     index = target.masked_fill(~matched, background)
@@ -460,7 +445,7 @@ def ranking_loss(similarity: Tensor, positive: Tensor, negative: Tensor, *, norm
     """
     if norm not in ("positives", "pairs"):
         raise ValueError(f"norm must be 'positives' or 'pairs', got {norm!r}")
-    scores = _full(similarity).amax(dim=-2)  # (..., B, C)  r*: the best query of each class
+    scores = at_least_float32(similarity).amax(dim=-2)  # (..., B, C)  r*: the best query of each class
     total = scores.sum() * 0
     for score, is_positive, is_negative in zip(scores.unbind(-2), positive, negative, strict=True):
         above = score[..., is_positive.nonzero().squeeze(1).to(score.device)]
@@ -504,7 +489,7 @@ def label_map_loss(class_probs: Tensor, mask_logits: Tensor, points: Tensor, pos
     `possible_labels`; a point without any takes no part.
     """
     with torch.autocast(mask_logits.device.type, enabled=False):
-        masks, class_probs = sample_logits(mask_logits, points).sigmoid(), _full(class_probs)
+        masks, class_probs = sample_logits(mask_logits, points).sigmoid(), at_least_float32(class_probs)
         possible_scores = (class_probs @ possible * masks).sum(1)  # Eq. 4's, summed over the possible classes
         scores = (class_probs.sum(2, keepdim=True) * masks).sum(1)
     known = possible.any(1)

@@ -30,7 +30,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 
 from clip_views_zs3 import ProposalEmbeds, crop_proposals, proposal_masks, single_pass
-from modeling_zs3 import Zs3Output
+from outputs_zs3 import Zs3Output
 from zs3.checkpoints import class_vectors, load_checkpoint
 from zs3.command_line import (
     Arguments,

@@ -29,8 +29,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from configuration_zs3 import Zs3Config, one_line
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from processing_zs3 import PROMPT_TEMPLATES, Label, Zs3ImageProcessor, Zs3Processor, read_labels
-from text_zs3 import TextCache
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor
+from text_zs3 import PROMPT_TEMPLATES, Label, TextCache, read_labels
 from zs3.command_line import Arguments, Count, InputError, OutputFile, flag, read_arguments, run
 from zs3.files import write_report
 from zs3.label_space import load_label_space

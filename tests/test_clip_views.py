@@ -11,7 +11,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 import clip_views_zs3
 from clip_views_zs3 import crop_proposals, ensemble_lazily, ensemble_with_clip, mask_boxes, proposal_masks, single_pass
 from label_maps_zs3 import semantic_map, semantic_scores
-from modeling_zs3 import Zs3Output
+from outputs_zs3 import Zs3Output
 from tests.tiny import tiny_model
 
 MEAN, STD = (torch.tensor(values, dtype=torch.float64) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import label_maps_zs3
 from label_maps_zs3 import explain, semantic_map, semantic_scores
-from modeling_zs3 import Zs3Output
+from outputs_zs3 import Zs3Output
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,6 @@ from losses_zs3 import (
     bce_loss,
     choose_points,
     class_loss,
-    class_probabilities,
     dice_loss,
     focal_loss,
     grid_points,
@@ -44,7 +43,7 @@ from losses_zs3 import (
     sample_logits,
     zs3_losses,
 )
-from modeling_zs3 import cosine_similarity
+from outputs_zs3 import class_probabilities, cosine_similarity
 
 
 @pytest.fixture(autouse=True)

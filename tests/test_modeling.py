@@ -22,16 +22,15 @@ from transformers import (
 )
 
 import modeling_zs3
+import outputs_zs3
 from modeling_zs3 import (
     Zs3ForSemanticSegmentation,
-    Zs3Output,
     class_projection,
     default_image_labels,
     draw_as_mask2former,
     ensemble_with_clip,
-    label_similarity,
-    tie,
 )
+from outputs_zs3 import Zs3Output, label_similarity, tie
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 
 
@@ -131,12 +130,12 @@ def test_an_image_tower_that_is_not_finite_is_an_error():
 @pytest.fixture
 def uneven(monkeypatch) -> None:
     """A machine whose products and powers are rounded otherwise in each column, as those of some are."""
-    product, power = modeling_zs3.cosine_similarity, modeling_zs3.ensemble_with_clip
+    product, power = outputs_zs3.cosine_similarity, modeling_zs3.ensemble_with_clip
 
     def rounded(values: Tensor) -> Tensor:
         return values * (1 + 1e-7 * torch.arange(values.shape[-1]))
 
-    monkeypatch.setattr(modeling_zs3, "cosine_similarity", lambda *args: rounded(product(*args)))
+    monkeypatch.setattr(outputs_zs3, "cosine_similarity", lambda *args: rounded(product(*args)))
     monkeypatch.setattr(modeling_zs3, "ensemble_with_clip", lambda *args: rounded(power(*args)))
 
 
@@ -144,7 +143,7 @@ def uneven(monkeypatch) -> None:
 def test_equal_text_vectors_get_equal_logits_to_the_last_bit(uneven, classes):
     vectors = unit(1, 12).expand(classes, 12).clone()
     embeds = torch.randn(2, 5, 12)
-    product = modeling_zs3.cosine_similarity(embeds, vectors)
+    product = outputs_zs3.cosine_similarity(embeds, vectors)
     assert not torch.equal(product[..., 0], product[..., 1])
     logits = label_similarity(embeds, vectors)
     assert torch.equal(logits, logits[..., :1].expand_as(logits))

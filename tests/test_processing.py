@@ -15,7 +15,8 @@ from transformers import CLIPTokenizer, Mask2FormerImageProcessorPil
 from transformers.image_utils import SizeDict
 
 from pipeline_zs3 import Zs3Pipeline
-from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor, read_labels, seen_labels
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor
+from text_zs3 import PROMPT_TEMPLATES, read_labels, seen_labels
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
 

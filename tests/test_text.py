@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 from tokenizers import normalizers, processors
 
-from processing_zs3 import Label, Zs3ImageProcessor, Zs3Processor, read_labels
-from text_zs3 import SimilarNames, TextCache, lint_labels
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor
+from text_zs3 import Label, SimilarNames, TextCache, lint_labels, read_labels
 
 TEMPLATES = ["a {}.", "one {}"]
 NAMES = ["sky", ["dog", "big dog"], "sea", {"name": "road", "templates": ["the {}"]}]

@@ -20,7 +20,8 @@ from tiny import save_checkpoint, tiny_model
 from tiny_run import RECIPE, flags, write_data
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
-from modeling_zs3 import Zs3ForSemanticSegmentation, Zs3Output
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from outputs_zs3 import Zs3Output
 from train import main, make_scheduler, parameter_groups
 from zs3.command_line import run
 from zs3.convert.nouns import write_nouns

@@ -32,8 +32,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 import modeling_zs3
 from configuration_zs3 import Zs3Config, among, beginning, check_names, is_number, one_line, places, shortened
 from files_zs3 import is_leftover
-from modeling_zs3 import Zs3ForSemanticSegmentation, check_text_embeds
+from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
+from text_zs3 import check_text_embeds
 from zs3.command_line import InputError, in_one_line, looks_local, shown
 from zs3.files import file_sha256
 from zs3.label_space import LabelSpace, load_text_embeds

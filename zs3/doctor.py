@@ -15,8 +15,7 @@ from pathlib import Path
 
 from configuration_zs3 import Zs3Config, among, check_names, is_number
 from files_zs3 import is_leftover
-from modeling_zs3 import check_text_embeds
-from processing_zs3 import read_labels
+from text_zs3 import check_text_embeds, read_labels
 from zs3.checkpoints import check_checkpoint, load_config, load_model, load_processor, project_code, weights_sha256
 from zs3.command_line import Arguments, InputError, check_required, flag, in_one_line, read_arguments, shown
 from zs3.data.records import load_split, stream_split

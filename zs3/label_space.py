@@ -20,7 +20,7 @@ from torch import Tensor
 
 from configuration_zs3 import Refused, check_names, is_number, one_line, places, shortened
 from files_zs3 import decoding, read_text
-from modeling_zs3 import check_text_embeds
+from text_zs3 import check_text_embeds
 from zs3.command_line import InputError, looks_local, shown
 
 CLASSES_FOLDER = Path(__file__).parent / "classes"

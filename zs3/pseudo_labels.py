@@ -41,7 +41,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from clip_views_zs3 import CROPS_AT_ONCE, proposal_masks
 from configuration_zs3 import Number, shortened
 from files_zs3 import is_leftover
-from modeling_zs3 import label_similarity
+from outputs_zs3 import label_similarity
 from processing_zs3 import Zs3ImageProcessor, resize_nearest
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
 from zs3.command_line import (
@@ -77,8 +77,8 @@ from zs3.data.samples import mask_positions, to_mask_labels
 from zs3.files import file_sha256, lock_folder, write_json, writing
 from zs3.label_space import LabelSpace, load_label_space
 from zs3.scores.means import average_precision
-from zs3.training.stopping import all_refuse
 from zs3.tables import percent
+from zs3.training.stopping import all_refuse
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

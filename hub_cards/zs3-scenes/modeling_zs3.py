@@ -14,7 +14,6 @@ Axes: B image, Q query, C class name, D embedding, T template, L token, H W inpu
 import copy
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -22,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     AutoConfig,
     CLIPModel,
@@ -49,9 +47,9 @@ try:
         single_pass,
         visible_proposals,
     )
-    from .configuration_zs3 import Refused, Zs3Config, among, as_number, shortened
-    from .label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
-    from .losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
+    from .configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number, shortened
+    from .label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
+    from .losses_zs3 import PADDING, Losses, Targets, mask_ids, zs3_losses
     from .network_zs3 import (
         batch_norms,
         call_every_layer,
@@ -60,6 +58,18 @@ try:
         run_plainly,
         transformers_outputs,
     )
+    from .outputs_zs3 import (
+        Zs3Output,
+        best_synonyms,
+        class_probabilities,
+        cosine_similarity,
+        has_no_values,
+        label_similarity,
+        tie,
+    )
+    from .pipeline_zs3 import Zs3Pipeline  # so that its code travels with the weights
+    from .processing_zs3 import saved_processor
+    from .text_zs3 import ClassName, check_text_embeds, read_labels
 except ImportError:
     if __package__:
         raise
@@ -74,9 +84,9 @@ except ImportError:
         single_pass,
         visible_proposals,
     )
-    from configuration_zs3 import Refused, Zs3Config, among, as_number, shortened
-    from label_maps_zs3 import MASK_STRIDE, Explanation, explain, semantic_map, semantic_scores
-    from losses_zs3 import PADDING, Losses, Targets, class_probabilities, mask_ids, zs3_losses
+    from configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number, shortened
+    from label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
+    from losses_zs3 import PADDING, Losses, Targets, mask_ids, zs3_losses
     from network_zs3 import (
         batch_norms,
         call_every_layer,
@@ -85,8 +95,19 @@ except ImportError:
         run_plainly,
         transformers_outputs,
     )
+    from outputs_zs3 import (
+        Zs3Output,
+        best_synonyms,
+        class_probabilities,
+        cosine_similarity,
+        has_no_values,
+        label_similarity,
+        tie,
+    )
+    from pipeline_zs3 import Zs3Pipeline  # so that its code travels with the weights
+    from processing_zs3 import saved_processor
+    from text_zs3 import ClassName, check_text_embeds, read_labels
 
-SIZE_DIVISOR = 32  # the coarsest feature map of the pixel decoder
 TEXT_CHUNK = 256  # prompts embedded at once
 
 AUTO_MAP = {
@@ -102,67 +123,6 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
-
-
-@dataclass
-class Zs3Output(ModelOutput):
-    """What the model returns.
-
-    loss: scalar, when `labels` are given; the sum of weight x term (Eq. 8).
-    loss_terms: dict of unweighted scalars class, mask, dice, rank, each summed over the decoder outputs.
-    same_label_rate: scalar in [0, 1], how often a query's label is the class of its mask (last decoder output), NaN
-        without masks; tells something where the ids in `labels` index the class axis.
-    mask_logits: (B, Q, h, w) of the last decoder output; sigmoid gives the proposals M.
-    class_embeds: (B, Q, D), E^c, not normalised.
-    class_logits: (B, Q, C), cosine / temperature.
-    background_logits: (B, Q), with the learned background embedding (class_loss "cross_entropy"), else None.
-    valid_sizes: (B, 2) int64, height and width of each image without its padding; with `labels`, of the whole crop.
-    ensemble_probs: (B, Q, C), where CLIP was shown the proposals (`ensemble`); the label map is then made of these.
-    shown_to_clip: (B, Q) bool, which ones it was shown.
-    undecided: (B,), the share of pixels that CLIP's view of the others might still change; 0 but for view "lazy" with a
-        tolerance.
-
-    With output_hidden_states or output_attentions, under Mask2Former's names; C channels, h w of each level:
-    encoder_last_hidden_state: (B, C, h, w), the backbone's coarsest feature map.
-    pixel_decoder_last_hidden_state: (B, C, h, w), the mask features, of stride 4.
-    transformer_decoder_last_hidden_state: (B, Q, C), the queries after the last layer, not normalised.
-
-    With output_hidden_states:
-    encoder_hidden_states: the backbone's feature maps (B, C, h, w), of strides 4, 8, 16, 32.
-    pixel_decoder_hidden_states: feature maps (B, C, h, w), of strides 32, 16, 8.
-    transformer_decoder_hidden_states: the queries (Q, B, C), before the first and after each decoder layer.
-
-    With output_attentions:
-    attentions: of each decoder layer, the weights (B, heads, Q, Q) with which queries look at each other.
-    """
-
-    loss: Tensor | None = None
-    loss_terms: dict[str, Tensor] | None = None
-    same_label_rate: Tensor | None = None
-    mask_logits: Tensor | None = None
-    class_embeds: Tensor | None = None
-    class_logits: Tensor | None = None
-    background_logits: Tensor | None = None
-    valid_sizes: Tensor | None = None
-    ensemble_probs: Tensor | None = None
-    shown_to_clip: Tensor | None = None
-    undecided: Tensor | None = None
-    encoder_last_hidden_state: Tensor | None = None
-    pixel_decoder_last_hidden_state: Tensor | None = None
-    transformer_decoder_last_hidden_state: Tensor | None = None
-    encoder_hidden_states: tuple[Tensor, ...] | None = None
-    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
-    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-    @property
-    def class_probs(self) -> Tensor:
-        """(B, Q, C), what Eq. 4 weighs the masks with: the ensemble's where there is one, else p_q of Eq. 2."""
-        return final_probabilities(self)
-
-    def explain(self, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None) -> Explanation:
-        """Which proposals made pixel (y, x) what it is: see `explain` of label_maps_zs3."""
-        return explain(self, y, x, image=image, image_size=image_size)
 
 
 class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
@@ -318,7 +278,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
     def set_vocabulary(
         self,
-        class_names: Sequence[str | Sequence[str] | dict],
+        class_names: Sequence[ClassName],
         text_embeds: Tensor | None = None,
         *,
         processor: ProcessorMixin | None = None,
@@ -329,12 +289,6 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         text_embeds: (C, D), one row a name; normalised here. None: the text tower embeds the names' prompts.
         processor: the Zs3Processor that does so; None: the one beside the checkpoint that this model was loaded from.
         """
-        try:
-            from .processing_zs3 import read_labels
-        except ImportError:
-            if __package__:
-                raise
-            from processing_zs3 import read_labels
         names = [label.name for label in read_labels(class_names)]
         if text_embeds is None:
             text_embeds = self._embed_names(class_names, processor)
@@ -346,9 +300,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self.config.label2id = {name: index for index, name in enumerate(names)}
         self.vocabulary = self._placed(F.normalize(text_embeds.detach().float(), dim=-1).contiguous())
 
-    def _embed_names(
-        self, class_names: Sequence[str | Sequence[str] | dict], processor: ProcessorMixin | None
-    ) -> Tensor:
+    def _embed_names(self, class_names: Sequence[ClassName], processor: ProcessorMixin | None) -> Tensor:
         """(C, D), of the names' prompts."""
         if self.text_model is None:
             raise ValueError("this checkpoint has no text tower to embed class names with: pass text_embeds")
@@ -361,12 +313,6 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
     def _saved_processor(self) -> ProcessorMixin:
         """The processor beside the checkpoint that this model was loaded from, of the classes beside this one."""
-        try:
-            from .processing_zs3 import saved_processor
-        except ImportError:
-            if __package__:
-                raise
-            from processing_zs3 import saved_processor
         source = self.config.name_or_path
         if not source:
             raise ValueError("this model comes from no checkpoint that a processor lies beside: pass processor=")
@@ -391,12 +337,6 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         drop_text_tower: leave the text tower out of what is saved, which then knows the stored vocabulary only.
         """
-        try:
-            from .pipeline_zs3 import Zs3Pipeline
-        except ImportError:
-            if __package__:
-                raise
-            from pipeline_zs3 import Zs3Pipeline
         model = self
         if drop_text_tower:
             if self.vocabulary is None:
@@ -855,60 +795,6 @@ def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Modu
     return nn.Sequential(nn.Linear(hidden_dim, 4 * hidden_dim), nn.ReLU(), nn.Linear(4 * hidden_dim, projection_dim))
 
 
-def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """R of section 3.2: class_embeds (B, Q, D), text_embeds (C, D) -> (B, Q, C), cosine in [-1, 1]."""
-    device = "cpu" if class_embeds.is_meta else class_embeds.device.type  # autocast knows no "meta"
-    with torch.autocast(device, enabled=False):  # 0.4 % of a cosine is 0.4 of a logit at tau = 0.01
-        text_embeds = text_embeds.to(class_embeds.device).float()
-        return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds, dim=-1).T
-
-
-def label_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """`cosine_similarity` with a label list: equal text vectors get equal columns, so that the first of them wins.
-
-    A matrix product alone may round them differently. A compiled or exported graph is that product alone.
-    """
-    return tie(cosine_similarity(class_embeds, text_embeds), F.normalize(text_embeds.float(), dim=-1).T)
-
-
-def tie(values: Tensor, source: Tensor) -> Tensor:
-    """values (..., C), source (..., C): columns with equal sources become equal to the last bit, as the first of them.
-
-    Products and powers need it: at the end of a row they may be rounded otherwise than in its middle.
-    """
-    if source.shape[-1] < 2 or has_no_values(source):
-        return values
-    columns = source.reshape(-1, source.shape[-1])
-    # On the CPU: not every device has `unique` along an axis. Four rows tell nearly all columns apart.
-    _, group, size = columns[:4].cpu().unique(dim=1, return_inverse=True, return_counts=True)
-    alike = (size[group] > 1).nonzero()[:, 0]
-    if len(alike) == 0:
-        return values
-    _, group = columns[:, alike.to(columns.device)].cpu().unique(dim=1, return_inverse=True)
-    first = torch.full_like(alike, values.shape[-1]).scatter_reduce(0, group, alike, "amin")
-    order = torch.arange(values.shape[-1]).index_copy(0, alike, first[group])
-    return values[..., order.to(values.device)]
-
-
-def check_text_embeds(text_embeds: Tensor, size: int) -> None:
-    """Raises Refused where text vectors are no (C, size) floating-point numbers, or where one has no direction:
-    zeros, NaN, infinities."""
-    if not isinstance(text_embeds, Tensor) or not text_embeds.is_floating_point():
-        kind = text_embeds.dtype if isinstance(text_embeds, Tensor) else type(text_embeds).__name__
-        raise Refused(f"text vectors must be a tensor of floating-point numbers, got {kind}")
-    if text_embeds.dim() != 2 or len(text_embeds) == 0 or text_embeds.shape[1] != size:
-        raise Refused(f"text vectors must be (C, {size}), got {tuple(text_embeds.shape)}")
-    lengths = F.normalize(text_embeds.float(), dim=-1).norm(dim=-1)
-    if has_no_values(lengths):
-        return
-    lost = (~((lengths - 1).abs() < 0.01)).nonzero()[:, 0]  # "not": NaN is lost, too
-    if len(lost):
-        raise Refused(
-            f"{len(lost)} of {len(lengths)} text vectors have no direction, row {int(lost[0])} first: zero, too large "
-            "or not finite; make them again"
-        )
-
-
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...], words: str = "") -> None:
     """Raises Refused where a value is no tensor of this shape; words say where the shape comes from."""
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
@@ -937,12 +823,6 @@ def checked_image_labels(image_labels: Tensor, shape: tuple[int, int]) -> Tensor
     return image_labels.to(torch.int8)
 
 
-def has_no_values(tensor: Tensor) -> bool:
-    """Whether a tensor's values cannot be looked at: "meta", or while a graph or a torch.func transform is made."""
-    made = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return made or tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
 def checked_is_seen(is_seen: Tensor, num_classes: int) -> Tensor:
     """(C,) bool. Raises Refused where it is no tensor of this shape."""
     check_shape("is_seen", is_seen, (num_classes,))
@@ -961,20 +841,6 @@ def check_finite_output(name: str, values: Tensor) -> None:
     """Raises Refused where an output is not finite: what is made of it would look like an answer."""
     if not has_no_values(values) and not torch.isfinite(values).all():
         raise Refused(f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32")
-
-
-def best_synonyms(logits: Tensor, owner: Tensor) -> Tensor:
-    """logits (B, Q, S), owner (S,) int64 -> (B, Q, C): of a class's synonyms, the one that is most like the query."""
-    owner = owner.expand_as(logits)
-    best = logits.new_empty(*logits.shape[:2], int(owner.max()) + 1)
-    return best.scatter_reduce(2, owner, logits, "amax", include_self=False)
-
-
-def final_probabilities(outputs: Zs3Output) -> Tensor:
-    """(B, Q, C), what Eq. 4 weighs the masks with; for copies of the output without properties, as pipelines make."""
-    if outputs.get("ensemble_probs") is not None:
-        return outputs["ensemble_probs"]
-    return class_probabilities(outputs["class_logits"], outputs.get("background_logits"))
 
 
 def default_image_labels(ids: list[Tensor], num_classes: int, is_seen: Tensor | None) -> Tensor:

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedModel
 from transformers.utils import logging
 
 try:
+    from .clip_views_zs3 import ProposalEmbeds
     from .configuration_zs3 import Refused, as_number, one_line, places, shortened
     from .drawing_zs3 import NONE_OF_THESE, draw
     from .files_zs3 import (
@@ -33,19 +34,38 @@ try:
         shown_name,
     )
     from .label_maps_zs3 import semantic_map
-    from .modeling_zs3 import ProposalEmbeds, Zs3ForSemanticSegmentation, Zs3Output, best_synonyms, check_text_embeds
-    from .processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
-    from .text_zs3 import LabelReport, TextCache, lint_labels
+    from .outputs_zs3 import Zs3Output, best_synonyms
+    from .processing_zs3 import padded_size
+    from .text_zs3 import (
+        ClassName,
+        Label,
+        LabelReport,
+        TextCache,
+        check_text_embeds,
+        lint_labels,
+        read_labels,
+        seen_labels,
+    )
 except ImportError:
     if __package__:
         raise
+    from clip_views_zs3 import ProposalEmbeds
     from configuration_zs3 import Refused, as_number, one_line, places, shortened
     from drawing_zs3 import NONE_OF_THESE, draw
     from files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map, shown_name
     from label_maps_zs3 import semantic_map
-    from modeling_zs3 import ProposalEmbeds, Zs3ForSemanticSegmentation, Zs3Output, best_synonyms, check_text_embeds
-    from processing_zs3 import ClassName, Label, padded_size, read_labels, seen_labels
-    from text_zs3 import LabelReport, TextCache, lint_labels
+    from outputs_zs3 import Zs3Output, best_synonyms
+    from processing_zs3 import padded_size
+    from text_zs3 import (
+        ClassName,
+        Label,
+        LabelReport,
+        TextCache,
+        check_text_embeds,
+        lint_labels,
+        read_labels,
+        seen_labels,
+    )
 
 logger = logging.get_logger(__name__)
 
@@ -622,7 +642,7 @@ def _are_proposals(image: object) -> bool:
     return hasattr(image, "views") and hasattr(image, "outputs")
 
 
-def fingerprint(model: Zs3ForSemanticSegmentation) -> dict[str, Tensor]:
+def fingerprint(model: PreTrainedModel) -> dict[str, Tensor]:
     """By which a checkpoint is known: the first 256 numbers of the weights by which queries begin and class embeddings
     are made, float32 on the CPU; without those that cannot be read (quantised, or kept elsewhere)."""
     parts = {"projection": model.class_projection, "queries": model.model.transformer_module.queries_features}

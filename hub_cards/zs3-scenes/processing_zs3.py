@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,35 +29,20 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, cached_file
 
 try:
-    from .configuration_zs3 import Refused, among, check_name, check_names, is_number, shortened
+    from .configuration_zs3 import SIZE_DIVISOR, Refused, is_number, shortened
     from .files_zs3 import is_deep, load_picture, read_text
-    from .label_maps_zs3 import SemanticMap
-    from .modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
+    from .label_maps_zs3 import MASK_STRIDE, SemanticMap, semantic_map
+    from .outputs_zs3 import Zs3Output, final_probabilities
+    from .text_zs3 import PROMPT_TEMPLATES, ClassName, Label, read_labels, seen_labels
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Refused, among, check_name, check_names, is_number, shortened
+    from configuration_zs3 import SIZE_DIVISOR, Refused, is_number, shortened
     from files_zs3 import is_deep, load_picture, read_text
-    from label_maps_zs3 import SemanticMap
-    from modeling_zs3 import MASK_STRIDE, SIZE_DIVISOR, Zs3Output, final_probabilities, semantic_map
+    from label_maps_zs3 import MASK_STRIDE, SemanticMap, semantic_map
+    from outputs_zs3 import Zs3Output, final_probabilities
+    from text_zs3 import PROMPT_TEMPLATES, ClassName, Label, read_labels, seen_labels
 
-# The 14 templates of Gu et al. 2022 (ViLD), as the paper's ancestors use them.
-PROMPT_TEMPLATES = (
-    "a photo of a {}.",
-    "This is a photo of a {}",
-    "There is a {} in the scene",
-    "There is the {} in the scene",
-    "a photo of a {} in the scene",
-    "a photo of a small {}.",
-    "a photo of a medium {}.",
-    "a photo of a large {}.",
-    "This is a photo of a small {}.",
-    "This is a photo of a medium {}.",
-    "This is a photo of a large {}.",
-    "There is a small {} in the scene.",
-    "There is a medium {} in the scene.",
-    "There is a large {} in the scene.",
-)
 
 LABELS_AT_ONCE = 256  # whose tokens are counted
 TOKENIZING = threading.RLock()
@@ -67,7 +52,6 @@ TEXT_OPTIONS = {  # None or one of these
     "return_tensors": ("pt", "np"),
 }
 
-ClassName = str | Sequence[str] | dict
 
 SIZE_KEYS = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
 
@@ -343,71 +327,6 @@ def resize_nearest(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W) integers of any width to `size` by nearest neighbour."""
     rows, columns = (nearest_pixels(new, old) for new, old in zip(size, label_map.shape, strict=True))
     return label_map[rows[:, None], columns]
-
-
-class Label(NamedTuple):
-    """One entry of a label list: its name, the words that stand for it (the name first), and their templates."""
-
-    name: str
-    words: tuple[str, ...]
-    templates: tuple[str, ...]
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """The texts whose mean vector stands for the label, word by word."""
-        return tuple(template.replace("{}", word) for word in self.words for template in self.templates)
-
-    def synonyms(self) -> list["Label"]:
-        """A label for each word."""
-        return [Label(word, (word,), self.templates) for word in self.words]
-
-
-def read_labels(
-    class_names: Sequence[ClassName], templates: Sequence[str] = PROMPT_TEMPLATES, allow_repeats: bool = False
-) -> list[Label]:
-    """A label list as users write it: a name, a list of synonyms (the first is the name), or a dict with `name`,
-    and optionally `synonyms` and `templates`. Names that are one (see `plain`) raise, unless allow_repeats."""
-    if isinstance(class_names, str) or not isinstance(class_names, Sequence):
-        raise ValueError(f"class names must be a list, got {shortened(class_names)}")
-    if not class_names:
-        raise ValueError("the list of class names is empty")
-    labels = [_read_label(entry, templates) for entry in class_names]
-    if not allow_repeats:
-        check_names([label.name for label in labels])
-    return labels
-
-
-def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
-    if isinstance(entry, dict):
-        unknown = sorted(map(str, set(entry) - {"name", "synonyms", "templates"}))
-        if unknown or "name" not in entry:
-            raise ValueError(
-                f"a label needs a name, and may have synonyms and templates, got {shortened(sorted(map(str, entry)))}"
-            )
-        templates = _as_list(entry.get("templates") or templates)
-        entry = [entry["name"], *_as_list(entry.get("synonyms") or [])]
-    words = _as_list(entry)
-    words = [word.strip() if isinstance(word, str) else word for word in words]
-    if not words or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"a label must be a name, a list of synonyms or a dict, got {shortened(entry)}")
-    for word in words:
-        check_name(word)
-    wrong = [template for template in templates if not isinstance(template, str) or "{}" not in template]
-    if wrong:
-        raise ValueError(f"a prompt template needs '{{}}' where the name goes, got {shortened(wrong[0])}")
-    return Label(words[0], tuple(words), tuple(templates))
-
-
-def seen_labels(labels: Sequence[Label], seen_class_names: Sequence[str] | None) -> list[bool]:
-    """Of each label, whether the training saw masks of it: one of its words is a seen class name."""
-    words = [(row, word) for row, label in enumerate(labels) for word in label.words]
-    is_seen = among([word for _, word in words], seen_class_names)
-    rows = {row for (row, _), seen in zip(words, is_seen, strict=True) if seen}
-    return [row in rows for row in range(len(labels))]
-
-
-def _as_list(value: str | Sequence[str]) -> list[str]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 class Zs3Processor(ProcessorMixin):

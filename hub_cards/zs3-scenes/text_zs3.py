@@ -18,26 +18,45 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import constants
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 try:
-    from .configuration_zs3 import as_number, plain
+    from .configuration_zs3 import Refused, among, as_number, check_name, check_names, plain, shortened
     from .files_zs3 import PARTIAL, whole
-    from .modeling_zs3 import Zs3ForSemanticSegmentation
-    from .processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
+    from .outputs_zs3 import has_no_values
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import as_number, plain
+    from configuration_zs3 import Refused, among, as_number, check_name, check_names, plain, shortened
     from files_zs3 import PARTIAL, whole
-    from modeling_zs3 import Zs3ForSemanticSegmentation
-    from processing_zs3 import PROMPT_TEMPLATES, ClassName, Label, Zs3Processor, read_labels, seen_labels
+    from outputs_zs3 import has_no_values
 
 logger = logging.get_logger(__name__)
+
+# The 14 templates of Gu et al. 2022 (ViLD), as the paper's ancestors use them.
+PROMPT_TEMPLATES = (
+    "a photo of a {}.",
+    "This is a photo of a {}",
+    "There is a {} in the scene",
+    "There is the {} in the scene",
+    "a photo of a {} in the scene",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "There is a small {} in the scene.",
+    "There is a medium {} in the scene.",
+    "There is a large {} in the scene.",
+)
+
+ClassName = str | Sequence[str] | dict
 
 FORMAT = "1"  # another one where encode_text or the files change their meaning
 DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
@@ -57,7 +76,94 @@ COSINES_AT_ONCE = 2**22
 LINES = 10  # of each kind in a printed report
 
 
+# ------------------------------------------------------------------------------------------------ labels
+
+
+class Label(NamedTuple):
+    """One entry of a label list: its name, the words that stand for it (the name first), and their templates."""
+
+    name: str
+    words: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The texts whose mean vector stands for the label, word by word."""
+        return tuple(template.replace("{}", word) for word in self.words for template in self.templates)
+
+    def synonyms(self) -> list["Label"]:
+        """A label for each word."""
+        return [Label(word, (word,), self.templates) for word in self.words]
+
+
+def read_labels(
+    class_names: Sequence[ClassName], templates: Sequence[str] = PROMPT_TEMPLATES, allow_repeats: bool = False
+) -> list[Label]:
+    """A label list as users write it: a name, a list of synonyms (the first is the name), or a dict with `name`,
+    and optionally `synonyms` and `templates`. Names that are one (see `plain`) raise, unless allow_repeats."""
+    if isinstance(class_names, str) or not isinstance(class_names, Sequence):
+        raise ValueError(f"class names must be a list, got {shortened(class_names)}")
+    if not class_names:
+        raise ValueError("the list of class names is empty")
+    labels = [_read_label(entry, templates) for entry in class_names]
+    if not allow_repeats:
+        check_names([label.name for label in labels])
+    return labels
+
+
+def _read_label(entry: ClassName, templates: Sequence[str]) -> Label:
+    if isinstance(entry, dict):
+        unknown = sorted(map(str, set(entry) - {"name", "synonyms", "templates"}))
+        if unknown or "name" not in entry:
+            raise ValueError(
+                f"a label needs a name, and may have synonyms and templates, got {shortened(sorted(map(str, entry)))}"
+            )
+        templates = _as_list(entry.get("templates") or templates)
+        entry = [entry["name"], *_as_list(entry.get("synonyms") or [])]
+    words = _as_list(entry)
+    words = [word.strip() if isinstance(word, str) else word for word in words]
+    if not words or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"a label must be a name, a list of synonyms or a dict, got {shortened(entry)}")
+    for word in words:
+        check_name(word)
+    wrong = [template for template in templates if not isinstance(template, str) or "{}" not in template]
+    if wrong:
+        raise ValueError(f"a prompt template needs '{{}}' where the name goes, got {shortened(wrong[0])}")
+    return Label(words[0], tuple(words), tuple(templates))
+
+
+def _as_list(value: str | Sequence[str]) -> list[str]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def seen_labels(labels: Sequence[Label], seen_class_names: Sequence[str] | None) -> list[bool]:
+    """Of each label, whether the training saw masks of it: one of its words is a seen class name."""
+    words = [(row, word) for row, label in enumerate(labels) for word in label.words]
+    is_seen = among([word for _, word in words], seen_class_names)
+    rows = {row for (row, _), seen in zip(words, is_seen, strict=True) if seen}
+    return [row in rows for row in range(len(labels))]
+
+
 # ----------------------------------------------------------------------------------------------------- text vectors
+
+
+def check_text_embeds(text_embeds: Tensor, size: int) -> None:
+    """Raises Refused where text vectors are no (C, size) floating-point numbers, or where one has no direction:
+    zeros, NaN, infinities."""
+    if not isinstance(text_embeds, Tensor) or not text_embeds.is_floating_point():
+        kind = text_embeds.dtype if isinstance(text_embeds, Tensor) else type(text_embeds).__name__
+        raise Refused(f"text vectors must be a tensor of floating-point numbers, got {kind}")
+    if text_embeds.dim() != 2 or len(text_embeds) == 0 or text_embeds.shape[1] != size:
+        raise Refused(f"text vectors must be (C, {size}), got {tuple(text_embeds.shape)}")
+    lengths = F.normalize(text_embeds.float(), dim=-1).norm(dim=-1)
+    if has_no_values(lengths):
+        return
+    lost = (~((lengths - 1).abs() < 0.01)).nonzero()[:, 0]  # "not": NaN is lost, too
+    if len(lost):
+        raise Refused(
+            f"{len(lost)} of {len(lengths)} text vectors have no direction, row {int(lost[0])} first: zero, too large "
+            "or not finite; make them again"
+        )
 
 
 class Place(NamedTuple):
@@ -101,7 +207,7 @@ class TextCache:
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, _lock=threading.RLock())
 
-    def embed(self, labels: Sequence[Label], model: Zs3ForSemanticSegmentation, processor: Zs3Processor) -> Tensor:
+    def embed(self, labels: Sequence[Label], model: PreTrainedModel, processor: ProcessorMixin) -> Tensor:
         """(C, D) float32, unit length, on the model's device: `encode_text` of what is not there yet, in one call."""
         if model.text_model is None:
             raise ValueError("this checkpoint has no text tower: label lists cannot be embedded")
@@ -110,7 +216,7 @@ class TextCache:
         with self._lock:
             return self._embed(labels, model, processor)
 
-    def _embed(self, labels: Sequence[Label], model: Zs3ForSemanticSegmentation, processor: Zs3Processor) -> Tensor:
+    def _embed(self, labels: Sequence[Label], model: PreTrainedModel, processor: ProcessorMixin) -> Tensor:
         side = text_side(model.text_model, processor.tokenizer)
         keys = label_keys(labels, processor.tokenizer)
         found = self._recall(side, set(keys))
@@ -355,8 +461,8 @@ def _section(title: str, rows: list[str] | None) -> list[str]:
 def lint_labels(
     class_names: Sequence[ClassName],
     *,
-    model: Zs3ForSemanticSegmentation | None = None,
-    processor: Zs3Processor | None = None,
+    model: PreTrainedModel | None = None,
+    processor: ProcessorMixin | None = None,
     cache: TextCache | None = None,
     similar: float = SIMILAR,
 ) -> LabelReport:
@@ -426,4 +532,15 @@ def near_synonyms(labels: Sequence[Label], text_embeds: Tensor, similar: float) 
     return [SimilarNames(labels[first].name, labels[second].name, -minus) for minus, first, second in found]
 
 
-__all__ = ["LabelReport", "SimilarNames", "TextCache", "lint_labels"]
+__all__ = [
+    "PROMPT_TEMPLATES",
+    "ClassName",
+    "Label",
+    "LabelReport",
+    "SimilarNames",
+    "TextCache",
+    "check_text_embeds",
+    "lint_labels",
+    "read_labels",
+    "seen_labels",
+]

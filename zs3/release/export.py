@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-from losses_zs3 import class_probabilities
-from modeling_zs3 import SIZE_DIVISOR, Zs3ForSemanticSegmentation
+from configuration_zs3 import SIZE_DIVISOR
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from outputs_zs3 import class_probabilities
 from zs3.checkpoints import load_model
 from zs3.command_line import Arguments, InputError, OutputFile, check_required, flag, read_arguments
 from zs3.files import naming

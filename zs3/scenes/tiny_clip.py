@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from files_zs3 import read_text
-from processing_zs3 import PROMPT_TEMPLATES
+from text_zs3 import PROMPT_TEMPLATES
 from zs3.command_line import Arguments, Count, InputError, OutputFolder, Seed, check_required, flag, read_arguments
 from zs3.files import write_json, write_text, writing_folder
 from zs3.scenes import render

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from modeling_zs3 import Zs3Output
+from outputs_zs3 import Zs3Output
 
 
 class StepMean:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from configuration_zs3 import Zs3Config, among, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from processing_zs3 import PROMPT_TEMPLATES, Zs3ImageProcessor, Zs3Processor, saved_templates
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor, saved_templates
+from text_zs3 import PROMPT_TEMPLATES
 from zs3.checkpoints import (
     CHECKPOINT_ERRORS,
     check_checkpoint,

@@ -1,0 +1,165 @@
+"""What the model returns, and its equations that need no network: cosines, the probabilities of Eq. 2, ties.
+
+Axes: B image, Q query, C class name, S synonym, D embedding, h w mask size (H/4, W/4).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.utils import ModelOutput
+
+try:
+    from .label_maps_zs3 import Explanation, explain
+except ImportError:
+    if __package__:
+        raise
+    from label_maps_zs3 import Explanation, explain
+
+
+@dataclass
+class Zs3Output(ModelOutput):
+    """What the model returns.
+
+    loss: scalar, when `labels` are given; the sum of weight x term (Eq. 8).
+    loss_terms: dict of unweighted scalars class, mask, dice, rank, each summed over the decoder outputs.
+    same_label_rate: scalar in [0, 1], how often a query's label is the class of its mask (last decoder output), NaN
+        without masks; tells something where the ids in `labels` index the class axis.
+    mask_logits: (B, Q, h, w) of the last decoder output; sigmoid gives the proposals M.
+    class_embeds: (B, Q, D), E^c, not normalised.
+    class_logits: (B, Q, C), cosine / temperature.
+    background_logits: (B, Q), with the learned background embedding (class_loss "cross_entropy"), else None.
+    valid_sizes: (B, 2) int64, height and width of each image without its padding; with `labels`, of the whole crop.
+    ensemble_probs: (B, Q, C), where CLIP was shown the proposals (`ensemble`); the label map is then made of these.
+    shown_to_clip: (B, Q) bool, which ones it was shown.
+    undecided: (B,), the share of pixels that CLIP's view of the others might still change; 0 but for view "lazy" with a
+        tolerance.
+
+    With output_hidden_states or output_attentions, under Mask2Former's names; C channels, h w of each level:
+    encoder_last_hidden_state: (B, C, h, w), the backbone's coarsest feature map.
+    pixel_decoder_last_hidden_state: (B, C, h, w), the mask features, of stride 4.
+    transformer_decoder_last_hidden_state: (B, Q, C), the queries after the last layer, not normalised.
+
+    With output_hidden_states:
+    encoder_hidden_states: the backbone's feature maps (B, C, h, w), of strides 4, 8, 16, 32.
+    pixel_decoder_hidden_states: feature maps (B, C, h, w), of strides 32, 16, 8.
+    transformer_decoder_hidden_states: the queries (Q, B, C), before the first and after each decoder layer.
+
+    With output_attentions:
+    attentions: of each decoder layer, the weights (B, heads, Q, Q) with which queries look at each other.
+    """
+
+    loss: Tensor | None = None
+    loss_terms: dict[str, Tensor] | None = None
+    same_label_rate: Tensor | None = None
+    mask_logits: Tensor | None = None
+    class_embeds: Tensor | None = None
+    class_logits: Tensor | None = None
+    background_logits: Tensor | None = None
+    valid_sizes: Tensor | None = None
+    ensemble_probs: Tensor | None = None
+    shown_to_clip: Tensor | None = None
+    undecided: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    pixel_decoder_last_hidden_state: Tensor | None = None
+    transformer_decoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pixel_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    transformer_decoder_hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def class_probs(self) -> Tensor:
+        """(B, Q, C), what Eq. 4 weighs the masks with: the ensemble's where there is one, else p_q of Eq. 2."""
+        return final_probabilities(self)
+
+    def explain(self, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None) -> Explanation:
+        """Which proposals made pixel (y, x) what it is: see `explain` of label_maps_zs3."""
+        return explain(self, y, x, image=image, image_size=image_size)
+
+
+def final_probabilities(outputs: Zs3Output) -> Tensor:
+    """(B, Q, C), what Eq. 4 weighs the masks with; for copies of the output without properties, as pipelines make."""
+    if outputs.get("ensemble_probs") is not None:
+        return outputs["ensemble_probs"]
+    return class_probabilities(outputs["class_logits"], outputs.get("background_logits"))
+
+
+def class_probabilities(class_logits: Tensor, background_logits: Tensor | None = None) -> Tensor:
+    """p_q of Eq. 2: class_logits (..., Q, C) = cosine / temperature -> (..., Q, C).
+
+    background_logits: (..., Q), of the learned t_0 where there is one; it takes part in the sum (j = 0 of Eq. 2)
+    and its column is dropped, so that rows sum to at most 1.
+    """
+    if background_logits is None:
+        return at_least_float32(class_logits).softmax(-1)
+    logits = torch.cat([class_logits, background_logits[..., None]], dim=-1)
+    return at_least_float32(logits).softmax(-1)[..., :-1]
+
+
+def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """R of section 3.2: class_embeds (B, Q, D), text_embeds (C, D) -> (B, Q, C), cosine in [-1, 1]."""
+    device = "cpu" if class_embeds.is_meta else class_embeds.device.type  # autocast knows no "meta"
+    with torch.autocast(device, enabled=False):  # 0.4 % of a cosine is 0.4 of a logit at tau = 0.01
+        text_embeds = text_embeds.to(class_embeds.device).float()
+        return F.normalize(class_embeds.float(), dim=-1) @ F.normalize(text_embeds, dim=-1).T
+
+
+def label_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """`cosine_similarity` with a label list: equal text vectors get equal columns, so that the first of them wins.
+
+    A matrix product alone may round them differently. A compiled or exported graph is that product alone.
+    """
+    return tie(cosine_similarity(class_embeds, text_embeds), F.normalize(text_embeds.float(), dim=-1).T)
+
+
+def tie(values: Tensor, source: Tensor) -> Tensor:
+    """values (..., C), source (..., C): columns with equal sources become equal to the last bit, as the first of them.
+
+    Products and powers need it: at the end of a row they may be rounded otherwise than in its middle.
+    """
+    if source.shape[-1] < 2 or has_no_values(source):
+        return values
+    columns = source.reshape(-1, source.shape[-1])
+    # On the CPU: not every device has `unique` along an axis. Four rows tell nearly all columns apart.
+    _, group, size = columns[:4].cpu().unique(dim=1, return_inverse=True, return_counts=True)
+    alike = (size[group] > 1).nonzero()[:, 0]
+    if len(alike) == 0:
+        return values
+    _, group = columns[:, alike.to(columns.device)].cpu().unique(dim=1, return_inverse=True)
+    first = torch.full_like(alike, values.shape[-1]).scatter_reduce(0, group, alike, "amin")
+    order = torch.arange(values.shape[-1]).index_copy(0, alike, first[group])
+    return values[..., order.to(values.device)]
+
+
+def best_synonyms(logits: Tensor, owner: Tensor) -> Tensor:
+    """logits (B, Q, S), owner (S,) int64 -> (B, Q, C): of a class's synonyms, the one that is most like the query."""
+    owner = owner.expand_as(logits)
+    best = logits.new_empty(*logits.shape[:2], int(owner.max()) + 1)
+    return best.scatter_reduce(2, owner, logits, "amax", include_self=False)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor of half precision as float32, others unchanged."""
+    return tensor.float() if tensor.element_size() < 4 else tensor
+
+
+def has_no_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values cannot be looked at: "meta", or while a graph or a torch.func transform is made."""
+    made = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return made or tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+__all__ = [
+    "Zs3Output",
+    "at_least_float32",
+    "best_synonyms",
+    "class_probabilities",
+    "cosine_similarity",
+    "final_probabilities",
+    "has_no_values",
+    "label_similarity",
+    "tie",
+]
