@@ -11,15 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-import eval as evaluation
 import zs3.evaluation.compare as comparison
 from zs3.command_line import InputError
 from zs3.evaluation.choices import best_weight, chosen_bias
 from zs3.evaluation.compare import CompareArgs, compare
 from zs3.evaluation.figure import worst_images
 from zs3.evaluation.report import protocol, report
-from zs3.evaluation.results import Result, read_result
-from zs3.evaluation.suites import SUITES, row
+from zs3.evaluation.result_types import Result
+from zs3.evaluation.results import read_result
+from zs3.evaluation.suites import SUITES, finished, row
 from zs3.label_space import load_label_space
 from zs3.release.__main__ import read_results
 from zs3.release.card import model_index, tables
@@ -104,8 +104,8 @@ def test_every_number_is_told_in_its_place():
         "- area under the seen/unseen curve 12.3 %; its best hIoU, 43.2, is at a bias of 0.5 off seen classes: found "
         "on these images, so it is no result",
         "- expected calibration error of the confidences 6.7 %",
-        "- confidence tells pixels of other classes from the candidates' with an AUROC of 71.2 % (50 is chance); "
-        "34.5 % of them are accepted where 95 % of the candidates' are",
+        "- confidence separates pixels of other classes from pixels of the candidates with an AUROC of 71.2 % (50 is "
+        "chance); a threshold that accepts 95 % of the candidates' pixels accepts 34.5 % of the others",
         "- labels with a confidence below 0.36123 rejected: at most 10.0 % of the labelled pixels of a new image are "
         "wrong, on average (chosen on 18 images); on the 22 others 8.9 % were, and 77.7 % kept a label",
         "| sun | sky | 123 | 45.0 |",
@@ -133,7 +133,7 @@ def test_what_was_not_measured_is_not_told():
     [
         (
             {},
-            "gzs3, 2 seen and 1 unseen names; no ensemble; training was told pseudo image labels of unseen classes; "
+            "gzs3, 2 seen and 1 unseen names; no ensemble; training had pseudo image labels of unseen classes; "
             "classes absent from truth and prediction are left out of means",
         ),
         ({"without": ["a b", "c"]}, "; without a b, c; "),
@@ -146,9 +146,9 @@ def test_what_was_not_measured_is_not_told():
         ),
         (
             {"calibration": {"seen_bias_chosen": "none", "ensemble_weight_chosen": "chosen on 3 images"}},
-            "; no ensemble (chosen on 3 images); training was told",
+            "; no ensemble (chosen on 3 images); training had",
         ),
-        ({"unseen_labels_in_training": None}, "; training was told what is not known of unseen classes; "),
+        ({"unseen_labels_in_training": None}, "; it is not known which image labels of unseen classes training had; "),
         (
             {
                 "clip_ensemble": "crops",
@@ -185,6 +185,7 @@ def test_a_bar_in_a_cell_ends_no_cell():
 
 # ---- files whose fields are of other types than they should ------------------------------------------------
 
+OF_LAZY = {"ensemble_tolerance", "proposals_shown_to_clip", "undecided_share"}  # keys that nothing reads now
 NUMBERS = [True, "0.5", [0.5], {"a": 0.5}, [[[0.5]]], None, math.nan, math.inf, -math.inf, -1, 1.5, 10**30, 1e300]
 OTHERS = [True, 1, 0.5, "text", ["text", 1], {"a": 1}, {"a": ["text"]}, [[["text"]]], None, math.nan]
 MAY_BE_NONE = {  # by the last name of the way there
@@ -266,7 +267,8 @@ def read_by_seen_bias(path: Path, content: dict, monkeypatch: pytest.MonkeyPatch
 
 def read_by_suite(path: Path, content: dict, monkeypatch: pytest.MonkeyPatch) -> object:
     names = ("setting", "model", "dataset", "split", "seen", "unseen", "without", "settings", "versions")
-    result = evaluation.finished(path, {name: content[name] for name in names})
+    settings = {name: value for name, value in content["settings"].items() if name != "ensemble_tolerance"}
+    result = finished(path, {name: content[name] for name in names} | {"settings": settings})
     return None if result is None else row(SUITES["gzs3"], Path("nowhere"), {"voc_20": result}, {})
 
 
@@ -372,10 +374,34 @@ def test_areas_beside_a_result_must_be_those_of_its_numbers(old, tmp_path, monke
 def test_results_of_older_versions_are_read_as_they_are(old, path):
     path = path or old
     content = json.loads(path.read_text())
-    assert read_result(path) == content and content.keys() == Result.__annotations__.keys()
-    for later in ("code_sha256", "undecided_share", "given_sha256"):  # as of a version before they were written
+    assert read_result(path) == content and content.keys() == Result.__annotations__.keys() | OF_LAZY
+    for later in ("code_sha256", "given_sha256"):  # as of a version before they were written
         del content[later]
         assert first_wrong(content, Result) is None
+
+
+def test_a_result_of_the_view_lazy_is_read_compared_and_shown(old, tmp_path, monkeypatch):
+    """That view is gone; its results are not."""
+    content, path = json.loads(old.read_text()) | {"clip_ensemble": "lazy"}, tmp_path / "gzs3.json"
+    images_path(path).write_bytes(images_path(old).read_bytes())
+    path.write_text(json.dumps(content))
+    assert read_result(path) == content and "ensemble with CLIP (lazy, weight 0.8" in protocol(content)
+    table, _ = read_by_release(path, content, monkeypatch)
+    assert "lazy, w = 0.8" in table
+    compared = compare(CompareArgs(str(old), str(path)))["scores"]
+    assert compared["hiou"]["difference"] == 0
+
+
+@pytest.mark.parametrize(("tolerance", "is_finished"), [(0.0, True), (0.1, False)])
+def test_a_suites_result_of_before_is_known_where_the_evaluation_is_the_same(old, tmp_path, tolerance, is_finished):
+    content, path = json.loads(old.read_text()), tmp_path / "gzs3.json"
+    content["settings"]["ensemble_tolerance"] = tolerance
+    path.write_text(json.dumps(content))
+    today = {name: value for name, value in content["settings"].items() if name != "ensemble_tolerance"}
+    stamp = {name: content[name] for name in ("setting", "model", "split_sha256")}
+    assert (finished(path, stamp | {"settings": today}) is not None) == is_finished
+    assert finished(path, stamp | {"settings": today | {"absent": "truth"}}) is None
+    assert finished(path, stamp | {"settings": today, "model": "another"}) is None
 
 
 def test_an_answer_of_ensemble_weight_with_a_field_of_a_wrong_type_is_one_line(tmp_path):

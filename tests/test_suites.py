@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from archives import write_tree
 from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
@@ -19,7 +20,7 @@ from zs3.command_line import InputError, run
 from zs3.convert.__main__ import ConvertArgs, convert
 from zs3.convert.archives import ARCHIVES
 from zs3.data.records import load_split
-from zs3.evaluation.suites import SUITES
+from zs3.evaluation.suites import SUITES, run_suite
 from zs3.label_space import load_label_space
 
 MEMBERS = SUITES["ovs5"].members
@@ -184,7 +185,7 @@ def test_text_vectors_of_a_suite_lie_in_a_folder(data_root, tmp_path):
         output=str(tmp_path / "out"),
         text_embeds=str(tmp_path / "text"),
     )
-    assert "| - | - | - | - |" in evaluation.evaluate_suite(args, evaluation.Accelerator())
+    assert "| - | - | - | - |" in run_suite(args, evaluation.evaluate, Accelerator())
     args.members = ["voc_21"]
     with pytest.raises(InputError, match="voc_21.npy"):
-        evaluation.evaluate_suite(args, evaluation.Accelerator())
+        run_suite(args, evaluation.evaluate, Accelerator())

@@ -19,7 +19,7 @@ from text_zs3 import check_text_embeds, read_labels
 from zs3.checkpoints import check_checkpoint, load_config, load_model, load_processor, project_code, weights_sha256
 from zs3.command_line import Arguments, InputError, check_required, flag, in_one_line, read_arguments, shown
 from zs3.data.records import load_split, stream_split
-from zs3.evaluation.report import TOLD
+from zs3.evaluation.report import IMAGE_LABELS
 from zs3.files import is_locked
 from zs3.label_space import load_label_space, load_text_embeds
 from zs3.training.folder import (
@@ -126,7 +126,7 @@ def say_record(found: Findings, record: Record) -> None:
         found.say("saw", "unknown: no zero-shot result can be claimed")
         return
     found.say("saw", f"masks of {names_line(record.seen_class_names)}")
-    found.say("was given", f"{TOLD.get(record.unseen_labels, 'what is not known')} of unseen classes")
+    found.say("was given", f"{IMAGE_LABELS.get(record.unseen_labels, 'what is not known')} of unseen classes")
 
 
 def names_line(names: Sequence[str]) -> str:
@@ -285,7 +285,7 @@ def examine_final_record(final: Record, stamped: Record, found: Findings) -> Non
     if both.seen_class_names is not None:
         names = stamped.seen_class_names or []
         lost = [name for name, known in zip(names, among(names, final.seen_class_names), strict=True) if not known]
-        what = f"it saw masks of {names_line(lost)}" if lost else f"it was given {TOLD[both.unseen_labels]}"
+        what = f"it saw masks of {names_line(lost)}" if lost else f"it was given {IMAGE_LABELS[both.unseen_labels]}"
     found.problems.append(f"final/ does not say all that the run's stamp does: {what}")
 
 

@@ -236,7 +236,7 @@ def ensemble_weight_job(args: AblationArgs, seed: int, row: Row) -> Job:
 
 
 def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
-    from zs3.evaluation.arguments import EvalArgs, deciding_flags
+    from zs3.evaluation.arguments import EvalArgs, deciding_flags, same_flags
 
     path = result_path(args, seed, row)
     model = path.parent / "final"
@@ -262,7 +262,7 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
             (not model.exists() or result["checkpoint_sha256"] == weights_sha256(str(model)))
             and result["num_images"] == result["split_images"]
             and (weight is None or not weight.exists() or file_sha256(weight) in given)
-            and by_name(result["settings"]) == by_name(deciding_flags(asked))
+            and same_flags(by_name(result["settings"]), by_name(deciding_flags(asked)))
         )
 
     return Job(

@@ -14,8 +14,9 @@ from scipy import stats
 from zs3.ablation.tables import TRAININGS, Row, Table
 from zs3.command_line import printable
 from zs3.evaluation.curves import draw_scores
-from zs3.evaluation.report import TOLD
-from zs3.evaluation.results import Result, read_result
+from zs3.evaluation.report import IMAGE_LABELS
+from zs3.evaluation.result_types import Result
+from zs3.evaluation.results import read_result
 from zs3.scores.means import SCORES, GeneralizedScores
 from zs3.tables import markdown, markdown_table
 from zs3.typed_json import read_json_lines
@@ -189,7 +190,7 @@ def table_text(table: dict) -> str:
     """Markdown of one of `summarise`."""
     rows, differences = [], []
     for row in table["rows"]:
-        cells = [row["title"], TOLD[row["told"]]]
+        cells = [row["title"], IMAGE_LABELS[row["told"]]]
         cells += [f"{plus_minus(row['scores'][name])} ({each_seed(row['scores'][name])})" for name in SCORE_TITLES]
         cells.append(" / ".join(f"{row['paper'][name]:.1f}" for name in SCORE_TITLES) if row["paper"] else "")
         rows.append(cells)

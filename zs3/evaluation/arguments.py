@@ -12,7 +12,6 @@ from zs3.command_line import (
     InputError,
     OutputFolder,
     Seed,
-    Share,
     Whole,
     Workers,
     check_outside,
@@ -33,36 +32,32 @@ class EvalArgs(Arguments):
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     suite: Literal["gzs3", "ovs5"] | None = flag(None, "Datasets and setting of the paper's Tables 1-2, or 3.")
-    data_root: str | None = flag(None, "Folder of the suite's datasets, each named as zs3.convert names it.")
-    members: list[str] = flag([], "Datasets of the suite; default: all that are there, voc_21 only where named.")
+    data_root: str | None = flag(None, "Folder of the suite's datasets, each named as zs3 convert names it.")
+    members: list[str] = flag([], "Datasets of the suite; default: all that exist, but voc_21.")
     split: str = flag("validation", "Split of the dataset to evaluate on.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     setting: Literal["gzs3", "zs3", "ovs"] = flag(
         "gzs3",
-        "Candidates: all classes (gzs3), the unseen alone (zs3), or of any label space, with no claim (ovs).",
+        "Candidates: all classes (gzs3), the unseen alone (zs3), or any label space, without a zero-shot claim (ovs).",
     )
-    without: list[str] = flag([], "Names that are no candidates; their pixels count for rejection alone.")
+    without: list[str] = flag([], "Names that are no candidates; their pixels count for rejection only.")
     output: str | None = flag(None, "Result file (JSON); of a suite, a folder.")
     text_embeds: str | None = flag(
         None,
         "Text vectors for a checkpoint without text tower: a .npy, one row a class; of a suite, a folder of NAME.npy.",
     )
-    ensemble: Literal["off", "crops", "lazy", "single_pass"] | None = flag(
+    ensemble: Literal["off", "crops", "single_pass"] | None = flag(
         None,
-        "CLIP's view of the proposals joined in (section 4.6): of all their crops, of those that can change the label "
-        "map, or from one pass over the image; default: crops where the checkpoint has an image tower and a weight.",
+        "Join CLIP's view of the proposals (section 4.6), from crops of them or from one pass over the image; default: "
+        "crops where the checkpoint has an image tower and a weight.",
     )
     ensemble_weight: str | None = flag(
-        None,
-        "w of the ensemble: a number, or a file of zs3.ensemble_weight; default: the checkpoint's own weight.",
+        None, "w of the ensemble: a number, or a file of zs3 ensemble_weight; default: the checkpoint's own weight."
     )
-    ensemble_tolerance: Share = flag(0.0, "Share of an image's pixels that 'lazy' may leave open.")
     seen_bias: str | None = flag(
-        None, "What is taken off the scores of seen classes: a number, or a result file, for the best of its curve."
+        None, "Subtract this from the scores of seen classes: a number, or a result file, for the best of its curve."
     )
-    calibration: bool = flag(
-        True, "Measure the seen/unseen curve, reliability and rejection in the same pass; not with --ensemble lazy."
-    )
+    calibration: bool = flag(True, "Measure the seen/unseen curve, reliability and rejection in the same pass.")
     max_wrong: Annotated[float, Number(float, TINY, 1, below=True)] = flag(
         0.1, "Share of an image's pixels that may get a wrong label, for the rejection threshold."
     )
@@ -84,12 +79,8 @@ class EvalArgs(Arguments):
             check_weight(self.ensemble_weight)
         if self.seen_bias is not None:
             check_bias(self.seen_bias)
-        if self.ensemble_tolerance > 0 and self.ensemble != "lazy":
-            raise InputError("--ensemble_tolerance goes with --ensemble lazy")
         if self.seen_bias is not None and (self.setting != "gzs3" or self.suite == "ovs5"):
             raise InputError("--seen_bias goes with --setting gzs3, where seen and unseen names compete")
-        if self.ensemble == "lazy" and self.seen_bias is not None:
-            raise InputError("--seen_bias does not go with --ensemble lazy, which decides the label map without it")
         if self.suite is None:
             check_required(self, "dataset")
             if self.data_root or self.members:
@@ -111,7 +102,7 @@ class EvalArgs(Arguments):
         if self.ensemble == "off" and self.ensemble_weight is not None:
             raise InputError("--ensemble_weight goes with an ensemble, and --ensemble is off")
         if self.curves is not None and not self.calibration:
-            raise InputError("--curves draws what is left out without calibration")
+            raise InputError("--curves needs the calibration: leave --calibration false out")
         if self.curves is not None:
             check_matplotlib("--curves")
 
@@ -123,5 +114,11 @@ NOT_OF_THE_RESULT = {
 
 
 def deciding_flags(args: EvalArgs) -> dict:
-    """Those of the flags that decide the numbers."""
+    """The flags that decide the numbers."""
     return {name: value for name, value in asdict(args).items() if name not in NOT_OF_THE_RESULT}
+
+
+def same_flags(older: dict, newer: dict) -> bool:
+    """Whether the flags of two results ask for the same numbers. Version 0.1.0 had one more, of its view "lazy"."""
+    gone = {"ensemble_tolerance": 0.0}
+    return {name: value for name, value in older.items() if (name, value) not in gone.items()} == newer

@@ -1,51 +1,49 @@
-"""What an evaluation was given or looked up: a seen bias and an ensemble weight, and what each was chosen on."""
+"""The seen bias and the ensemble of an evaluation: a number or a file's answer, and how each was chosen."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from transformers import PreTrainedModel
 from typing_extensions import TypedDict
 
 from configuration_zs3 import among, shortened
 from zs3.command_line import InputError, checked, shown
 from zs3.command_line import Share as ShareFlag
+from zs3.evaluation.result_types import Chosen, Ensemble, Result
 from zs3.evaluation.results import read_images, read_result
 from zs3.typed_json import read_json, shown_value
-
-# ---- the bias and the weight that a result has found -------------------------------------------------------
-
 
 BY_HAND = "chosen by hand: it may be tuned on these images"
 TUNED = "TUNED ON THE TEST IMAGES"
 
 
-class Choice(NamedTuple):
-    """What is taken off the scores of seen classes, or w of the ensemble (None: no ensemble); and how it was chosen, in
-    words."""
-
-    value: float | None
-    chosen: str
-
-
 def number_or_none(given: str) -> float | None:
-    """The number of a flag that takes the name of a file, too: None for that."""
+    """A flag takes a number or the name of a file; None: a file."""
     try:
         return float(given)
     except ValueError:
         return None
 
 
-def chosen_bias(given: str | None, stamp: dict, image_ids: list[str]) -> Choice:
-    """A number as it is; of a result file the best of its curve, and what its choice knew."""
+# ---- the bias ------------------------------------------------------------------------------------------------
+
+
+def check_bias(given: str) -> None:
+    bias = number_or_none(given)
+    if bias is not None:
+        checked("seen_bias", bias, float)
+
+
+def chosen_bias(given: str | None, stamp: Result, image_ids: list[str]) -> Chosen:
+    """given: None, a number, or a result file, whose curve has a best bias."""
     if given is None:
-        return Choice(0.0, "none")
+        return Chosen(0.0, "none")
     value = number_or_none(given)
-    if value is None:
-        return best_bias(Path(given), stamp, image_ids)
-    return Choice(value, BY_HAND)
+    return best_bias(Path(given), stamp, image_ids) if value is None else Chosen(value, BY_HAND)
 
 
-def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
+def best_bias(path: Path, stamp: Result, image_ids: list[str]) -> Chosen:
     result, unseen = read_result(path, ("dataset", "split", "seen", "unseen", "trained_on_masks_of")), stamp["unseen"]
     curve = result.get("seen_unseen_curve") or {}
     if curve.get("best") is None:
@@ -64,18 +62,15 @@ def best_bias(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
     if (result["dataset"], result["split"]) == (stamp["dataset"], stamp["split"]):
         shared = len({*read_images(path, result).image_ids} & {*image_ids})
     if shared:
-        chosen = f"{TUNED}, {shared} of {len(image_ids)}, {labels}"
+        how = f"{TUNED}, {shared} of {len(image_ids)}, {labels}"
     elif known:
-        chosen = f"chosen on other images, {labels}"
+        how = f"chosen on other images, {labels}"
     else:
-        chosen = f"chosen on other images, on classes held out ({', '.join(result['unseen'])}), {labels}"
-    return Choice(curve["best"]["gamma"], chosen)
+        how = f"chosen on other images, on classes held out ({', '.join(result['unseen'])}), {labels}"
+    return Chosen(curve["best"]["gamma"], how)
 
 
-def check_bias(given: str) -> None:
-    bias = number_or_none(given)
-    if bias is not None:
-        checked("seen_bias", bias, float)
+# ---- the ensemble --------------------------------------------------------------------------------------------
 
 
 def check_weight(given: str) -> None:
@@ -84,25 +79,43 @@ def check_weight(given: str) -> None:
         checked("ensemble_weight", weight, ShareFlag)
     elif not Path(given).is_file():
         raise InputError(
-            f"--ensemble_weight must be in [0, 1] or a file of zs3.ensemble_weight, got {shortened(given)}"
+            f"--ensemble_weight must be in [0, 1] or a file of zs3 ensemble_weight, got {shortened(given)}"
         )
 
 
-def chosen_weight(given: str, stamp: dict, image_ids: list[str]) -> Choice:
-    """A number as it is; of a file of zs3.ensemble_weight its answer, and what its choice knew."""
+def chosen_ensemble(
+    model: PreTrainedModel, view: str | None, weight: str | None, stamp: Result, image_ids: list[str]
+) -> Ensemble:
+    """view, weight: as given; None: the checkpoint's own."""
+    given = None if weight is None else chosen_weight(weight, stamp, image_ids)
+    if given is not None and given.value is None:
+        if view is None:
+            return Ensemble("off", given)
+        raise InputError(f"{weight} says not to ensemble: leave --ensemble {view} out, or give a number")
+    try:
+        view = model.ensemble_view(view, None if given is None else given.value)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if view == "off":
+        return Ensemble(view, Chosen(None, "none"))
+    return Ensemble(view, given or Chosen(model.config.clip_ensemble_weight, "the checkpoint's"))
+
+
+def chosen_weight(given: str, stamp: Result, image_ids: list[str]) -> Chosen:
+    """given: a number, or a file of zs3 ensemble_weight."""
     weight = number_or_none(given)
-    return best_weight(Path(given), stamp, image_ids) if weight is None else Choice(weight, BY_HAND)
+    return best_weight(Path(given), stamp, image_ids) if weight is None else Chosen(weight, BY_HAND)
 
 
 class WeightSettings(TypedDict, total=False):
-    """Those of the flags of zs3.ensemble_weight that say what its answer knew."""
+    """The flags of zs3 ensemble_weight that say which images and labels its answer comes from."""
 
     split: str
     unseen_labels: str
 
 
 class WeightAnswer(TypedDict, total=False):
-    """The content of a file of zs3.ensemble_weight, of what eval.py reads."""
+    """The content of a file of zs3 ensemble_weight, as far as eval.py reads it."""
 
     settings: WeightSettings
     checkpoint_sha256: str | None
@@ -113,11 +126,11 @@ class WeightAnswer(TypedDict, total=False):
 
 
 def read_answer(path: Path, needed: Sequence[str] = ()) -> WeightAnswer:
-    """Of zs3.ensemble_weight, checked."""
-    return read_json(path, WeightAnswer, "result file of zs3.ensemble_weight", "choose again", needed)
+    """A file of zs3 ensemble_weight, checked."""
+    return read_json(path, WeightAnswer, "result file of zs3 ensemble_weight", "choose again", needed)
 
 
-def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
+def best_weight(path: Path, stamp: Result, image_ids: list[str]) -> Chosen:
     needed = ("clip_ensemble_weight", "weights", "settings.split", "settings.unseen_labels")
     answer = read_answer(path, (*needed, "checkpoint_sha256", "dataset", "image_ids"))
     weight, asked = answer["clip_ensemble_weight"], answer["settings"]
@@ -126,15 +139,15 @@ def best_weight(path: Path, stamp: dict, image_ids: list[str]) -> Choice:
         raise InputError(f"--ensemble_weight {shown(path)}: {what}")
     if answer["checkpoint_sha256"] != stamp["checkpoint_sha256"]:
         raise InputError(
-            f"--ensemble_weight {shown(path)} was chosen for another checkpoint: choose for this one, python -m "
-            "zs3.ensemble_weight, the other flags as before"
+            f"--ensemble_weight {shown(path)} was chosen for another checkpoint: choose for this one with "
+            "zs3 ensemble_weight, the other flags as before"
         )
     shared = 0
     if (answer["dataset"], asked["split"]) == (stamp["dataset"], stamp["split"]):
         shared = len({*answer["image_ids"]} & {*image_ids})
-    chosen = f"chosen on {len(answer['image_ids'])} images of {answer['dataset']}, split {asked['split']}"
+    how = f"chosen on {len(answer['image_ids'])} images of {answer['dataset']}, split {asked['split']}"
     if shared:
-        chosen = f"{TUNED}, {shared} of {len(image_ids)}"
+        how = f"{TUNED}, {shared} of {len(image_ids)}"
     truth = asked["unseen_labels"] == "ground_truth"
     labels = "ground-truth image labels" if truth else f"the image labels in {Path(asked['unseen_labels']).name}"
-    return Choice(weight, f"{chosen}, with {labels}")
+    return Chosen(weight, f"{how}, with {labels}")

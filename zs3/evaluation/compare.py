@@ -18,7 +18,8 @@ import numpy as np
 
 from configuration_zs3 import beginning, shortened
 from zs3.command_line import Arguments, InputError, OutputFile, Seed, flag, read_arguments, shown
-from zs3.evaluation.results import EVALUATE_AGAIN, Result, read_images, read_result
+from zs3.evaluation.result_types import Result
+from zs3.evaluation.results import EVALUATE_AGAIN, read_images, read_result
 from zs3.files import finite_or_none, write_report
 from zs3.scores.bootstrap import ImageAreas, images_path, interval, resampled_areas, summed_areas
 from zs3.scores.means import SCORES, GeneralizedScores, iou_of_areas, scores_of_areas

@@ -1,7 +1,7 @@
 """Curves as PNGs: seen against unseen classes over the bias, accuracy against confidence, scores over seeds.
 
-They draw what zs3.calibration's counters and zs3.ablation result in, fresh or read back from a file. All is in percent.
-matplotlib draws, and is only imported here (`pip install -e ".[figures]"`).
+The numbers are those of result files and of ablations; all are drawn in percent. matplotlib draws (`pip install -e
+".[figures]"`); no other module imports it.
 """
 
 from importlib.util import find_spec
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zs3.command_line import InputError, printable
+from zs3.evaluation.result_types import CurveResult, ReliabilityResult, Result
 from zs3.files import writing
 from zs3.scores.means import SCORES, GeneralizedScores
 
@@ -30,29 +31,39 @@ def check_matplotlib(flag: str) -> None:
         raise InputError(f'{flag} needs matplotlib: pip install -e ".[figures]"')
 
 
-def draw_seen_unseen_curve(results: dict[str, dict], path: Path) -> None:
+def draw_curves(result: Result, folder: Path) -> None:
+    """The curves of one result, as far as it has them."""
+    curve, bias = result["seen_unseen_curve"], result["calibration"]["seen_bias"]
+    if curve is not None and curve["area"] is not None:
+        chosen = {"gamma": bias, **{name: result[name] for name in GeneralizedScores._fields}} if bias else None
+        draw_seen_unseen_curve({result["model"]: curve | {"chosen": chosen}}, folder / "seen_unseen_curve.png")
+    if result["reliability"] is not None and result["reliability"]["pixels"]:
+        draw_reliability(result["reliability"], folder / "reliability.png")
+
+
+def draw_seen_unseen_curve(results: dict[str, CurveResult], path: Path) -> None:
     """The curves of one or several models.
 
-    results: by title, what SeenBiasCurve.result returned; with `chosen`, a further point (gamma, miou_seen,
-    miou_unseen, hiou) that is marked too. The area of a single curve is shaded: what some bias reaches or exceeds.
+    results: by title, what SeenBiasCurve.result returned. A further point `chosen` (gamma, miou_seen, miou_unseen,
+    hiou) is marked too. The area of a single curve is shaded: some bias reaches or exceeds each of its points.
     """
     _save(_seen_unseen_figure(results), path)
 
 
-def draw_reliability(reliability: dict, path: Path) -> None:
-    """Accuracy of each bin of confidences, and how many pixels are in it: what Reliability.result returned."""
+def draw_reliability(reliability: ReliabilityResult, path: Path) -> None:
+    """Accuracy of each bin of confidences, and its share of the pixels. reliability: of Reliability.result."""
     _save(_reliability_figure(reliability), path)
 
 
 def draw_scores(tables: dict[str, dict[str, dict]], path: Path) -> None:
     """A panel for each table and score: every seed a dot, their mean a bar, the paper's a diamond where there is one.
 
-    tables: by the table's title and the row's, what `zs3.ablation_report.summarise` says of a row.
+    tables: by the titles of table and row, a row of `zs3.ablation.report.summarise`.
     """
     _save(_scores_figure(tables), path)
 
 
-def _seen_unseen_figure(results: dict[str, dict]) -> "Figure":
+def _seen_unseen_figure(results: dict[str, CurveResult]) -> "Figure":
     for title, result in results.items():
         if result["area"] is None:
             raise InputError(f"{title}: no curve to draw: seen or unseen classes do not occur in these images")
@@ -89,7 +100,7 @@ def _seen_unseen_figure(results: dict[str, dict]) -> "Figure":
     return figure
 
 
-def _legend_entry(title: str, result: dict) -> str:
+def _legend_entry(title: str, result: CurveResult) -> str:
     parts = [f"hIoU {100 * result['unbiased']['hiou']:.1f}"]
     for name in ("best", "chosen"):
         if result.get(name) is not None:
@@ -98,7 +109,7 @@ def _legend_entry(title: str, result: dict) -> str:
 
 
 def as_text(title: str) -> str:
-    """For matplotlib, which takes what stands between dollar signs for a formula."""
+    """For matplotlib, which would take text between dollar signs for a formula."""
     return printable(title).replace("$", r"\$")
 
 
@@ -117,7 +128,7 @@ def _percents(points: list[dict]) -> tuple[list[float], list[float]]:
     return tuple([100 * point[name] for point in points] for name in ("miou_unseen", "miou_seen"))
 
 
-def _reliability_figure(reliability: dict) -> "Figure":
+def _reliability_figure(reliability: ReliabilityResult) -> "Figure":
     if not reliability["pixels"]:
         raise InputError("no reliability to draw: no pixel is labelled")
     figure = _figure(5.2, 5.8)

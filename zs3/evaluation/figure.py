@@ -35,9 +35,10 @@ from zs3.command_line import (
     shown,
 )
 from zs3.data.records import Split, load_split
-from zs3.evaluation.one_pass import Look
+from zs3.evaluation.one_pass import Predictor
 from zs3.evaluation.pictures import draw_comparison
-from zs3.evaluation.results import EVALUATE_AGAIN, Result, read_images, read_result
+from zs3.evaluation.result_types import Result
+from zs3.evaluation.results import EVALUATE_AGAIN, read_images, read_result
 from zs3.files import file_name
 from zs3.label_space import load_label_space
 from zs3.scores.bootstrap import SavedImages, images_path
@@ -117,8 +118,10 @@ def label_map(
     """(H, W) int64, on the CPU: each pixel's index into class_names, whose vectors text_embeds (C, D) are."""
     size = (image.height, image.width)
     names = list(class_names)
-    look = Look(model, processor, text_embeds.to(model.device), is_trained(model.config, names), model.ensemble_view())
-    outputs = look(processor(images=image).to(model.device), size)
+    trained, view = is_trained(model.config, names), model.ensemble_view()
+    outputs = Predictor(model, processor, text_embeds.to(model.device), trained, view)(
+        processor(images=image).to(model.device)
+    )
     return processor.post_process_semantic_segmentation(outputs, [size])[0].cpu()
 
 

@@ -1,4 +1,4 @@
-"""One pass over the images of a split: what competes, what is counted, what is drawn.
+"""One pass over the images of a split: the candidates, the predictor, and the loop that counts and draws.
 
 Axes: C candidate, H W pixels.
 """
@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,55 +17,45 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, Proces
 from transformers.utils import ModelOutput
 
 from configuration_zs3 import among, shortened
-from label_maps_zs3 import SemanticMap
 from zs3.checkpoints import NoClaim, check_no_unseen_masks, is_trained
-from zs3.command_line import InputError, in_one_line, printable
-from zs3.data.records import Split, dataset_name
-from zs3.evaluation.arguments import EvalArgs
-from zs3.evaluation.choices import Choice
+from zs3.command_line import InputError, in_one_line
+from zs3.data.records import Split
+from zs3.evaluation.counts import PassCounts
 from zs3.evaluation.pictures import draw_comparison
 from zs3.files import file_name
 from zs3.label_space import LabelSpace
-from zs3.scores.calibration import OUTSIDER, Rejection, Reliability, SeenBiasCurve
-from zs3.scores.confusion import ConfusionMatrix
+from zs3.scores.calibration import OUTSIDER
 
 
-class Look(NamedTuple):
-    """How a model looks at images: with text vectors (C, D) on its device, and with CLIP's view of the proposals."""
+class Predictor(NamedTuple):
+    """A model with the text vectors (C, D) of the candidates, on its device, and with its ensemble."""
 
     model: PreTrainedModel
     processor: ProcessorMixin
     text_embeds: Tensor
     is_trained: Tensor  # (C,) bool
-    view: str  # "off" for no ensemble
+    view: str  # of CLIP's ensemble; "off": none
     weight: float | None = None  # of the ensemble; None: the checkpoint's
-    tolerance: float = 0.0
 
-    def __call__(self, inputs: BatchFeature, size: tuple[int, int]) -> ModelOutput:
-        """The model's output of one image, whose label map is wanted at this size (H, W)."""
+    def __call__(self, inputs: BatchFeature) -> ModelOutput:
+        """The model's output for one image."""
         outputs = self.model(**inputs, text_embeds=self.text_embeds, return_dict=True)
         if self.view == "off":
             return outputs
-        return self.model.ensemble(
-            outputs,
-            self.processor.to_rgb(inputs["pixel_values"]),
-            self.text_embeds,
-            is_seen=self.is_trained,
-            weight=self.weight,
-            view=self.view,
-            tolerance=self.tolerance,
-            image_sizes=[size],
-        )
+        images = self.processor.to_rgb(inputs["pixel_values"])
+        proposals = self.model.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes, view=self.view)
+        options = {"is_seen": self.is_trained, "weight": self.weight}
+        return self.model.ensemble(outputs, proposals, self.text_embeds, **options)
 
 
-# ---- what is asked -----------------------------------------------------------------------------------------
+# ---- the candidates ----------------------------------------------------------------------------------------
 
 
 class Candidates(NamedTuple):
     """The class axis of an evaluation, C names; is_seen and is_trained: (C,) bool.
 
-    place: (ids + 1,) int64, where each id of a label map lands on the axis: OUTSIDER where the class is no candidate;
-        the last entry is for pixels without a label.
+    place: (ids + 1,) int64, the place of each id of a label map on the axis: OUTSIDER where the class is no candidate.
+        The last entry is for pixels without a label.
     """
 
     names: list[str]
@@ -77,7 +66,7 @@ class Candidates(NamedTuple):
 
     @property
     def ignored(self) -> int:
-        """An id of our own for pixels without a label: the data's may lie inside the candidates' range."""
+        """An own id for pixels without a label: the dataset's id for them may be the place of a candidate."""
         return len(self.place) - 1
 
     def label_map(self, label: np.ndarray, ignore_index: int) -> np.ndarray:
@@ -95,7 +84,7 @@ def candidates_of(label_space: LabelSpace, setting: str, without: list[str], con
         chosen &= ~label_space.is_seen
     index = torch.nonzero(chosen).squeeze(1)
     if len(index) == 0:
-        raise InputError(f"no candidate is left: --setting {setting} asks for names that the label space has not got")
+        raise InputError(f"no candidate is left: --setting {setting} asks for names that the label space does not have")
     place = np.full(len(names) + 1, OUTSIDER)
     place[-1] = len(names)
     place[index.numpy()] = np.arange(len(index))
@@ -104,7 +93,7 @@ def candidates_of(label_space: LabelSpace, setting: str, without: list[str], con
 
 
 def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str) -> None:
-    """A zero-shot number needs a model that saw no unseen mask."""
+    """A zero-shot result needs a model that saw no mask of an unseen class."""
     if setting == "ovs":
         return
     check_no_unseen_masks(config, label_space, f"{setting} result can be claimed, --setting ovs is open to it")
@@ -145,86 +134,51 @@ class Images(Dataset):
         return Item(self.indices[position], image, label, image_id, self.processor(images=image))
 
 
-def as_it_is(item: Item) -> Item:
-    """No collation, which would make tensors of arrays."""
+def unchanged(item: Item) -> Item:
+    """In place of collation, which would make tensors of arrays."""
     return item
 
 
 @dataclass
-class Counts:
-    """What one process counts. shown, undecided: sums over images, of the ensemble."""
+class Pictures:
+    """Pictures of some images: image, truth and prediction. indices: of those images in the split."""
 
-    confusion: ConfusionMatrix
-    curve: SeenBiasCurve | None
-    reliability: Reliability | None
-    rejection: Rejection | None
-    shown: int = 0
-    undecided: float = 0.0
+    folder: Path
+    indices: set[int]
 
-    def merge(self, other: "Counts") -> None:
-        for name in ("confusion", "curve", "reliability", "rejection"):
-            if getattr(self, name) is not None:
-                getattr(self, name).merge(getattr(other, name))
-        self.shown += other.shown
-        self.undecided += other.undecided
-
-
-def new_counts(args: EvalArgs, candidates: Candidates, bias: Choice, calibration: bool) -> Counts:
-    """A curve where there are seen and unseen candidates; confidences where no bias changes the winner, whose they
-    are."""
-    ignored, unbiased = candidates.ignored, calibration and bias.value == 0
-    curve = calibration and args.setting == "gzs3" and 0 < int(candidates.is_seen.sum()) < len(candidates.names)
-    return Counts(
-        ConfusionMatrix(len(candidates.names), ignored),
-        SeenBiasCurve(candidates.is_seen, ignored) if curve else None,
-        Reliability(ignored) if unbiased else None,
-        Rejection(ignored) if unbiased else None,
-    )
-
-
-def count(counts: Counts, found: SemanticMap, prediction: Tensor, label: Tensor, image_id: str) -> None:
-    """One image into the counts. label: (H, W), see Candidates.label_map."""
-    inside = torch.where(label == OUTSIDER, counts.confusion.ignore_index, label)
-    counts.confusion.update(prediction, inside, image_id)
-    if counts.curve is not None:
-        counts.curve.update(found, inside)
-    if counts.reliability is not None:
-        counts.reliability.update(found, inside)
-        counts.rejection.update(found, label, image_id)
+    def draw(self, item: Item, prediction: Tensor, candidates: Candidates) -> None:
+        if item.index not in self.indices:
+            return
+        truth = np.where((item.label == OUTSIDER) | (item.label == candidates.ignored), -1, item.label)
+        panels = {"image": item.image, "truth (grey: not counted)": truth, "prediction": prediction.cpu()}
+        try:
+            draw_comparison(panels, candidates.names, self.folder / file_name(item.image_id, ".png"))
+        except InputError as error:  # the scores of the pass are worth more than its pictures
+            print(f"warning: {error}; no more pictures are drawn")
+            self.indices = set()
 
 
 @torch.inference_mode()
 def count_images(
-    args: EvalArgs, look: Look, images: Images, counts: Counts, seen_bias: float, accelerator: Accelerator
+    counts: PassCounts,
+    images: Images,
+    predictor: Predictor,
+    seen_bias: float,
+    num_workers: int,
+    pictures: Pictures | None,
+    bar: tqdm,
 ) -> None:
-    """All of this process's images into the counts; some of them are drawn."""
+    """Counts this process's images. bar: shows the progress."""
     candidates, options = images.candidates, {"return_scores": counts.reliability is not None}
     if counts.curve is not None or seen_bias:
         options["is_seen"] = candidates.is_seen
-    num_images = len(images.records.image_ids[: args.max_images])
-    drawn = set(np.linspace(0, num_images - 1, min(args.num_pictures, num_images)).astype(int).tolist())
-    workers = min(args.num_workers, len(images))
-    loader = DataLoader(images, batch_size=None, num_workers=workers, collate_fn=as_it_is)
-    quiet = not accelerator.is_local_main_process
-    for item in tqdm(loader, desc=printable(dataset_name(args.dataset)), unit="image", mininterval=1, disable=quiet):
-        size = item.label.shape
+    workers = min(num_workers, len(images))
+    for item in DataLoader(images, batch_size=None, num_workers=workers, collate_fn=unchanged):
         with in_one_line(f"image {shortened(item.image_id)}"):
-            outputs = look(item.inputs.to(accelerator.device), size)
-        if look.view != "off":
-            counts.shown += int(outputs.shown_to_clip.sum())
-            counts.undecided += float(outputs.undecided.sum())
-        (found,) = look.processor.post_process_semantic_segmentation(outputs, [size], **options)
+            outputs = predictor(item.inputs.to(predictor.text_embeds.device))
+        (found,) = predictor.processor.post_process_semantic_segmentation(outputs, [item.label.shape], **options)
         prediction = found if isinstance(found, Tensor) else found.with_seen_bias(seen_bias)
-        count(counts, found, prediction, torch.from_numpy(item.label).to(prediction.device), item.image_id)
-        if args.pictures is not None and item.index in drawn:
-            try:
-                draw(item, prediction, candidates, Path(args.pictures))
-            except InputError as error:  # the pass is worth more than its pictures
-                print(f"warning: {error}; no more pictures are drawn")
-                drawn = set()
-
-
-def draw(item: Item, prediction: Tensor, candidates: Candidates, folder: Path) -> None:
-    truth = np.where((item.label == OUTSIDER) | (item.label == candidates.ignored), -1, item.label)
-    panels = {"image": item.image, "truth (grey: not counted)": truth, "prediction": prediction.cpu()}
-    draw_comparison(panels, candidates.names, folder / file_name(item.image_id, ".png"))
+        counts.update(found, prediction, torch.from_numpy(item.label).to(prediction.device), item.image_id)
+        if pictures is not None:
+            pictures.draw(item, prediction, candidates)
+        bar.update()

@@ -1,22 +1,14 @@
-"""The texts of a result: what it is the result of, its report, its table of classes."""
+"""A result in words: its protocol in a sentence, and its report in Markdown."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable
-from pathlib import Path
-
-import numpy as np
 
 from configuration_zs3 import among
-from zs3.evaluation.results import Rejection, Result, candidates
-from zs3.files import write_json, write_text
-from zs3.scores.bootstrap import images_path
-from zs3.scores.confusion import ConfusionMatrix
-from zs3.scores.means import SCORES, class_areas
-from zs3.tables import csv_text, markdown, markdown_table, percent, percent_range
+from zs3.evaluation.result_types import RejectionResult, Result
+from zs3.scores.means import SCORES
+from zs3.tables import markdown, markdown_table, percent, percent_range
 
-TOLD = {
+IMAGE_LABELS = {  # of unseen classes in training, by `unseen_labels`
     "none": "no image labels",
     "pseudo": "pseudo image labels",
     "captions": "nouns of captions",
@@ -24,26 +16,36 @@ TOLD = {
 }
 
 
+def candidates_in_words(result: Result) -> str:
+    """How many candidates there were, in the words of the setting."""
+    seen, unseen = len(result["seen"]), len(result["unseen"])
+    words = {"gzs3": f"{seen} seen and {unseen} unseen names", "zs3": f"{unseen} unseen names"}
+    return words.get(result["setting"], f"{seen + unseen} names")
+
+
 def protocol(result: Result) -> str:
-    """The stamps in a sentence."""
-    calibration, parts = result["calibration"], [f"{result['setting']}, {candidates(result)}"]
+    """What a number of this result means, in a sentence."""
+    calibration, parts = result["calibration"], [f"{result['setting']}, {candidates_in_words(result)}"]
     if result["without"]:
         parts.append(f"without {', '.join(result['without'])}")
     if result["num_images"] < result["split_images"]:
         parts.append(f"the first {result['num_images']} of {result['split_images']} images")
+    how = calibration["ensemble_weight_chosen"]
     if result["clip_ensemble"] == "off":
-        why = calibration["ensemble_weight_chosen"]
-        parts.append("no ensemble" if why == "none" else f"no ensemble ({why})")
+        parts.append("no ensemble" if how == "none" else f"no ensemble ({how})")
     else:
-        parts.append(f"ensemble with CLIP ({result['clip_ensemble']}, weight {result['clip_ensemble_weight']}, ")
-        parts[-1] += f"{calibration['ensemble_weight_chosen']})"
-    if calibration["seen_bias_chosen"] != "none":
-        parts.append(
-            f"{calibration['seen_bias']:.4g} off the scores of seen classes, {calibration['seen_bias_chosen']}"
-        )
+        view, weight = result["clip_ensemble"], result["clip_ensemble_weight"]
+        parts.append(f"ensemble with CLIP ({view}, weight {weight}, {how})")
+    how = calibration["seen_bias_chosen"]
+    if how != "none":
+        parts.append(f"{calibration['seen_bias']:.4g} off the scores of seen classes, {how}")
     if result["setting"] != "ovs":
-        told = TOLD.get(result["unseen_labels_in_training"], "what is not known")
-        parts.append(f"training was told {told} of unseen classes")
+        labels = IMAGE_LABELS.get(result["unseen_labels_in_training"])
+        parts.append(
+            f"training had {labels} of unseen classes"
+            if labels is not None
+            else "it is not known which image labels of unseen classes training had"
+        )
     elif result["trained_on_masks_of"] is not None:
         trained = among(list(result["per_class"]), result["trained_on_masks_of"])
         parts.append(f"training saw masks of {sum(trained)} of them")
@@ -51,60 +53,39 @@ def protocol(result: Result) -> str:
     return "; ".join([*parts, f"classes absent from {absent} are left out of means"])
 
 
-def write_result(path: Path, result: Result, confusion: ConfusionMatrix) -> None:
-    """The JSON last: where it is, the others are."""
-    confusion.save_images(images_path(path), list(result["per_class"]))
-    write_text(path.with_suffix(".csv"), class_table(result, confusion))
-    write_text(path.with_suffix(".md"), report(result))
-    write_json(path, result)
-
-
-# ---- for people --------------------------------------------------------------------------------------------
-
-
-def class_table(result: Result, confusion: ConfusionMatrix) -> str:
-    """CSV, one line a class: IoU in [0, 1] with its interval, areas in pixels."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    told = result["setting"] != "ovs"  # where seen and unseen are words
-    kinds = {name: "unseen" if name in result["unseen"] else "seen" for name in result["per_class"]} if told else {}
-    writer.writerow(["class", "kind", "iou", "low", "high", "intersection", "truth", "predicted"])
-    areas = np.stack(class_areas(confusion.counts), axis=1)
-    for (name, iou), own in zip(result["per_class"].items(), areas.tolist(), strict=True):
-        writer.writerow([csv_text(name), kinds.get(name), iou, *result["per_class_intervals"][name], *own])
-    return text.getvalue()
-
-
 def report(result: Result) -> str:
     """Markdown, percent."""
     title = f"{result['setting']}: {result['model']} on {result['num_images']} images of {result['dataset']}"
-    lines = [markdown(f"{title}, {result['split']}"), "", f"Protocol: {markdown(result['protocol'])}.", ""]
-    rows = [
+    scores = [
         [title, percent(result[name]), percent_range(result["confidence_intervals"][name])]
         for name, title in SCORES.items()
         if result[name] is not None
     ]
-    lines += [*markdown_table(["score", "percent", "95 % interval over images"], rows), "", *_sentences(result), ""]
     pairs = [
         [markdown(pair["truth"]), markdown(pair["predicted"]), str(pair["pixels"]), percent(pair["share"])]
         for pair in result["worst_pairs"]
     ]
-    head = ["truth", "prediction", "pixels", "percent of the truth"]
-    lines += ["Largest confusions:", "", *markdown_table(head, pairs), ""]
-    told = result["setting"] != "ovs"
-    rows = [
+    unseen = [] if result["setting"] == "ovs" else result["unseen"]
+    classes = [
         [
-            markdown(name) + (" (unseen)" if told and name in result["unseen"] else ""),
+            markdown(name) + (" (unseen)" if name in unseen else ""),
             percent(iou),
             percent_range(result["per_class_intervals"][name]),
         ]
         for name, iou in result["per_class"].items()
     ]
-    return "\n".join([*lines, *markdown_table(["class", "IoU", "95 % interval"], rows)]) + "\n"
+    lines = [
+        *(markdown(f"{title}, {result['split']}"), "", f"Protocol: {markdown(result['protocol'])}.", ""),
+        *(*markdown_table(["score", "percent", "95 % interval over images"], scores), "", *_sentences(result), ""),
+        *("Largest confusions:", ""),
+        *(*markdown_table(["truth", "prediction", "pixels", "percent of the truth"], pairs), ""),
+        *markdown_table(["class", "IoU", "95 % interval"], classes),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _sentences(result: Result) -> Iterable[str]:
-    """What the other measures say, a line each."""
+    """The measures beside the scores, a line each."""
     if result["seen_unseen_confusion"] is not None:
         shares = {name: percent(share) for name, share in result["seen_unseen_confusion"]["of_unseen"].items()}
         yield (
@@ -124,12 +105,12 @@ def _sentences(result: Result) -> Iterable[str]:
         yield from _rejection(result["rejection"])
 
 
-def _rejection(rejection: Rejection) -> Iterable[str]:
+def _rejection(rejection: RejectionResult) -> Iterable[str]:
     if rejection["auroc"] is not None:
         yield (
-            f"- confidence tells pixels of other classes from the candidates' with an AUROC of "
-            f"{percent(rejection['auroc'])} % (50 is chance); {percent(rejection['fpr_at_95'])} % of them are accepted "
-            "where 95 % of the candidates' are"
+            "- confidence separates pixels of other classes from pixels of the candidates with an AUROC of "
+            f"{percent(rejection['auroc'])} % (50 is chance); a threshold that accepts 95 % of the candidates' pixels "
+            f"accepts {percent(rejection['fpr_at_95'])} % of the others"
         )
     found = rejection["conformal"]
     alpha, images, others = percent(found["alpha"]), found["num_calibration_images"], found["num_check_images"]

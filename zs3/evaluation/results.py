@@ -1,205 +1,117 @@
-"""Result files of an evaluation.
+"""Result files of an evaluation: made, written and read here.
 
-FILE.json has the scores, in [0, 1], with what a reader needs to know how they came about: a `Result`. Beside it lie
-FILE.md for people, FILE.csv with a line a class, and FILE_images.npz with the areas of every image, which zs3.compare
-needs. Every command reads them with `read_result` and `read_images`.
+FILE.json holds a `Result`: scores in [0, 1], and what a reader needs to know of the evaluation. Beside it lie FILE.md
+for people, FILE.csv with a line a class, and FILE_images.npz with the areas of every image, which `zs3 compare` needs.
 """
 
+import csv
+import io
 import math
+import platform
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, Required
 
 import numpy as np
-from typing_extensions import TypedDict
 
 from configuration_zs3 import among, check_names, shortened
 from zs3.command_line import InputError, shown
+from zs3.evaluation.counts import PassCounts
+from zs3.evaluation.report import protocol
+from zs3.evaluation.result_types import Chosen, CurveColumns, CurveResult, Ensemble, Result
+from zs3.files import finite_or_none, write_json, write_text
 from zs3.scores.bootstrap import SavedImages, images_path, load_images, summed_areas
 from zs3.scores.calibration import best_point
-from zs3.scores.means import Absent, iou_of_areas
-from zs3.typed_json import Amount, Count, Damaged, Share, check_needed, read_json, refusal, rule
+from zs3.scores.confusion import ConfusionMatrix
+from zs3.scores.means import GeneralizedScores, class_areas, iou_of_areas
+from zs3.tables import csv_text
+from zs3.typed_json import Damaged, check_needed, read_json, refusal
 
 RESULT_FILE, EVALUATE_AGAIN = "result file of eval.py", "move it away and evaluate again"
+WORST_PAIRS = 10
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "zs3")
 
 
-# ---- what a result file holds ------------------------------------------------------------------------------
+# ---- made ----------------------------------------------------------------------------------------------------
 
 
-# Confidences are sums of float32: a mean of them may exceed 1 by its rounding.
-RoundedShare = Annotated[float, rule("a share in [0, 1]", lambda value: 0 <= value <= 1 + 1e-6)]
-Interval = Annotated[
-    list[Share | None],
-    rule("[low, high] or [null, null]", lambda value: value == [None, None] or _is_interval(value)),
-]
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that may change the numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def _is_interval(value: list[float | None]) -> bool:
-    return len(value) == 2 and None not in value and value[0] <= value[1]
+def result_of(
+    stamp: Result, prompts: list[str], ensemble: Ensemble, bias: Chosen, counts: PassCounts, max_wrong: float
+) -> Result:
+    """The whole result. stamp: its first keys, which are known before the pass over the images."""
+    result = stamp | {
+        "prompts": prompts,
+        "clip_ensemble": ensemble.view,
+        "clip_ensemble_weight": ensemble.weight.value,
+        "calibration": {
+            "seen_bias": bias.value,
+            "seen_bias_chosen": bias.how,
+            "ensemble_weight_chosen": ensemble.weight.how,
+        },
+        **scores_of(counts, stamp["absent"], stamp["seed"], max_wrong),
+    }
+    if stamp["setting"] == "ovs":  # it makes no difference between seen and unseen classes
+        result |= dict.fromkeys([*GeneralizedScores._fields, "seen_unseen_confusion"])
+        result["confidence_intervals"] |= {name: [None, None] for name in GeneralizedScores._fields}
+    return finite_or_none({"protocol": protocol(result), **result})
 
 
-class Calibration(TypedDict, total=False):
-    """What was taken off the scores of seen classes, and who chose it and the weight of the ensemble, in words."""
-
-    seen_bias: float
-    seen_bias_chosen: str
-    ensemble_weight_chosen: str
-
-
-class Scores(TypedDict, total=False):
-    """Of one bias; None where there is no class to take the mean over."""
-
-    miou: Share | None
-    miou_seen: Required[Share | None]
-    miou_unseen: Share | None
-    hiou: Share | None
-
-
-class Point(Scores, total=False):
-    gamma: Required[float]
-
-
-class Points(TypedDict, total=False):
-    """Columns of equal length."""
-
-    gamma: Required[list[float]]
-    miou: list[Share | None]
-    miou_seen: list[Share | None]
-    miou_unseen: list[Share | None]
-    hiou: Required[list[Share | None]]
+def scores_of(counts: PassCounts, absent: str, seed: int, max_wrong: float) -> Result:
+    """Shares in [0, 1]; NaN where a mean has no class."""
+    confusion, names, is_seen, curve = counts.confusion, counts.names, counts.is_seen.numpy(), counts.curve
+    bootstrap = confusion.bootstrap(is_seen, absent=absent, seed=seed)
+    groups = confusion.seen_unseen_confusion(is_seen)._asdict()
+    return {
+        "num_images": len(confusion.images),
+        **confusion.scores(is_seen, absent),
+        "confidence_intervals": {name: list(ends) for name, ends in bootstrap.intervals().items()},
+        "per_class": dict(zip(names, confusion.iou(absent).tolist(), strict=True)),
+        "per_class_intervals": dict(zip(names, bootstrap.class_intervals().tolist(), strict=True)),
+        "seen_unseen_confusion": {name: shares._asdict() for name, shares in groups.items()},
+        "worst_pairs": [
+            pair._asdict() | {"truth": names[pair.truth], "predicted": names[pair.predicted]}
+            for pair in confusion.worst_pairs(WORST_PAIRS)
+        ],
+        "seen_unseen_curve": curve.result(absent) if curve is not None and curve.has_both else None,
+        "reliability": None if counts.reliability is None else counts.reliability.result(),
+        "rejection": None if counts.rejection is None else counts.rejection.result(max_wrong),
+    }
 
 
-class SeenUnseenCurve(TypedDict, total=False):
-    """See `zs3.calibration.SeenBiasCurve.result`."""
-
-    absent: Absent
-    area: Required[RoundedShare | None]
-    unbiased: Point
-    best: Point | None
-    seen_only: Required[Scores]
-    unseen_only: Scores
-    points: Points
+# ---- written -------------------------------------------------------------------------------------------------
 
 
-class Bin(TypedDict, total=False):
-    low: Share
-    high: Share
-    count: Count
-    confidence: RoundedShare | None
-    accuracy: Share | None
+def write_result(path: Path, result: Result, report: str, confusion: ConfusionMatrix) -> None:
+    """The JSON comes last: where it is, the files beside it are."""
+    confusion.save_images(images_path(path), list(result["per_class"]))
+    write_text(path.with_suffix(".csv"), class_table(result, confusion))
+    write_text(path.with_suffix(".md"), report)
+    write_json(path, result)
 
 
-class Reliability(TypedDict, total=False):
-    """See `zs3.calibration.Reliability.result`."""
-
-    pixels: Count
-    ece: RoundedShare | None
-    bins: list[Bin]
-
-
-class Conformal(TypedDict, total=False):
-    alpha: Share
-    threshold: Share | None
-    rejects_everything: bool
-    num_calibration_images: Count
-    num_check_images: Count
-    wrong_share: RoundedShare | None
-    accepted_share: RoundedShare | None
+def class_table(result: Result, confusion: ConfusionMatrix) -> str:
+    """CSV, one line a class: IoU in [0, 1] with its interval, areas in pixels."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", "kind", "iou", "low", "high", "intersection", "truth", "predicted"])
+    areas = np.stack(class_areas(confusion.counts), axis=1)
+    for (name, iou), own in zip(result["per_class"].items(), areas.tolist(), strict=True):
+        kind = "unseen" if name in result["unseen"] else "seen"
+        kind = None if result["setting"] == "ovs" else kind
+        writer.writerow([csv_text(name), kind, iou, *result["per_class_intervals"][name], *own])
+    return text.getvalue()
 
 
-class Rejection(TypedDict, total=False):
-    """See `zs3.calibration.Rejection.result`."""
-
-    insiders: Count
-    outsiders: Count
-    auroc: RoundedShare | None
-    threshold_at_95: Share | None
-    fpr_at_95: Share | None
-    conformal: Conformal
-
-
-class AreaShares(TypedDict, total=False):
-    """See `zs3.evaluation.AreaShares`."""
-
-    right: Share | None
-    wrong_seen: Share | None
-    wrong_unseen: Share | None
-    rejected: Share | None
-
-
-class SeenUnseenConfusion(TypedDict, total=False):
-    of_seen: AreaShares
-    of_unseen: AreaShares
-
-
-class ConfusedPair(TypedDict, total=False):
-    truth: str
-    predicted: str
-    pixels: Count
-    share: Share
-
-
-class Result(TypedDict, total=False):
-    """The content of a result file, in its order. None: not measured, or it does not belong to the setting."""
-
-    protocol: str
-    setting: Literal["gzs3", "zs3", "ovs"]
-    model: str
-    dataset: str
-    split: str
-    split_sha256: str
-    split_images: Count
-    label_space: str
-    label_space_sha256: str
-    checkpoint_sha256: str | None  # None of a Hub id that was not downloaded, as the next two
-    settings_sha256: str | None
-    code_sha256: str | None
-    given_sha256: dict[str, str]
-    seen: list[str]
-    unseen: list[str]
-    without: list[str]
-    trained_on_masks_of: list[str] | None
-    unseen_labels_in_training: Literal["none", "pseudo", "captions", "ground_truth"] | None
-    absent: Absent
-    seed: Count
-    settings: dict[str, bool | float | str | list[str] | None]  # flags of eval.py
-    versions: dict[str, str]
-    prompts: list[str]
-    clip_ensemble: Literal["off", "crops", "lazy", "single_pass"]
-    clip_ensemble_weight: Share | None
-    ensemble_tolerance: Share
-    calibration: Calibration
-    num_images: Count
-    miou: Share | None
-    miou_seen: Share | None
-    miou_unseen: Share | None
-    hiou: Share | None
-    pixel_accuracy: Share | None
-    frequency_weighted_iou: Share | None
-    confidence_intervals: dict[str, Interval]
-    per_class: dict[str, Share | None]
-    per_class_intervals: dict[str, Interval]
-    seen_unseen_confusion: SeenUnseenConfusion | None
-    worst_pairs: list[ConfusedPair]
-    seen_unseen_curve: SeenUnseenCurve | None
-    reliability: Reliability | None
-    rejection: Rejection | None
-    proposals_shown_to_clip: Amount
-    undecided_share: RoundedShare
-
-
-# ---- a result in words, to the disk and back ---------------------------------------------------------------
-
-
-def candidates(result: Result) -> str:
-    """How many names were to choose from, in the words of the setting."""
-    seen, unseen = len(result["seen"]), len(result["unseen"])
-    told = {"gzs3": f"{seen} seen and {unseen} unseen names", "zs3": f"{unseen} unseen names"}
-    return told.get(result["setting"], f"{seen + unseen} names")
+# ---- read ----------------------------------------------------------------------------------------------------
 
 
 def read_result(path: Path, needed: Sequence[str] = ()) -> Result:
-    """Of eval.py, checked. needed: keys that the caller cannot do without, beside per_class."""
+    """A result file of eval.py, checked. needed: keys that the caller cannot do without, beside per_class."""
     result = read_json(path, Result, RESULT_FILE, EVALUATE_AGAIN, ("per_class",))
     contradiction = next(contradictions(result), None)
     if contradiction is not None:
@@ -209,7 +121,7 @@ def read_result(path: Path, needed: Sequence[str] = ()) -> Result:
 
 
 def check_replaceable(path: Path, read: Callable[[Path], object]) -> None:
-    """Refuses to write over a file that is there and is no earlier one of its kind, whole or damaged."""
+    """Refuses to overwrite a file of another kind. One of the same kind, whole or damaged, may be overwritten."""
     if not path.exists():
         return
     try:
@@ -221,11 +133,11 @@ def check_replaceable(path: Path, read: Callable[[Path], object]) -> None:
 
 
 def contradictions(result: Result) -> Iterable[str]:
-    """What cannot be true of a result, in words; of the keys that are there."""
+    """What cannot be true of a result, in words. Only the keys that are there are compared."""
     names, candidates = list(result["per_class"]), [*result.get("seen", []), *result.get("unseen", [])]
-    for told in (names, candidates):
+    for several in (names, candidates):
         try:
-            check_names(told)
+            check_names(several)
         except ValueError as error:
             yield str(error)
     intervals = result.get("per_class_intervals", dict.fromkeys(names))
@@ -252,10 +164,10 @@ def contradictions(result: Result) -> Iterable[str]:
     yield from _contradictions_of_curve(result.get("seen_unseen_curve") or {})
 
 
-def _contradictions_of_curve(curve: SeenUnseenCurve) -> Iterable[str]:
+def _contradictions_of_curve(curve: CurveResult) -> Iterable[str]:
     if "points" not in curve:
         return
-    columns = {name: curve["points"][name] for name in Points.__annotations__ if name in curve["points"]}
+    columns = {name: curve["points"][name] for name in CurveColumns.__annotations__ if name in curve["points"]}
     if len({len(column) for column in columns.values()}) > 1:
         yield "seen_unseen_curve.points has columns of several lengths"
         return
@@ -266,15 +178,14 @@ def _contradictions_of_curve(curve: SeenUnseenCurve) -> Iterable[str]:
 
 
 def read_images(path: Path, result: Result) -> SavedImages:
-    """The areas beside a result file, which must be those that its numbers are made of."""
+    """The areas beside a result file. Its numbers must follow from them."""
     beside = images_path(path)
     saved = load_images(beside)
-    told = result["per_class"]
     iou = iou_of_areas(*summed_areas(saved.areas), result.get("absent", "union"))
     alike = result.get("num_images", len(saved.image_ids)) == len(saved.image_ids)
-    if told:
-        own = np.array(list(told.values()), dtype=np.float64)
-        alike = alike and list(told) == saved.class_names
+    if result["per_class"]:
+        own = np.array(list(result["per_class"].values()), dtype=np.float64)
+        alike = alike and list(result["per_class"]) == saved.class_names
         alike = alike and np.allclose(iou, own, rtol=0, atol=1e-9, equal_nan=True)
     if not alike:
         raise InputError(f"{shown(beside)} was not written with {shown(path)}: the numbers differ; evaluate again")

@@ -1,24 +1,32 @@
-"""Suites: one model on several datasets, and the row that the paper's table has for it.
+"""Suites: one model on several datasets, and its row of the paper's table.
 
-A member is a dataset's folder under the suite's root, named as `zs3.convert` names benchmarks.
+A member is the folder of a dataset under --data_root, named as `zs3 convert` names benchmarks.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from accelerate import Accelerator
+
+from zs3.checkpoints import NoClaim
 from zs3.command_line import InputError
-from zs3.evaluation.results import RESULT_FILE, Result, read_result
+from zs3.evaluation.arguments import EvalArgs, same_flags
+from zs3.evaluation.result_types import Result
+from zs3.evaluation.results import RESULT_FILE, read_result
+from zs3.files import lock_folder, write_json, write_text
 from zs3.label_space import CLASSES_FOLDER, load_label_space
 from zs3.scores.means import SCORES, GeneralizedScores
-from zs3.tables import markdown, markdown_table, percent
+from zs3.tables import markdown, markdown_table, percent, percent_range
+from zs3.training.stopping import all_refuse
 from zs3.typed_json import check_needed, unless_damaged
 
 
 class Suite(NamedTuple):
-    """members: benchmark -> the paper's word for it. on_request: those that are left out where nobody names them.
-    scores: what a member has in the row."""
+    """members: by benchmark, the paper's word for it. on_request: members that are evaluated only if --members names
+    them. scores: of each member, in the row."""
 
     title: str
     setting: Literal["gzs3", "ovs"]
@@ -50,12 +58,12 @@ SUITES = {
     ),
 }
 
-# Keys of a member's result that a row cannot do without.
+# The keys of a result that a row needs.
 OF_A_ROW = ("model", "num_images", "protocol", *SCORES, *(f"confidence_intervals.{name}" for name in SCORES))
 
 
 def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:
-    """Those named, or all that lie under root; in the table's order."""
+    """The members named, or all that lie under root, in the order of the table."""
     for name in names:
         if name not in suite.members:
             raise InputError(f"--members takes some of {', '.join(suite.members)}, got {name!r}")
@@ -69,37 +77,80 @@ def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:
 
 
 def row(suite: Suite, root: Path, results: Mapping[str, Result], reasons: Mapping[str, str]) -> str:
-    """The suite's table in Markdown, percent; below it, what each number is, or why there is none."""
+    """The table of the suite in Markdown, percent. Below it, what each number means, or why it is missing."""
     members = [name for name in suite.members if name in results or name in reasons or name not in suite.on_request]
     head, cells, lines = [], [], []
     for name in members:
         for score in suite.scores:
             head.append(f"{suite.members[name]} {SCORES[score]}" if len(suite.scores) > 1 else suite.members[name])
             cells.append(percent(results[name][score]) if name in results else "-")
-        lines.append(f"- {suite.members[name]}: {_told(suite, root, name, results.get(name), reasons.get(name))}")
+        lines.append(f"- {suite.members[name]}: {_explained(suite, root, name, results.get(name), reasons.get(name))}")
     models = ", ".join(dict.fromkeys(markdown(result["model"]) for result in results.values())) or "no model"
     return "\n".join([f"{models}: {suite.title}; percent", "", *markdown_table(head, [cells]), "", *lines]) + "\n"
 
 
-def _told(suite: Suite, root: Path, name: str, result: Result | None, reason: str | None) -> str:
+def _explained(suite: Suite, root: Path, name: str, result: Result | None, reason: str | None) -> str:
     if result is None:
         absent = "not asked for" if (root / name).is_dir() else "no such folder"
         return f"not evaluated, {markdown(reason or absent)}"
     score = suite.scores[-1]
-    low, high = result["confidence_intervals"][score]
-    told = f"{SCORES[score]} {percent(result[score])}, 95 % interval {percent(low)} to {percent(high)} over "
-    told += f"{result['num_images']} images; {markdown(result['protocol'])}"
+    ends = percent_range(result["confidence_intervals"][score])
+    text = f"{SCORES[score]} {percent(result[score])}, 95 % interval {ends} over {result['num_images']} images; "
+    text += markdown(result["protocol"])
     if list(result["per_class"]) != load_label_space(CLASSES_FOLDER / f"{name}.json").class_names:
-        told += "; ITS NAMES ARE NOT THOSE OF THE BENCHMARK"
-    return told
+        text += "; ITS NAMES ARE NOT THOSE OF THE BENCHMARK"
+    return text
+
+
+def run_suite(args: EvalArgs, evaluate: Callable[..., Result | None], accelerator: Accelerator) -> str | None:
+    """Evaluates every member into a file of the folder args.output; a finished one is not repeated. Returns the table.
+
+    Where this checkpoint can have no zero-shot result on a member, the reason stands in its place.
+    """
+    args.check()
+    suite, root, folder = SUITES[args.suite], Path(args.data_root), Path(args.output)
+    members = chosen_members(suite, root, args.members)
+    results, reasons = {}, {}
+    with ExitStack() as held:
+        with all_refuse(accelerator):
+            if accelerator.is_main_process:
+                held.enter_context(lock_folder(folder))
+        for name in members:
+            try:
+                results[name] = evaluate(member_args(args, suite.setting, name), accelerator, reuse=True)
+            except NoClaim as error:
+                reasons[name] = str(error)
+        if not accelerator.is_main_process:
+            return None
+        text = row(suite, root, results, reasons)
+        write_text(folder / f"{args.suite}.md", text)
+        table = {name: {score: result[score] for score in suite.scores} for name, result in results.items()}
+        write_json(folder / f"{args.suite}.json", {"suite": args.suite, "table": table, "not_evaluated": reasons})
+    return text
+
+
+def member_args(args: EvalArgs, setting: str, name: str) -> EvalArgs:
+    """The flags of the suite as those of one member."""
+
+    def within(folder: str | None, file: str = name) -> str | None:
+        return None if folder is None else str(Path(folder, file))
+
+    alone = replace(args, suite=None, data_root=None, members=[], dataset=within(args.data_root), setting=setting)
+    return replace(
+        alone,
+        output=within(args.output, f"{name}.json"),
+        text_embeds=within(args.text_embeds, f"{name}.npy"),
+        pictures=within(args.pictures),
+        curves=within(args.curves),
+    )
 
 
 def finished(path: Path, stamp: Result) -> Result | None:
-    """The result that is there, if it is that of the same checkpoint, data, flags and versions."""
-    if not path.exists():
+    """The result there, if it is of the same checkpoint, data, flags and versions."""
+    result = unless_damaged(read_result, path) if path.exists() else None
+    if result is None or not same_flags(result.get("settings", {}), stamp["settings"]):
         return None
-    result = unless_damaged(read_result, path)
-    if result is None or {name: result.get(name) for name in stamp} != json.loads(json.dumps(stamp)):
+    if any(result.get(name) != value for name, value in stamp.items() if name != "settings"):
         return None
     check_needed(result, OF_A_ROW, path, RESULT_FILE)
     return result

@@ -51,7 +51,8 @@ from zs3.command_line import (
     shown,
     try_output,
 )
-from zs3.evaluation.results import Result, read_result
+from zs3.evaluation.result_types import Result
+from zs3.evaluation.results import read_result
 from zs3.files import file_sha256, naming, write_text, writing_folder
 from zs3.label_space import is_hub_id, load_label_space
 from zs3.release.card import example_labels, model_card, recipes_of

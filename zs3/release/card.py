@@ -21,7 +21,8 @@ from configuration_zs3 import once, one_line
 from files_zs3 import read_text
 from zs3.command_line import InputError, printable, shown
 from zs3.convert.archives import ARCHIVES
-from zs3.evaluation.results import Result, candidates
+from zs3.evaluation.report import candidates_in_words
+from zs3.evaluation.result_types import Result
 from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
 from zs3.scores.means import SCORES
 from zs3.tables import markdown, markdown_table, percent
@@ -232,7 +233,7 @@ def runs(recipes: Sequence[dict]) -> str:
 def model_index(result: Result) -> list[EvalResult]:
     """The scores of one result file as the Hub has them, in [0, 1]."""
     stamps = ("setting", "absent", "calibration", "num_images", "split_images", "label_space_sha256", "split_sha256")
-    protocol = {"candidates": candidates(result), "without": result["without"] or None}
+    protocol = {"candidates": candidates_in_words(result), "without": result["without"] or None}
     protocol |= {"ensemble": ensemble(result), **{name: result[name] for name in stamps}}
     marks = [*([images(result)] if is_partial(result) else []), *deviations(result), f"ensemble {ensemble(result)}"]
     return [

@@ -1,0 +1,186 @@
+"""What a result file of an evaluation holds, key by key. It is made, written and read in zs3/evaluation/results.py."""
+
+from typing import Annotated, Literal, NamedTuple, Required
+
+from typing_extensions import TypedDict
+
+from zs3.scores.means import Absent
+from zs3.typed_json import Count, Share, rule
+
+
+class Chosen(NamedTuple):
+    """The bias of an evaluation or the weight of its ensemble, and in words how it was chosen."""
+
+    value: float | None  # None: no ensemble
+    how: str
+
+
+class Ensemble(NamedTuple):
+    view: str  # "off": no ensemble
+    weight: Chosen
+
+
+# Confidences are sums of float32 numbers: rounding may lift their mean above 1.
+RoundedShare = Annotated[float, rule("a share in [0, 1]", lambda value: 0 <= value <= 1 + 1e-6)]
+Interval = Annotated[
+    list[Share | None],
+    rule("[low, high] or [null, null]", lambda value: value == [None, None] or _is_interval(value)),
+]
+
+
+def _is_interval(value: list[float | None]) -> bool:
+    return len(value) == 2 and None not in value and value[0] <= value[1]
+
+
+class CalibrationChoices(TypedDict, total=False):
+    """The bias that was subtracted from the scores of seen classes; in words, how it and the weight were chosen."""
+
+    seen_bias: float
+    seen_bias_chosen: str
+    ensemble_weight_chosen: str
+
+
+class CurveScores(TypedDict, total=False):
+    """At one bias. None: the mean has no class."""
+
+    miou: Share | None
+    miou_seen: Required[Share | None]
+    miou_unseen: Share | None
+    hiou: Share | None
+
+
+class CurvePoint(CurveScores, total=False):
+    gamma: Required[float]
+
+
+class CurveColumns(TypedDict, total=False):
+    """Columns of equal length."""
+
+    gamma: Required[list[float]]
+    miou: list[Share | None]
+    miou_seen: list[Share | None]
+    miou_unseen: list[Share | None]
+    hiou: Required[list[Share | None]]
+
+
+class CurveResult(TypedDict, total=False):
+    """See `zs3.scores.calibration.SeenBiasCurve.result`."""
+
+    absent: Absent
+    area: Required[RoundedShare | None]
+    unbiased: CurvePoint
+    best: CurvePoint | None
+    seen_only: Required[CurveScores]
+    unseen_only: CurveScores
+    points: CurveColumns
+
+
+class Bin(TypedDict, total=False):
+    low: Share
+    high: Share
+    count: Count
+    confidence: RoundedShare | None
+    accuracy: Share | None
+
+
+class ReliabilityResult(TypedDict, total=False):
+    """See `zs3.scores.calibration.Reliability.result`."""
+
+    pixels: Count
+    ece: RoundedShare | None
+    bins: list[Bin]
+
+
+class Conformal(TypedDict, total=False):
+    alpha: Share
+    threshold: Share | None
+    rejects_everything: bool
+    num_calibration_images: Count
+    num_check_images: Count
+    wrong_share: RoundedShare | None
+    accepted_share: RoundedShare | None
+
+
+class RejectionResult(TypedDict, total=False):
+    """See `zs3.scores.calibration.Rejection.result`."""
+
+    insiders: Count
+    outsiders: Count
+    auroc: RoundedShare | None
+    threshold_at_95: Share | None
+    fpr_at_95: Share | None
+    conformal: Conformal
+
+
+class AreaSharesResult(TypedDict, total=False):
+    """See `zs3.scores.confusion.AreaShares`."""
+
+    right: Share | None
+    wrong_seen: Share | None
+    wrong_unseen: Share | None
+    rejected: Share | None
+
+
+class SeenUnseenResult(TypedDict, total=False):
+    """See `zs3.scores.confusion.SeenUnseenConfusion`."""
+
+    of_seen: AreaSharesResult
+    of_unseen: AreaSharesResult
+
+
+class ConfusedNames(TypedDict, total=False):
+    """See `zs3.scores.confusion.ConfusedPair`; names in place of ids."""
+
+    truth: str
+    predicted: str
+    pixels: Count
+    share: Share
+
+
+class Result(TypedDict, total=False):
+    """The content of a result file, in its order. None: not measured, or not defined in this setting.
+
+    Older files have three keys more, of the view "lazy": ensemble_tolerance, proposals_shown_to_clip, undecided_share.
+    """
+
+    protocol: str
+    setting: Literal["gzs3", "zs3", "ovs"]
+    model: str
+    dataset: str
+    split: str
+    split_sha256: str
+    split_images: Count
+    label_space: str
+    label_space_sha256: str
+    checkpoint_sha256: str | None  # None: of a Hub id that was not downloaded; so the next two
+    settings_sha256: str | None
+    code_sha256: str | None
+    given_sha256: dict[str, str]
+    seen: list[str]
+    unseen: list[str]
+    without: list[str]
+    trained_on_masks_of: list[str] | None
+    unseen_labels_in_training: Literal["none", "pseudo", "captions", "ground_truth"] | None
+    absent: Absent
+    seed: Count
+    settings: dict[str, bool | float | str | list[str] | None]  # flags of eval.py
+    versions: dict[str, str]
+    prompts: list[str]
+    clip_ensemble: Literal["off", "crops", "lazy", "single_pass"]  # lazy: in older files alone
+    clip_ensemble_weight: Share | None
+    calibration: CalibrationChoices
+    num_images: Count
+    miou: Share | None
+    miou_seen: Share | None
+    miou_unseen: Share | None
+    hiou: Share | None
+    pixel_accuracy: Share | None
+    frequency_weighted_iou: Share | None
+    confidence_intervals: dict[str, Interval]
+    per_class: dict[str, Share | None]
+    per_class_intervals: dict[str, Interval]
+    seen_unseen_confusion: SeenUnseenResult | None
+    worst_pairs: list[ConfusedNames]
+    seen_unseen_curve: CurveResult | None
+    reliability: ReliabilityResult | None
+    rejection: RejectionResult | None
