@@ -13,9 +13,7 @@ Axes: B image, Q query, C class name, D embedding, T template, L token, H W inpu
 
 import copy
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +38,13 @@ try:
         MASK_THRESHOLD,
         Fill,
         ProposalEmbeds,
+        View,
+        clip_probabilities,
         crop_proposals,
-        ensemble_lazily,
+        embed_proposals,
         ensemble_with_clip,
-        proposal_masks,
-        single_pass,
-        visible_proposals,
     )
-    from .configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number, shortened
+    from .configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
     from .label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from .losses_zs3 import PADDING, Losses, Targets, mask_ids, zs3_losses
     from .network_zs3 import (
@@ -60,10 +57,9 @@ try:
     )
     from .outputs_zs3 import (
         Zs3Output,
-        best_synonyms,
+        check_finite_output,
         class_probabilities,
         cosine_similarity,
-        has_no_values,
         label_similarity,
         tie,
     )
@@ -77,14 +73,13 @@ except ImportError:
         MASK_THRESHOLD,
         Fill,
         ProposalEmbeds,
+        View,
+        clip_probabilities,
         crop_proposals,
-        ensemble_lazily,
+        embed_proposals,
         ensemble_with_clip,
-        proposal_masks,
-        single_pass,
-        visible_proposals,
     )
-    from configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number, shortened
+    from configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
     from label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from losses_zs3 import PADDING, Losses, Targets, mask_ids, zs3_losses
     from network_zs3 import (
@@ -97,10 +92,9 @@ except ImportError:
     )
     from outputs_zs3 import (
         Zs3Output,
-        best_synonyms,
+        check_finite_output,
         class_probabilities,
         cosine_similarity,
-        has_no_values,
         label_similarity,
         tie,
     )
@@ -576,79 +570,33 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             check_finite_output(name, values)
         return {**proposals, "valid_sizes": valid_sizes, **states}
 
-    @torch.no_grad()
     def embed_proposals(
         self,
         images: Tensor,
         mask_logits: Tensor,
         valid_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
         *,
-        view: Literal["crops", "single_pass"] = "crops",
+        view: View = "crops",
         mask_threshold: float = MASK_THRESHOLD,
         fill: Fill | None = "mean",
         expansion: float = 1.0,
         chosen: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 64,
     ) -> ProposalEmbeds:
-        """CLIP's embeddings of proposals: of a crop each, or of one pass over each image (`single_pass`).
+        """CLIP's embeddings of proposals: see `embed_proposals` of clip_views_zs3.
 
-        images: (B, 3, H, W) RGB in [0, 1], what `pixel_values` was made of (the image processor's `to_rgb`).
-        mask_logits: (B, Q, h, w); valid_sizes: (B, 2), as in Zs3Output; None: no padding.
-        mask_threshold: a proposal is where its mask is above it; one that is nowhere is not shown.
-        fill, expansion: how crops are cut, see `crop_proposals`.
-        chosen: (B, Q) bool, the proposals to look at; None: all.
-        dtype: the image tower runs under autocast in it. batch_size: crops that it sees at once, of one or more images.
+        images: (B, 3, H, W) RGB in [0, 1]; the image processor's `to_rgb` makes them of `pixel_values`.
         """
-        tower = self._image_tower()
-        if view not in ("crops", "single_pass"):
-            raise ValueError(f"view must be 'crops' or 'single_pass', got {shortened(view)}")
-        mask_threshold = as_number("mask_threshold", mask_threshold, 0, 1)
-        batch_size = as_number("batch_size", batch_size, 1, whole=True)
-        if valid_sizes is None:
-            valid_sizes = [images.shape[2:]] * len(images)
-        sizes = [tuple(int(side) for side in size) for size in valid_sizes]
-        images = [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
-        shown = visible_proposals(mask_logits, sizes, mask_threshold, chosen)
-        embeds = mask_logits.new_zeros(*shown.shape, self.config.projection_dim, dtype=torch.float32)
-        with torch.autocast(mask_logits.device.type, dtype=dtype, enabled=dtype is not None):
-            if not shown.any():
-                pass  # nothing to look at
-            elif view == "single_pass":
-                for image in shown.any(dim=1).nonzero()[:, 0].tolist():
-                    masks = proposal_masks(mask_logits[image, shown[image]], sizes[image], mask_threshold)
-                    embeds[image, shown[image]] = single_pass(tower, images[image], masks).float()
-            else:
-                for part in shown.nonzero().split(batch_size):
-                    crops = []
-                    for image in part[:, 0].unique().tolist():
-                        query = part[part[:, 0] == image, 1]
-                        masks = proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
-                        side = tower.config.image_size
-                        crops.append(crop_proposals(images[image], masks, side, fill=fill, expansion=expansion))
-                    embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops)).image_embeds.float()
-        check_finite_output("CLIP's embeddings of the proposals", embeds)
-        return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
-
-    def _image_tower(self) -> CLIPVisionModelWithProjection:
         if self.vision_model is None:
             raise ValueError("this checkpoint has no CLIP image tower: it cannot be shown proposals")
-        return self.vision_model
-
-    def clip_probs(self, proposals: ProposalEmbeds, text_embeds: Tensor, owner: Tensor | None = None) -> Tensor:
-        """CLIP's own view of the proposals: (B, Q, C), softmax of scaled cosines; 1 for all classes of one not shown.
-
-        text_embeds: (C, D), or with owner (S, D), see `best_synonyms`. The 1 is that of Xu et al. 2021 for empty masks.
-        """
-        logits = self.config.clip_logit_scale * label_similarity(proposals.embeds, text_embeds)
-        logits = logits if owner is None else best_synonyms(logits, owner)
-        return logits.softmax(dim=-1).masked_fill(~proposals.shown[..., None], 1)
+        given = self.vision_model, images, mask_logits, valid_sizes
+        options = {"mask_threshold": mask_threshold, "fill": fill, "expansion": expansion, "chosen": chosen}
+        return embed_proposals(*given, view=view, **options)
 
     @torch.no_grad()
     def ensemble(
         self,
         outputs: Zs3Output,
-        images: Tensor | ProposalEmbeds,
+        proposals: ProposalEmbeds,
         text_embeds: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -656,30 +604,17 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         owner: Tensor | None = None,
         is_seen: Tensor | None = None,
         weight: float | None = None,
-        view: Literal["crops", "lazy", "single_pass"] = "crops",
-        tolerance: float = 0.0,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
-        mask_threshold: float = MASK_THRESHOLD,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 64,
     ) -> Zs3Output:
-        """The outputs, with class probabilities to which CLIP's view of the proposals has been joined (section 4.6).
+        """The outputs with other class probabilities: CLIP's view of the proposals is joined in (section 4.6).
 
-        images: (B, 3, H, W) RGB in [0, 1] (the image processor's `to_rgb`), or what `embed_proposals` made of them.
+        proposals: what `embed_proposals` made of the same images.
         text_embeds, or input_ids and attention_mask: the same label list as in `forward`.
         owner: (S,) int64, where text_embeds has a row for each of S synonyms of C classes: see `best_synonyms`.
         is_seen: (C,) bool; None, with the stored vocabulary: which of it the training saw masks of.
         weight: w; None: the config's clip_ensemble_weight.
-        view: "crops" is exact. "lazy" leaves out crops that cannot change the label map at `image_sizes` (height and
-            width; None: those at the model's input), or no more than the share `tolerance` of its pixels; scores
-            differ. "single_pass" is an approximation at about the cost of a few crops.
-        mask_threshold, dtype, batch_size: see `embed_proposals`. With a dtype, CLIP's answers hang on how many crops it
-            sees at once, in their last digits, and so may lazy pixels.
         """
-        if view not in ("crops", "lazy", "single_pass"):
-            raise ValueError(f"view must be 'crops', 'lazy' or 'single_pass', got {shortened(view)}")
-        tolerance = as_number("tolerance", tolerance, 0, 1)
-        crops = {"mask_threshold": mask_threshold, "dtype": dtype, "batch_size": batch_size}
+        if not hasattr(proposals, "embeds"):
+            raise Refused(f"ensemble takes what embed_proposals makes of the images, got {type(proposals).__name__}")
         stored = text_embeds is None and input_ids is None
         weight = self.config.clip_ensemble_weight if weight is None else weight
         if weight is None:
@@ -687,22 +622,11 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         weight = as_number("weight", weight, 0, 1)
         text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
         is_seen = self._is_seen(is_seen, outputs.class_logits.shape[2], stored)
-        see = partial(self.clip_probs, text_embeds=text_embeds, owner=owner)
-        if view == "lazy" and isinstance(images, Tensor):
-            sizes = outputs.valid_sizes.tolist() if image_sizes is None else image_sizes
-            probs, shown, undecided = self._join_lazily(outputs, images, see, is_seen, weight, sizes, tolerance, crops)
-            if owner is None:  # with one, CLIP's view of the synonyms that it was not shown is not known
-                probs = tie(probs, torch.cat([text_embeds.T, is_seen[None].to(text_embeds)]))
-        else:
-            if isinstance(images, Tensor):
-                views = {"view": view, **crops}
-                images = self.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes, **views)
-            own, its = class_probabilities(outputs.class_logits, outputs.background_logits), see(images)
-            probs = ensemble_with_clip(own, its, is_seen, weight)
-            probs = tie(probs, torch.cat([own.flatten(0, 1), its.flatten(0, 1), is_seen[None].to(own)]))
-            shown = images.shown
-            undecided = probs.new_zeros(len(probs))
-        return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": shown, "undecided": undecided})
+        own = class_probabilities(outputs.class_logits, outputs.background_logits)
+        its = clip_probabilities(proposals, text_embeds, self.config.clip_logit_scale, owner)
+        probs = ensemble_with_clip(own, its, is_seen, weight)
+        probs = tie(probs, torch.cat([own.flatten(0, 1), its.flatten(0, 1), is_seen[None].to(own)]))
+        return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": proposals.shown})
 
     def ensemble_view(self, view: str | None = None, weight: float | None = None) -> str:
         """The view to ensemble with, or "off": as given, else "crops" where a weight is given or the checkpoint has an
@@ -719,40 +643,6 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         if lacks:
             raise ValueError(f"no ensemble: {lacks}")
         return view or "crops"
-
-    def _join_lazily(
-        self,
-        outputs: Zs3Output,
-        images: Tensor,
-        see: Callable[[ProposalEmbeds], Tensor],
-        is_seen: Tensor,
-        weight: float,
-        image_sizes: Sequence[tuple[int, int]],
-        tolerance: float,
-        crops: dict,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all images: probs (B, Q, C), shown (B, Q) bool, undecided (B,)."""
-        if len(image_sizes) != len(images):
-            raise ValueError(f"{len(images)} images, but {len(image_sizes)} image_sizes")
-        own, results = class_probabilities(outputs.class_logits, outputs.background_logits), []
-        for image, image_size in enumerate(image_sizes):
-            pixels, mask_logits = images[image : image + 1], outputs.mask_logits[image : image + 1]
-            size = tuple(outputs.valid_sizes[image].tolist())
-            visible = visible_proposals(mask_logits, [size], crops["mask_threshold"])
-
-            def look(query: Tensor, pixels=pixels, mask_logits=mask_logits, size=size, visible=visible) -> Tensor:
-                chosen = torch.zeros_like(visible).index_fill(1, query, True)
-                proposals = self.embed_proposals(pixels, mask_logits, [size], chosen=chosen, **crops)
-                return see(proposals)[0, query]
-
-            sizes = {"valid_size": size, "image_size": tuple(image_size)}
-            results.append(
-                ensemble_lazily(
-                    own[image], mask_logits[0], visible[0], look, is_seen, weight, **sizes, tolerance=tolerance
-                )
-            )
-        probs, shown, undecided = zip(*results, strict=True)
-        return torch.stack(probs), torch.stack(shown), probs[0].new_tensor(undecided)
 
     def _is_seen(self, is_seen: Tensor | None, num_classes: int, stored: bool) -> Tensor:
         """(C,) bool: as given, or which names of the stored vocabulary the training saw masks of."""
@@ -835,12 +725,6 @@ def check_masks_are_present(ids: list[Tensor], image_labels: Tensor) -> None:
         absent = own[told[own] == 0]
         if len(absent):
             raise Refused(f"class {int(absent[0])} has a mask in image {image}, whose image_labels say it is absent")
-
-
-def check_finite_output(name: str, values: Tensor) -> None:
-    """Raises Refused where an output is not finite: what is made of it would look like an answer."""
-    if not has_no_values(values) and not torch.isfinite(values).all():
-        raise Refused(f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32")
 
 
 def default_image_labels(ids: list[Tensor], num_classes: int, is_seen: Tensor | None) -> Tensor:

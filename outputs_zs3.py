@@ -12,10 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.utils import ModelOutput
 
 try:
+    from .configuration_zs3 import Refused
     from .label_maps_zs3 import Explanation, explain
 except ImportError:
     if __package__:
         raise
+    from configuration_zs3 import Refused
     from label_maps_zs3 import Explanation, explain
 
 
@@ -34,8 +36,6 @@ class Zs3Output(ModelOutput):
     valid_sizes: (B, 2) int64, height and width of each image without its padding; with `labels`, of the whole crop.
     ensemble_probs: (B, Q, C), where CLIP was shown the proposals (`ensemble`); the label map is then made of these.
     shown_to_clip: (B, Q) bool, which ones it was shown.
-    undecided: (B,), the share of pixels that CLIP's view of the others might still change; 0 but for view "lazy" with a
-        tolerance.
 
     With output_hidden_states or output_attentions, under Mask2Former's names; C channels, h w of each level:
     encoder_last_hidden_state: (B, C, h, w), the backbone's coarsest feature map.
@@ -61,7 +61,6 @@ class Zs3Output(ModelOutput):
     valid_sizes: Tensor | None = None
     ensemble_probs: Tensor | None = None
     shown_to_clip: Tensor | None = None
-    undecided: Tensor | None = None
     encoder_last_hidden_state: Tensor | None = None
     pixel_decoder_last_hidden_state: Tensor | None = None
     transformer_decoder_last_hidden_state: Tensor | None = None
@@ -152,10 +151,17 @@ def has_no_values(tensor: Tensor) -> bool:
     return made or tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
+def check_finite_output(name: str, values: Tensor) -> None:
+    """Raises Refused where an output is not finite: what is made of it would look like an answer."""
+    if not has_no_values(values) and not torch.isfinite(values).all():
+        raise Refused(f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32")
+
+
 __all__ = [
     "Zs3Output",
     "at_least_float32",
     "best_synonyms",
+    "check_finite_output",
     "class_probabilities",
     "cosine_similarity",
     "final_probabilities",

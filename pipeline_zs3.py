@@ -244,10 +244,10 @@ class Zs3Pipeline(Pipeline):
     confidence: what the threshold is for: "probability", what decided queries give the winner on average (SemanticMap
         says it exactly; default threshold 0.5), or "margin", how much more that is than for the runner-up (0.1). No
         guarantee goes with either.
-    ensemble: CLIP's view of the proposals joined in (section 4.6): "crops", of a crop of each; "lazy", the same label
-        map from fewer crops where that is possible (scores differ); "single_pass", an approximation from one pass over
-        the image; or "off". None: "crops" where the checkpoint has an image tower and a weight and says which masks its
-        training saw, else "off". Scores are then of products of probabilities, which do not sum to 1.
+    ensemble: CLIP's view of the proposals joined in (section 4.6): "crops", of a crop of each; "single_pass", an
+        approximation from one pass over the image; or "off". None: "crops" where the checkpoint has an image tower and
+        a weight and says which masks its training saw, else "off". Scores are then of products of probabilities, which
+        do not sum to 1.
     ensemble_weight: w, in [0, 1]; None: the checkpoint's.
     window, overlap: pixels; images larger than a window are seen in overlapping windows of this side, each at the size
         that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
@@ -335,7 +335,7 @@ class Zs3Pipeline(Pipeline):
                 hint = f"did you mean {close[0]!r}?" if close else "labels are candidate_labels=[...]; see its help()"
                 raise ValueError(f"{shortened(name)} is no option of this pipeline: {hint}")
         choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
-        choices |= {"ensemble": ("off", "crops", "lazy", "single_pass"), "subtask": ("semantic",)}
+        choices |= {"ensemble": ("off", "crops", "single_pass"), "subtask": ("semantic",)}
         for name, allowed in choices.items():
             value = options.get(name)
             if value is not None and not (isinstance(value, str) and value in allowed):
@@ -397,8 +397,6 @@ class Zs3Pipeline(Pipeline):
         owner = torch.tensor(owner, device=vectors.device)
         is_seen = torch.tensor(seen_labels(labels, self.model.config.seen_class_names))
         view = self.model.ensemble_view(ensemble, ensemble_weight)
-        if view == "lazy" and background == "reject":
-            raise ValueError('"lazy" keeps the label map, not the scores that "reject" looks at: use ensemble="crops"')
         num_labels = len(names) - len(distractors)
         return Choice(names, vectors, owner, num_labels, threshold, confidence, is_seen, view, ensemble_weight)
 
@@ -450,7 +448,6 @@ class Zs3Pipeline(Pipeline):
             if asked["ensemble"] is not None and asked["ensemble_weight"] is None:
                 asked["ensemble_weight"] = 1.0  # any: which one is said with the labels
             choice, view = None, self.model.ensemble_view(asked["ensemble"], asked["ensemble_weight"])
-            view = "crops" if view == "lazy" else view  # which crops a label list wants is not known yet
         else:
             choice = self._choose(**{name: value for name, value in forward_params.items() if name != "propose"})
             view = choice.ensemble
@@ -540,29 +537,22 @@ class Zs3Pipeline(Pipeline):
             images = None if ensemble == "off" else self.image_processor.to_rgb(inputs["pixel_values"])
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
             outputs = self.model.propose(**inputs)
-            if ensemble in ("crops", "single_pass"):
-                embeds = self.model.embed_proposals(
-                    images, outputs["mask_logits"], outputs["valid_sizes"], view=ensemble
-                )
+            if images is not None:
+                masks = outputs["mask_logits"], outputs["valid_sizes"]
+                embeds = self.model.embed_proposals(images, *masks, view=ensemble)
                 outputs |= {"clip_embeds": embeds.embeds, "shown_to_clip": embeds.shown}
             for row, view in enumerate(fresh):
                 view["outputs"] = {name: value[row : row + 1] for name, value in outputs.items()}
-                view["rgb"] = None if images is None else images[row : row + 1]
         if choice is None:
             return [view["outputs"] for view in views]
         for view in views:
-            wanted, kept = "crops" if choice.ensemble == "lazy" else choice.ensemble, view.get("kept_ensemble")
+            wanted, kept = choice.ensemble, view.get("kept_ensemble")
             if kept is not None and wanted not in ("off", kept):
                 raise ValueError(f"these proposals were kept with ensemble={kept!r}: propose(..., ensemble={wanted!r})")
-        return [self._decide(view["outputs"], view.get("rgb"), view["size"], choice) for view in views]
+        return [self._decide(view["outputs"], view["size"], choice) for view in views]
 
-    def _decide(
-        self, proposals: dict[str, Tensor], rgb: Tensor | None, size: tuple[int, int], choice: Choice
-    ) -> dict[str, Tensor]:
-        """Label map (H, W), -1 where none of the labels applies, and confidence, of one view.
-
-        rgb: (1, 3, h, w), the view at the model's input; None where proposals were made before.
-        """
+    def _decide(self, proposals: dict[str, Tensor], size: tuple[int, int], choice: Choice) -> dict[str, Tensor]:
+        """Label map (H, W), -1 where none of the labels applies, and confidence, of one view."""
         seen_by_clip = proposals.get("clip_embeds"), proposals.get("shown_to_clip")
         proposals = {name: value for name, value in proposals.items() if name not in ("clip_embeds", "shown_to_clip")}
         outputs = Zs3Output(**proposals, **self.model.classify(proposals["class_embeds"], choice.text_embeds))
@@ -572,13 +562,11 @@ class Zs3Pipeline(Pipeline):
         if choice.ensemble != "off":
             outputs = self.model.ensemble(
                 outputs,
-                rgb if seen_by_clip[0] is None else ProposalEmbeds(*seen_by_clip),
+                ProposalEmbeds(*seen_by_clip),
                 choice.text_embeds,
                 owner=owner,
                 is_seen=choice.is_seen,
                 weight=choice.ensemble_weight,
-                view=choice.ensemble,
-                image_sizes=[size],
             )
         (found,) = semantic_map(
             outputs.class_probs,

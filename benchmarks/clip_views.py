@@ -1,4 +1,4 @@
-"""CLIP's view of the proposals: a loop over crops beside batched crops, lazy crops and one pass for all.
+"""CLIP's view of the proposals: a loop over crops beside batched crops and one pass for all.
 
     python -m benchmarks.clip_views --model CHECKPOINT --dataset runs/scenes --output docs/results/clip_views.json
 
@@ -6,10 +6,9 @@ Cost: an image tower of the size of CLIP ViT-B/16 (random weights) and 100 propo
 The loop is the ancestors' way: proposals that are nowhere are skipped, every other one is cut out, resized and embedded
 by itself. Ways take turns, the ratios are of medians.
 
-Trained: a checkpoint of the embedded benchmark with its own tiny CLIP, on the validation scenes: how many crops the
-lazy view leaves out, in how many pixels each view differs from all crops, the scores, and the seconds, again beside the
-loop. "At ViT-B/16's cost" the large tower embeds every crop too, and what it says is thrown away: the answers are the
-tiny CLIP's.
+Trained: a checkpoint of the embedded benchmark with its own tiny CLIP, on the validation scenes: the pixels in which
+each view differs from all crops, the scores, and the seconds, again beside the loop. "At ViT-B/16's cost" the large
+tower embeds every crop too, and its answers are thrown away: the answers are the tiny CLIP's.
 """
 
 import shlex
@@ -39,7 +38,6 @@ from zs3.command_line import (
     OutputFile,
     Pixels,
     Share,
-    Some,
     check_required,
     flag,
     read_arguments,
@@ -52,7 +50,7 @@ from zs3.scores.means import generalized_scores
 from zs3.tables import markdown_table, percent
 
 OFF = "no ensemble"
-LOOP, CROPS, LAZY, SINGLE = "loop over crops", "batched crops", "lazy crops", "single pass"
+LOOP, CROPS, SINGLE = "loop over crops", "batched crops", "single pass"
 SAME = 1e-4  # embeddings of loop and batch differ by no more
 
 
@@ -64,7 +62,6 @@ class ClipViewsArgs(Arguments):
     dataset: str | None = flag(None, "The benchmark's folder.")
     images: Count = flag(200, "Validation scenes.")
     weight: Share = flag(0.8, "w of the ensemble.")
-    tolerances: Some[Share] = flag([0.0, 0.01, 0.05], "Shares of the pixels that lazy crops may leave open.")
     proposals: Count = flag(100, "Proposals of the image for the cost.")
     size: Pixels = flag(640, "Side of that image, pixels.")
     rounds: Count = flag(3, "Rounds of the cost; times are medians.")
@@ -168,24 +165,20 @@ class Costly(nn.Module):
         return self.tower(pixel_values)
 
 
-def look_ways(args: ClipViewsArgs) -> dict[str, dict]:
-    """What `model.ensemble` is asked for, by the name of the row."""
-    ways = {CROPS: {"view": "crops"}, SINGLE: {"view": "single_pass"}}
-    for tolerance in args.tolerances:
-        name = LAZY if tolerance == 0 else f"{LAZY}, {100 * tolerance:g} % of the pixels open"
-        ways[name] = {"view": "lazy", "tolerance": tolerance}
-    return ways
-
-
-def looks(model, outputs: Zs3Output, rgb: Tensor, ways: dict[str, dict], options: dict) -> dict[str, Callable]:
-    """The calls to be timed for one image, the loop first."""
-    size = tuple(outputs.valid_sizes[0].tolist())
+def looks(model, outputs: Zs3Output, images: Tensor, options: dict) -> dict[str, Callable]:
+    """The ensembles to be timed for one image, the loop first. options: of `model.ensemble`."""
+    masks = outputs.mask_logits, outputs.valid_sizes
 
     def loop() -> Zs3Output:
-        seen = crop_loop(model.vision_model, rgb[0], outputs.mask_logits[0], size)
-        return model.ensemble(outputs, seen, **options)
+        size = tuple(outputs.valid_sizes[0].tolist())
+        return model.ensemble(
+            outputs, crop_loop(model.vision_model, images[0], outputs.mask_logits[0], size), **options
+        )
 
-    return {LOOP: loop} | {name: partial(model.ensemble, outputs, rgb, **options, **way) for name, way in ways.items()}
+    def view(name: str) -> Zs3Output:
+        return model.ensemble(outputs, model.embed_proposals(images, *masks, view=name), **options)
+
+    return {LOOP: loop, CROPS: partial(view, "crops"), SINGLE: partial(view, "single_pass")}
 
 
 def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
@@ -198,8 +191,7 @@ def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
     text_embeds, _ = class_vectors(model, processor, space.class_names, None)
     options = {"text_embeds": text_embeds, "is_seen": space.is_seen, "weight": args.weight}
     own, costly = model.vision_model, Costly(model.vision_model, large_tower(args.layers))
-    ways, count = look_ways(args), min(args.images, len(records))
-    names = [OFF, LOOP, *ways]
+    count, names = min(args.images, len(records)), [OFF, LOOP, CROPS, SINGLE]
     confusion = {name: ConfusionMatrix(len(space.class_names), space.ignore_index) for name in names}
     seconds, large_seconds, looked, differing = (dict.fromkeys(names, 0.0) for _ in range(4))
     pixels = 0
@@ -207,14 +199,13 @@ def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
         for index in tqdm(range(count), unit="image", mininterval=1):
             image, label, _ = records[index]
             inputs = processor(images=image)
-            rgb = processor.to_rgb(inputs["pixel_values"])
+            images = processor.to_rgb(inputs["pixel_values"])
             outputs = model(**inputs, text_embeds=text_embeds, return_dict=True)
-            at_size = {name: way | {"image_sizes": [label.shape]} for name, way in ways.items()}
-            spent, made = timed(looks(model, outputs, rgb, at_size, options), 1)
+            ways = looks(model, outputs, images, options)
+            spent, made = timed(ways, 1)
             if index < args.large_images:
                 model.vision_model = costly
-                without = {name: way for name, way in at_size.items() if name != SINGLE}
-                large_spent, _ = timed(looks(model, outputs, rgb, without, options), 1)
+                large_spent, _ = timed({name: ways[name] for name in (LOOP, CROPS)}, 1)
                 model.vision_model = own
                 for name, value in large_spent.items():
                     large_seconds[name] += value / min(args.large_images, count)
@@ -229,8 +220,6 @@ def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
             for name, found in maps.items():
                 confusion[name].update(found, label)
                 differing[name] += int((found != maps[CROPS]).sum())
-    if differing[LAZY]:
-        raise ValueError(f"lazy crops changed {differing[LAZY]} pixels: that is a defect")
     rows = []
     for name in names:
         scores = generalized_scores(confusion[name].iou(), space.is_seen)

@@ -88,8 +88,8 @@ def loop(args: PseudoLabelBenchArgs) -> tuple[float, np.ndarray]:
         start = time.perf_counter()
         inputs = processor(images=records[index].image)
         proposals = model.propose(**inputs)
-        size, rgb = tuple(proposals["valid_sizes"][0].tolist()), processor.to_rgb(inputs["pixel_values"])[0]
-        views = crop_loop(model.vision_model, rgb, proposals["mask_logits"][0], size, masked=False)
+        size, images = tuple(proposals["valid_sizes"][0].tolist()), processor.to_rgb(inputs["pixel_values"])
+        views = crop_loop(model.vision_model, images[0], proposals["mask_logits"][0], size, masked=False)
         scores.append(unseen_scores(views.embeds[views.shown], text_embeds, model.config.clip_logit_scale))
         spent += time.perf_counter() - start
     return args.few / spent, torch.stack(scores).numpy()

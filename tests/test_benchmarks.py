@@ -195,16 +195,16 @@ LITTLE = {"images": 2, "proposals": 3, "size": 64, "rounds": 1, "layers": 1, "la
 
 def test_views_are_measured_beside_the_loop(call, scenes_model, tmp_path, capsys):
     places = {"model": scenes_model / "model", "dataset": scenes_model / "scenes", "output": tmp_path / "views.json"}
-    call(clip_views, **places, **LITTLE, tolerances="0 0.5")
+    call(clip_views, **places, **LITTLE)
     result = json.loads((tmp_path / "views.json").read_text())
     assert [row["way"] for row in result["cost"]] == [clip_views.LOOP, clip_views.CROPS, clip_views.SINGLE]
     rows = {row["way"]: row for row in result["trained"]["rows"]}
-    assert len(rows) == 6 and rows[clip_views.LAZY]["differing_share"] == 0
+    assert len(rows) == 4 and rows[clip_views.CROPS]["differing_share"] == 0
     assert rows[clip_views.LOOP]["differing_share"] < 0.01 and rows[clip_views.LOOP]["times_faster_than_loop"] == 1
-    assert rows[clip_views.LAZY]["crops_per_image"] <= rows[clip_views.CROPS]["crops_per_image"]
+    assert rows[clip_views.LOOP]["crops_per_image"] == rows[clip_views.CROPS]["crops_per_image"]
     assert "large_seconds" in rows[clip_views.CROPS] and "large_seconds" not in rows[clip_views.SINGLE]
     printed = capsys.readouterr().out
-    assert printed == (tmp_path / "views.md").read_text() and "lazy crops, 50 % of the pixels open" in printed
+    assert printed == (tmp_path / "views.md").read_text() and "batched crops" in printed
 
 
 def test_embeddings_that_differ_are_no_comparison(monkeypatch):

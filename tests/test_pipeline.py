@@ -526,7 +526,8 @@ def test_the_ensemble_is_the_models_and_names_decide_what_is_seen(with_clip):
     images, text = inputs.pop("pixel_values"), {name: inputs[name] for name in ("input_ids", "attention_mask")}
     outputs = model(images, inputs["pixel_mask"], **text)
     seen = torch.tensor([True, True, False, False, False])
-    outputs = model.ensemble(outputs, processor.to_rgb(images), **text, is_seen=seen, weight=0.6)
+    proposals = model.embed_proposals(processor.to_rgb(images), outputs.mask_logits, outputs.valid_sizes)
+    outputs = model.ensemble(outputs, proposals, **text, is_seen=seen, weight=0.6)
     (expected,) = processor.post_process_semantic_segmentation(outputs, [(40, 56)])
     assert np.array_equal(result["segmentation"], expected.numpy())
     off = with_clip(IMAGE, labels, ensemble="off", output="map")
@@ -537,8 +538,6 @@ def test_a_checkpoint_with_an_image_tower_and_a_weight_ensembles_by_itself(with_
     by_itself = with_clip(IMAGE, CLASS_NAMES, output="map")
     asked = with_clip(IMAGE, CLASS_NAMES, ensemble="crops", ensemble_weight=0.8, output="map")
     assert np.array_equal(by_itself["scores"], asked["scores"])
-    lazy = with_clip(IMAGE, CLASS_NAMES, ensemble="lazy", output="map")
-    assert np.array_equal(lazy["segmentation"], asked["segmentation"])
     one_pass = with_clip(IMAGE, CLASS_NAMES, ensemble="single_pass", output="map")
     assert not np.array_equal(one_pass["scores"], asked["scores"])
     with pytest.raises(ValueError, match="no CLIP image tower"):
@@ -562,11 +561,6 @@ def test_kept_proposals_follow_the_checkpoint_as_a_direct_call_does(with_clip, s
     direct = with_clip(IMAGE, CLASS_NAMES, output="map")
     assert np.array_equal(with_clip(with_clip.propose(IMAGE), CLASS_NAMES, output="map")["scores"], direct["scores"])
     assert with_clip.propose(IMAGE).ensemble == "crops" and segment.propose(IMAGE).ensemble == "off"
-
-
-def test_lazy_and_rejection_do_not_go_together(with_clip):
-    with pytest.raises(ValueError, match='keeps the label map, not the scores that "reject"'):
-        with_clip(IMAGE, CLASS_NAMES, ensemble="lazy", background="reject")
 
 
 def test_the_ensemble_goes_with_synonyms_and_distractors(with_clip):

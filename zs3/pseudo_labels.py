@@ -195,17 +195,17 @@ def score_batch(
         pairs = zip(proposals["mask_logits"], batch.annotated, strict=True)
         options = (args.mask_threshold, args.unannotated_share)
         usable = torch.stack([usable_proposals(logits, a.to(model.device), *options) for logits, a in pairs])  # (B, Q)
-    views = model.embed_proposals(
-        image_processor.to_rgb(pixel_values),
-        proposals["mask_logits"],
-        proposals["valid_sizes"],
-        view="crops",
-        fill=None if args.fill == "none" else args.fill,
-        mask_threshold=args.mask_threshold,
-        expansion=args.expansion,
-        chosen=usable,
-        dtype=DTYPES[args.mixed_precision],
-    )
+    images, dtype = image_processor.to_rgb(pixel_values), DTYPES[args.mixed_precision]
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        views = model.embed_proposals(
+            images,
+            proposals["mask_logits"],
+            proposals["valid_sizes"],
+            fill=None if args.fill == "none" else args.fill,
+            mask_threshold=args.mask_threshold,
+            expansion=args.expansion,
+            chosen=usable,
+        )
     pairs, scale = zip(views.embeds, views.shown, strict=True), model.config.clip_logit_scale
     return torch.stack([unseen_scores(embeds[shown], text_embeds, scale) for embeds, shown in pairs])
 

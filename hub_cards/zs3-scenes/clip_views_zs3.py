@@ -2,14 +2,14 @@
 
 A proposal is shown to CLIP as a crop of its own (`crop_proposals`: Xu et al. 2021 for the ensemble, the plain box for
 pseudo labels), or all proposals of an image in one pass over it (`single_pass`). `ensemble_with_clip` joins what comes
-out with the class probabilities, and `ensemble_lazily` leaves out the crops that cannot change the label map.
+out with the class probabilities.
 
 Axes: B image, Q query, N proposal that is looked at, C class name, D embedding; H W input size, h w mask size, S side
 of CLIP's input, P patch.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +19,23 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 try:
     from .configuration_zs3 import TINY, Refused, as_number, shortened
-    from .label_maps_zs3 import MASK_STRIDE, RUNNER_UP, semantic_map
+    from .label_maps_zs3 import MASK_STRIDE
+    from .outputs_zs3 import best_synonyms, check_finite_output, label_similarity
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import TINY, Refused, as_number, shortened
-    from label_maps_zs3 import MASK_STRIDE, RUNNER_UP, semantic_map
+    from label_maps_zs3 import MASK_STRIDE
+    from outputs_zs3 import best_synonyms, check_finite_output, label_similarity
 
+View = Literal["crops", "single_pass"]
 Fill = Literal["mean", "zero"]
 
 MASK_THRESHOLD = 0.5  # a proposal is where its mask is above it (Xu et al. 2021)
 BICUBIC = -0.75  # the constant of PyTorch's bicubic kernel
 CROPS_AT_ONCE = 16  # crops cut out at once: each needs a copy of its image
 SINGLE_PASS_SCALE = 2.0  # sides of the image in `single_pass`, in those of CLIP's training (geometric mean)
-SCORE_ROUNDING = 4 * 2.0**-24  # share of itself that a float64 score and its margin lose when they become float32
-EQUAL = 1e-9  # scores closer than this are not told apart
+CROPS_FOR_TOWER = 64  # crops that CLIP's image tower sees at once
 
 
 class ProposalEmbeds(NamedTuple):
@@ -41,6 +43,57 @@ class ProposalEmbeds(NamedTuple):
 
     embeds: Tensor
     shown: Tensor
+
+
+@torch.no_grad()
+def embed_proposals(
+    tower: CLIPVisionModelWithProjection,
+    images: Tensor,
+    mask_logits: Tensor,
+    valid_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
+    *,
+    view: View = "crops",
+    mask_threshold: float = MASK_THRESHOLD,
+    fill: Fill | None = "mean",
+    expansion: float = 1.0,
+    chosen: Tensor | None = None,
+) -> ProposalEmbeds:
+    """CLIP's embeddings of proposals. The only way of pixels to CLIP.
+
+    images: (B, 3, H, W) RGB in [0, 1], see the image processor's `to_rgb`.
+    mask_logits: (B, Q, h, w); valid_sizes: (B, 2), as in Zs3Output; None: no padding.
+    view: "crops", a crop of each proposal; or "single_pass", all proposals in one pass over their image, which is an
+        approximation and takes the time of a few crops.
+    mask_threshold: a proposal is where its mask is above it. One that is nowhere is not shown.
+    fill, expansion: how crops are cut, see `crop_proposals`.
+    chosen: (B, Q) bool, the proposals to look at; None: all.
+    """
+    if view not in get_args(View):
+        raise Refused(f"view must be 'crops' or 'single_pass', got {shortened(view)}")
+    mask_threshold = as_number("mask_threshold", mask_threshold, 0, 1)
+    valid_sizes = [images.shape[2:]] * len(images) if valid_sizes is None else valid_sizes
+    sizes = [tuple(int(side) for side in size) for size in valid_sizes]
+    images = [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
+    shown = visible_proposals(mask_logits, sizes, mask_threshold, chosen)
+    embeds = mask_logits.new_zeros(*shown.shape, tower.config.projection_dim, dtype=torch.float32)
+
+    def masks(image: int, query: Tensor) -> Tensor:
+        return proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
+
+    if view == "single_pass":
+        for image in shown.any(dim=1).nonzero()[:, 0].tolist():
+            query = shown[image].nonzero()[:, 0]
+            embeds[image, query] = single_pass(tower, images[image], masks(image, query)).float()
+    else:
+        side = tower.config.image_size
+        for part in shown.nonzero().split(CROPS_FOR_TOWER) if shown.any() else ():
+            crops = []
+            for image in part[:, 0].unique().tolist():
+                own = masks(image, part[part[:, 0] == image, 1])
+                crops.append(crop_proposals(images[image], own, side, fill=fill, expansion=expansion))
+            embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops)).image_embeds.float()
+    check_finite_output("CLIP's embeddings of the proposals", embeds)
+    return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
 
 
 # ------------------------------------------------------------------------------------------------------- crops
@@ -180,73 +233,24 @@ def ensemble_with_clip(class_probs: Tensor, clip_probs: Tensor, is_seen: Tensor,
     return class_probs**exponent * clip_probs ** (1 - exponent)
 
 
-class LazyEnsemble(NamedTuple):
-    """probs: (Q, C). looked: (Q,) bool, which proposals CLIP was shown. undecided: share of pixels, in [0, 1]."""
+def clip_probabilities(
+    proposals: ProposalEmbeds, text_embeds: Tensor, logit_scale: float, owner: Tensor | None = None
+) -> Tensor:
+    """CLIP's own view of the proposals: (B, Q, C), the softmax of scaled cosines.
 
-    probs: Tensor
-    looked: Tensor
-    undecided: float
-
-
-def ensemble_lazily(
-    class_probs: Tensor,
-    mask_logits: Tensor,
-    shown: Tensor,
-    look: Callable[[Tensor], Tensor],
-    is_seen: Tensor,
-    weight: float,
-    *,
-    valid_size: tuple[int, int],
-    image_size: tuple[int, int],
-    tolerance: float = 0.0,
-) -> LazyEnsemble:
-    """The ensemble of one image without looks at proposals that cannot change its label map.
-
-    class_probs (Q, C); mask_logits (Q, h, w); shown (Q,) bool: what CLIP could be shown. look(queries (n,) int64) gives
-    CLIP's probabilities (n, C). valid_size, image_size: as in `semantic_map`, of the label map that matters.
-
-    Without a look at query q its part of Eq. 4 is not known, but lies between 0 and p_q(c)^e M_q, as CLIP's s is at
-    most 1. So the winner of a pixel is certain when what it surely has beats what any other class may have. Queries are
-    looked at, those first that may have most to say where no winner is certain, until at most the share `tolerance` of
-    the pixels is open: 0 gives the label map of looking at all to the pixel, otherwise at most so many pixels differ.
-    A query that was not looked at keeps p_q, as if CLIP agreed: scores are not those of looking at all.
+    A proposal that CLIP was not shown has 1 for all classes, as empty masks have in Xu et al. 2021.
+    text_embeds: (C, D), or with owner (S, D), see `best_synonyms`.
     """
-    if class_probs.shape[1] == 1:
-        return LazyEnsemble(class_probs, torch.zeros_like(shown), 0.0)
-    most = ensemble_with_clip(class_probs, torch.ones_like(class_probs), is_seen, weight)  # also what empty masks get
-    probs, unknown = torch.where(shown[:, None], class_probs, most), shown.clone()
-    part = [-(-side // MASK_STRIDE) for side in valid_size]
-    say = mask_logits[:, : part[0], : part[1]].float().sigmoid() * most.amax(dim=1)[:, None, None]  # (Q, h, w)
-    wanted = say.flatten(1).argmax(dim=0).unique()  # those with most to say somewhere
-    while True:
-        wanted = wanted[unknown[wanted]]
-        if len(wanted):
-            probs[wanted] = ensemble_with_clip(class_probs[wanted], look(wanted), is_seen, weight)
-            unknown[wanted] = False
-        if not unknown.any():
-            return LazyEnsemble(probs, shown, 0.0)
-        bounds = torch.stack([probs.masked_fill(unknown[:, None], 0), torch.where(unknown[:, None], most, probs)])
-        size = tuple(side * MASK_STRIDE for side in mask_logits.shape[1:])
-        sizes = {"valid_sizes": [valid_size] * 2, "image_sizes": [image_size] * 2}
-        masks = mask_logits.expand(2, -1, -1, -1)
-        least, largest = semantic_map(bounds.double(), masks, size, **sizes, return_scores=True)
-        rival = torch.maximum(largest.score - largest.margin, RUNNER_UP * largest.score)  # no other class has more
-        slack = EQUAL + SCORE_ROUNDING * largest.score
-        certain = (least.label_map == largest.label_map) & (least.score - rival > slack)
-        undecided = float((~certain).float().mean())
-        if undecided <= tolerance:
-            return LazyEnsemble(probs, shown & ~unknown, undecided)
-        # The open pixels, as mask pixels: each names the query with most to say there among those not looked at.
-        where = F.adaptive_max_pool2d((~certain)[None].float(), part)[0] > 0
-        left = say[:, where].masked_fill(~unknown[:, None], -1)
-        wanted = left.argmax(dim=0).unique()
+    logits = logit_scale * label_similarity(proposals.embeds, text_embeds)
+    logits = logits if owner is None else best_synonyms(logits, owner)
+    return logits.softmax(dim=-1).masked_fill(~proposals.shown[..., None], 1)
 
 
 __all__ = [
-    "LazyEnsemble",
     "ProposalEmbeds",
+    "clip_probabilities",
     "crop_proposals",
-    "ensemble_lazily",
+    "embed_proposals",
     "ensemble_with_clip",
     "mask_boxes",
     "proposal_masks",

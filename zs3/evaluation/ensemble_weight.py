@@ -187,13 +187,13 @@ def label_maps(
     """(H, W) by weight, from one pass of the network and one look of CLIP's."""
     inputs = processor(images=image).to(model.device)
     outputs = model(**inputs, text_embeds=text_embeds, return_dict=True)
-    rgb = processor.to_rgb(inputs["pixel_values"])
-    embeds = model.embed_proposals(rgb, outputs.mask_logits, outputs.valid_sizes)
+    images = processor.to_rgb(inputs["pixel_values"])
+    proposals = model.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes)
     maps = {}
     for weight in (OFF, *args.weights):
         made = outputs
         if weight != OFF:
-            made = model.ensemble(outputs, embeds, text_embeds, is_seen=is_seen, weight=weight)
+            made = model.ensemble(outputs, proposals, text_embeds, is_seen=is_seen, weight=weight)
         (found,) = processor.post_process_semantic_segmentation(made, [(image.height, image.width)])
         maps[weight] = found.cpu().numpy()
     return maps
