@@ -84,8 +84,8 @@ def fields_of_any_config() -> set[str]:
     return {*PreTrainedConfig.__dataclass_fields__, *properties, *WRITTEN_BY_TRANSFORMERS, *DECLARED_BY_VERSION_4}
 
 
-# What a training can be given about unseen classes, from the least to the most; see `unseen_labels`.
-Supervision = Literal["none", "pseudo", "captions", "ground_truth"]
+# Kinds of image labels of unseen classes that training can get, from the weakest to the strongest.
+UnseenLabels = Literal["none", "pseudo", "captions", "ground_truth"]
 
 
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", dict: "a dict", list: "a list"}
@@ -240,7 +240,7 @@ class Zs3Config(Mask2FormerConfig):
     word_drop_probability: float | int = 0.25
 
     seen_class_names: list[str] | None = None
-    unseen_labels: Supervision | None = None
+    unseen_labels: UnseenLabels | None = None
     class_names: list[str] | None = None
 
     def __post_init__(self, **kwargs):
@@ -394,7 +394,7 @@ __all__ = [
     "Number",
     "Refused",
     "SIZE_DIVISOR",
-    "Supervision",
+    "UnseenLabels",
     "Zs3Config",
     "among",
     "as_number",

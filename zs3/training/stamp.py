@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from configuration_zs3 import Supervision, Zs3Config, once, one_line, places, shortened
+from configuration_zs3 import UnseenLabels, Zs3Config, once, one_line, places, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.checkpoints import INDEX, WEIGHTS, files_sha256, local_folder, weights_sha256
 from zs3.command_line import InputError, shown
@@ -67,7 +67,7 @@ class Stamp(TypedDict, total=False):
 
     label_space: Required[Space]
     seen_class_names: Required[list[str] | None]
-    unseen_labels: Required[Supervision | None]
+    unseen_labels: Required[UnseenLabels | None]
 
 
 # ---- the record --------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def joined(records: Iterable[Record]) -> Record:
     names, labels = zip(*records, strict=True)
     if None in names:
         return Record(None, None)
-    strongest = None if None in labels else max(labels, key=get_args(Supervision).index)
+    strongest = None if None in labels else max(labels, key=get_args(UnseenLabels).index)
     return Record(once([name for part in names for name in part]), strongest)
 
 
