@@ -4,7 +4,7 @@
     python -m benchmarks.photographs backbone runs/efficientnet_lite0
     python -m benchmarks.photographs train --backbone runs/efficientnet_lite0 (and further flags of train.py)
     python -m benchmarks.photographs eval (and the flags of eval.py)
-    zs3 ablation table6 --scripts benchmarks.photographs --benchmark DIR --text_embeds FILE.npy \\
+    zs3 ablation table6 --scripts benchmarks.photographs --dataset DIR --text_embeds FILE.npy \\
         --stage1 recipes/photographs_stage1.yaml --stage2 recipes/photographs_stage2.yaml --backbone ...
 
 DIR holds train/ and validation/ with images/ and labels/, and classes.json; the .npy one text vector a class.

@@ -7,7 +7,6 @@ It changes nothing, and no code that lies beside a checkpoint runs. Each problem
 exit code is 2. Of a run folder it checks the checkpoints, the stamp and the final model.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,6 +50,8 @@ TOWER_FIELDS = {"text": "text_config", "image": "vision_config"}
 @dataclass
 class DoctorArgs(Arguments):
     """Checks the folder of a run or of a model."""
+
+    first_words = ("path",)
 
     path: str | None = flag(
         None, "Folder of a run (--output_dir of train.py) or of a model (final/). The flag's name may be left out."
@@ -310,11 +311,7 @@ def examine(folder: Path) -> Findings:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--path")
-    args, _ = read_arguments(DoctorArgs, words)
-    args.check()
+    args, _ = read_arguments(DoctorArgs)
     found = examine(Path(args.path))
     lines = [*found.lines, *(f"problem    {problem}" for problem in found.problems)]
     print("\n".join(lines if found.problems else [*lines, "healthy    no problem was found"]))

@@ -1,6 +1,6 @@
 """The paper's ablations in miniature: trainings over seeds, evaluations, one table of means, intervals and verdicts.
 
-    zs3 ablation table5 table6 --seeds 0 1 2 3 4 --num_jobs 2 --result docs/results/scenes_tables.json
+    zs3 ablation table5 table6 --seeds 0 1 2 3 4 --num_jobs 2 --output docs/results/scenes_tables.json
 
 A table is data (zs3/ablation_tables.py): which trainings (`TRAININGS`), looked at with which ensemble (`VIEWS`), which
 pairs are compared, and what the paper has there. The command runs what is missing through the project's own commands,
@@ -101,20 +101,16 @@ def check_same_images(results: Iterable[Path], args: AblationArgs, num_validatio
 
 def prepare_data(args: AblationArgs) -> tuple[int, int]:
     """How many images there are for training and validation."""
-    if args.benchmark == SCENES and not args.data.exists():
+    if args.dataset == SCENES and not args.data.exists():
         write_dataset(args.data, args.num_train, args.num_validation, seed=0)
     counts = (len(load_split(args.data, "train")), len(load_split(args.data, "validation")))
-    if args.benchmark == SCENES and counts != (args.num_train, args.num_validation):
+    if args.dataset == SCENES and counts != (args.num_train, args.num_validation):
         raise InputError(f"{args.data} holds {counts[0]} and {counts[1]} scenes: choose another --output_dir")
     return counts
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv = ["--table", *argv]
-    args, _ = read_arguments(AblationArgs, argv)
-    args.check()
+    args, _ = read_arguments(AblationArgs)
     if not Path("train.py").exists():
         raise InputError("train.py is not here: start the ablation from the root of the repository")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the jobs, too
@@ -141,7 +137,7 @@ def make_all(args: AblationArgs) -> None:
     result = {
         "command": shlex.join(["zs3", "ablation", *sys.argv[1:]]),
         "benchmark": dataset_name(str(args.data)),
-        "synthetic": args.benchmark == SCENES,
+        "synthetic": args.dataset == SCENES,
         "unit": "percent",
         "num_train": num_train,
         "num_validation": num_validation,
@@ -153,7 +149,7 @@ def make_all(args: AblationArgs) -> None:
         "versions": versions_of(results),
         "tables": {name: summarise(table, result_paths) for name, table in tables.items()},
     }
-    path = Path(args.result or Path(args.output_dir, "tables.json"))
+    path = Path(args.output or Path(args.output_dir, "tables.json"))
     text = report(result)
     print(text)
     write_report(path, result, text)

@@ -40,8 +40,10 @@ PLACES = ("output_dir", "dataset", "init_from", "unseen_labels", "text_embeds", 
 class AblationArgs(Arguments):
     """Which tables, on what, and the sizes of what they are made from."""
 
+    first_words = ("table",)
+
     table: Some[str] = flag(["table5", "table6"], "Tables; the word --table may be left out where they come first.")
-    benchmark: str = flag(SCENES, "'scenes', which are drawn, or the folder of a dataset.")
+    dataset: str = flag(SCENES, "'scenes', which are drawn, or the folder of a dataset.")
     stage1: str = flag("recipes/scenes_stage1.yaml", "Recipe of stage 1.")
     stage2: str = flag("recipes/scenes_stage2_ground_truth.yaml", "Recipe of stage 2; trainings add flags to it.")
     backbone: str | None = flag(None, "Backbone that stage 1 starts from, as of train.py.")
@@ -58,7 +60,7 @@ class AblationArgs(Arguments):
     num_validation: Pictures = flag(200, "Validation scenes.")
     stage1_steps: Count | None = flag(None, "Default: the recipe's.")
     stage2_steps: Count | None = flag(None, "Default: the recipe's.")
-    result: OutputFile | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")
+    output: OutputFile | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")
     picture: OutputFile | None = flag(None, "Draw all scores over seeds into this PNG (needs matplotlib).")
 
     def check(self) -> None:
@@ -69,10 +71,10 @@ class AblationArgs(Arguments):
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds must be distinct, got {shortened(self.seeds)}")
-        if self.benchmark != SCENES and not Path(self.benchmark).is_dir():
-            raise InputError(f"--benchmark {self.benchmark}: there is no such folder; 'scenes' are drawn")
-        if self.result is not None and Path(self.result).suffix != ".json":
-            raise InputError(f"--result {self.result} must be a file that ends in .json")
+        if self.dataset != SCENES and not Path(self.dataset).is_dir():
+            raise InputError(f"--dataset {self.dataset}: there is no such folder; 'scenes' are drawn")
+        if self.output is not None and Path(self.output).suffix != ".json":
+            raise InputError(f"--output {self.output} must be a file that ends in .json")
         if self.picture is not None:
             check_matplotlib("--picture")
 
@@ -86,7 +88,7 @@ class AblationArgs(Arguments):
 
     @property
     def data(self) -> Path:
-        return Path(self.output_dir, SCENES) if self.benchmark == SCENES else Path(self.benchmark)
+        return Path(self.output_dir, SCENES) if self.dataset == SCENES else Path(self.dataset)
 
     def script(self, word: str, name: str) -> list[str]:
         """The command of train.py or eval.py for this training."""
@@ -157,7 +159,7 @@ def read_training(*flags: str) -> tuple[Any, dict[str, Any]]:
     """TrainArgs and the fields of Zs3Config that these flags of train.py give."""
     from zs3.training.arguments import TrainArgs
 
-    return read_arguments(TrainArgs, list(flags), Zs3Config)
+    return read_arguments(TrainArgs, list(flags), Zs3Config, check=False)
 
 
 def training_job(args: AblationArgs, seed: int, name: str) -> Job:
@@ -213,7 +215,7 @@ def ensemble_weight_job(args: AblationArgs, seed: int, row: Row) -> Job:
 
     labels = str(pseudo_labels_path(args, seed)) if row.needs_pseudo_labels else "ground_truth"
     flags = ["--model", str(model), "--dataset", str(args.data), "--unseen_labels", labels, "--output", str(path)]
-    asked, _ = read_arguments(WeightArgs, flags)
+    asked, _ = read_arguments(WeightArgs, flags, check=False)
 
     def is_done() -> bool:
         """The answer is there, of these flags, and for this checkpoint, where that is still there."""
@@ -246,7 +248,7 @@ def evaluation_job(args: AblationArgs, seed: int, row: Row) -> Job:
     weight = ensemble_weight_path(args, seed, row) if row.is_chosen else None
     if weight is not None:
         flags += ["--ensemble_weight", str(weight)]
-    asked, _ = read_arguments(EvalArgs, flags)
+    asked, _ = read_arguments(EvalArgs, flags, check=False)
 
     def is_done() -> bool:
         """The result is there, of these flags, on all images, and of the checkpoint and the chosen weight that are

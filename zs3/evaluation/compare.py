@@ -8,7 +8,6 @@ models' own intervals suggest, because an image that is hard for one is mostly h
 file lie the areas that it is made of (A_images.npz), which eval.py writes.
 """
 
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +43,8 @@ OPEN = "no difference can be told from these images"
 @dataclass
 class CompareArgs(Arguments):
     """Two results of one protocol on the same images."""
+
+    first_words = ("a", "b")
 
     a: str | None = flag(None, "Result file of eval.py. The two files may be given without their flags.")
     b: str | None = flag(None, "Another one; differences are B - A.")
@@ -203,11 +204,7 @@ def _points(difference: float | None) -> str:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    for place, name in ((0, "--a"), (2, "--b")):
-        if len(words) > place and not words[place].startswith("-"):
-            words.insert(place, name)
-    args, _ = read_arguments(CompareArgs, words)
+    args, _ = read_arguments(CompareArgs)
     result = compare(args)
     text = report(result)
     print(text, end="")

@@ -1,0 +1,221 @@
+"""A command's arguments, of its recipe and its flags.
+
+A recipe is a YAML file of the same flags written down, so one parser validates both: its entries are placed
+before those of the command line, which therefore win.
+"""
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import fields
+from functools import partial
+from typing import Any, ClassVar, NoReturn, TypeVar, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser, PreTrainedConfig
+
+from configuration_zs3 import beginning, shortened
+from zs3.command_line.flags import ANY, Arguments, checked, try_outputs
+from zs3.command_line.recipes import RecipeLoader, old_names, parse_yaml, read_recipe, say_renamed
+from zs3.command_line.refusals import InputError, did_you_mean
+
+METAVARS = {int: "N", float: "X", bool: "{true,false}"}
+Args = TypeVar("Args", bound=Arguments)
+
+
+def read_arguments(
+    args_class: type[Args], argv: list[str] | None = None, config_class: type | None = None, check: bool = True
+) -> tuple[Args, dict[str, Any]]:
+    """The run's arguments, and what recipe and flags say about the model's own configuration.
+
+    args_class: a dataclass whose fields carry `metadata={"help": ...}`; each is a flag and a recipe key.
+        It has no field named config.
+    argv: without the program's name; None is the command line of this process.
+    config_class: a transformers configuration; each field that it (or a base below PreTrainedConfig)
+        annotates, and args_class does not have, is a flag and a recipe key too. Those given come back in the
+        dict, read as YAML (`--backbone_config "{hidden_size: 8}"` is a mapping). The configuration checks their types.
+    check: whether missing flags, and flags that do not go together, are refused (`Arguments.check`).
+
+    `--config FILE` names the recipe. Unknown names, wrong values and outputs that cannot be written raise InputError.
+    """
+    types = get_type_hints(args_class)  # without what Annotated says
+    names = [field.name for field in fields(args_class) if field.init]
+    config_names = [name for name in model_fields(config_class) if name not in names]
+    argv = _with_first_flags(sys.argv[1:] if argv is None else argv, args_class.first_words)
+    argv = [_of_today(token, names + config_names) for token in argv]
+    _check_flags(argv, [*names, *config_names, "config", "help"])
+
+    parser = _parser(args_class, config_class, config_names)
+    flags, empty, overrides = read_recipe(_recipe_path(argv), types, names, config_names)
+    parser.set_defaults(**empty)
+    args, others, unexpected = parser.parse_args_into_dataclasses(
+        flags + argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unexpected:
+        raise InputError(f"unexpected argument {shortened(unexpected[0])} (--help lists the flags)")
+    for name, values in vars(others).items():
+        if name in config_names:
+            overrides[name] = values[0] if len(values) == 1 else values
+    for name, value in overrides.items():
+        _check_inner_numbers(name, value)
+    try_outputs(args)
+    if check:
+        args.check()
+    return args, overrides
+
+
+# ---- the parser ------------------------------------------------------------------------------------------------
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, []) else action.help
+
+
+class _Parser(HfArgumentParser):
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """What argparse would refuse, with the whole value in its message, is left to `checked`.
+
+        --help shows one spelling of a flag, and no flag that turns another one off: `--flip false` does it, too.
+        """
+        if "choices" in options:
+            options["metavar"] = f"{{{','.join(options.pop('choices'))}}}"
+        if "type" in options:
+            options.setdefault("metavar", METAVARS.get(options["type"], "TEXT"))
+            options["type"] = partial(_typed, options["type"])
+        if options.get("action") == "store_false":
+            options["help"] = argparse.SUPPRESS
+        return super().add_argument(*(name for name in names if "-" not in name.strip("-")), **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{beginning(message, 150)} (--help lists the flags)")
+
+
+def _parser(args_class: type[Arguments], config_class: type | None, config_names: list[str]) -> _Parser:
+    first = "".join(f"{name.upper()} " for name in args_class.first_words)
+    usage = f"%(prog)s {first}[--config FILE] [--any_field value ...]"
+    doc = args_class.__doc__ or ""
+    parser = _Parser(
+        args_class,
+        allow_abbrev=False,
+        description=None if doc.startswith(f"{args_class.__name__}(") else doc,  # the signature, for want of a text
+        usage=usage,
+        formatter_class=_Help,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these flags; the command line wins.")
+    group, texts = parser.add_argument_group("model configuration, values in YAML"), field_texts(config_class)
+    for name in config_names:
+        options = {"nargs": "+", "default": argparse.SUPPRESS, "metavar": "VALUE", "help": texts.get(name)}
+        group.add_argument(f"--{name}", type=_yaml_value, **options)
+    return parser
+
+
+def _typed(kind: Callable[[str], Any], text: str) -> Any:
+    """The text as a value of the flag's type. Where that cannot be, it stays a text, for `checked` to refuse."""
+    try:
+        return kind(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        return text
+
+
+def _with_first_flags(words: list[str], names: tuple[str, ...]) -> list[str]:
+    """The words of a command line, with the names of the flags that its first words are values of."""
+    words, place = list(words), 0
+    for name in names:
+        if len(words) > place and not words[place].startswith("-"):
+            words.insert(place, f"--{name}")
+            place += 2
+    return words
+
+
+def _of_today(token: str, known: Collection[str]) -> str:
+    """A flag in this project's spelling, with underscores, and by its name of today. Other arguments stay."""
+    given, equals, value = token.partition("=")
+    if not given.startswith("--"):
+        return token
+    names, name = old_names(known), given[2:].replace("-", "_")
+    no = "" if name in names else "no_"  # of a switch that is turned off
+    old = name.removeprefix(no)
+    if old in names:
+        say_renamed(old)
+        name = f"{no if name.startswith(no) else ''}{names[old]}"
+    return f"--{name}{equals}{value}"
+
+
+def _recipe_path(argv: list[str]) -> str | None:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    path = parser.parse_known_args(argv)[0].config
+    if path is not None and not isinstance(path, str):  # argparse makes a list of `--config=--`
+        raise InputError("--config takes a file")
+    return path
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        return parse_yaml(text, RecipeLoader)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{shortened(text)} is no YAML value") from error
+
+
+def _check_flags(argv: list[str], names: list[str]) -> None:
+    """Refuses an unknown flag by name, before the parser complains of what its misspelling left out."""
+    for token in argv:
+        if token.startswith("--"):
+            name = token[2:].split("=", 1)[0]
+            if name not in names and name.removeprefix("no_") not in names:
+                raise InputError(f"unknown flag --{beginning(name, 60)}; {did_you_mean(name, names, '--')}")
+
+
+# ---- a model's configuration -----------------------------------------------------------------------------------
+
+
+def model_fields(config_class: type | None) -> list[str]:
+    """The flags of a model: what its configuration and the bases below PreTrainedConfig annotate, the bases' first."""
+    found = {}
+    for base in _configurations(config_class):
+        found |= inspect.get_annotations(base)
+    inherited = inspect.get_annotations(PreTrainedConfig)
+    return [n for n, kind in found.items() if n not in inherited and get_origin(kind) is not ClassVar]
+
+
+def _configurations(config_class: type | None) -> list[type]:
+    """A configuration's class and its bases below PreTrainedConfig, the bases first."""
+    bases = reversed(config_class.__mro__ if config_class else ())
+    return [base for base in bases if issubclass(base, PreTrainedConfig) and base is not PreTrainedConfig]
+
+
+def field_texts(config_class: type | None) -> dict[str, str]:
+    """What the docstrings of a configuration and of its bases say of each field.
+
+    They have an entry a field, `name: text` or, as transformers writes, ``name (`int`, ...):``; further lines of an
+    entry are indented more than its first. `a, b: text` is of two fields.
+    """
+    texts: dict[str, str] = {}
+    known = set(model_fields(config_class))
+    for base in _configurations(config_class):
+        names, indent = [], 0
+        for line in inspect.cleandoc(base.__doc__ or "").splitlines():
+            depth, text = len(line) - len(line.lstrip()), line.strip().replace("%", "%%")
+            head = re.fullmatch(r"(\w+(?:, \w+)*)(?: \(.*\))?:\s*(.*)", text)
+            if head and known.issuperset(head[1].split(", ")):
+                names, indent = head[1].split(", "), depth
+                texts |= dict.fromkeys(names, head[2])
+            elif text and depth > indent:
+                texts |= {name: f"{texts[name]} {text}".strip() for name in names}
+            else:
+                names = []
+    return texts
+
+
+def _check_inner_numbers(name: str, value: object) -> None:
+    """Refuses a NaN or an infinity within a model field, as in `backbone_config`: transformers does not look there."""
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if type(inner) in ANY:
+            checked(name, inner, type(inner))
+        _check_inner_numbers(name, inner)

@@ -1,0 +1,137 @@
+"""Recipes: YAML files of a command's flags. Flags that were renamed are taken by their old names, too."""
+
+import re
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from configuration_zs3 import one_line, shortened
+from files_zs3 import read_text
+from zs3.command_line.refusals import InputError, did_you_mean
+
+# Flags that were renamed: the old name, which recipes and commands may still have, and the name now. An old name counts
+# where a command has the new one, and none of its own that is called like the old one.
+OLD_NAMES = {
+    "benchmark": "dataset",
+    "num_proc": "num_workers",
+    "processes": "num_jobs",
+    "result": "output",
+    "train": "num_train",
+    "validation": "num_validation",
+}
+MOST_OF_A_YAML = 100_000  # values; one that is there by reference counts each time
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 5e-5 as a string, because it has neither dot nor sign; a recipe means the number."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+_NULL = ("", "~", "null", "Null", "NULL")  # how YAML writes None
+
+
+def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+    """Raises yaml.YAMLError where a text is no YAML, or holds a number or a date that cannot be."""
+    if re.search(r"^\s*<<\s*:", text, re.MULTILINE):  # each of them may double the time
+        raise yaml.YAMLError("it has a merge key, <<: write the fields out")
+    try:
+        content = yaml.load(text, loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # of a wrong date, a tag without a value, 1,000 brackets: the library's own bugs
+        raise yaml.YAMLError(one_line(error)) from error
+    if _count(content) > MOST_OF_A_YAML:
+        raise yaml.YAMLError(f"it holds more than {MOST_OF_A_YAML:,} values")
+    return content
+
+
+def _count(content: Any) -> int:
+    """Values in a content, as far as MOST_OF_A_YAML."""
+    count, waiting = 0, [content]
+    while waiting and count <= MOST_OF_A_YAML:
+        value = waiting.pop()
+        count += 1
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+    return count
+
+
+def read_recipe(
+    path: str | None, types: dict[str, Any], names: list[str], config_names: list[str]
+) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """The recipe's three parts: flags; None and [] by field, which no flag can say; model configuration."""
+    flags, empty, overrides = [], {}, {}
+    if path is None:
+        return flags, empty, overrides
+    as_written, as_typed = _load_recipe(path, names + config_names)
+    for name, value in as_written.items():
+        if name in config_names:
+            overrides[name] = as_typed[name]
+        elif name not in names:
+            raise InputError(f"{path}: unknown field {shortened(name)}; {did_you_mean(name, names + config_names)}")
+        elif value in _NULL and type(None) in get_args(types[name]):
+            empty[name] = None
+        elif value == [] and _is_list(types[name]):
+            empty[name] = []
+        elif isinstance(value, str):
+            flags.append(f"--{name}={value}")
+        elif _is_list(types[name]) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            flags += [f"--{name}", *value]
+        else:
+            kind = "a list of plain values" if _is_list(types[name]) else "one plain value"
+            raise InputError(f"{path}: field {name!r} takes {kind}, not {shortened(as_typed[name])}")
+    return flags, empty, overrides
+
+
+def _load_recipe(path: str, known: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The recipe's mapping twice: scalars as the strings written there, and as the values they stand for."""
+    try:
+        text = read_text(path)
+        as_written, as_typed = parse_yaml(text, yaml.BaseLoader), parse_yaml(text, RecipeLoader)
+    except OSError as error:
+        raise InputError(f"cannot read recipe {path}: {error.strerror}; --config takes a file") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: broken YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8
+        raise InputError(f"{path} is no YAML file: {one_line(error)}") from error
+    if as_typed is None:  # an empty file, or comments alone
+        return {}, {}
+    if not isinstance(as_typed, dict):
+        raise InputError(f"{path}: a recipe is a mapping, one `field: value` a line")
+    for old in old_names(known).keys() & as_written.keys():
+        say_renamed(old)
+    as_typed = {str(name): value for name, value in as_typed.items()}
+    return renamed(as_written, path, known), renamed(as_typed, path, known)
+
+
+def old_names(known: Collection[str]) -> dict[str, str]:
+    """The part of OLD_NAMES that counts for a command whose flags are `known`."""
+    return {old: name for old, name in OLD_NAMES.items() if name in known and old not in known}
+
+
+def renamed(recipe: dict[str, Any], path: str | Path, known: Collection[str]) -> dict[str, Any]:
+    """A recipe with the names of today. known: the command's flags."""
+    names = old_names(known)
+    both = [old for old, name in names.items() if old in recipe and name in recipe]
+    if both:
+        raise InputError(f"{path} has {both[0]!r} and {names[both[0]]!r}, which are one flag: leave out the first")
+    return {names.get(name, name): value for name, value in recipe.items()}
+
+
+def say_renamed(old: str) -> None:
+    print(f"note: --{old} is called --{OLD_NAMES[old]} now", file=sys.stderr)
+
+
+def _is_list(kind: Any) -> bool:
+    return any(list in (option, get_origin(option)) for option in (kind, *get_args(kind)))
