@@ -15,7 +15,7 @@ from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from zs3.command_line import InputError, run
 from zs3.data.records import load_split
 from zs3.evaluation.arguments import EvalArgs
-from zs3.evaluation.ensemble_weight import OFF, Counts, WeightArgs, choose, decide, main, report
+from zs3.evaluation.ensemble_weight import OFF, WeightArgs, WeightCounts, choose, decide, main, report
 from zs3.pseudo_labels import write_shard
 from zs3.scenes.dataset import write_dataset
 from zs3.scenes.render import CLASS_NAMES, UNSEEN
@@ -44,15 +44,15 @@ def save(folder: Path, seen: list[str] | None = SEEN, **kwargs) -> Path:
     return folder
 
 
-def random_counts(seed: int, images: int = 4) -> tuple[Counts, list[tuple]]:
+def random_counts(seed: int, images: int = 4) -> tuple[WeightCounts, list[tuple]]:
     """Of random pictures with 5 classes, of which 1 and 4 are unseen."""
     rng = np.random.default_rng(seed)
     is_seen = np.array([True, False, True, True, False])
-    counts, pictures = Counts(), []
+    counts, pictures = WeightCounts(is_seen, min_share=0.2), []
     for _ in range(images):
         prediction, label = rng.integers(0, 5, (6, 7)), rng.choice([-1, 0, 2, 3], (6, 7))
         present = rng.random(2) < 0.5
-        counts.add(prediction, label, present, is_seen, least=0.2)
+        counts.add(prediction, label, present)
         pictures.append((prediction, label, present))
     return counts, pictures
 
@@ -83,14 +83,14 @@ def test_scores_are_those_of_loops_over_pixels_and_pictures(seed):
         assert both == pytest.approx(2 * seen * unseen / (seen + unseen) if seen + unseen else 0)
 
 
-def counts_of(good: float, images: int = 60) -> Counts:
+def counts_of(good: float, images: int = 60) -> WeightCounts:
     """Pictures with one seen and one unseen class; a picture is right in every respect with the chance `good`."""
-    rng, counts = np.random.default_rng(0), Counts()
+    rng, counts = np.random.default_rng(0), WeightCounts(np.array([True, False]), min_share=0.01)
     label = np.zeros((2, 2), dtype=int)
     label[1] = -1
     for right in rng.random(images) < good:
         prediction = np.array([[0, 0], [1, 1]]) if right else np.array([[1, 1], [0, 0]])
-        counts.add(prediction, label, np.array([right]), np.array([True, False]), least=0.01)
+        counts.add(prediction, label, np.array([right]))
     return counts
 
 
@@ -156,9 +156,9 @@ def test_wrong_flags_are_one_line(checkpoint, data, changes, words):
         choose(WeightArgs(**flags))
 
 
-def test_ground_truth_is_for_models_that_were_told_it(data, tmp_path):
+def test_ground_truth_is_for_models_whose_training_had_it(data, tmp_path):
     model = save(tmp_path, vision=True, unseen_labels="pseudo")
-    with pytest.raises(InputError, match="was not told ground-truth"):
+    with pytest.raises(InputError, match="had no ground-truth image labels"):
         choose(WeightArgs(model=str(model), dataset=str(data), unseen_labels="ground_truth"))
 
 

@@ -2,19 +2,19 @@
 
     zs3 ensemble_weight --model runs/stage2/final --dataset DIR --unseen_labels runs/pseudo_labels
 
-Label maps of training pictures are compared with what training may know. Seen classes: IoU on annotated pixels. Unseen
-classes: F1 of "the picture shows it", as its label map says and as its image labels say (pseudo or ground truth). The
-score is the harmonic mean of the two means. The answer is "do not ensemble" unless a weight is better in nearly all
-bootstrap resamples of the pictures: the ensemble costs a look at every proposal, and hurts a model that knows the
-unseen classes better than CLIP does.
+Label maps of training pictures are compared with the labels that training may use. Seen classes: IoU on annotated
+pixels. Unseen classes: F1 of "the picture shows it", of the label map against the image labels (pseudo or ground
+truth). The score is the harmonic mean of the two means. The answer is "do not ensemble" unless a weight is better in
+nearly all bootstrap resamples of the pictures: CLIP has to look at every proposal, and a model that knows the unseen
+classes better than CLIP gets worse by it.
 
-`eval.py --ensemble_weight FILE` takes the answer from the file that --output writes; --write puts it into the
-checkpoint.
+--output writes the answer to a file for `eval.py --ensemble_weight FILE`; --write writes it into the checkpoint.
 
-Pseudo labels come from the same CLIP, and so speak for it; and the model was trained on these pictures, which speaks
-for the model. Pictures of its own (`--split`) that training left out avoid the second.
+Two biases: pseudo labels come from the same CLIP, which favours the ensemble; the model was trained on these pictures,
+which favours the model alone. A --split that training did not use avoids the second.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 
 from configuration_zs3 import places, shortened
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, read_settings, weights_sha256
@@ -45,7 +46,7 @@ from zs3.data.samples import mask_positions, to_mask_labels
 from zs3.evaluation.choices import read_answer
 from zs3.evaluation.results import check_replaceable
 from zs3.files import write_json
-from zs3.label_space import load_label_space
+from zs3.label_space import LabelSpace, load_label_space
 
 OFF = "off"
 RESAMPLES = 1000
@@ -63,15 +64,15 @@ class WeightArgs(Arguments):
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     unseen_labels: str | None = flag(
         None,
-        "Unseen image labels: a folder of zs3 pseudo_labels; or 'ground_truth' (image-level), for a model "
-        "whose training was told them.",
+        "Image labels of unseen classes: a folder of zs3 pseudo_labels; or 'ground_truth', for a model whose "
+        "training had them.",
     )
     weights: Some[Share] = flag([0.5, 0.6, 0.7, 0.8, 0.9], "Weights to compare with no ensemble.")
-    num_images: Count = flag(300, "Pictures, spread evenly over the split.")
-    min_share: Share = flag(0.01, "Share of its label map from which a picture shows a class.")
+    num_images: Count = flag(300, "Number of pictures, spread evenly over the split.")
+    min_share: Share = flag(0.01, "Smallest share of a label map's pixels with which a picture shows a class.")
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
     output: OutputFile | None = flag(None, "Result file (JSON).")
-    write: bool = flag(False, "Write the answer into the checkpoint's config.json, where evaluation and pipeline look.")
+    write: bool = flag(False, "Write the answer into the checkpoint's config.json, for evaluation and pipeline.")
     seed: Seed = flag(0, "Of the bootstrap.")
 
     def check(self) -> None:
@@ -85,29 +86,34 @@ class WeightArgs(Arguments):
 
 
 def weight_settings(args: WeightArgs) -> dict:
-    """Those of the flags that decide the answer."""
+    """The flags that decide the answer."""
     others = ("output", "write", "trust_remote_code")
     return {name: value for name, value in asdict(args).items() if name not in others}
 
 
-class Counts:
-    """What is counted of each picture under one weight. areas: N x (3, S) pixels: intersection, truth, prediction of
-    seen classes, where they are annotated. shown: N x (3, U) 0 or 1: hits, false alarms, misses of unseen classes."""
+class WeightCounts:
+    """What is counted of each picture under one weight.
 
-    def __init__(self) -> None:
+    areas: N x (3, S) pixels: intersection, truth and prediction of seen classes, on annotated pixels.
+    shown: N x (3, U) 0 or 1: hits, false alarms and misses of unseen classes.
+    """
+
+    def __init__(self, is_seen: np.ndarray, min_share: float):
+        """is_seen: (C,) bool. min_share: see WeightArgs."""
+        self.is_seen, self.min_share = is_seen, min_share
         self.areas: list[np.ndarray] = []
         self.shown: list[np.ndarray] = []
 
-    def add(self, prediction: np.ndarray, label: np.ndarray, present: np.ndarray, is_seen: np.ndarray, least: float):
-        """prediction, label: (H, W), the latter -1 where no seen class is annotated; present: (U,) bool."""
-        classes = len(is_seen)
-        annotated = label >= 0
+    def add(self, prediction: np.ndarray, label: np.ndarray, present: np.ndarray) -> None:
+        """prediction, label: (H, W); label is -1 on pixels without a seen class. present: (U,) bool."""
+        classes, annotated = len(self.is_seen), label >= 0
         truth, predicted, both = (
-            np.bincount(values, minlength=classes)[is_seen]
+            np.bincount(values, minlength=classes)[self.is_seen]
             for values in (label[annotated], prediction[annotated], label[annotated & (label == prediction)])
         )
         self.areas.append(np.stack([both, truth, predicted]))
-        found = (np.bincount(prediction.ravel(), minlength=classes) >= least * prediction.size)[~is_seen]
+        pixels = np.bincount(prediction.ravel(), minlength=classes)[~self.is_seen]
+        found = pixels >= self.min_share * prediction.size
         self.shown.append(np.stack([found & present, found & ~present, ~found & present]))
 
     def scores(self, drawn: np.ndarray) -> np.ndarray:
@@ -131,43 +137,29 @@ def choose(args: WeightArgs) -> dict:
     """The result, as it is written to args.output."""
     args.check()
     label_space = load_label_space(args.label_space or args.dataset)
-    if not label_space.unseen:
-        raise InputError("the label space has no unseen class: there is nothing to choose the weight for")
     records = load_split(args.dataset, args.split, label_space)
     model, processor = load_checkpoint(args.model, args.trust_remote_code)
-    checkpoint_sha256 = weights_sha256(args.model)
-    check_no_unseen_masks(model.config, label_space, "weight can be chosen without unseen masks")
-    if model.vision_model is None:
-        raise InputError(f"{args.model} has no CLIP image tower: there is nothing to ensemble with")
-    if args.unseen_labels == "ground_truth" and model.config.unseen_labels != "ground_truth":
-        raise InputError(
-            f"the training of {args.model} was not told ground-truth image labels, so its weight must not be chosen by "
-            "them: give a folder of pseudo labels"
-        )
+    check_allowed(model.config, label_space, args.model, args.unseen_labels)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    present = None
-    if args.unseen_labels != "ground_truth":
-        scores = load_unseen_scores(args.unseen_labels, label_space, records.image_ids)
-        order = np.argsort(places(label_space.unseen, label_space.class_names))  # from the scores' to the ids'
-        present = pseudo_labels(scores, model.config.pseudo_label_threshold)[:, order] == 1  # (all of the split, U)
-    text_embeds, _ = class_vectors(model, processor, label_space.class_names, args.text_embeds)
-    is_seen = label_space.is_seen
+    present = unseen_labels_of(args.unseen_labels, label_space, records.image_ids, model.config.pseudo_label_threshold)
+    text_embeds, _ = class_vectors(model, processor, label_space.class_names, args.text_embeds, TextCache())
+    is_seen, weights = label_space.is_seen, (OFF, *args.weights)
     unseen_ids = np.flatnonzero(~is_seen.numpy())
     positions = mask_positions(label_space, label_space.class_names)
 
-    counts = {weight: Counts() for weight in (OFF, *args.weights)}
+    counts = {weight: WeightCounts(is_seen.numpy(), args.min_share) for weight in weights}
     indices = np.unique(np.linspace(0, len(records) - 1, min(args.num_images, len(records))).astype(int)).tolist()
     for index in tqdm(indices, unit="image", mininterval=1):
         image, label, _ = records[index]
         here = np.isin(unseen_ids, label) if present is None else present[index]
         label = to_mask_labels(label, positions, label_space.ignore_index)
         with in_one_line(f"image {shortened(records.image_ids[index])}"):
-            predictions = label_maps(model, processor, image, text_embeds, is_seen, args)
+            predictions = label_maps(model, processor, image, text_embeds, is_seen, weights)
         for weight, prediction in predictions.items():
-            counts[weight].add(prediction, label, here, is_seen.numpy(), args.min_share)
+            counts[weight].add(prediction, label, here)
     result = {
         "settings": weight_settings(args),
-        "checkpoint_sha256": checkpoint_sha256,
+        "checkpoint_sha256": weights_sha256(args.model),
         "dataset": dataset_name(args.dataset),
         "image_ids": [records.image_ids[index] for index in indices],
         **decide(counts, len(indices), args.seed),
@@ -176,21 +168,45 @@ def choose(args: WeightArgs) -> dict:
         write_json(Path(args.output), result)
     if args.write:
         path = Path(args.model, "config.json")
-        config = read_settings(path)
-        write_json(path, config | {"clip_ensemble_weight": result["clip_ensemble_weight"]})
+        write_json(path, read_settings(path) | {"clip_ensemble_weight": result["clip_ensemble_weight"]})
     return result
 
 
+def check_allowed(config: PreTrainedConfig, label_space: LabelSpace, model: str, unseen_labels: str) -> None:
+    """The choice may use the labels that training had, and no others."""
+    if not label_space.unseen:
+        raise InputError("the label space has no unseen class: there is nothing to choose the weight for")
+    check_no_unseen_masks(config, label_space, "weight can be chosen without unseen masks")
+    if config.vision_config is None:
+        raise InputError(f"{model} has no CLIP image tower: there is nothing to ensemble with")
+    if unseen_labels == "ground_truth" and config.unseen_labels != "ground_truth":
+        raise InputError(
+            f"the training of {model} had no ground-truth image labels, so its weight must not be chosen with them: "
+            "give a folder of pseudo labels"
+        )
+
+
+def unseen_labels_of(
+    unseen_labels: str, label_space: LabelSpace, image_ids: list[str], threshold: float
+) -> np.ndarray | None:
+    """(all of the split, U) bool: which unseen classes each picture shows; None: the label maps say it."""
+    if unseen_labels == "ground_truth":
+        return None
+    scores = load_unseen_scores(unseen_labels, label_space, image_ids)
+    order = np.argsort(places(label_space.unseen, label_space.class_names))  # from the order of the file to the ids'
+    return pseudo_labels(scores, threshold)[:, order] == 1
+
+
 def label_maps(
-    model, processor, image, text_embeds: Tensor, is_seen: Tensor, args: WeightArgs
+    model, processor, image, text_embeds: Tensor, is_seen: Tensor, weights: Sequence[str | float]
 ) -> dict[str | float, np.ndarray]:
-    """(H, W) by weight, from one pass of the network and one look of CLIP's."""
+    """(H, W) by weight. The network and CLIP see the image once."""
     inputs = processor(images=image).to(model.device)
     outputs = model(**inputs, text_embeds=text_embeds, return_dict=True)
     images = processor.to_rgb(inputs["pixel_values"])
     proposals = model.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes)
     maps = {}
-    for weight in (OFF, *args.weights):
+    for weight in weights:
         made = outputs
         if weight != OFF:
             made = model.ensemble(outputs, proposals, text_embeds, is_seen=is_seen, weight=weight)
@@ -199,8 +215,8 @@ def label_maps(
     return maps
 
 
-def decide(counts: dict[str | float, Counts], num_images: int, seed: int) -> dict:
-    """The scores of every weight, how sure each is to beat no ensemble, and the weight to take, or None."""
+def decide(counts: dict[str | float, WeightCounts], num_images: int, seed: int) -> dict:
+    """The scores of every weight, in how many resamples each beats no ensemble, and the weight to take, or None."""
     whole = np.ones((1, num_images), dtype=np.int64)
     shares = np.full(num_images, 1 / num_images)
     drawn = np.random.default_rng(seed).multinomial(num_images, shares, size=RESAMPLES)
