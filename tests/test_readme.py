@@ -12,7 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from configuration_zs3 import Zs3Config
 from zs3.__main__ import COMMANDS
+from zs3.command_line import read_arguments
+from zs3.evaluation.arguments import EvalArgs
+from zs3.training.arguments import TrainArgs
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -140,6 +144,18 @@ def test_the_commands_of_training_evaluation_and_release_work(workplace):
     assert all(path.exists() for path in results) and len(list((workplace / "runs/figures").iterdir())) == 1
     folder = workplace / "runs/release/zs3-scenes"
     assert (folder / "model.safetensors").exists() and (folder / "README.md").exists()
+
+
+def test_the_evaluations_of_large_datasets_are_understood(monkeypatch, tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in blocks("bash", "evaluation") for line in block.splitlines() if " data" in line]
+    for line in lines:
+        _, _, script, *words = shlex.split(line)
+        arguments, config = {"train.py": (TrainArgs, Zs3Config), "eval.py": (EvalArgs, None)}[script]
+        args, _ = read_arguments(arguments, words, config_class=config)
+        args.check()
+    assert len(lines) == 4
 
 
 def test_every_command_of_the_pages_exists_and_is_installed():
