@@ -1,11 +1,11 @@
-"""Compare two results of eval.py: is B better than A, or can these images not tell?
+"""Compare two results of eval.py: is B better than A, or do these images not decide it?
 
     zs3 compare A.json B.json --output runs/compare.json
 
 Both models were evaluated on the same images, so the images are resampled in pairs: each of the 1000 resamples draws
-the same images for both, and the interval is that of the difference of their scores. It is narrower than what the two
-models' own intervals suggest, because an image that is hard for one is mostly hard for the other. Beside each result
-file lie the areas that it is made of (A_images.npz), which eval.py writes.
+the same images for both, and the interval is that of the difference of their scores. It is narrower than the intervals
+of the two models suggest, because an image that is hard for one model is mostly hard for the other. The command reads
+the areas of all images, which eval.py wrote beside each result (A_images.npz).
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ from zs3.tables import markdown, markdown_table, percent
 from zs3.typed_json import refusal
 
 RESAMPLES = 1000
-SAME = {  # what must be alike for a difference to mean anything
+SAME = {  # a difference means something only if these are equal
     "dataset": "dataset",
     "split": "split",
     "label_space_sha256": "label space",
@@ -37,7 +37,7 @@ NEEDED = (*SAME, "model", "seen", "unseen", "miou")
 CLASSES = {"per_class": "candidates", "seen": "seen candidates", "unseen": "unseen candidates"}
 FEW = 30  # images
 BETTER, WORSE = "B is better: the interval excludes 0", "A is better: the interval excludes 0"
-OPEN = "no difference can be told from these images"
+OPEN = "these images show no difference"
 
 
 @dataclass
@@ -61,7 +61,7 @@ class CompareArgs(Arguments):
 
 
 class Evaluated(NamedTuple):
-    """A result file with the areas of its images, in the order of their ids."""
+    """A result file, and the areas of its images in the order of their ids."""
 
     path: Path
     result: Result
@@ -107,7 +107,7 @@ def check_comparable(a: Evaluated, b: Evaluated) -> None:
 
 
 def verdict(low: float | None, high: float | None, num_images: int) -> str:
-    """What the interval of B - A says, in words; a percentile bootstrap of few images claims too much."""
+    """What the interval of B - A says. Of few images there is no verdict: their percentile bootstrap is too narrow."""
     if num_images < FEW:
         return f"no verdict: {num_images} images are too few"
     if low is not None and low > 0:
@@ -116,7 +116,7 @@ def verdict(low: float | None, high: float | None, num_images: int) -> str:
 
 
 def compare(args: CompareArgs) -> dict:
-    """The result, as it is written to args.output; scores and differences in [-1, 1], None where there are none."""
+    """The result, as it is written to args.output. Scores and differences lie in [-1, 1]; None: not defined."""
     args.check()
     a, b = load_evaluated(Path(args.a)), load_evaluated(Path(args.b))
     check_comparable(a, b)
@@ -126,7 +126,7 @@ def compare(args: CompareArgs) -> dict:
     areas += [resampled_areas(one.areas, RESAMPLES, args.seed) for one in (a, b)]
     scores = [scores_of_areas(*own, is_seen, absent) for own in areas]
     iou = [iou_of_areas(*own, absent) for own in areas]
-    left_out = GeneralizedScores._fields if a.result["setting"] == "ovs" else ()  # seen and unseen mean nothing there
+    left_out = GeneralizedScores._fields if a.result["setting"] == "ovs" else ()  # it has no seen and unseen classes
     rows = {name: _row(*(own[name] for own in scores)) for name in SCORES if name not in left_out}
     return {
         "a": _source(a),
@@ -161,8 +161,8 @@ def report(result: dict) -> str:
         f"({markdown(result['split'])}); percent, "
         f"differences in points, 95 % intervals of {result['resamples']} resamples of the images.",
         "",
-        *_told("A", result["a"]),
-        *_told("B", result["b"]),
+        *_source_lines("A", result["a"]),
+        *_source_lines("B", result["b"]),
         "",
     ]
     head = ["A", "B", "B - A", "95 % interval"]
@@ -172,23 +172,22 @@ def report(result: dict) -> str:
     )
     unseen = set() if result["setting"] == "ovs" else set(result["unseen"])
     gains = sorted(result["per_class"].items(), key=_smaller_gain)
-    told = ([markdown(name) + (" (unseen)" if name in unseen else ""), *_cells(row)] for name, row in gains)
-    lines += ["", *markdown_table(["class", *head], told)]
-    lines += [
-        "",
-        f"The intervals of the {len(gains)} classes are not corrected for their number: without any difference",
-    ]
+    classes = ([markdown(name) + (" (unseen)" if name in unseen else ""), *_cells(row)] for name, row in gains)
+    lines += ["", *markdown_table(["class", *head], classes), ""]
+    lines.append(
+        f"The intervals of the {len(gains)} classes are not corrected for their number: without any difference"
+    )
     lines[-1] += " between A and B, about one in twenty would exclude 0 by chance."
     return "\n".join(lines) + "\n"
 
 
-def _told(letter: str, source: dict) -> list[str]:
+def _source_lines(letter: str, source: dict) -> list[str]:
     name, protocol = markdown(f"{source['result']} ({source['model']})"), source["protocol"]
     return [f"- {letter}: {name}", *([f"  - {markdown(protocol)}"] if protocol else [])]
 
 
 def _smaller_gain(item: tuple[str, dict]) -> tuple[bool, float]:
-    """Sorts largest gains first, classes without a difference last."""
+    """A key: largest gains first, classes without a difference last."""
     difference = item[1]["difference"]
     return difference is None, -(difference or 0)
 
