@@ -276,7 +276,6 @@ def report(result: dict) -> str:
 
 def main() -> None:
     args, _ = read_arguments(ClipViewsArgs)
-    args.check()
     rows, facts = measure_trained(args)
     cost = measure_cost(args)
     result = {

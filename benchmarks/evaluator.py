@@ -243,7 +243,6 @@ def memory_table(rows: list[dict]) -> str:
 
 def main() -> None:
     args, _ = read_arguments(EvaluatorArgs)
-    args.check()
     device = device_named(args.device)
     times = [row for classes in args.classes for row in in_fresh_process(compare_time, args, classes, device)]
     memory = [row for c in args.classes for row in in_fresh_process(memory_over_images, args, OURS, c, args.images)]

@@ -371,7 +371,6 @@ def all_tables(rows: list[dict]) -> str:
 
 def main() -> None:
     args, _ = read_arguments(NetworkArgs)
-    args.check()
     device = device_named(args.device)
     cases = [(backbone, size, mode) for backbone in args.backbones for size in args.sizes for mode in args.modes]
     rows = [in_fresh_process(compare, args, *case, device) for case in cases]

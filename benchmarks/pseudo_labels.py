@@ -140,7 +140,6 @@ def report(result: dict) -> str:
 
 def main() -> None:
     args, _ = read_arguments(PseudoLabelBenchArgs)
-    args.check()
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.pseudo_labels", *sys.argv[1:]]),
         "arguments": asdict(args),

@@ -197,7 +197,6 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     args, _ = read_arguments(TrainStepArgs)
-    args.check()
     device = device_named(args.device)
     rows = []
     for backbone in args.backbones:

@@ -58,6 +58,8 @@ SHOWN = 5  # problems in the terminal
 class ConvertArgs(Arguments):
     """A benchmark's official archive becomes a dataset: zs3 convert NAME --source DIR --output DIR."""
 
+    first_words = ("name",)
+
     name: str | None = flag(None, f"The benchmark: {', '.join(ARCHIVES)}.")
     source: str | None = flag(None, "Folder of the unpacked archive, or the one above.")
     output: OutputFolder | None = flag(None, "Folder for the dataset; the same command again goes on where it stopped.")
@@ -383,10 +385,7 @@ def _counted(results: Iterable[Converted], bar: tqdm) -> Iterator[Converted]:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv = ["--name", *argv]
-    args, _ = read_arguments(ConvertArgs, argv)
+    args, _ = read_arguments(ConvertArgs)
     result = convert(args)
     print(report(result))
     if args.push_to_hub is not None:

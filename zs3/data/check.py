@@ -132,7 +132,6 @@ def report(splits: dict[str, dict], label_space: LabelSpace) -> str:
 
 def main() -> None:
     args, _ = read_arguments(CheckArgs)
-    args.check()
     label_space = load_label_space(args.label_space or args.dataset)
     records = {split: load_split(args.dataset, split, label_space) for split in args.splits}
     splits = {split: read_split(part, args.num_workers) for split, part in records.items()}

@@ -178,7 +178,6 @@ def places(records: Split, image_ids: Sequence[str]) -> list[int]:
 
 def main() -> None:
     args, _ = read_arguments(FigureArgs)
-    args.check()
     label_space = load_label_space(args.label_space or args.dataset)
     records = load_split(args.dataset, args.split, label_space)
     if args.images:

@@ -318,7 +318,6 @@ def push(folder: Path, repo_id: str, tag: str | None) -> None:
 
 def main() -> None:
     args, _ = read_arguments(ReleaseArgs)
-    args.check()
     model = Path(args.model)
     folder = Path(args.output or Path("runs", "release", args.repo_id.split("/")[-1]))
     try_output("--output", folder, "folder")

@@ -160,7 +160,6 @@ class ExportArgs(Arguments):
 
 def main() -> None:
     args, _ = read_arguments(ExportArgs)
-    args.check()
     model = load_model(args.model, args.trust_remote_code)
     print("tracing: about a minute, for ONNX several", flush=True)
     save(export_visual(model), Path(args.output))

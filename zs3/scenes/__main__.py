@@ -18,10 +18,12 @@ class SceneArgs(Arguments):
     num_validation: Pictures = flag(200, "Validation pictures.")
     seed: Seed = flag(0, "Of the pictures.")
 
+    def check(self) -> None:
+        check_required(self, "output")
+
 
 def main() -> None:
     args, _ = read_arguments(SceneArgs)
-    check_required(args, "output")
     write_dataset(args.output, args.num_train, args.num_validation, args.seed)
     print(f"{args.num_train} training and {args.num_validation} validation scenes are in {args.output}")
 

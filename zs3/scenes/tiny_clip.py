@@ -13,7 +13,6 @@ Axes: B picture, N name, T template, L token, D embedding.
 import json
 import math
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -461,6 +460,8 @@ the pixels outside the class are filled with the mean colour.
 class TinyClipArgs(Arguments):
     """Trains or evaluates the tiny CLIP of the scenes benchmark."""
 
+    first_words = ("command",)
+
     command: Literal["train", "evaluate"] | None = flag(None, "What to do. The flag's name may be left out.")
     output: OutputFolder | None = flag(None, "Folder that `train` makes; it must not exist.")
     steps: Count = flag(2400, "Steps of the training.")
@@ -506,11 +507,7 @@ def _evaluate_command(folder: Path) -> None:
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    if words and not words[0].startswith("-"):
-        words.insert(0, "--command")
-    args, _ = read_arguments(TinyClipArgs, words)
-    args.check()
+    args, _ = read_arguments(TinyClipArgs)
     if args.command == "train":
         _train_command(Path(args.output), args.steps, args.seed)
     else:
