@@ -38,7 +38,7 @@ COMMANDS = {
 
 
 def read(recipe: Path, *flags: str) -> tuple[TrainArgs, dict[str, Any]]:
-    return read_arguments(TrainArgs, ["--config", str(recipe), *flags], config_class=Zs3Config)
+    return read_arguments(TrainArgs, ["--config", str(recipe), *flags], Zs3Config, check=False)
 
 
 def stage1_of(recipe: Path) -> Path:
