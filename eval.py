@@ -27,6 +27,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from text_zs3 import TextCache
 from zs3.checkpoints import class_vectors, code_sha256, load_checkpoint, settings_sha256, weights_sha256
 from zs3.command_line import InputError, printable, read_arguments, run
 from zs3.data.records import Split, dataset_name, load_split
@@ -62,7 +63,8 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     ensemble = chosen_ensemble(loaded.model, args.ensemble, args.ensemble_weight, stamp, loaded.image_ids)
 
     model, processor, candidates = loaded.model.to(accelerator.device), loaded.processor, loaded.candidates
-    text_embeds, prompts = class_vectors(model, processor, loaded.records.label_space.class_names, args.text_embeds)
+    class_names = loaded.records.label_space.class_names
+    text_embeds, prompts = class_vectors(model, processor, class_names, args.text_embeds, TextCache())
     text_embeds = text_embeds[candidates.index].to(accelerator.device)
     predictor = Predictor(model, processor, text_embeds, candidates.is_trained, ensemble.view, ensemble.weight.value)
     counts = one_pass(args, loaded, predictor, bias.value, accelerator)
@@ -105,7 +107,8 @@ def load(args: EvalArgs, accelerator: Accelerator) -> Loaded:
 def check_code(path: str, processor: ProcessorMixin) -> None:
     """With --trust_remote_code the code comes with the checkpoint, and may be older than this evaluation."""
     known = signature(processor.post_process_semantic_segmentation).parameters
-    if not {"return_scores", "is_seen"} <= known.keys():
+    reads_labels = hasattr(processor, "check_readable") or not hasattr(processor, "tokenizer")
+    if not {"return_scores", "is_seen"} <= known.keys() or not reads_labels:
         raise InputError(f"the code beside {path} is older than this eval.py: copy the project's *_zs3.py over it")
 
 
@@ -176,7 +179,6 @@ def printed_if_not_written(result: Result) -> Iterator[None]:
 
 def main() -> None:
     args, _ = read_arguments(EvalArgs)
-    args.check()
     accelerator = Accelerator()
     if args.suite is not None:
         text = run_suite(args, evaluate, accelerator)

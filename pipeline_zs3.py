@@ -42,6 +42,7 @@ try:
         LabelReport,
         TextCache,
         check_text_embeds,
+        embed_labels,
         lint_labels,
         read_labels,
         seen_labels,
@@ -62,6 +63,7 @@ except ImportError:
         LabelReport,
         TextCache,
         check_text_embeds,
+        embed_labels,
         lint_labels,
         read_labels,
         seen_labels,
@@ -270,7 +272,6 @@ class Zs3Pipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         self.text_cache = TextCache()
-        self._readable: list[Label] | None = None  # the last label list that `check_readable` has passed
         super().__init__(*args, **kwargs)
 
     def __call__(
@@ -406,13 +407,9 @@ class Zs3Pipeline(Pipeline):
             if self.processor is None:
                 raise ValueError("this checkpoint has a text tower, but its Zs3Processor could not be loaded")
             labels = read_labels(entries, self.processor.prompt_templates)
-            if labels != self._readable:
-                self.processor.check_readable(labels)
-                self._readable = labels
-            rows = [label.synonyms() if synonyms == "max" else [label] for label in labels]
-            owner = [place for place, own in enumerate(rows) for _ in own]
-            flat = [label for own in rows for label in own]
-            return labels, self.text_cache.embed(flat, self.model, self.processor), owner
+            apart = synonyms == "max"
+            owner = [place for place, label in enumerate(labels) for _ in (label.words if apart else (label,))]
+            return labels, embed_labels(labels, self.model, self.processor, self.text_cache, apart=apart), owner
         labels = read_labels(entries, ())
         rich = [label.name for label in labels if len(label.words) > 1 or label.templates]
         if rich or synonyms == "max":

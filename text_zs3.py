@@ -147,6 +147,27 @@ def seen_labels(labels: Sequence[Label], seen_class_names: Sequence[str] | None)
 # ----------------------------------------------------------------------------------------------------- text vectors
 
 
+def embed_labels(
+    labels: Sequence[Label],
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    cache: "TextCache | None" = None,
+    *,
+    apart: bool = False,
+) -> Tensor:
+    """Labels to text vectors: (C, D) float32, unit length, on the model's device. The only way of names to vectors.
+
+    cache: it keeps the vectors, and gives those that it knows. None: the text tower embeds all labels now.
+    apart: a vector for each word of a label, label after label, instead of one for all its words.
+    """
+    rows = [word for label in labels for word in label.synonyms()] if apart else labels
+    if cache is None:
+        processor.check_readable(labels)
+        return model.encode_text(**processor.tokenize(rows))
+    cache.check_readable(labels, processor)
+    return cache.embed(rows, model, processor)
+
+
 def check_text_embeds(text_embeds: Tensor, size: int) -> None:
     """Raises Refused where text vectors are no (C, size) floating-point numbers, or where one has no direction:
     zeros, NaN, infinities."""
@@ -197,6 +218,7 @@ class TextCache:
         self.max_bytes = max_bytes
         self._segments: dict[Place, Segment] = {}  # the longest unused first
         self._writable = True
+        self._readable: tuple[str, Sequence[Label]] | None = None  # what `check_readable` has passed last
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict:
@@ -206,6 +228,13 @@ class TextCache:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, _lock=threading.RLock())
+
+    def check_readable(self, labels: Sequence[Label], processor: ProcessorMixin) -> None:
+        """As the processor's own. The same list is checked once."""
+        checked = tokenizer_fingerprint(processor.tokenizer), labels
+        if checked != self._readable:
+            processor.check_readable(labels)
+            self._readable = checked
 
     def embed(self, labels: Sequence[Label], model: PreTrainedModel, processor: ProcessorMixin) -> Tensor:
         """(C, D) float32, unit length, on the model's device: `encode_text` of what is not there yet, in one call."""
@@ -540,6 +569,7 @@ __all__ = [
     "SimilarNames",
     "TextCache",
     "check_text_embeds",
+    "embed_labels",
     "lint_labels",
     "read_labels",
     "seen_labels",

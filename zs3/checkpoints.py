@@ -34,7 +34,7 @@ from configuration_zs3 import Zs3Config, among, beginning, check_names, is_numbe
 from files_zs3 import is_leftover
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
-from text_zs3 import check_text_embeds
+from text_zs3 import TextCache, check_text_embeds, embed_labels, read_labels
 from zs3.command_line import InputError, in_one_line, looks_local, shown
 from zs3.files import file_sha256
 from zs3.label_space import LabelSpace, load_text_embeds
@@ -313,18 +313,23 @@ def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrained
 
 
 def class_vectors(
-    model: PreTrainedModel, processor: ProcessorMixin, class_names: list[str], text_embeds: str | None
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    class_names: list[str],
+    text_embeds: str | None,
+    cache: TextCache | None = None,
 ) -> tuple[Tensor, list[str]]:
-    """(C, D) text vectors of names, and the prompts behind them.
+    """(C, D) text vectors of class names, and the prompts that they come from.
 
-    text_embeds: a .npy of ready-made ones, for a checkpoint without a text tower; None: the tower's, or the stored.
+    text_embeds: a .npy file of vectors, for a checkpoint without a text tower. None: the text tower's, or the stored.
+    cache: see `embed_labels`.
     """
     if text_embeds is not None:
         vectors = load_text_embeds(text_embeds, len(class_names), model.config.projection_dim)
         return vectors, [f"vectors of {Path(text_embeds).name}"]
     if model.text_model is not None:
         with in_one_line("class names"):
-            vectors = model.encode_text(**processor(class_names=class_names))
+            vectors = embed_labels(read_labels(class_names, processor.prompt_templates), model, processor, cache)
         return vectors, list(processor.prompt_templates)
     rows = places(class_names, model.config.class_names)
     if None in rows:

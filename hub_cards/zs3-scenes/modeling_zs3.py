@@ -65,7 +65,7 @@ try:
     )
     from .pipeline_zs3 import Zs3Pipeline  # so that its code travels with the weights
     from .processing_zs3 import saved_processor
-    from .text_zs3 import ClassName, check_text_embeds, read_labels
+    from .text_zs3 import ClassName, check_text_embeds, embed_labels, read_labels
 except ImportError:
     if __package__:
         raise
@@ -100,7 +100,7 @@ except ImportError:
     )
     from pipeline_zs3 import Zs3Pipeline  # so that its code travels with the weights
     from processing_zs3 import saved_processor
-    from text_zs3 import ClassName, check_text_embeds, read_labels
+    from text_zs3 import ClassName, check_text_embeds, embed_labels, read_labels
 
 TEXT_CHUNK = 256  # prompts embedded at once
 
@@ -303,7 +303,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         if not hasattr(processor, "prompt_templates"):
             kind = type(processor).__name__
             raise ValueError(f"a Zs3Processor turns class names into prompts, not a {kind}: pass processor=")
-        return self.encode_text(**processor(class_names=class_names))
+        return embed_labels(read_labels(class_names, processor.prompt_templates), self, processor)
 
     def _saved_processor(self) -> ProcessorMixin:
         """The processor beside the checkpoint that this model was loaded from, of the classes beside this one."""

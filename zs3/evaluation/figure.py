@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from configuration_zs3 import shortened
+from text_zs3 import TextCache
 from zs3.checkpoints import class_vectors, is_trained, load_checkpoint
 from zs3.command_line import (
     Arguments,
@@ -93,7 +94,7 @@ def draw_figures(
     loaded = {}
     for title, path in models.items():
         model, processor = load_checkpoint(str(path), trust_remote_code)
-        text_embeds, _ = class_vectors(model, processor, names, None)
+        text_embeds, _ = class_vectors(model, processor, names, None, TextCache())
         loaded[title] = (model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, text_embeds)
     drawn = []
     for index in indices:
