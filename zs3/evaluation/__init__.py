@@ -1,4 +1,4 @@
-"""One pass over a dataset, its result files, and what is made of them. The scores themselves: `zs3.scores`."""
+"""One pass over a dataset, its result file, and the commands that read result files. The scores: `zs3.scores`."""
 
 from zs3.scores.confusion import ConfusionMatrix
 from zs3.scores.means import GeneralizedScores, generalized_scores

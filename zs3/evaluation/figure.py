@@ -3,8 +3,8 @@
     zs3 figure --dataset DIR --models A B --titles baseline ours --output figures --images ID ID
     zs3 figure --dataset DIR --models A B --titles baseline ours --output figures --worst 8 --result B.json
 
-One PNG an image. The models label every pixel with one of all the classes, their ensemble with CLIP as the checkpoint
-says. `--worst` reads the counts that eval.py leaves beside its result file.
+One PNG an image. Each model gives every pixel one of all classes, with the ensemble that its checkpoint has. `--worst`
+reads the areas of the images that eval.py wrote beside its result file.
 
 Axes: H W pixels, C classes, N images.
 """
@@ -57,11 +57,11 @@ class FigureArgs(Arguments):
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     models: list[str] = flag([], "Checkpoints, folders or Hub ids, in the order of their panels.")
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
-    titles: list[str] = flag([], "What stands above the models' panels; default: --models.")
+    titles: list[str] = flag([], "Titles of the models' panels; default: --models.")
     output: OutputFolder | None = flag(None, "Folder for the pictures.")
     images: list[str] = flag([], "Ids of the images to draw.")
     worst: Count | None = flag(None, "Draw the N images with the lowest mean IoU of their classes, by --result.")
-    result: str | None = flag(None, "Result file of eval.py for --worst, with its counts NAME_images.npz beside it.")
+    result: str | None = flag(None, "Result file of eval.py for --worst, with NAME_images.npz beside it.")
 
     def check(self) -> None:
         check_required(self, "dataset", "output")
@@ -116,7 +116,7 @@ def label_map(
     class_names: Sequence[str],
     text_embeds: Tensor,
 ) -> Tensor:
-    """(H, W) int64, on the CPU: each pixel's index into class_names, whose vectors text_embeds (C, D) are."""
+    """(H, W) int64, on the CPU: each pixel's index into class_names. text_embeds: (C, D), their vectors."""
     size = (image.height, image.width)
     names = list(class_names)
     trained, view = is_trained(model.config, names), model.ensemble_view()
@@ -128,11 +128,11 @@ def label_map(
 
 def worst_images(records: Split, split: str, result: Path, count: int) -> list[int]:
     """Places in `records` of the `count` images with the lowest `image_ious`, the lowest first."""
-    told = read_result(result)
-    if (told.get("split"), told.get("label_space_sha256")) != (split, records.label_space.sha256):
+    content = read_result(result)
+    if (content.get("split"), content.get("label_space_sha256")) != (split, records.label_space.sha256):
         raise InputError(f"--result {shown(result)} is of other data: give its --split, --dataset and --label_space")
-    check_same_maps(told, result)
-    saved = read_images(result, told)
+    check_same_maps(content, result)
+    saved = read_images(result, content)
     if saved.class_names != records.label_space.class_names:
         raise refusal(images_path(result), "it has other names than the label space", EVALUATE_AGAIN)
     ious = image_ious(saved)
@@ -141,12 +141,12 @@ def worst_images(records: Split, split: str, result: Path, count: int) -> list[i
     return places(records, sorted(ious, key=lambda image_id: (ious[image_id], image_id))[:count])
 
 
-def check_same_maps(told: Result, result: Path) -> None:
-    """Whether the result is of label maps as they are drawn: every class a candidate, no bias."""
+def check_same_maps(content: Result, result: Path) -> None:
+    """The maps that are drawn have every class as a candidate and no bias. The result must be of the same maps."""
     other = {
-        "--setting zs3": told.get("setting") == "zs3",
-        "--without": told.get("without"),
-        "--seen_bias": told.get("calibration", {}).get("seen_bias"),
+        "--setting zs3": content.get("setting") == "zs3",
+        "--without": content.get("without"),
+        "--seen_bias": content.get("calibration", {}).get("seen_bias"),
     }
     for flag_given, given in other.items():
         if given:
@@ -168,7 +168,7 @@ def image_ious(images: SavedImages) -> dict[str, float]:
 
 
 def places(records: Split, image_ids: Sequence[str]) -> list[int]:
-    """Where the images stand in `records`."""
+    """The places of the images in `records`."""
     place = {image_id: index for index, image_id in enumerate(records.image_ids)}
     for image_id in image_ids:
         if image_id not in place:

@@ -34,7 +34,7 @@ def draw_comparison(
 ) -> None:
     """Write a PNG of panels side by side, each under its title.
 
-    panels: an RGB image, or a label map (H, W) of indices into class_names (grey stripes where outside).
+    panels: an RGB image, or a label map (H, W) of indices into class_names; any other number is drawn as grey stripes.
     The legend lists the classes that occur in any of the maps.
     """
     panels = {name: panel if isinstance(panel, Image.Image) else np.asarray(panel) for name, panel in panels.items()}

@@ -17,7 +17,7 @@ from zs3.scores.means import Absent, GeneralizedScores, class_mask
 LabelMap = Tensor | np.ndarray
 
 DESCRIPTION = """Mean IoU of semantic segmentation over a whole dataset, and over its seen and unseen classes. Maps are
-counted as they come and not kept: memory does not grow with them."""
+counted and not kept: memory does not grow with their number."""
 INPUTS = """
 predictions: label maps, (H, W) integers: ids in 0 to num_classes - 1, -1 for no class.
 references: label maps of the same sizes: ids, or ignore_index where a pixel is not labelled.
@@ -72,9 +72,9 @@ class SegmentationScores(evaluate.Metric):
     def compute(
         self, *, predictions: Sequence[LabelMap] | None = None, references: Sequence[LabelMap] | None = None
     ) -> dict[str, float | list[float]]:
-        """The scores in [0, 1], NaN where there are none, of what was added and of the maps given here.
+        """The scores in [0, 1] of all maps added and of those given here; NaN: the mean has no class.
 
-        Counting starts anew after it, as with every metric of evaluate.
+        Counting then starts anew, as with every metric of evaluate.
         """
         if (predictions is None) != (references is None):
             raise InputError("compute takes predictions and references, or neither of them")

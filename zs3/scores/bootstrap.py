@@ -1,4 +1,4 @@
-"""Intervals of scores: images drawn again, with replacement, and the scores of each draw."""
+"""Intervals of scores by bootstrap: images are drawn again, with replacement, and each draw has its scores."""
 
 import zipfile
 from pathlib import Path
@@ -17,7 +17,7 @@ MOST_OF_AREAS = 2**29  # bytes, unpacked; a class in an image takes 40
 
 
 class ImageAreas(NamedTuple):
-    """The areas that make up IoU, of every class in every image: (C, N) int64 each, in pixels, sparse."""
+    """The areas of every class in every image, of which IoU is made: (C, N) int64 each, in pixels, sparse."""
 
     intersection: csr_array
     truth: csr_array
@@ -51,7 +51,7 @@ class Bootstrap(NamedTuple):
 
 
 def images_path(result: Path) -> Path:
-    """Where the areas of the images lie that the numbers of a result file are made of."""
+    """The file with the areas of all images, beside a result file."""
     return result.with_name(f"{result.stem}_images.npz")
 
 
@@ -81,17 +81,17 @@ def _check_arrays(names: np.ndarray, ids: np.ndarray, image: np.ndarray, rows: n
     check_names(names.tolist())
     for numbers, shape in ((image, (len(rows),)), (rows, (len(rows), 4))):
         if numbers.dtype != np.int64 or numbers.shape != shape:
-            raise ValueError("image and rows are whole numbers, as many as there are classes in images")
+            raise ValueError("image and rows hold a whole number for each class in an image")
     place, (intersection, truth, predicted) = rows[:, 0], rows[:, 1:].T
     for values, end in ((image, len(ids)), (place, len(names))):
         if len(values) and not 0 <= values.min() <= values.max() < end:
             raise ValueError("a row is of an image or a class that is not there")
     if len(rows) and (intersection.min() < 0 or (intersection > np.minimum(truth, predicted)).any()):
-        raise ValueError("an intersection lies in the areas that it is of")
+        raise ValueError("an intersection is at most as large as either of its areas")
     if rows[:, 1:].sum(axis=0, dtype=np.float64).max() >= 2**53:
         raise ValueError("more pixels than are counted exactly")
     if len(np.unique(image * len(names) + place)) != len(rows):
-        raise ValueError("a class has one row in an image")
+        raise ValueError("a class has at most one row in an image")
 
 
 def summed_areas(areas: ImageAreas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -103,7 +103,7 @@ def summed_areas(areas: ImageAreas) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 def resampled_areas(areas: ImageAreas, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """intersection, truth, predicted over the images of each resample, which draws N images with replacement: (R, C).
 
-    The same seed draws the same places among N images, whatever their areas: two models are compared in pairs.
+    The same seed draws the same images of N, whatever their areas: so two models can be compared in pairs.
     """
     num_classes, num_images = areas.truth.shape
     summed = np.zeros((3, resamples, num_classes), dtype=np.int64)
@@ -140,7 +140,7 @@ def runs(prediction: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def summed(place: np.ndarray, pixels: np.ndarray, size: int) -> np.ndarray:
-    """(size,) int64: the pixels at each place; what lies beyond is left out."""
+    """(size,) int64: the pixels at each place; places from `size` on are left out."""
     total = np.bincount(place, weights=pixels, minlength=size)[:size]  # float64 is exact here: far below 2**53
     return total.astype(np.int64)
 

@@ -1,12 +1,12 @@
-"""Calibration: the seen/unseen curve, how far confidences can be believed, and where to answer "none of these".
+"""Calibration: the seen/unseen curve, how far confidences can be trusted, and where to answer "none of these".
 
-Three counters, fed image by image with what `semantic_map` knows of every pixel. Their memory does not grow with the
-number of images. All they add up are whole numbers, so that parts of a dataset merge into exactly the whole, in any
-order.
+Three counters, fed image by image with the results of `semantic_map`. Their memory does not grow with the number of
+images. They add up whole numbers only, so that parts of a dataset merge into exactly the whole, in any order.
 
-SeenBiasCurve: mIoU(S), mIoU(U) and hIoU for every bias gamma off the seen classes' scores, from one pass.
+SeenBiasCurve: mIoU(S), mIoU(U) and hIoU for every bias gamma off the scores of seen classes, from one pass.
 Reliability: accuracy by confidence, and the expected calibration error.
-Rejection: how well the confidence tells pixels of other classes, and a threshold that bounds the share of wrong labels.
+Rejection: how well the confidence separates pixels of other classes, and a threshold that bounds the share of wrong
+labels.
 
 Axes: H W pixels, C classes, G gammas, T levels of the confidence.
 """
@@ -24,7 +24,7 @@ from zs3.files import finite_or_none
 from zs3.scores.means import Absent, headline_scores, iou_of_areas
 
 # Gaps between the best seen and the best unseen score are of any order of magnitude: about 1 where the model is sure,
-# some thousandths where it hardly tells hundreds of classes apart. So 32 gammas to each doubling: neighbours differ by
+# some thousandths where it can hardly separate hundreds of classes. So 32 gammas to each doubling: neighbours differ by
 # 1.6 to 3.1 %. From 2^-12, below which a bias decides next to nothing, to 8: Eq. 4 sums over queries, and more than a
 # few never cover one pixel. All are exact in float32.
 _SIZES = np.ldexp(1 + np.arange(32) / 32, np.arange(-12, 3)[:, None]).ravel()
@@ -32,7 +32,7 @@ GAMMAS = np.concatenate([[-np.inf], -_SIZES[::-1], [0], _SIZES, [np.inf]])  # (G
 UNBIASED = len(_SIZES) + 1  # the place of 0
 
 BINS = 15  # Guo et al. 2017
-# Thresholds are multiples of 2^-16, about what confidences are off by (1e-5). Being exact in float32, they divide
+# Thresholds are multiples of 2^-16, about the error of a confidence (1e-5). They are exact in float32, so they divide
 # pixels here as they do in the pipeline.
 LEVELS = 2**16
 UNIT = 2**24  # confidences and shares are added up as whole multiples of 1 / UNIT, the grain of float32 below 1
@@ -41,9 +41,9 @@ OUTSIDER = -1  # in a label map: the true class is none of the candidates
 
 
 class SeenBiasCurve:
-    """Intersections and areas of every class for all GAMMAS (Chao et al. 2016), which are taken off the seen scores.
+    """Intersections and areas of every class for all GAMMAS (Chao et al. 2016), subtracted from the seen scores.
 
-    The best seen class, the best unseen class and the gap between their scores say what a pixel becomes at any gamma.
+    The best seen class, the best unseen class and the gap between their scores decide a pixel's class at any gamma.
     Below, a pixel's switch is the number of GAMMAS with which its seen class wins.
 
     predicted, intersection: (C, G + 1) int64, pixels by the class in question and their switch. truth: (C,) int64.
@@ -87,7 +87,7 @@ class SeenBiasCurve:
 
     @property
     def has_both(self) -> bool:
-        """Whether some pixel is of a seen, and some of an unseen class: without, there is no curve to speak of."""
+        """Whether some pixel has a seen class, and some an unseen class. Otherwise the curve means nothing."""
         return bool(self.truth[self.is_seen].any() and self.truth[~self.is_seen].any())
 
     def iou(self, absent: Absent = "union") -> np.ndarray:
@@ -96,21 +96,21 @@ class SeenBiasCurve:
         return iou_of_areas(intersection, self.truth, predicted, absent)
 
     def _with_bias(self, counts: np.ndarray) -> np.ndarray:
-        """(C, G + 1) by switch -> (G, C) pixels at each gamma: a seen class has those that have not switched yet."""
+        """(C, G + 1) by switch -> (G, C) pixels at each gamma. A seen class keeps pixels that have not switched."""
         switched = counts.cumsum(axis=1)
         seen = switched[:, -1:] - switched
         return np.where(self.is_seen[:, None], seen, switched)[:, :-1].T
 
     def result(self, absent: Absent = "union", every: int = 8) -> dict:
-        """Plain numbers in [0, 1], None where there is nothing to take a mean over.
+        """Plain numbers in [0, 1]; None: the mean has no class.
 
-        points: lists of equal length, gamma ascending, miou_seen, miou_unseen, hiou and miou: one in `every` of
-            the finite GAMMAS, with 0 and the best. The rest is of all GAMMAS.
+        points: lists of equal length: gamma, ascending, miou_seen, miou_unseen, hiou and miou. They have one in `every`
+            of the finite GAMMAS, and 0 and the best. All other keys are computed from all GAMMAS.
         seen_only, unseen_only: the same scores at gamma = -inf and inf. unbiased: at 0. best: at the gamma with the
             largest hiou, of equal ones the smallest bias.
-        area: of all (mIoU(U), mIoU(S)), x and y, that some gamma reaches or exceeds in both. It is summed in steps:
-            nothing is claimed between two gammas. Chao et al. 2016 take the area under the curve of accuracies
-            (AUSUC), which falls all the way; a curve of IoUs also turns back, as too large a bias takes from both.
+        area: of all points x = mIoU(U), y = mIoU(S) that some gamma reaches or exceeds in both. It is summed in steps,
+            without a claim between two gammas. Chao et al. 2016 take the area under the curve of accuracies (AUSUC),
+            which only falls. A curve of IoUs also turns back, since too large a bias lowers both.
         """
         columns = {"gamma": GAMMAS, **headline_scores(self.iou(absent), self.is_seen)}
         rows = [dict(zip(columns, row, strict=True)) for row in np.stack(list(columns.values()), axis=1).tolist()]
@@ -132,7 +132,7 @@ class SeenBiasCurve:
 
 
 def best_point(points: list[dict]) -> dict | None:
-    """Of points of a curve, the one with the largest hiou, of equal ones the one with the smallest bias."""
+    """The point with the largest hiou; among equal ones, the smallest bias."""
     rated = [point for point in points if point["hiou"] is not None]
     return max(rated, key=lambda point: (point["hiou"], -abs(point["gamma"])), default=None)
 
@@ -140,8 +140,9 @@ def best_point(points: list[dict]) -> dict | None:
 def _switch(gap: Tensor, seen_first: Tensor, seen_wins: Tensor) -> Tensor:
     """(P,) int64: with how many GAMMAS the seen class wins.
 
-    gap: (P,) float64, the best seen score less the best unseen one. seen_first: (P,) bool, which index is lower, and so
-    wins where gamma is the gap. seen_wins: (P,) bool, the winner at gamma = 0, which was decided more exactly.
+    gap: (P,) float64, the best seen score minus the best unseen one. seen_first: (P,) bool, whether the seen index is
+    the lower one, which wins where gamma equals the gap. seen_wins: (P,) bool, whether the seen class wins at 0, which
+    was decided more exactly than by the gap.
     """
     gammas = torch.as_tensor(GAMMAS, device=gap.device)
     switch = torch.bucketize(gap, gammas)  # the gammas below the gap
@@ -166,7 +167,7 @@ class Reliability:
         self.count, self.correct, self.confidence = np.zeros((3, BINS), dtype=np.int64)
 
     def update(self, found: SemanticMap, label: Tensor | np.ndarray) -> None:
-        """Counts one image. label: (H, W), the true class, or ignored; found: as it is without a bias."""
+        """Counts one image. label: (H, W), the true class, or ignored. found: without a bias."""
         label, labelled = _labelled(label, found, self.ignore_index)
         confidence = found.confidence.masked_select(labelled).double()
         place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
@@ -206,10 +207,10 @@ class Rejection:
     Thresholds are t / LEVELS, t = 0 to LEVELS; a pixel is accepted where its confidence is the threshold or more.
     Images are halved by a hash of their ids: one half to choose a threshold with, the other to check it on.
 
-    insiders, outsiders: (T,) int64, pixels by the level of their confidence, of the candidates' classes and of others.
-    images: (2,) int64, calibration and check half. wrong, accepted: (2, T) int64, sums over their images of the share
-    of an image's labelled pixels that threshold t accepts and that are wrong, or that it accepts at all; each rounded
-    up to a multiple of 1 / UNIT, which keeps sums exact, and the guarantee true.
+    insiders, outsiders: (T,) int64, pixels of the candidates and of other classes, by the level of their confidence.
+    images: (2,) int64, calibration and check half. accepted: (2, T) int64, sums over the images of a half of the share
+    of an image's labelled pixels that threshold t accepts. wrong: the same of pixels with a wrong label. Each share is
+    rounded up to a multiple of 1 / UNIT: sums are exact, and the guarantee holds.
     """
 
     def __init__(self, ignore_index: int):
@@ -223,7 +224,7 @@ class Rejection:
         label, labelled = _labelled(label, found, self.ignore_index)
         pixels = len(label)
         if not pixels:
-            return  # it has no share of anything
+            return  # without pixels there are no shares
         level = (found.confidence.masked_select(labelled) * LEVELS).long()
         outside, wrong = label == OUTSIDER, found.label_map.masked_select(labelled) != label
         by_level = _counts(level, LEVELS + 1)
@@ -244,9 +245,9 @@ class Rejection:
         self.accepted += other.accepted
 
     def result(self, alpha: float = 0.1) -> dict:
-        """How well the confidence tells outsiders, and the threshold for a share of wrong labels of at most alpha.
+        """How well the confidence separates outsiders, and the threshold for a share of wrong labels of at most alpha.
 
-        auroc: how often an insider has more confidence than an outsider, over all pairs of pixels, ties count half.
+        auroc: how often an insider has more confidence than an outsider, over all pairs of pixels; ties count half.
         threshold_at_95: the largest threshold that accepts at least 95 % of the insiders; fpr_at_95: the share of the
             outsiders that it accepts. None without insiders or without outsiders.
         conformal: see `conformal_threshold`; wrong_share and accepted_share are means over the images of the check
@@ -290,21 +291,21 @@ def conformal_threshold(wrong: np.ndarray, images: int, alpha: float) -> int | N
 
     wrong: (T,), the sum over calibration images of their loss at threshold t, in units of 1 / UNIT. A loss is the share
     of an image's labelled pixels that are accepted and wrong: it never grows with t, and is at most 1.
-    Then a new image has a share of wrong labels of at most alpha: on average over images, and over the choice of the
-    calibration images, if all are exchangeable (drawn alike and independently, say; frames of one video are not). None
-    where no t does it, as with less than 1 / alpha - 1 images: reject everything.
+    Then the share of wrong labels of a new image is at most alpha, on average over images and over the choice of the
+    calibration images, if all are exchangeable (drawn alike and independently; frames of one video are not). None: no t
+    reaches it, as with less than 1 / alpha - 1 images; then everything is rejected.
     """
     (safe,) = np.nonzero((wrong / UNIT + 1) / (images + 1) <= alpha)
     return int(safe[0]) if len(safe) else None
 
 
 def in_check_half(image_id: str) -> bool:
-    """Whether an image is of the half that checks the threshold; the same on every process."""
+    """Whether an image belongs to the half that checks the threshold; the same on every process."""
     return bool(hashlib.sha256(image_id.encode()).digest()[0] % 2)
 
 
 def _labelled(label: Tensor | np.ndarray, found: SemanticMap, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The labels (P,) int64 of the pixels that count, where the maps are, and which those are, (H, W) bool."""
+    """Labels (P,) int64 of the labelled pixels, on the device of the maps, and which these are, (H, W) bool."""
     label = torch.as_tensor(label, device=found.label_map.device).long()
     if label.shape != found.label_map.shape:
         raise ValueError(f"prediction has shape {tuple(found.label_map.shape)}, but the label map {tuple(label.shape)}")
@@ -318,5 +319,5 @@ def _counts(places: Tensor, length: int) -> np.ndarray:
 
 
 def _from_above(counts: np.ndarray) -> np.ndarray:
-    """(T,) -> (T,): how many have level t or more."""
+    """(T,) -> (T,): the number of pixels with level t or more."""
     return counts[::-1].cumsum()[::-1]

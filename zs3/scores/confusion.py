@@ -43,7 +43,7 @@ class AreaShares(NamedTuple):
     """Where the labelled pixels of a group of classes went: shares in [0, 1] that sum to 1; NaN without any pixel."""
 
     right: float
-    wrong_seen: float  # the name of a seen class that is not theirs
+    wrong_seen: float  # got the name of another class, a seen one
     wrong_unseen: float
     rejected: float
 
@@ -59,9 +59,9 @@ class ConfusionMatrix:
     """Counts of pixels by true and predicted class, over all images seen so far.
 
     counts: (C, C + 1) int64, [truth, prediction]; the last column counts rejected pixels.
-    images: per image the rows (class, intersection, truth, predicted) of its classes, (K, 4) int64 in pixels;
-        what the intervals need.
-    image_ids: the name of each of them, None where it was given none.
+    images: for each image a row (class, intersection, truth, predicted) for each of its classes, (K, 4) int64 in
+        pixels. The intervals need them.
+    image_ids: the id of each image, or None.
     """
 
     def __init__(self, num_classes: int, ignore_index: int):
@@ -126,8 +126,8 @@ class ConfusionMatrix:
     def iou(self, absent: Absent = "union") -> np.ndarray:
         """(C,) float64 in [0, 1], NaN for the classes that are left out of means.
 
-        absent: "union": a class is left out if neither truth nor prediction has it, so that one which is only
-            predicted counts as 0. "truth": it is left out if the truth has not got it.
+        absent: "union": a class is left out if both truth and prediction lack it; a class that is only predicted counts
+            as 0. "truth": a class is left out if the truth lacks it.
         """
         return iou_of_areas(*class_areas(self.counts), absent)
 
@@ -137,7 +137,7 @@ class ConfusionMatrix:
         return {name: float(score) for name, score in scores.items()}
 
     def worst_pairs(self, count: int) -> list[ConfusedPair]:
-        """The `count` pairs of classes that most pixels were confused in, or all there are; largest first."""
+        """The `count` pairs of classes with most confused pixels, largest first."""
         wrong = self.counts[:, :-1] * ~np.eye(self.num_classes, dtype=bool)
         truth, predicted = np.nonzero(wrong)
         pixels, whole = wrong[truth, predicted], self.counts.sum(axis=1)
@@ -148,7 +148,7 @@ class ConfusionMatrix:
         ]
 
     def seen_unseen_confusion(self, is_seen: Sequence[bool] | Tensor | np.ndarray) -> SeenUnseenConfusion:
-        """What the areas of the seen and of the unseen classes were taken for. is_seen: (C,) bool."""
+        """Which names the areas of the seen and of the unseen classes got. is_seen: (C,) bool."""
         is_seen = class_mask(is_seen, self.num_classes)
         right = np.diagonal(self.counts)
         wrong_seen, wrong_unseen = (
@@ -166,18 +166,18 @@ class ConfusionMatrix:
         resamples: int = 1000,
         seed: int = 0,
     ) -> Bootstrap:
-        """Scores and IoU in resamples of the images. The order in which the images came makes no difference."""
+        """Scores and IoU in resamples of the images. The order of the images makes no difference."""
         order = sorted(range(len(self.images)), key=lambda index: self.images[index].tobytes())
         areas = resampled_areas(self.image_areas(order), resamples, seed)
         return Bootstrap(scores_of_areas(*areas, is_seen, absent), iou_of_areas(*areas, absent))
 
     def image_areas(self, order: Sequence[int]) -> ImageAreas:
-        """Of the images at these places of `images`, in this order."""
+        """The areas of the images at these places of `images`, in this order."""
         images = [self.images[index] for index in order]
         return image_areas(all_rows(images), image_of_rows(images), self.num_classes, len(images))
 
     def save_images(self, path: Path, class_names: Sequence[str]) -> None:
-        """Writes the areas of all images to one .npz, for `load_images`: what a paired comparison needs."""
+        """Writes the areas of all images to one .npz, for `load_images`. A paired comparison needs them."""
         if len(class_names) != self.num_classes:
             raise ValueError(f"{len(class_names)} class names for {self.num_classes} classes")
         with writing(path) as partial, partial.open("wb") as file:

@@ -15,11 +15,11 @@ SCORES = {
     "miou": "mIoU",
     "pixel_accuracy": "pixel accuracy",
     "frequency_weighted_iou": "frequency-weighted IoU",
-}  # by their names in result files, as they are printed
+}  # by the name in result files, the printed name
 
 
 class GeneralizedScores(NamedTuple):
-    """Dataset-level means of IoU, in [0, 1]; NaN where there is no class to take the mean over."""
+    """Dataset-level means of IoU, in [0, 1]; NaN: the mean has no class."""
 
     miou_seen: float
     miou_unseen: float
@@ -42,7 +42,7 @@ def scores_of_areas(
     """Areas (..., C) in pixels -> the scores named in SCORES, each (...) in [0, 1]; NaN without a labelled pixel.
 
     Pixel accuracy is the share of the labelled pixels that got their true class. Frequency-weighted IoU weights each
-    class by them: one that the truth has not got weighs nothing, so both rules for absent classes give one number.
+    class by its labelled pixels. A class that the truth lacks has weight 0, so both rules for absent classes agree.
     """
     iou, pixels = iou_of_areas(intersection, truth, predicted, absent), truth.sum(axis=-1)
     return headline_scores(iou, is_seen) | {
@@ -73,8 +73,8 @@ def generalized_scores(
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
     """Area under the precision-recall curve in steps, in [0, 1]; NaN where nothing is true.
 
-    scores: (N,). truth: (N,) bool. Equal scores enter together, so their order makes no difference: each distinct
-    score adds the recall it brings, times the precision from there up.
+    scores: (N,). truth: (N,) bool. Equal scores enter together, so their order makes no difference. Each distinct score
+    adds its gain of recall, times the precision of all that score as much or more.
     """
     if not np.any(truth):
         return float("nan")
@@ -113,7 +113,7 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:
-    """(..., C) -> (...): the mean of what is not NaN; NaN if nothing is."""
+    """(..., C) -> (...): the mean without NaN values; NaN if all are."""
     return ratio(np.nansum(values, axis=-1), np.count_nonzero(~np.isnan(values), axis=-1))
 
 
