@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
 from configuration_zs3 import places, shortened
+from text_zs3 import TextCache
 from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint, read_settings, weights_sha256
 from zs3.command_line import (
     Arguments,
