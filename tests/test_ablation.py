@@ -23,9 +23,9 @@ import zs3.ablation.__main__ as command
 from configuration_zs3 import Zs3Config
 from zs3 import files
 from zs3.ablation import report, runner
-from zs3.ablation.jobs import AblationArgs, Job, make_jobs, pseudo_label_job, trainings
+from zs3.ablation.jobs import AblationArgs, Job, make_jobs, trainings
 from zs3.ablation.report import t_interval, verdict
-from zs3.ablation.tables import TRAININGS, VIEWS, Row, make_tables
+from zs3.ablation.tables import ENSEMBLES, TRAININGS, Row, make_tables
 from zs3.command_line import InputError, read_arguments, run
 from zs3.evaluation.arguments import EvalArgs, deciding_flags
 from zs3.evaluation.ensemble_weight import WeightArgs, weight_settings
@@ -84,7 +84,7 @@ def test_the_papers_numbers_are_those_of_the_paper():
     ensemble, (pseudo, truth, less) = TABLES["table4"].differences, TABLES["table5"].differences
     assert all(difference.paper == pytest.approx((1.4, 6.5, 3.8)) for difference in ensemble[:-3])
     assert [pair[2] for pair in ensemble[-3:]] == [pair.paper for pair in (pseudo, truth, less)]
-    assert all(row.view == "crops" for pair in ensemble[-3:] for row in pair[:2])
+    assert all(row.ensemble == "crops" for pair in ensemble[-3:] for row in pair[:2])
     assert pseudo.paper == pytest.approx((-1.5, 16.7, 9.2)) and truth.paper == pytest.approx((-1.1, 26.9, 13.7))
     assert less.paper == pytest.approx((-0.4, -10.2, -4.5))
 
@@ -103,7 +103,10 @@ def test_a_training_is_the_recipe_with_what_its_title_says():
     assert told["label_map"] == weight and told["best"] == told["pseudo_best"] == weight | {"--matching": "hybrid"}
     assert told["label_map_labelled"] == weight | {"--label_map_pixels": "labelled"}
     assert told["best_no_rank"] == told["best"] | {"--rank_weight": "0"}
-    assert [name for name, training in TRAININGS.items() if training.told == "pseudo"] == ["pseudo", "pseudo_best"]
+    assert [name for name, training in TRAININGS.items() if training.unseen_labels == "pseudo"] == [
+        "pseudo",
+        "pseudo_best",
+    ]
     titles = [training.title for training in TRAININGS.values()]
     assert len(set(titles)) == len(titles)
 
@@ -121,7 +124,7 @@ def test_without_a_clip_no_row_needs_one():
     assert [row.training for row in tables["table5"].rows] == ["none", "ground_truth"]
     for table in tables.values():
         for row in [*table.rows, *(row for pair in table.differences for row in pair[:2])]:
-            assert row.view == "off" and "bare" not in row.training and "pseudo" not in row.training
+            assert row.ensemble == "off" and "bare" not in row.training and "pseudo" not in row.training
             assert row in table.rows and "--prompt_templates" not in TRAININGS[row.training].flags
 
 
@@ -138,6 +141,10 @@ def test_the_matching_is_read_from_the_recipe():
     assert [row.training for row in photographs.rows] == ["ground_truth", "unpaired", "hybrid"]
 
 
+def run_folder(args: AblationArgs, seed: int, name: str) -> Path:
+    return Path(args.output_dir, f"seed{seed}", name)
+
+
 @pytest.fixture
 def finished(tmp_path, monkeypatch) -> AblationArgs:
     """An ablation of 3 seeds that has run, with made-up weights and scores; 0 on unseen classes without labels."""
@@ -147,14 +154,14 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
     rng = random.Random(0)
     for seed in args.seeds:
         for row in TRAININGS:
-            (args.run_folder(seed, row) / "final").mkdir(parents=True)
+            (run_folder(args, seed, row) / "final").mkdir(parents=True)
             weights = f"{seed} {row}".encode()
-            labels = "ground_truth" if TRAININGS[row].told == "ground_truth" else "elsewhere/pseudo_labels"
+            labels = "ground_truth" if TRAININGS[row].unseen_labels == "ground_truth" else "elsewhere/pseudo_labels"
             asked = WeightArgs(model="elsewhere/final", dataset=str(args.data), unseen_labels=labels)
             answer = {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "settings": weight_settings(asked)}
-            (args.run_folder(seed, row) / "ensemble_weight.json").write_text(json.dumps(answer))
-            (args.run_folder(seed, row) / "final" / "model.safetensors").write_bytes(weights)
-            for view in VIEWS:
+            (run_folder(args, seed, row) / "ensemble_weight.json").write_text(json.dumps(answer))
+            (run_folder(args, seed, row) / "final" / "model.safetensors").write_bytes(weights)
+            for view in ENSEMBLES:
                 result = {name: rng.uniform(0.2, 0.6) for name in SCORES}
                 areas = [{wrong: rng.uniform(0, 0.2) for wrong in ("wrong_seen", "wrong_unseen")} for _ in range(2)]
                 result |= {"seen_unseen_confusion": dict(zip(("of_seen", "of_unseen"), areas, strict=True))}
@@ -171,23 +178,23 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
                     sha256 = hashlib.sha256(json.dumps(answer).encode()).hexdigest()
                     result |= {"given_sha256": {"elsewhere.json": sha256}}
                 result |= {"versions": {"torch": "2.13.0" if seed else "2.11.0+cu130", "numpy": "2.4.6"}}
-                (args.run_folder(seed, row) / f"gzs3_{view}.json").write_text(json.dumps(result))
+                (run_folder(args, seed, row) / f"gzs3_{view}.json").write_text(json.dumps(result))
         for row in ("pseudo", "ground_truth"):  # ten lines: the first four mean 20 + seed, the last four 5
             rank = [20.0 + seed] * 4 + [10.0] * 2 + [4.0, 6.0, 4.0, 6.0]
             rates = [0.5] * 9 + [0.5 if row == "pseudo" else None]  # of a step without masks there is none
             lines = [{"loss": 99.0, "loss_rank": a, "same_label_rate": b} for a, b in zip(rank, rates, strict=True)]
-            path = args.run_folder(seed, row) / "metrics.jsonl"
+            path = run_folder(args, seed, row) / "metrics.jsonl"
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        args.run_folder(seed, "pseudo_labels").mkdir()
-        (args.run_folder(seed, "pseudo_labels") / "summary.json").write_text("{}")
+        run_folder(args, seed, "pseudo_labels").mkdir()
+        (run_folder(args, seed, "pseudo_labels") / "summary.json").write_text("{}")
         made_by = {"checkpoint_sha256": {"model.safetensors": hashlib.sha256(f"{seed} stage1".encode()).hexdigest()}}
-        (args.run_folder(seed, "pseudo_labels") / "settings.json").write_text(json.dumps(made_by))
+        (run_folder(args, seed, "pseudo_labels") / "settings.json").write_text(json.dumps(made_by))
     return args
 
 
 def settings_of(args: AblationArgs, seed: int, row: str, view: str) -> dict:
     """As eval.py stamps them."""
-    asked = EvalArgs(model=str(args.run_folder(seed, row) / "final"), dataset=str(args.data), ensemble="crops")
+    asked = EvalArgs(model=str(run_folder(args, seed, row) / "final"), dataset=str(args.data), ensemble="crops")
     if view == "zegformer":
         return deciding_flags(replace(asked, ensemble_weight="0.6667", seen_bias="0.1"))
     if view == "chosen":
@@ -219,13 +226,13 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     assert len(result["tables"]["table4"]["rows"]) == 12 and len(result["tables"]["table5"]["rows"]) == 3
     assert (
         "synthetic" in text
-        and "stage 1 alone 1400; stage 2, nothing told 1400 + 500" in text
+        and "stage 1 alone 1400; stage 2, no image labels 1400 + 500" in text
         and "Versions of the evaluations: torch 2.11.0+cu130 and 2.13.0, numpy 2.4.6." in text
     )
     assert result["seconds"] is None and "job-hours" not in text
 
     def seeds_of(row: str, view: str, name: str) -> list[float]:
-        paths = [finished.run_folder(seed, row) / f"gzs3_{view}.json" for seed in (0, 1, 2)]
+        paths = [run_folder(finished, seed, row) / f"gzs3_{view}.json" for seed in (0, 1, 2)]
         return [100 * json.loads(path.read_text())[name] for path in paths]
 
     for line in result["tables"]["table4"]["rows"]:
@@ -255,7 +262,7 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     assert titles[6:8] + titles[11:12] == [
         "stage 2, ensemble on, crops − stage 2",
         "stage 2, ensemble on, single pass − stage 2",
-        "stage 2, pseudo labels − stage 2, nothing told",
+        "stage 2, pseudo labels − stage 2, no image labels",
     ]
 
 
@@ -292,7 +299,7 @@ def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_p
     call(monkeypatch, "table5", *flags(finished), "--seeds", 0, 1, 2, "--picture", tmp_path / "tables.png")
     table = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]
     for row in table["rows"]:
-        paths = [finished.run_folder(seed, row["training"]) / "gzs3_off.json" for seed in (0, 1, 2)]
+        paths = [run_folder(finished, seed, row["training"]) / "gzs3_off.json" for seed in (0, 1, 2)]
         confusion = [json.loads(path.read_text())["seen_unseen_confusion"] for path in paths]
         wrong = [("of_seen", "wrong_unseen"), ("of_unseen", "wrong_seen"), ("of_unseen", "wrong_unseen")]
         for found, (group, kind) in zip(row["areas"].values(), wrong, strict=True):
@@ -311,15 +318,15 @@ def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_p
     assert truth["same_label_rate"]["last"]["mean"] is None
     text = Path(finished.output_dir, "tables.md").read_text()
     assert "| stage 2, pseudo labels | 21.00 → 5.00 | 0.50 → 0.50 |" in text and "| 0.50 → - |" in text
-    assert "| stage 2, nothing told |  |  |" in text and "IoU of heart |" in text and "| 10.0 ± 24.8 |" in text
+    assert "| stage 2, no image labels |  |  |" in text and "IoU of heart |" in text and "| 10.0 ± 24.8 |" in text
     ((tables, path),) = drawn
     assert path == tmp_path / "tables.png" and list(tables) == [table["title"]]
-    titles = ["stage 2, nothing told", "stage 2, pseudo labels", "stage 2"]
+    titles = ["stage 2, no image labels", "stage 2, pseudo labels", "stage 2"]
     assert list(tables[table["title"]]) == titles and tables[table["title"]]["stage 2"]["training"] == "ground_truth"
 
 
 def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkeypatch):
-    path = finished.run_folder(0, "pseudo") / "gzs3_off.json"
+    path = run_folder(finished, 0, "pseudo") / "gzs3_off.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"miou_unseen": None}))
     call(monkeypatch, "table5", *flags(finished), "--seeds", 0)
     result = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]
@@ -333,7 +340,7 @@ def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkey
 
 
 def planned(args: AblationArgs) -> list[str]:
-    return [job.name for job in runner.jobs_to_run(make_jobs(args, OLD))]
+    return [job.name for job in runner.jobs_to_run(make_jobs(args.runs, OLD))]
 
 
 def test_what_a_row_starts_from_is_trained_too():
@@ -344,8 +351,8 @@ def test_what_a_row_starts_from_is_trained_too():
 
 def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another(finished):
     assert planned(finished) == []
-    (finished.run_folder(1, "none") / "final" / "model.safetensors").write_bytes(b"trained anew")
-    path = finished.run_folder(2, "pseudo") / "gzs3_crops.json"
+    (run_folder(finished, 1, "none") / "final" / "model.safetensors").write_bytes(b"trained anew")
+    path = run_folder(finished, 2, "pseudo") / "gzs3_crops.json"
     before = json.loads(path.read_text())
     path.write_text(json.dumps(before | {"settings": before["settings"] | {"ensemble_weight": "0.7"}}))
     repeated = [f"seed1/none/gzs3_{view}" for view in ("off", "crops", "single_pass")]
@@ -356,7 +363,7 @@ def test_an_evaluation_is_repeated_where_the_checkpoint_or_the_weight_is_another
 
 def test_a_file_with_a_field_of_a_wrong_type_is_one_line(finished, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
-    shutil.rmtree(finished.run_folder(0, "pseudo"))  # or the settings of its labels are not looked at
+    shutil.rmtree(run_folder(finished, 0, "pseudo"))  # or the settings of its labels are not looked at
     for file, changes in (
         ("none/gzs3_off.json", {"miou_seen": True}),
         ("none/gzs3_off.json", {"hiou": "0.5"}),
@@ -389,7 +396,7 @@ def test_a_file_with_a_field_of_a_wrong_type_is_one_line(finished, monkeypatch):
 def test_a_truncated_file_is_made_again_with_a_word(finished, capsys):
     """Cut anywhere, a result is one that is not there; the others stay."""
     rows = finished.known_tables["ensemble_weight"].rows
-    jobs = {job.name: job for job in [*make_jobs(finished, rows), pseudo_label_job(finished, 0)]}
+    jobs = {job.name: job for job in [*make_jobs(finished.runs, rows), finished.runs[0].pseudo_label_job()]}
     for file, job in (
         ("none/gzs3_off.json", "none/gzs3_off"),
         ("none/ensemble_weight.json", "none/ensemble_weight"),
@@ -413,7 +420,7 @@ def test_half_a_line_of_times_is_left_out(finished, capsys):
 
 
 def test_a_result_of_the_ovs_setting_is_no_row(finished, monkeypatch):
-    path = finished.run_folder(0, "none") / "gzs3_off.json"
+    path = run_folder(finished, 0, "none") / "gzs3_off.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"seen_unseen_confusion": None}))
     with pytest.raises(InputError, match="gzs3_off.json is no result .*, it lacks 'seen_unseen_confusion."):
         call(monkeypatch, "table5", *flags(finished))
@@ -443,9 +450,9 @@ def delete_weights(args: AblationArgs, seed: str = "*", name: str = "*") -> None
 
 def test_results_stand_without_their_weights(finished, monkeypatch):
     delete_weights(finished)
-    (finished.run_folder(1, "pseudo_labels") / "summary.json").unlink()  # what was made of them stands, too
+    (run_folder(finished, 1, "pseudo_labels") / "summary.json").unlink()  # what was made of them stands, too
     monkeypatch.setattr(subprocess, "Popen", None)
-    (finished.run_folder(1, "none") / "ensemble_weight.json").unlink()
+    (run_folder(finished, 1, "none") / "ensemble_weight.json").unlink()
     call(monkeypatch, "table4", "table5", "ensemble_weight", *flags(finished))
     assert json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table4"]["rows"]
 
@@ -453,7 +460,7 @@ def test_results_stand_without_their_weights(finished, monkeypatch):
 def test_results_stand_where_they_are_moved(finished, monkeypatch, tmp_path):
     recipe = {"output_dir": "elsewhere/seed0/none", "dataset": "elsewhere/scenes", "init_from": "x/stage1/final"}
     recipe |= {"unseen_labels": "none", "max_steps": 500}
-    (finished.run_folder(0, "none") / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run_folder(finished, 0, "none") / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     delete_weights(finished)
     Path(finished.output_dir).rename(tmp_path / "moved")
     monkeypatch.setattr(subprocess, "Popen", None)
@@ -463,16 +470,16 @@ def test_results_stand_where_they_are_moved(finished, monkeypatch, tmp_path):
 
 
 def test_results_of_other_images_are_no_row(finished, monkeypatch):
-    path = finished.run_folder(1, "none") / "gzs3_off.json"
+    path = run_folder(finished, 1, "none") / "gzs3_off.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"split_images": 2, "num_images": 2}))
     with pytest.raises(InputError, match="none/gzs3_off.json is of 2 validation images and .*scenes has 1"):
         call(monkeypatch, "table5", *flags(finished))
 
 
 def test_a_missing_result_is_made_by_what_is_there(finished):
-    (finished.run_folder(1, "none") / "gzs3_crops.json").unlink()
+    (run_folder(finished, 1, "none") / "gzs3_crops.json").unlink()
     assert planned(finished) == ["seed1/none/gzs3_crops"]
-    shutil.rmtree(finished.run_folder(1, "none"))
+    shutil.rmtree(run_folder(finished, 1, "none"))
     assert planned(finished) == ["seed1/none", *(f"seed1/none/gzs3_{view}" for view in ("off", "crops", "single_pass"))]
 
 
@@ -493,33 +500,33 @@ def test_a_missing_result_is_made_by_what_is_there(finished):
 )
 def test_a_model_that_is_gone_is_not_trained_again_beside_its_old_results(finished, monkeypatch, name, lost, message):
     delete_weights(finished, "1", name)
-    (finished.run_folder(1, name).parent / lost).unlink()
+    (run_folder(finished, 1, name).parent / lost).unlink()
     monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(InputError, match=message):
         call(monkeypatch, "table4", "table5", *flags(finished))
 
 
 def test_nor_is_a_stage_1_that_others_started_from(finished, monkeypatch):
-    shutil.rmtree(finished.run_folder(2, "stage1"))
+    shutil.rmtree(run_folder(finished, 2, "stage1"))
     with pytest.raises(InputError, match="seed2/none was made with it: bring one back, or delete .*/seed2$"):
         call(monkeypatch, "table5", "table4", *flags(finished))
 
 
 def test_pseudo_labels_of_another_stage_1_are_made_again(finished):
-    shutil.rmtree(finished.run_folder(0, "pseudo"))
+    shutil.rmtree(run_folder(finished, 0, "pseudo"))
     results = ["seed0/pseudo", *(f"seed0/pseudo/gzs3_{view}" for view in ("off", "crops", "single_pass"))]
     assert planned(finished) == results
-    made_with = finished.run_folder(0, "pseudo_labels") / "settings.json"
+    made_with = run_folder(finished, 0, "pseudo_labels") / "settings.json"
     made_with.write_text(json.dumps({"checkpoint_sha256": {"model.safetensors": "another"}}))
     assert planned(finished) == ["seed0/pseudo_labels", *results]
 
 
 def test_the_weight_is_chosen_anew_for_another_checkpoint_or_by_other_labels(finished):
     def missing() -> list[str]:
-        return [job.name for job in runner.jobs_to_run(make_jobs(finished, TABLES["ensemble_weight"].rows))]
+        return [job.name for job in runner.jobs_to_run(make_jobs(finished.runs, TABLES["ensemble_weight"].rows))]
 
     assert missing() == []
-    path = finished.run_folder(0, "none") / "ensemble_weight.json"
+    path = run_folder(finished, 0, "none") / "ensemble_weight.json"
     before = json.loads(path.read_text())
     other = before["settings"] | {"unseen_labels": "ground_truth"}
     for answer in (before | {"settings": other}, {"clip_ensemble_weight": 0.9}):
@@ -528,22 +535,26 @@ def test_the_weight_is_chosen_anew_for_another_checkpoint_or_by_other_labels(fin
     path.write_text(json.dumps(before | {"clip_ensemble_weight": 0.9}))  # another than was evaluated
     assert missing() == ["seed0/none/gzs3_chosen"]
     path.write_text(json.dumps(before))
-    (finished.run_folder(1, "best") / "final" / "model.safetensors").write_bytes(b"trained anew")
+    (run_folder(finished, 1, "best") / "final" / "model.safetensors").write_bytes(b"trained anew")
     assert missing() == [f"seed1/best/{name}" for name in ("gzs3_off", "ensemble_weight", "gzs3_chosen")]
 
 
-def test_a_result_of_an_older_eval_stands(finished):
-    """Which kept the weight as a number."""
-    path = finished.run_folder(0, "none") / "gzs3_crops.json"
+@pytest.mark.parametrize(
+    ("older", "stands"),
+    [({"ensemble_weight": 0.8}, True), ({"ensemble_tolerance": 0.0}, True), ({"ensemble_tolerance": 0.1}, False)],
+)
+def test_a_result_of_an_older_eval_stands_if_it_is_the_same_evaluation(finished, older, stands):
+    """An older one kept the weight as a number, and knew a tolerance."""
+    path = run_folder(finished, 0, "none") / "gzs3_crops.json"
     before = json.loads(path.read_text())
-    path.write_text(json.dumps(before | {"settings": before["settings"] | {"ensemble_weight": 0.8}}))
-    assert planned(finished) == []
+    path.write_text(json.dumps(before | {"settings": before["settings"] | older}))
+    assert planned(finished) == ([] if stands else ["seed0/none/gzs3_crops"])
 
 
 def test_a_weight_is_chosen_by_what_training_may_know():
     """The true labels where they were told, else pseudo labels, which are made also where no training needs them."""
     rows = [Row(name, "chosen") for name in ("stage1", "none", "ground_truth")]
-    jobs = {job.name: job for job in make_jobs(AblationArgs(seeds=[1]), rows)}
+    jobs = {job.name: job for job in make_jobs(AblationArgs(seeds=[1]).runs, rows)}
     labels = {"stage1": "runs/ablation/seed1/pseudo_labels", "ground_truth": "ground_truth"}
     labels["none"] = labels["stage1"]
     for name, expected in labels.items():
@@ -557,14 +568,14 @@ def test_a_weight_is_chosen_by_what_training_may_know():
         words = f"eval.py --model {folder}/final --dataset runs/ablation/scenes --output {folder}/gzs3_chosen.json "
         assert evaluation.command[1:] == f"{words}--ensemble_weight {folder}/ensemble_weight.json".split()
         assert job.name in evaluation.after
-    assert "seed1/pseudo_labels" not in {job.name for job in make_jobs(AblationArgs(seeds=[1]), rows[2:])}
+    assert "seed1/pseudo_labels" not in {job.name for job in make_jobs(AblationArgs(seeds=[1]).runs, rows[2:])}
 
 
 def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch, capsys):
     recipe = {"max_steps": 500, "learning_rate": 5e-4, "class_loss": "background_aware", "seed": 0, "of_old": 1}
-    path = finished.run_folder(0, "none") / "recipe.yaml"
+    path = run_folder(finished, 0, "none") / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    assert command.check_trained(finished, 0, "none") == 500
+    assert command.check_trained(finished.runs[0], "none") == 500
     with pytest.raises(InputError, match=r"seed0/none was made with max_steps 500 \(asked for: 20\): .*none, or"):
         call(monkeypatch, "table5", *flags(finished), "--stage2_steps", 20)
     path.write_text(yaml.safe_dump(recipe | {"class_loss": "cross_entropy"}))
@@ -575,7 +586,7 @@ def test_a_run_with_other_flags_is_not_taken_for_this_one(finished, monkeypatch,
 
 
 def test_the_commands_of_scenes():
-    jobs = {job.name: job.command for job in make_jobs(AblationArgs(), OLD)}
+    jobs = {job.name: job.command for job in make_jobs(AblationArgs().runs, OLD)}
     assert len(jobs) == 3 * (4 + 1 + 12)
     folder = "runs/ablation/seed1"
     stage1 = f"train.py --config recipes/scenes_stage1.yaml --dataset runs/ablation/scenes --output_dir {folder}/stage1"
@@ -590,7 +601,9 @@ def test_the_commands_of_scenes():
 def test_the_commands_of_a_folder_with_vectors_and_a_backbone():
     given = {"stage1": "a.yaml", "stage2": "b.yaml", "text_embeds": "v.npy", "backbone": "bb", "scripts": "bench"}
     args = AblationArgs(dataset="mine", output_dir="out", seeds=[3], **given)  # nothing of this is there
-    jobs = {job.name: job.command for job in make_jobs(args, make_tables(clip=False, matching="joint")["table6"].rows)}
+    jobs = {
+        job.name: job.command for job in make_jobs(args.runs, make_tables(clip=False, matching="joint")["table6"].rows)
+    }
     assert [name for name in jobs if "gzs3" not in name] == [
         *("seed3/stage1", "seed3/ground_truth", "seed3/ce", "seed3/ce_kl", "seed3/closed")
     ]
@@ -608,7 +621,7 @@ def test_the_commands_of_a_folder_with_vectors_and_a_backbone():
 def test_every_command_is_understood_by_its_own_parser(monkeypatch):
     monkeypatch.chdir(ROOT)
     args = AblationArgs(stage1_steps=30, stage2_steps=20)
-    for job in make_jobs(args, ALL):
+    for job in make_jobs(args.runs, ALL):
         if "mask2former" in job.name:
             assert job.command[1:3] == ["-m", "benchmarks.closed_set"] and job.command[3] in ("train", "eval")
             classes = {"train": (TrainArgs, Zs3Config), "eval": (EvalArgs,)}[job.command[3]]
@@ -640,9 +653,18 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
             read_arguments(args_class, job.command[1 + len(words.split()) :])
 
 
+def test_a_module_beside_the_package_is_asked_for_before_anything_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    command.check_scripts(TRAININGS)
+    monkeypatch.chdir(tmp_path)
+    command.check_scripts(["stage1", "best"])
+    with pytest.raises(InputError, match="benchmarks.closed_set is not here"):
+        command.check_scripts(TRAININGS)
+
+
 def test_what_a_job_reads_another_before_it_makes():
     args, made = AblationArgs(), {}
-    for job in make_jobs(args, ALL):
+    for job in make_jobs(args.runs, ALL):
         words = job.command
         for name in ("--init_from", "--unseen_labels", "--model", "--ensemble_weight"):
             if name in words and words[words.index(name) + 1] not in ("none", "ground_truth", "0.8", "0.6667"):

@@ -1,10 +1,9 @@
-"""What an ablation says: means and intervals over seeds, paired differences, verdicts, and where the pixels went.
+"""The tables of an ablation: means and intervals over seeds, paired differences, verdicts, areas with wrong names.
 
 Scores and shares of areas are in percent.
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from zs3.typed_json import read_json_lines
 LEVEL = 0.95  # of the intervals over seeds
 END = 4  # lines of a log at either end
 LINE = dict[str, float | None]  # of metrics.jsonl
-AREAS = (  # title; whose labelled area it is a share of; what was wrong with the name
+AREAS = (  # title; the classes whose labelled area is the whole; the wrong name
     ("seen area with an unseen name", "of_seen", "wrong_unseen"),
     ("unseen area with a seen name", "of_unseen", "wrong_seen"),
     ("unseen area with another unseen name", "of_unseen", "wrong_unseen"),
@@ -38,7 +37,7 @@ OF_A_RUN = (
 
 
 def t_interval(values: list[float]) -> tuple[float, float]:
-    """Of the mean, at LEVEL, by Student's t with n - 1 degrees of freedom; NaN for fewer than 2 values."""
+    """The interval of the mean at LEVEL, by Student's t with n - 1 degrees of freedom; NaN for fewer than 2 values."""
     if len(values) < 2:
         return math.nan, math.nan
     half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
@@ -54,7 +53,7 @@ def over_seeds(values: list[float]) -> dict:
 
 
 def verdict(interval: list[float], paper: float | None) -> str:
-    """paper: its difference, where it has one; its sign alone counts."""
+    """paper: the difference of the paper, if it has one; only its sign counts."""
     low, high = interval
     if math.isnan(low):
         return "no interval"
@@ -65,17 +64,17 @@ def verdict(interval: list[float], paper: float | None) -> str:
     return "same sign as the paper" if (low > 0) == (paper > 0) else "opposite"
 
 
-class Runs(NamedTuple):
-    """What the runs of one row left, one of each a seed."""
+class RowRuns(NamedTuple):
+    """Results and logs of one row, one of each for a seed."""
 
     results: list[Result]
     logs: list[list[dict]]  # lines of metrics.jsonl; empty where training wrote none
 
 
-def read_runs(results: list[Path]) -> Runs:
+def read_runs(results: list[Path]) -> RowRuns:
     """results: the files of eval.py, each in the folder of its training."""
     logs = [path.parent / "metrics.jsonl" for path in results]
-    return Runs(
+    return RowRuns(
         [read_result(path, OF_A_RUN) for path in results],
         [read_json_lines(path, LINE, "log of train.py", "train again") if path.exists() else [] for path in logs],
     )
@@ -85,19 +84,19 @@ def in_percent(share: float | None) -> float:
     return math.nan if share is None else 100 * share
 
 
-def scores_of(runs: Runs) -> dict[str, list[float]]:
-    """By score, one value a seed; NaN where the split had no such class."""
+def scores_of(runs: RowRuns) -> dict[str, list[float]]:
+    """By score, one value a seed; NaN where the split has no such class."""
     return {name: [in_percent(result[name]) for result in runs.results] for name in GeneralizedScores._fields}
 
 
-def areas_of(runs: Runs) -> dict[str, dict]:
+def areas_of(runs: RowRuns) -> dict[str, dict]:
     """The area that got a name of the wrong kind, by AREAS; NaN where there is no area of that kind."""
     shares = [result["seen_unseen_confusion"] for result in runs.results]
     return {title: over_seeds([in_percent(share[kind][wrong]) for share in shares]) for title, kind, wrong in AREAS}
 
 
-def curve_of(runs: Runs) -> dict[str, dict]:
-    """What does not depend on how much the scores favour seen names; NaN where the curve was not measured."""
+def curve_of(runs: RowRuns) -> dict[str, dict]:
+    """Scores that a favour for seen names does not change; NaN where the curve was not measured."""
     curves = [result.get("seen_unseen_curve") for result in runs.results]
     alone = [math.nan if curve is None else in_percent(curve["seen_only"]["miou_seen"]) for curve in curves]
     area = [math.nan if curve is None else in_percent(curve["area"]) for curve in curves]
@@ -107,13 +106,13 @@ def curve_of(runs: Runs) -> dict[str, dict]:
     }
 
 
-def unseen_classes_of(runs: Runs) -> dict[str, dict]:
+def unseen_classes_of(runs: RowRuns) -> dict[str, dict]:
     """IoU by unseen class."""
     names = runs.results[0]["unseen"]
     return {name: over_seeds([in_percent(result["per_class"][name]) for result in runs.results]) for name in names}
 
 
-def logged_by(runs: Runs) -> dict[str, dict]:
+def logged_by(runs: RowRuns) -> dict[str, dict]:
     """Losses, without weights and summed over the decoder's outputs, and same_label_rate, in [0, 1]: at both ends of
     training. NaN where a line has none."""
     if not all(runs.logs):
@@ -127,16 +126,16 @@ def logged_by(runs: Runs) -> dict[str, dict]:
     return found
 
 
-def summarise(table: Table, paths: Callable[[Row], list[Path]]) -> dict:
-    """paths: a row's result files, one a seed."""
-    runs = {row: read_runs(paths(row)) for row in table.rows}
+def summarise(table: Table, paths: dict[Row, list[Path]]) -> dict:
+    """paths: of a row's result files, one a seed."""
+    runs = {row: read_runs(paths[row]) for row in table.rows}
     scores = {row: scores_of(runs[row]) for row in table.rows}
     rows = [
         {
             "title": row.title,
             "training": row.training,
-            "told": TRAININGS[row.training].told,
-            "ensemble": row.view,
+            "told": TRAININGS[row.training].unseen_labels,
+            "ensemble": row.ensemble,
             "ensemble_weights": [one["clip_ensemble_weight"] for one in runs[row].results] if row.is_chosen else None,
             "scores": {name: over_seeds(values) for name, values in scores[row].items()},
             "paper": table.paper[row]._asdict() if row in table.paper else None,
@@ -171,7 +170,7 @@ def number(value: float, form: str = ".1f") -> str:
 
 
 def plus_minus(score: dict, sign: str = "") -> str:
-    """`mean ± half of the interval`, `sign` is that of a number's format."""
+    """`mean ± half of the interval`. sign: "+" to print it."""
     low, high = score["interval"]
     return f"{number(score['mean'], sign + '.1f')} ± {number((high - low) / 2)}"
 
@@ -181,7 +180,7 @@ def each_seed(score: dict, sign: str = "") -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """A picture of all tables: every seed's scores, their means, the paper's."""
+    """A picture of all tables: the scores of every seed, their means, those of the paper."""
     tables = result["tables"].values()
     draw_scores({table["title"]: {row["title"]: row for row in table["rows"]} for table in tables}, path)
 
@@ -201,7 +200,7 @@ def table_text(table: dict) -> str:
             cells += [each_seed(score, "+"), "" if score["paper"] is None else f"{score['paper']:+.1f}"]
             differences.append([*cells, score["verdict"]])
     text = [f"## {table['title']}", "", table["note"], ""]
-    text += markdown_table(["training", "told of unseen classes", *SCORE_TITLES.values(), "the paper's"], rows)
+    text += markdown_table(["training", "image labels of unseen classes", *SCORE_TITLES.values(), "the paper's"], rows)
     text += weights_text(table)
     head = ["difference", "score", "mean", "ratio", "every seed", "the paper's", "verdict"]
     text += ["", *markdown_table(head, differences), "", *areas_text(table), "", *logged_text(table), ""]
@@ -209,7 +208,7 @@ def table_text(table: dict) -> str:
 
 
 def weights_text(table: dict) -> list[str]:
-    """The weights of the ensemble that were chosen, where some were."""
+    """The chosen weights of the ensemble, if any were chosen."""
     rows = [
         [TRAININGS[row["training"]].title, " ".join("none" if w is None else str(w) for w in row["ensemble_weights"])]
         for row in table["rows"]
@@ -219,31 +218,31 @@ def weights_text(table: dict) -> list[str]:
 
 
 def areas_text(table: dict) -> list[str]:
-    """What the scores would be without a favour for seen names, which areas got a wrong name, and each unseen class."""
+    """Scores that a favour for seen names does not change, areas with a wrong name, and each unseen class."""
     classes = list(table["rows"][0]["unseen_classes"])
     rows = []
     for row in table["rows"]:
         values = [*row["curve"].values(), *row["areas"].values(), *row["unseen_classes"].values()]
         rows.append([row["title"], *map(plus_minus, values)])
-    said = "Scores that no bias towards seen names moves, shares of the labelled area of seen and of unseen classes, "
-    said += "and IoU of the unseen classes, percent. With the seen names alone a pixel of an unseen class is always "
-    said += "wrong, as for a model that has no other names:"
+    text = "Scores that no bias towards seen names changes, shares of the labelled area of seen and of unseen classes, "
+    text += "and IoU of the unseen classes, percent. With the seen names alone a pixel of an unseen class is always "
+    text += "wrong, as for a model that has no other names:"
     curve = table["rows"][0]["curve"]
     head = ["training", *curve, *(title for title, *_ in AREAS), *(f"IoU of {markdown(name)}" for name in classes)]
-    return [said, "", *markdown_table(head, rows)]
+    return [text, "", *markdown_table(head, rows)]
 
 
 def logged_text(table: dict) -> list[str]:
-    """What training says of itself: which terms fall, and whether the two matchings part."""
+    """What training logged: which terms fall, and whether the two matchings become different."""
     logged = {row["training"]: row["logged"] for row in table["rows"]}
     names = list(dict.fromkeys(name for ends in logged.values() for name in ends))
     rows = [
         [TRAININGS[training].title, *(both_ends(ends[name]) if name in ends else "" for name in names)]
         for training, ends in logged.items()
     ]
-    said = f"What training logged, means of the first {END} lines → of the last {END}, and over seeds"
+    text = f"What training logged, means of the first {END} lines → of the last {END}, and over seeds"
     return [
-        f"{said} (losses without weights, sums over the decoder's outputs):",
+        f"{text} (losses without weights, sums over the decoder's outputs):",
         "",
         *markdown_table(["training", *names], rows),
     ]
@@ -254,12 +253,12 @@ def both_ends(ends: dict[str, dict]) -> str:
 
 
 def steps_text(steps: dict[str, int]) -> str:
-    """Of a training that starts from another, both."""
-    told = []
+    """Where a training starts from another: the steps of both."""
+    parts = []
     for name, count in steps.items():
         start = TRAININGS[name].start
-        told.append(f"{TRAININGS[name].title} {count if start is None else f'{steps[start]} + {count}'}")
-    return "; ".join(told)
+        parts.append(f"{TRAININGS[name].title} {count if start is None else f'{steps[start]} + {count}'}")
+    return "; ".join(parts)
 
 
 def made_on(result: dict) -> str:
@@ -285,8 +284,8 @@ def report(result: dict) -> str:
             f"    {printable(result['command'])}",
             "",
             f"The benchmark {markdown(result['benchmark'])} is {kind}: {result['num_train']} training and "
-            f"{result['num_validation']} validation {images}. The paper's numbers are those of COCO-Stuff, to compare "
-            "signs with, not sizes.",
+            f"{result['num_validation']} validation {images}. The paper's numbers are of COCO-Stuff: compare "
+            "signs, not sizes.",
             "",
             f"Every score is in percent, on the validation {images} with all names as candidates (gzs3): the mean over "
             f"seeds {seeds} ± half of its {level} t-interval, and in brackets every seed. A seed decides weights, "

@@ -1,4 +1,4 @@
-"""Runs the jobs of an ablation side by side, each when those that it needs are done."""
+"""Runs the jobs of an ablation side by side, each after the jobs that it needs."""
 
 import json
 import os
@@ -24,7 +24,7 @@ POLL_SECONDS = 0.1
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether this training has left a model or results."""
+    """Whether a model or results of this training exist."""
     return (folder / "final").exists() or any(folder.glob("gzs3_*.json"))
 
 
@@ -38,9 +38,9 @@ class Running(NamedTuple):
 
 
 def jobs_to_run(jobs: list[Job]) -> list[Job]:
-    """The evaluations that are not done, and of what they need what is not done either.
+    """The evaluations that are not done, and the jobs that they need and that are not done.
 
-    jobs: in an order in which each stands after those it waits for.
+    jobs: in an order in which each stands after the jobs that it waits for.
     """
     wanted = {job.name for job in jobs} - {name for job in jobs for name in job.after}
     planned = []
@@ -52,10 +52,10 @@ def jobs_to_run(jobs: list[Job]) -> list[Job]:
 
 
 def run_jobs(jobs: list[Job], num_jobs: int, times: Path) -> None:
-    """Runs what is not done, at most `num_jobs` at once, each job after those it waits for, in the order given.
+    """Runs what is not done, at most `num_jobs` at once, in the order given, each job after those that it waits for.
 
-    A job that fails ends the others, who go on from their last checkpoint when the same command comes again.
-    times: JSON lines, to which the seconds of every job are added, also where it was stopped.
+    A job that fails ends the others. They go on from their last checkpoint when the same command is given again.
+    times: JSON lines. The seconds of every job are added, also if it was stopped.
     """
     waiting = {job.name: job for job in jobs}
     running: dict[str, Running] = {}
@@ -105,8 +105,8 @@ class Timed(TypedDict):
 
 
 def seconds_by_machine(jobs: list[Job], times: Path) -> dict[str, float] | None:
-    """Of these jobs, all their starts counted; None where a training has left no time. A line that is there twice, as
-    of files that were joined twice, counts once."""
+    """The time of these jobs, with all their starts; None if a training has no time. Equal lines count once: files may
+    have been joined twice."""
     rows = read_json_lines(times, Timed, "list of the times of jobs", "delete the line") if times.exists() else []
     rows = {json.dumps(row): row for row in rows}.values()
     if not {job.name for job in jobs if job.log.name == "train.log"} <= {row["job"] for row in rows}:
@@ -119,7 +119,7 @@ def seconds_by_machine(jobs: list[Job], times: Path) -> dict[str, float] | None:
 
 
 def versions_of(results: Iterable[Path]) -> dict[str, list[str]]:
-    """By package, those that the evaluations ran with."""
+    """By package, the versions that the evaluations ran with."""
     found = defaultdict(set)
     for path in results:
         for name, number in read_result(path, ("versions",))["versions"].items():
@@ -128,7 +128,7 @@ def versions_of(results: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def start(job: Job) -> subprocess.Popen:
-    """The log is locked as long as the job lives, even if this command was killed before: none is run twice at once."""
+    """The log is locked as long as the job runs, even if this command is killed: no job runs twice at once."""
     import fcntl  # not there on Windows
 
     environment = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")

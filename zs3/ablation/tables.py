@@ -1,5 +1,7 @@
-"""The tables of zs3.ablation as data: trainings (`TRAININGS`), how a model is looked at (`VIEWS`), which pairs are
-compared, and what the paper has there."""
+"""The tables of `zs3 ablation` as data.
+
+`TRAININGS`, the ensembles of their evaluations (`ENSEMBLES`), the pairs to compare, and the numbers of the paper.
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -16,14 +18,14 @@ ENSEMBLE_WEIGHT = Zs3Config.clip_ensemble_weight  # the paper's for COCO-Stuff; 
 class Training:
     """Flags of train.py beside the recipe of its stage.
 
-    told: of unseen classes, in stage 2: none, ground_truth or pseudo, labels made with the same seed's stage 1.
+    unseen_labels: image labels of unseen classes: none, ground_truth, or pseudo, made with stage 1 of the same seed.
     start: the training whose model it starts from; None: it has the recipe of stage 1.
-    whole: it has the steps of both stages in one. scripts: as --scripts of zs3.ablation.
+    whole: it has the steps of both stages in one. scripts: as --scripts of `zs3 ablation`.
     """
 
     title: str
     flags: tuple[str, ...] = ()
-    told: str = "ground_truth"
+    unseen_labels: str = "ground_truth"
     start: str | None = "stage1"
     whole: bool = False
     scripts: str | None = None
@@ -34,13 +36,14 @@ LABEL_MAP = ("--label_map_weight", "2")
 BEST = (*LABEL_MAP, "--matching", "hybrid")  # that of recipes/scenes_stage2_best.yaml
 CE = ("--class_loss", "cross_entropy", "--rank_weight", "0")
 CE_KL = ("--rank_weight", "0")
-FIRST = {"told": "none", "start": None}
+FIRST = {"unseen_labels": "none", "start": None}
+CLOSED_SET = "benchmarks.closed_set"  # trains transformers' own Mask2Former; it is no part of the package
 TRAININGS = {
     "stage1": Training("stage 1 alone", **FIRST),
     "stage1_bare": Training("stage 1 alone, no prompts", BARE, **FIRST),
     # Table 5
-    "none": Training("stage 2, nothing told", told="none"),
-    "pseudo": Training("stage 2, pseudo labels", told="pseudo"),
+    "none": Training("stage 2, no image labels", unseen_labels="none"),
+    "pseudo": Training("stage 2, pseudo labels", unseen_labels="pseudo"),
     "ground_truth": Training("stage 2"),
     # Table 6; its last row, with prompts, is Table 5's
     "ce": Training("CE and background", CE),
@@ -48,7 +51,7 @@ TRAININGS = {
     "bare_ce": Training("CE and background, no prompts", (*CE, *BARE), start="stage1_bare"),
     "bare_ce_kl": Training("CE, KL, no prompts", (*CE_KL, *BARE), start="stage1_bare"),
     "bare_ce_kl_rank": Training("CE, KL, ranking, no prompts", BARE, start="stage1_bare"),
-    "closed": Training("closed: CE and background, joint matching", (*CE, "--matching", "joint"), told="none"),
+    "closed": Training("closed: CE and background, joint matching", (*CE, "--matching", "joint"), unseen_labels="none"),
     # beyond the paper: one choice of stage 2 changed
     "unpaired": Training("unpaired matching", ("--matching", "unpaired")),
     "joint": Training("joint matching", ("--matching", "joint")),
@@ -65,9 +68,9 @@ TRAININGS = {
     ),
     "best": Training("hybrid matching, label map loss", BEST),
     "best_no_rank": Training("hybrid matching, label map loss, no ranking", (*BEST, *CE_KL)),
-    "pseudo_best": Training("hybrid matching, label map loss, pseudo labels", BEST, told="pseudo"),
+    "pseudo_best": Training("hybrid matching, label map loss, pseudo labels", BEST, unseen_labels="pseudo"),
     # what else a user could take
-    "mask2former": Training("transformers' Mask2Former", **FIRST, whole=True, scripts="benchmarks.closed_set"),
+    "mask2former": Training("transformers' Mask2Former", **FIRST, whole=True, scripts=CLOSED_SET),
     "zegformer": Training("ZegFormer-like", ("--class_projection", "linear"), **FIRST, whole=True),
 }
 
@@ -75,8 +78,8 @@ TRAININGS = {
 # ---- evaluations -------------------------------------------------------------------------------------------
 
 
-class View(NamedTuple):
-    """How a model is looked at: flags of eval.py. chosen: with the weight that zs3.ensemble_weight chooses."""
+class EnsembleFlags(NamedTuple):
+    """The ensemble of an evaluation as flags of eval.py. chosen: its weight is that of `zs3 ensemble_weight`."""
 
     title: str
     flags: tuple[str, ...] = ()
@@ -84,12 +87,12 @@ class View(NamedTuple):
 
 
 WEIGHT = ("--ensemble_weight", str(ENSEMBLE_WEIGHT))
-VIEWS = {  # lazy is crops, to the pixel
-    "off": View("off", ("--ensemble", "off")),
-    "crops": View("on, crops", ("--ensemble", "crops", *WEIGHT)),
-    "single_pass": View("on, single pass", ("--ensemble", "single_pass", *WEIGHT)),
-    "chosen": View("as chosen by image labels", chosen=True),
-    "zegformer": View(
+ENSEMBLES = {
+    "off": EnsembleFlags("off", ("--ensemble", "off")),
+    "crops": EnsembleFlags("on, crops", ("--ensemble", "crops", *WEIGHT)),
+    "single_pass": EnsembleFlags("on, single pass", ("--ensemble", "single_pass", *WEIGHT)),
+    "chosen": EnsembleFlags("as chosen by image labels", chosen=True),
+    "zegformer": EnsembleFlags(
         "on, crops, w = 2/3, bias 0.1", ("--ensemble", "crops", "--ensemble_weight", "0.6667", "--seen_bias", "0.1")
     ),
 }
@@ -102,23 +105,23 @@ class Row(NamedTuple):
     """One row of a table: a training and the ensemble it is evaluated with."""
 
     training: str  # of TRAININGS
-    view: str = "off"  # of VIEWS
+    ensemble: str = "off"  # of ENSEMBLES
 
     @property
     def title(self) -> str:
         title = TRAININGS[self.training].title
-        return title if self.view == "off" else f"{title}, ensemble {VIEWS[self.view].title}"
+        return title if self.ensemble == "off" else f"{title}, ensemble {ENSEMBLES[self.ensemble].title}"
 
     @property
     def is_chosen(self) -> bool:
-        """Whether the weight of the ensemble is that of zs3.ensemble_weight."""
-        return VIEWS[self.view].chosen
+        """Whether the weight of the ensemble is that of `zs3 ensemble_weight`."""
+        return ENSEMBLES[self.ensemble].chosen
 
     @property
     def needs_pseudo_labels(self) -> bool:
-        """To train, or to choose the weight of the ensemble where training was not told the true labels."""
-        told = TRAININGS[self.training].told
-        return told == "pseudo" or (self.is_chosen and told != "ground_truth")
+        """To train, or to choose the weight of the ensemble where training did not have the true labels."""
+        labels = TRAININGS[self.training].unseen_labels
+        return labels == "pseudo" or (self.is_chosen and labels != "ground_truth")
 
 
 class Difference(NamedTuple):
@@ -157,8 +160,8 @@ PAPER_CE_KL_RANK = GeneralizedScores(38.4, 50.1, 43.5)
 
 
 def make_tables(clip: bool, matching: str) -> dict[str, Table]:
-    """clip: False where text vectors are ready made: there are no names without prompts, no pseudo labels, and no
-    ensemble. matching: that of the recipe of stage 2."""
+    """clip: False where text vectors are ready made. Then there are no names without prompts, no pseudo labels and no
+    ensemble. matching: of the recipe of stage 2."""
     tables = {"table4": table4(), "table5": table5(), "table6": table6(clip), **beyond_the_paper(matching)}
     tables |= {"ensemble_weight": ensemble_weight(), "best": best(clip), "parts": parts(), "comparison": comparison()}
     if clip:
@@ -170,7 +173,7 @@ def make_tables(clip: bool, matching: str) -> dict[str, Table]:
 
 def without_clip(table: Table) -> Table:
     def kept(row: Row) -> bool:
-        return TRAININGS[row.training].told != "pseudo" and row.view == "off"
+        return TRAININGS[row.training].unseen_labels != "pseudo" and row.ensemble == "off"
 
     differences = [pair for pair in table.differences if kept(pair.row) and kept(pair.minus)]
     return replace(table, rows=[row for row in table.rows if kept(row)], differences=differences)
@@ -201,9 +204,9 @@ def ensemble_weight() -> Table:
     ours = ("pseudo_best", "best")
     return Table(
         "The weight of the ensemble, chosen without unseen masks or validation images",
-        "`zs3.ensemble_weight` chooses a weight, or no ensemble, on training images and their image labels of unseen "
-        "classes: the true ones for models that were told them, pseudo labels for all others. Its choice, unlike their "
-        "training, so tells also those of unseen classes that were told nothing: with it they are transductive, too.",
+        "`zs3 ensemble_weight` chooses a weight, or no ensemble, on training images and their image labels of unseen "
+        "classes: the true ones for models whose training had them, pseudo labels for all others. So the choice uses "
+        "labels of unseen classes even where training had none: with it these models are transductive, too.",
         [
             *(Row(name, view) for name in names for view in ("off", "crops", "chosen")),
             *(Row(name, view) for name in ours for view in ("off", "chosen")),
@@ -227,7 +230,7 @@ TABLE5 = {"none": PAPER_NONE, "pseudo": PAPER_PSEUDO, "ground_truth": PAPER_GROU
 
 def table5() -> Table:
     return Table(
-        "Table 5: what training is told of unseen classes",
+        "Table 5: image labels of unseen classes in training",
         SUPPOSED_ON,
         [Row(name) for name in TABLE5],
         table5_differences("off"),
@@ -235,9 +238,9 @@ def table5() -> Table:
     )
 
 
-def table5_differences(view: str) -> list[Difference]:
+def table5_differences(ensemble: str) -> list[Difference]:
     pairs = (("pseudo", "none"), ("ground_truth", "none"), ("pseudo", "ground_truth"))
-    return [Difference(Row(a, view), Row(b, view), gain(TABLE5[b], TABLE5[a])) for a, b in pairs]
+    return [Difference(Row(a, ensemble), Row(b, ensemble), gain(TABLE5[b], TABLE5[a])) for a, b in pairs]
 
 
 def table6(clip: bool) -> Table:
@@ -262,7 +265,7 @@ def table6(clip: bool) -> Table:
     )
 
 
-CHOICE_NOTE = "Rows differ from 'stage 2', the recipe of stage 2, by what they are called; the ensemble is off."
+CHOICE_NOTE = "A row differs from 'stage 2', the recipe of stage 2, as its name says; the ensemble is off."
 
 
 def beyond_the_paper(matching: str) -> dict[str, Table]:
@@ -322,9 +325,9 @@ def comparison() -> Table:
     return Table(
         "What else a user could take",
         "All rows have the same number of steps and the same data and augmentation; where they are in one stage, the "
-        "learning rate decays once. The first three rows are inductive: they know of unseen classes nothing, or names "
-        "at inference; ours are told image labels, pseudo or true, and have the ensemble off but for one row, which is "
-        "the paper's own setting. Transformers' Mask2Former has its own losses and no "
+        "learning rate decays once. The first three rows are inductive: they know nothing of unseen classes but, at "
+        "inference, their names. Our rows have image labels, pseudo or true, and the ensemble off but for one row, "
+        "which is the paper's own method. Transformers' Mask2Former has its own losses and no "
         "name for an unseen class: its mIoU(U) is 0 by construction, and differences of mIoU(U) and hIoU to it say no "
         "more than that. 'Closed' with the ensemble is zsseg-like (Xu et al. 2021: a background embedding, w = 0.8). "
         "'ZegFormer-like' (Ding et al. 2022) has a linear class projection, its ensemble's exponents of 2/3 and 1/3, "
