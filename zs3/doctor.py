@@ -318,3 +318,9 @@ def main() -> None:
     count = len(found.problems)
     if count:
         raise InputError(f"{count} problem{'s' * (count > 1)} in {args.path}, listed above")
+
+
+if __name__ == "__main__":  # the command's old spelling
+    from zs3.__main__ import run_old_command
+
+    run_old_command("zs3.doctor")

@@ -76,6 +76,10 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return super()._get_help_string(action) if action.default not in (None, []) else action.help
 
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        text = super()._format_args(action, default_metavar)
+        return f"{text.split()[0]} ..." if action.nargs == "+" else text
+
 
 class _Parser(HfArgumentParser):
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
@@ -110,7 +114,9 @@ def _parser(args_class: type[Arguments], config_class: type | None, config_names
     parser.add_argument("--config", metavar="FILE", help="YAML file of these flags; the command line wins.")
     group, texts = parser.add_argument_group("model configuration, values in YAML"), field_texts(config_class)
     for name in config_names:
-        options = {"nargs": "+", "default": argparse.SUPPRESS, "metavar": "VALUE", "help": texts.get(name)}
+        default = getattr(config_class, name, None)
+        text = texts.get(name, "") + ("" if default is None else f" (default: {default})")
+        options = {"nargs": "+", "default": argparse.SUPPRESS, "metavar": "VALUE", "help": text}
         group.add_argument(f"--{name}", type=_yaml_value, **options)
     return parser
 

@@ -1,0 +1,139 @@
+"""The command `zs3`: its list, each command's --help, and the spellings of version 0.1.0."""
+
+import re
+import runpy
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from transformers import Mask2FormerConfig
+
+from configuration_zs3 import Zs3Config
+from zs3.__main__ import COMMANDS, main
+from zs3.command_line import model_fields, read_arguments
+from zs3.training.arguments import TrainArgs
+
+ROOT = Path(__file__).parents[1]
+NAMES = [name for name, *_ in COMMANDS]
+OLD = ["check", "compare", "demo", "doctor", "ensemble_weight", "export", "figure", "nouns", "tiny_clip"]
+
+
+@pytest.fixture(autouse=True)
+def screen(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def call(monkeypatch, *words: str) -> int | None:
+    """The exit code of `zs3 words`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/zs3", *words])
+    try:
+        main()
+    except SystemExit as ended:
+        return ended.code
+    return None
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_the_list_of_commands_is_in_order_and_fits_a_screen(words, monkeypatch, capsys):
+    assert call(monkeypatch, *words) in (None, 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines if line[2:3].isalpha()][: len(NAMES)] == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_help_of_a_command_names_it_and_fits_a_screen(name, monkeypatch, capsys):
+    assert call(monkeypatch, name, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: zs3 {name} ") and lines[2]
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+
+
+def test_words_may_be_joined_by_hyphens(monkeypatch, capsys):
+    assert call(monkeypatch, "ensemble-weight", "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: zs3 ensemble_weight ")
+
+
+@pytest.mark.parametrize(
+    ("word", "mend"), [("chek", "did you mean check?"), ("evaluate", "see the flags in --help"), ("train", "")]
+)
+def test_an_unknown_command_is_one_line_and_exit_code_2(word, mend, monkeypatch, capsys):
+    assert call(monkeypatch, word) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: zs3 has no command '{word}'; ") and mend in line
+
+
+def test_the_package_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "zs3", "check", "--dataset", "nowhere/at/all"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: nowhere/at/all does not exist")
+
+
+def run_module(name: str, monkeypatch) -> None:
+    """`python -m zs3.NAME --help`, in this process."""
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    for module in (f"zs3.{name}", f"zs3.{name}.__main__"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"zs3.{name}", run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_an_old_spelling_runs_and_names_the_new_one(name, monkeypatch, capsys):
+    run_module(name, monkeypatch)
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"usage: zs3 {name} ")
+    assert shown.err == f"note: python -m zs3.{name} is called zs3 {name} now\n"
+
+
+@pytest.mark.parametrize("name", ["convert", "release", "ablation", "scenes", "pseudo_labels"])
+def test_a_public_module_runs_without_a_note(name, monkeypatch, capsys):
+    run_module(name, monkeypatch)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_old_module_cannot_be_imported_and_the_message_names_its_command():
+    with pytest.raises(ModuleNotFoundError, match="its command is `zs3 check`"):
+        import_module("zs3.check")
+
+
+# ---- train.py --------------------------------------------------------------------------------------------------
+
+
+def test_every_flag_of_training_has_its_help(capsys):
+    """Of the model's own fields and of Mask2Former's, from the docstrings of their configurations."""
+    with pytest.raises(SystemExit):
+        read_arguments(TrainArgs, ["--help"], Zs3Config)
+    flags = re.split(r"^  --", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    words = {flag.split()[0]: len(flag.split()) for flag in flags}
+    names = [*(field.name for field in fields(TrainArgs)), *model_fields(Zs3Config)]
+    assert [name for name in names if words.get(name, 0) < 5] == []
+
+
+def test_the_text_of_a_field_is_whole_and_its_own(capsys):
+    class Config(Mask2FormerConfig):
+        """A configuration.
+
+        Losses:
+            rank_weight, dice_weight: weights of two
+                losses, in [0, 100 %]: both
+                of them.
+
+            kl: which way.
+        Fields that nobody declared: nothing.
+        """
+
+        rank_weight: float = 1.0
+        kl: str = "p_u"
+
+    with pytest.raises(SystemExit):
+        read_arguments(TrainArgs, ["--help"], Config)
+    words = " ".join(capsys.readouterr().out.split())
+    assert "--rank_weight VALUE ... weights of two losses, in [0, 100 %]: both of them. (default: 1.0)" in words
+    assert "--dice_weight VALUE ... weights of two losses" in words
+    assert "--kl VALUE ... which way. (default: p_u)" in words
+    assert "--num_queries VALUE ... Number of queries for the decoder. (default: 100)" in words
