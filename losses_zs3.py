@@ -227,7 +227,7 @@ def assign_labels(cost: Tensor, labels: Tensor) -> Tensor:
 def assign(
     mask_cost: Tensor, label_cost: Tensor, ids: Tensor, labels: Tensor, matching: str, class_weight: float
 ) -> tuple[Match, Tensor]:
-    """The masks and the labels (Q,) of one image's queries, by one of three matchings.
+    """The masks and the labels (Q,) of one image's queries: a class index or UNMATCHED. By one of three matchings.
 
     mask_cost: (Q, M) of mask targets with ids (M,); the cost of their labels is in it, but for "unpaired".
     label_cost: (Q, L) of the present labels (L,).
@@ -240,19 +240,19 @@ def assign(
         return hungarian(mask_cost), assign_labels(label_cost, labels)
     without_mask = ~torch.isin(labels, ids)
     label_cost, labels = label_cost[:, without_mask], labels[without_mask]
-    target = torch.full((len(mask_cost),), UNMATCHED)
+    query_labels = torch.full((len(mask_cost),), UNMATCHED)
     if matching == "hybrid":
         finite = torch.nan_to_num(mask_cost.double(), nan=1e5, posinf=1e5, neginf=-1e5)
         masks_first = finite - 1e6  # where queries run out; matters nowhere else
         match = hungarian(torch.cat([masks_first, class_weight * label_cost], dim=1))
-        target[match.query] = torch.cat([ids, labels])[match.target]
+        query_labels[match.query] = torch.cat([ids, labels])[match.target]
         has_mask = match.target < len(ids)
-        return Match(match.query[has_mask], match.target[has_mask]), target
+        return Match(match.query[has_mask], match.target[has_mask]), query_labels
     match = hungarian(mask_cost)
-    target[match.query] = ids[match.target]
-    left_over = target == UNMATCHED
-    target[left_over] = assign_labels(label_cost[left_over], labels)
-    return match, target
+    query_labels[match.query] = ids[match.target]
+    left_over = query_labels == UNMATCHED
+    query_labels[left_over] = assign_labels(label_cost[left_over], labels)
+    return match, query_labels
 
 
 # ---------------------------------------------------------------------------------------------- mask losses
@@ -527,27 +527,27 @@ def zs3_losses(
     counts: (3,), what sums are divided by, see `count_targets`; None: of these targets.
     """
     ids = pad_ids(targets.ids, mask_logits[0].device)
-    matches, labels = match_outputs(mask_logits, similarity, background_similarity, targets, ids, config)
+    matches, query_labels = match_outputs(mask_logits, similarity, background_similarity, targets, ids, config)
     if counts is None:
-        counts = count_targets(targets.ids, targets.image_labels, labels.shape[2], config.matching)
-    num_masks, num_matched, num_unmatched = mean_over_ranks(counts.to(labels.device)).clamp(min=TINY)
+        counts = count_targets(targets.ids, targets.image_labels, query_labels.shape[2], config.matching)
+    num_masks, num_matched, num_unmatched = mean_over_ranks(counts.to(query_labels.device)).clamp(min=TINY)
 
     cosine = torch.stack(similarity)
     numbers = {"num_matched": num_matched, "num_unmatched": num_unmatched}
     if config.class_loss == "cross_entropy":
         background = torch.stack(background_similarity)
         numbers["unmatched_weight"] = config.no_object_weight
-        of_classes = background_class_loss(cosine, background, labels, config.class_temperature, **numbers)
+        of_classes = background_class_loss(cosine, background, query_labels, config.class_temperature, **numbers)
     else:
         numbers |= {"matched_weight": config.matched_weight, "kl": config.kl}
-        of_classes = class_loss(cosine, labels, config.class_temperature, **numbers)
+        of_classes = class_loss(cosine, query_labels, config.class_temperature, **numbers)
     positive, negative = targets.image_labels == 1, targets.image_labels == 0
     of_ranking = ranking_loss(config.rank_scale * cosine, positive, negative, norm=config.rank_norm)
 
     num_points = config.train_num_points
     num_uniform = num_points - int(config.importance_sample_ratio * num_points)
     num_candidates = int(config.oversample_ratio * num_points)
-    points = random_points(len(targets.ids), num_candidates + num_uniform, labels.device)
+    points = random_points(len(targets.ids), num_candidates + num_uniform, query_labels.device)
     points = points.to(torch.promote_types(mask_logits[0].dtype, torch.float32))
     truth = label_points(targets.labels, ids, points, ignored_pixels=config.ignored_pixels)
     mask, dice = mask_terms(mask_logits, matches, truth, num_masks, config)
@@ -555,7 +555,7 @@ def zs3_losses(
     if config.label_map_weight:
         uniform = points[:, -num_uniform:] if num_uniform else points
         terms["label_map"] = label_map_term(mask_logits, similarity, background_similarity, targets, uniform, config)
-    return Losses(terms, same_label_rate(matches, labels, ids))
+    return Losses(terms, same_label_rate(matches, query_labels, ids))
 
 
 def mask_terms(
@@ -618,7 +618,7 @@ def match_outputs(
     ids: Tensor,
     config: Zs3Config,
 ) -> tuple[Matches, Tensor]:
-    """The masks of the queries of all images and decoder outputs, and their labels (O, B, Q); see `assign`.
+    """The masks of the queries of all images and decoder outputs, and query_labels (O, B, Q); see `assign`.
 
     ids: (B, M), those of the targets on the device of the predictions, see `pad_ids`.
     The costs of all outputs and images go to the CPU in one copy; so do the indices on their way back.
@@ -645,16 +645,16 @@ def match_outputs(
         costs.append(torch.cat([cost, -pick_columns(cosine, present_there)], dim=2))  # (B, Q, M + L)
     costs = torch.stack(costs, dim=1).cpu()
 
-    masks, labels = [], []
+    masks, query_labels = [], []
     for cost, image_ids, image_labels in zip(costs, targets.ids, present, strict=True):
         of_masks, of_labels = cost.tensor_split([ids.shape[1]], dim=2)  # (O, Q, M), (O, Q, L)
         pairs = zip(of_masks[..., : len(image_ids)], of_labels[..., : len(image_labels)], strict=True)
         assigned = [assign(*pair, image_ids, image_labels, config.matching, config.class_weight) for pair in pairs]
         masks.append(torch.stack([torch.stack(match) for match, _ in assigned], dim=1))  # (2, O, K)
-        labels.append(torch.stack([label for _, label in assigned]))
+        query_labels.append(torch.stack([labels for _, labels in assigned]))
     image = torch.repeat_interleave(torch.tensor([mask.shape[2] for mask in masks]))
     query, target = torch.cat(masks, dim=2).to(device)
-    return Matches(image.to(device), query, target), torch.stack(labels, dim=1).to(device)
+    return Matches(image.to(device), query, target), torch.stack(query_labels, dim=1).to(device)
 
 
 def pick_columns(values: Tensor, columns: Tensor) -> Tensor:
@@ -662,13 +662,13 @@ def pick_columns(values: Tensor, columns: Tensor) -> Tensor:
     return values.gather(2, columns[:, None].expand(-1, values.shape[1], -1))
 
 
-def same_label_rate(matches: Matches, labels: Tensor, ids: Tensor) -> Tensor:
+def same_label_rate(matches: Matches, query_labels: Tensor, ids: Tensor) -> Tensor:
     """How often the label of a query with a mask is its mask's id, in the last decoder output; NaN without masks.
 
-    labels: (O, B, Q); ids: (B, M), see `pad_ids`.
+    query_labels: (O, B, Q); ids: (B, M), see `pad_ids`.
     """
     own = ids[matches.image, matches.target[-1]]
-    return (labels[-1, matches.image, matches.query[-1]] == own).float().mean()
+    return (query_labels[-1, matches.image, matches.query[-1]] == own).float().mean()
 
 
 def mean_over_ranks(counts: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ R query that matters there, X pixel of a tile.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,8 @@ except ImportError:
     if __package__:
         raise
     from configuration_zs3 import Refused, as_number, is_number, shortened
+
+Sizes = Sequence[tuple[int, int]] | Tensor | None  # (height, width) of each image
 
 MASK_STRIDE = 4  # a mask pixel covers 4 x 4 pixels of the model's input
 EQUAL = 1e-12  # scores this close are equal: above the rounding of float64 sums over some hundred queries
@@ -110,8 +112,8 @@ def semantic_map(
     mask_logits: Tensor,
     size: tuple[int, int],
     *,
-    valid_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
-    image_sizes: Sequence[tuple[int, int]] | None = None,
+    valid_sizes: Sizes = None,
+    image_sizes: Sizes = None,
     return_scores: bool = False,
     is_seen: Tensor | None = None,
 ) -> Tensor | list[Tensor] | list[SemanticMap]:
@@ -126,7 +128,8 @@ def semantic_map(
     scores are float32 numbers, within 1e-5 for up to some hundred queries.
     Returns (B, H, W) int64; with image_sizes a list, one (H, W) an image; with return_scores a list of SemanticMap.
     """
-    _check_inputs(class_probs, mask_logits, size, valid_sizes, image_sizes, is_seen)
+    sizes = {"valid_sizes": valid_sizes, "image_sizes": image_sizes}
+    _check_inputs(class_probs, mask_logits, size, sizes, is_seen)
     device = mask_logits.device if mask_logits.device.type != "mps" else torch.device("cpu")  # mps has no float64
     groups = [] if is_seen is None else [is_seen.to(device).bool(), ~is_seen.to(device).bool()]
     groups = groups if return_scores or is_seen is not None else None
@@ -147,13 +150,9 @@ def semantic_map(
 
 
 def _check_inputs(
-    class_probs: Tensor,
-    mask_logits: Tensor,
-    size: tuple[int, int],
-    valid_sizes: Sequence[tuple[int, int]] | Tensor | None,
-    image_sizes: Sequence[tuple[int, int]] | None,
-    is_seen: Tensor | None,
+    class_probs: Tensor, mask_logits: Tensor, size: tuple[int, int], sizes: dict[str, Sizes], is_seen: Tensor | None
 ) -> None:
+    valid_sizes, image_sizes = sizes.values()
     if class_probs.dim() != 3 or mask_logits.dim() != 4 or class_probs.shape[:2] != mask_logits.shape[:2]:
         shapes = f"{tuple(class_probs.shape)} and {tuple(mask_logits.shape)}"
         raise ValueError(f"class_probs must be (B, Q, C) and mask_logits (B, Q, h, w), got {shapes}")
@@ -163,10 +162,10 @@ def _check_inputs(
         raise ValueError(f"is_seen must be ({class_probs.shape[2]},), got {tuple(is_seen.shape)}")
     if valid_sizes is not None and image_sizes is None:
         raise ValueError("valid_sizes go with image_sizes: without them the whole padded input is labelled")
-    for name, sizes in {"valid_sizes": valid_sizes, "image_sizes": image_sizes}.items():
-        if sizes is not None and len(sizes) != len(class_probs):
-            raise ValueError(f"{name} must hold one size an image, got {len(sizes)} for {len(class_probs)} images")
-        if sizes is not None and any(int(side) < 1 for own in sizes for side in own):
+    for name, given in sizes.items():
+        if given is not None and len(given) != len(class_probs):
+            raise ValueError(f"{name} must hold one size an image, got {len(given)} for {len(class_probs)} images")
+        if given is not None and any(int(side) < 1 for own in given for side in own):
             raise ValueError(f"{name} must be 1 pixel or more on each side")
     for own in () if valid_sizes is None else valid_sizes:
         if any(int(side) > whole for side, whole in zip(own, size, strict=True)):
@@ -312,6 +311,8 @@ class _Race:
     ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile, where floor(x) is at most what the class of this rank
     has at x; inf or NaN where there is no floor.
     label_map, score: (N, X), score None where it is not wanted.
+    margin, confidence, confidence_margin: (N, X), see SemanticMap, and decided: (Q,), see `_decidedness`; None where
+    they are not wanted.
     """
 
     members: Tensor
@@ -321,32 +322,38 @@ class _Race:
     ratio: Tensor
     label_map: Tensor
     score: Tensor | None
+    margin: Tensor | None = None
+    confidence: Tensor | None = None
+    confidence_margin: Tensor | None = None
+    decided: Tensor | None = None
 
 
 def _map_image(tiles: _Tiles, groups: list[Tensor] | None) -> Tensor | SemanticMap:
     """groups: None for the label map alone; else scores too, and the best class of each group, (C,) bool."""
     everyone = torch.ones(len(tiles.excess), dtype=torch.bool, device=tiles.excess.device)
     scored = groups is not None
-    races = [_start(tiles, everyone, 2 if scored else 1, exact=True, scored=scored)]
-    races += [_start(tiles, members, 1, exact=False, scored=True) for members in groups or []]
-    sure = None if groups is None else races[0].score.new_zeros(3, *races[0].score.shape)
-
+    first = _start(tiles, everyone, 2 if scored else 1, exact=True, scored=scored)
+    if scored:
+        first.decided = _decidedness(tiles.class_probs)
+        first.margin, first.confidence, first.confidence_margin = first.score.new_zeros(3, *first.score.shape)
+    races = [first, *(_start(tiles, members, 1, exact=False, scored=True) for members in groups or [])]
     runners = torch.cat([_guess(tiles, race) for race in races]).unique()
-    _decide(tiles, runners, races, sure)
+    _decide(tiles, runners, races)
     for race in races:
         others = _others(tiles, race, runners)
         if not len(others):
             continue
         again = torch.isin(runners // len(everyone), others // len(everyone)) & race.members[runners % len(everyone)]
-        _decide(tiles, torch.cat([runners[again], others]).unique(), [race], sure)
+        _decide(tiles, torch.cat([runners[again], others]).unique(), [race])
 
-    whole = races[0].label_map
     if groups is None:
-        return _assemble(whole, tiles)
-    parts = [whole, races[0].score, *sure]
-    for race in races[1:]:  # the winner is the best of its group
-        parts += [torch.where(race.members[whole], whole, race.label_map), race.score]
-    return SemanticMap(*(_assemble(part, tiles) for part in parts))
+        return _assemble(first.label_map, tiles)
+    names = ("label_map", "score", "margin", "confidence", "confidence_margin")
+    values = {name: getattr(first, name) for name in names}
+    for name, race in zip(("seen", "unseen"), races[1:], strict=False):  # the winner is the best of its group
+        values[f"{name}_map"] = torch.where(race.members[first.label_map], first.label_map, race.label_map)
+        values[f"{name}_score"] = race.score
+    return SemanticMap(**{name: _assemble(value, tiles) for name, value in values.items()})
 
 
 def _working_dtype(class_probs: Tensor, mask_logits: Tensor) -> torch.dtype:
@@ -431,87 +438,105 @@ def _others(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:
     return found[~torch.isin(found, runners)]
 
 
-def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race], sure: Tensor | None) -> None:
-    """Step 3, into the races: the winner of every pixel in the tiles that have several runners (sorted, no repeats).
+class _Part(NamedTuple):
+    """Some tiles and their runners, with the masks of the queries that matter there, pixel by pixel."""
 
-    sure: (3, N, X), to be filled with margin, confidence and its margin in the race of rank 2 (or where C is 1), as are
-    the scores of all races, in all tiles that have runners; or None.
+    tile: Tensor  # (n,)
+    classes: Tensor  # (n, K): the runners
+    excess: Tensor  # (n, K, Q)
+    high: Tensor  # (n, Q)
+    taken: Tensor  # (n, R): the queries that matter
+    masks: Tensor  # (n, R, X): their M
+    middle: Tensor  # (n, Q, 1): what stands for M of the other queries; 0 for those that matter
+    off: Tensor  # (n, R): |M - what float64 gives| is at most this
+    error: Tensor  # (n, 1): scores are off by at most this
+
+    def sums(self, weights: Tensor) -> Tensor:
+        """sum_q weight_q M_q: weights (n, rows, Q) -> (n, rows, X)."""
+        own = weights.gather(2, self.taken[:, None].expand(-1, weights.shape[1], -1))
+        return torch.baddbmm(weights @ self.middle, own, self.masks)
+
+
+def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race]) -> None:
+    """Step 3, into the races: the winner of every pixel in the tiles that have several runners.
+
+    runners: sorted, without repeats. Where scores are wanted, tiles with a single runner are decided, too.
     """
-    classes_all, queries, pixels = *tiles.excess.shape, races[0].label_map.shape[1]
-    counts = torch.bincount(runners // classes_all, minlength=len(tiles.low))
+    (num_classes, queries), pixels = tiles.excess.shape, races[0].label_map.shape[1]
+    scored = races[0].score is not None
+    counts = torch.bincount(runners // num_classes, minlength=len(tiles.low))
     first = counts.cumsum(0) - counts
     order = counts.argsort()
-    order = order[counts[order] > (1 if sure is None else 0)]
-    decided = None if sure is None else _decidedness(tiles.class_probs)
+    order = order[counts[order] > (0 if scored else 1)]
     for tile, most in _chunks(order, counts[order].tolist(), queries, pixels):
-        low, high, reach = tiles.low[tile], tiles.high[tile], tiles.reach[tile]  # (n, Q)
         slot = torch.arange(most, device=order.device)
         here = slot < counts[tile, None]  # (n, K)
-        classes = runners[first[tile, None] + torch.where(here, slot, 0)] % classes_all
-        excess = tiles.excess[classes]  # (n, K, Q)
-        largest = excess.amax(dim=1)
-
-        # Queries that matter; the others are given the middle of their bounds.
-        radius = (high - low) / 2  # (n, Q)
-        stake, query = (radius * (largest if sure is None else 1)).sort(dim=1)
-        allowed = TAIL * (excess @ high[:, :, None]).amax(dim=1).clamp(max=1)  # (n, 1)
-        left_out = int((stake.cumsum(dim=1) <= allowed).sum(dim=1).min())
-        left_out, taken = query[:, :left_out], query[:, left_out:]
-        middle = (low + radius).scatter(1, taken, 0)[:, :, None]  # (n, Q, 1)
-        masks = _upsample(tiles, tile, taken)  # (n, R, X)
-        sums = partial(_weighted, taken, middle, masks)
-
-        # |M - what float64 gives| <= off; of the scores <= error: by the masks, by the sums, by the middles.
-        slope = (FAINT_LOGIT_ROUNDINGS * high).clamp(max=LOGIT_ROUNDINGS).where(reach < HUGE_LOGIT, LOGIT_ROUNDINGS)
-        off = ROUNDING * (slope * reach + MASK_ROUNDINGS * high).gather(1, taken)  # (n, R)
-        error = (off * largest.gather(1, taken)).sum(dim=1, keepdim=True)
-        error += (queries + 16) * ROUNDING * (largest * high).sum(dim=1, keepdim=True)
-        error += (radius * largest).gather(1, left_out).sum(dim=1, keepdim=True)
-        scores = sums(excess).masked_fill_(~here[:, :, None], -torch.inf)  # (n, K, X)
-        common = None if sure is None else sums(tiles.base.expand(len(tile), 1, -1))[:, 0]  # (n, X)
-
+        part = _upsampled(tiles, tile, runners[first[tile, None] + torch.where(here, slot, 0)] % num_classes, scored)
+        scores = part.sums(part.excess).masked_fill_(~here[:, :, None], -torch.inf)  # (n, K, X)
+        common = part.sums(tiles.base.expand(len(tile), 1, -1))[:, 0] if scored else None  # (n, X)
         for race in filter(lambda race: race.rank, races):
-            runs = race.members[classes] & here  # (n, K)
+            runs = race.members[part.classes] & here  # (n, K)
             own = scores if len(races) == 1 else scores.masked_fill(~runs[:, :, None], -torch.inf)
-            best, place = own.max(dim=1)  # (n, X)
-            second, next_place = own.scatter_(1, place[:, None], -torch.inf).max(dim=1)
-            second = second.clamp(min=0)
-            if race.exact:
-                _decide_exactly(tiles, tile, classes, runs, best - second <= 2 * error, place)
-            else:
-                _take_first(own, best - NEAR, best - second <= NEAR, place)
-            race.label_map[tile] = classes.gather(1, place)
-            floor = best
-            if sure is not None:
-                race.score[tile] = best + common
-            if race.rank == 2:
-                floor = torch.maximum(second, RUNNER_UP * best - (1 - RUNNER_UP) * common)
-            if sure is not None and race.rank == min(2, classes_all):
-                runner_up = torch.where(runs.sum(dim=1, keepdim=True) > 1, next_place, -1)
-                sure[0, tile] = (best - second) * (classes_all > 1)
-                sure[1:, tile] = _confidence(sums, excess + tiles.base, decided, place, runner_up)
-            # The floor, now by pixels, for the certificate.
-            inverse = 1 / torch.where(floor - error > TINY, floor - error, 0)[:, None]  # (n, 1, X)
-            most_inverse = inverse.amax(dim=2)
-            ratio = (masks * inverse).amax(dim=2) + off * most_inverse
-            ratio = (high * most_inverse).scatter(1, taken, ratio)
-            race.ratio[tile] = torch.fmin(race.ratio[tile], ratio)  # either is a bound, NaN is none
+            _decide_race(tiles, part, race, runs, own, common)
 
 
-def _weighted(taken: Tensor, middle: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
-    """sum_q weight_q M_q: weights (n, rows, Q) -> (n, rows, X); taken (n, R), middle (n, Q, 1), masks (n, R, X)."""
-    own = weights.gather(2, taken[:, None].expand(-1, weights.shape[1], -1))
-    return torch.baddbmm(weights @ middle, own, masks)
+def _upsampled(tiles: _Tiles, tile: Tensor, classes: Tensor, scored: bool) -> _Part:
+    """tile (n,), classes (n, K). A query matters by how much its mask, times its classes but for scores, may vary."""
+    low, high, reach = tiles.low[tile], tiles.high[tile], tiles.reach[tile]  # (n, Q)
+    excess = tiles.excess[classes]  # (n, K, Q)
+    largest, radius = excess.amax(dim=1), (high - low) / 2  # (n, Q)
+    stake, query = (radius * (1 if scored else largest)).sort(dim=1)
+    allowed = TAIL * (excess @ high[:, :, None]).amax(dim=1).clamp(max=1)  # (n, 1)
+    left_out = int((stake.cumsum(dim=1) <= allowed).sum(dim=1).min())
+    left_out, taken = query[:, :left_out], query[:, left_out:]
+    middle = (low + radius).scatter(1, taken, 0)[:, :, None]  # (n, Q, 1)
+
+    slope = (FAINT_LOGIT_ROUNDINGS * high).clamp(max=LOGIT_ROUNDINGS).where(reach < HUGE_LOGIT, LOGIT_ROUNDINGS)
+    off = ROUNDING * (slope * reach + MASK_ROUNDINGS * high).gather(1, taken)  # (n, R)
+    error = (off * largest.gather(1, taken)).sum(dim=1, keepdim=True)  # by the masks; by the sums; by the middles
+    error += (high.shape[1] + 16) * ROUNDING * (largest * high).sum(dim=1, keepdim=True)
+    error += (radius * largest).gather(1, left_out).sum(dim=1, keepdim=True)
+    return _Part(tile, classes, excess, high, taken, _upsample(tiles, tile, taken), middle, off, error)
 
 
-def _confidence(sums: Callable, probs: Tensor, decided: Tensor, place: Tensor, runner_up: Tensor) -> Tensor:
-    """(2, n, X): confidence and its margin, see SemanticMap; probs (n, K, Q), place, runner_up (n, X) of K, or -1."""
+def _decide_race(tiles: _Tiles, part: _Part, race: _Race, runs: Tensor, scores: Tensor, common: Tensor | None) -> None:
+    """runs: (n, K) bool, the runners of this race. scores: (n, K, X), -inf for others, changed here. common: (n, X)."""
+    best, place = scores.max(dim=1)  # (n, X)
+    second, next_place = scores.scatter_(1, place[:, None], -torch.inf).max(dim=1)
+    second = second.clamp(min=0)
+    if race.exact:
+        _decide_exactly(tiles, part.tile, part.classes, runs, best - second <= 2 * part.error, place)
+    else:
+        _take_first(scores, best - NEAR, best - second <= NEAR, place)
+    race.label_map[part.tile] = part.classes.gather(1, place)
+    floor = best
+    if race.rank == 2:
+        floor = torch.maximum(second, RUNNER_UP * best - (1 - RUNNER_UP) * common)
+    if race.score is not None:
+        race.score[part.tile] = best + common
+    if race.margin is not None:
+        race.margin[part.tile] = (best - second) * (len(tiles.excess) > 1)
+        runner_up = torch.where(runs.sum(dim=1, keepdim=True) > 1, next_place, -1)
+        found = _confidence(part.sums, part.excess + tiles.base, race.decided, place, runner_up)
+        race.confidence[part.tile], race.confidence_margin[part.tile] = found
+    # The floor, now by pixels, for the certificate.
+    inverse = 1 / torch.where(floor - part.error > TINY, floor - part.error, 0)[:, None]  # (n, 1, X)
+    most_inverse = inverse.amax(dim=2)
+    ratio = (part.masks * inverse).amax(dim=2) + part.off * most_inverse
+    ratio = (part.high * most_inverse).scatter(1, part.taken, ratio)
+    race.ratio[part.tile] = torch.fmin(race.ratio[part.tile], ratio)  # either is a bound, NaN is none
+
+
+def _confidence(
+    sums: Callable, probs: Tensor, decided: Tensor, place: Tensor, runner_up: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Confidence and its margin, (n, X), see SemanticMap; probs (n, K, Q), place, runner_up (n, X) of K, or -1."""
     voices = torch.stack([decided, torch.ones_like(decided)]).expand(len(probs), -1, -1)
     voices, covered = sums(voices).unbind(1)  # (n, X)
     shares = sums(probs * decided) * (covered.clamp(max=1) / voices.clamp(min=TINY))[:, None]  # (n, K, X)
     mine, theirs = (shares.gather(1, which.clamp(min=0)[:, None])[:, 0] for which in (place, runner_up))
     mine = mine.clamp(0, 1)
-    return torch.stack([mine, (mine - theirs * (runner_up >= 0)).clamp(0, 1)])
+    return mine, (mine - theirs * (runner_up >= 0)).clamp(0, 1)
 
 
 def _decidedness(class_probs: Tensor) -> Tensor:
@@ -586,12 +611,8 @@ def _assemble(values: Tensor, tiles: _Tiles) -> Tensor:
     """(N, X) -> (H, W)."""
     down, across = len(tiles.rows.mask_index), len(tiles.columns.mask_index)
     height, width = tiles.rows.to_image.shape[1], tiles.columns.to_image.shape[1]
-    whole = (
-        (values.float() if values.is_floating_point() else values)
-        .view(down, across, height, width)
-        .transpose(1, 2)
-        .reshape(down * height, across * width)
-    )
+    values = values.float() if values.is_floating_point() else values
+    whole = values.view(down, across, height, width).transpose(1, 2).reshape(down * height, across * width)
     return whole[: len(tiles.rows.image_taps.index), : len(tiles.columns.image_taps.index)].contiguous()
 
 
