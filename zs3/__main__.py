@@ -68,7 +68,10 @@ def main() -> None:
 def refuse(name: str) -> NoReturn:
     from zs3.command_line import InputError, did_you_mean
 
-    raise InputError(f"zs3 has no command {name!r}; {did_you_mean(name, [known for known, *_ in COMMANDS])}")
+    mend = did_you_mean(name, [known for known, *_ in COMMANDS])
+    if name in ("train", "eval"):
+        mend = f"in the repository, run: accelerate launch {name}.py"
+    raise InputError(f"zs3 has no command {name!r}; {mend}")
 
 
 def run_old_command(module: str) -> None:

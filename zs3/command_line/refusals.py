@@ -80,7 +80,7 @@ def shown(path: str | Path, length: int = 60) -> str:
 
 def did_you_mean(name: str, names: list[str], prefix: str = "") -> str:
     closest = get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {prefix}{closest[0]}?" if closest else f"see {'--help' if prefix else 'the flags in --help'}"
+    return f"did you mean {prefix}{closest[0]}?" if closest else "see --help"
 
 
 class _PrintableStream:
