@@ -32,9 +32,27 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a
 NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps them for devices
 
 
+PACKAGE = Path(__file__).parent
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- the project's own files -----------------------------------------------------------------------------------
+
+
+def project_folder(name: str) -> Path:
+    """recipes/ or hub_cards/: of the repository, or of the installed package, which has a copy."""
+    folder = PACKAGE.parent / name
+    return folder if (PACKAGE.parent / "train.py").exists() else PACKAGE / name
+
+
+def check_here(file: str | Path) -> None:
+    """Refuses a command that runs a file of the repository, such as train.py, where the file is missing."""
+    if not Path(file).exists():
+        raise InputError(f"{file} is not here: start this command from the root of the repository")
 
 
 # ---- names -------------------------------------------------------------------------------------------------

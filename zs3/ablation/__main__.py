@@ -29,7 +29,7 @@ from zs3.ablation.tables import ENSEMBLE_WEIGHT, TRAININGS
 from zs3.command_line import InputError, read_arguments, run
 from zs3.data.records import dataset_name, load_split
 from zs3.evaluation.results import read_result
-from zs3.files import lock_folder, write_report
+from zs3.files import check_here, lock_folder, write_report
 from zs3.scenes.dataset import write_dataset
 from zs3.training.folder import differ, read_recipe
 from zs3.typed_json import unless_damaged
@@ -87,8 +87,7 @@ def check_same_images(results: Iterable[Path], data: Path, num_validation: int) 
 def check_scripts(names: Iterable[str]) -> None:
     """A training may run a module that is no part of the package."""
     for module in {TRAININGS[name].scripts for name in names} - {None}:
-        if not Path(*module.split(".")).with_suffix(".py").exists():
-            raise InputError(f"{module} is not here: start the ablation from the root of the repository")
+        check_here(Path(*module.split(".")).with_suffix(".py"))
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -110,8 +109,6 @@ def num_images(data: Path) -> tuple[int, int]:
 
 def main() -> None:
     args, _ = read_arguments(AblationArgs)
-    if not Path("train.py").exists():
-        raise InputError("train.py is not here: start the ablation from the root of the repository")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the jobs, too
     with lock_folder(Path(args.output_dir)):
         make_all(args)

@@ -29,7 +29,7 @@ from zs3.evaluation.choices import read_answer
 from zs3.evaluation.curves import check_matplotlib
 from zs3.evaluation.ensemble_weight import WeightArgs, weight_settings
 from zs3.evaluation.results import read_result
-from zs3.files import file_sha256
+from zs3.files import check_here, file_sha256
 from zs3.training.arguments import TrainArgs
 from zs3.typed_json import unless_damaged
 
@@ -66,6 +66,7 @@ class AblationArgs(Arguments):
     picture: OutputFile | None = flag(None, "Draw all scores over seeds into this PNG (needs matplotlib).")
 
     def check(self) -> None:
+        check_here("train.py")
         unknown = [name for name in self.table if name not in self.known_tables]
         if unknown:
             raise InputError(

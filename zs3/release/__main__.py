@@ -53,12 +53,12 @@ from zs3.command_line import (
 )
 from zs3.evaluation.result_types import Result
 from zs3.evaluation.results import read_result
-from zs3.files import file_sha256, naming, write_text, writing_folder
+from zs3.files import file_sha256, naming, project_folder, write_text, writing_folder
 from zs3.label_space import is_hub_id, load_label_space
 from zs3.release.card import example_labels, model_card, recipes_of
 from zs3.scores.means import SCORES
 
-HUB_CARDS = Path(__file__).parents[2] / "hub_cards"
+HUB_CARDS = project_folder("hub_cards")
 OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates called as the label space that they are for
 OF_A_RESULT = (
     *("setting", "dataset", "split", "split_sha256", "split_images", "num_images", "label_space_sha256"),

@@ -33,7 +33,7 @@ from zs3.data.records import load_split
 from zs3.evaluation.figure import draw_figures
 from zs3.evaluation.pictures import save_picture, stack
 from zs3.evaluation.results import Result, read_result
-from zs3.files import lock_folder, write_text
+from zs3.files import check_here, lock_folder, write_text
 from zs3.scenes.dataset import write_dataset
 from zs3.scores.means import GeneralizedScores
 from zs3.tables import markdown_table, percent
@@ -61,6 +61,9 @@ class DemoArgs(Arguments):
     stage2_steps: Count = flag(250, "Optimizer steps; the recipe has 500.")
     num_processes: Processes | None = flag(None, "Training processes; default: 2 on CPU, 1 on a GPU.")
     num_pictures: Pictures = flag(6, "Validation scenes that are drawn.")
+
+    def check(self) -> None:
+        check_here("train.py")
 
 
 def cpu_cores() -> int:
@@ -144,8 +147,6 @@ Labels found: {", ".join(found)}.
 
 def main() -> None:
     args, _ = read_arguments(DemoArgs)
-    if not Path("train.py").exists():
-        raise InputError("train.py is not here: start the demo from the root of the repository")
     with lock_folder(Path(args.output_dir)):
         demonstrate(args, Path(args.output_dir))
 
