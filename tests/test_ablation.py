@@ -658,7 +658,7 @@ def test_a_module_beside_the_package_is_asked_for_before_anything_runs(monkeypat
     command.check_scripts(TRAININGS)
     monkeypatch.chdir(tmp_path)
     command.check_scripts(["stage1", "best"])
-    with pytest.raises(InputError, match="benchmarks.closed_set is not here"):
+    with pytest.raises(InputError, match="benchmarks/closed_set.py is not here"):
         command.check_scripts(TRAININGS)
 
 
