@@ -34,6 +34,7 @@ from processing_zs3 import Zs3ImageProcessor
 from train import make_scheduler, parameter_groups
 from zs3.checkpoints import weights_sha256
 from zs3.command_line import InputError, check_required, read_arguments, run
+from zs3.data.batches import cut_batch
 from zs3.data.image_labels import training_space
 from zs3.data.records import load_split
 from zs3.evaluation.arguments import EvalArgs, deciding_flags
@@ -43,7 +44,6 @@ from zs3.scores.confusion import ConfusionMatrix
 from zs3.training.arguments import TrainArgs
 from zs3.training.folder import check_recipe, save_final
 from zs3.training.loader import make_dataset, make_loader
-from zs3.training.processes import cut_batch
 
 TRAIN_FLAGS = {
     *("dataset", "split", "label_space", "output_dir", "seed", "max_steps", "batch_size", "num_workers"),
@@ -100,9 +100,11 @@ def train(args: TrainArgs, overrides: dict) -> None:
     processor = Zs3ImageProcessor(size=size, ignore_index=label_space.ignore_index)
     dataset = make_dataset(args, label_space, processor, Zs3Config())
     model = make_model(overrides, dataset.class_names).to(accelerator.device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.learning_rate)
-    scheduler = make_scheduler(optimizer, args)
-    loader = make_loader(args, dataset, accelerator, cut_batch(args.batch_size, 1, None), 0)
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.backbone_multiplier)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    scheduler = make_scheduler(optimizer, args.lr_schedule, args.lr_milestones, args.max_steps)
+    parts, steps = cut_batch(args.batch_size, 1), range(args.max_steps)
+    loader = make_loader(dataset, accelerator, parts, steps, num_workers=args.num_workers, shuffle_buffer=0)
     for batch in tqdm(loader, total=args.max_steps, unit="step", mininterval=1):
         masks, ids = binary_masks(batch["labels"].to(accelerator.device))
         pixels = {name: batch[name].to(accelerator.device) for name in ("pixel_values", "pixel_mask")}

@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-import train as training
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import Arguments, Count, OutputFile, check_required, flag, read_arguments, run
-from zs3.data.batches import StepSampler, collate
+from zs3.data.batches import StepSampler, collate, cut_batch
 from zs3.files import write_report
-from zs3.label_space import load_label_space
 from zs3.scenes.demo import train_stage
 from zs3.tables import markdown_table
+from zs3.training.arguments import TrainArgs
+from zs3.training.start import make_start
 
 RECIPE = "scenes_stage2_ground_truth.yaml"
 
@@ -64,24 +65,17 @@ def main() -> None:
     train_stage(RECIPE, Path(args.dataset), folder, 1, args.steps, "--init_from", args.stage1)
 
     recipe = ["--config", str(Path("recipes", RECIPE)), "--dataset", args.dataset, "--output_dir", args.output_dir]
-    train_args, overrides = read_arguments(
-        training.TrainArgs, [*recipe, "--init_from", args.stage1], config_class=Zs3Config
-    )
-    label_space = load_label_space(args.dataset)
-    start = training.make_model(train_args, overrides, label_space, None)
-    processor = training.make_processor(train_args, start, label_space)
-    dataset = training.make_dataset(train_args, label_space, processor.image_processor, start.config)
-    on_axis = [label_space.class_names.index(name) for name in dataset.class_names]
-    text_embeds = start.encode_text(**processor(class_names=label_space.class_names))[on_axis]
-    sampler = StepSampler(len(dataset), train_args.batch_size, args.batches, seed=1)
-    batches = list(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate))
+    train_args, overrides = read_arguments(TrainArgs, [*recipe, "--init_from", args.stage1], config_class=Zs3Config)
+    start = make_start(train_args, overrides, Accelerator(cpu=True))
+    sampler = StepSampler(len(start.dataset), cut_batch(train_args.batch_size, 1), range(args.batches), seed=1)
+    batches = list(DataLoader(start.dataset, batch_sampler=sampler, collate_fn=collate))
     for batch in batches:
         del batch["image_ids"]
 
     torch.manual_seed(0)
     models = {
-        "random weights": Zs3ForSemanticSegmentation(start.config),
-        "start of stage 2": start,
+        "random weights": Zs3ForSemanticSegmentation(start.model.config),
+        "start of stage 2": start.model,
         f"after {args.steps} steps": Zs3ForSemanticSegmentation.from_pretrained(folder / "final"),
     }
     columns = {}
@@ -90,7 +84,7 @@ def main() -> None:
         for mask_loss in ("focal", "bce"):
             model.config.mask_loss = mask_loss
             torch.manual_seed(0)
-            norms = gradient_norms(model.train(), batches, text_embeds)
+            norms = gradient_norms(model.train(), batches, start.text_embeds)
             columns[title][f"mask, {mask_loss}"] = norms.pop("mask")
         columns[title] |= norms
     terms = ("class", "mask, focal", "mask, bce", "dice", "rank")

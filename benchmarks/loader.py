@@ -46,7 +46,7 @@ from zs3.command_line import (
     run,
 )
 from zs3.data.augmentation import Augmentation, augment
-from zs3.data.batches import StepSampler, StreamedBatches, collate
+from zs3.data.batches import BatchParts, StepSampler, StreamedBatches, collate
 from zs3.data.records import dataset_name, load_split, stream_split
 from zs3.data.samples import SegmentationDataset
 from zs3.data.stored import StoredRecord
@@ -158,7 +158,7 @@ def batches_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int
     dataset = make_dataset(args, folder, streaming)
     if streaming:
         return itertools.islice(StreamedBatches(dataset, 1, 64).loader(workers), samples)
-    sampler = StepSampler(len(dataset), 1, samples, seed=args.seed)
+    sampler = StepSampler(len(dataset), BatchParts(1, 1, 1), range(samples), seed=args.seed)
     return iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers))
 
 

@@ -136,7 +136,7 @@ def test_the_limit_of_one_class_is_a_share_of_the_labelled_pixels():
 
 
 class Scripted:
-    """A generator whose draws are told: which of brightness, contrast, saturation and hue; and the ends of ranges."""
+    """A generator with given draws: which of brightness, contrast, saturation and hue; and the ends of ranges."""
 
     def __init__(self, which, end):
         self.which, self.end = which, end

@@ -81,13 +81,16 @@ def change(path: Path, changes: dict, part: str | None = None) -> None:
 ROADS = """
 import sys
 from pathlib import Path
-import eval, train
+import eval
+from accelerate import Accelerator
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 from zs3 import pseudo_labels
 from zs3.evaluation import ensemble_weight, figure
 from zs3.release import __main__ as release, export
 from zs3.command_line import InputError, read_arguments
-from zs3.label_space import load_label_space
+from zs3.training.arguments import TrainArgs
+from zs3.training.folder import save_final
+from zs3.training.start import make_start
 
 folder, marker = Path(sys.argv[1]), Path(sys.argv[2])
 model, data, out = folder / "zs3", folder / "data", folder / "out"
@@ -114,11 +117,10 @@ go(release, "--model", model, "--repo_id", "me/x", "--output", out / "release")
 class Starts:
     __name__ = "train"
     def main(self):
-        args, overrides = read_arguments(train.TrainArgs)
-        space = load_label_space("scenes")
-        made = train.make_model(args, SIZES, space, None)
-        name = "-".join(Path(word).name for word in sys.argv[1:5])
-        train.save_final(made, train.make_processor(args, made, space), out / name)
+        args, overrides = read_arguments(TrainArgs)
+        start = make_start(args, SIZES, Accelerator(cpu=True))
+        made, name = start.model, "-".join(Path(word).name for word in sys.argv[1:5])
+        save_final(made, start.processor, out / name)
         made.config.name_or_path = str(model)
         made.set_vocabulary(["sky", "grass"])  # by the processor beside that checkpoint
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from zs3.command_line import InputError
 from zs3.data.augmentation import IGNORED, Augmentation
-from zs3.data.batches import StepSampler, StreamedBatches, collate
-from zs3.data.image_labels import GroundTruthLabels, NothingTold, PseudoLabels
+from zs3.data.batches import BatchParts, StepSampler, StreamedBatches, collate
+from zs3.data.image_labels import GroundTruthLabels, NoUnseenLabels, PseudoLabels
 from zs3.data.records import Split, load_split, stream_split
 from zs3.data.samples import SegmentationDataset, mask_positions, to_image_labels, to_mask_labels
 from zs3.label_space import LabelSpace
@@ -150,7 +150,7 @@ def test_label_map_of_another_size_is_named(folder):
         load_split(folder, "train")[1]
 
 
-def test_rotated_photograph_is_told_of_exif(tmp_path):
+def test_a_rotated_photograph_is_refused_with_a_word_on_exif(tmp_path):
     write_folder(tmp_path, {"a": (np.zeros((8, 6, 3), np.uint8), np.zeros((6, 8), np.uint8))})
     with pytest.raises(InputError, match="EXIF"):
         load_split(tmp_path, "train")[0]
@@ -179,9 +179,9 @@ def test_mask_labels_hold_places_of_seen_classes_only():
     np.testing.assert_array_equal(all_names, [[0, -1, 2], [-1, 4, -1]])
 
 
-def test_image_labels_are_what_has_a_mask_and_what_is_told():
-    told = np.array([0, 1, -1, 0, -1], dtype=np.int8)
-    labels = to_image_labels(np.array([[2, IGNORED], [2, 3]]), told)
+def test_a_name_with_a_mask_in_the_crop_is_present_and_others_are_as_in_the_picture():
+    of_picture = np.array([0, 1, -1, 0, -1], dtype=np.int8)
+    labels = to_image_labels(np.array([[2, IGNORED], [2, 3]]), of_picture)
     assert labels.tolist() == [0, 1, 1, 1, -1] and labels.dtype == np.int8
 
 
@@ -198,12 +198,12 @@ def test_sample_without_augmentation_is_the_picture_normalised_and_its_map(folde
     assert kinds == [torch.float32, torch.int64, torch.int8]
 
 
-def test_ground_truth_tells_of_unseen_classes_outside_the_crop(tmp_path):
+def test_ground_truth_labels_have_unseen_classes_outside_the_crop(tmp_path):
     label = np.zeros((32, 32), np.uint8)
     label[0, 0] = 3  # one pixel of cat, in a corner
     write_folder(tmp_path, {"a": (np.zeros((32, 32, 3), np.uint8), label)})
     recipe = Augmentation(crop_size=4, max_size=2048, short_edges=[32], flip=False)
-    data = dataset_of(tmp_path, recipe, told=GroundTruthLabels(SPACE))
+    data = dataset_of(tmp_path, recipe, image_labels=GroundTruthLabels(SPACE))
     assert data.class_names == SPACE.class_names
     for epoch in range(5):
         assert data[epoch, 0]["image_labels"].tolist() == [1, 0, 0, 1, 0]
@@ -223,7 +223,7 @@ def test_seen_labels_come_from_the_crop(tmp_path):
     assert {(0,), (2,)} <= seen
 
 
-def test_padding_is_the_mean_colour_ignored_and_told_by_the_mask(tmp_path):
+def test_padding_is_the_mean_colour_and_ignored_and_in_the_pixel_mask(tmp_path):
     write_folder(tmp_path, {"a": (np.full((8, 12, 3), 9, np.uint8), np.zeros((8, 12), np.uint8))})
     sample = dataset_of(tmp_path, Augmentation(crop_size=16, max_size=2048, short_edges=[8], flip=False))[0, 0]
     padding = torch.ones(16, 16, dtype=torch.bool)
@@ -233,9 +233,9 @@ def test_padding_is_the_mean_colour_ignored_and_told_by_the_mask(tmp_path):
     assert (sample["pixel_mask"] == 0).equal(padding)
 
 
-@pytest.mark.parametrize("told", [NothingTold(SPACE), GroundTruthLabels(SPACE)])
+@pytest.mark.parametrize("source", [NoUnseenLabels(SPACE), GroundTruthLabels(SPACE)])
 @pytest.mark.parametrize("change", [{1: 3, 3: 1}, {1: 3}, {1: 255, 3: 255}], ids=str)
-def test_where_unseen_classes_lie_never_reaches_a_sample(tmp_path, told, change):
+def test_where_unseen_classes_lie_never_reaches_a_sample(tmp_path, source, change):
     # Unseen classes cover much, and the single-class limit looks at the map: both could leak through the crop.
     image, label = random_sample(5, (48, 40), ids=(0, 1, 1, 1, 2, 3, 3, 4, 255))
     label[:24] = np.where(label[:24] == 255, 255, 1)
@@ -243,7 +243,7 @@ def test_where_unseen_classes_lie_never_reaches_a_sample(tmp_path, told, change)
     assert (changed != label).any()
     recipe = Augmentation(crop_size=16, max_size=2048, short_edges=[20, 30], single_class_max_area=0.4)
     kept, other = (
-        dataset_of(write_folder(tmp_path / name, {"a": (image, ids)}), recipe, told=told)
+        dataset_of(write_folder(tmp_path / name, {"a": (image, ids)}), recipe, image_labels=source)
         for name, ids in (("kept", label), ("changed", changed))
     )
     is_seen = torch.tensor([name not in SPACE.unseen for name in kept.class_names])
@@ -253,7 +253,7 @@ def test_where_unseen_classes_lie_never_reaches_a_sample(tmp_path, told, change)
         assert torch.equal(one["labels"], two["labels"])
         assert torch.equal(one["image_labels"][is_seen], two["image_labels"][is_seen])
         assert not set(one["labels"].unique().tolist()) & set(torch.where(~is_seen)[0].tolist())
-        if isinstance(told, GroundTruthLabels):
+        if isinstance(source, GroundTruthLabels):
             assert two["image_labels"][[1, 3]].tolist() == [int(value in changed) for value in (1, 3)]
 
 
@@ -271,23 +271,11 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(folder):
 
 def steps_of(num_processes=1, micro_batches=1, start=0, stop=9, seed=0):
     """The samples of each step, put together from all processes in their order."""
-    parts = [
-        list(
-            StepSampler(
-                7,
-                12,
-                stop,
-                start_step=start,
-                num_processes=num_processes,
-                process_index=index,
-                micro_batches=micro_batches,
-                seed=seed,
-            )
-        )
-        for index in range(num_processes)
-    ]
+    parts = BatchParts(num_processes, micro_batches, 12 // (num_processes * micro_batches))
+    steps = range(start, stop)
+    processes = [list(StepSampler(7, parts, steps, process_index=i, seed=seed)) for i in range(num_processes)]
     return [
-        sum((batch for part in parts for batch in part[step * micro_batches : (step + 1) * micro_batches]), [])
+        sum((batch for own in processes for batch in own[step * micro_batches : (step + 1) * micro_batches]), [])
         for step in range(stop - start)
     ]
 
@@ -311,19 +299,14 @@ def test_every_epoch_holds_every_sample_once_in_an_order_of_its_own():
     assert steps_of(seed=1) != steps_of()
 
 
-def test_total_batch_that_cannot_be_cut_is_refused():
-    with pytest.raises(InputError, match="12 cannot be cut into 8 equal parts"):
-        StepSampler(7, 12, 9, num_processes=4, micro_batches=2)
-
-
 def test_loader_gives_the_same_batches_with_and_without_workers(folder):
     recipe = Augmentation(crop_size=12, max_size=2048, short_edges=[12, 20])
-    data = dataset_of(folder, recipe, told=GroundTruthLabels(SPACE))
+    data = dataset_of(folder, recipe, image_labels=GroundTruthLabels(SPACE))
+    sampler = StepSampler(4, BatchParts(1, 1, 3), range(2))
     batches = [
-        list(DataLoader(data, batch_sampler=StepSampler(4, 3, 2), collate_fn=collate, num_workers=workers))
-        for workers in (0, 2)
+        list(DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=workers)) for workers in (0, 2)
     ]
-    assert len(batches[0]) == len(batches[1]) == len(StepSampler(4, 3, 2)) == 2
+    assert len(batches[0]) == len(batches[1]) == len(sampler) == 2
     for one, other in zip(*batches, strict=True):
         shapes = {name: tuple(value.shape) for name, value in one.items() if name != "image_ids"}
         assert shapes == {
@@ -782,12 +765,12 @@ def test_columns_of_other_types_are_one_line(cells, tmp_path, monkeypatch):
 
 
 def test_words_that_are_dropped_do_not_move_the_crop(folder):
-    class Drawing(NothingTold):
+    class Drawing(NoUnseenLabels):
         def __call__(self, image_id, ids, rng):
             rng.random(5)
             return super().__call__(image_id, ids, rng)
 
     recipe = Augmentation(crop_size=12, max_size=2048, short_edges=[12, 16, 20])
-    plain, drawing = dataset_of(folder, recipe), dataset_of(folder, recipe, told=Drawing(SPACE))
+    plain, drawing = dataset_of(folder, recipe), dataset_of(folder, recipe, image_labels=Drawing(SPACE))
     for index in range(4):
         assert torch.equal(plain[0, index]["pixel_values"], drawing[0, index]["pixel_values"])

@@ -18,7 +18,7 @@ from tiny_run import flags, write_data
 import train
 from zs3.command_line import InputError, run
 from zs3.doctor import examine, main
-from zs3.training.folder import write_manifest
+from zs3.training.resume import write_manifest
 
 ROOT = Path(__file__).parents[1]
 FIXTURE = Path(__file__).parent / "fixtures" / "c24e825.zip"

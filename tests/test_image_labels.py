@@ -4,28 +4,28 @@ import numpy as np
 import pytest
 
 from zs3.command_line import InputError
-from zs3.data.image_labels import GroundTruthLabels, NothingTold, PseudoLabels, load_unseen_scores, training_space
+from zs3.data.image_labels import GroundTruthLabels, NoUnseenLabels, PseudoLabels, load_unseen_scores, training_space
 from zs3.label_space import LabelSpace
 
 SPACE = LabelSpace(["sky", "cow", "road", "cat", "sea"], ["cow", "cat"], 255)
 IDS = ["p0", "p1", "p2", "p3"]
 
 
-def told_of(told, image_id="a", ids=(0,)):
-    labels = told(image_id, np.array(ids, dtype=int), np.random.default_rng(0))
+def labels_of(source, image_id="a", ids=(0,)):
+    labels = source(image_id, np.array(ids, dtype=int), np.random.default_rng(0))
     assert labels.dtype == np.int8
     return labels.tolist()
 
 
-def test_inductive_training_is_told_nothing_and_knows_seen_names_alone():
-    told = NothingTold(SPACE)
-    assert told.class_names == ["sky", "road", "sea"] and told_of(told, ids=[1, 3]) == [0, 0, 0]
+def test_inductive_training_has_seen_names_alone():
+    source = NoUnseenLabels(SPACE)
+    assert source.class_names == ["sky", "road", "sea"] and labels_of(source, ids=[1, 3]) == [0, 0, 0]
 
 
-def test_ground_truth_tells_of_unseen_names_in_the_picture():
-    told = GroundTruthLabels(SPACE)
-    assert told.class_names == SPACE.class_names
-    assert told_of(told, ids=[0, 3]) == [0, 0, 0, 1, 0] and told_of(told, ids=[]) == [0] * 5
+def test_ground_truth_labels_are_those_of_unseen_names_in_the_picture():
+    source = GroundTruthLabels(SPACE)
+    assert source.class_names == SPACE.class_names
+    assert labels_of(source, ids=[0, 3]) == [0, 0, 0, 1, 0] and labels_of(source, ids=[]) == [0] * 5
 
 
 def test_supervised_training_has_no_unseen_class():
@@ -66,32 +66,32 @@ def scores_folder(tmp_path):
 
 @pytest.mark.parametrize(("threshold", "unknown_above"), [(0.99, None), (0.99, 0.5), (0.9, 0.2), (0.5, None)])
 def test_scores_become_labels_where_they_are_read(scores_folder, threshold, unknown_above):
-    told = PseudoLabels(scores_folder, SPACE, IDS, threshold, unknown_above)
-    assert told.class_names == SPACE.class_names
+    source = PseudoLabels(scores_folder, SPACE, IDS, threshold, unknown_above)
+    assert source.class_names == SPACE.class_names
     for image_id in IDS:
         expected = []
         for name in ("cow", "cat"):  # places 1 and 3 of the class axis
             score = SCORES[image_id][name]
             unknown = unknown_above is not None and unknown_above < score < threshold
             expected.append(1 if score >= threshold else -1 if unknown else 0)
-        assert told_of(told, image_id) == [0, expected[0], 0, expected[1], 0]
+        assert labels_of(source, image_id) == [0, expected[0], 0, expected[1], 0]
 
 
 def test_labels_belong_to_their_names_whatever_the_order_of_the_unseen_ones(scores_folder):
     other = LabelSpace(SPACE.class_names, SPACE.unseen[::-1], 255)
     for image_id in IDS:
-        expected = told_of(PseudoLabels(scores_folder, SPACE, IDS, 0.9), image_id)
-        assert told_of(PseudoLabels(scores_folder, other, IDS, 0.9), image_id) == expected
+        expected = labels_of(PseudoLabels(scores_folder, SPACE, IDS, 0.9), image_id)
+        assert labels_of(PseudoLabels(scores_folder, other, IDS, 0.9), image_id) == expected
 
 
 def test_the_threshold_of_the_paper_is_the_default(scores_folder):
-    told = PseudoLabels(scores_folder, SPACE, IDS)
-    assert [told_of(told, image_id) for image_id in IDS] == [[0] * 5, [0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5]
+    source = PseudoLabels(scores_folder, SPACE, IDS)
+    assert [labels_of(source, image_id) for image_id in IDS] == [[0] * 5, [0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5]
 
 
 def test_one_file_of_scores_will_do(tmp_path):
     file = write_scores(tmp_path / "all" / "mine.parquet", {**SCORES, "of another split": SCORES["p0"]})
-    assert told_of(PseudoLabels(file, SPACE, IDS), "p2") == [0, 1, 0, 0, 0]
+    assert labels_of(PseudoLabels(file, SPACE, IDS), "p2") == [0, 1, 0, 0, 0]
 
 
 def renamed(row):
@@ -119,10 +119,10 @@ def test_bad_pseudo_labels_are_named(scores_folder, spoil, message):
 
 
 def test_of_a_stream_missing_scores_are_missed_when_the_picture_comes(scores_folder):
-    told = PseudoLabels(scores_folder, SPACE, None)
-    assert told_of(told, "p2") == [0, 1, 0, 0, 0]
+    source = PseudoLabels(scores_folder, SPACE, None)
+    assert labels_of(source, "p2") == [0, 1, 0, 0, 0]
     with pytest.raises(InputError, match=r"scores has no row for 1 images \('p9'"):
-        told_of(told, "p9")
+        labels_of(source, "p9")
 
 
 def test_unknown_scores_lie_below_the_threshold(scores_folder):

@@ -115,9 +115,10 @@ def test_every_row_of_the_paper_has_a_recipe():
         args, overrides = read(ROOT / f"recipes/{name}.yaml")
         config = Zs3Config(**overrides)
         evaluation, _ = read_arguments(EvalArgs, ["--model", "MODEL", "--dataset", "DATA", *shlex.split(flags)])
-        told = args.caption_nouns or args.unseen_labels
+        labels = args.caption_nouns or args.unseen_labels
+        losses = (config.class_loss, config.rank_weight)
         ensemble = evaluation.ensemble or config.clip_ensemble_weight
-        found[row] = (told, config.class_loss, config.rank_weight, args.prompt_templates, evaluation.setting, ensemble)
+        found[row] = (labels, *losses, args.prompt_templates, evaluation.setting, ensemble)
     ours = ("background_aware", 1.0, None, "gzs3")
     coco, voc = "runs/coco_stuff_pseudo_labels", "runs/voc_pseudo_labels"
     assert found == {

@@ -36,20 +36,16 @@ from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import OLD_NAMES, InputError, run
 from zs3.files import lock_folder
 from zs3.training import loader
-from zs3.training.arguments import TrainArgs
-from zs3.training.folder import (
-    Checkpoints,
-    MetricsLog,
+from zs3.training.folder import MetricsLog, check_recipe, read_recipe, save_final
+from zs3.training.processes import go_on_after
+from zs3.training.resume import (
     Progress,
-    check_recipe,
+    RunCheckpoints,
     complete_checkpoints,
     damage,
     read_progress,
-    read_recipe,
-    save_final,
     write_manifest,
 )
-from zs3.training.processes import go_on_after
 
 SETTINGS = {"max_steps": 12, "checkpointing_steps": 3, "logging_steps": 1, "lr_milestones": 7}
 KILLS = int(os.environ.get("ZS3_KILLS", 2))
@@ -249,7 +245,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_undisturbed_
 # The function that is killed, at which call, and the checkpoints that are left
 PLACES = {
     "while a checkpoint is written": (
-        "zs3.training.folder:write_manifest",
+        "zs3.training.resume:write_manifest",
         2,
         ["step_00000003", "step_00000006.partial"],
     ),
@@ -393,7 +389,7 @@ def test_of_a_damaged_recipe_the_newest_checkpoints_copy_counts(content, straigh
 def newest_whole(folder: Path, run: Path) -> Path | None:
     """The checkpoint that a run of this model would take."""
     model = Zs3ForSemanticSegmentation.from_pretrained(run / "final", dtype=torch.float32)
-    return Checkpoints(Accelerator(cpu=True), folder, model, None, Progress(), kept=2, stamp={})._newest_whole()
+    return RunCheckpoints(Accelerator(cpu=True), folder, model, None, Progress(), kept=2, stamp={})._newest_whole()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "a: [", "\x00", None])
@@ -559,7 +555,7 @@ def read_lines(path: Path) -> list[list[str]]:
 
 def test_a_stream_is_not_dealt_out_to_another_number_of_processes():
     with pytest.raises(InputError, match="saved by 2: resume it with as many, not 1"):
-        go_on_after(2, TrainArgs(streaming=True), Accelerator(cpu=True), step=7)
+        go_on_after(2, 7, Accelerator(cpu=True), streaming=True, seed=0)
 
 
 def test_an_infinite_loss_in_one_process_stops_all_and_names_its_images(data, tmp_path):

@@ -14,14 +14,17 @@ from tiny import CLASS_NAMES, tiny_model
 from transformers.models.swin import modeling_swin
 
 from zs3.command_line import InputError
+from zs3.data.batches import BatchParts, cut_batch
 from zs3.data.image_labels import PseudoLabels
 from zs3.data.records import load_split, stream_split
 from zs3.label_space import LabelSpace
 from zs3.pseudo_labels import write_shard
 from zs3.training.arguments import TrainArgs, check_trackers
+from zs3.training.loader import check_learnable
 from zs3.training.pace import Pace, duration
-from zs3.training.plan import check_learnable, describe, names_lines
-from zs3.training.processes import BatchParts, check_norms, cut_batch
+from zs3.training.plan import describe, names_lines
+from zs3.training.processes import check_norms
+from zs3.training.start import Start
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
@@ -62,7 +65,7 @@ def test_a_tracker_is_refused_where_accelerate_would_leave_it_out(monkeypatch):
         check_trackers(["wandb", "tensorboard"])
 
 
-def test_all_names_are_told_and_none_is_broken():
+def test_all_names_are_said_and_none_is_broken():
     names = [f"kind-of thing {n}" for n in range(60)]
     lines = names_lines(names)
     assert len(lines) > 5 and max(map(len, lines)) <= 120
@@ -70,28 +73,29 @@ def test_all_names_are_told_and_none_is_broken():
 
 
 class Images(list):
-    """A stand-in for the dataset: how many images, and what is told of them."""
+    """A stand-in for the dataset: its length and its source of image labels."""
 
-    class_names, told = CLASS_NAMES, None
+    class_names, image_labels = CLASS_NAMES, None
 
 
 @pytest.fixture
 def plan(tmp_path):
     """What a run of 6 images with these flags says before it starts."""
 
-    def plan(processes: int = 1, told: object = None, config: dict | None = None, **settings) -> str:
-        label_space = LabelSpace(CLASS_NAMES, CLASS_NAMES[:1], 255)
-        args = TrainArgs(dataset="data", output_dir=str(tmp_path), **settings)
+    def plan(processes: int = 1, image_labels: object = None, config: dict | None = None, **flags) -> str:
+        space = LabelSpace(CLASS_NAMES, CLASS_NAMES[:1], 255)
+        args = TrainArgs(dataset="data", output_dir=str(tmp_path), **flags)
         images = Images(range(6))
-        images.told = told
+        images.image_labels = image_labels
         parts = cut_batch(args.batch_size, processes, args.device_batch_size)
-        return describe(args, label_space, images, tiny_model(**(config or {})), parts, Accelerator(cpu=True))
+        start = Start(space, space, tiny_model(**(config or {})), None, images, None, None)
+        return describe(args, start, parts, Accelerator(cpu=True))
 
     return plan
 
 
 @pytest.mark.parametrize(
-    ("settings", "line"),
+    ("flags", "line"),
     [
         ({"clip": "c"}, "start     random weights; text tower of c"),
         ({"clip": "c", "backbone": "b"}, "start     backbone b (--backbone), else random weights; text tower of c"),
@@ -119,8 +123,8 @@ def plan(tmp_path):
         ({}, "device    cpu, one process"),
     ],
 )
-def test_the_plan_says(plan, settings, line):
-    assert line in plan(**settings).splitlines()
+def test_the_plan_says(plan, flags, line):
+    assert line in plan(**flags).splitlines()
 
 
 @pytest.mark.parametrize(("device_batch_size", "is_noted"), [(5, True), (4, False), (8, False), (9, False)])
@@ -135,10 +139,10 @@ def test_pseudo_labels_are_counted_and_none_is_noted(plan, tmp_path):
     write_shard(tmp_path / "scores-00000-of-00001.parquet", ["a", "b", "c", "other"], scores, label_space.unseen, b"")
     found = {}
     for threshold in (0.7, 0.99):
-        told = PseudoLabels(tmp_path, label_space, ["a", "b", "c"], threshold)
-        text = plan(told=told, unseen_labels=str(tmp_path), config={"pseudo_label_threshold": threshold})
+        labels = PseudoLabels(tmp_path, label_space, ["a", "b", "c"], threshold)
+        text = plan(image_labels=labels, unseen_labels=str(tmp_path), config={"pseudo_label_threshold": threshold})
         found[threshold] = "no pseudo label reaches --pseudo_label_threshold" in text
-        assert tuple(told.positives) == ((3, 2, 3) if threshold == 0.7 else (0, 0, 3))
+        assert tuple(labels.positives) == ((3, 2, 3) if threshold == 0.7 else (0, 0, 3))
         counts = "3 labels, in 2 of 3 images" if threshold == 0.7 else "0 labels, in 0 of 3 images"
         assert f"          positive at the threshold of {threshold}: {counts}" in text.splitlines()
     assert found == {0.7: False, 0.99: True}
@@ -167,7 +171,7 @@ def clock(monkeypatch) -> SimpleNamespace:
     return clock
 
 
-def test_the_share_of_time_that_batches_took_is_told_since_it_was_last_asked(clock):
+def test_the_share_of_time_that_batches_took_is_since_the_last_call(clock):
     def batches():
         for seconds in (3, 1):
             clock.now += seconds
@@ -197,7 +201,7 @@ def test_no_end_is_foretold_to_a_run_that_has_ended(clock):
     assert [pace.forecast(step, max_steps=6) for step in range(1, 7)] == [None] * 6
 
 
-def test_time_is_told_as_people_say_it():
+def test_a_time_is_said_as_people_say_it():
     assert [duration(seconds) for seconds in (41, 125, 11_520)] == ["41 s", "2 min", "3 h 12 min"]
 
 
@@ -236,7 +240,7 @@ def test_one_class_alone_can_be_learned(ids, tmp_path):
 
 
 def test_of_many_maps_of_one_class_the_first_are_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr("zs3.training.plan.MOST_LOOKED_AT", 2)
+    monkeypatch.setattr("zs3.training.loader.MOST_LOOKED_AT", 2)
     for records in records_with(tmp_path, (0,), (0,), (0,)):
         (tmp_path / "train" / "labels" / "p2.png").write_bytes(b"never looked at")
         check_learnable(records, SPACE)

@@ -26,7 +26,7 @@ from zs3.label_space import LabelSpace, load_label_space
 from zs3.pseudo_labels import write_shard
 from zs3.scenes.render import CLASS_NAMES, UNSEEN
 from zs3.training.arguments import TrainArgs
-from zs3.training.stamp import Record, check_not_unseen, joined, label_space_change, read_stamp
+from zs3.training.stamp import SeenRecord, check_not_unseen, joined, label_space_change, read_stamp
 
 IMAGE_IDS = [f"{index:05d}" for index in range(6)]
 SEEN = [name for name in CLASS_NAMES if name not in UNSEEN]
@@ -334,18 +334,18 @@ def test_a_finished_run_without_a_stamp_keeps_what_its_model_saw(here, monkeypat
     assert "this run saw masks of 'sand', which is unseen now" in refusal("folder", monkeypatch, capsys)
 
 
-def test_records_join_to_all_names_once_and_the_most_that_was_told():
-    one, other = Record(["sky", "Red  Circle"], "captions"), Record(["red circle", "sea"], "pseudo")
-    assert joined([one, other]) == Record(["sky", "Red  Circle", "sea"], "captions")
-    assert joined([one, Record(None, "none")]) == Record(None, None)
-    assert joined([one, Record([], None)]) == Record(["sky", "Red  Circle"], None)
+def test_records_join_to_all_names_once_and_the_strongest_image_labels():
+    one, other = SeenRecord(["sky", "Red  Circle"], "captions"), SeenRecord(["red circle", "sea"], "pseudo")
+    assert joined([one, other]) == SeenRecord(["sky", "Red  Circle", "sea"], "captions")
+    assert joined([one, SeenRecord(None, "none")]) == SeenRecord(None, None)
+    assert joined([one, SeenRecord([], None)]) == SeenRecord(["sky", "Red  Circle"], None)
 
 
 def test_a_name_that_was_seen_is_unseen_under_no_spelling():
     with pytest.raises(InputError, match="this run saw masks of 'TV set'"):
-        check_not_unseen(Record(["tv  Set"], "none"), ["sea", "TV set"])
-    check_not_unseen(Record(["tv set"], "none"), ["sea"])
-    check_not_unseen(Record(None, None), ["sea"])
+        check_not_unseen(SeenRecord(["tv  Set"], "none"), ["sea", "TV set"])
+    check_not_unseen(SeenRecord(["tv set"], "none"), ["sea"])
+    check_not_unseen(SeenRecord(None, None), ["sea"])
 
 
 # ---- words and contents ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import save_checkpoint, tiny_model
+from tiny import save_checkpoint, tiny_config, tiny_model
 from tiny_run import RECIPE, flags, write_data
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
@@ -32,7 +32,7 @@ from zs3.scenes.render import CLASS_NAMES, UNSEEN
 from zs3.training.arguments import TrainArgs
 from zs3.training.pace import StepMean
 from zs3.training.processes import make_accelerator, straighten_gradients
-from zs3.training.start import record_supervision
+from zs3.training.start import kind_of_labels, record_supervision
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,7 +150,7 @@ def test_a_supervised_training_sees_all_masks_and_says_so(data, tmp_path, monkey
 
 
 @pytest.mark.parametrize("listed", [[], [UNSEEN[0]]])
-def test_caption_nouns_are_further_names_told_with_their_pictures(data, tmp_path, monkeypatch, batches, listed):
+def test_caption_nouns_are_further_names_with_image_labels(data, tmp_path, monkeypatch, batches, listed):
     seen = [name for name in CLASS_NAMES if name not in UNSEEN]
     names = [*seen, "lawn", "horizon", *listed]
     (tmp_path / "nouns").mkdir()
@@ -178,7 +178,7 @@ def test_caption_nouns_are_further_names_told_with_their_pictures(data, tmp_path
 
 
 @pytest.mark.parametrize(("unseen_labels", "names"), [("none", 15), ("ground_truth", 20)])
-def test_unseen_names_are_on_the_class_axis_only_when_something_is_told_of_them(
+def test_unseen_names_are_on_the_class_axis_only_if_they_have_image_labels(
     unseen_labels, names, data, tmp_path, monkeypatch, batches
 ):
     arguments = flags(data, tmp_path / "run", max_steps=1, unseen_labels=unseen_labels)
@@ -286,7 +286,7 @@ def test_activations_made_anew_change_nothing(data, tmp_path, monkeypatch, forwa
 
 def test_the_backbone_learns_slower_and_norms_and_embeddings_do_not_decay():
     model = tiny_model(vision=True)
-    groups = parameter_groups(model, TrainArgs(learning_rate=1.0, backbone_multiplier=0.1, weight_decay=0.5))
+    groups = parameter_groups(model, learning_rate=1.0, backbone_multiplier=0.1, weight_decay=0.5)
     found = {id(p): group for group in groups for p in group["params"]}
     names = {name: found.get(id(p)) for name, p in model.named_parameters()}
     conv = "model.pixel_level_module.encoder.embedder.embedder.convolution.weight"
@@ -319,7 +319,8 @@ def test_gradients_have_the_strides_of_their_weights_for_ddp():
 def test_the_printed_schedule_decays_at_5000_and_ignores_80000():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter], lr=5e-5)
-    scheduler = make_scheduler(optimizer, TrainArgs())
+    args = TrainArgs()
+    scheduler = make_scheduler(optimizer, args.lr_schedule, args.lr_milestones, args.max_steps)
     rates = {}
     for step in range(1, 50_001):
         optimizer.step()
@@ -408,9 +409,9 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
         ({"matching": "joined"}, "matching must be one of 'unpaired', 'joint', 'hybrid', got 'joined'"),
         ({"class_weight": -1}, "error: the model's configuration: class_weight must be 0 or more, got -1"),
         ({"unseen_labels": "ground-truth"}, "do not exist: did you mean ground_truth?"),
-        ({"text_embeds": None}, "a recipe of stage 2 wants --init_from"),
-        ({"caption_nouns": "nouns"}, "--caption_nouns need a text tower"),
-        ({"caption_nouns": "nouns", "unseen_labels": "ground_truth"}, "leave out --unseen_labels"),
+        ({"text_embeds": None}, "no start: stage 2 needs --init_from"),
+        ({"caption_nouns": "nouns"}, "--text_embeds does not go with --caption_nouns: the nouns need a text tower"),
+        ({"caption_nouns": "nouns", "unseen_labels": "masks"}, "--unseen_labels does not go with --caption_nouns"),
     ],
 )
 def test_a_wrong_flag_is_one_line_that_names_it(overrides, words, data, tmp_path, monkeypatch, capsys):
@@ -655,20 +656,24 @@ def test_text_vectors_that_are_not_finite_are_refused(value, data, tmp_path, mon
     assert "spoiled.npy" in line and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("listed", "told"), [("Stone  WALL", "captions"), ("stone", "none")])
-def test_captions_that_say_an_unseen_name_are_recorded_however_it_is_spelled(listed, told, tmp_path):
+@pytest.mark.parametrize(("listed", "kind"), [("Stone  WALL", "captions"), ("stone", "none")])
+def test_captions_with_an_unseen_name_are_recorded_in_any_spelling(listed, kind, tmp_path):
     content = {"classes": ["grass", listed], "unseen": [], "ignore_label": 255}
     (tmp_path / "classes.json").write_text(json.dumps(content))
-    model = tiny_model(text=False, seen_class_names=[], unseen_labels="none")
-    args = TrainArgs(init_from="start", caption_nouns=str(tmp_path))
-    record_supervision(model, args, LabelSpace(["grass", "stone wall"], ["stone wall"]))
-    assert model.config.unseen_labels == told
+    assert kind_of_labels("none", str(tmp_path), ["stone wall"]) == kind
 
 
-def test_a_name_that_two_stages_saw_is_recorded_once(tmp_path):
-    model = tiny_model(text=False, seen_class_names=["Grass", "zebra"], unseen_labels="pseudo")
-    record_supervision(model, TrainArgs(init_from="start"), LabelSpace(["grass", "sky"], []))
-    assert model.config.seen_class_names == ["Grass", "zebra", "sky"] and model.config.unseen_labels == "pseudo"
+@pytest.mark.parametrize("kind", ["none", "captions"])
+def test_a_run_records_the_image_labels_of_unseen_classes(kind):
+    config = tiny_config(text=False, seen_class_names=[], unseen_labels="none")
+    record_supervision(config, LabelSpace(["grass", "stone wall"], ["stone wall"]), kind, init_from="start")
+    assert config.unseen_labels == kind and config.seen_class_names == ["grass"]
+
+
+def test_a_name_that_two_stages_have_seen_is_recorded_once():
+    config = tiny_config(text=False, seen_class_names=["Grass", "zebra"], unseen_labels="pseudo")
+    record_supervision(config, LabelSpace(["grass", "sky"], []), "none", init_from="start")
+    assert config.seen_class_names == ["Grass", "zebra", "sky"] and config.unseen_labels == "pseudo"
 
 
 def copy_of(data: Path, folder: Path) -> Path:

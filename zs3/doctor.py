@@ -21,18 +21,11 @@ from zs3.data.records import load_split, stream_split
 from zs3.evaluation.report import IMAGE_LABELS
 from zs3.files import is_locked
 from zs3.label_space import load_label_space, load_text_embeds
-from zs3.training.folder import (
-    complete_checkpoints,
-    copied_recipe,
-    damage,
-    parse_recipe,
-    read_metrics,
-    true_name,
-    unfit,
-)
+from zs3.training.folder import copied_recipe, parse_recipe, read_metrics
+from zs3.training.resume import complete_checkpoints, damage, true_name, unfit
 from zs3.training.stamp import (
     STAMP,
-    Record,
+    SeenRecord,
     Stamp,
     change_since,
     joined,
@@ -122,7 +115,7 @@ def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
     return config
 
 
-def say_record(found: Findings, record: Record) -> None:
+def say_record(found: Findings, record: SeenRecord) -> None:
     if record.seen_class_names is None:
         found.say("saw", "unknown: no zero-shot result can be claimed")
         return
@@ -259,7 +252,7 @@ def examine_data(stamp: Stamp, recipe: dict, found: Findings) -> None:
         change = change_since(stamp, now, recipe)
         if change is not None:
             raise InputError(f"the run's inputs have changed: {change}; its command refuses")
-    others = [name for name in stamp if name not in now and name not in Record._fields]
+    others = [name for name in stamp if name not in now and name not in SeenRecord._fields]
     others += ["label_space"] if "layout" not in now else []
     found.say("inputs", f"compared with the stamp; not compared: {', '.join(others) or 'nothing'}")
 
@@ -277,7 +270,7 @@ def examine_metrics(path: Path, found: Findings) -> None:
         found.problems.append(f"{path}: the loss of step {step} is no number")
 
 
-def examine_final_record(final: Record, stamped: Record, found: Findings) -> None:
+def examine_final_record(final: SeenRecord, stamped: SeenRecord, found: Findings) -> None:
     """The final model must not claim to have seen less than the run's stamp says."""
     both = joined([final, stamped])
     if both == joined([final]):

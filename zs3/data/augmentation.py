@@ -1,4 +1,4 @@
-"""Augmentation by the ancestors' recipe: a picture and its label map scaled, cropped, jittered and mirrored together.
+"""Augmentation: a picture and its label map are scaled, cropped and mirrored together, by Mask2Former's recipe.
 
 Axes: H W pixels of the stored map, h w of the crop.
 """
@@ -12,7 +12,7 @@ from PIL import Image
 from processing_zs3 import nearest_pixels
 from zs3.command_line import Pixels, PositiveShare, Some, checked
 
-IGNORED = -1  # in a map: no label here
+IGNORED = -1  # a pixel without a label, in the maps that training sees
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Augmentation:
     """Mask2Former's recipe for semantic segmentation. Lengths in pixels.
 
     crop_size: side of the square crop, and of the sample.
-    short_edges: lengths of the image's shorter edge, one drawn for each sample; None stands for 0.5 to 2.0
-        times crop_size in steps of a tenth.
+    short_edges: lengths of the shorter edge after scaling; each sample draws one. None: 0.5 to 2.0 times crop_size, in
+        steps of a tenth.
     max_size: upper bound of the longer edge.
-    flip: mirror left and right, half of the time.
-    color_jitter: SSD's changes of brightness, contrast, saturation and hue, each half of the time.
-    single_class_max_area: largest share of the labelled pixels of a crop that one class should have, in (0, 1];
-        ten draws are tried. 1 takes the first.
+    flip: mirror half of the samples, left and right.
+    color_jitter: SSD's changes of brightness, contrast, saturation and hue, each for half of the samples.
+    single_class_max_area: the largest share of a crop's labelled pixels that one class should have, in (0, 1]. Ten
+        crops are tried; 1 takes the first.
     """
 
     crop_size: int
@@ -44,7 +44,7 @@ class Augmentation:
         object.__setattr__(self, "short_edges", tuple(edges))
 
     def draw_size(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
-        """Width and height to which a picture of `size` is scaled before the crop; its shape is kept."""
+        """The width and height to which a picture of this size is scaled. Their ratio stays."""
         scale = min(rng.choice(self.short_edges) / min(size), self.max_size / max(size))
         return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
@@ -57,13 +57,13 @@ def augment(
     augmentation: Augmentation,
     relabel: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[Image.Image, np.ndarray]:
-    """Scaled, cropped, jittered, mirrored: an RGB picture and its (h, w) map, both at most crop_size a side.
+    """An RGB crop and its (h, w) map: scaled, cropped, jittered, mirrored. A side is crop_size at most.
 
-    image: RGB, of the map's size, or decoded at a reduced one that is no less than `size`.
+    image: RGB. It has the map's size, or a reduced one that is no smaller than `size`.
     label: (H, W) integers.
     size: from `Augmentation.draw_size`.
-    relabel: of every crop of the map, before anything looks at it: integers of any range, IGNORED where there is no
-        label. What it takes out of a map cannot be seen in the choice of the crop.
+    relabel: applied to each crop of the map before anything else reads it. So a class that it removes has no influence
+        on the choice of the crop. It gives integers, and IGNORED where there is no label.
     """
     width, height = size
     rows = nearest_pixels(height, label.shape[0])
@@ -76,7 +76,7 @@ def augment(
             break
     scale_x, scale_y = image.width / width, image.height / height
     box = (x * scale_x, y * scale_y, min((x + w) * scale_x, image.width), min((y + h) * scale_y, image.height))
-    image = image.resize((w, h), Image.Resampling.BILINEAR, box=box)  # the crop of the resized picture
+    image = image.resize((w, h), Image.Resampling.BILINEAR, box=box)  # only the crop: cheaper than resizing the whole
     if augmentation.color_jitter:
         image = _jittered(image, rng)
     if augmentation.flip and rng.random() < 0.5:
@@ -90,7 +90,7 @@ def _is_mixed(label: np.ndarray, max_area: float) -> bool:
 
 
 def _jittered(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """SSD's photometric distortion; contrast stands before or after saturation and hue, half of the time each."""
+    """SSD's photometric distortion. Contrast comes before or after saturation and hue, each in half of the samples."""
     brightness, contrast, saturation, hue = rng.random(4) < 0.5
     contrast_first = rng.random() < 0.5
     if brightness:
@@ -112,6 +112,6 @@ def _jittered(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _linear(image: Image.Image, factor: float, offset: float) -> Image.Image:
-    """Every channel's value v in [0, 255] becomes factor * v + offset, cut back to that range."""
+    """Each value v in [0, 255] becomes factor * v + offset, clipped to this range."""
     table = (np.arange(256) * factor + offset).clip(0, 255).round().astype(int)
     return image.point(table.tolist() * 3)

@@ -1,8 +1,8 @@
-"""Which pictures a process reads for each step, from a table or from a stream."""
+"""Which images a process reads for each step: how a batch is cut, from a table and from a stream."""
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,75 +17,73 @@ if TYPE_CHECKING:
     import datasets
 
 
-def part_size(total_batch_size: int, num_processes: int, micro_batches: int) -> int:
-    """Samples of one micro-batch of one process."""
-    parts = num_processes * micro_batches
-    if total_batch_size < 1 or total_batch_size % parts:
+class BatchParts(NamedTuple):
+    """A step's batch in equal parts. Each process takes its micro-batches one after the other."""
+
+    processes: int
+    micro_batches: int  # of one process
+    images: int  # of one micro-batch
+
+
+def cut_batch(batch_size: int, num_processes: int, device_batch_size: int | None = None) -> BatchParts:
+    """The fewest micro-batches of at most device_batch_size images each. None: one for each process."""
+    share, rest = divmod(batch_size, num_processes)
+    if rest or not share:
+        sizes = [str(n * num_processes) for n in (share, share + 1) if n]
+        fewer = next(n for n in range(num_processes - 1, 0, -1) if batch_size % n == 0)
         raise InputError(
-            f"total batch size {total_batch_size} cannot be cut into {parts} equal parts "
-            f"({num_processes} processes x {micro_batches} micro-batches): change one of them"
+            f"--batch_size {batch_size} cannot be shared equally by {num_processes} processes: "
+            f"give --batch_size {' or '.join(sizes)}, or start {fewer} process{'es' if fewer > 1 else ''}"
         )
-    return total_batch_size // parts
+    at_once = device_batch_size or share
+    micro_batches = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= at_once)
+    return BatchParts(num_processes, micro_batches, share // micro_batches)
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """The samples of this process, step after step: a DataLoader's `batch_sampler`.
+    """The samples of one process, step after step: a DataLoader's `batch_sampler`.
 
-    All processes walk through one endless sequence, the epochs' permutations (keyed by seed and epoch) laid end
-    to end; step t takes the total_batch_size samples from t * total_batch_size on. They are cut into equal
-    parts, in order: process by process, and within a process micro-batch by micro-batch, each one item of the
-    iteration. So what a step trains on depends neither on the number of processes nor on a restart at
-    `start_step`. The DataLoader must not be cut again (no `accelerator.prepare`).
+    All processes walk through one endless sequence: the permutations of all epochs, keyed by seed and epoch, one after
+    the other. Each step takes the next batch of this sequence. The batch is cut into its parts in order: process by
+    process, and within a process micro-batch by micro-batch. So the images of a step depend neither on the number of
+    processes nor on a restart. The DataLoader must not be cut again (no `accelerator.prepare`).
 
-    micro_batches: parts of a step that one process takes one after the other (gradient accumulation).
+    steps: those to make; a run that resumes at step 7 gives range(7, max_steps).
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        total_batch_size: int,
-        max_steps: int,
-        *,
-        start_step: int = 0,
-        num_processes: int = 1,
-        process_index: int = 0,
-        micro_batches: int = 1,
-        seed: int = 0,
-    ):
+    def __init__(self, num_samples: int, parts: BatchParts, steps: range, *, process_index: int = 0, seed: int = 0):
         self.num_samples = num_samples
-        self.total_batch_size = total_batch_size
-        self.steps = range(start_step, max_steps)
-        self.first_part = process_index * micro_batches
-        self.micro_batches = micro_batches
-        self.part_size = part_size(total_batch_size, num_processes, micro_batches)
+        self.parts = parts
+        self.steps = steps
+        self.process_index = process_index
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.steps) * self.micro_batches
+        return len(self.steps) * self.parts.micro_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        num_processes, micro_batches, images = self.parts
         epoch, order = None, None
-        for step in self.steps:
-            for part in range(self.first_part, self.first_part + self.micro_batches):
-                start = step * self.total_batch_size + part * self.part_size
-                samples = []
-                for position in range(start, start + self.part_size):
-                    if position // self.num_samples != epoch:
-                        epoch = position // self.num_samples
-                        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
-                    samples.append((epoch, int(order[position % self.num_samples])))
-                yield samples
+        for step, micro_batch in itertools.product(self.steps, range(micro_batches)):
+            start = ((step * num_processes + self.process_index) * micro_batches + micro_batch) * images
+            samples = []
+            for position in range(start, start + images):
+                if position // self.num_samples != epoch:
+                    epoch = position // self.num_samples
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+                samples.append((epoch, int(order[position % self.num_samples])))
+            yield samples
 
 
 class StreamedBatches(IterableDataset):
-    """The micro-batches of this process from a stream, without an end: the dataset of its own `loader`.
+    """The micro-batches of one process from a stream, without an end. `loader` reads them.
 
-    Shards are dealt out to the processes, and within one to the DataLoader's workers; every reader goes through its own
-    again and again, each epoch in another order, rows shuffled in a buffer. So a step's pictures depend on the numbers
-    of processes and of workers, other than with `StepSampler`; a restart at `start` goes on with the same ones.
+    Each process gets some of the shards, and each worker of its DataLoader some of these. A worker reads its shards
+    again and again, each epoch in another order, and shuffles the rows in a buffer. So the images of a step depend on
+    the numbers of processes and workers, which they do not with `StepSampler`. A restart goes on with the same images.
 
     dataset: its records are a StreamedSplit.
-    buffer_size: rows, not decoded, that a reader holds to shuffle among.
+    buffer_size: rows, not decoded, that a worker shuffles among.
     start: micro-batches of this process to leave out, a multiple of the number of workers.
     """
 
@@ -106,12 +104,12 @@ class StreamedBatches(IterableDataset):
         self.start = start
 
     def loader(self, num_workers: int, start: int = 0, **options: Any) -> Iterator[dict[str, Any]]:
-        """The micro-batches from any `start` on, read by at most so many workers as there are shards for.
+        """The micro-batches from any `start` on. There are never more workers than shards.
 
         options: of the DataLoader.
         """
         workers = min(num_workers, self._table(0).num_shards)
-        odd = start % max(workers, 1)  # workers take turns, from the first one on
+        odd = start % max(workers, 1)  # the workers take turns, the first one begins
         self.start = start - odd
         return itertools.islice(DataLoader(self, batch_size=None, num_workers=workers, **options), odd, None)
 
@@ -124,20 +122,20 @@ class StreamedBatches(IterableDataset):
             yield collate([self.dataset.sample(self.dataset.records.stored(row), epoch) for epoch, row in batch])
 
     def _rows(self) -> Iterator[tuple[int, Row]]:
-        """(epoch, row) of this reader, epoch after epoch; in a worker, datasets itself takes the worker's shards."""
+        """(epoch, row), epoch after epoch. Within a worker, datasets itself takes the worker's shards."""
         for epoch in itertools.count():
             row = None
             for row in read_rows(self._table(epoch)):
                 yield epoch, row
             if row is None:
-                raise InputError("a reader of the stream got no picture: take fewer processes or workers than shards")
+                raise InputError("a worker of the stream got no picture: take fewer processes or workers than shards")
 
     def _table(self, epoch: int) -> "datasets.IterableDataset":
-        """The rows of this process in an epoch. (All workers share the epoch that a datasets stream has: not used.)"""
+        """The rows of this process in an epoch. (Not by datasets' own set_epoch: all workers share that.)"""
         from datasets.distributed import split_dataset_by_node
 
         order = np.random.default_rng((self.dataset.seed, epoch))
-        # One shard at a time: the rows of a converted training split are mixed already.
+        # One shard at a time: the converter has mixed the rows of a training split.
         options = {"buffer_size": self.buffer_size, "max_buffer_input_shards": 1}
         return split_dataset_by_node(self.dataset.records.table.shuffle(generator=order, **options), **self.node)
 
@@ -145,7 +143,7 @@ class StreamedBatches(IterableDataset):
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """Samples -> the model's batch: pixel_values (B,3,S,S), pixel_mask (B,S,S), labels (B,S,S), image_labels (B,C).
 
-    `image_ids`, a list of B, is for the reader.
+    `image_ids`, a list of B, is for messages.
     """
     names = ("pixel_values", "pixel_mask", "labels", "image_labels")
     batch = {name: torch.stack([s[name] for s in samples]) for name in names}

@@ -14,7 +14,7 @@ from zs3.typed_json import read_json
 
 
 class CaptionSettings(TypedDict):
-    """The content of settings.json, of what `load_caption_nouns` reads."""
+    """The keys of settings.json that `load_caption_nouns` needs."""
 
     label_space: str
     label_space_sha256: str
@@ -22,11 +22,11 @@ class CaptionSettings(TypedDict):
 
 class CaptionNouns(NamedTuple):
     class_names: list[str]  # C, the seen names of the label space first
-    positions: dict[str, np.ndarray]  # image_id -> int32, ascending: those of its nouns on the class axis
+    positions: dict[str, np.ndarray]  # image_id -> int32, ascending: places of its nouns on the class axis
 
 
 def load_caption_nouns(path: str | Path, label_space: LabelSpace) -> CaptionNouns:
-    """Reads what `zs3 nouns` wrote for this label space; other folders are an InputError."""
+    """Reads the folder that `zs3 nouns` made for this label space."""
     import pyarrow
     import pyarrow.parquet
 
@@ -56,25 +56,21 @@ def load_caption_nouns(path: str | Path, label_space: LabelSpace) -> CaptionNoun
     return CaptionNouns(class_names, found)
 
 
-# ---- training ----------------------------------------------------------------------------------------------
-
-
 def dropped(labels: np.ndarray, rng: np.random.Generator, probability: float, dropped_as: int = -1) -> np.ndarray:
-    """(C,) int8: image labels after each word that is present was dropped with this probability.
+    """(C,) int8: image labels in which each present word is dropped with this probability (0.25 in the paper).
 
     labels: (C,) int8, 1 present, 0 absent, -1 unknown.
-    dropped_as: what a dropped word becomes. Reading: -1, neither positive nor negative; with 0 the ranking loss would
-        push a word away that the captions do say.
-    The paper drops with probability 0.25.
+    dropped_as: the label of a dropped word. Reading: -1, unknown. With 0 the ranking loss would push down a word that
+        is in the captions.
     """
     drop = (labels == 1) & (rng.random(len(labels)) < probability)
     return np.where(drop, np.int8(dropped_as), labels)
 
 
 class CaptionLabels:
-    """A `zs3.image_labels.Told`: the class axis is that of the nouns; a word the captions do not say is absent.
+    """The `ImageLabels` of captions. The nouns are the class axis; a noun that is not in the captions is absent.
 
-    image_ids: of the pictures to come, all of which must have captions; None, of a stream: they are missed when met.
+    image_ids: the training images, which must all have captions. None, for a stream: each is looked up when it is read.
     """
 
     def __init__(

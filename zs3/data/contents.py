@@ -1,4 +1,4 @@
-"""What tells one split of data from another, found without decoding a picture: sizes and ends of files, ids, names."""
+"""A fingerprint of a split: ids, names, sizes and last bytes of its files. No picture is decoded for it."""
 
 import hashlib
 import math
@@ -10,8 +10,8 @@ from configuration_zs3 import Refused, one_line
 from files_zs3 import check_regular
 from zs3.command_line import InputError, shown
 
-HUB_CARD = ("README.md", ".gitattributes")  # of a Hub dataset: they may change, and its data stay
-ENDS = 1000  # files of a split whose ends are read to tell it from another
+HUB_CARD = ("README.md", ".gitattributes")  # files of a Hub dataset that can change while its data stay the same
+ENDS = 1000  # at most so many files of a split are read, each at its end
 END_BYTES = 2**16
 
 Row = dict[str, Any]  # "image" and "label": a path, or {"bytes": ..., "path": ...}; "image_id"
@@ -20,11 +20,12 @@ Row = dict[str, Any]  # "image" and "label": a path, or {"bytes": ..., "path": .
 def contents_of(
     image_ids: list[str] | None, rows: list[Row] | None, shards: Sequence[Path] | str
 ) -> dict[str, int | str]:
-    """What tells a split from another one, found without decoding a picture. What is not known has no key.
+    """The fingerprint of a split. A fact that is not known has no key.
 
-    Of all files the sizes, of up to ENDS of them the last bytes: a JPEG's pixels, a PNG's checksums, a table's footer.
+    It has the sizes of all files and the last bytes of up to ENDS files. A JPEG has pixels there, a PNG checksums, a
+    table its footer.
 
-    image_ids: None, of a table that is streamed. rows: of a folder. shards: of a table, see `table_files`.
+    image_ids: None for a table that is streamed. rows: of a folder. shards: of a table, see `table_files`.
     """
     found: dict[str, int | str] = {}
     if image_ids is not None:
@@ -46,12 +47,12 @@ def contents_of(
 
 
 def hub_files(repo_id: str) -> list[tuple[str, str]] | None:
-    """Names and hashes of the files of a Hub dataset, its card aside; None where the Hub does not answer.
+    """Names and hashes of a Hub dataset's files, without its card. None: the Hub does not answer.
 
-    Not tried against the Hub itself.
+    It has not been tried against the Hub itself.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # of httpx, whose name depends on the version
+    from huggingface_hub.errors import HTTPError  # httpx's error: its module depends on the version
 
     try:
         files = HfApi().dataset_info(repo_id, files_metadata=True).siblings
@@ -66,7 +67,7 @@ def sizes_sha256(files: Sequence[Path]) -> str:
 
 
 def size_of(file: Path) -> int:
-    """Bytes. A pipe, a device or a link to nothing is an InputError."""
+    """Bytes of a regular file. A pipe, a device or a broken link is an InputError."""
     try:
         return check_regular(file).st_size
     except Refused as error:
@@ -74,7 +75,7 @@ def size_of(file: Path) -> int:
 
 
 def _ends_sha256(files: Sequence[Path]) -> str:
-    """Of the last bytes of up to ENDS files, spread evenly; of all of them `sizes_sha256` has been taken."""
+    """Of the last bytes of up to ENDS files, spread evenly over all."""
     digest = hashlib.sha256()
     for file in files[:: max(math.ceil(len(files) / ENDS), 1)]:
         with file.open("rb") as content:

@@ -1,7 +1,7 @@
-"""Image-level labels: what a training is told of its pictures as a whole, beside the masks of the seen classes.
+"""Image labels: which classes are in a picture as a whole. Training gets them beside the masks of the seen classes.
 
-Nothing of the unseen classes (inductive); or whether each is in the picture, by the truth or by the scores of
-`zs3 pseudo_labels` (transductive, section 3.4). `zs3.nouns` tells what captions say (section 4.5).
+Inductive training has no image labels of unseen classes. Transductive training has them from the ground truth, or from
+the scores of `zs3 pseudo_labels` (section 3.4). Those of captions are in `zs3.data.caption_labels` (section 4.5).
 
 Axes: C names on the class axis of the run, N images, U unseen names.
 """
@@ -23,35 +23,39 @@ from zs3.data.records import Split
 from zs3.label_space import LabelSpace
 from zs3.typed_json import Count, read_json
 
-# What a training may see of the unseen classes. "inductive": nothing, and their names are not on the class axis;
-# "transductive": their names, and whether they are in a picture, but never where; "supervised": their masks, as if they
-# were seen, which leaves no zero-shot claim (the upper bound).
-Setting = Literal["inductive", "transductive", "supervised"]
+# What training gets of the unseen classes.
+# "inductive": nothing. Their names are not on the class axis.
+# "transductive": their names and image labels, but never their masks.
+# "supervised": their masks too, so no zero-shot result can be claimed (the upper bound).
+Supervision = Literal["inductive", "transductive", "supervised"]
 SHARD = re.compile(r"scores-\d+-of-\d+\.parquet")  # see `shard_name`
-SETTINGS_KEY = b"zs3_settings_sha256"  # of a shard of scores
+SETTINGS_KEY = b"zs3_settings_sha256"  # metadata of a shard of scores
 
 
-def training_space(label_space: LabelSpace, setting: Setting) -> LabelSpace:
-    """The label space as a training knows it: fully supervised, no class is unseen."""
-    if setting == "supervised":
+def training_space(label_space: LabelSpace, supervision: Supervision) -> LabelSpace:
+    """The label space as training knows it: in supervised training no class is unseen."""
+    if supervision == "supervised":
         return LabelSpace(label_space.class_names, [], label_space.ignore_index)
     return label_space
 
 
-class Told(Protocol):
-    """What is told of pictures. `class_names`: the C names on the class axis of the run."""
+# ---- sources of image labels -------------------------------------------------------------------------------
+
+
+class ImageLabels(Protocol):
+    """A source of image labels. `class_names`: the C names on the class axis of the run."""
 
     class_names: list[str]
 
     def __call__(self, image_id: str, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(C,) int8: 1 present, 0 absent, -1 unknown; names with a mask in the crop will be present in any case.
+        """(C,) int8: 1 present, 0 absent, -1 unknown. A name with a mask in the crop becomes present in any case.
 
-        ids: of the label space, those in the whole picture, unseen classes included. rng: of this sample.
+        ids: the class ids in the whole picture, unseen classes included. rng: of this sample.
         """
 
 
-class NothingTold:
-    """The seen names alone are on the class axis: names that are never positive would only be pushed down."""
+class NoUnseenLabels:
+    """The class axis has the seen names alone: training would only push down names that are never positive."""
 
     def __init__(self, label_space: LabelSpace):
         self.class_names = label_space.seen
@@ -61,7 +65,7 @@ class NothingTold:
 
 
 class GroundTruthLabels:
-    """Whether each unseen class is in the picture, the whole of it and not the crop: Table 5's "GT Unseen"."""
+    """Table 5's "GT Unseen": whether each unseen class is in the whole picture, not only in the crop."""
 
     def __init__(self, label_space: LabelSpace):
         self.class_names = label_space.class_names
@@ -74,7 +78,7 @@ class GroundTruthLabels:
 
 
 class Positives(NamedTuple):
-    """How many labels are positive, and in how many of how many images."""
+    """The number of positive labels, the number of images that have one, and the number of all images."""
 
     labels: int
     images: int
@@ -82,11 +86,11 @@ class Positives(NamedTuple):
 
 
 class PseudoLabels:
-    """Section 3.4: the scores of a folder (`load_unseen_scores`) made into labels (`pseudo_labels`).
+    """Section 3.4: the scores of a folder, made into labels by a threshold (`pseudo_labels`).
 
-    image_ids: of the pictures to come, all of which must have scores; None, of a stream: they are missed when met.
+    image_ids: the training images, which must all have scores. None, for a stream: each is looked up when it is read.
 
-    `positives` are counted over these pictures; of a stream, over all that have scores.
+    `positives` counts the training images; for a stream, all images that have scores.
     """
 
     def __init__(
@@ -111,8 +115,24 @@ class PseudoLabels:
         return self.labels[_rows_of([image_id], self.row_of, self.path)[0]]
 
 
+def pseudo_labels(scores: np.ndarray, threshold: float, unknown_above: float | None = None) -> np.ndarray:
+    """Section 3.4: scores -> int8 labels of the same shape: 1 from the threshold on, else 0.
+
+    unknown_above: a score between it and the threshold gives -1, unknown. None: no label is unknown.
+    """
+    labels = (scores >= threshold).astype(np.int8)
+    if unknown_above is not None:
+        if unknown_above >= threshold:
+            raise InputError(f"pseudo_label_unknown_above {unknown_above} must be below the threshold {threshold}")
+        labels[(scores > unknown_above) & (scores < threshold)] = -1
+    return labels
+
+
+# ---- the scores of `zs3 pseudo_labels` ----------------------------------------------------------------------
+
+
 class PseudoLabelSettings(TypedDict, total=False):
-    """The content of settings.json beside the scores, as far as a reader asks for it."""
+    """The keys of settings.json, beside the scores, that a reader needs."""
 
     checkpoint_sha256: dict[str, str]
     num_images: Count
@@ -120,19 +140,18 @@ class PseudoLabelSettings(TypedDict, total=False):
 
 
 def read_settings(folder: Path) -> PseudoLabelSettings:
-    """Of a folder of `zs3 pseudo_labels`, checked."""
+    """The checked content of a folder's settings.json."""
     what = "settings file of zs3.pseudo_labels"
     return read_json(folder / "settings.json", PseudoLabelSettings, what, "make the pseudo labels anew")
 
 
 def settings_digest(settings: Mapping[str, Any]) -> bytes:
-    """What binds a shard to the settings that it was made with."""
+    """The digest by which a shard names the settings that made it."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest().encode()
 
 
 def bound_to(file: Path) -> bytes | None:
-    """The digest of the settings that a shard was made with; None where it has none: it is damaged, or of an older
-    version."""
+    """The digest in a shard. None: the shard is damaged, or of an older version."""
     import pyarrow
     import pyarrow.parquet
 
@@ -143,18 +162,17 @@ def bound_to(file: Path) -> bytes | None:
 
 
 def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Sequence[str]) -> np.ndarray:
-    """(N, U) float32: what `zs3 pseudo_labels` says of the unseen names, in the order of label_space.unseen.
+    """(N, U) float32: the scores of N images, in the order of label_space.unseen.
 
-    path: its folder of shards `scores-00003-of-00047.parquet`, or one such file, with the columns image_id and scores
-        (a struct of one number for each unseen name).
-    image_ids: N, of the images that are wanted.
+    path: a folder of shards `scores-00003-of-00047.parquet`, or one such file. Its columns are image_id and scores, a
+        struct with one number for each unseen name.
     """
     row_of, scores = read_scores(path, label_space)
     return scores[_rows_of(image_ids, row_of, path)]
 
 
 def read_scores(path: str | Path, label_space: LabelSpace) -> tuple[dict[str, int], np.ndarray]:
-    """The row of each image_id, and all the scores (N, U)."""
+    """The row of each image_id, and the scores of all images (N, U)."""
     row_of, scores = {}, []
     files, expected = _score_files(Path(path)), None
     if (Path(path) / "settings.json").is_file():
@@ -182,7 +200,7 @@ def _rows_of(image_ids: Sequence[str], row_of: dict[str, int], path: str | Path)
 
 
 def _score_files(path: Path) -> list[Path]:
-    """The shards of a folder, all of them; or the one file."""
+    """All shards of a folder, or the one file."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -234,21 +252,8 @@ def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
     return image_ids, scores
 
 
-def pseudo_labels(scores: np.ndarray, threshold: float, unknown_above: float | None = None) -> np.ndarray:
-    """Section 3.4: scores -> int8 of the same shape, 1 from the threshold on, else 0.
-
-    unknown_above: what lies above it, and below the threshold, is -1, unknown; None: nothing is.
-    """
-    labels = (scores >= threshold).astype(np.int8)
-    if unknown_above is not None:
-        if unknown_above >= threshold:
-            raise InputError(f"pseudo_label_unknown_above {unknown_above} must be below the threshold {threshold}")
-        labels[(scores > unknown_above) & (scores < threshold)] = -1
-    return labels
-
-
 def check_scored_pictures(path: Path, records: Split) -> None:
-    """Refuses scores of a folder's pictures for another folder whose image ids are the same."""
+    """Refuses the scores of another dataset whose pictures have the same ids."""
     made_of = read_settings(path) if (path / "settings.json").is_file() else {}
     known, count = made_of.get("picture_sizes_sha256"), made_of.get("num_images", 0)
     own = records.picture_sizes_sha256(count)

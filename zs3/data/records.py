@@ -1,7 +1,7 @@
-"""Datasets: the records (picture, label map, id) of a split.
+"""The records of a split: picture, label map, id.
 
-`load_split` finds them and checks them at the door; `stream_split` reads the same records one after the other, without
-a copy on the disk. `zs3.data.samples` makes training samples of them.
+`load_split` gives them by index. `stream_split` reads the same records one after the other, without a copy on the disk.
+`zs3.data.samples` makes training samples of them.
 
 Axes: H W pixels.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Split(Sequence[Record]):
-    """The records of one split, read when asked for.
+    """The records of one split by index. A record is read when it is asked for.
 
     shards: the files of a table, see `table_files`.
     """
@@ -48,12 +48,12 @@ class Split(Sequence[Record]):
         return read_stored(self.rows[index % len(self)], image_id, self.label_space)
 
     def label(self, index: int) -> np.ndarray:
-        """(H, W) int32, a record's label map without its picture."""
+        """(H, W) int32: a record's label map. The picture is not read."""
         row, image_id = self.rows[index % len(self)], self.image_ids[index]
         return read_label(row["label"], image_id, self.label_space)[1].astype(np.int32)
 
     def ids(self) -> Iterator[tuple[np.ndarray, bool]]:
-        """Of each label map in turn the ids that are in it, the ignored one aside; and whether that is in it, too."""
+        """For each label map in turn: the class ids in it, and whether it has ignored pixels."""
         for row, image_id in zip(self.rows, self.image_ids, strict=True):
             yield read_ids(row, image_id, self.label_space)
 
@@ -62,17 +62,17 @@ class Split(Sequence[Record]):
         return contents_of(self.image_ids, self.rows if isinstance(self.rows, list) else None, self.shards)
 
     def picture_sizes_sha256(self, count: int) -> str | None:
-        """Of the sizes of the first pictures of a folder; None for tables."""
+        """Of the file sizes of the first pictures. None for a table, which has no picture files."""
         if not isinstance(self.rows, list):
             return None
         return sizes_sha256([row["image"] for row in self.rows[:count]])
 
 
 class StreamedSplit:
-    """The records of one split, one after the other: a shard is read (or downloaded) when its turn comes.
+    """The records of one split, one after the other. A shard is read, or downloaded, when its turn comes.
 
-    table: rows as `Row`, its pictures not decoded.
-    rows: those of a folder, which are known beforehand. shards: as of a Split.
+    table: rows as `Row`, with pictures that are not decoded.
+    rows: of a folder, which knows them beforehand. shards: as in a Split.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class StreamedSplit:
         return (self.stored(row).record() for row in read_rows(self.table))
 
     def ids(self) -> Iterator[tuple[np.ndarray, bool]]:
-        """As of a Split."""
+        """As `Split.ids`."""
         for row in read_rows(self.table):
             yield read_ids(row, image_id_of(row["image_id"]), self.label_space)
 
@@ -105,7 +105,7 @@ class StreamedSplit:
 
 
 def read_rows(table: "datasets.IterableDataset") -> Iterator[Row]:
-    """The rows of a stream; what is wrong with a shard, or with the way to it, is an InputError."""
+    """The rows of a stream. A damaged shard, or one that cannot be reached, is an InputError."""
     with whole_table("cannot read on in the stream"):
         yield from table
 
@@ -113,10 +113,10 @@ def read_rows(table: "datasets.IterableDataset") -> Iterator[Row]:
 def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None = None) -> Split:
     """The records of `split` ("train", "validation", ...).
 
-    dataset: a folder with `{split}/images` and `{split}/labels` (pairs of one stem, labels png) or with
-        `{split}/metadata.jsonl`, a folder with `data/{split}-*.parquet`, or a Hub id; the last two with columns image,
+    dataset: a folder with `{split}/images` and `{split}/labels` (png, with the names of their pictures), or with
+        `{split}/metadata.jsonl`; or a folder with `data/{split}-*.parquet`, or a Hub id, both with the columns image,
         label, image_id.
-    label_space: what the ids of the label maps mean; None reads the dataset's own classes.json.
+    label_space: the names of the ids in the label maps. None: the dataset's own classes.json.
     """
     if label_space is None:
         label_space = load_label_space(dataset)
@@ -133,13 +133,13 @@ def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None =
 
 
 def stream_split(dataset: str | Path, split: str, label_space: LabelSpace | None = None) -> StreamedSplit:
-    """The records of `load_split`, of the same datasets, in a stream."""
+    """The records of `load_split` as a stream."""
     import datasets
 
     if label_space is None:
         label_space = load_label_space(dataset)
     if (Path(dataset) / split).is_dir():
-        rows = folder_rows(Path(dataset) / split)  # a list is dealt out to readers, and shuffled, entry by entry
+        rows = folder_rows(Path(dataset) / split)  # datasets gives each reader a part of this list, row by row
         table = datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": rows})
         return StreamedSplit(table, label_space, rows)
     return StreamedSplit(open_table(dataset, split, streaming=True), label_space, shards=table_files(dataset, split))
@@ -150,5 +150,5 @@ def _each(rows: list[Row]) -> Iterator[Row]:
 
 
 def dataset_name(dataset: str) -> str:
-    """What results call it: a Hub id, or a folder's name without the way to it."""
+    """The name in results: a Hub id, or a folder's name without its path."""
     return Path(dataset).name if Path(dataset).is_dir() else dataset

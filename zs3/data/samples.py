@@ -1,11 +1,11 @@
 """Training samples: a record's picture, with the masks and image labels that the training may see.
 
-`SegmentationDataset` augments picture and label map together. It rewrites every crop of the map to the class axis of
-the run before anything looks at it, which takes the unseen classes out. The seen classes of the crop, and the image
-labels that the training is given of the other names, become the image labels of the sample.
+`SegmentationDataset` augments picture and label map together. It first rewrites each crop of the map to the class axis
+of the run. This removes the unseen classes, so that nothing after it can see them. The image labels of a sample are the
+seen classes of its crop, and for all other names those of the run's source of image labels.
 
-The leak rule: where the unseen classes lie never leaves `SegmentationDataset`, not even through the choice of
-the crop. What may leave, when asked for, is whether they are in the picture.
+The leak rule: the places of unseen classes never leave `SegmentationDataset`, not even through the choice of the crop.
+In transductive training it leaves that a class is in the picture, no more.
 
 Axes: H W pixels, C names on the class axis of the run, S side of the crop.
 """
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from configuration_zs3 import places
 from zs3.data.augmentation import IGNORED, Augmentation, augment
-from zs3.data.image_labels import NothingTold, Told
+from zs3.data.image_labels import ImageLabels, NoUnseenLabels
 from zs3.data.records import Split, StreamedSplit
 from zs3.data.stored import StoredRecord
 from zs3.label_space import LabelSpace
@@ -34,13 +34,13 @@ Sample = dict[str, Any]
 
 
 def mask_positions(label_space: LabelSpace, class_names: list[str]) -> np.ndarray:
-    """(number of ids,) int64: place of each id on the class axis; IGNORED for unseen ones, wherever they are."""
+    """(number of ids,) int64: the place of each id on the class axis. It is IGNORED for every unseen class."""
     found = zip(label_space.is_seen.tolist(), places(label_space.class_names, class_names), strict=True)
     return np.array([place if is_seen else IGNORED for is_seen, place in found], dtype=np.int64)
 
 
 def to_mask_labels(label: np.ndarray, positions: np.ndarray, ignore_index: int) -> np.ndarray:
-    """The model's `labels` (H, W) int64: places on the class axis, IGNORED where no seen class is.
+    """The model's `labels` (H, W) int64: places on the class axis; IGNORED where there is no seen class.
 
     label: (H, W) ids. positions: from `mask_positions`.
     """
@@ -48,25 +48,25 @@ def to_mask_labels(label: np.ndarray, positions: np.ndarray, ignore_index: int) 
     return np.where(ignored, IGNORED, positions[np.where(ignored, 0, label)])
 
 
-def to_image_labels(mask_labels: np.ndarray, told: np.ndarray) -> np.ndarray:
+def to_image_labels(mask_labels: np.ndarray, of_picture: np.ndarray) -> np.ndarray:
     """The model's `image_labels` (C,) int8: 1 present, 0 absent, -1 unknown.
 
-    mask_labels: (H, W) of the crop; a name that has a mask there is present.
-    told: (C,) int8, what else is known of the picture; it decides for all other names.
+    mask_labels: (H, W) of the crop. A name with a mask there is present.
+    of_picture: (C,) int8, the image labels of the whole picture. They count for all other names.
     """
-    present = np.bincount(mask_labels[mask_labels != IGNORED], minlength=len(told)) > 0
-    return np.where(present, 1, told).astype(np.int8)
+    present = np.bincount(mask_labels[mask_labels != IGNORED], minlength=len(of_picture)) > 0
+    return np.where(present, 1, of_picture).astype(np.int8)
 
 
 # ---- training samples --------------------------------------------------------------------------------------
 
 
 class SegmentationDataset(Dataset):
-    """Training samples by (epoch, index); an epoch and an image_id give one sample, whoever asks, from whatever source.
+    """Training samples by (epoch, index). A sample depends on seed, epoch and image_id alone.
 
-    records: a Split; or a StreamedSplit, which knows no index: `StreamedBatches` goes through its samples.
+    records: a Split; or a StreamedSplit, which has no index: `StreamedBatches` reads it.
     image_mean, image_std: (3,) of RGB in [0, 1].
-    told: what is told of pictures as a whole; None: nothing of unseen classes (the inductive setting).
+    image_labels: where image labels come from. None: no image labels of unseen classes (inductive training).
 
     `class_names` are the names on the class axis.
     """
@@ -79,7 +79,7 @@ class SegmentationDataset(Dataset):
         *,
         image_mean: Sequence[float],
         image_std: Sequence[float],
-        told: Told | None = None,
+        image_labels: ImageLabels | None = None,
         seed: int = 0,
     ):
         self.records = records
@@ -87,9 +87,9 @@ class SegmentationDataset(Dataset):
         self.augmentation = augmentation
         mean, std = (torch.tensor(list(values))[:, None, None] for values in (image_mean, image_std))
         self.scale, self.shift = 1 / (255 * std), mean / std
-        self.told = NothingTold(label_space) if told is None else told
+        self.image_labels = image_labels or NoUnseenLabels(label_space)
         self.seed = seed
-        self.class_names = self.told.class_names
+        self.class_names = self.image_labels.class_names
         self.positions = mask_positions(label_space, self.class_names)
 
     def __len__(self) -> int:
@@ -103,26 +103,26 @@ class SegmentationDataset(Dataset):
     def sample(self, stored: StoredRecord, epoch: int) -> Sample:
         """pixel_values (3, S, S) float32 normalised, pixel_mask and labels (S, S) int64, image_labels (C,) int8,
         image_id."""
-        # Keyed by the id, so that a sample does not depend on the order or the way in which pictures are read.
+        # By the id: a sample does not depend on the order in which pictures are read, nor on their source.
         key = int.from_bytes(hashlib.sha256(stored.image_id.encode()).digest()[:8])
         rng, words = np.random.default_rng((self.seed, epoch, key)).spawn(2)
-        told = self.told(stored.image_id, stored.ids, words)
+        of_picture = self.image_labels(stored.image_id, stored.ids, words)
         size = self.augmentation.draw_size(stored.image.size, rng)
         image = stored.decoded(size)
         image, label = augment(image, stored.label, size, rng, self.augmentation, self._mask_labels)
         return {
             **self.padded(image, label),
-            "image_labels": torch.from_numpy(to_image_labels(label, told)),
+            "image_labels": torch.from_numpy(to_image_labels(label, of_picture)),
             "image_id": stored.image_id,
         }
 
     def _mask_labels(self, label: np.ndarray) -> np.ndarray:
-        """Here the unseen classes go out of a map: a crop that was chosen by them would tell where they are."""
+        """Removes the unseen classes from a map. A crop that was chosen by them would show where they are."""
         return to_mask_labels(label, self.positions, self.label_space.ignore_index)
 
     def padded(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
-        """A crop and its map on a square of crop_size: pixel_values (3, S, S) normalised, pixel_mask and labels (S, S);
-        right of and below the picture the mean colour, 0 and IGNORED."""
+        """A crop and its map on a square of crop_size: pixel_values (3, S, S) normalised, pixel_mask and labels (S, S).
+        Right of the picture and below it they are the mean colour, 0 and IGNORED."""
         size, inside = self.augmentation.crop_size, np.s_[: image.height, : image.width]
         pixel_values, pixel_mask = torch.zeros(3, size, size), torch.zeros(size, size, dtype=torch.int64)
         labels = torch.full((size, size), IGNORED)

@@ -1,4 +1,4 @@
-"""One record as it is stored: its picture opened, its label map read and checked.
+"""One stored record: the picture is opened, the label map is read and checked.
 
 Axes: H W pixels.
 """
@@ -19,25 +19,25 @@ from zs3.label_space import LabelSpace
 
 
 class Record(NamedTuple):
-    image: Image.Image  # RGB, as stored: an EXIF rotation is not applied
-    label: np.ndarray  # (H, W) int32: ids of the label space, or its ignore_index
+    image: Image.Image  # RGB. An EXIF rotation is not applied.
+    label: np.ndarray  # (H, W) int32: class ids, or ignore_index
     image_id: str
 
 
 class StoredRecord(NamedTuple):
-    """A record whose picture has been opened, but not decoded."""
+    """A record with a picture that is opened, but not decoded."""
 
-    name: str  # what to call the picture
+    name: str  # of the picture, for messages
     image: Image.Image
-    label: np.ndarray  # (H, W), as many bits a pixel as in its file
-    ids: np.ndarray  # of the label space, those in the label map
+    label: np.ndarray  # (H, W), with the bits a pixel of its file
+    ids: np.ndarray  # the class ids in the label map
     image_id: str
 
     def decoded(self, size: tuple[int, int] | None = None) -> Image.Image:
         """The picture in RGB.
 
-        size: width and height that will do: a JPEG is then decoded at a half, quarter or eighth of its size, as long
-            as that is no less, which costs less time and memory.
+        size: a smaller width and height that is enough. A JPEG is decoded at a half, quarter or eighth of its size, but
+            no smaller than this. That costs less time and memory.
         """
         with readable(self.name):
             if size is not None:
@@ -47,7 +47,7 @@ class StoredRecord(NamedTuple):
 
     @property
     def is_turned(self) -> bool:
-        """Whether the picture has an EXIF rotation, which nothing here applies."""
+        """Whether the picture has an EXIF rotation. It is never applied."""
         with readable(self.name):
             return exif_orientation(self.image) in range(2, 9)
 
@@ -67,7 +67,7 @@ def read_stored(row: Row, image_id: str, label_space: LabelSpace) -> StoredRecor
 
 
 def read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> tuple[str, np.ndarray, np.ndarray]:
-    """The name to call a label map by, the map (H, W), and the ids that are in it, the ignored one aside."""
+    """A label map's name for messages, the map (H, W), and the class ids in it."""
     name, image = _opened(source, "map", image_id)
     if image.mode not in ("L", "P") and not image.mode.startswith("I"):
         raise InputError(f"{name} has mode {image.mode}: store one id a pixel, as PNG of mode L, P or I;16")
@@ -85,8 +85,13 @@ def read_label(source: Path | Row, image_id: str, label_space: LabelSpace) -> tu
     return name, label, ids
 
 
+def read_ids(row: Row, image_id: str, label_space: LabelSpace) -> tuple[np.ndarray, bool]:
+    _, label, ids = read_label(row["label"], image_id, label_space)
+    return ids, bool((label == label_space.ignore_index).any())
+
+
 def _opened(source: Path | Row | None, what: Literal["picture", "map"], image_id: str) -> tuple[str, Image.Image]:
-    """What lies behind a path or a table's cell, its header read, with the name to call it by."""
+    """A name for messages, and the image of a path or of a table's cell, not decoded yet."""
     if isinstance(source, Path):
         file, name = source, str(source)
     else:
@@ -99,26 +104,11 @@ def _opened(source: Path | Row | None, what: Literal["picture", "map"], image_id
         return name, open_stored(file, what)
 
 
-@contextmanager
-def readable(name: str) -> Iterator[None]:
-    """What a decoder refuses within the block is an InputError that names the file."""
-    try:
-        with decoding():
-            yield
-    except Refused as error:
-        raise InputError(f"cannot read {name} ({error}): replace it, or remove it with its partner") from error
-
-
-def read_ids(row: Row, image_id: str, label_space: LabelSpace) -> tuple[np.ndarray, bool]:
-    _, label, ids = read_label(row["label"], image_id, label_space)
-    return ids, bool((label == label_space.ignore_index).any())
-
-
 def open_stored(source: str | Path | bytes, what: Literal["picture", "map"]) -> Image.Image:
-    """A dataset's picture or label map, not decoded yet. Raises Refused, whose message is the reason.
+    """A dataset's picture or label map, not decoded yet. Raises Refused with the reason.
 
-    Whoever decodes it gets the values that were written, or an error: of a PNG the checksums are right, and none is
-    of a depth that Pillow would stretch or cut.
+    Decoding it gives the values that were written, or an error. For this the checksums of a PNG are tested, and depths
+    that Pillow would stretch or cut are refused.
     """
     if not isinstance(source, bytes):
         check_regular(source)
@@ -126,7 +116,7 @@ def open_stored(source: str | Path | bytes, what: Literal["picture", "map"]) -> 
     image = open_image(source, PICTURE_FORMATS if what == "picture" else MAP_FORMATS)
     if image.format == "PNG":
         verify_checksums(source)
-    depth = str(image.tile[0].args) if image.tile else ""  # of a PNG its raw mode, as "RGB;16B"
+    depth = str(image.tile[0].args) if image.tile else ""  # a PNG has its raw mode here, such as "RGB;16B"
     if what == "picture" and (is_deep(image) or image.format == "PNG" and ";16" in depth):
         raise Refused("it has more than 8 bits a channel: save it with 8")
     if what == "map" and image.tile and image.tile[0].args in ("L;2", "L;4"):  # Pillow fills 8 bits with them
@@ -134,8 +124,18 @@ def open_stored(source: str | Path | bytes, what: Literal["picture", "map"]) -> 
     return image
 
 
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """A file that a decoder refuses within the block becomes an InputError with the file's name."""
+    try:
+        with decoding():
+            yield
+    except Refused as error:
+        raise InputError(f"cannot read {name} ({error}): replace it, or remove it with its partner") from error
+
+
 def exif_orientation(image: Image.Image) -> int:
-    """1 as stored, 2 to 8 turned or mirrored, from 5 on with the edges exchanged; nothing here applies it."""
+    """1 for none; 2 to 8 for turned or mirrored pictures, from 5 on with height and width exchanged."""
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 

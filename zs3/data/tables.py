@@ -1,4 +1,4 @@
-"""Where the rows of a split lie: files in a folder, or shards of a table, found without decoding a picture."""
+"""The rows of a split: from files in a folder, or from the shards of a table. No picture is decoded here."""
 
 import glob
 import hashlib
@@ -24,29 +24,6 @@ COLUMNS = ("image", "label", "image_id")
 NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)(-\w+)?\.parquet")  # of a table's shards
 
 
-@contextmanager
-def whole_table(trouble: str) -> Iterator[None]:
-    """Whatever the reader of a table raises within the block is raised as an InputError, in one line.
-
-    Of a damaged file pyarrow and datasets raise errors of many kinds, some of them their own bugs.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if is_of_the_machine(error):
-            raise
-        raise InputError(f"{trouble}: {one_line(_cause(error))}") from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What datasets wraps in an error of its own ("An error occurred while generating the dataset")."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def folder_rows(folder: Path) -> list[Row]:
     if (folder / "metadata.jsonl").is_file():
         return _listed_rows(folder / "metadata.jsonl")
@@ -65,7 +42,7 @@ def folder_rows(folder: Path) -> list[Row]:
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Stem -> file. What systems leave is passed over; no other file is left out without a word."""
+    """Stem -> file. Files that a system leaves are skipped; any other file that does not fit is refused."""
     if not folder.is_dir():
         raise InputError(f"folder {folder} is missing: a split holds images and labels, or a metadata.jsonl")
     found: dict[str, Path] = {}
@@ -85,7 +62,7 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _listed_rows(metadata: Path) -> list[Row]:
-    """The lines of a metadata.jsonl in their order; datasets' own "imagefolder" reads the same file."""
+    """The lines of a metadata.jsonl in their order. datasets' "imagefolder" reads the same file."""
     rows: dict[str, Row] = {}
     try:
         lines = lines_of(read_text(metadata))
@@ -94,26 +71,27 @@ def _listed_rows(metadata: Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{metadata}, line {number}"
         try:
             entry = json.loads(line)
             image, label = (metadata.parent / entry[key] for key in ("image_file_name", "label_file_name"))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else one_line(error)
             raise InputError(
-                f'{metadata}, line {number} ({reason}): a line is {{"image_file_name": "...", "label_file_name": '
+                f'{where} ({reason}): a line is {{"image_file_name": "...", "label_file_name": '
                 '"..."}, paths from the file\'s own folder'
             ) from error
         for file in (image, label):
             if not os.path.isfile(file):
                 fault = "is no file" if os.path.exists(file) else "does not exist"
-                raise InputError(f"{metadata}, line {number}: {file} {fault}")
+                raise InputError(f"{where}: {file} {fault}")
         try:
             image_id = image_id_of(entry.get("image_id", image.stem))
         except InputError as error:
-            raise InputError(f"{metadata}, line {number}: {error}") from error
+            raise InputError(f"{where}: {error}") from error
         if image_id in rows:
             raise InputError(
-                f"{metadata}, line {number}: {shortened(image_id)} was there before: give each line another image_id "
+                f"{where}: {shortened(image_id)} was there before: give each line another image_id "
                 "(where none is given, it is the picture's name without its suffix)"
             )
         rows[image_id] = {"image": image, "label": label, "image_id": image_id}
@@ -122,15 +100,30 @@ def _listed_rows(metadata: Path) -> list[Row]:
     return list(rows.values())
 
 
+def image_id_of(cell: object) -> str:
+    """The id in a cell of a list or table, or in a file's name, as a text."""
+    if cell is None:
+        raise InputError("a row has no image_id: give every picture its own")
+    if isinstance(cell, float) and cell.is_integer():  # pandas makes floats of whole numbers in a column with gaps
+        cell = int(cell)
+    if isinstance(cell, bool) or not isinstance(cell, str | int) or cell == "" or "\0" in str(cell):
+        raise InputError(f"image_id {shortened(cell)} is neither a text nor a whole number: give every picture its own")
+    try:
+        str(cell).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"image_id {shortened(cell)} is no UTF-8 text: rename the picture, or its file") from error
+    return str(cell)
+
+
 def open_table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Dataset | datasets.IterableDataset":
-    """A split in parquet, of a folder or from the Hub, its pictures as bytes."""
+    """A split in parquet, from a folder or the Hub. Its pictures are bytes."""
     import datasets
 
     if Path(dataset).is_dir():
         shards = _with_rows(table_shards(Path(dataset), split))
         if not shards:
             raise InputError(f"split {split!r} of {dataset} has no row: name another split, or another dataset")
-        # The name is a part of the cache's: a shard that was replaced, at the same path and time, is read anew.
+        # The cache knows a table by this name too, so that a replaced shard with the same path and time is read again.
         source, options = "parquet", {"name": _identity(shards), "split": "rows"}
         options["data_files"] = {"rows": [glob.escape(str(shard.absolute())) for shard in shards]}
     elif is_hub_id(str(dataset)):
@@ -139,7 +132,7 @@ def open_table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Da
         raise InputError(f"dataset {dataset} is no folder, and no Hub id of the form owner/name")
     with whole_table(f"cannot load split {split!r} of {dataset}"):
         table = datasets.load_dataset(source, streaming=streaming, **options)
-        if table.column_names is None:  # a stream whose columns are not known before its first rows are read
+        if table.column_names is None:  # some streams know their columns only after the first rows
             table = table._resolve_features()
         missing = [name for name in COLUMNS if name not in (table.column_names or [])]
         if missing:
@@ -153,17 +146,17 @@ def open_table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Da
 
 
 def table_files(dataset: str | Path, split: str) -> list[Path] | str:
-    """The parquet files of a split of a folder; or the Hub id, whose files the Hub knows."""
+    """The parquet files of a folder's split; or the Hub id, if the dataset is on the Hub."""
     return table_shards(Path(dataset), split) if Path(dataset).is_dir() else str(dataset)
 
 
 def _with_rows(shards: list[Path]) -> list[Path]:
-    """The shards without the empty ones, which datasets cannot read. A damaged one stays: its reader refuses it."""
+    """The shards that have rows: datasets cannot read empty ones. A damaged one stays, and its reader refuses it."""
     import pyarrow.parquet
 
     kept = []
     for shard in shards:
-        size_of(shard)  # a pipe would be waited for
+        size_of(shard)  # refuses a pipe, for which the next line would wait without an end
         try:
             empty = pyarrow.parquet.read_metadata(shard).num_rows == 0
         except (OSError, ValueError):
@@ -173,16 +166,17 @@ def _with_rows(shards: list[Path]) -> list[Path]:
 
 
 def _identity(files: Sequence[Path]) -> str:
-    """Of files as they are now. ctime changes with every change of a file, and nobody sets it back."""
+    """A digest of names, sizes and times. Each change of a file moves its ctime, which nobody can reset."""
     found = [(file.name, file.stat()) for file in files]
     facts = [(name, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in found]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
 def table_shards(folder: Path, split: str) -> list[Path]:
-    """The split's parquet files, all of those that their names promise.
+    """The parquet files of a split. If their names have numbers, all of them must be there.
 
-    `train-00000-of-00008.parquet`, with a digest before the suffix in older uploads; or any names that begin so.
+    Names are `train-00000-of-00008.parquet`, in older uploads with a digest before the suffix, or any other name that
+    begins with `train-`.
     """
     files = sorted((folder / "data").iterdir()) if (folder / "data").is_dir() else []
     shards, numbered, beside = [], [], []
@@ -216,16 +210,24 @@ def table_shards(folder: Path, split: str) -> list[Path]:
     return shards
 
 
-def image_id_of(cell: object) -> str:
-    """An id as it stands in a list, a table or a file's name."""
-    if cell is None:
-        raise InputError("a row has no image_id: give every picture its own")
-    if isinstance(cell, float) and cell.is_integer():  # pandas makes them of whole numbers with a gap
-        cell = int(cell)
-    if isinstance(cell, bool) or not isinstance(cell, str | int) or cell == "" or "\0" in str(cell):
-        raise InputError(f"image_id {shortened(cell)} is neither a text nor a whole number: give every picture its own")
+@contextmanager
+def whole_table(trouble: str) -> Iterator[None]:
+    """An error within the block becomes an InputError of one line.
+
+    For a damaged file pyarrow and datasets raise errors of many kinds. Some are bugs of these libraries.
+    """
     try:
-        str(cell).encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"image_id {shortened(cell)} is no UTF-8 text: rename the picture, or its file") from error
-    return str(cell)
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        raise InputError(f"{trouble}: {one_line(_cause(error))}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error. datasets wraps it in its own ("An error occurred while generating the dataset")."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -28,19 +28,20 @@ from zs3.command_line import (
     check_required,
     flag,
     model_fields,
+    refuse_alone,
+    refuse_together,
 )
-from zs3.data.image_labels import Setting
+from zs3.data.image_labels import Supervision
 
-# Fields of Zs3Config that the training writes, beside `unseen_labels`, which is a flag of the run.
-FILLED_IN = ("class_names", "seen_class_names")
-
-
-TOWERS = ("text_config", "vision_config")  # come from a checkpoint; null leaves one out
+RECIPE = "recipe.yaml"  # in the output folder: all flags of the run
+# Fields of Zs3Config that training itself writes, beside `unseen_labels`, which is a flag of TrainArgs.
+WRITTEN = ("class_names", "seen_class_names")
+TOWERS = ("text_config", "vision_config")  # fields of Zs3Config that come from a checkpoint; null leaves one out
 
 
 @dataclass
 class TrainArgs(Arguments):
-    """One training run. Section numbers are the paper's; its values are the defaults."""
+    """One training run. Sections are those of the paper, and the defaults are its values."""
 
     dataset: str | None = flag(None, "Folder or Hub id of the training data.")
     output_dir: OutputFolder | None = flag(None, "Folder for checkpoints, metrics and the final model.")
@@ -48,42 +49,41 @@ class TrainArgs(Arguments):
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     streaming: bool = flag(False, "Read shard after shard, from the disk or the Hub, without a copy in the cache.")
     shuffle_buffer: Count = flag(
-        1000, "Pictures, not decoded, that each worker of a stream shuffles among (1000 of COCO's are 0.2 GB)."
+        1000, "Pictures that each worker of a stream shuffles among, not decoded (1000 of COCO are 0.2 GB)."
     )
     unseen_labels: str = flag(
         "none",
-        "What training is told of unseen classes: 'none', and their names are not on the class axis (inductive); "
-        "image labels, from a folder of pseudo labels (the --output of zs3.pseudo_labels) or 'ground_truth', never "
-        "masks (transductive); or their 'masks' (supervised: no zero-shot training).",
+        "Labels of unseen classes. 'none': their names are not on the class axis (inductive). 'ground_truth', or a "
+        "folder of pseudo labels (the --output of zs3.pseudo_labels): image labels, no masks (transductive). 'masks': "
+        "masks too (supervised, no zero-shot training).",
     )
     pseudo_label_unknown_above: Share | None = flag(
         None,
-        "Pseudo labels with a score above this, and below --pseudo_label_threshold, are unknown; default: absent.",
+        "Pseudo labels with a score above this and below --pseudo_label_threshold are unknown; default: absent.",
     )
-
     caption_nouns: str | None = flag(
-        None, "Further class names, from captions (the --output of zs3.nouns), told with their images (section 4.5)."
+        None, "Further class names and their image labels, from captions: the --output of zs3.nouns (section 4.5)."
     )
     dropped_words: Literal["unknown", "negative"] = flag(
-        "unknown", "What a word of a caption is where it is dropped (--word_drop_probability)."
+        "unknown", "Image label of a caption's word that is dropped (--word_drop_probability)."
     )
 
     init_from: str | None = flag(None, "Checkpoint of this project to start from (stage 2).")
     init_parts: Literal["all", "backbone"] = flag(
-        "all", "What to take of --init_from: the whole model, or its backbone (CLIP towers in either case)."
+        "all", "Part of --init_from to use: the whole model, or its backbone alone; its CLIP towers in both cases."
     )
     mask2former: str | None = flag(None, "Mask2Former checkpoint to start from (Hub id or folder).")
     backbone: str | None = flag(None, "ImageNet backbone to start from (Hub id or folder).")
     clip: str | None = flag(None, "CLIP checkpoint for text and image tower (Hub id or folder).")
     text_embeds: str | None = flag(None, "Ready-made text vectors instead of a text tower: a .npy, one row a class.")
     prompt_templates: list[str] | None = flag(
-        None, "Prompts, '{}' is the name, '{}' alone is no prompt; default: --init_from's own, or ViLD's 14."
+        None, "Prompts with {} for the name; '{}' alone means no prompt. Default: --init_from's own, or ViLD's 14."
     )
 
     max_steps: Count = flag(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
-    batch_size: Batch = flag(8, "Images a step, over all processes (section 4.3).")
+    batch_size: Batch = flag(8, "Images of a step, over all processes (section 4.3).")
     device_batch_size: Batch | None = flag(
-        None, "The most images a process takes at once; a larger share of the batch goes in equal parts, one by one."
+        None, "The most images that a process takes at once. It takes a larger share of the batch in equal parts."
     )
     learning_rate: Amount = flag(5e-5, "AdamW's initial rate (section 4.3).")
     weight_decay: Amount = flag(1e-4, "AdamW's weight decay (section 4.3); 0 on norms and embeddings.")
@@ -95,10 +95,10 @@ class TrainArgs(Arguments):
     lr_milestones: list[Whole] = flag([5_000, 80_000], "Steps at which multistep divides the rate by 10.")
     backbone_norm: Literal["frozen", "batch", "sync"] = flag(
         "frozen",
-        "Batch norms of the backbone: 'frozen' as the start has them (Mask2Former's), or with the statistics of each "
-        "process's images ('batch') or of all ('sync', GPUs only), as a backbone from scratch needs them.",
+        "Batch norms of the backbone: 'frozen' (Mask2Former's), or with the statistics of one process's images "
+        "('batch') or of all images ('sync', GPUs only). A backbone from scratch needs one of the last two.",
     )
-    activation_checkpointing: bool = flag(False, "Less memory, more time: activations are made anew for the gradient.")
+    activation_checkpointing: bool = flag(False, "Less memory, more time: activations are computed twice.")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the forward pass; fp16 on a GPU only.")
 
     crop_size: Side = flag(640, "Side of the square training crop, pixels (640 COCO-Stuff, 512 VOC).")
@@ -110,65 +110,40 @@ class TrainArgs(Arguments):
     test_short_edge: Pixels = flag(640, "Short edge at inference, pixels; stored in the image processor.")
 
     num_workers: Workers = flag(4, "Data loading processes of each training process; 0 loads in the main one.")
-    logging_steps: Count = flag(50, "Steps between lines of metrics.jsonl.")
-    checkpointing_steps: Count = flag(5_000, "Steps between checkpoints.")
-    checkpoints_kept: Count = flag(2, "Checkpoints kept; older ones are deleted.")
-    trackers: list[str] = flag([], "Where metrics.jsonl goes too, by accelerate's names: tensorboard, wandb, ...")
-    seed: Seed = flag(0, "Of weights, data order, augmentation and point sampling.")
+    logging_steps: Count = flag(50, "Steps between two lines of metrics.jsonl.")
+    checkpointing_steps: Count = flag(5_000, "Steps between two checkpoints.")
+    checkpoints_kept: Count = flag(2, "Checkpoints to keep; older ones are deleted.")
+    trackers: list[str] = flag([], "Trackers that get the metrics too, by accelerate's names: tensorboard, wandb, ...")
+    seed: Seed = flag(0, "Seed of weights, data order, augmentation and point sampling.")
 
     @property
-    def setting(self) -> Setting:
+    def supervision(self) -> Supervision:
         return {"none": "inductive", "masks": "supervised"}.get(self.unseen_labels, "transductive")
 
     def check(self) -> None:
-        """What the parser cannot check."""
+        """Checks flags that depend on each other."""
         check_required(self, "dataset", "output_dir")
-        if self.caption_nouns is not None and self.unseen_labels != "none":
-            raise InputError("--caption_nouns are names beside the seen ones: leave out --unseen_labels")
-        if self.caption_nouns is not None and self.text_embeds is not None:
-            raise InputError("--caption_nouns need a text tower for their names: give --clip, not --text_embeds")
-        # AdamW divides the rate by 0.1 in its first step, or multiplies it with the decay.
+        refuse_together(self, "caption_nouns", "unseen_labels", why="the nouns have image labels of their own")
+        refuse_together(self, "caption_nouns", "text_embeds", why="the nouns need a text tower, give --clip")
+        refuse_together(self, "init_from", "mask2former", "backbone", "clip", why="it is a whole model")
+        refuse_alone(self, "init_parts", without="init_from")
+        # AdamW computes rate / 0.1 in its first step, and rate x decay.
         largest = self.learning_rate * max(1.0, self.backbone_multiplier) * max(10.0, self.weight_decay)
         if not largest <= torch.finfo(torch.float32).max:
             raise InputError(
                 f"--learning_rate {self.learning_rate}, --weight_decay {self.weight_decay} and --backbone_multiplier "
-                f"{self.backbone_multiplier} are together beyond float32: give smaller ones"
+                f"{self.backbone_multiplier} are too large together for float32: give smaller ones"
             )
         if self.init_from is None and self.clip is None and self.text_embeds is None:
             raise InputError(
-                "a recipe of stage 2 wants --init_from, the final/ of stage 1; stage 1 takes its text from --clip (a "
-                "checkpoint) or --text_embeds (a .npy)"
+                "no start: stage 2 needs --init_from, the final/ of stage 1; stage 1 needs --clip (a checkpoint) or "
+                "--text_embeds (a .npy)"
             )
-        if self.init_from is None and self.init_parts != "all":
-            raise InputError("--init_parts says what to take of --init_from, which is missing")
-        if self.init_from is not None and (self.mask2former or self.backbone or self.clip):
-            raise InputError("--init_from brings the whole model: leave out mask2former, backbone and clip")
         check_trackers(self.trackers)
 
 
-def check_fields(overrides: dict) -> None:
-    """Model fields of a wrong value are not the fault of the checkpoint that they would change."""
-    try:
-        Zs3Config(**overrides)
-    except CHECKPOINT_ERRORS as error:
-        raise refusal("the model's configuration", error) from error
-
-
-def resolved_recipe(args: TrainArgs, config: Zs3Config) -> dict:
-    """Every flag of the run, the model's included; it can be given to --config again."""
-    saved = config.to_dict()
-    names = [name for name in model_fields(Zs3Config) if name not in (*FILLED_IN, *TOWERS)]
-    left_out = [name for name in TOWERS if saved[name] is None]
-    return {**{name: saved[name] for name in [*names, *left_out]}, **asdict(args)}
-
-
-def recipe_defaults() -> dict:
-    """Of every flag of a recipe."""
-    return {**Zs3Config().to_dict(), **asdict(TrainArgs())}
-
-
 def check_trackers(names: list[str]) -> None:
-    """accelerate leaves out, without a word, what is not installed."""
+    """accelerate itself would leave out an unknown tracker without a message."""
     known = sorted(set(LoggerType.list()) - {"all"})
     for name in names:
         if name not in known:
@@ -176,3 +151,30 @@ def check_trackers(names: list[str]) -> None:
         if name not in map(str, get_available_trackers()):
             package = "'zs3[tensorboard]'" if name == "tensorboard" else name.replace("_", "-")
             raise InputError(f"--trackers {name} is not installed: pip install {package}, or leave it out")
+
+
+def check_overrides(overrides: dict) -> None:
+    """Checks fields of Zs3Config by themselves, so that a wrong value is not blamed on a checkpoint."""
+    for name in WRITTEN:
+        if name in overrides:
+            raise InputError(f"{name} is written by the training itself: leave it out")
+    try:
+        Zs3Config(**overrides)
+    except CHECKPOINT_ERRORS as error:
+        raise refusal("the model's configuration", error) from error
+
+
+def resolved_recipe(flags: dict, config: Zs3Config) -> dict:
+    """All flags of the run, those of the model included. As a file they can be given to --config again.
+
+    flags: the fields of TrainArgs.
+    """
+    saved = config.to_dict()
+    names = [name for name in model_fields(Zs3Config) if name not in (*WRITTEN, *TOWERS)]
+    left_out = [name for name in TOWERS if saved[name] is None]
+    return {**{name: saved[name] for name in [*names, *left_out]}, **flags}
+
+
+def recipe_defaults() -> dict:
+    """The default of every flag that a recipe can have."""
+    return {**Zs3Config().to_dict(), **asdict(TrainArgs())}

@@ -1,93 +1,131 @@
-"""The output folder of a training run: its recipe, its stamp, checkpoints, metrics and the final model.
+"""The output folder of a run: recipe, stamp, metrics and final model. (Its checkpoints: `zs3.training.resume`.)
 
-Whatever is there under its own name is whole: files and folders are written beside, brought to the disk and renamed.
-So a run may be killed at any moment. What happens to a checkpoint later (a truncated file, a flipped bit) its manifest
-shows, and the run goes on from the one before.
-
-Weights are read from safetensors alone, but for FSDP's checkpoints, which are torch's sharded files. The states of
-optimizer, scaler and random numbers are accelerate's files, the schedule's and the counts are in progress.bin: pickles,
-all read with torch's `weights_only`, which runs no code of the file. (Objects given to `register_for_checkpointing`
-would be read without it, hence none is.)
+A file or folder is written under another name, brought to the disk, and renamed. So what has its own name is whole, and
+a run may be killed at any moment.
 """
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from safetensors import safe_open
 from transformers import ProcessorMixin
 
 from configuration_zs3 import Zs3Config, one_line, shortened
-from files_zs3 import is_leftover, lines_of, read_text
+from files_zs3 import lines_of, read_text
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
-from zs3.checkpoints import CHECKPOINT_ERRORS, WEIGHTS, not_finite, weight_files
+from zs3.checkpoints import CHECKPOINT_ERRORS, load_config, not_finite, weight_files
 from zs3.command_line import InputError, parse_yaml, renamed
-from zs3.files import append_line, file_sha256, finite_or_none, naming, rename, write_json, write_text
-from zs3.training.arguments import recipe_defaults
+from zs3.files import append_line, finite_or_none, lock_folder, naming, rename, write_json, write_text
+from zs3.training.arguments import RECIPE, recipe_defaults, resolved_recipe
+from zs3.training.loader import check_learnable
+from zs3.training.resume import Progress, complete_checkpoints, damage
 from zs3.training.stamp import (
     BRIEF,
     STAMP,
-    TOWER_WEIGHTS,
     change_since,
     check_not_unseen,
     joined,
+    make_stamp,
     read_stamp,
     record_in,
     record_of,
 )
-from zs3.training.stopping import agree, all_refuse
-
-MANIFEST = "manifest.json"
-RECIPE = "recipe.yaml"
-# A checkpoint that has these lists them in its manifest.
-LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP, RECIPE)
-# What progress.bin holds.
-PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_sha256": str, "scheduler": dict}
-# What torch.save says when the disk takes no more: the system's reason is lost in its C++.
-TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter")
+from zs3.training.start import Start
+from zs3.training.stopping import all_refuse
 
 
-def may_change(recipe: dict) -> set[str]:
-    """The flags that another start of a run may have otherwise: rounding aside, its weights do not hang on them."""
-    free = {"output_dir", "logging_steps", "checkpointing_steps", "checkpoints_kept", "trackers"}
-    if not recipe.get("streaming"):  # whose order is that of its readers
-        free.add("num_workers")
-        if recipe.get("backbone_norm") not in ("batch", "sync"):  # of the images that are taken at once
-            free.add("device_batch_size")
-    return free
+class Claim(NamedTuple):
+    """The output folder belongs to this run until the lock is closed. Only the main process holds the lock."""
+
+    lock: ExitStack
+    stamp: dict
+
+
+def claim_folder(flags: dict, start: Start, accelerator: Accelerator) -> Claim:
+    """Makes the output folder this run's, or refuses. The model's config gets the record of all starts of the run.
+
+    All processes call it together. flags: of train.py.
+    """
+    lock, stamps = ExitStack(), [None]
+    with all_refuse(accelerator):
+        if accelerator.is_main_process:
+            lock, stamps[0] = _claim(flags, start)
+    (stamp,) = broadcast_object_list(stamps)
+    start.model.config.seen_class_names, start.model.config.unseen_labels = record_in(stamp)
+    return Claim(lock, stamp)
+
+
+def _claim(flags: dict, start: Start) -> Claim:
+    folder = Path(flags["output_dir"])
+    if not has_begun(folder):
+        check_learnable(start.dataset.records, start.label_space)
+    with lock_folder(folder) as lock:
+        check_places(folder)
+        check_final(folder / "final")
+        before = None if flags["init_from"] is None else record_of(load_config(flags["init_from"]))
+        stamp = make_stamp(flags, start.whole_space, start.dataset.records, start.prompts, before, start.model)
+        stamp = check_stamp(folder, stamp, flags, start.label_space.unseen)
+        check_recipe(folder / RECIPE, resolved_recipe(flags, start.model.config), recipe_defaults())
+        write_json(folder / STAMP, stamp)
+        return Claim(lock.pop_all(), stamp)
 
 
 def has_begun(folder: Path) -> bool:
-    """A run that left neither a checkpoint nor a final model never was: its folder is free."""
+    """Whether a run has left a checkpoint or a final model. If not, its folder is free."""
     return bool(complete_checkpoints(folder / "checkpoints")) or (folder / "final").exists()
 
 
-def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None:
-    """A folder holds one run: its recipe is written at the start and must be the same when the run resumes, but for
-    what `may_change`.
+def check_places(folder: Path) -> None:
+    """Refuses a file in the place of a folder, and the reverse. Some are written only after a long time."""
+    for name in ("checkpoints", "final", "trackers"):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise InputError(f"{folder / name} is a file, where the run has a folder: move it away")
+    for name in (RECIPE, STAMP, "metrics.jsonl", "all_results.json"):
+        if (folder / name).is_dir():
+            raise InputError(f"{folder / name} is a folder, where the run has a file: move it away")
 
-    defaults: of every flag; they stand for flags that the run's recipe lacks.
+
+def check_final(folder: Path) -> None:
+    """Refuses a final model that cannot be read. Of the weights it reads the headers, which know a file's length."""
+    if not folder.exists():
+        return
+    try:
+        if not (folder / "config.json").is_file():  # without it transformers would use the defaults
+            raise InputError("it has no config.json")
+        Zs3Config.from_pretrained(folder)
+        for path in weight_files(folder):
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+    except CHECKPOINT_ERRORS as error:
+        raise InputError(
+            f"{folder} is damaged ({one_line(error)}): delete it, and the same command makes it of the last checkpoint"
+        ) from error
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------
+
+
+def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None:
+    """Writes the recipe of a new run. When a run resumes, all flags but those of `may_change` must be the same.
+
+    defaults: for flags that the recipe of an older version does not have.
     """
     if has_begun(path.parent):
         written = read_recipe(path)
         before = {**{name: value for name, value in (defaults or {}).items() if name in recipe}, **written}
         fixed = (before.keys() | recipe.keys()) - may_change(recipe)
         changed = [name for name in sorted(fixed) if differ(before.get(name), recipe.get(name))]
-        changed.sort(key=lambda name: name not in written)  # what the run's own file says comes first
+        changed.sort(key=lambda name: name not in written)  # flags of the run's own file come first
         if changed:
             name, others = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             old, new = (shortened(values.get(name), BRIEF) for values in (before, recipe))
@@ -97,8 +135,25 @@ def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None
     write_text(path, yaml.safe_dump(recipe, sort_keys=False))
 
 
+def may_change(recipe: dict) -> set[str]:
+    """The flags that a later start of a run may change. The weights do not depend on them, but for rounding."""
+    free = {"output_dir", "logging_steps", "checkpointing_steps", "checkpoints_kept", "trackers"}
+    if not recipe.get("streaming"):  # the order of a stream depends on its workers
+        free.add("num_workers")
+        if recipe.get("backbone_norm") not in ("batch", "sync"):  # their statistics are of the images taken at once
+            free.add("device_batch_size")
+    return free
+
+
+def differ(before: object, now: object) -> bool:
+    """Whether two values differ. Two spellings of one existing path do not."""
+    if isinstance(before, str) and isinstance(now, str) and os.path.exists(now):
+        return Path(before).resolve() != Path(now).resolve()
+    return before != now
+
+
 def read_recipe(path: Path) -> dict:
-    """What a run that has begun was begun with, with the names of today; of a damaged file the newest copy."""
+    """The recipe with which a run began, with the names of today. If it is damaged, the newest checkpoint's copy."""
     try:
         return parse_recipe(path)
     except InputError:
@@ -110,7 +165,7 @@ def read_recipe(path: Path) -> dict:
 
 
 def copied_recipe(checkpoints: Path) -> Path | None:
-    """The newest checkpoint's copy, where one has a whole one."""
+    """The newest whole copy in a checkpoint, or None."""
     newest_first = reversed(complete_checkpoints(checkpoints))
     whole = (path / RECIPE for path in newest_first if (path / RECIPE).is_file() and damage(path, RECIPE) is None)
     return next(whole, None)
@@ -129,30 +184,8 @@ def parse_recipe(path: Path) -> dict:
 # ---- the stamp ---------------------------------------------------------------------------------------------
 
 
-def kept_stamps(folder: Path) -> list[dict]:
-    """The stamps of the run in a folder, the one to believe first.
-
-    Each checkpoint has a copy under its manifest. The file beside the recipe can be changed by hand: it counts where no
-    checkpoint has a copy.
-    """
-    newest_first = reversed(complete_checkpoints(folder / "checkpoints"))
-    copies = [path / STAMP for path in newest_first if (path / STAMP).is_file() and damage(path, STAMP) is None]
-    found = [read_stamp(path) for path in copies]
-    if (folder / STAMP).exists():
-        try:
-            found.append(read_stamp(folder / STAMP))
-        except InputError:
-            if not found:
-                raise
-            print(f"warning: {folder / STAMP} is damaged, so the newest checkpoint's copy is used")
-    if len(found) > 1 and found[0] != found[-1]:
-        print(f"warning: {STAMP} differs from the newest checkpoint's copy, which counts; both records are joined")
-    return found
-
-
 def check_stamp(folder: Path, stamp: dict, flags: Mapping[str, Any], unseen: list[str]) -> dict:
-    """Refuses to go on with a run that began with something else. The stamp to keep: the record of what was seen is
-    joined with those of all starts before.
+    """The stamp to keep: its record is joined with those of all starts before. Refuses a run that began otherwise.
 
     flags: of train.py. unseen: the names whose masks training never shows.
     """
@@ -173,295 +206,31 @@ def check_stamp(folder: Path, stamp: dict, flags: Mapping[str, Any], unseen: lis
     return {**(before[0] if before else {}), **stamp, **seen._asdict()}
 
 
-def differ(before: object, now: object) -> bool:
-    """Two spellings of the path of one thing that is there do not."""
-    if isinstance(before, str) and isinstance(now, str) and os.path.exists(now):
-        return Path(before).resolve() != Path(now).resolve()
-    return before != now
+def kept_stamps(folder: Path) -> list[dict]:
+    """The stamps of a run, the most reliable one first.
 
-
-def check_places(folder: Path) -> None:
-    """Of a run's files and folders none may be the other kind; some are written only after a long time."""
-    for name in ("checkpoints", "final", "trackers"):
-        if (folder / name).exists() and not (folder / name).is_dir():
-            raise InputError(f"{folder / name} is a file, where the run has a folder: move it away")
-    for name in (RECIPE, STAMP, "metrics.jsonl", "all_results.json"):
-        if (folder / name).is_dir():
-            raise InputError(f"{folder / name} is a folder, where the run has a file: move it away")
-
-
-def check_final(folder: Path) -> None:
-    """Where a final model is, can it be read? Of the weights their headers, which know how long a file is."""
-    if not folder.exists():
-        return
-    try:
-        if not (folder / "config.json").is_file():  # transformers would take the defaults
-            raise InputError("it has no config.json")
-        Zs3Config.from_pretrained(folder)
-        for path in weight_files(folder):
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):
-                    pass
-    except CHECKPOINT_ERRORS as error:
-        raise InputError(
-            f"{folder} is damaged ({one_line(error)}): delete it, and the same command makes it of the last checkpoint"
-        ) from error
-
-
-# ---- checkpoints -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """How far a run is: optimizer steps done, seconds spent."""
-
-    step: int = 0
-    seconds: float = 0.0
-
-
-class Checkpoints:
-    """The checkpoints of a run: folders `step_*` with all that it needs to go on, but for the frozen CLIP towers.
-
-    folder: seen by all processes, those on other machines too.
-    model: not prepared yet.
-    kept: how many stay when a new one is complete.
-    stamp: of the run, each checkpoint has a copy.
+    A checkpoint's copy is protected by a manifest. The file beside the recipe can be changed by hand, so it comes last.
     """
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        folder: Path,
-        model: Zs3ForSemanticSegmentation,
-        scheduler: LRScheduler,
-        progress: Progress,
-        kept: int,
-        stamp: dict,
-    ):
-        self.accelerator = accelerator
-        self.folder = folder
-        self.model = model
-        self.scheduler = scheduler
-        self.progress = progress
-        self.kept = kept
-        self.stamp = stamp
-        recipe = folder.parent / RECIPE
-        self.recipe = read_text(recipe) if recipe.is_file() else ""  # as the start of the run has written it
-        accelerator.register_save_state_pre_hook(self._leave_towers_out)
-        accelerator.register_load_state_pre_hook(self._load_weights)
-
-    def save(self) -> None:
-        """By all processes together. Older checkpoints go only when the new one is complete."""
-        self.check_finite()
-        final = self.folder / f"step_{self.progress.step:08d}"
-        partial = final.with_suffix(".partial")
+    newest_first = reversed(complete_checkpoints(folder / "checkpoints"))
+    copies = [path / STAMP for path in newest_first if (path / STAMP).is_file() and damage(path, STAMP) is None]
+    found = [read_stamp(path) for path in copies]
+    if (folder / STAMP).exists():
         try:
-            with naming(partial):
-                self._write(partial)
-        except Exception as error:
-            if self.accelerator.is_main_process:  # others may be writing there
-                shutil.rmtree(partial, ignore_errors=True)  # a full disk has this much room again
-            if any(words in str(error) for words in TORCH_CANNOT_WRITE):
-                raise InputError(
-                    f"cannot write {partial}: no space left on the disk, or a limit (ulimit -f) is too low; the "
-                    "checkpoint before is whole, make room and start again"
-                ) from error
-            raise
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            rename(partial, final)
-            for old in complete_checkpoints(self.folder)[: -self.kept]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def check_finite(self) -> None:
-        """By all processes together, before weights are saved: the loss shows what a step did only in the next one."""
-        name = not_finite(self.model.state_dict())
-        mend = "not saved; take a lower --learning_rate, and another --output_dir"
-        fault = f"{name} is not finite after step {self.progress.step}: {mend}"
-        agree(self.accelerator, False, None if name is None else fault)
-
-    def _write(self, folder: Path) -> None:
-        self.accelerator.save_state(str(folder))
-        if self.accelerator.is_main_process:
-            state = {
-                **asdict(self.progress),
-                "num_processes": self.accelerator.num_processes,
-                "towers_sha256": self.stamp["towers_sha256"],
-                "scheduler": self.scheduler.state_dict(),
-            }
-            torch.save(state, folder / "progress.bin")
-            write_json(folder / STAMP, self.stamp)
-            write_text(folder / RECIPE, self.recipe)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            write_manifest(folder)
-
-    def resume(self) -> int | None:
-        """Takes up the newest checkpoint that is whole. The number of processes that saved it; None: there is none."""
-        found: list = [None]  # by the main process, for all
-        with all_refuse(self.accelerator):
-            if self.accelerator.is_main_process:
-                found[0] = self._newest_whole()
-        (path,) = broadcast_object_list(found)
-        if path is None:
-            return None
-        state = read_progress(path)
-        if state["towers_sha256"] != self.stamp["towers_sha256"]:
-            raise InputError(
-                f"{path} was trained with other CLIP towers: start from the same --clip or --init_from as before"
-            )
-        try:
-            self.accelerator.load_state(str(path))
-        except UnpicklingError as error:  # torch's `weights_only` ran nothing of it
-            raise InputError(f"{path} holds Python objects, which are never read: delete it") from error
-        # accelerate counts micro-batches. A checkpoint lies between two steps, on any number of micro-batches a step.
-        self.accelerator.step = 0
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.progress.step, self.progress.seconds = state["step"], state["seconds"]
-        return state["num_processes"]
-
-    def _newest_whole(self) -> Path | None:
-        """Damaged ones after it are put aside; what a killed run left half written is deleted."""
-        for partial in filter(Path.is_dir, self.folder.glob("*.partial")):
-            shutil.rmtree(partial)
-        give_true_names(self.folder)
-        damaged = []
-        found = complete_checkpoints(self.folder)
-        for path in reversed(found):
-            fault = damage(path) or unfit(path, self.model.state_dict())
-            if fault is None:
-                break
-            print(f"warning: checkpoint {path} is damaged ({fault}): it is not used")
-            damaged.append(path)
-        else:
-            if found:
-                # Starting over by itself could throw away days of work that the user may still rescue: a copy of the
-                # folder, a disk that is back tomorrow.
-                raise InputError(
-                    f"no checkpoint in {self.folder} is whole: put one back, or delete this folder to train from the "
-                    "beginning"
-                )
-            return None
-        for other in damaged:
-            aside = other.with_suffix(".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(other, aside)
-        return path
-
-    def _leave_towers_out(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        """accelerate's hook before it writes the weights; sharded ones (FSDP) it has written already, whole."""
-        if weights:
-            state = self.model.state_dict()
-            weights[:] = [{name: tensor for name, tensor in state.items() if not name.startswith(TOWER_WEIGHTS)}]
-
-    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
-        """accelerate's hook before it reads the weights; those that it is to read itself (FSDP's) are not listed."""
-        if models:
-            models.clear()
-            missing, unexpected = load_model(self.model, Path(folder) / "model.safetensors", strict=False)
-            lost = sorted(name for name in missing if not name.startswith(TOWER_WEIGHTS)) + unexpected
-            if lost:
-                raise InputError(f"{folder} is of another architecture: {lost[0]} and {len(lost) - 1} other weights")
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in order of their steps. One still being written, or put aside as damaged, has another name."""
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
-
-
-def unfit(folder: Path, state: Mapping[str, Tensor] | None = None) -> str | None:
-    """Why a run cannot continue from a checkpoint that is as it was written, or None.
-
-    state: of the run's model, whose types the weights must have; None: not known. FSDP's sharded weights are checked
-    before the next save.
-    """
-    try:
-        read_progress(folder)
-        weights = load_file(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
-    except (InputError, OSError, SafetensorError) as error:
-        return one_line(error)
-    for name in weights.keys() & (state or {}).keys():
-        if weights[name].dtype != state[name].dtype:
-            return f"{name} is of {weights[name].dtype}, not of {state[name].dtype}"
-    name = not_finite(weights)
-    return None if name is None else f"{name} is not finite"
-
-
-def read_progress(folder: Path) -> dict:
-    """What a checkpoint says beside its weights. Raises InputError where it is not what `Checkpoints` wrote there."""
-    try:
-        state = torch.load(folder / "progress.bin", weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        raise InputError(f"progress.bin cannot be read: {one_line(error, 80)}") from error
-    state = state if isinstance(state, dict) else {}
-    lacking = [name for name, kind in PROGRESS.items() if not isinstance(state.get(name), kind)]
-    if lacking:
-        raise InputError(f"progress.bin lacks {lacking[0]}")
-    return state
-
-
-def true_name(folder: Path) -> str:
-    """What a checkpoint is to be called: names may have been exchanged. Raises InputError of a damaged one."""
-    return f"step_{read_progress(folder)['step']:08d}"
-
-
-def give_true_names(folder: Path) -> None:
-    """Of the checkpoints in a folder; a line says which had another's."""
-    for path in complete_checkpoints(folder):
-        try:
-            misnamed = damage(path, "progress.bin") is None and true_name(path) != path.name
-        except InputError:  # a damaged one, of which more is said where it is not used
-            misnamed = False
-        if misnamed:
-            path.replace(path.with_suffix(".misnamed"))
-    for aside in sorted(folder.glob("step_*.misnamed")):  # also those of a start that was killed here
-        name, place = true_name(aside), folder / true_name(aside)
-        place = aside.with_suffix(".damaged") if place.exists() else place
-        print(f"warning: {aside.with_suffix('')} is the checkpoint of {name}: it is renamed to {place.name}")
-        shutil.rmtree(place, ignore_errors=True)
-        aside.replace(place)
-
-
-def write_manifest(folder: Path) -> None:
-    """The size and hash of every file of a folder, in a file of its own."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_leftover(path.name))
-    manifest = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in files
-    }
-    write_json(folder / MANIFEST, manifest)
-
-
-def damage(folder: Path, only: str | None = None) -> str | None:
-    """What is wrong with a checkpoint by its manifest; None if it is as it was written.
-
-    only: the one file to look at; None: all.
-    """
-    try:
-        manifest = json.loads(read_text(folder / MANIFEST))
-        unlisted = [name for name in LISTED if name not in manifest and (folder / name).exists()]
-        if unlisted or "progress.bin" not in manifest:
-            return f"{MANIFEST} does not list {[*unlisted, 'progress.bin'][0]}"
-        for name, written in manifest.items() if only is None else [(only, manifest[only])]:
-            size = (folder / name).stat().st_size
-            if size != written["bytes"]:
-                return f"{name} has {size} bytes, not {written['bytes']}"
-            if file_sha256(folder / name) != written["sha256"]:
-                return f"the contents of {name} have changed"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    # An unreadable file, or a damaged manifest.
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        return one_line(error)
-    return None
+            found.append(read_stamp(folder / STAMP))
+        except InputError:
+            if not found:
+                raise
+            print(f"warning: {folder / STAMP} is damaged, so the newest checkpoint's copy is used")
+    if len(found) > 1 and found[0] != found[-1]:
+        print(f"warning: {STAMP} differs from the newest checkpoint's copy, which counts; both records are joined")
+    return found
 
 
 # ---- results -----------------------------------------------------------------------------------------------
 
 
 def save_final(model: Zs3ForSemanticSegmentation, processor: ProcessorMixin | Zs3ImageProcessor, folder: Path) -> None:
-    """Refuses weights that are not finite: no number can be had of them."""
+    """Writes the final model. Refuses weights that are not finite."""
     name = not_finite(model.state_dict())
     if name is not None:
         raise InputError(f"{name} is not finite, so {folder} is not written: take a lower --learning_rate")
@@ -474,21 +243,21 @@ def save_final(model: Zs3ForSemanticSegmentation, processor: ProcessorMixin | Zs
 
 
 class Metrics(NamedTuple):
-    """What a metrics.jsonl holds: its lines in order, and how many more there are that the training did not write."""
+    """The lines of a metrics.jsonl in order, and the number of damaged lines."""
 
     rows: list[dict]
     damaged: int
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The last line may be the half of one that a killed run leaves: it does not count as damaged."""
+    """A last line that is only half written does not count as damaged: a killed run leaves one."""
     text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
     rows = [_values(line) for line in lines_of(text)]
     return Metrics([row for row in rows if row is not None], rows[:-1].count(None))
 
 
 def _values(line: str) -> dict | None:
-    """What `MetricsLog.write` wrote in a line; None if that cannot be."""
+    """The content of a line. None if `MetricsLog.write` cannot have written it."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -497,7 +266,7 @@ def _values(line: str) -> dict | None:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON a logged step. Lines past the step a run resumes at are dropped."""
+    """metrics.jsonl: one JSON for each logged step. Lines after the step from which a run resumes are dropped."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
@@ -510,4 +279,4 @@ class MetricsLog:
 
     def write(self, progress: Progress, values: dict[str, float]) -> None:
         self.last = finite_or_none({"step": progress.step, **values, "seconds": round(progress.seconds, 2)})
-        append_line(self.path, json.dumps(self.last))  # to the disk before the checkpoint that passes it
+        append_line(self.path, json.dumps(self.last))  # on the disk before the next checkpoint

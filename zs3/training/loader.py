@@ -7,42 +7,29 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from configuration_zs3 import Zs3Config
 from losses_zs3 import count_targets, mask_ids
 from processing_zs3 import Zs3ImageProcessor
+from zs3.command_line import InputError
 from zs3.data.augmentation import Augmentation
-from zs3.data.batches import StepSampler, StreamedBatches, collate
+from zs3.data.batches import BatchParts, StepSampler, StreamedBatches, collate
 from zs3.data.caption_labels import CaptionLabels, load_caption_nouns
-from zs3.data.image_labels import GroundTruthLabels, PseudoLabels, check_scored_pictures
-from zs3.data.records import load_split, stream_split
+from zs3.data.image_labels import GroundTruthLabels, ImageLabels, PseudoLabels, check_scored_pictures
+from zs3.data.records import Split, StreamedSplit, load_split, stream_split
 from zs3.data.samples import SegmentationDataset
-from zs3.label_space import LabelSpace
+from zs3.label_space import FoundIds, LabelSpace
 from zs3.training.arguments import TrainArgs
-from zs3.training.processes import BatchParts
 from zs3.training.stopping import outlive_first_sigterm
+
+MOST_LOOKED_AT = 100  # label maps
 
 
 def make_dataset(
-    args: TrainArgs,
-    label_space: LabelSpace,
-    image_processor: Zs3ImageProcessor,
-    config: Zs3Config,
+    args: TrainArgs, label_space: LabelSpace, image_processor: Zs3ImageProcessor, config: Zs3Config
 ) -> SegmentationDataset:
     records = (stream_split if args.streaming else load_split)(args.dataset, args.split, label_space)
-    image_ids = None if args.streaming else records.image_ids
-    told = None
-    if args.caption_nouns is not None:
-        nouns = load_caption_nouns(args.caption_nouns, label_space)
-        dropped_as = {"unknown": -1, "negative": 0}[args.dropped_words]
-        told = CaptionLabels(nouns, image_ids, config.word_drop_probability, dropped_as)
-    elif args.unseen_labels == "ground_truth":
-        told = GroundTruthLabels(label_space)
-    elif args.setting == "transductive":
-        unknown_above = args.pseudo_label_unknown_above
-        told = PseudoLabels(args.unseen_labels, label_space, image_ids, config.pseudo_label_threshold, unknown_above)
-        if not args.streaming:
-            check_scored_pictures(Path(args.unseen_labels), records)
     return SegmentationDataset(
         records,
         label_space,
@@ -56,39 +43,84 @@ def make_dataset(
         ),
         image_mean=image_processor.image_mean,
         image_std=image_processor.image_std,
-        told=told,
+        image_labels=make_image_labels(args, label_space, records, config),
         seed=args.seed,
     )
 
 
+def make_image_labels(
+    args: TrainArgs, label_space: LabelSpace, records: Split | StreamedSplit, config: Zs3Config
+) -> ImageLabels | None:
+    """The source of image labels. None: training gets no image labels of unseen classes."""
+    image_ids = None if args.streaming else records.image_ids
+    if args.caption_nouns is not None:
+        nouns = load_caption_nouns(args.caption_nouns, label_space)
+        dropped_as = {"unknown": -1, "negative": 0}[args.dropped_words]
+        return CaptionLabels(nouns, image_ids, config.word_drop_probability, dropped_as)
+    if args.unseen_labels == "ground_truth":
+        return GroundTruthLabels(label_space)
+    if args.supervision != "transductive":
+        return None
+    threshold, unknown_above = config.pseudo_label_threshold, args.pseudo_label_unknown_above
+    labels = PseudoLabels(args.unseen_labels, label_space, image_ids, threshold, unknown_above)
+    if not args.streaming:
+        check_scored_pictures(Path(args.unseen_labels), records)
+    return labels
+
+
+def check_learnable(records: Split | StreamedSplit, label_space: LabelSpace) -> None:
+    """Refuses data from which nothing can be learned. Mostly the first label map shows that something can.
+
+    If the first MOST_LOOKED_AT maps have no seen class, the maps of a split are read until one has. Of a stream no more
+    maps are read.
+    """
+    if not label_space.seen:
+        raise InputError("all classes are unseen, so no mask may be trained on: leave some out of the unseen names")
+    streamed = isinstance(records, StreamedSplit)
+    found = FoundIds(label_space)
+    total = None if streamed else len(records)
+    for ids, has_ignored in tqdm(records.ids(), desc="first labels", total=total, unit="map", delay=5, mininterval=1):
+        found.add(ids, has_ignored)
+        if found.enough or found.num_maps >= MOST_LOOKED_AT and (found.has_seen or streamed):
+            break
+    fault = found.fault()
+    if fault is None:
+        return
+    if not streamed or found.num_maps < MOST_LOOKED_AT:  # all maps have been looked at
+        raise InputError(fault)
+    print(f"warning: {fault}")
+
+
 def make_loader(
-    args: TrainArgs, dataset: SegmentationDataset, accelerator: Accelerator, parts: BatchParts, start_step: int
+    dataset: SegmentationDataset,
+    accelerator: Accelerator,
+    parts: BatchParts,
+    steps: range,
+    *,
+    num_workers: int,
+    shuffle_buffer: int,
 ) -> Iterator[dict]:
-    """The micro-batches of this process from start_step on; not prepared, since they are dealt out already."""
-    place = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+    """The micro-batches of this process for these steps. accelerate must not cut them again (no `prepare`).
+
+    shuffle_buffer: pictures, of a stream alone.
+    """
     options = {
         "pin_memory": accelerator.device.type == "cuda",
-        "generator": torch.Generator(),  # its own: starting the loader must not move the state that a resume restores
+        "generator": torch.Generator(),  # its own, or starting the loader would change the state that a resume restores
         "worker_init_fn": outlive_first_sigterm,
     }
-    if not args.streaming:
-        sampler = StepSampler(
-            len(dataset),
-            args.batch_size,
-            args.max_steps,
-            start_step=start_step,
-            micro_batches=parts.micro_batches,
-            seed=args.seed,
-            **place,
-        )
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=args.num_workers, **options)
-    batches = StreamedBatches(dataset, parts.images, args.shuffle_buffer, **place)
-    loader = batches.loader(args.num_workers, start_step * parts.micro_batches, **options)
-    return itertools.islice(loader, (args.max_steps - start_step) * parts.micro_batches)
+    process = accelerator.process_index
+    if not isinstance(dataset.records, StreamedSplit):
+        sampler = StepSampler(len(dataset), parts, steps, process_index=process, seed=dataset.seed)
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, **options)
+    place = {"num_processes": accelerator.num_processes, "process_index": process}
+    batches = StreamedBatches(dataset, parts.images, shuffle_buffer, **place)
+    loader = batches.loader(num_workers, steps.start * parts.micro_batches, **options)
+    return itertools.islice(loader, len(steps) * parts.micro_batches)
 
 
 def with_counts(batches: Iterator[dict], micro_batches: int, config: Zs3Config) -> Iterator[dict]:
-    """The micro-batches, each with what the losses of its whole step divide by, if it is a part of one."""
+    """The micro-batches. If a step has several, each gets the target counts of the whole step for its losses."""
     if micro_batches == 1:
         yield from batches
         return

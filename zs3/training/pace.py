@@ -1,4 +1,4 @@
-"""Means, time and memory of the steps that have been made, and when the rest will be done."""
+"""What a run measures of its steps: means of the losses, time and memory. From them it forecasts its end."""
 
 import sys
 import time
@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from outputs_zs3 import Zs3Output
+
+FIRST_MEASURED, LAST_MEASURED = 2, 6  # steps since the start; the first one warms up
 
 
 class StepMean:
@@ -25,23 +27,20 @@ class StepMean:
         self.micro_batches.append(torch.stack([value.detach().float() for value in values]))
 
     def values(self) -> dict[str, float]:
-        """All processes must ask together."""
+        """All processes call it together."""
         parts = self.accelerator.gather(torch.stack(self.micro_batches))  # (processes x micro-batches, values)
-        mean = parts.nanmean(0)  # a micro-batch without masks has no same_label_rate; a NaN loss has stopped the run
+        mean = parts.nanmean(0)  # a micro-batch without masks has no same_label_rate
         return dict(zip(self.names, mean.tolist(), strict=True))
 
 
-FIRST_MEASURED, LAST_MEASURED = 2, 6  # steps of a start; its first one warms up
-
-
 class Pace:
-    """Where the wall time of one start of a run goes, from its making on."""
+    """The wall time since a start of a run, and the part of it that is spent waiting for data."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.started = time.perf_counter()
         self.waited = 0.0  # seconds, for batches
-        self.told = (self.started, 0.0)  # when data_wait was last asked, and `waited` then
+        self.last_asked = (self.started, 0.0)  # the time of the last `data_wait`, and `waited` at that time
         self.steps = 0
 
     @property
@@ -49,7 +48,7 @@ class Pace:
         return time.perf_counter() - self.started
 
     def timed(self, batches: Iterable[dict]) -> Iterator[dict]:
-        """The batches; what the caller waits for them is measured."""
+        """The batches. It measures how long the caller waits for them."""
         batches = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -60,17 +59,19 @@ class Pace:
             yield batch
 
     def data_wait(self) -> float:
-        """The share of the wall time, since this was last asked, that the training waited for data: in [0, 1].
+        """The share of the time since the last call, in [0, 1], in which training waited for data.
 
-        That of the process which waited longest; all must ask together.
+        It is that of the slowest process. All processes call it together.
         """
-        (then, waited), now = self.told, time.perf_counter()
-        self.told = (now, self.waited)
+        (then, waited), now = self.last_asked, time.perf_counter()
+        self.last_asked = (now, self.waited)
         return self._largest((self.waited - waited) / max(now - then, 1e-9))
 
     def forecast(self, step: int, max_steps: int) -> str | None:
-        """To be asked after every step, by all processes: once, after a few, when the run will be done, if
-        it is not; else None."""
+        """A line about the time that is left: once, after LAST_MEASURED steps. Else None.
+
+        All processes call it together, after every step.
+        """
         self.steps += 1
         if self.steps == FIRST_MEASURED - 1:
             self.measured_from = time.perf_counter()
@@ -87,7 +88,7 @@ class Pace:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a CUDA device, of the whole process on the CPU."""
+    """Bytes: of the tensors on a CUDA device; on the CPU, of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -99,7 +100,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def duration(seconds: float) -> str:
-    """As people say it: "40 s", "12 min", "3 h 12 min"."""
+    """A time to read: "40 s", "12 min", "3 h 12 min"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

@@ -1,4 +1,4 @@
-"""What a training run is about to do: how its batch is cut, what it says before it starts, when it will be done."""
+"""What a run says about itself before its first step."""
 
 import os
 import textwrap
@@ -7,118 +7,92 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
-from torch import nn
-from tqdm.auto import tqdm
 
 from configuration_zs3 import Zs3Config
-from zs3.command_line import InputError
+from zs3.data.batches import BatchParts
 from zs3.data.image_labels import PseudoLabels
-from zs3.data.records import Split, StreamedSplit
-from zs3.data.samples import SegmentationDataset
-from zs3.label_space import FoundIds, LabelSpace
 from zs3.training.arguments import TrainArgs
-from zs3.training.processes import BatchParts
-
-MOST_LOOKED_AT = 100  # label maps
+from zs3.training.start import Start
 
 
-def check_learnable(records: Split | StreamedSplit, label_space: LabelSpace) -> None:
-    """Refuses data without anything to learn, as far as label maps can tell. Mostly the first map shows that there is.
-
-    Where the first MOST_LOOKED_AT maps do not, a training split is read to its end until a seen class is found; of a
-    stream no more is looked at.
-    """
-    if not label_space.seen:
-        raise InputError("all classes are unseen, so no mask may be trained on: leave some out of the unseen names")
-    streamed = isinstance(records, StreamedSplit)
-    found = FoundIds(label_space)
-    total = None if streamed else len(records)
-    for ids, has_ignored in tqdm(records.ids(), desc="first labels", total=total, unit="map", delay=5, mininterval=1):
-        found.add(ids, has_ignored)
-        if found.enough or found.num_maps >= MOST_LOOKED_AT and (found.has_seen or streamed):
-            break
-    fault = found.fault()
-    if fault is None:
-        return
-    if not streamed or found.num_maps < MOST_LOOKED_AT:  # all maps have been looked at
-        raise InputError(fault)
-    print(f"warning: {fault}")
-
-
-def describe(
-    args: TrainArgs,
-    label_space: LabelSpace,
-    dataset: SegmentationDataset,
-    model: nn.Module,
-    parts: BatchParts,
-    accelerator: Accelerator,
-) -> str:
-    """What is about to happen, for the reader of the log."""
+def describe(args: TrainArgs, start: Start, parts: BatchParts, accelerator: Accelerator) -> str:
+    model, space, dataset = start.model, start.label_space, start.dataset
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    unseen = {"none": "not used", "ground_truth": "GROUND-TRUTH image labels"}.get(
-        args.unseen_labels, f"pseudo labels of {args.unseen_labels}"
-    )
-    told = f"{len(label_space.unseen)} names, no masks, {unseen}"
-    if args.setting == "supervised":
-        told = "none: the MASKS of all classes are trained on, and no zero-shot result can be claimed"
     count = "streamed" if args.streaming else f"{len(dataset)} images"
     nouns = f", {len(dataset.class_names)} names with nouns of {args.caption_nouns}" if args.caption_nouns else ""
+    text = f"text tower of {args.init_from or args.clip}"
+    if args.text_embeds is not None:
+        text = f"text vectors of {args.text_embeds}"
+    schedule = schedule_text(args.lr_schedule, args.lr_milestones, args.max_steps)
     precision = "float32" if args.mixed_precision == "no" else f"{args.mixed_precision} autocast, losses in float32"
     norms = {
         "frozen": "frozen",
         "batch": f"of {parts.images} images, which a process takes at once",
         "sync": f"of {parts.processes * parts.images} images, which all processes take at once",
     }
-    remade = ", activations made anew for the gradient" if args.activation_checkpointing else ""
+    twice = ", activations computed twice" if args.activation_checkpointing else ""
     trackers = f", also to {', '.join(args.trackers)} (trackers)" if args.trackers else ""
     lines = [
         f"data      {args.dataset} ({args.split}): {count}",
-        f"setting   {args.setting}, label space {args.label_space or args.dataset}",
-        f"seen      {len(label_space.seen)} names with masks{nouns}",
-        *names_lines(label_space.seen),
-        f"unseen    {told}",
-        *names_lines(label_space.unseen),
-        *pseudo_label_lines(dataset, model.config.pseudo_label_threshold),
-        f"start     {start_text(args)}",
+        f"training  {args.supervision}, label space {args.label_space or args.dataset}",
+        f"seen      {len(space.seen)} names with masks{nouns}",
+        *names_lines(space.seen),
+        f"unseen    {unseen_text(args.unseen_labels, len(space.unseen))}",
+        *names_lines(space.unseen),
+        *pseudo_label_lines(start),
+        f"start     {weights_text(args.init_from, args.init_parts, args.mask2former, args.backbone)}; {text}",
         f"model     {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
         f"losses    {losses_text(model.config)}",
-        f"rate      {rate_text(args)}",
+        f"rate      {args.learning_rate:g}, {schedule}; of the backbone x {args.backbone_multiplier:g}",
         f"batch     {args.batch_size} images: processes x micro-batches x images at once = "
         f"{parts.processes} x {parts.micro_batches} x {parts.images}",
         f"steps     {args.max_steps}",
-        f"precision {precision}{remade}",
+        f"precision {precision}{twice}",
         f"norms     statistics of the backbone's batch norms are {norms[args.backbone_norm]}",
         f"device    {device_text(accelerator)}",
         f"output    {args.output_dir}: checkpoints every {args.checkpointing_steps} steps (the last "
         f"{args.checkpoints_kept} stay),",
         f"          metrics.jsonl every {args.logging_steps}{trackers}, final at the end, then all_results.json",
     ]
-    return "\n".join([*lines, *(f"note      {note}" for note in notes(args, dataset, parts, accelerator))])
+    return "\n".join([*lines, *(f"note      {note}" for note in notes(args, start, parts, accelerator))])
 
 
-def pseudo_label_lines(dataset: SegmentationDataset, threshold: float) -> list[str]:
-    if not isinstance(dataset.told, PseudoLabels):
+def names_lines(names: list[str]) -> list[str]:
+    """Indented lines of names. No name is broken."""
+    whole = ", ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in names)
+    lines = textwrap.wrap(whole, width=110, break_on_hyphens=False)
+    return [" " * 10 + line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
+def unseen_text(unseen_labels: str, count: int) -> str:
+    if unseen_labels == "masks":
+        return "none: training uses the MASKS of all classes, so no zero-shot result can be claimed"
+    kinds = {"none": "not used", "ground_truth": "GROUND-TRUTH image labels"}
+    return f"{count} names, no masks, {kinds.get(unseen_labels, f'pseudo labels of {unseen_labels}')}"
+
+
+def pseudo_label_lines(start: Start) -> list[str]:
+    if not isinstance(start.dataset.image_labels, PseudoLabels):
         return []
-    labels, images, all_images = dataset.told.positives
+    labels, images, all_images = start.dataset.image_labels.positives
+    threshold = start.model.config.pseudo_label_threshold
     return [f"          positive at the threshold of {threshold}: {labels} labels, in {images} of {all_images} images"]
 
 
-def start_text(args: TrainArgs) -> str:
-    """Where the weights and the text vectors come from."""
-    random = "random weights"
-    if args.backbone is not None:
-        random = f"backbone {args.backbone} (--backbone), else random weights"
-    start = f"{args.mask2former} (--mask2former)" if args.mask2former is not None else random
-    if args.init_from is not None:
-        part = "backbone of " if args.init_parts == "backbone" else ""
-        start = f"{part}{args.init_from} (--init_from{', --init_parts backbone' if part else ''})"
-    text = f"text tower of {args.init_from or args.clip}"
-    return f"{start}; {text if args.text_embeds is None else f'text vectors of {args.text_embeds}'}"
+def weights_text(init_from: str | None, init_parts: str, mask2former: str | None, backbone: str | None) -> str:
+    """Where the weights come from."""
+    if init_from is not None and init_parts == "backbone":
+        return f"backbone of {init_from} (--init_from, --init_parts backbone)"
+    if init_from is not None:
+        return f"{init_from} (--init_from)"
+    if mask2former is not None:
+        return f"{mask2former} (--mask2former)"
+    return "random weights" if backbone is None else f"backbone {backbone} (--backbone), else random weights"
 
 
 def losses_text(config: Zs3Config) -> str:
-    """The terms of Eq. 8 and of the label map loss, those of weight 0 aside."""
+    """The terms of Eq. 8 and the label map loss, without those of weight 0."""
     terms = {
         f"class ({config.class_loss})": config.class_weight,
         f"mask ({config.mask_loss})": config.mask_weight,
@@ -130,12 +104,11 @@ def losses_text(config: Zs3Config) -> str:
     return f"{weighted or 'none'}, matching {config.matching}"
 
 
-def rate_text(args: TrainArgs) -> str:
-    steps = [str(step) for step in args.lr_milestones if step < args.max_steps]
-    schedule = f"divided by 10 at step {', '.join(steps)}" if steps else "constant"
-    if args.lr_schedule == "poly":
-        schedule = f"falling to 0 at step {args.max_steps} (poly)"
-    return f"{args.learning_rate:g}, {schedule}; of the backbone x {args.backbone_multiplier:g}"
+def schedule_text(lr_schedule: str, lr_milestones: list[int], max_steps: int) -> str:
+    if lr_schedule == "poly":
+        return f"falling to 0 at step {max_steps} (poly)"
+    steps = [str(step) for step in lr_milestones if step < max_steps]
+    return f"divided by 10 at step {', '.join(steps)}" if steps else "constant"
 
 
 def device_text(accelerator: Accelerator) -> str:
@@ -147,10 +120,11 @@ def device_text(accelerator: Accelerator) -> str:
     return f"{where}, {'FSDP2' if kind == DistributedType.FSDP else 'DDP'} with {processes} processes"
 
 
-def notes(args: TrainArgs, dataset: SegmentationDataset, parts: BatchParts, accelerator: Accelerator) -> Iterator[str]:
-    """What of this plan may not be what was meant."""
-    if isinstance(dataset.told, PseudoLabels) and not dataset.told.positives.labels:
-        yield "no pseudo label reaches --pseudo_label_threshold: no unseen class is said to be in any image"
+def notes(args: TrainArgs, start: Start, parts: BatchParts, accelerator: Accelerator) -> Iterator[str]:
+    """Points of the plan that the user may not have intended."""
+    labels = start.dataset.image_labels
+    if isinstance(labels, PseudoLabels) and not labels.positives.labels:
+        yield "no pseudo label reaches --pseudo_label_threshold: no unseen class is present in any image"
     share = parts.micro_batches * parts.images
     if args.device_batch_size is not None and parts.images < min(args.device_batch_size, share):
         yield (
@@ -171,10 +145,3 @@ def notes(args: TrainArgs, dataset: SegmentationDataset, parts: BatchParts, acce
     from_scratch = args.init_from is None and args.mask2former is None and args.backbone is None
     if from_scratch and args.backbone_norm == "frozen":
         yield "the backbone starts from random weights: it learns better with --backbone_norm batch"
-
-
-def names_lines(names: list[str]) -> list[str]:
-    """Lines of names, none of them broken."""
-    whole = ", ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in names)
-    lines = textwrap.wrap(whole, width=110, break_on_hyphens=False)
-    return [" " * 10 + line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]

@@ -1,8 +1,8 @@
 """Records the inputs of a training run, and compares them when it resumes.
 
-A run may be stopped, and go on days later. The contents of its paths may have changed meanwhile: other classes, other
-vectors, other pictures. Its stamp says what was there at first. It also has the record of what the training saw, on
-which every zero-shot claim depends. The record never shrinks. zs3.run_folder keeps the stamps.
+A run can stop and go on days later. Meanwhile the contents of its paths may have changed: other classes, other text
+vectors, other pictures. The stamp of a run describes its first inputs. It also records the classes that training has
+seen. Every zero-shot claim depends on this record, so it never shrinks. `zs3.training.folder` keeps the stamps.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from zs3.label_space import LabelSpace
 from zs3.typed_json import read_json, refusal
 
 STAMP = "stamp.json"
-TOWER_WEIGHTS = ("text_model.", "vision_model.")  # frozen: they come with the model a run starts from
+TOWER_WEIGHTS = ("text_model.", "vision_model.")  # frozen: a run has them from its start, not from its checkpoints
 
-# Of each key of a stamp, what is said where it has changed; in the braces are flags, and the two values.
+# The message for each key of a stamp that has changed. The braces hold flags, or the values before and now.
 CHANGES = {
     "towers_sha256": "other CLIP towers",
     "text_embeds_sha256": "other text vectors in {text_embeds}",
@@ -50,8 +50,8 @@ CHANGES = {
     "backbone_sha256": "other weights in {backbone}",
 }
 STARTS = ("init_from", "mask2former", "backbone")
-MEND = "put it back"  # of a damaged stamp
-BRIEF = 45  # characters of a name, in messages that hold two
+MEND = "put it back"  # for a damaged stamp
+BRIEF = 45  # characters of a name in a message with two names
 
 
 class Space(TypedDict):
@@ -63,7 +63,7 @@ class Space(TypedDict):
 
 
 class Stamp(TypedDict, total=False):
-    """What every stamp has; the keys of CHANGES come on top, as far as they are known."""
+    """The keys that every stamp has. It also has those keys of CHANGES that are known."""
 
     label_space: Required[Space]
     seen_class_names: Required[list[str] | None]
@@ -73,24 +73,37 @@ class Stamp(TypedDict, total=False):
 # ---- the record --------------------------------------------------------------------------------------------
 
 
-class Record(NamedTuple):
-    """What a training saw, as Zs3Config says it; None: not known."""
+class SeenRecord(NamedTuple):
+    """What a model has seen in its training: two fields of Zs3Config. None: not known."""
 
     seen_class_names: list[str] | None
     unseen_labels: str | None
 
 
-def record_of(config: Zs3Config) -> Record:
-    return Record(config.seen_class_names, config.unseen_labels)
+def record_of(config: Zs3Config) -> SeenRecord:
+    return SeenRecord(config.seen_class_names, config.unseen_labels)
 
 
-def joined(records: Iterable[Record]) -> Record:
-    """Joins records: every name once, and the strongest image labels. If one record is unknown, so is the result."""
+def record_in(stamp: dict[str, Any]) -> SeenRecord:
+    return SeenRecord(stamp["seen_class_names"], stamp["unseen_labels"])
+
+
+def joined(records: Iterable[SeenRecord]) -> SeenRecord:
+    """Every name of the records once, and their strongest image labels. What one record does not know is not known."""
     names, labels = zip(*records, strict=True)
     if None in names:
-        return Record(None, None)
+        return SeenRecord(None, None)
     strongest = None if None in labels else max(labels, key=get_args(UnseenLabels).index)
-    return Record(once([name for part in names for name in part]), strongest)
+    return SeenRecord(once([name for part in names for name in part]), strongest)
+
+
+def check_not_unseen(seen: SeenRecord, unseen: Sequence[str]) -> None:
+    """The leak guard: a class whose masks one start of a run has seen cannot be unseen in another start."""
+    for name, place in zip(unseen, places(unseen, seen.seen_class_names), strict=True):
+        if place is not None:
+            raise InputError(
+                f"this run saw masks of {shortened(name, BRIEF)}, which is unseen now: choose another --output_dir"
+            )
 
 
 # ---- the stamp ---------------------------------------------------------------------------------------------
@@ -101,15 +114,15 @@ def make_stamp(
     label_space: LabelSpace,
     records: Split | StreamedSplit,
     prompts: Mapping[str, Tensor] | None,
-    start: Record | None,
+    start: SeenRecord | None,
     model: Zs3ForSemanticSegmentation,
 ) -> dict[str, Any]:
-    """What a start of a run finds. What it cannot know, such as the weights of a Hub id, has no key.
+    """The inputs of a run at its start. What is not known, such as the weights of a Hub id, has no key.
 
     flags: of train.py.
-    prompts: the token ids that the text tower embeds; None where --text_embeds has the vectors.
+    prompts: the tokens for the text tower. None: --text_embeds gives the vectors.
     start: the record of --init_from.
-    model: as it starts, its configuration with the record of this start.
+    model: its config has the record of this start.
     """
     found = {"label_space": space_of(label_space), **records.contents()}
     if prompts is None:
@@ -137,12 +150,12 @@ def space_of(label_space: LabelSpace) -> Space:
 
 
 def vectors_sha256(path: str) -> str:
-    """Of the numbers in a --text_embeds file."""
+    """The digest of the numbers in a --text_embeds file."""
     return _sha256([np.load(path, mmap_mode="r", allow_pickle=False).astype(np.float32)])
 
 
 def towers_sha256(model: nn.Module) -> str:
-    """Of the weights that checkpoints leave out."""
+    """The digest of the weights that a run's checkpoints do not have."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if name.startswith(TOWER_WEIGHTS):
@@ -159,7 +172,7 @@ def _sha256(arrays: Iterable[np.ndarray]) -> str:
 
 
 def read_stamp(path: Path) -> Stamp:
-    """Raises InputError where the file is not what `make_stamp` made."""
+    """Raises InputError if `make_stamp` cannot have made the file."""
     stamp = read_json(path, Stamp, "stamp of a run", MEND)
     try:
         LabelSpace(**stamp["label_space"])
@@ -168,17 +181,13 @@ def read_stamp(path: Path) -> Stamp:
     return stamp
 
 
-def record_in(stamp: dict[str, Any]) -> Record:
-    return Record(stamp["seen_class_names"], stamp["unseen_labels"])
-
-
 # ---- what has changed --------------------------------------------------------------------------------------
 
 
 def change_since(before: Stamp, now: Mapping[str, Any], flags: Mapping[str, Any]) -> str | None:
-    """What is not what it was, in words; None if all is. Keys that one of the stamps lacks are skipped.
+    """The first change in words, or None. A key that one stamp lacks is skipped.
 
-    flags: of the run, for the words.
+    flags: of train.py, for the message.
     """
     change = label_space_change(before["label_space"], now["label_space"])
     shown_flags = {name: shown(value) for name, value in flags.items()}
@@ -189,7 +198,7 @@ def change_since(before: Stamp, now: Mapping[str, Any], flags: Mapping[str, Any]
 
 
 def label_space_change(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first difference of two label spaces, in words; None if there is none."""
+    """The first difference of two label spaces in words, or None."""
     if before == now:
         return None
     names, its_names = before["class_names"], now["class_names"]
@@ -215,12 +224,3 @@ def label_space_change(before: dict[str, Any], now: dict[str, Any]) -> str | Non
 
 def unseen_or_seen(space: dict[str, Any], name: str) -> str:
     return "unseen" if places([name], space["unseen"]) != [None] else "seen"
-
-
-def check_not_unseen(seen: Record, unseen: Sequence[str]) -> None:
-    """The leak guard: what any start of a run saw masks of cannot be unseen in another."""
-    for name, place in zip(unseen, places(unseen, seen.seen_class_names), strict=True):
-        if place is not None:
-            raise InputError(
-                f"this run saw masks of {shortened(name, BRIEF)}, which is unseen now: choose another --output_dir"
-            )

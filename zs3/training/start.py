@@ -1,15 +1,15 @@
-"""What a run starts from: model, processor and text vectors, and the output folder that becomes its own."""
+"""What a run starts from: label space, model, processor, dataset and text vectors."""
 
-from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from configuration_zs3 import Zs3Config, among, shortened
+from configuration_zs3 import UnseenLabels, Zs3Config, among, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor, saved_templates
-from text_zs3 import PROMPT_TEMPLATES
+from text_zs3 import PROMPT_TEMPLATES, embed_labels, read_labels
 from zs3.checkpoints import (
     CHECKPOINT_ERRORS,
     check_checkpoint,
@@ -20,45 +20,96 @@ from zs3.checkpoints import (
     trained_on,
 )
 from zs3.command_line import InputError, in_one_line, shown
+from zs3.data.image_labels import training_space
 from zs3.data.samples import SegmentationDataset
-from zs3.files import lock_folder, write_json
-from zs3.label_space import LabelSpace, load_label_space
-from zs3.training.arguments import TOWERS, TrainArgs, recipe_defaults, resolved_recipe
-from zs3.training.folder import check_final, check_places, check_recipe, check_stamp, has_begun
-from zs3.training.plan import check_learnable
-from zs3.training.stamp import STAMP, Record, joined, make_stamp, record_of
+from zs3.label_space import LabelSpace, load_label_space, load_text_embeds
+from zs3.training.arguments import TOWERS, TrainArgs
+from zs3.training.loader import make_dataset
+from zs3.training.stamp import SeenRecord, joined, record_of
+
+
+@dataclass
+class Start:
+    whole_space: LabelSpace  # as the dataset has it
+    label_space: LabelSpace  # as training knows it
+    model: Zs3ForSemanticSegmentation
+    processor: Zs3Processor | Zs3ImageProcessor
+    dataset: SegmentationDataset
+    text_embeds: Tensor  # (C, D), of the names on the class axis
+    prompts: dict[str, Tensor] | None  # tokens for the text tower; None: --text_embeds gives the vectors
+
+
+def make_start(args: TrainArgs, overrides: dict, accelerator: Accelerator) -> Start:
+    """Loads and checks all that a run needs. It writes nothing.
+
+    overrides: fields of Zs3Config.
+    """
+    whole_space = load_label_space(args.label_space or args.dataset)
+    space = training_space(whole_space, args.supervision)
+    given = None if args.text_embeds is None else load_text_embeds(args.text_embeds, len(space.class_names))
+    size = {"shortest_edge": args.test_short_edge, "longest_edge": args.max_size}
+    image_processor = Zs3ImageProcessor(size=size, ignore_index=space.ignore_index)
+
+    with accelerator.local_main_process_first():
+        dim = None if given is None else given.shape[1]
+        model = make_model(overrides, args.init_from, args.mask2former, args.backbone, args.clip, dim)
+        if args.init_parts == "backbone":
+            model = keep_backbone(model)
+        labels = kind_of_labels(args.unseen_labels, args.caption_nouns, space.unseen)
+        record_supervision(model.config, space, labels, args.init_from, args.mask2former)
+        model = model.to(accelerator.device)
+        processor = make_processor(model, image_processor, args.clip, args.init_from, args.prompt_templates)
+    choose_what_learns(model, args.backbone_norm)
+    embeds, prompts = text_vectors(args, model, processor, space.class_names, given)
+    model.set_vocabulary(space.class_names, embeds)
+
+    with accelerator.local_main_process_first():  # datasets caches what it prepares
+        dataset = make_dataset(args, space, image_processor, model.config)
+    if args.caption_nouns is None:
+        embeds = embeds[[space.class_names.index(name) for name in dataset.class_names]]
+    else:
+        with in_one_line(f"names of {args.caption_nouns}"):
+            labels = read_labels(dataset.class_names, processor.prompt_templates)
+            embeds = embed_labels(labels, model, processor)
+    return Start(whole_space, space, model, processor, dataset, embeds.to(accelerator.device), prompts)
 
 
 def make_model(
-    args: TrainArgs, overrides: dict, label_space: LabelSpace, text_embeds: Tensor | None
+    overrides: dict,
+    init_from: str | None,
+    mask2former: str | None,
+    backbone: str | None,
+    clip: str | None,
+    text_dim: int | None,
 ) -> Zs3ForSemanticSegmentation:
-    """The model a run starts from: a whole checkpoint, or joined parts. Refuses one that saw unseen masks."""
-    types = {"init_from": "zs3", "mask2former": "mask2former", "clip": "clip", "backbone": None}
-    for name, model_type in types.items():
-        if getattr(args, name) is not None:
-            check_checkpoint(name, getattr(args, name), model_type)
-    start = args.init_from or args.mask2former or args.backbone or args.clip or "random weights"
+    """A whole checkpoint (init_from), or a model joined from the other parts.
+
+    text_dim: of text vectors that come from outside.
+    """
+    paths = {"init_from": init_from, "mask2former": mask2former, "backbone": backbone, "clip": clip}
+    types = {"init_from": "zs3", "mask2former": "mask2former", "backbone": None, "clip": "clip"}
+    given = {name: path for name, path in paths.items() if path is not None}
+    for name, path in given.items():
+        check_checkpoint(name, path, types[name])
+    source = next(iter(given.values()), "random weights")
     try:
-        if args.init_from is not None:
-            model = load_whole(args.init_from, overrides)
+        if init_from is not None:
+            model = load_whole(init_from, overrides)
         else:
-            dim = {} if args.clip is not None or text_embeds is None else {"projection_dim": text_embeds.shape[1]}
+            dim = {} if clip is not None or text_dim is None else {"projection_dim": text_dim}
             model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
-                args.mask2former, args.clip, backbone=args.backbone, **{**dim, **overrides}
+                mask2former, clip, backbone=backbone, **{**dim, **overrides}
             )
     except InputError:
         raise
     except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot make the model from {shown(start)}", error) from error
-    check_finite(model, str(start))
-    if args.init_parts == "backbone":
-        model = keep_backbone(model)
-    record_supervision(model, args, label_space)
+        raise refusal(f"cannot make the model from {shown(source)}", error) from error
+    check_finite(model, str(source))
     return model
 
 
 def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
-    """A checkpoint of this project under changed fields. Every weight must be found, a background embedding aside."""
+    """A checkpoint of this project with changed fields. All its weights must fit, but for a background embedding."""
     config = Zs3Config(**{**load_config(path).to_dict(), **overrides})
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, config=config, dtype=torch.float32, **options)
@@ -73,7 +124,7 @@ def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
 
 
 def keep_backbone(model: Zs3ForSemanticSegmentation) -> Zs3ForSemanticSegmentation:
-    """A new model of random weights, but for the backbone and the frozen CLIP towers of this one."""
+    """A model of random weights with the backbone and the frozen CLIP towers of this one."""
     new = Zs3ForSemanticSegmentation(model.config)
     kept = [(new.model.pixel_level_module.encoder, model.model.pixel_level_module.encoder)]
     kept += [(new.text_model, model.text_model), (new.vision_model, model.vision_model)]
@@ -83,51 +134,65 @@ def keep_backbone(model: Zs3ForSemanticSegmentation) -> Zs3ForSemanticSegmentati
     return new
 
 
-def record_supervision(model: Zs3ForSemanticSegmentation, args: TrainArgs, label_space: LabelSpace) -> None:
-    """Write into the checkpoint's config what all its training saw, so that no claim can be made beyond it.
+def kind_of_labels(unseen_labels: str, caption_nouns: str | None, unseen: list[str]) -> UnseenLabels:
+    """The kind of image labels of unseen classes. unseen_labels, caption_nouns: fields of TrainArgs."""
+    if caption_nouns is not None:
+        listed = load_label_space(caption_nouns).class_names
+        return "captions" if any(among(listed, unseen)) else "none"
+    return {"none": "none", "masks": "none", "ground_truth": "ground_truth"}.get(unseen_labels, "pseudo")
 
-    A Mask2Former from elsewhere saw masks nobody here knows of: its classes stay unknown (None).
+
+def record_supervision(
+    config: Zs3Config,
+    label_space: LabelSpace,
+    unseen_labels: UnseenLabels,
+    init_from: str | None = None,
+    mask2former: str | None = None,
+) -> None:
+    """Writes into the model's config what it has seen in all its training, so that no claim goes beyond it.
+
+    Refuses a start that has seen masks of unseen classes.
     """
-    leaked = trained_on(model.config, label_space.unseen)
+    leaked = trained_on(config, label_space.unseen)
     if leaked:
         raise InputError(
-            f"{args.init_from} was trained on masks of {shortened(leaked)}, which are unseen here: take another start"
+            f"{init_from} was trained on masks of {shortened(leaked)}, which are unseen here: take another start"
         )
-    start = record_of(model.config) if args.init_from is not None else Record([], "none")
-    told = {"none": "none", "masks": "none", "ground_truth": "ground_truth"}.get(args.unseen_labels, "pseudo")
-    if args.caption_nouns is not None:
-        listed = load_label_space(args.caption_nouns).class_names
-        told = "captions" if any(among(listed, label_space.unseen)) else "none"
-    now = Record(None, None) if args.mask2former is not None else Record(label_space.seen, told)
-    model.config.seen_class_names, model.config.unseen_labels = joined([start, now])
+    before = record_of(config) if init_from is not None else SeenRecord([], "none")
+    if mask2former is not None:  # from elsewhere: nobody here knows which masks it has seen
+        before = SeenRecord(None, None)
+    now = SeenRecord(label_space.seen, unseen_labels)
+    config.seen_class_names, config.unseen_labels = joined([before, now])
 
 
 def make_processor(
-    args: TrainArgs, model: Zs3ForSemanticSegmentation, label_space: LabelSpace
+    model: Zs3ForSemanticSegmentation,
+    image_processor: Zs3ImageProcessor,
+    clip: str | None,
+    init_from: str | None,
+    prompt_templates: list[str] | None,
 ) -> Zs3Processor | Zs3ImageProcessor:
-    """What is saved beside the model. Without a text tower there is nothing to tokenize."""
-    size = {"shortest_edge": args.test_short_edge, "longest_edge": args.max_size}
-    image_processor = Zs3ImageProcessor(size=size, ignore_index=label_space.ignore_index)
+    """The processor that is saved with the model. It takes texts too if the model has a text tower."""
     if model.text_model is None:
         return image_processor
-    source = args.clip or args.init_from
+    source = clip or init_from
     tokenizer = load_tokenizer(source, model.config.text_config)
     try:
-        own = PROMPT_TEMPLATES if args.init_from is None else saved_templates(source)
-        return Zs3Processor(image_processor, tokenizer, args.prompt_templates or own)
+        own = PROMPT_TEMPLATES if init_from is None else saved_templates(source)
+        return Zs3Processor(image_processor, tokenizer, prompt_templates or own)
     except CHECKPOINT_ERRORS as error:
-        raise refusal("--prompt_templates" if args.prompt_templates else shown(source), error) from error
+        raise refusal("--prompt_templates" if prompt_templates else shown(source), error) from error
 
 
 def choose_what_learns(model: Zs3ForSemanticSegmentation, backbone_norm: str) -> None:
-    """The backbone's batch norms as asked for; and what no loss depends on is frozen, since DDP would wait for it."""
+    """Sets up the backbone's batch norms, and freezes what no loss depends on, because DDP would wait for it."""
     pixels = model.model.pixel_level_module
     if backbone_norm == "frozen":
         model.freeze_backbone_norms()
     elif backbone_norm == "sync":
         pixels.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(pixels.encoder)
     if hasattr(pixels.encoder, "swin"):
-        pixels.encoder.swin.layernorm.requires_grad_(False)  # as a backbone, Swin gives its stages, not its last output
+        pixels.encoder.swin.layernorm.requires_grad_(False)  # a Swin backbone gives its stages, not its last output
 
 
 def text_vectors(
@@ -148,37 +213,11 @@ def text_vectors(
         if model.text_model is None:
             raise InputError(f"{args.init_from} has no text tower: give --text_embeds")
         with in_one_line(f"names of {args.label_space or args.dataset}"):
-            prompts = processor(class_names=class_names)
-            embeds = model.encode_text(**prompts)
+            labels = read_labels(class_names, processor.prompt_templates)
+            embeds, prompts = embed_labels(labels, model, processor), processor.tokenize(labels)
     if embeds.shape[1] != model.config.projection_dim:
         own = model.config.projection_dim
         raise InputError(
             f"{args.text_embeds} has {embeds.shape[1]} columns, the model {own}: give vectors of its encoder"
         )
     return embeds, prompts
-
-
-def claim_folder(
-    args: TrainArgs,
-    whole_space: LabelSpace,
-    label_space: LabelSpace,
-    dataset: SegmentationDataset,
-    prompts: dict[str, Tensor] | None,
-    model: Zs3ForSemanticSegmentation,
-) -> tuple[ExitStack, dict]:
-    """Makes the output folder this run's, with its recipe and stamp, or refuses. The open lock, and the stamp.
-
-    whole_space: the label space as the data has it; label_space: as the training knows it.
-    """
-    output_dir = Path(args.output_dir)
-    if not has_begun(output_dir):
-        check_learnable(dataset.records, label_space)
-    with lock_folder(output_dir) as lock:
-        check_places(output_dir)
-        check_final(output_dir / "final")
-        start = None if args.init_from is None else record_of(load_config(args.init_from))
-        stamp = make_stamp(vars(args), whole_space, dataset.records, prompts, start, model)
-        stamp = check_stamp(output_dir, stamp, vars(args), label_space.unseen)
-        check_recipe(output_dir / "recipe.yaml", resolved_recipe(args, model.config), recipe_defaults())
-        write_json(output_dir / STAMP, stamp)
-        return lock.pop_all(), stamp

@@ -1,9 +1,10 @@
-"""What ends a training run before its last step: SIGTERM, which saves first, and numbers that are not finite.
+"""How a run ends before its last step: by SIGTERM, after it has saved, or by a number that is not finite.
 
-With several processes one of them alone may meet it; `agree` makes all of them stop at the same step. What the main
-process refuses before the first step ends all of them by `all_refuse`.
+Often only one of several processes meets the reason. `agree` stops all of them at the same step. `all_refuse` ends all
+of them when the main process refuses something before the first step.
 """
 
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from configuration_zs3 import shortened
 from zs3.command_line import InputError
 
-EXIT_CODE = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+EXIT_CODE = 128 + signal.SIGTERM  # a shell's exit code for a process that SIGTERM ended
 
 
 class Termination:
-    """Within the block SIGTERM is noted, not obeyed; a second one ends the process at once."""
+    """Within the block a first SIGTERM is only noted. A second one ends the process at once."""
 
     def __enter__(self) -> "Termination":
         self.received = False
@@ -35,15 +37,17 @@ class Termination:
 
 
 def outlive_first_sigterm(worker: int) -> None:
-    """A DataLoader's `worker_init_fn`. A signal to the whole process group, which is what torchrun and batch systems
-    send, must not take the workers away from the step that is to be finished. The second one ends a worker: DataLoader
-    itself ends with it those that are left over."""
+    """A DataLoader's `worker_init_fn`: a worker ignores its first SIGTERM, and a second one ends it.
+
+    torchrun and batch systems send SIGTERM to the workers too, and the run still needs them to finish its step.
+    DataLoader sends the second one to workers that are left over.
+    """
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @contextmanager
 def all_refuse(accelerator: Accelerator) -> Iterator[None]:
-    """The InputError that the main process raises within the block is raised by all. Entered by all together."""
+    """An InputError of the main process within the block is raised by all processes. All enter the block together."""
     refusal = [None]
     try:
         yield
@@ -55,18 +59,33 @@ def all_refuse(accelerator: Accelerator) -> Iterator[None]:
 
 
 def agree(accelerator: Accelerator, terminated: bool, fault: str | None) -> bool:
-    """Whether any process got SIGTERM. Called by all together: once a step, before a weight changes, and before weights
-    are saved.
+    """Whether any process got SIGTERM. If any process has a fault, all raise InputError.
 
-    fault: what is wrong with this process's part of the step. If any process has one, all raise InputError with it.
+    All processes call it together: once a step, before weights change, and before weights are saved.
     """
     faults = [fault]
     if accelerator.num_processes > 1:
         mine = torch.tensor([terminated, fault is not None], dtype=torch.int32, device=accelerator.device)
         terminated, faulty = (bool(count) for count in accelerator.reduce(mine, "sum"))
         faults = gather_object(faults) if faulty else []
-    told = list(dict.fromkeys(text for text in faults if text is not None))
-    if told:
-        # The same words from all: who ends first has the others stopped, perhaps before they could say theirs.
-        raise InputError("; ".join(told))
+    found = list(dict.fromkeys(text for text in faults if text is not None))
+    if found:
+        # All say the same: the first process to end stops the others, maybe before they have said anything.
+        raise InputError("; ".join(found))
     return terminated
+
+
+def loss_fault(loss: torch.Tensor, step: int, image_ids: list[str]) -> str | None:
+    if bool(torch.isfinite(loss)):
+        return None
+    return f"the loss is {float(loss.detach())} at step {step}, images {shortened(image_ids)}: stopped"
+
+
+def check_grad_norm(accelerator: Accelerator, grad_norm: float, step: int, image_ids: list[str]) -> None:
+    """Refuses gradients that are not finite. All processes call it together, with the images of their part."""
+    if accelerator.scaler is None and not math.isfinite(grad_norm):  # with fp16 the scaler skips such a step
+        image_ids = gather_object(image_ids)
+        raise InputError(
+            f"the gradients' norm is {grad_norm} at step {step} although the loss is finite, "
+            f"images {shortened(image_ids)}: stopped"
+        )

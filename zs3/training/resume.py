@@ -1,0 +1,289 @@
+"""The progress of a run, and the checkpoints from which it resumes.
+
+A checkpoint gets its name `step_*` when it is whole, so a run may be killed at any moment. Later damage, such as a
+truncated file or a flipped bit, shows in its manifest. The run then goes on from the checkpoint before it.
+
+Weights are read from safetensors, but for FSDP's checkpoints, which are torch's sharded files. The other files are
+pickles: the states of optimizer, scaler and random numbers are accelerate's, and progress.bin has the schedule and the
+counts. All of them are read with torch's `weights_only`, which runs no code of the file. Nothing is given to
+accelerate's `register_for_checkpointing`, because that would be read without it.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from configuration_zs3 import one_line
+from files_zs3 import is_leftover, read_text
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from zs3.checkpoints import WEIGHTS, not_finite
+from zs3.command_line import InputError
+from zs3.files import file_sha256, naming, rename, write_json, write_text
+from zs3.training.arguments import RECIPE
+from zs3.training.stamp import STAMP, TOWER_WEIGHTS
+from zs3.training.stopping import agree, all_refuse
+
+MANIFEST = "manifest.json"
+LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP, RECIPE)  # a manifest lists those that are there
+PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_sha256": str, "scheduler": dict}
+# torch.save says one of these when the disk is full. The system's own reason is lost.
+TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter")
+
+
+@dataclass
+class Progress:
+    """The optimizer steps that a run has made, and the seconds that they took."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+class RunCheckpoints:
+    """The checkpoints of a run: folders `step_*` with all that it needs to go on, but for the frozen CLIP towers.
+
+    folder: all processes can read it, those on other machines too.
+    model: not prepared yet.
+    kept: older checkpoints than this many are deleted.
+    stamp: of the run. Each checkpoint has a copy.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        model: Zs3ForSemanticSegmentation,
+        scheduler: LRScheduler,
+        progress: Progress,
+        kept: int,
+        stamp: dict,
+    ):
+        self.accelerator = accelerator
+        self.folder = folder
+        self.model = model
+        self.scheduler = scheduler
+        self.progress = progress
+        self.kept = kept
+        self.stamp = stamp
+        recipe = folder.parent / RECIPE
+        self.recipe = read_text(recipe) if recipe.is_file() else ""
+        accelerator.register_save_state_pre_hook(self._leave_towers_out)
+        accelerator.register_load_state_pre_hook(self._load_weights)
+
+    def save(self) -> None:
+        """All processes call it together. Older checkpoints are deleted only when the new one is complete."""
+        self.check_finite()
+        final = self.folder / f"step_{self.progress.step:08d}"
+        partial = final.with_suffix(".partial")
+        try:
+            with naming(partial):
+                self._write(partial)
+        except Exception as error:
+            if self.accelerator.is_main_process:  # others may be writing there
+                shutil.rmtree(partial, ignore_errors=True)  # makes room on a full disk
+            if any(words in str(error) for words in TORCH_CANNOT_WRITE):
+                raise InputError(
+                    f"cannot write {partial}: no space left on the disk, or a limit (ulimit -f) is too low; the "
+                    "checkpoint before is whole, make room and start again"
+                ) from error
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            rename(partial, final)
+            for old in complete_checkpoints(self.folder)[: -self.kept]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def check_finite(self) -> None:
+        """All processes call it together, before weights are saved: the loss shows a bad step only in the next one."""
+        name = not_finite(self.model.state_dict())
+        mend = "not saved; take a lower --learning_rate, and another --output_dir"
+        fault = f"{name} is not finite after step {self.progress.step}: {mend}"
+        agree(self.accelerator, False, None if name is None else fault)
+
+    def _write(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        if self.accelerator.is_main_process:
+            state = {
+                **asdict(self.progress),
+                "num_processes": self.accelerator.num_processes,
+                "towers_sha256": self.stamp["towers_sha256"],
+                "scheduler": self.scheduler.state_dict(),
+            }
+            torch.save(state, folder / "progress.bin")
+            write_json(folder / STAMP, self.stamp)
+            write_text(folder / RECIPE, self.recipe)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_manifest(folder)
+
+    def resume(self) -> int | None:
+        """Loads the newest whole checkpoint. Returns the number of processes that saved it; None: there is none."""
+        found: list = [None]  # the main process finds it for all
+        with all_refuse(self.accelerator):
+            if self.accelerator.is_main_process:
+                found[0] = self._newest_whole()
+        (path,) = broadcast_object_list(found)
+        if path is None:
+            return None
+        state = read_progress(path)
+        if state["towers_sha256"] != self.stamp["towers_sha256"]:
+            raise InputError(
+                f"{path} was trained with other CLIP towers: start from the same --clip or --init_from as before"
+            )
+        try:
+            self.accelerator.load_state(str(path))
+        except UnpicklingError as error:  # with torch's `weights_only` no code of the file has run
+            raise InputError(f"{path} holds Python objects, which are never read: delete it") from error
+        # accelerate counts micro-batches. A checkpoint is always between two steps, so the count begins again.
+        self.accelerator.step = 0
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.progress.step, self.progress.seconds = state["step"], state["seconds"]
+        return state["num_processes"]
+
+    def _newest_whole(self) -> Path | None:
+        """Renames damaged checkpoints after it, and deletes those that a killed run has left half written."""
+        for partial in filter(Path.is_dir, self.folder.glob("*.partial")):
+            shutil.rmtree(partial)
+        give_true_names(self.folder)
+        damaged = []
+        found = complete_checkpoints(self.folder)
+        for path in reversed(found):
+            fault = damage(path) or unfit(path, self.model.state_dict())
+            if fault is None:
+                break
+            print(f"warning: checkpoint {path} is damaged ({fault}): it is not used")
+            damaged.append(path)
+        else:
+            if found:
+                # To start from the beginning could cost days of work. The user may still have a copy of the folder, or
+                # the disk may be back tomorrow.
+                raise InputError(
+                    f"no checkpoint in {self.folder} is whole: put one back, or delete this folder to train from the "
+                    "beginning"
+                )
+            return None
+        for other in damaged:
+            aside = other.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(other, aside)
+        return path
+
+    def _leave_towers_out(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        """accelerate's hook before it writes weights. Sharded ones (FSDP) it has already written, with the towers."""
+        if weights:
+            state = self.model.state_dict()
+            weights[:] = [{name: tensor for name, tensor in state.items() if not name.startswith(TOWER_WEIGHTS)}]
+
+    def _load_weights(self, models: list[nn.Module], folder: str) -> None:
+        """accelerate's hook before it reads weights. FSDP's are not in `models`: accelerate reads them itself."""
+        if models:
+            models.clear()
+            missing, unexpected = load_model(self.model, Path(folder) / "model.safetensors", strict=False)
+            lost = sorted(name for name in missing if not name.startswith(TOWER_WEIGHTS)) + unexpected
+            if lost:
+                raise InputError(f"{folder} is of another architecture: {lost[0]} and {len(lost) - 1} other weights")
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in order of their steps. A half-written or damaged one has another name."""
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+
+
+def read_progress(folder: Path) -> dict:
+    """The content of progress.bin, with the keys of PROGRESS. Raises InputError if one is missing."""
+    try:
+        state = torch.load(folder / "progress.bin", weights_only=True)
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        raise InputError(f"progress.bin cannot be read: {one_line(error, 80)}") from error
+    state = state if isinstance(state, dict) else {}
+    lacking = [name for name, kind in PROGRESS.items() if not isinstance(state.get(name), kind)]
+    if lacking:
+        raise InputError(f"progress.bin lacks {lacking[0]}")
+    return state
+
+
+def unfit(folder: Path, state: Mapping[str, Tensor] | None = None) -> str | None:
+    """Why a run cannot resume from an undamaged checkpoint, or None.
+
+    state: of the run's model; the weights must have the same types. FSDP's sharded weights are checked before the next
+    save instead.
+    """
+    try:
+        read_progress(folder)
+        weights = load_file(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
+    except (InputError, OSError, SafetensorError) as error:
+        return one_line(error)
+    for name in weights.keys() & (state or {}).keys():
+        if weights[name].dtype != state[name].dtype:
+            return f"{name} is of {weights[name].dtype}, not of {state[name].dtype}"
+    name = not_finite(weights)
+    return None if name is None else f"{name} is not finite"
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes the size and hash of every file of a folder into one more file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_leftover(path.name))
+    manifest = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in files
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def damage(folder: Path, only: str | None = None) -> str | None:
+    """What differs from a checkpoint's manifest, or None.
+
+    only: one file to look at; None: all.
+    """
+    try:
+        manifest = json.loads(read_text(folder / MANIFEST))
+        unlisted = [name for name in LISTED if name not in manifest and (folder / name).exists()]
+        if unlisted or "progress.bin" not in manifest:
+            return f"{MANIFEST} does not list {[*unlisted, 'progress.bin'][0]}"
+        for name, written in manifest.items() if only is None else [(only, manifest[only])]:
+            size = (folder / name).stat().st_size
+            if size != written["bytes"]:
+                return f"{name} has {size} bytes, not {written['bytes']}"
+            if file_sha256(folder / name) != written["sha256"]:
+                return f"the contents of {name} have changed"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    # an unreadable file, or a damaged manifest
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return one_line(error)
+    return None
+
+
+def true_name(folder: Path) -> str:
+    """The name that belongs to a checkpoint's step. Raises InputError for a damaged checkpoint."""
+    return f"step_{read_progress(folder)['step']:08d}"
+
+
+def give_true_names(folder: Path) -> None:
+    """Renames checkpoints that have the name of another one, and says so."""
+    for path in complete_checkpoints(folder):
+        try:
+            misnamed = damage(path, "progress.bin") is None and true_name(path) != path.name
+        except InputError:  # a damaged one: `_newest_whole` says so
+            misnamed = False
+        if misnamed:
+            path.replace(path.with_suffix(".misnamed"))
+    for aside in sorted(folder.glob("step_*.misnamed")):  # a killed start may have left some
+        name, place = true_name(aside), folder / true_name(aside)
+        place = aside.with_suffix(".damaged") if place.exists() else place
+        print(f"warning: {aside.with_suffix('')} is the checkpoint of {name}: it is renamed to {place.name}")
+        shutil.rmtree(place, ignore_errors=True)
+        aside.replace(place)
