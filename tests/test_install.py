@@ -1,6 +1,8 @@
-"""What is installed: the tested versions lie within the bounds; all extras, and the packages of a page, go together."""
+"""What is installed: versions within the bounds, extras that go together, and a wheel that needs no repository."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -43,3 +45,69 @@ def pip(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "pip", "install", *options, *arguments], capture_output=True, text=True
     )
+
+
+# ---- a wheel ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The folder into which a wheel of the project was installed. Built of a copy, as a build leaves files behind."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, target = folder / "source", folder / "installed"
+    source.mkdir()
+    for file in (*ROOT.glob("*_zs3.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))):
+        shutil.copy(file, source)
+    for name in ("zs3", "recipes", "hub_cards"):
+        ignored = shutil.ignore_patterns("__pycache__", "zs3-scenes")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    offline = ["--no-deps", "--no-index", "--quiet", "--disable-pip-version-check"]
+    own_pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*own_pip, "wheel", source, *offline, "--no-build-isolation", "--wheel-dir", folder], check=True)
+    subprocess.run([*own_pip, "install", *folder.glob("*.whl"), *offline, "--target", target], check=True)
+    return target
+
+
+def run_installed(code: str, installed: Path, place: Path) -> subprocess.CompletedProcess:
+    """Runs code outside the repository, with the installed project before that of the repository."""
+    environment = dict(os.environ, PYTHONPATH=str(installed))
+    return subprocess.run([sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True)
+
+
+SEVERAL = """
+import sys
+from zs3.__main__ import main
+for words in {commands}:
+    sys.argv = ["zs3", *words.split()]
+    print("#", words, flush=True)
+    try:
+        main()
+    except SystemExit as ended:
+        print("# exit code", ended.code, flush=True)
+import zs3.files
+for file in ("recipes/scenes_stage1.yaml", "recipes/accelerate/fsdp2.yaml", "hub_cards/scenes.md"):
+    folder, name = file.split("/", 1)
+    print(zs3.files.project_folder(folder) / name, (zs3.files.project_folder(folder) / name).is_file())
+"""
+
+
+def test_a_wheel_works_outside_the_repository(installed, tmp_path):
+    commands = ["", "release --help", "scenes --output x --num_train 2 --num_validation 1", "demo", "ablation table5"]
+    ended = run_installed(SEVERAL.format(commands=commands), installed, tmp_path)
+    shown, refused = ended.stdout, [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode == 0, ended.stderr
+    assert "tiny_clip" in shown and "usage: zs3 release " in shown
+    assert sorted(path.name for path in (tmp_path / "x" / "train" / "images").iterdir()) == ["00000.png", "00001.png"]
+    assert refused == 2 * ["error: train.py is not here: start this command from the root of the repository"]
+    places = [line.split() for line in shown.splitlines() if line.startswith("/")]
+    assert len(places) == 3 and all(
+        place.startswith(f"{installed}/zs3/") and is_file == "True" for place, is_file in places
+    )
+
+
+def test_all_packages_are_named():
+    """A folder of zs3/ with modules that pyproject.toml forgets is in no wheel."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {f"zs3.{file.parent.name}" for file in ROOT.glob("zs3/*/__init__.py")}
+    assert {*setuptools["packages"]} == {"zs3", *folders, *setuptools["package-dir"]}
+    assert {*setuptools["py-modules"]} == {file.stem for file in ROOT.glob("*_zs3.py")}
