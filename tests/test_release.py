@@ -24,7 +24,7 @@ from zs3.checkpoints import settings_sha256, weights_sha256
 from zs3.command_line import InputError, run
 from zs3.label_space import load_label_space
 from zs3.release.__main__ import HUB_CARDS, chosen_template, code_files, is_sealed, main, project_code_of, release_files
-from zs3.release.card import model_card, recipes_of, runs, slots, starts, training
+from zs3.release.card import model_card, recipes_of, runs, starts, training
 
 ROOT = Path(__file__).parents[1]
 SCENES = load_label_space("scenes")
@@ -178,7 +178,7 @@ def test_what_a_stranger_cannot_use_is_not_made(checkpoint, tmp_path, monkeypatc
     words_given = ["--model", model, "--repo_id", "me/a-model", "--output", folder]
     assert command(monkeypatch, *words_given, *(["--trust_remote_code"] if damage != "weights" else [])) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: a stranger cannot use this checkpoint, nothing was made") and words in last
+    assert last.startswith("error: a stranger cannot use this checkpoint, so nothing was made") and words in last
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final"]
 
 
@@ -311,7 +311,7 @@ def test_code_is_what_the_configurations_name_and_what_that_imports(checkpoint, 
     refer(folder, AutoModelForImageSegmentation="further_zs3.Further", AutoTokenizer=["further_zs3.Slow", None])
     expected = {folder / f"{name}.py" for name in (*HUB_HALF, "further_zs3", "deep_zs3")}
     assert code_files(folder) == expected
-    with pytest.raises(InputError, match="names further_zs3.*, which is none of this project's"):
+    with pytest.raises(InputError, match="names further_zs3.*, which this project does not have"):
         project_code_of(folder)
 
 
@@ -397,7 +397,7 @@ def test_a_result_that_does_not_belong_is_refused_by_name(
 def test_one_result_twice_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
     paths = [write(tmp_path / name, a_result(checkpoint)) for name in ("a.json", "b.json")]
     assert command(monkeypatch, "--model", checkpoint, "--repo_id", "me/a", "--results", *paths) == 2
-    assert "b.json says the same as another" in capsys.readouterr().err
+    assert "b.json equals another" in capsys.readouterr().err
 
 
 # ---- the card ----------------------------------------------------------------------------------------------
@@ -548,9 +548,8 @@ def test_without_a_result_file_there_is_no_score_and_the_card_says_why_and_how_t
 def test_a_template_asks_for_nothing_that_is_not_known_and_its_commands_are_those_of_the_documents(template):
     source = (HUB_CARDS / f"{template}.md").read_text(encoding="utf-8")
     asked = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(source))
-    known = {*slots("me/a", tiny_config(), "0" * 64, None, [], []), "card_data", "data_licence"}
-    assert asked <= known
-    assert {"card_data", "name", "status", "usage", "training", "results", "runs", "citation"} <= asked
+    needed = {"card_data", "name", "status", "usage", "training", "results", "runs", "citation"}
+    assert needed <= asked <= needed | {"data_licence"}
     documents = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md"))
     (block,) = re.findall(r"```bash\n(.*?)```", source, re.DOTALL)
     for line in block.splitlines():
@@ -580,7 +579,7 @@ def test_the_card_says_what_training_saw_and_what_can_be_asked_for(checkpoint):
     config = tiny_config(text=False, class_names=["sky", "a | b"])
     text = card_of(checkpoint, "coco_stuff_171", [], config).text
     assert "is not known: no zero-shot claim" in text and "the 2 names stored" in text
-    assert 'candidate_labels=["sky", "a | b"]' in text and "Told of unseen names**: not known" in text
+    assert 'candidate_labels=["sky", "a | b"]' in text and "Image labels of unseen names**: not known" in text
     assert "(15): cow, giraffe, suitcase" in text and "CC BY 4.0" in text
 
 
@@ -620,7 +619,7 @@ def test_the_template_is_that_of_the_masks_that_training_saw(checkpoint):
         for results in ([], [zero_shot], [zero_shot, elsewhere]):
             assert chosen_template(None, config, results).stem == name
         assert chosen_template(None, config, [elsewhere]).stem == ("ovs" if name == "coco_stuff_171" else name)
-        with pytest.raises(InputError, match="the masks that training saw fit no card called"):
+        with pytest.raises(InputError, match="the masks that training saw do not fit"):
             chosen_template("scenes" if name == "voc_20" else "voc_20", config, [zero_shot])
         for wrong in ("voc", "README", "nowhere.md"):
             with pytest.raises(InputError, match="no such template"):
@@ -629,7 +628,7 @@ def test_the_template_is_that_of_the_masks_that_training_saw(checkpoint):
         chosen_template("ovs", tiny_config(seen_class_names=load_label_space("coco_stuff_171").seen), []).stem == "ovs"
     )
     for config in (tiny_config(seen_class_names=["cat"]), tiny_config()):
-        with pytest.raises(InputError, match=r"no card called so \(fitting: none\)"):
+        with pytest.raises(InputError, match=r"do not fit any card \(fitting: none\)"):
             chosen_template(None, config, [zero_shot])
 
 

@@ -3,10 +3,10 @@
     zs3 release --model runs/stage2/final --results runs/stage2/gzs3.json --repo_id owner/name
     zs3 release --model runs/stage2/final --results runs/stage2/gzs3.json --repo_id owner/name --push --tag v1
 
-Without --push it is a dry run: all is made, tried and listed, nothing is uploaded. The card is a template of hub_cards/
-and has the scores of the result files only (zs3.model_card). The code is this project's, in place of what lies beside
-the checkpoint; with --trust_remote_code, the checkpoint's own. The folder gets its name after a stranger, a process in
-which the project cannot be imported, has run that code: loaded it and segmented a picture (zs3.stranger).
+Without --push it is a dry run: the folder is made, tried and listed, nothing is uploaded. The card is a template of
+hub_cards/ with the scores of the result files (zs3/release/card.py). The code is this project's; with
+--trust_remote_code, the code beside the checkpoint. Before the folder gets its name, a stranger tries it: a process
+that cannot import the project loads the model with that code and segments a picture (zs3/release/stranger.py).
 """
 
 import hashlib
@@ -59,7 +59,7 @@ from zs3.release.card import example_labels, model_card, recipes_of
 from zs3.scores.means import SCORES
 
 HUB_CARDS = project_folder("hub_cards")
-OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates called as the label space that they are for
+OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates with the name of their label space
 OF_A_RESULT = (
     *("setting", "dataset", "split", "split_sha256", "split_images", "num_images", "label_space_sha256"),
     *("checkpoint_sha256", "settings_sha256", "seen", "unseen", "without", "absent", "prompts", "calibration"),
@@ -90,7 +90,7 @@ class ReleaseArgs(Arguments):
     card: str | None = flag(
         None,
         "Template of hub_cards/, or a .md file of your own with {{ card_data }} in its front matter and {{ results }} "
-        "below; default: the one of the names whose masks training saw.",
+        "below; default: the template for the masks that training saw.",
     )
     output: OutputFolder | None = flag(None, "Folder to make; default: runs/release/NAME.")
     push: bool = flag(False, "Upload the folder; without it this is a dry run.")
@@ -111,7 +111,7 @@ class ReleaseArgs(Arguments):
 
 
 def release_files(model: Path, code: Iterable[Path] | None = None) -> list[Path]:
-    """All that a stranger needs: configuration, weights and processor of the checkpoint, and code.
+    """Configuration, weights and processor of the checkpoint, and code: all that a stranger needs.
 
     code: the modules; None: the checkpoint's own.
     """
@@ -122,15 +122,15 @@ def release_files(model: Path, code: Iterable[Path] | None = None) -> list[Path]
 
 
 def project_code_of(model: Path) -> set[Path]:
-    """This project's modules, which must have all classes that the checkpoint's configurations name."""
+    """This project's modules. They must have all classes that the checkpoint's configurations name."""
     for reference, name in named_classes(model):
         if reference not in OWN_CLASSES:
-            raise InputError(f"{model / name} names {reference}, which is none of this project's: save it anew")
+            raise InputError(f"{model / name} names {reference}, which this project does not have: save it anew")
     return project_code()
 
 
 def code_files(model: Path) -> set[Path]:
-    """The modules that the configurations name, and those that these import."""
+    """The modules that the configurations name, and the modules that these import."""
     try:
         return with_imports({model / f"{reference.rpartition('.')[0]}.py" for reference, _ in named_classes(model)})
     except FileNotFoundError as error:
@@ -139,7 +139,7 @@ def code_files(model: Path) -> set[Path]:
 
 
 def named_classes(model: Path) -> list[tuple[str, str]]:
-    """Each "module.Class" that a checkpoint's configurations name, and in which file."""
+    """Each "module.Class" that a checkpoint's configurations name, and the file that names it."""
     found = []
     for name in CONFIGS:
         for reference in class_references(read_settings(model / name)) if (model / name).is_file() else ():
@@ -154,7 +154,7 @@ def named_classes(model: Path) -> list[tuple[str, str]]:
 
 
 def class_references(settings: dict) -> Iterator[object]:
-    """The "module.Class" of every auto_map and custom pipeline, at whatever depth; anything where they are no maps."""
+    """The "module.Class" of every auto_map and custom pipeline, at any depth. Of a wrong entry: what stands there."""
     for key, value in entries(settings):
         if key == "auto_map":
             for reference in value.values() if isinstance(value, dict) else [value]:
@@ -165,12 +165,12 @@ def class_references(settings: dict) -> Iterator[object]:
 
 
 def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[Result]:
-    """Result files of eval.py, all of the checkpoint with these hashes of its weights and of its configuration."""
+    """Result files of eval.py. All must be of the checkpoint with these hashes of weights and of configuration."""
     results: list[Result] = []
     for file in map(Path, paths):
         result, path = read_result(file, OF_A_RESULT), shown(file)
         if result["checkpoint_sha256"] is None:
-            raise InputError(f"{path} does not say which weights it is of: evaluate the folder of --model itself")
+            raise InputError(f"{path} does not say which weights it is of: evaluate the folder of --model")
         if result["checkpoint_sha256"] != sha256:
             raise InputError(
                 f"{path} is of other weights (sha256 {result['checkpoint_sha256'][:12]}..., those of --model have "
@@ -179,13 +179,13 @@ def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[Resul
         if result["settings_sha256"] != settings:
             raise InputError(f"{path} is of these weights with another configuration: evaluate this checkpoint again")
         if result in results:
-            raise InputError(f"{path} says the same as another of --results: give each once")
+            raise InputError(f"{path} equals another of --results: give each once")
         results.append(result)
     return results
 
 
-def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequence[dict]) -> Path:
-    """By name, or by the names whose masks training saw: what a template says of its data must be true."""
+def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequence[Result]) -> Path:
+    """card: as given; None: the template for the masks that training saw. What it says of its data must be true."""
     names = sorted(path.stem for path in HUB_CARDS.glob("*.md") if path.stem != "README")
     if card is not None and card.endswith(".md"):
         path = Path(card)
@@ -197,10 +197,9 @@ def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequenc
         elsewhere = bool(results) and all(result["setting"] == "ovs" for result in results)
         chosen = card or next(iter(fitting[:: -1 if elsewhere else 1]), "")
         if chosen in names and chosen not in fitting or not chosen:
-            told = " or ".join(fitting) or "none"
             raise InputError(
-                f"the masks that training saw fit no card called {chosen or 'so'} (fitting: {told}): "
-                "give a .md file of your own as --card"
+                f"the masks that training saw do not fit {f'card {chosen}' if chosen else 'any card'} (fitting: "
+                f"{' or '.join(fitting) or 'none'}): give a .md file of your own as --card"
             )
         path = HUB_CARDS / f"{chosen}.md"
     if not path.is_file() or path.stem == "README":
@@ -211,8 +210,8 @@ def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequenc
 # ---- the folder --------------------------------------------------------------------------------------------
 
 
-def check_replaceable(folder: Path) -> None:
-    """A folder that `make_folder` made before is replaced, if nothing in it has been changed since."""
+def check_unchanged(folder: Path) -> None:
+    """Only a folder that `make_folder` made, and that nobody changed, is replaced."""
     if folder.exists() and not (is_sealed(folder) or _is_empty(folder)):
         raise InputError(
             f"--output {folder} holds something else, or was changed by hand: move it away, or name another"
@@ -220,9 +219,9 @@ def check_replaceable(folder: Path) -> None:
 
 
 def make_folder(files: Sequence[Path], card: str, folder: Path, labels: Sequence[str]) -> str:
-    """Copies the files, writes the card and tries both before the folder gets its name. What the stranger says.
+    """Copies the files, writes the card and tries both before the folder gets its name. Returns the stranger's answer.
 
-    A folder that is there is replaced: see `check_replaceable`.
+    An older folder of this name is replaced: see `check_unchanged`.
     """
     old = folder.with_name(folder.name + ".old")
     try:
@@ -232,14 +231,14 @@ def make_folder(files: Sequence[Path], card: str, folder: Path, labels: Sequence
                 with naming(folder / path.name):
                     shutil.copyfile(path, partial / path.name)
             write_text(partial / "README.md", card + SEAL + f"{contents_sha256(partial, card)} -->\n")
-            told = visited(partial, labels)
+            answer = visited(partial, labels)
             if folder.exists():
                 os.replace(folder, old)
     finally:
         if old.exists() and not folder.exists():
             os.replace(old, folder)
     shutil.rmtree(old, ignore_errors=True)
-    return told
+    return answer
 
 
 def _is_empty(folder: Path) -> bool:
@@ -247,7 +246,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def contents_sha256(folder: Path, card: str) -> str:
-    """Of the names and contents of all files, the card as given in place of the README."""
+    """Of the names and contents of all files; of the README, the card as given."""
     digest = hashlib.sha256(card.encode())
     files = (path for path in folder.rglob("*") if path.is_file() and not is_leftover(path.name))
     for path in sorted({*files} - {folder / "README.md"}):
@@ -256,7 +255,7 @@ def contents_sha256(folder: Path, card: str) -> str:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether `make_folder` made the folder, and it is still as it was."""
+    """Whether `make_folder` made the folder and nobody changed it."""
     try:
         card, _, seal = read_text(folder / "README.md").rpartition(SEAL)
     except (OSError, ValueError):
@@ -265,7 +264,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def visited(folder: Path, labels: Sequence[str]) -> str:
-    """What a stranger says who loads the folder: offline, in an empty folder, with caches of its own."""
+    """The answer of a stranger who loads the folder: offline, in an empty working folder, with own caches."""
     with tempfile.TemporaryDirectory(prefix="zs3_stranger_") as home:
         place = Path(home, "elsewhere")
         place.mkdir()
@@ -276,7 +275,7 @@ def visited(folder: Path, labels: Sequence[str]) -> str:
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise InputError(f"a stranger cannot use this checkpoint, nothing was made: {beginning(last, 120)}")
+        raise InputError(f"a stranger cannot use this checkpoint, so nothing was made: {beginning(last, 120)}")
     return done.stdout.strip().splitlines()[-1]
 
 
@@ -291,7 +290,7 @@ def listing(folder: Path) -> str:
 
 
 def push(folder: Path, repo_id: str, tag: str | None) -> None:
-    """Uploads the folder as one commit; weights and code of an earlier version that it has not got go."""
+    """Uploads the folder as one commit. Older weights and code on the Hub that it does not have are deleted there."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -321,7 +320,7 @@ def main() -> None:
     model = Path(args.model)
     folder = Path(args.output or Path("runs", "release", args.repo_id.split("/")[-1]))
     try_output("--output", folder, "folder")
-    check_replaceable(folder)
+    check_unchanged(folder)
     files = release_files(model, None if args.trust_remote_code else project_code_of(model))
     sha256 = weights_sha256(args.model)
     config = load_config(args.model, args.trust_remote_code)
@@ -331,9 +330,9 @@ def main() -> None:
     code = code_sha256(args.model, args.trust_remote_code)
     card = model_card(template, args.repo_id, config, sha256, recipes_of(model), results, code)
     print("a stranger loads it and segments a picture ...", flush=True)
-    told = make_folder(files, card, folder, example_labels(config))
+    answer = make_folder(files, card, folder, example_labels(config))
     print(listing(folder))
-    print(f"stranger  {told}")
+    print(f"stranger  {answer}")
     print(f"card      {template.stem}, {len(results)} result files")
     others = sum(result["code_sha256"] != code for result in results if "code_sha256" in result)
     if others:

@@ -1,9 +1,9 @@
 """The card of a released checkpoint: a template of hub_cards/, filled from the checkpoint and from result files.
 
-Every score in it, in the tables and in the model-index, is one of a result file of eval.py. Without one there is none.
+Every score in the card, in its tables and in its model-index, comes from a result file of eval.py.
 
-A template is Markdown for Jinja; its slots are the keys of `slots`. `{{ card_data }}` in its front matter is what the
-Hub reads by machine; its other fields are the template's own.
+A template is Markdown for Jinja; `model_card` fills its slots. `{{ card_data }}` belongs into its front matter: the Hub
+reads it by machine. The other fields of the front matter are the template's own.
 """
 
 import json
@@ -29,17 +29,17 @@ from zs3.tables import markdown, markdown_table, percent
 from zs3.training.folder import read_recipe
 from zs3.typed_json import check_content
 
-TOLD = {
-    "none": "nothing, their names were not among those of the training",
+IMAGE_LABELS = {  # of unseen names in training
+    "none": "none; training did not know these names",
     "pseudo": "pseudo labels, which CLIP guessed for every training image; never a mask",
     "captions": "their names in captions of the training images; never a mask",
-    "ground_truth": "ground-truth image labels, which of them an image shows; never a mask",
+    "ground_truth": "ground-truth image labels: which of them an image shows; never a mask",
     None: "not known",
 }
 SETTINGS = {
     "gzs3": "names of seen and unseen classes are given, and the pixels of both count",
     "zs3": "names of unseen classes alone are given, and only their pixels count",
-    "ovs": "names of any dataset; how many of them training saw masks of is said below",
+    "ovs": "names of any dataset are given; the list below says of how many of them training saw masks",
 }
 NEEDED_SLOTS = ("card_data", "results")
 OF_A_RUN = (
@@ -88,10 +88,16 @@ def model_card(
         eval_results=[entry for result in results for entry in model_index(result)] or None,
     )
     label_space = load_label_space(template.stem) if template.stem in BENCHMARKS else None
-    filled = slots(repo_id, config, checkpoint_sha256, label_space, recipes, results)
-    if results:
-        filled["results"] = tables(results, checkpoint_sha256, code_sha256)
-    filled["data_licence"] = ARCHIVES[template.stem].licence if template.stem in ARCHIVES else ""
+    filled = {
+        "name": name,
+        "status": status(config, recipes, results),
+        "usage": usage(repo_id, config),
+        "training": training(config, label_space, results),
+        "results": tables(results, checkpoint_sha256, code_sha256) if results else "",
+        "runs": runs(recipes),
+        "citation": CITATION,
+        "data_licence": ARCHIVES[template.stem].licence if template.stem in ARCHIVES else "",
+    }
     try:
         card = str(ModelCard.from_template(data, template_path=str(template), **filled))
     except (jinja2.TemplateError, yaml.YAMLError, ValueError) as error:
@@ -101,7 +107,7 @@ def model_card(
 
 
 def check_slots(template: Path) -> None:
-    """Without these a card would hide its scores from people or from the Hub."""
+    """A template without these slots would hide the scores from people or from the Hub."""
     asked = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(read_text(template)))
     missing = [f"{{{{ {name} }}}}" for name in NEEDED_SLOTS if name not in asked]
     if missing:
@@ -111,36 +117,16 @@ def check_slots(template: Path) -> None:
         )
 
 
-def slots(
-    repo_id: str,
-    config: PreTrainedConfig,
-    checkpoint_sha256: str,
-    label_space: LabelSpace | None,
-    recipes: Sequence[dict],
-    results: Sequence[Result],
-) -> dict[str, str]:
-    """What a template can show. Empty where there is nothing to say: results without a result file."""
-    return {
-        "name": repo_id.split("/")[-1],
-        "status": status(config, recipes, results),
-        "usage": usage(repo_id, config),
-        "training": training(config, label_space, results),
-        "results": tables(results, checkpoint_sha256) if results else "",
-        "runs": runs(recipes),
-        "citation": CITATION,
-    }
-
-
 # ---- the checkpoint ----------------------------------------------------------------------------------------
 
 
 def status(config: PreTrainedConfig, recipes: Sequence[dict], results: Sequence[Result]) -> str:
-    """What a reader must know before anything else; nothing once there are results."""
+    """What a reader must know first. Empty if there are results."""
     if results:
         return ""
     if config.seen_class_names is None and not recipes:
-        return "**Not trained yet**, as far as the checkpoint says: its label maps mean nothing. How to, see below."
-    return "**Trained, not evaluated yet**: there is no result file for these weights. How to, see below."
+        return "**Not trained yet**, as far as the checkpoint says: its label maps are random. See below how to train."
+    return "**Trained, not evaluated yet**: there is no result file for these weights. See below how to evaluate."
 
 
 def usage(repo_id: str, config: PreTrainedConfig) -> str:
@@ -175,14 +161,14 @@ def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: 
         if seen is not None
         else "- **Which masks were seen in training** is not known: no zero-shot claim can be made.",
         f"- **Unseen names** of the benchmark ({len(unseen)}): {markdown(', '.join(unseen))}." if unseen else "",
-        f"- **Told of unseen names**: {TOLD[config.unseen_labels]}.",
+        f"- **Image labels of unseen names**: {IMAGE_LABELS[config.unseen_labels]}.",
         f"- **Names that can be asked for**: {names}.",
     ]
     return "\n".join(line for line in lines if line)
 
 
 class Recipe(TypedDict, total=False):
-    """The content of recipe.yaml, of what a card reads of it."""
+    """The content of recipe.yaml, as far as a card reads it."""
 
     init_from: str | None
     mask2former: str | None
@@ -191,7 +177,7 @@ class Recipe(TypedDict, total=False):
 
 
 def recipes_of(model: Path) -> list[dict]:
-    """The recipes of the runs of training that led to RUN/final, the first one first, as far as they are found."""
+    """The recipes of the trainings that led to RUN/final, the first one first, as far as they are found."""
     found: list[dict] = []
     folder: Path | None = model.resolve()
     while folder is not None and folder.name == "final" and (folder.parent / "recipe.yaml").is_file():
@@ -212,16 +198,16 @@ def starts(recipes: Sequence[dict]) -> list[str]:
 
 
 def runs(recipes: Sequence[dict]) -> str:
-    """What can be said of the stages without the paths of the machine that they ran on."""
+    """The flags of each stage, without paths."""
     if not recipes:
         return "The flags of the run that made these weights are not known here: no recipe.yaml beside the checkpoint."
     lines = []
     for stage, recipe in enumerate(recipes, start=1):
-        told = {name: recipe[name] for name in OF_A_RUN if name in recipe}
-        if told.get("unseen_labels") not in (None, "none", "ground_truth", "masks"):
-            told["unseen_labels"] = "pseudo labels"  # of a folder
-        told = markdown(", ".join(f"{name} {value}" for name, value in told.items()))
-        lines.append(f"- Run {stage} of {len(recipes)}: {told}.")
+        flags = {name: recipe[name] for name in OF_A_RUN if name in recipe}
+        if flags.get("unseen_labels") not in (None, "none", "ground_truth", "masks"):
+            flags["unseen_labels"] = "pseudo labels"  # of a folder
+        text = markdown(", ".join(f"{name} {value}" for name, value in flags.items()))
+        lines.append(f"- Run {stage} of {len(recipes)}: {text}.")
     if recipes[0].get("init_from"):
         lines.insert(0, "- Before: a run whose recipe is not known here.")
     return "These weights were made with:\n\n" + "\n".join(lines)
@@ -231,7 +217,7 @@ def runs(recipes: Sequence[dict]) -> str:
 
 
 def model_index(result: Result) -> list[EvalResult]:
-    """The scores of one result file as the Hub has them, in [0, 1]."""
+    """The scores of one result file in the form of the Hub, in [0, 1]."""
     stamps = ("setting", "absent", "calibration", "num_images", "split_images", "label_space_sha256", "split_sha256")
     protocol = {"candidates": candidates_in_words(result), "without": result["without"] or None}
     protocol |= {"ensemble": ensemble(result), **{name: result[name] for name in stamps}}
@@ -269,13 +255,13 @@ def images(result: Result) -> str:
 
 
 def deviations(result: Result) -> list[str]:
-    """What makes the scores of a row others than those of its setting as it is."""
+    """Choices that change the scores of a row against the plain setting."""
     without, calibration = result["without"], result["calibration"]
-    told = [f"without {', '.join(map(repr, without))}"] if without else []
+    choices = [f"without {', '.join(map(repr, without))}"] if without else []
     if calibration["seen_bias_chosen"] != "none":
         how = re.sub(r" \(.*\)", "", calibration["seen_bias_chosen"])  # the names stand in the protocol of the row
-        told.append(f"bias {calibration['seen_bias']:.3g} ({how})")
-    return told
+        choices.append(f"bias {calibration['seen_bias']:.3g} ({how})")
+    return choices
 
 
 def ensemble(result: Result) -> str:
@@ -286,8 +272,8 @@ def ensemble(result: Result) -> str:
 def tables(results: Sequence[Result], checkpoint_sha256: str, code_sha256: str | None = None) -> str:
     """Scores with their intervals, the protocol of each row, and IoUs of single classes; percent."""
     settings = dict.fromkeys(result["setting"] for result in results)
-    told = "; ".join(f"{setting}: {SETTINGS[setting]}" for setting in settings)
-    told += ". " + " ".join(exceptions(results))
+    text = "; ".join(f"{setting}: {SETTINGS[setting]}" for setting in settings)
+    text += ". " + " ".join(exceptions(results))
     titles = {name: title for name, title in SCORES.items() if any(r[name] is not None for r in results)}
     rows = []
     for row, result in enumerate(results, start=1):
@@ -296,7 +282,7 @@ def tables(results: Sequence[Result], checkpoint_sha256: str, code_sha256: str |
         intervals = result["confidence_intervals"]
         scores = [score(result[name], intervals[name]) for name in titles]
         rows.append([str(row), data, setting, ensemble(result), *scores])
-    lines = [f"Percent; in brackets 95 % intervals (bootstrap over images). {told.strip()}\n"]
+    lines = [f"Percent; in brackets 95 % intervals (bootstrap over images). {text.strip()}\n"]
     lines += markdown_table(["", "data", "setting", "ensemble with CLIP", *titles.values()], rows)
     lines += ["", f"All rows are of these weights (sha256 `{checkpoint_sha256}`).\n"]
     others = [str(row) for row, r in enumerate(results, start=1) if r.get("code_sha256") != code_sha256]
@@ -311,14 +297,14 @@ def tables(results: Sequence[Result], checkpoint_sha256: str, code_sha256: str |
 
 
 def exceptions(results: Sequence[Result]) -> list[str]:
-    """Sentences on what `deviations` and `images` say of some rows."""
+    """Sentences that explain the words of `deviations` and `images`."""
     biased = any(result["calibration"]["seen_bias"] for result in results)
-    told = {
+    needed = {
         "Names after `without` are not given, and their pixels do not count.": any(r["without"] for r in results),
         "A `bias` is taken off the scores of seen classes before each pixel gets its name.": biased,
         "`N of M images` are the first N of the split.": any(map(is_partial, results)),
     }
-    return [sentence for sentence, holds in told.items() if holds]
+    return [sentence for sentence, is_needed in needed.items() if is_needed]
 
 
 def score(value: float | None, interval: list[float | None]) -> str:
@@ -328,7 +314,7 @@ def score(value: float | None, interval: list[float | None]) -> str:
 
 
 def origin(result: Result) -> str:
-    """How a row came about."""
+    """How a row was measured."""
     prompts = result["prompts"] or []  # none where the vectors were given
     first = printable(prompts[0]).replace("`", "'") if prompts else ""
     parts = [
@@ -341,10 +327,10 @@ def origin(result: Result) -> str:
 
 
 def per_class(result: Result) -> str:
-    """IoUs in a row; unseen is no word of the ovs setting."""
+    """IoUs of all classes in a line. The ovs setting has no unseen classes."""
     bold = [] if result["setting"] == "ovs" else result["unseen"]
-    told = {
+    texts = {
         name: f"{markdown(name)} {score(iou, result['per_class_intervals'][name])}"
         for name, iou in result["per_class"].items()
     }
-    return ", ".join(f"**{text}**" if name in bold else text for name, text in told.items()) + "."
+    return ", ".join(f"**{text}**" if name in bold else text for name, text in texts.items()) + "."

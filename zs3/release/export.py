@@ -59,8 +59,11 @@ class VisualPart(nn.Module):
 
 
 def _padded(side: int) -> int:
-    """The next multiple of 32. Its number of tiles is made a value of its own, of which all sizes are multiples:
-    the tracer's formulas stay short, and so do the times of tracing and loading."""
+    """The next multiple of 32.
+
+    The number of tiles becomes a value of its own, and all sizes are multiples of it. So the formulas of the tracer
+    stay short, and tracing and loading fast.
+    """
     tiles = 1 + (side - 1) // SIZE_DIVISOR  # not by a negative number: ONNX would round its quotient up
     tiles = torch.full((), tiles, dtype=torch.int64).item()
     for fact in (tiles >= FEWEST_TILES, tiles <= MOST_TILES, tiles * SIZE_DIVISOR >= side):
@@ -102,8 +105,8 @@ def export_visual(model: Zs3ForSemanticSegmentation) -> ExportedProgram:
     if model.training:
         raise InputError("a model in training mode cannot be exported: call model.eval() first")
     if model.config.backbone_config.model_type == "swin":
-        raise InputError("a Swin backbone cannot be exported: how it cuts windows hangs on the size of the image")
-    # Sizes unlike one another and not multiples of 32: the tracer shall not take one for another.
+        raise InputError("a Swin backbone cannot be exported: its windows depend on the size of the image")
+    # Sizes that differ and are no multiples of 32, so that the tracer cannot take one for another.
     pixel_values = torch.zeros(2, 3, 150, 90, dtype=model.dtype, device=model.device)
     text_embeds = torch.zeros(4, model.config.projection_dim, device=model.device)
     limits = {"height": SIDE, "width": SIDE}
@@ -117,7 +120,7 @@ def export_visual(model: Zs3ForSemanticSegmentation) -> ExportedProgram:
 
 
 def save(program: ExportedProgram, path: Path) -> None:
-    """As .pt2 or .onnx, by the suffix; made in a folder beside and moved, so that it is there whole or not at all."""
+    """Writes .pt2 or .onnx, by the suffix. It is made in a folder beside and then moved: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), tempfile.TemporaryDirectory(prefix=".export.", dir=path.parent) as folder:
         partial = Path(folder) / path.name
@@ -131,7 +134,7 @@ def save(program: ExportedProgram, path: Path) -> None:
 
 def _onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     for name in ("torch.onnx", "onnxscript"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # they warn of what nobody here can mend
+        logging.getLogger(name).setLevel(logging.ERROR)  # their warnings are for their own developers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's exporter, to PyTorch
         return torch.onnx.export(

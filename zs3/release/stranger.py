@@ -2,14 +2,14 @@
 
     python -I stranger.py FOLDER LABEL LABEL
 
-`zs3.release` runs it in a process of its own. It imports nothing of the project, and sees to it that nothing else can.
+`zs3 release` runs it in a process of its own. It imports nothing of the project, and blocks such imports of others.
 """
 
 import sys
 
 
 class NotInstalled:
-    """Finds none of the project's modules, in whatever way it is installed."""
+    """Hides the project's modules, however it is installed."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
@@ -19,7 +19,7 @@ class NotInstalled:
 
 
 def visit(folder: str, labels: list[str]) -> str:
-    """What there is to say once all of it has worked."""
+    """A line about the model, if everything worked."""
     from PIL import Image
     from transformers import AutoModel, AutoProcessor, pipeline
 
