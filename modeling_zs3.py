@@ -46,15 +46,8 @@ try:
     )
     from .configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
     from .label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
-    from .losses_zs3 import PADDING, Losses, Targets, mask_ids, zs3_losses
-    from .network_zs3 import (
-        batch_norms,
-        call_every_layer,
-        decoder_outputs,
-        outputs_of_layers,
-        run_plainly,
-        transformers_outputs,
-    )
+    from .losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
+    from .network_zs3 import batch_norms, call_every_layer, decoder_outputs, run_plainly, transformers_outputs
     from .outputs_zs3 import (
         Zs3Output,
         check_finite_output,
@@ -65,7 +58,7 @@ try:
     )
     from .pipeline_zs3 import Zs3Pipeline  # so that its code travels with the weights
     from .processing_zs3 import saved_processor
-    from .text_zs3 import ClassName, check_text_embeds, embed_labels, read_labels
+    from .text_zs3 import ClassName, check_text_embeds, embed_labels, embed_prompts, read_labels
 except ImportError:
     if __package__:
         raise
@@ -81,15 +74,8 @@ except ImportError:
     )
     from configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
     from label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
-    from losses_zs3 import PADDING, Losses, Targets, mask_ids, zs3_losses
-    from network_zs3 import (
-        batch_norms,
-        call_every_layer,
-        decoder_outputs,
-        outputs_of_layers,
-        run_plainly,
-        transformers_outputs,
-    )
+    from losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
+    from network_zs3 import batch_norms, call_every_layer, decoder_outputs, run_plainly, transformers_outputs
     from outputs_zs3 import (
         Zs3Output,
         check_finite_output,
@@ -100,9 +86,8 @@ except ImportError:
     )
     from pipeline_zs3 import Zs3Pipeline  # so that its code travels with the weights
     from processing_zs3 import saved_processor
-    from text_zs3 import ClassName, check_text_embeds, embed_labels, read_labels
+    from text_zs3 import ClassName, check_text_embeds, embed_labels, embed_prompts, read_labels
 
-TEXT_CHUNK = 256  # prompts embedded at once
 
 AUTO_MAP = {
     "AutoConfig": "configuration_zs3.Zs3Config",
@@ -362,27 +347,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             raise ValueError(
                 "this checkpoint has no text tower: pass text_embeds, or no text at all to use its stored vocabulary"
             )
-        input_ids = self._placed(input_ids)
-        attention_mask = None if attention_mask is None else self._placed(attention_mask)
-        if input_ids.dim() == 2:
-            input_ids = input_ids[:, None]
-            attention_mask = None if attention_mask is None else attention_mask[:, None]
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        exists = attention_mask.any(-1)  # (C, T)
-        if not exists.any(-1).all():
-            raise ValueError("a class has no prompt: its attention_mask is zero everywhere")
-        ids, mask = input_ids[exists], attention_mask[exists]  # (all prompts, L)
-        lengths = (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1)
-        prompts = ids.new_zeros(len(ids), self.config.projection_dim, dtype=torch.float32)
-        with torch.autocast(ids.device.type, enabled=False):  # once for a label list: exact rather than fast
-            for rows in lengths.argsort(stable=True).split(TEXT_CHUNK):  # alike in length, so hardly any padding
-                longest = int(lengths[rows[-1]])
-                text = self.text_model(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
-                prompts[rows] = text.text_embeds.float().to(prompts.device)
-        embeds = prompts.new_zeros(*exists.shape, prompts.shape[-1])
-        embeds[exists] = F.normalize(prompts, dim=-1)  # (C, T, D)
-        embeds = embeds.sum(1)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        embeds = embed_prompts(self.text_model, self._placed(input_ids), self._placed(attention_mask))
         check_text_embeds(embeds, self.config.projection_dim)
         return F.normalize(embeds, dim=-1)
 
@@ -435,7 +401,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     ) -> Zs3Output:
         """looks: as in `_proposals`."""
         mask_logits, class_embeds, states = self._proposals(pixel_values, self.config.use_auxiliary_loss, **looks)
-        losses = self._losses(mask_logits, class_embeds, text_embeds, targets, target_counts)
+        similarity = [cosine_similarity(embeds, text_embeds) for embeds in class_embeds]
+        background = [self._background_similarity(embeds) for embeds in class_embeds]
+        losses = zs3_losses(mask_logits, similarity, background, targets, self.config, target_counts)
         weights = {
             "class": self.config.class_weight,
             "mask": self.config.mask_weight,
@@ -469,24 +437,12 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             mend = "pass image_labels" if free else joined
             raise ValueError(f"labels hold id {largest}, but there are {num_classes} classes: {mend}")
         if image_labels is None:
+            is_seen = None if is_seen is None else checked_is_seen(is_seen, num_classes)
             image_labels = default_image_labels(ids, num_classes, is_seen)
         image_labels = checked_image_labels(image_labels, (len(labels), num_classes))
         if not free:
             check_masks_are_present(ids, image_labels)
         return Targets(labels, ids, image_labels)
-
-    def _losses(
-        self,
-        mask_logits: list[Tensor],
-        class_embeds: list[Tensor],
-        text_embeds: Tensor,
-        targets: Targets,
-        counts: Tensor | None,
-    ) -> Losses:
-        """Of all decoder outputs given."""
-        similarity = [cosine_similarity(embeds, text_embeds) for embeds in class_embeds]
-        background = [self._background_similarity(embeds) for embeds in class_embeds]
-        return zs3_losses(mask_logits, similarity, background, targets, self.config, counts)
 
     def _text_embeds(self, text_embeds: Tensor | None, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
         """(C, D), unit length, from whichever source was given."""
@@ -515,8 +471,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         Third: the fields of Zs3Output that hidden_states and attentions ask for.
         """
         if hidden_states or attentions:
-            inside = transformers_outputs(self.model, pixel_values, attentions)
-            outputs = outputs_of_layers(inside, every)
+            outputs, inside = transformers_outputs(self.model, pixel_values, every, attentions)
             names = [name for name in Zs3Output.__dataclass_fields__ if inside.get(name) is not None]
             states = {name: inside[name] for name in names if hidden_states or not name.endswith("_hidden_states")}
         else:
@@ -725,18 +680,6 @@ def check_masks_are_present(ids: list[Tensor], image_labels: Tensor) -> None:
         absent = own[told[own] == 0]
         if len(absent):
             raise Refused(f"class {int(absent[0])} has a mask in image {image}, whose image_labels say it is absent")
-
-
-def default_image_labels(ids: list[Tensor], num_classes: int, is_seen: Tensor | None) -> Tensor:
-    """Image labels from the ids of each image's label map, which index the class axis: B times (M,) -> (B, C) int8.
-
-    1 present, 0 absent and seen, -1 absent and unseen: an unseen name never becomes a negative by accident.
-    is_seen: (C,) bool; None: all seen.
-    """
-    absent = torch.zeros(num_classes, dtype=torch.int8)
-    if is_seen is not None:
-        absent[~checked_is_seen(is_seen, num_classes).cpu()] = -1
-    return torch.stack([absent.index_fill(0, present, 1) for present in ids])
 
 
 def _load_into(module: nn.Module, source: PreTrainedModel) -> None:

@@ -58,6 +58,7 @@ PROMPT_TEMPLATES = (
 
 ClassName = str | Sequence[str] | dict
 
+PROMPTS_AT_ONCE = 256  # in the text tower
 FORMAT = "1"  # another one where encode_text or the files change their meaning
 DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
 KEY_BYTES = 16
@@ -166,6 +167,29 @@ def embed_labels(
         return model.encode_text(**processor.tokenize(rows))
     cache.check_readable(labels, processor)
     return cache.embed(rows, model, processor)
+
+
+def embed_prompts(text_model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """(C, L), or (C, T, L) for T prompts a class -> (C, D), the sum of the unit vectors of each class's prompts.
+
+    A prompt whose mask is zero everywhere does not exist.
+    """
+    if input_ids.dim() == 2:
+        input_ids, attention_mask = input_ids[:, None], attention_mask[:, None]
+    exists = attention_mask.any(-1)  # (C, T)
+    if not exists.any(-1).all():
+        raise ValueError("a class has no prompt: its attention_mask is zero everywhere")
+    ids, mask = input_ids[exists], attention_mask[exists]  # (all prompts, L)
+    lengths = (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1)
+    prompts = ids.new_zeros(len(ids), text_model.config.projection_dim, dtype=torch.float32)
+    with torch.autocast(ids.device.type, enabled=False):  # once for a label list: exact rather than fast
+        for rows in lengths.argsort(stable=True).split(PROMPTS_AT_ONCE):  # of like lengths, so hardly any padding
+            longest = int(lengths[rows[-1]])
+            text = text_model(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
+            prompts[rows] = text.text_embeds.float().to(prompts.device)
+    embeds = prompts.new_zeros(*exists.shape, prompts.shape[-1])
+    embeds[exists] = F.normalize(prompts, dim=-1)  # (C, T, D)
+    return embeds.sum(1)
 
 
 def check_text_embeds(text_embeds: Tensor, size: int) -> None:
@@ -570,6 +594,7 @@ __all__ = [
     "TextCache",
     "check_text_embeds",
     "embed_labels",
+    "embed_prompts",
     "lint_labels",
     "read_labels",
     "seen_labels",

@@ -23,10 +23,10 @@ from transformers import (
 
 import modeling_zs3
 import outputs_zs3
+from losses_zs3 import default_image_labels
 from modeling_zs3 import (
     Zs3ForSemanticSegmentation,
     class_projection,
-    default_image_labels,
     draw_as_mask2former,
     ensemble_with_clip,
 )
@@ -446,7 +446,7 @@ def test_more_prompts_than_one_chunk_make_no_difference(monkeypatch):
     ids = torch.randint(0, 500, (7, 3, 6))
     ids[..., -1] = 513
     whole = model.encode_text(ids)
-    monkeypatch.setattr("modeling_zs3.TEXT_CHUNK", 4)
+    monkeypatch.setattr("text_zs3.PROMPTS_AT_ONCE", 4)
     torch.testing.assert_close(model.encode_text(ids), whole, rtol=1e-5, atol=1e-6)
 
 

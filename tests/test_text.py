@@ -69,7 +69,7 @@ def age(path: Path, seconds: float) -> None:
 
 @pytest.mark.parametrize("eos_token_id", [513, 2])  # 2: a config from before transformers pooled at that id
 def test_prompts_of_any_length_are_embedded_as_each_alone(eos_token_id, monkeypatch):
-    monkeypatch.setattr("modeling_zs3.TEXT_CHUNK", 4)
+    monkeypatch.setattr("text_zs3.PROMPTS_AT_ONCE", 4)
     model, tokenizer = tiny_model(), byte_tokenizer()
     model.text_model.text_model.eos_token_id = eos_token_id
     names = ["x" * length for length in (30, 2, 17, 2, 9, 25, 1, 70, 4)]

@@ -75,6 +75,18 @@ def mask_ids(labels: Tensor) -> list[Tensor]:
     return [values[values >= 0] for values in ids]
 
 
+def default_image_labels(ids: list[Tensor], num_classes: int, is_seen: Tensor | None) -> Tensor:
+    """Image labels from the ids of each image's masks, which index the class axis: B times (M,) -> (B, C) int8.
+
+    1 present, 0 absent and seen, -1 absent and unseen: an unseen name never becomes a negative by accident.
+    is_seen: (C,) bool; None: all seen.
+    """
+    absent = torch.zeros(num_classes, dtype=torch.int8)
+    if is_seen is not None:
+        absent[~is_seen.cpu()] = -1
+    return torch.stack([absent.index_fill(0, present, 1) for present in ids])
+
+
 def pad_ids(ids: list[Tensor], device: torch.device) -> Tensor:
     """B times (M,), ascending -> (B, M), ascending, NO_ID where an image has fewer masks than others."""
     return pad_sequence(ids, batch_first=True, padding_value=NO_ID).to(device)

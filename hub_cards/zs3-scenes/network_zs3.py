@@ -73,7 +73,7 @@ def decoder_outputs(
     run: how plain layers are run; `torch.utils.checkpoint.checkpoint` keeps only their inputs for the gradient.
     """
     if not is_plain(network):
-        return outputs_of_layers(transformers_outputs(network, pixel_values), every)
+        return transformers_outputs(network, pixel_values, every)[0]
     pixels = network.pixel_level_module
     features = backbone_features(pixels.encoder, pixel_values.contiguous(memory_format=torch.channels_last), run)
     mask_features, levels = pixel_decoder(pixels.decoder, features, run)
@@ -81,17 +81,13 @@ def decoder_outputs(
 
 
 def transformers_outputs(
-    network: Mask2FormerModel, pixel_values: Tensor, attentions: bool = False
-) -> Mask2FormerModelOutput:
-    """Of transformers' own forward, with all hidden states."""
-    return network(pixel_values, output_hidden_states=True, output_attentions=attentions, return_dict=True)
-
-
-def outputs_of_layers(outputs: Mask2FormerModelOutput, every: bool) -> DecoderOutputs:
-    """From `transformers_outputs`."""
+    network: Mask2FormerModel, pixel_values: Tensor, every: bool, attentions: bool = False
+) -> tuple[DecoderOutputs, Mask2FormerModelOutput]:
+    """The same by transformers' own forward; and all that it returns, with hidden states."""
+    outputs = network(pixel_values, output_hidden_states=True, output_attentions=attentions, return_dict=True)
     mask_logits = list(outputs.masks_queries_logits)
     hidden = [state.transpose(0, 1) for state in outputs.transformer_decoder_intermediate_states]
-    return DecoderOutputs(mask_logits, hidden) if every else DecoderOutputs(mask_logits[-1:], hidden[-1:])
+    return DecoderOutputs(mask_logits, hidden) if every else DecoderOutputs(mask_logits[-1:], hidden[-1:]), outputs
 
 
 # ------------------------------------------------------------------------------------------- is it all plain?
