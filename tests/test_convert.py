@@ -586,7 +586,7 @@ def test_the_command_with_two_processes_writes_the_bytes_of_one(tmp_path, monkey
     write_tree(tmp_path / "source", "voc_20", train=21)  # maps as PNG and as .mat
     words = ["voc_20", "--source", tmp_path / "source", "--output", tmp_path / "two", "--num_workers", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", "zs3.convert", *words, "--on_problem", "skip"], capture_output=True, text=True
+        [sys.executable, "-m", "zs3", "convert", *words, "--on_problem", "skip"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     convert(arguments(tmp_path, "voc_20", on_problem="skip"))

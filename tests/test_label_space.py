@@ -68,7 +68,7 @@ def test_the_59_of_pascal_context_are_among_the_459():
     assert {name: other for name, other in renamed.items() if other != name} == {"diningtable": "table"}
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "scenes"])
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "scenes"])  # which has no archive
 def test_every_class_has_one_value_in_the_archive_and_its_synonyms(name):
     content = json.loads((CLASSES_FOLDER / f"{name}.json").read_text())
     assert content.keys() >= {"name", "source", "source_commit", "source_ids", "source_ids_meaning", "notes"}

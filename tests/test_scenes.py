@@ -3,15 +3,20 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from zs3.__main__ import main
 from zs3.command_line import InputError
+from zs3.label_space import CLASSES_FOLDER
 from zs3.scenes import render
 from zs3.scenes.dataset import write_dataset
 from zs3.scenes.render import CLASS_NAMES, IGNORE_INDEX, UNSEEN, render_scene
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +137,24 @@ def test_validation_scenes_do_not_depend_on_the_number_of_training_scenes_and_ar
     assert train.isdisjoint(more)
 
 
-def test_several_processes_draw_the_same_pictures(tmp_path):
-    write_dataset(tmp_path / "large", num_train=510, num_validation=1, seed=2)
+def test_several_processes_of_the_command_draw_the_same_pictures(tmp_path):
+    words = ["scenes", "--output", "large", "--num_train", "510", "--num_validation", "1", "--seed", "2"]
+    subprocess.run([sys.executable, "-m", "zs3", *words], cwd=tmp_path, check=True)
     for number in (0, 37, 509):
         drawn = np.asarray(Image.open(tmp_path / "large" / "train" / "images" / f"{number:05d}.png"))
         assert np.array_equal(drawn, render_scene(2, number).image)
+
+
+def test_a_drawing_process_loads_neither_torch_nor_transformers():
+    """A process that is spawned imports the main module and the one that draws."""
+    code = "import sys, zs3.__main__, zs3.scenes.render; assert not {'torch', 'transformers'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_classes_of_the_package_are_those_that_are_drawn():
+    content = json.loads((CLASSES_FOLDER / "scenes.json").read_text(encoding="utf-8"))
+    assert content["classes"] == CLASS_NAMES
+    assert (content["unseen"], content["ignore_label"]) == (UNSEEN, IGNORE_INDEX)
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
@@ -181,10 +199,11 @@ def test_numbers_that_make_no_sense_are_named_and_nothing_is_made(tmp_path, numb
 
 @pytest.mark.parametrize(
     ("flags", "word"),
-    [([], "exists already"), (["--seed", str(2**32)], "--seed"), (["--train", "x" * 9999], "--train")],
+    [([], "exists already"), (["--seed", str(2**32)], "--seed"), (["--num_train", "x" * 9999], "--num_train")],
 )
-def test_bad_input_of_the_command_is_one_line_and_exit_code_2(flags, word, tmp_path):
-    command = [sys.executable, "-m", "zs3.scenes", "--output", str(tmp_path), *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1 and word in done.stderr and len(done.stderr) < 210
+def test_bad_input_of_the_command_is_one_line_and_exit_code_2(flags, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["zs3", "scenes", "--output", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and word in line and len(line) < 210
