@@ -298,6 +298,16 @@ def among(names: Sequence[str], known: Sequence[str] | None) -> list[bool]:
     return [place is not None for place in places(names, known)]
 
 
+def shared(names: Sequence[str], known: Sequence[str] | None) -> list[str]:
+    """The names that are among the known ones."""
+    return [name for name, is_known in zip(names, among(names, known), strict=True) if is_known]
+
+
+def unshared(names: Sequence[str], known: Sequence[str] | None) -> list[str]:
+    """The names that are not among the known ones."""
+    return [name for name, is_known in zip(names, among(names, known), strict=True) if not is_known]
+
+
 class Refused(ValueError):
     """What was given cannot be used. The message is one line for whoever gave it."""
 

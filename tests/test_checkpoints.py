@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CLASS_NAMES, byte_tokenizer, save_checkpoint
 from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerModel, ResNetBackbone
 
-from configuration_zs3 import Zs3Config
+from configuration_zs3 import Zs3Config, shared, unshared
 from eval import evaluate
 from zs3.checkpoints import (
     check_checkpoint,
@@ -27,7 +27,6 @@ from zs3.checkpoints import (
     load_checkpoint,
     load_model,
     load_tokenizer,
-    trained_on,
 )
 from zs3.command_line import InputError
 from zs3.evaluation.arguments import EvalArgs
@@ -202,7 +201,7 @@ def test_code_beside_a_checkpoint_runs_where_the_flag_was_given_and_nowhere_else
     ]
     expected = [f"{name} ok done" for name in commands]
     assert told[:5] == expected
-    assert told[5].startswith("zs3.release.__main__ ok ") and "none of this project's" in told[5]
+    assert told[5].startswith("zs3.release.__main__ ok ") and "this project does not have" in told[5]
     assert told[6:10] == ["train ok done"] * 4
     assert told[10].startswith("train ok ") and "not of a model that transformers has" in told[10]
     assert told[11:] == ["eval RAN done"]
@@ -536,7 +535,8 @@ def test_a_tokenizer_of_two_files_is_whole_and_one_of_none_or_one_is_refused(sav
 def test_what_training_saw_is_known_by_any_spelling_of_a_name():
     config = Zs3Config(seen_class_names=["Red  Circle", "caf\u00e9"], text_config=None)
     names = ["red circle", "sky", "cafe\u0301", "RED CIRCLE\u200b"]
-    assert trained_on(config, names) == [names[0], *names[2:]]
+    assert shared(names, config.seen_class_names) == [names[0], *names[2:]]
+    assert unshared(names, config.seen_class_names) == [names[1]] and unshared(names, None) == names
     assert is_trained(config, names).tolist() == [True, False, True, True]
     assert is_trained(Zs3Config(text_config=None), names).tolist() == [False] * 4
 

@@ -55,7 +55,7 @@ CHECKPOINT_SAYS = (
     "pseudo image labels of unseen classes",
     "a vocabulary of 4 classes: sky, grass, red circle, blue square; masks of 2 of them were seen",
     "all of them finite",
-    "this project's of today",
+    "that of this project",
 )
 RUN_SAYS = (
     "it has a final model",
@@ -83,7 +83,7 @@ def test_what_an_older_version_left_is_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = said(Path("run"))
     assert "its command goes on after step 3" in text and "none: made by an older version" in text
-    assert "another than this project's of today" in said(Path("checkpoint"))
+    assert "another than that of this project" in said(Path("checkpoint"))
 
 
 def change_json(path: Path, **fields: object) -> None:
@@ -187,11 +187,11 @@ OF_A_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a final model that forgot what was seen": (forget, "it saw masks of 1 classes: grass"),
     "a final model that forgot which image labels it was given": (
         lambda r: restamp(r, unseen_labels="ground_truth"),
-        "it was given ground-truth image labels",
+        "training had ground-truth image labels",
     ),
     "a final model that claims what the stamp does not know": (
         lambda r: restamp(r, seen_class_names=None, unseen_labels=None),
-        "final/ does not say all that the run's stamp does",
+        "final/ says less than the run's stamp",
     ),
     "weights of a state that are none, under a manifest that fits": (
         lambda r: certified(r, b"x" * 20),

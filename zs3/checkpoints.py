@@ -1,7 +1,7 @@
-"""Checkpoints as the commands meet them: looked through, loaded, and asked what their training saw.
+"""Checkpoints of the commands: examined, loaded, and asked which masks their training saw.
 
-They are loaded with this project's classes. The code that lies beside a checkpoint runs where a command was given
---trust_remote_code, and nowhere else: the Auto classes, which run it, are asked for nothing before.
+They are loaded with this project's classes. The code that lies beside a checkpoint runs only if a command has
+--trust_remote_code: without it the Auto classes, which run that code, are not used.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_zs3
-from configuration_zs3 import Zs3Config, among, beginning, check_names, is_number, one_line, places, shortened
+from configuration_zs3 import Zs3Config, among, beginning, check_names, is_number, one_line, places, shared, shortened
 from files_zs3 import is_leftover
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
@@ -42,22 +42,22 @@ from zs3.typed_json import read_json
 
 
 class NoClaim(InputError):
-    """A zero-shot number that this checkpoint cannot have."""
+    """This checkpoint cannot have a zero-shot result here."""
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
-# Settings of an image processor: those without which it cannot work, and those that label maps do not follow.
+# Settings of an image processor: it cannot work without the first; label maps do not follow the others.
 NEEDED = ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb", "size", "resample")
 NOT_OURS = ("do_center_crop", "data_format", "input_data_format", "return_tensors", "device")
 FLOATS = ("F16", "BF16", "F32", "F64")  # as the headers of safetensors files call them
 LETTERS = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation})
-COUNTS = ("num_batches_tracked", "position_ids", "relative_position_index")  # buffers of whole numbers, I64
+COUNTS = ("num_batches_tracked", "position_ids", "relative_position_index")  # buffers of type I64
 
-# Settings that make transformers fetch code or weights from elsewhere, or read another file than the one at hand.
-# Neither this project nor transformers writes them into a checkpoint of it.
+# Settings that make transformers fetch code or weights from elsewhere, or read another file of the checkpoint.
+# Neither this project nor transformers writes them into a checkpoint of this project.
 LEAD_ELSEWHERE = {
     *("audio_tokenizer", "configuration_files", "fast_tokenizer_files", "gguf_file", "quantization_config"),
     "transformers_weights",
@@ -66,7 +66,7 @@ KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementatio
 ADAPTER = "adapter_config.json"  # where peft is installed, transformers puts the adapter onto the model
 PARALLEL_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers it to WEIGHTS
 
-# What loading a damaged checkpoint, or one of another architecture, raises.
+# Loading a damaged checkpoint, or one of another architecture, raises these.
 CHECKPOINT_ERRORS = (
     *(OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, SafetensorError),
     *(TypeError, AttributeError, ArithmeticError, AssertionError),  # of settings of a wrong kind
@@ -78,15 +78,15 @@ CHECKPOINT_ERRORS = (
 
 
 def refusal(thing: str, error: Exception) -> InputError:
-    """What a library says of a thing, in one line."""
+    """An error of a library, in one line. thing: what it is about."""
     said = f"nothing is called {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
     return InputError(beginning(f"{thing}: {said}", 190))
 
 
 def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
-    """Before anything is loaded, and without running code of the checkpoint: is it there, of this model, and whole?
+    """Refuses a checkpoint that is missing, of another model or damaged. Loads nothing and runs no code of it.
 
-    model_type: None for any that transformers has. Files are looked into where they lie on this disk.
+    model_type: None: any that transformers has. Files are examined if they lie on this disk.
     """
     if looks_local(path) and not Path(path).is_dir():
         raise InputError(f"--{flag_name} {shown(path)}: no such folder (relative paths start where the command does)")
@@ -108,7 +108,7 @@ def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
 
 
 def config_of(flag: str, path: str) -> dict:
-    """What a checkpoint's config.json says."""
+    """The content of a checkpoint's config.json."""
     if Path(path).is_dir():
         file = Path(path, "config.json")
         if Path(path, "final").is_dir() and not file.is_file():
@@ -130,7 +130,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def entries(content: object) -> Iterator[tuple[str, object]]:
-    """The keys of settings with their values, at whatever depth."""
+    """The keys of settings with their values, at any depth."""
     waiting = [content]
     while waiting:
         value = waiting.pop()
@@ -148,7 +148,7 @@ def check_settings(file_name: str, content: dict) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """The files of the weights, by their headers: nothing else is read of them."""
+    """Examines the headers of the files of weights, and nothing else of them."""
     for path in folder.iterdir():
         if PARALLEL_SHARD.match(path.name) or path.name == ADAPTER:
             raise InputError(f"{shown(path)} would change the weights of {WEIGHTS}: move it away")
@@ -171,7 +171,7 @@ def check_weights(folder: Path) -> None:
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """As `load_model`, the configuration alone."""
+    """The configuration alone; otherwise as `load_model`."""
     try:
         if trust_remote_code:
             return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -181,7 +181,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
 
 
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a checkpoint, in float32, evaluating. trust_remote_code: of the class that the checkpoint brings."""
+    """The model of a checkpoint, in float32, evaluating. trust_remote_code: of the class beside the checkpoint."""
     check_checkpoint("model", path, "zs3")
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
@@ -210,7 +210,7 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> ProcessorMixin:
-    """What lies beside a checkpoint: a Zs3Processor where it has a text tower, else a Zs3ImageProcessor."""
+    """The processor beside a checkpoint: a Zs3Processor if it has a text tower, else a Zs3ImageProcessor."""
     try:
         if trust_remote_code:
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -231,7 +231,7 @@ def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool 
 
 
 def load_tokenizer(path: str, text_config: PreTrainedConfig) -> CLIPTokenizer:
-    """Of a checkpoint of this project or of CLIP, whose text tower has this configuration."""
+    """The tokenizer of a checkpoint of this project or of CLIP. text_config: of its text tower."""
     try:
         tokenizer = saved_tokenizer(path)
     except CHECKPOINT_ERRORS as error:
@@ -249,7 +249,7 @@ def load_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrai
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Every weight is a number. name: of the checkpoint, for the message."""
+    """Refuses weights that are no numbers. name: of the checkpoint, for the message."""
     state = model.state_dict()
     key = not_finite(state)
     if key is not None:
@@ -258,7 +258,7 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """The first tensor with a NaN or an infinity in it; of one that is divided over processes, in this one's part."""
+    """The first tensor with a NaN or an infinity. Of a tensor divided over processes this one's part is examined."""
     for name, tensor in state.items():
         own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if own.is_floating_point() and own.numel() and not torch.stack(own.detach().aminmax()).isfinite().all():
@@ -267,7 +267,7 @@ def not_finite(state: Mapping[str, Tensor]) -> str | None:
 
 
 def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
-    """What the commands need beyond the processor's own checks: settings that are there, and fit RGB and label maps."""
+    """The commands need more than the processor's own checks: all settings exist, and fit RGB images and label maps."""
     fits = {
         **dict.fromkeys(NEEDED, lambda value: value is not None),
         **dict.fromkeys(NOT_OURS, lambda value: value is None or value is False),
@@ -282,7 +282,7 @@ def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
 
 
 def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrainedConfig) -> None:
-    """Names become tokens, and these are rows of the text tower."""
+    """Refuses a tokenizer that cannot spell names, or whose tokens are no rows of the text tower."""
     longest = tokenizer.model_max_length
     if not is_number(longest) or longest < text_config.max_position_embeddings:
         most = text_config.max_position_embeddings
@@ -304,7 +304,7 @@ def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrained
     for text, tokens in zip(texts, spelled, strict=True):
         if not tokens or tokenizer.unk_token_id in tokens or spelled.count(tokens) > 1:
             raise InputError(f"{shown(path)}: tokenizer.json cannot spell {text!r}: is it missing or damaged?")
-    if text_config.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: as CLIP's own say, and the largest is meant
+    if text_config.eos_token_id not in (2, tokenizer.eos_token_id):  # 2: in CLIP's own configurations
         ends = f"by token {tokenizer.eos_token_id}, the text tower by {text_config.eos_token_id}"
         raise InputError(f"{shown(path)}: its tokenizer ends texts {ends}: take the tower's own tokenizer.json")
 
@@ -365,7 +365,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(path: str) -> str | None:
-    """Of the weights' file; of several, of their hashes in a row. None for a Hub id that was not downloaded."""
+    """Of the file of weights; of several files, of their hashes in a row. None: a Hub id that was not downloaded."""
     folder = local_folder(path)
     if folder is None:
         return None
@@ -374,13 +374,13 @@ def weights_sha256(path: str) -> str | None:
 
 
 def settings_sha256(path: str) -> str | None:
-    """Of the configuration, the processor and the tokenizer. None as above."""
+    """Of the configuration, the processor and the tokenizer. None: see `weights_sha256`."""
     folder = local_folder(path)
     return None if folder is None else files_sha256(folder / name for name in (*CONFIGS, *TOKENIZER))
 
 
 def code_sha256(path: str, trust_remote_code: bool = False) -> str | None:
-    """Of the code that a checkpoint runs with: this project's, or the one that it brings. None as above."""
+    """Of the code that a checkpoint runs with: this project's, or that beside it. None: see `weights_sha256`."""
     if not trust_remote_code:
         return files_sha256(project_code())
     folder = local_folder(path)
@@ -394,7 +394,7 @@ def project_code() -> set[Path]:
 
 
 def with_imports(modules: Iterable[Path]) -> set[Path]:
-    """The modules and those beside them that they import."""
+    """The modules, and the modules beside them that they import."""
     found = set()
     for module in modules:
         found |= {module, *(Path(file) for file in get_relative_import_files(module))}
@@ -402,34 +402,29 @@ def with_imports(modules: Iterable[Path]) -> set[Path]:
 
 
 def files_sha256(files: Iterable[Path]) -> str:
-    told = sorted(
+    lines = sorted(
         f"{file.name} {file_sha256(file)}\n" for file in files if file.is_file() and not is_leftover(file.name)
     )
-    return hashlib.sha256("".join(told).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder itself, or where the Hub's was downloaded to."""
+    """The folder itself, or of a Hub id the folder that it was downloaded to."""
     if Path(path).is_dir():
         return Path(path)
     cached = [try_to_load_from_cache(path, name) for name in (WEIGHTS, INDEX)]
     return next((Path(file).parent for file in cached if isinstance(file, str)), None)
 
 
-def trained_on(config: PreTrainedConfig, names: list[str]) -> list[str]:
-    """Those of the names whose masks the training saw; none where that is not known."""
-    return [name for name, known in zip(names, among(names, config.seen_class_names), strict=True) if known]
-
-
 def is_trained(config: PreTrainedConfig, names: list[str]) -> Tensor:
-    """(C,) bool: of which names the training saw masks."""
+    """(C,) bool: whether training saw masks of each name."""
     return torch.tensor(among(names, config.seen_class_names))
 
 
 def check_no_unseen_masks(config: PreTrainedConfig, label_space: LabelSpace, claim: str) -> None:
-    """The leak guard. claim: what cannot be had otherwise, for the message."""
+    """The leak guard. claim: what is impossible otherwise, for the message."""
     if config.seen_class_names is None:
         raise NoClaim(f"the checkpoint does not say which classes its training saw masks of: no {claim}")
-    leaked = trained_on(config, label_space.unseen)
+    leaked = shared(label_space.unseen, config.seen_class_names)
     if leaked:
         raise NoClaim(f"the checkpoint was trained on masks of {shortened(leaked)}, which are unseen here: no {claim}")

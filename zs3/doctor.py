@@ -1,10 +1,10 @@
-"""Says of a run folder or a checkpoint what it is, what it saw, and whether it is whole.
+"""Describes a run folder or a checkpoint: what it is, what its training saw, and whether it is whole.
 
     zs3 doctor runs/stage2
     zs3 doctor runs/stage2/final
 
-It changes nothing, and no code that lies beside a checkpoint runs. Each problem is one line. If there is a problem, the
-exit code is 2. Of a run folder it checks the checkpoints, the stamp and the final model.
+It changes nothing, and runs no code that lies beside a checkpoint. Each problem is one line, and any problem makes the
+exit code 2. In a run folder it checks the checkpoints, the stamp and the final model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from configuration_zs3 import Zs3Config, among, check_names, is_number
+from configuration_zs3 import Zs3Config, check_names, is_number, shared, unshared
 from files_zs3 import is_leftover
 from text_zs3 import check_text_embeds, read_labels
 from zs3.checkpoints import check_checkpoint, load_config, load_model, load_processor, project_code, weights_sha256
@@ -59,7 +59,7 @@ class DoctorArgs(Arguments):
 
 @dataclass
 class Findings:
-    """What there is to say, line by line, and what is wrong."""
+    """The lines to print, and the problems."""
 
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Findings:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """What is refused while something is looked at is a problem, and the rest is looked at all the same."""
+        """A refusal within the block is a problem; the examination goes on after the block."""
         try:
             yield
         except InputError as error:
@@ -81,7 +81,7 @@ class Findings:
 
 
 def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
-    """Its configuration, if that can be read."""
+    """Its configuration; None if that cannot be read."""
     config = None
     with found.looking():
         check_checkpoint("model", str(folder), "zs3")
@@ -120,41 +120,41 @@ def say_record(found: Findings, record: SeenRecord) -> None:
         found.say("saw", "unknown: no zero-shot result can be claimed")
         return
     found.say("saw", f"masks of {names_line(record.seen_class_names)}")
-    found.say("was given", f"{IMAGE_LABELS.get(record.unseen_labels, 'what is not known')} of unseen classes")
+    found.say("had", f"{IMAGE_LABELS.get(record.unseen_labels, 'unknown image labels')} of unseen classes")
 
 
 def names_line(names: Sequence[str]) -> str:
-    """How many there are, and the first of them."""
+    """Their number and the first of them."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{len(names)} classes: {', '.join(names[:SHOWN])}{more}" if names else "no class"
 
 
 def examine_names(found: Findings, folder: Path, config: Zs3Config) -> None:
-    """Names that are one, or that cannot be compared."""
+    """Looks for names that repeat, or that cannot be compared."""
     with found.looking(), in_one_line(f"the vocabulary of {shown(folder)}"):
         check_names(config.class_names or [])
     with found.looking(), in_one_line("seen names"):
         check_names(config.seen_class_names or [])
     if config.class_names is not None:
-        seen = sum(among(config.class_names, config.seen_class_names))
+        seen = len(shared(config.class_names, config.seen_class_names))
         more = "" if config.seen_class_names is None else f"; masks of {seen} of them were seen"
         found.say("names", f"a vocabulary of {names_line(config.class_names)}{more}")
 
 
 def say_code(found: Findings, folder: Path) -> None:
-    """Whose code lies beside the weights. It was not run."""
+    """Which code lies beside the weights. It is not run."""
     own = {path.name: path.read_bytes() for path in project_code()}
     there = {path.name: path.read_bytes() for path in folder.glob("*.py") if not is_leftover(path.name)}
     other = sorted(name for name in there if there[name] != own.get(name))
     missing = sorted(own.keys() - there.keys())
-    text = "this project's of today"
+    text = "that of this project"
     if not there:
         text = "none: only this project can load it"
     elif other:
-        text = f"another than this project's of today ({', '.join(other[:3])}{', ...' * (len(other) > 3)})"
+        text = f"another than that of this project ({', '.join(other[:3])}{', ...' * (len(other) > 3)})"
     elif missing:
-        text = f"this project's of today, without {', '.join(missing)}"
-        found.problems.append(f"{shown(folder)} lacks {missing[0]}, without which nobody else can load it")
+        text = f"that of this project, without {', '.join(missing)}"
+        found.problems.append(f"{shown(folder)} lacks {missing[0]}, without which only this project can load it")
     found.say("code", text)
 
 
@@ -200,7 +200,7 @@ def examine_run(folder: Path, found: Findings) -> None:
 
 
 def what_comes_next(final: Path, states: Sequence[Path], whole: Sequence[Path]) -> str:
-    """What the run's own command does."""
+    """What the run's own command does next."""
     if final.exists():
         return "it has a final model"
     if whole:
@@ -210,7 +210,7 @@ def what_comes_next(final: Path, states: Sequence[Path], whole: Sequence[Path]) 
 
 
 def examine_stamp(folder: Path, whole: Sequence[Path], found: Findings) -> Stamp | None:
-    """What the run was stamped with. The copy in the newest checkpoint counts, before the file beside the recipe."""
+    """The stamp of the run. The copy in the newest checkpoint counts more than the file beside the recipe."""
     own, copy, copies = None, None, [path / STAMP for path in whole if (path / STAMP).exists()]
     if (folder / STAMP).exists():
         with found.looking():
@@ -238,7 +238,7 @@ def examine_stamp(folder: Path, whole: Sequence[Path], found: Findings) -> Stamp
 
 
 def examine_data(stamp: Stamp, recipe: dict, found: Findings) -> None:
-    """Compares the dataset and the text vectors with the stamp, where they are here. Nothing else is compared."""
+    """Compares the dataset and the text vectors with the stamp, if they are on this machine, and nothing else."""
     dataset, split, vectors = recipe.get("dataset"), recipe.get("split"), recipe.get("text_embeds")
     now: dict = {"label_space": stamp["label_space"]}
     with found.looking():
@@ -271,23 +271,22 @@ def examine_metrics(path: Path, found: Findings) -> None:
 
 
 def examine_final_record(final: SeenRecord, stamped: SeenRecord, found: Findings) -> None:
-    """The final model must not claim to have seen less than the run's stamp says."""
+    """The final model must not say that it saw less than the run's stamp says."""
     both = joined([final, stamped])
     if both == joined([final]):
         return
-    what = "it saw"
+    what = "it is unknown which masks it saw"
     if both.seen_class_names is not None:
-        names = stamped.seen_class_names or []
-        lost = [name for name, known in zip(names, among(names, final.seen_class_names), strict=True) if not known]
-        what = f"it saw masks of {names_line(lost)}" if lost else f"it was given {IMAGE_LABELS[both.unseen_labels]}"
-    found.problems.append(f"final/ does not say all that the run's stamp does: {what}")
+        lost = unshared(stamped.seen_class_names or [], final.seen_class_names)
+        what = f"it saw masks of {names_line(lost)}" if lost else f"training had {IMAGE_LABELS[both.unseen_labels]}"
+    found.problems.append(f"final/ says less than the run's stamp: {what}")
 
 
 # ---- the command -------------------------------------------------------------------------------------------
 
 
 def examine(folder: Path) -> Findings:
-    """Of the folder of a run, or of a checkpoint."""
+    """folder: of a run or of a checkpoint."""
     found = Findings()
     if (folder / "progress.bin").exists():
         raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from typing_extensions import TypedDict
 
-from configuration_zs3 import among, shortened
+from configuration_zs3 import shared, shortened
 from zs3.command_line import InputError, checked, shown
 from zs3.command_line import Share as ShareFlag
 from zs3.evaluation.result_types import Chosen, Ensemble, Result
@@ -50,19 +50,18 @@ def best_bias(path: Path, stamp: Result, image_ids: list[str]) -> Chosen:
         raise InputError(
             f"--seen_bias {shown(path)}: it has no curve; evaluate again, with --setting gzs3 and calibration"
         )
-    leaked = [name for name, saw in zip(unseen, among(unseen, result["trained_on_masks_of"]), strict=True) if saw]
+    leaked = shared(unseen, result["trained_on_masks_of"])
     if leaked:
         raise InputError(
             f"--seen_bias {shown(path)}: its model saw masks of {shortened(leaked)}, which are unseen here"
         )
-    theirs = among(unseen, [*result["seen"], *result["unseen"]])
-    known = [name for name, is_theirs in zip(unseen, theirs, strict=True) if is_theirs]
+    known = shared(unseen, [*result["seen"], *result["unseen"]])
     labels = f"with labels of the unseen classes ({', '.join(known)})" if known else "without labels of unseen classes"
-    shared = 0
+    both = 0
     if (result["dataset"], result["split"]) == (stamp["dataset"], stamp["split"]):
-        shared = len({*read_images(path, result).image_ids} & {*image_ids})
-    if shared:
-        how = f"{TUNED}, {shared} of {len(image_ids)}, {labels}"
+        both = len({*read_images(path, result).image_ids} & {*image_ids})
+    if both:
+        how = f"{TUNED}, {both} of {len(image_ids)}, {labels}"
     elif known:
         how = f"chosen on other images, {labels}"
     else:
@@ -142,12 +141,12 @@ def best_weight(path: Path, stamp: Result, image_ids: list[str]) -> Chosen:
             f"--ensemble_weight {shown(path)} was chosen for another checkpoint: choose for this one with "
             "zs3 ensemble_weight, the other flags as before"
         )
-    shared = 0
+    both = 0
     if (answer["dataset"], asked["split"]) == (stamp["dataset"], stamp["split"]):
-        shared = len({*answer["image_ids"]} & {*image_ids})
+        both = len({*answer["image_ids"]} & {*image_ids})
     how = f"chosen on {len(answer['image_ids'])} images of {answer['dataset']}, split {asked['split']}"
-    if shared:
-        how = f"{TUNED}, {shared} of {len(image_ids)}"
+    if both:
+        how = f"{TUNED}, {both} of {len(image_ids)}"
     truth = asked["unseen_labels"] == "ground_truth"
     labels = "ground-truth image labels" if truth else f"the image labels in {Path(asked['unseen_labels']).name}"
     return Chosen(weight, f"{how}, with {labels}")

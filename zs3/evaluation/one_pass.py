@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
 
-from configuration_zs3 import among, shortened
+from configuration_zs3 import among, shortened, unshared
 from zs3.checkpoints import NoClaim, check_no_unseen_masks, is_trained
 from zs3.command_line import InputError, in_one_line
 from zs3.data.records import Split
@@ -76,7 +76,7 @@ class Candidates(NamedTuple):
 
 def candidates_of(label_space: LabelSpace, setting: str, without: list[str], config: PreTrainedConfig) -> Candidates:
     names = label_space.class_names
-    strangers = [name for name, known in zip(without, among(without, names), strict=True) if not known]
+    strangers = unshared(without, names)
     if strangers:
         raise InputError(f"--without {strangers[0]!r}: the label space has no such name (quote names of two words)")
     chosen = ~torch.tensor(among(names, without))
@@ -97,8 +97,7 @@ def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str)
     if setting == "ovs":
         return
     check_no_unseen_masks(config, label_space, f"{setting} result can be claimed, --setting ovs is open to it")
-    trained = among(label_space.seen, config.seen_class_names)
-    missing = [name for name, is_known in zip(label_space.seen, trained, strict=True) if not is_known]
+    missing = unshared(label_space.seen, config.seen_class_names)
     if missing and setting == "gzs3":
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise NoClaim(

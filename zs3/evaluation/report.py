@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from configuration_zs3 import among
+from configuration_zs3 import shared
 from zs3.evaluation.result_types import RejectionResult, Result
 from zs3.scores.means import SCORES
 from zs3.tables import markdown, markdown_table, percent, percent_range
@@ -47,8 +47,8 @@ def protocol(result: Result) -> str:
             else "it is not known which image labels of unseen classes training had"
         )
     elif result["trained_on_masks_of"] is not None:
-        trained = among(list(result["per_class"]), result["trained_on_masks_of"])
-        parts.append(f"training saw masks of {sum(trained)} of them")
+        trained = shared(list(result["per_class"]), result["trained_on_masks_of"])
+        parts.append(f"training saw masks of {len(trained)} of them")
     absent = {"union": "truth and prediction", "truth": "the truth"}[result["absent"]]
     return "; ".join([*parts, f"classes absent from {absent} are left out of means"])
 

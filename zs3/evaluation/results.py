@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configuration_zs3 import among, check_names, shortened
+from configuration_zs3 import check_names, shared, shortened
 from zs3.command_line import InputError, shown
 from zs3.evaluation.counts import PassCounts
 from zs3.evaluation.report import protocol
@@ -151,7 +151,7 @@ def contradictions(result: Result) -> Iterable[str]:
         if strangers:
             yield f"{shortened(strangers[0])} of per_class is neither in seen nor in unseen"
     without = result.get("without", [])
-    both = [name for name, there in zip(without, among(without, names), strict=True) if there]
+    both = shared(without, names)
     if both:
         yield f"{shortened(both[0])} is in without and in per_class"
     if result.get("num_images", 0) > result.get("split_images", math.inf):

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from configuration_zs3 import UnseenLabels, Zs3Config, among, shortened
+from configuration_zs3 import UnseenLabels, Zs3Config, among, shared, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor, saved_templates
 from text_zs3 import PROMPT_TEMPLATES, embed_labels, read_labels
@@ -17,7 +17,6 @@ from zs3.checkpoints import (
     load_config,
     load_tokenizer,
     refusal,
-    trained_on,
 )
 from zs3.command_line import InputError, in_one_line, shown
 from zs3.data.image_labels import training_space
@@ -153,7 +152,7 @@ def record_supervision(
 
     Refuses a start that has seen masks of unseen classes.
     """
-    leaked = trained_on(config, label_space.unseen)
+    leaked = shared(label_space.unseen, config.seen_class_names)
     if leaked:
         raise InputError(
             f"{init_from} was trained on masks of {shortened(leaked)}, which are unseen here: take another start"
