@@ -4,27 +4,27 @@
     accelerate launch train.py ... --init_from runs/stage1/final --unseen_labels runs/pseudo_labels
 
 The stage-1 model proposes masks, its CLIP image tower sees the box around each (Eq. 9), and the best proposal gives
-an image's score of a name (Eq. 10). The folder gets `settings.json`, all that decides the scores; shards of so many
-images, `scores-00003-of-00047.parquet`, with columns image_id and scores; and `summary.json`. Thresholds are applied
-where the scores are read (`zs3.data.pseudo_labels`), so another one needs no other run.
+an image's score of a name (Eq. 10). The folder gets `settings.json`, all that decides the scores; shards of
+--shard_size images, `scores-00003-of-00047.parquet`, with columns image_id and scores; and `summary.json`. A threshold
+is applied when the scores are read (`zs3.data.image_labels`), so another threshold needs no new run.
 
-A shard is made in the same batches whoever makes it: neither the number of processes nor a restart, which goes on
-with the shards that are missing, changes a byte.
+A shard is always made in the same batches. The number of processes changes no byte, nor does a restart, which makes
+the shards that are missing.
 
-The leak rule: scores come from pictures and seen classes. Where unseen ones are only `unseen_truth` knows, for the
-summary.
+The leak rule: scores come from pictures and from the pixels of seen classes. Only `unseen_truth`, for the summary,
+reads the pixels of unseen classes.
 
 Axes: B image of a batch, N image, Q query, U unseen name, C name in the softmax, D embedding, H W input size, h w
 mask size.
 """
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -122,6 +122,10 @@ class PseudoLabelArgs(Arguments):
     def check(self) -> None:
         check_required(self, "model", "dataset", "output")
 
+    @property
+    def crop_rules(self) -> "CropRules":
+        return CropRules(*(getattr(self, name) for name in CropRules._fields))
+
 
 # ---- scores ------------------------------------------------------------------------------------------------
 
@@ -151,16 +155,26 @@ def usable_proposals(mask_logits: Tensor, annotated: Tensor, mask_threshold: flo
     return torch.cat(usable)
 
 
-class Batch(NamedTuple):
-    """annotated: B of (H, W) bool, see `usable_proposals`; the rest is the model's input."""
+class Inputs(NamedTuple):
+    """A batch. annotated: B of (H, W) bool, see `usable_proposals`; the rest is the model's input."""
 
     pixel_values: Tensor
     pixel_mask: Tensor
     annotated: list[Tensor]
 
 
+class CropRules(NamedTuple):
+    """Which crops CLIP sees of the proposals: the flags of these names."""
+
+    unannotated_share: float
+    fill: str
+    expansion: float
+    mask_threshold: float
+    mixed_precision: str
+
+
 class ScoredImages(Dataset):
-    """What the scoring sees of each image: its picture, and where seen classes are, (H, W) bool."""
+    """Of each image the picture, and which pixels show a seen class, (H, W) bool."""
 
     def __init__(self, records: Split, label_space: LabelSpace):
         self.records = records
@@ -172,38 +186,38 @@ class ScoredImages(Dataset):
         return image, to_mask_labels(label, self.positions, self.ignore_index) != IGNORED
 
 
-def collate(image_processor: Zs3ImageProcessor, samples: list[tuple[Image.Image, np.ndarray]]) -> Batch:
+def collate(image_processor: Zs3ImageProcessor, samples: list[tuple[Image.Image, np.ndarray]]) -> Inputs:
     images, annotated = zip(*samples, strict=True)
     inputs = image_processor(images=list(images))
     sizes = [(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in inputs["pixel_mask"]]
     annotated = [torch.from_numpy(resize_nearest(a, size)) for a, size in zip(annotated, sizes, strict=True)]
-    return Batch(inputs["pixel_values"], inputs["pixel_mask"], annotated)
+    return Inputs(inputs["pixel_values"], inputs["pixel_mask"], annotated)
 
 
 def score_batch(
     model: PreTrainedModel,
     image_processor: Zs3ImageProcessor,
     text_embeds: Tensor,
-    batch: Batch,
-    args: PseudoLabelArgs,
+    rules: CropRules,
+    batch: Inputs,
 ) -> Tensor:
     """(B, C): scores of each image. text_embeds: (C, D)."""
     pixel_values = batch.pixel_values.to(model.device)
     proposals = model.propose(pixel_values, batch.pixel_mask.to(model.device))
     usable = None
-    if args.unannotated_share > 0:
+    if rules.unannotated_share > 0:
         pairs = zip(proposals["mask_logits"], batch.annotated, strict=True)
-        options = (args.mask_threshold, args.unannotated_share)
+        options = (rules.mask_threshold, rules.unannotated_share)
         usable = torch.stack([usable_proposals(logits, a.to(model.device), *options) for logits, a in pairs])  # (B, Q)
-    images, dtype = image_processor.to_rgb(pixel_values), DTYPES[args.mixed_precision]
+    images, dtype = image_processor.to_rgb(pixel_values), DTYPES[rules.mixed_precision]
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
         views = model.embed_proposals(
             images,
             proposals["mask_logits"],
             proposals["valid_sizes"],
-            fill=None if args.fill == "none" else args.fill,
-            mask_threshold=args.mask_threshold,
-            expansion=args.expansion,
+            fill=None if rules.fill == "none" else rules.fill,
+            mask_threshold=rules.mask_threshold,
+            expansion=rules.expansion,
             chosen=usable,
         )
     pairs, scale = zip(views.embeds, views.shown, strict=True), model.config.clip_logit_scale
@@ -216,7 +230,7 @@ def in_parts(indices: range, size: int) -> list[range]:
 
 
 def write_shard(path: Path, image_ids: list[str], scores: np.ndarray, unseen: list[str], settings: bytes) -> None:
-    """scores: (N, U) float32. settings: the digest of those that they were made with."""
+    """scores: (N, U) float32. settings: the digest of the settings that made them."""
     import pyarrow
     import pyarrow.parquet
 
@@ -231,14 +245,14 @@ def write_shard(path: Path, image_ids: list[str], scores: np.ndarray, unseen: li
 
 
 def check_source(config: PreTrainedConfig, label_space: LabelSpace) -> None:
-    """The labels are to be made without knowing the unseen classes."""
+    """The model must know nothing of the unseen classes."""
     if not label_space.unseen:
         raise InputError("the label space has no unseen class: there is nothing to make pseudo labels for")
     check_no_unseen_masks(config, label_space, "pseudo labels can come from it, take the stage-1 model")
     if config.unseen_labels == "ground_truth":
         raise InputError(
-            "the checkpoint was told ground-truth image labels of unseen classes: take the stage-1 model for pseudo "
-            "labels"
+            "the checkpoint learned from ground-truth image labels of unseen classes: take the stage-1 model for "
+            "pseudo labels"
         )
     if config.vision_config is None:
         raise InputError("the checkpoint has no CLIP image tower to see proposals: train stage 1 with --clip")
@@ -253,9 +267,9 @@ def resolved_settings(
     prompts: list[str],
     text_embeds: Tensor,
 ) -> dict:
-    """What decides the scores, for settings.json; text_embeds: (C, D) of the names in the softmax.
+    """What decides the scores, for settings.json. text_embeds: (C, D) of the names in the softmax.
 
-    Pictures are known by their ids, and those of a folder by the sizes of their files: nobody reads them all again.
+    The pictures are recorded as their ids and, in a folder, the sizes of their files: reading them all takes too long.
     """
     own_code = {"trust_remote_code": True} if args.trust_remote_code else {}
     return own_code | {
@@ -272,11 +286,7 @@ def resolved_settings(
         "text_embeds_sha256": sha256(text_embeds.cpu().numpy().tobytes()),
         "logit_scale": model.config.clip_logit_scale,
         "seen_names": args.seen_names,
-        "unannotated_share": args.unannotated_share,
-        "fill": args.fill,
-        "expansion": args.expansion,
-        "mask_threshold": args.mask_threshold,
-        "mixed_precision": args.mixed_precision,
+        **args.crop_rules._asdict(),
         "batch_size": args.batch_size,
         "shard_size": args.shard_size,
         "num_threads": args.num_threads,
@@ -286,12 +296,12 @@ def resolved_settings(
 
 
 def device_name(device: torch.device) -> str:
-    """Kernels differ between kinds of them, and so may last digits."""
+    """The kind of device: its kernels decide the last digits."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def checkpoint_sha256(path: str) -> dict[str, str]:
-    """Of each file of a local checkpoint that its outputs hang on; one from the Hub has its commit."""
+    """Of each file of a local checkpoint that decides its outputs. A checkpoint of the Hub has its commit."""
     files = sorted(file for kind in ("*.safetensors", "*.json", "*.py") for file in Path(path).glob(kind))
     return {file.name: file_sha256(file) for file in files if not is_leftover(file.name)}
 
@@ -303,8 +313,8 @@ def sha256(content: bytes) -> str:
 def check_settings(folder: Path, settings: dict) -> None:
     """A folder holds one run: its settings are written at the start and must be the same when it goes on.
 
-    A run without a shard has not begun: its folder is free. Each shard knows its settings: where all were made with
-    these, the file itself may be missing or damaged.
+    A folder without a shard is free. Each shard names its settings: where all name these, settings.json may be missing
+    or damaged.
     """
     path, known = folder / "settings.json", settings_digest(settings)
     shards = {shard: bound_to(shard) for shard in sorted(folder.glob("scores-*.parquet"))}
@@ -334,9 +344,9 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 
 def unseen_truth(records: Split, label_space: LabelSpace, count: int) -> np.ndarray | None:
-    """(N, U) bool: which unseen classes the label maps of the first `count` images hold; for measuring alone.
+    """(N, U) bool: which unseen classes the label maps of the first `count` images hold, for the summary.
 
-    None where they hold none of them.
+    None where they hold no unseen class.
     """
     ids = [label_space.class_names.index(name) for name in label_space.unseen]
     truth = np.zeros((count, len(ids)), dtype=bool)
@@ -438,16 +448,14 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
         model, processor = load_checkpoint(args.model, args.trust_remote_code)
     check_source(model.config, label_space)
     model.to(accelerator.device)
-    image_processor = getattr(processor, "image_processor", processor)
     text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
     in_softmax = [*label_space.unseen, *(label_space.seen if args.seen_names else [])]  # the unseen ones come first
     text_embeds = text_embeds[[label_space.class_names.index(name) for name in in_softmax]].to(accelerator.device)
+    image_processor = getattr(processor, "image_processor", processor)
+    score = partial(score_batch, model, image_processor, text_embeds, args.crop_rules)
 
-    # Shards: which are there, and who makes the others
     folder, image_ids = Path(args.output), records.image_ids[: args.max_images]
-    parts = in_parts(range(len(image_ids)), args.shard_size)
-    shards = {folder / shard_name(number, len(parts)): part for number, part in enumerate(parts)}
-    digest = [b""]  # of the main process's settings, for all: another's device may be called otherwise
+    digest = [b""]  # of the main process's settings, for all: the device of another process may have another name
     with ExitStack() as held:
         with all_refuse(accelerator):
             if accelerator.is_main_process:
@@ -456,20 +464,15 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
                 check_settings(folder, settings)
                 digest = [settings_digest(settings)]
         (bound,) = broadcast_object_list(digest)
-        remaining = {path: part for path, part in shards.items() if not path.exists()}
-        accelerator.wait_for_everyone()  # nobody writes while another still looks
-        mine = dict(list(remaining.items())[accelerator.process_index :: accelerator.num_processes])
-        resumed = len(image_ids) - sum(map(len, remaining.values()))
-        total = resumed + sum(map(len, mine.values()))
-        quiet = not accelerator.is_local_main_process
+        mine, resumed = own_shards(accelerator, folder, len(image_ids), args.shard_size)
+        batches = loaded_batches(records, mine.values(), args.batch_size, image_processor, args.num_workers)
+        total, quiet = resumed + sum(map(len, mine.values())), not accelerator.is_local_main_process
         with tqdm(total=total, initial=resumed, unit="image", mininterval=1, disable=quiet) as bar:
-            make_shards(args, model, image_processor, text_embeds, records, mine, bound, bar)
+            make_shards(mine, records, batches, score, bound, bar)
         accelerator.wait_for_everyone()
         accelerator.end_training()
         if not accelerator.is_main_process:
             return None
-
-        # Summary
         scores = load_unseen_scores(folder, label_space, image_ids)
         truth = unseen_truth(records, label_space, len(image_ids)) if args.measure else None
         own = model.config.pseudo_label_threshold
@@ -478,34 +481,47 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
         return result
 
 
+def own_shards(accelerator: Accelerator, folder: Path, count: int, shard_size: int) -> tuple[dict[Path, range], int]:
+    """The missing shards that this process makes, each with its images, and the number of images that need none."""
+    parts = in_parts(range(count), shard_size)
+    shards = {folder / shard_name(number, len(parts)): part for number, part in enumerate(parts)}
+    missing = {path: part for path, part in shards.items() if not path.exists()}
+    accelerator.wait_for_everyone()  # nobody writes while another process still looks
+    mine = dict(list(missing.items())[accelerator.process_index :: accelerator.num_processes])
+    return mine, count - sum(map(len, missing.values()))
+
+
+def loaded_batches(
+    records: Split, parts: Iterable[range], batch_size: int, image_processor: Zs3ImageProcessor, num_workers: int
+) -> Iterator[Inputs]:
+    """The batches of each part in turn. No batch holds images of two parts."""
+    return iter(
+        DataLoader(
+            ScoredImages(records, records.label_space),
+            batch_sampler=[batch for part in parts for batch in in_parts(part, batch_size)],
+            collate_fn=partial(collate, image_processor),
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
+
+
 def make_shards(
-    args: PseudoLabelArgs,
-    model: PreTrainedModel,
-    image_processor: Zs3ImageProcessor,
-    text_embeds: Tensor,
-    records: Split,
     shards: dict[Path, range],
+    records: Split,
+    batches: Iterator[Inputs],
+    score: Callable[[Inputs], Tensor],
     settings: bytes,
     bar: tqdm,
 ) -> None:
-    """Scores the images of each shard and writes it; see `score_batch` and `write_shard`."""
-    label_space, unseen = records.label_space, records.label_space.unseen
-    batches = iter(
-        DataLoader(
-            ScoredImages(records, label_space),
-            batch_sampler=[batch for part in shards.values() for batch in in_parts(part, args.batch_size)],
-            collate_fn=partial(collate, image_processor),
-            num_workers=args.num_workers,
-            pin_memory=model.device.type == "cuda",
-        )
-    )
+    """Scores the images of each shard and writes it; see `loaded_batches`, `score_batch` and `write_shard`."""
+    unseen = records.label_space.unseen
     for path, part in shards.items():
         image_ids, scores = [records.image_ids[index] for index in part], []
-        for batch in islice(batches, len(in_parts(part, args.batch_size))):
+        while sum(map(len, scores)) < len(part):
             with in_one_line(f"one of the images from {shortened(image_ids[0])} on"):
-                found = score_batch(model, image_processor, text_embeds, batch, args)
-            scores.append(found[:, : len(unseen)].cpu())
-            bar.update(len(batch.pixel_values))
+                scores.append(score(next(batches))[:, : len(unseen)].cpu())
+            bar.update(len(scores[-1]))
         write_shard(path, image_ids, torch.cat(scores).numpy(), unseen, settings)
 
 
