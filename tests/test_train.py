@@ -1,4 +1,4 @@
-"""train.py: what it trains, how it resumes, what it refuses. Whole runs happen in processes of their own."""
+"""train.py: what it trains, how it resumes, what it refuses."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def train(*arguments: str, processes: int = 1, script: str = "train.py", **kwarg
 
 @pytest.fixture
 def batches(monkeypatch) -> list[dict]:
-    """What the model is given in training, batch by batch."""
+    """The inputs of the model in training, batch by batch."""
     given, forward = [], Zs3ForSemanticSegmentation.forward
 
     def recorded(self, *args, **kwargs):
@@ -61,6 +61,12 @@ def batches(monkeypatch) -> list[dict]:
 
     monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
     return given
+
+
+def train_here(monkeypatch, arguments: list[str]) -> None:
+    """Runs train.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    main()
 
 
 def refused(monkeypatch, capsys, arguments: list[str]) -> str:
@@ -106,8 +112,7 @@ def test_the_parts_of_a_batch_are_not_replaced_by_what_the_environment_says_of_a
 
 
 def test_the_largest_seed_trains(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "out", max_steps=1, seed=2**32 - 1)])
-    main()
+    train_here(monkeypatch, flags(data, tmp_path / "out", max_steps=1, seed=2**32 - 1))
     assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
 
 
@@ -116,9 +121,7 @@ def test_a_streamed_run_goes_on_with_the_pictures_it_would_have_met(
     data, tmp_path, monkeypatch, batches, workers, steps_before
 ):
     options = {"streaming": "true", "shuffle_buffer": 3, "num_workers": workers, "max_steps": 5}
-    arguments = flags(data, tmp_path / "run", checkpointing_steps=steps_before, **options)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    main()
+    train_here(monkeypatch, flags(data, tmp_path / "run", checkpointing_steps=steps_before, **options))
     whole = [batch["labels"] for batch in batches]
     expected = load_file(tmp_path / "run" / "final" / "model.safetensors")
     shutil.rmtree(tmp_path / "run" / "final")
@@ -137,9 +140,8 @@ def test_a_supervised_training_sees_all_masks_and_says_so(data, tmp_path, monkey
     found = {}
     for unseen_labels in ("masks", "ground_truth"):
         options = {"unseen_labels": unseen_labels, "max_steps": 2, "batch_size": 6, "crop_size": 96, "short_edges": 96}
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / unseen_labels, **options)])
         batches.clear()
-        main()
+        train_here(monkeypatch, flags(data, tmp_path / unseen_labels, **options))
         found[unseen_labels] = set(torch.cat([batch["labels"] for batch in batches]).unique().tolist()) - {-1}
     unseen = {CLASS_NAMES.index(name) for name in UNSEEN}
     present = set(np.unique([record.label for record in load_split(data, "train")]).tolist()) - {255}
@@ -164,9 +166,7 @@ def test_caption_nouns_are_further_names_with_image_labels(data, tmp_path, monke
     model.config.seen_class_names, model.config.unseen_labels = [], "none"
     model.save_pretrained(tmp_path / "start")
     options = {"caption_nouns": tmp_path / "nouns", "batch_size": 6, "max_steps": 1, "word_drop_probability": 0}
-    arguments = plain_flags(data, tmp_path / "run", tmp_path / "start", text_embeds=None, **options)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    main()
+    train_here(monkeypatch, plain_flags(data, tmp_path / "run", tmp_path / "start", text_embeds=None, **options))
     (batch,) = batches
     image_labels = batch["image_labels"]
     assert len(batch["text_embeds"]) == image_labels.shape[1] == len(names)
@@ -181,9 +181,7 @@ def test_caption_nouns_are_further_names_with_image_labels(data, tmp_path, monke
 def test_unseen_names_are_on_the_class_axis_only_if_they_have_image_labels(
     unseen_labels, names, data, tmp_path, monkeypatch, batches
 ):
-    arguments = flags(data, tmp_path / "run", max_steps=1, unseen_labels=unseen_labels)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    main()
+    train_here(monkeypatch, flags(data, tmp_path / "run", max_steps=1, unseen_labels=unseen_labels))
     (batch,) = batches
     assert len(batch["text_embeds"]) == batch["image_labels"].shape[1] == names
 
@@ -194,9 +192,7 @@ def test_pseudo_labels_reach_the_model_by_image_and_threshold(data, tmp_path, mo
     (tmp_path / "scores").mkdir()
     write_shard(tmp_path / "scores" / "scores-00000-of-00001.parquet", image_ids, scores, UNSEEN, b"")
     overrides = {"pseudo_label_threshold": 0.7, "pseudo_label_unknown_above": 0.3, "batch_size": 6, "max_steps": 1}
-    arguments = flags(data, tmp_path / "run", unseen_labels=tmp_path / "scores", **overrides)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    main()
+    train_here(monkeypatch, flags(data, tmp_path / "run", unseen_labels=tmp_path / "scores", **overrides))
     (batch,) = batches
     image_labels = batch["image_labels"]
     columns = [CLASS_NAMES.index(name) for name in UNSEEN]
@@ -220,8 +216,7 @@ def test_text_vectors_beside_a_text_tower_are_refused(data, tmp_path, monkeypatc
 
 
 def test_training_lowers_the_loss_and_keeps_the_names(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "run", max_steps=30, matching="joint")])
-    main()
+    train_here(monkeypatch, flags(data, tmp_path / "run", max_steps=30, matching="joint"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
@@ -234,9 +229,8 @@ def test_frozen_norms_of_the_backbone_stay_as_the_start_has_them(data, tmp_path,
     start = save_checkpoint(tmp_path / "start", text=False, seen_class_names=[], unseen_labels="none").state_dict()
     stay = {}
     for kind in ("frozen", "batch"):
-        arguments = plain_flags(data, tmp_path / kind, tmp_path / "start", backbone_norm=kind, backbone_multiplier=1)
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        main()
+        norms = {"backbone_norm": kind, "backbone_multiplier": 1}
+        train_here(monkeypatch, plain_flags(data, tmp_path / kind, tmp_path / "start", **norms))
         after = load_file(tmp_path / kind / "final" / "model.safetensors")
         kept = {name: torch.equal(after[name], start[name]) for name in start if "pixel_level_module.encoder" in name}
         stay[kind] = [kept[name] for name in kept if ".normalization." in name]
@@ -246,7 +240,7 @@ def test_frozen_norms_of_the_backbone_stay_as_the_start_has_them(data, tmp_path,
 
 @pytest.fixture
 def forwards(monkeypatch) -> list[tuple[Zs3ForSemanticSegmentation, Zs3Output]]:
-    """What the model was in training, and what it gave."""
+    """The model and its outputs, for each forward pass of training."""
     done, forward = [], Zs3ForSemanticSegmentation.forward
 
     def recorded(self, *args, **kwargs):
@@ -260,9 +254,8 @@ def forwards(monkeypatch) -> list[tuple[Zs3ForSemanticSegmentation, Zs3Output]]:
 
 def test_in_bfloat16_the_losses_fall_and_are_float32(data, tmp_path, monkeypatch, forwards):
     arguments = flags(data, tmp_path / "run", mixed_precision="bf16", max_steps=12, matching="joint")
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     AcceleratorState._reset_state()
-    main()
+    train_here(monkeypatch, arguments)
     assert {outputs.mask_logits.dtype for _, outputs in forwards} == {torch.bfloat16}
     assert {outputs.loss.dtype for _, outputs in forwards} == {torch.float32}
     first, *_, last = (float(outputs.loss.detach()) for _, outputs in forwards)
@@ -271,16 +264,15 @@ def test_in_bfloat16_the_losses_fall_and_are_float32(data, tmp_path, monkeypatch
     assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float32}
 
 
-def test_activations_made_anew_change_nothing(data, tmp_path, monkeypatch, forwards):
+def test_activations_computed_twice_change_nothing(data, tmp_path, monkeypatch, forwards):
     losses = {}
-    for anew in ("true", "false"):
-        arguments = flags(data, tmp_path / anew, activation_checkpointing=anew)
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    for twice in ("true", "false"):
+        arguments = flags(data, tmp_path / twice, activation_checkpointing=twice)
         forwards.clear()
-        main()
+        train_here(monkeypatch, arguments)
         on = any(getattr(module, "gradient_checkpointing", False) for module in forwards[0][0].modules())
-        assert on == (anew == "true")
-        losses[anew] = [float(outputs.loss.detach()) for _, outputs in forwards]
+        assert on == (twice == "true")
+        losses[twice] = [float(outputs.loss.detach()) for _, outputs in forwards]
     assert losses["true"] == losses["false"]
 
 
@@ -330,25 +322,19 @@ def test_the_printed_schedule_decays_at_5000_and_ignores_80000():
     assert rates[5000] == pytest.approx(5e-6) and rates[50_000] == pytest.approx(5e-6)
 
 
-def test_an_unreadable_image_is_one_line_with_its_name(data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("file", "spoil", "words"),
+    [
+        ("images/00000.png", lambda path: path.write_bytes(b"not a picture"), "cannot read"),
+        ("labels/00001.png", lambda path: Image.new("L", (50, 96)).save(path), "50 x 96"),
+        ("labels/00002.png", lambda path: Image.new("L", (96, 96), 77).save(path), "77"),
+    ],
+)
+def test_a_bad_picture_or_label_map_is_one_line_with_its_name(file, spoil, words, data, tmp_path, monkeypatch, capsys):
     broken = copy_of(data, tmp_path)
-    (broken / "train" / "images" / "00000.png").write_bytes(b"not a picture")
+    spoil(broken / "train" / file)
     line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", dataset=broken, batch_size=6))
-    assert "00000.png" in line and "cannot read" in line
-
-
-def test_a_label_map_of_another_size_is_one_line_with_its_name(data, tmp_path, monkeypatch, capsys):
-    broken = copy_of(data, tmp_path)
-    Image.new("L", (50, 96)).save(broken / "train" / "labels" / "00001.png")
-    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", dataset=broken, batch_size=6))
-    assert "00001.png" in line and "50 x 96" in line
-
-
-def test_an_id_outside_the_label_space_is_one_line_with_its_name(data, tmp_path, monkeypatch, capsys):
-    broken = copy_of(data, tmp_path)
-    Image.new("L", (96, 96), 77).save(broken / "train" / "labels" / "00002.png")
-    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", dataset=broken, batch_size=6))
-    assert "00002.png" in line and "77" in line
+    assert Path(file).name in line and words in line
 
 
 def test_a_misspelled_field_is_one_line_with_the_right_name(data, tmp_path, monkeypatch, capsys):
@@ -465,9 +451,7 @@ def test_a_start_whose_config_asks_for_tuples_is_trained_on(data, tmp_path, monk
     model.config.seen_class_names, model.config.return_dict = [], False
     model.save_pretrained(tmp_path / "start")
     assert json.loads((tmp_path / "start" / "config.json").read_text())["return_dict"] is False
-    arguments = plain_flags(data, tmp_path / "out", tmp_path / "start", max_steps=1)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    main()
+    train_here(monkeypatch, plain_flags(data, tmp_path / "out", tmp_path / "start", max_steps=1))
     assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
 
 
@@ -476,8 +460,7 @@ def seen_after(data: Path, folder: Path, seen_before: list[str] | None, monkeypa
     model = save_checkpoint(folder / "start", text=False)
     model.config.seen_class_names = seen_before
     model.save_pretrained(folder / "start")
-    monkeypatch.setattr(sys, "argv", ["train.py", *plain_flags(data, folder / "out", folder / "start", max_steps=1)])
-    main()
+    train_here(monkeypatch, plain_flags(data, folder / "out", folder / "start", max_steps=1))
     return json.loads((folder / "out" / "final" / "config.json").read_text())["seen_class_names"]
 
 
@@ -487,8 +470,7 @@ def test_of_a_start_the_backbone_and_the_frozen_tower_can_be_kept_alone(data, tm
     )
     arguments = plain_flags(data, tmp_path / "run", tmp_path / "start", init_parts="backbone", max_steps=1)
     arguments += ["--learning_rate", "0"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    main()
+    train_here(monkeypatch, arguments)
     after = Zs3ForSemanticSegmentation.from_pretrained(tmp_path / "run" / "final").state_dict()
     kept = ("model.pixel_level_module.encoder.", "vision_model.")
     running = ("running_mean", "running_var", "num_batches_tracked")  # batch norms look at the data
@@ -514,8 +496,7 @@ def test_a_mask2former_from_elsewhere_makes_the_seen_classes_unknown(data, tmp_p
     start = {"mask2former": tmp_path / "mask2former", "max_steps": 1}
     arguments = plain_flags(data, tmp_path / "out", tmp_path / "none", **start)
     at = arguments.index("--init_from")
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments[:at], *arguments[at + 2 :]])
-    main()
+    train_here(monkeypatch, arguments[:at] + arguments[at + 2 :])
     saved = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
     assert saved["seen_class_names"] is None and saved["unseen_labels"] is None
 
@@ -533,8 +514,7 @@ def test_the_log_holds_the_mean_of_a_step_and_the_rate_it_used(data, tmp_path, m
         return outputs
 
     monkeypatch.setattr(Zs3ForSemanticSegmentation, "forward", recorded)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    main()
+    train_here(monkeypatch, arguments)
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 4
     assert lines[0]["loss"] == pytest.approx((losses[0] + losses[1]) / 2)
@@ -547,8 +527,7 @@ def test_a_tracker_gets_what_metrics_jsonl_gets_and_goes_on_at_its_step(data, tm
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_steps = {"checkpointing_steps": 3, "logging_steps": 1, "trackers": "tensorboard", "max_steps": 5}
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "run", **run_steps)])
-    main()
+    train_here(monkeypatch, flags(data, tmp_path / "run", **run_steps))
     shutil.rmtree(tmp_path / "run" / "final")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000005")
     main()  # from the checkpoint of step 3 on
@@ -559,11 +538,9 @@ def test_a_tracker_gets_what_metrics_jsonl_gets_and_goes_on_at_its_step(data, tm
 
 
 def test_the_resolved_recipe_is_a_recipe(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "first", max_steps=1, kl="u_p")])
-    main()
+    train_here(monkeypatch, flags(data, tmp_path / "first", max_steps=1, kl="u_p"))
     again = ["--config", str(tmp_path / "first" / "recipe.yaml"), "--output_dir", str(tmp_path / "second")]
-    monkeypatch.setattr(sys, "argv", ["train.py", *again])
-    main()
+    train_here(monkeypatch, again)
     first, second = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert json.loads((tmp_path / "second" / "final" / "config.json").read_text())["kl"] == "u_p"
@@ -576,10 +553,8 @@ def test_the_image_processor_ignores_what_the_data_ignores(data, tmp_path, monke
     for path in (other / "train" / "labels").iterdir():
         ids = np.asarray(Image.open(path)).astype(np.uint16)
         Image.fromarray(np.where(ids == 255, np.uint16(65535), ids)).save(path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(other, tmp_path / "out", max_steps=1,
-                                                         text_embeds=data.parent / "text.npy",
-                                                         config=data.parent / "recipe.yaml")])  # fmt: skip
-    main()
+    own = {"text_embeds": data.parent / "text.npy", "config": data.parent / "recipe.yaml"}
+    train_here(monkeypatch, flags(other, tmp_path / "out", max_steps=1, **own))
     saved = json.loads((tmp_path / "out" / "final" / "preprocessor_config.json").read_text())
     assert saved["ignore_index"] == 65535
 
@@ -588,8 +563,7 @@ def test_a_folder_where_nothing_was_trained_takes_another_recipe(data, tmp_path,
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump({"max_steps": 7}))
     (tmp_path / "out" / "metrics.jsonl").touch()
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(data, tmp_path / "out", max_steps=1)])
-    main()
+    train_here(monkeypatch, flags(data, tmp_path / "out", max_steps=1))
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["max_steps"] == 1
     assert "checkpoints yet: from the beginning" in capsys.readouterr().out
 
