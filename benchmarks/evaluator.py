@@ -5,14 +5,14 @@
 Time: `ConfusionMatrix.update` and one inference (forward of a ResNet-50 model with random weights, batch 1, and its
 label map) take turns in one process; a share is the median of the rounds' shares. Label maps are of two kinds: objects
 (Voronoi cells with frayed edges, other cells in the prediction) and noise, where every pixel has a class of its own
-drawing, the worst case. Predictions lie on the device, truths are int64 arrays in memory, as eval.py has them.
-With counters: SeenBiasCurve, Reliability and Rejection of zs3.calibration beside the confusion matrix. With scores:
-those, and what a label map with scores and the best seen and unseen class, which they need, takes beyond one without;
-on proposals like a trained model's (those of benchmarks.label_count).
+drawing, the worst case. Predictions lie on the device, truths are int64 arrays in memory, as in eval.py.
+With counters: SeenBiasCurve, Reliability and Rejection of zs3.scores.calibration beside the confusion matrix. With
+scores: the counters, and the extra time of a label map with the scores and the best seen and unseen class that they
+need. Its proposals are like a trained model's (those of benchmarks.label_count).
 
-Memory: what is resident and what Python and NumPy hold after so many images, beyond what was before the first, in a
-process of its own. The other way is to keep all label maps until the end, as the script of evaluate's mean_iou does;
-measured here is the least that it can take, two int64 arrays an image, not that script.
+Memory: resident memory, and what Python and NumPy hold, after so many images, minus the same before the first image, in
+a process of its own. The other way keeps all label maps until the end, as the script of evaluate's mean_iou does.
+Measured here is its least memory, two int64 arrays an image, not that script.
 
 Bootstrap: intervals of all scores and all classes over synthetic areas.
 """
@@ -35,7 +35,7 @@ from benchmarks.criterion import device_named, in_fresh_process, measure
 from benchmarks.label_count import trained_proposals
 from benchmarks.network import machine_name, make_zs3
 from configuration_zs3 import Number, shortened
-from label_maps_zs3 import semantic_map
+from label_maps_zs3 import SemanticMap, semantic_map
 from zs3.command_line import Arguments, Count, InputError, OutputFile, Side, Some, flag, read_arguments, run
 from zs3.files import write_report
 from zs3.scores.calibration import Rejection, Reliability, SeenBiasCurve
@@ -95,10 +95,12 @@ def _cells(ids: np.ndarray, cells: int, size: tuple[int, int], rng: np.random.Ge
     return ids[rng.integers(0, len(ids), cells)][nearest].reshape(size)
 
 
-def compare_time(args: EvaluatorArgs, num_classes: int, device: torch.device) -> list[dict]:
+def compare_time(
+    size: tuple[int, int], maps: int, rounds: int, num_classes: int, device: torch.device
+) -> list[dict[str, str | float]]:
     """A row for each kind of label maps, beside the same inference."""
     torch.manual_seed(0)
-    rng, size = np.random.default_rng(0), (args.height, args.width)
+    rng = np.random.default_rng(0)
     model = make_zs3("resnet50").eval().to(device)
     pixel_values = torch.randn(1, 3, *size, device=device)
     text_embeds = F.normalize(torch.randn(num_classes, model.config.projection_dim, device=device), dim=-1)
@@ -107,57 +109,63 @@ def compare_time(args: EvaluatorArgs, num_classes: int, device: torch.device) ->
         outputs = model(pixel_values, text_embeds=text_embeds)
         semantic_map(outputs.class_logits.softmax(-1), outputs.mask_logits, size)
 
-    def counting(kind: str) -> Callable[[], None]:
-        pairs = [draw_pair(kind, num_classes, size, rng) for _ in range(args.maps)]
-        pairs = [(prediction.to(device), label) for prediction, label in pairs]
-
-        def count() -> None:
-            confusion = ConfusionMatrix(num_classes, IGNORE)
-            for prediction, label in pairs:
-                confusion.update(prediction, label)
-
-        return count
-
     proposals = [values.to(device) for values in trained_proposals(num_classes, max(size), QUERIES)]
     is_seen = torch.arange(num_classes, device=device) % 10 < 9
-
-    def calibrating() -> Callable[[], None]:
-        (found,) = semantic_map(*proposals, size, is_seen=is_seen)
-        _, label = draw_pair(OBJECTS, num_classes, size, rng)
-        counters = [SeenBiasCurve(is_seen.cpu(), IGNORE), Reliability(IGNORE), Rejection(IGNORE)]
-
-        def count() -> None:
-            truth = torch.from_numpy(label).to(device)
-            ConfusionMatrix(num_classes, IGNORE).update(found.label_map, truth)
-            for counter in counters[:2]:
-                counter.update(found, truth)
-            counters[2].update(found, truth, "0")
-
-        return count
-
+    steps: dict[str, Callable[[], None]] = {INFERENCE: infer}
+    for kind in (OBJECTS, NOISE):
+        pairs = [draw_pair(kind, num_classes, size, rng) for _ in range(maps)]
+        steps[kind] = counting([(prediction.to(device), label) for prediction, label in pairs], num_classes)
     with torch.inference_mode():
-        steps = {INFERENCE: infer, **{kind: counting(kind) for kind in (OBJECTS, NOISE)}, COUNTED: calibrating()}
+        (found,) = semantic_map(*proposals, size, is_seen=is_seen)
+        steps[COUNTED] = calibrating(found, draw_pair(OBJECTS, num_classes, size, rng)[1], is_seen)
         steps[PLAIN] = lambda: semantic_map(*proposals, size)
         steps[SCORED] = lambda: semantic_map(*proposals, size, is_seen=is_seen)
-        seconds = measure(steps, args.rounds, device)
+        seconds = measure(steps, rounds, device)
+    return time_rows(seconds, maps, num_classes)
+
+
+def counting(pairs: list[tuple[Tensor, np.ndarray]], num_classes: int) -> Callable[[], None]:
+    def count() -> None:
+        confusion = ConfusionMatrix(num_classes, IGNORE)
+        for prediction, label in pairs:
+            confusion.update(prediction, label)
+
+    return count
+
+
+def calibrating(found: SemanticMap, label: np.ndarray, is_seen: Tensor) -> Callable[[], None]:
+    """Counts one image with all counters."""
+    curve, reliability, rejection = SeenBiasCurve(is_seen.cpu(), IGNORE), Reliability(IGNORE), Rejection(IGNORE)
+
+    def count() -> None:
+        truth = torch.from_numpy(label).to(found.label_map.device)
+        ConfusionMatrix(len(is_seen), IGNORE).update(found.label_map, truth)
+        curve.update(found, truth)
+        reliability.update(found, truth)
+        rejection.update(found, truth, "0")
+
+    return count
+
+
+def time_rows(seconds: dict[str, list[float]], maps: int, num_classes: int) -> list[dict[str, str | float]]:
+    """seconds: of each step, by round."""
     extra = [scored - plain for scored, plain in zip(seconds[SCORED], seconds[PLAIN], strict=True)]
-    each = {kind: [value / args.maps for value in seconds[kind]] for kind in (OBJECTS, NOISE)}
+    each = {kind: [value / maps for value in seconds[kind]] for kind in (OBJECTS, NOISE)}
     each[COUNTED] = seconds[COUNTED]
     each[CALIBRATED] = [own + more for own, more in zip(seconds[COUNTED], extra, strict=True)]
-    rows = []
-    for kind, own in each.items():
-        shares = [one / whole for one, whole in zip(own, seconds[INFERENCE], strict=True)]
-        rows.append(
-            {
-                "classes": num_classes,
-                "maps": kind,
-                "seconds": statistics.median(own),
-                "images_per_second": 1 / statistics.median(own),
-                "inference_seconds": statistics.median(seconds[INFERENCE]),
-                "share_of_inference": statistics.median(shares),
-            }
-        )
-    return rows
+    return [
+        {
+            "classes": num_classes,
+            "maps": kind,
+            "seconds": statistics.median(own),
+            "images_per_second": 1 / statistics.median(own),
+            "inference_seconds": statistics.median(seconds[INFERENCE]),
+            "share_of_inference": statistics.median(
+                [one / whole for one, whole in zip(own, seconds[INFERENCE], strict=True)]
+            ),
+        }
+        for kind, own in each.items()
+    ]
 
 
 def resident_mib() -> float:
@@ -167,10 +175,10 @@ def resident_mib() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-def memory_over_images(args: EvaluatorArgs, way: str, num_classes: int, images: list[int]) -> list[dict]:
+def memory_over_images(size: tuple[int, int], maps: int, way: str, num_classes: int, images: list[int]) -> list[dict]:
     """A row after each number of images."""
-    rng, size = np.random.default_rng(0), (args.height, args.width)
-    pairs = [draw_pair(OBJECTS, num_classes, size, rng) for _ in range(args.maps)]
+    rng = np.random.default_rng(0)
+    pairs = [draw_pair(OBJECTS, num_classes, size, rng) for _ in range(maps)]
     ConfusionMatrix(num_classes, IGNORE).update(*pairs[0])  # what is loaded once
     tracemalloc.start()
     before = resident_mib()
@@ -199,11 +207,11 @@ def memory_over_images(args: EvaluatorArgs, way: str, num_classes: int, images: 
     return rows
 
 
-def time_bootstrap(args: EvaluatorArgs) -> dict:
+def time_bootstrap(images: int, num_classes: int, resamples: int) -> dict[str, float]:
     """Intervals of all scores and classes, seconds."""
-    rng, num_classes = np.random.default_rng(0), args.bootstrap_classes
+    rng = np.random.default_rng(0)
     confusion = ConfusionMatrix(num_classes, IGNORE)
-    for _ in range(args.bootstrap_images):
+    for _ in range(images):
         present = rng.choice(num_classes, PRESENT, replace=False)
         both = rng.integers(0, 20_000, PRESENT)
         truth, predicted = (both + rng.integers(1, 20_000, PRESENT) for _ in range(2))
@@ -211,11 +219,11 @@ def time_bootstrap(args: EvaluatorArgs) -> dict:
     is_seen = np.arange(num_classes) < 0.9 * num_classes
 
     def intervals() -> None:
-        resampled = confusion.bootstrap(is_seen, resamples=args.resamples)
+        resampled = confusion.bootstrap(is_seen, resamples=resamples)
         resampled.intervals(), resampled.class_intervals()
 
     seconds = measure({"bootstrap": intervals}, 3, torch.device("cpu"))["bootstrap"]
-    sizes = {"images": args.bootstrap_images, "classes": num_classes, "resamples": args.resamples}
+    sizes = {"images": images, "classes": num_classes, "resamples": resamples}
     return {**sizes, "seconds": statistics.median(seconds)}
 
 
@@ -243,11 +251,16 @@ def memory_table(rows: list[dict]) -> str:
 
 def main() -> None:
     args, _ = read_arguments(EvaluatorArgs)
-    device = device_named(args.device)
-    times = [row for classes in args.classes for row in in_fresh_process(compare_time, args, classes, device)]
-    memory = [row for c in args.classes for row in in_fresh_process(memory_over_images, args, OURS, c, args.images)]
-    memory += in_fresh_process(memory_over_images, args, KEPT, args.classes[0], [args.kept_images])
-    bootstrap = in_fresh_process(time_bootstrap, args)
+    device, size = device_named(args.device), (args.height, args.width)
+    times = [
+        row
+        for classes in args.classes
+        for row in in_fresh_process(compare_time, size, args.maps, args.rounds, classes, device)
+    ]
+    maps = (size, args.maps)
+    memory = [row for c in args.classes for row in in_fresh_process(memory_over_images, *maps, OURS, c, args.images)]
+    memory += in_fresh_process(memory_over_images, *maps, KEPT, args.classes[0], [args.kept_images])
+    bootstrap = in_fresh_process(time_bootstrap, args.bootstrap_images, args.bootstrap_classes, args.resamples)
     machine = machine_name(device)
     text = f"Label maps of {args.width} x {args.height}, torch {torch.__version__}, {machine}. The goal is at most "
     text += f"{GOAL:.0%} of an inference.\n\n{time_table(times)}\n{memory_table(memory)}\n"
