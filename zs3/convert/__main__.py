@@ -2,15 +2,15 @@
 
     zs3 convert ade20k_150 --source ADEChallengeData2016 --output data/ade20k_150 --num_workers 8
 
-The names and layouts are those of `zs3.archives`; docs/data.md tells them. Columns: image (the file's bytes as they
-are), label (a PNG of ids: 8 bits where the ignored id is 255, 16 where it is 65535), image_id, class_ids (the sorted
-ids in the label map, without the ignored one). coco_captions has image_id and captions alone: its pictures are those
-of coco_stuff_171.
+`zs3.convert.archives` has the names and layouts, docs/data.md describes them. Columns: image (the file's own bytes),
+label (a PNG of ids: 8 bits where the ignored id is 255, 16 where it is 65535), image_id, class_ids (the sorted ids in
+the label map, without the ignored one). coco_captions has image_id and captions alone: its pictures are those of
+coco_stuff_171.
 
 Everything is checked on the way. A shard, `train-00003-of-00016.parquet`, is there whole or not at all, and waits with
 what was measured of it in `.progress/`: the same command again makes the shards that are missing, to the same bytes.
-When all are there, `classes.json`, the card and `conversion.json` are written, and the shards become `data/`, so that
-nobody loads the half of a dataset.
+When all are there, `classes.json`, the card and `conversion.json` are written, and the shards become `data/`: half a
+dataset is never loaded.
 
 Axes: H W pixels.
 """
@@ -18,11 +18,9 @@ Axes: H W pixels.
 import difflib
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -43,15 +41,14 @@ from zs3.command_line import (
     read_arguments,
     run,
 )
-from zs3.convert.archives import ARCHIVES, NUM_CAPTIONS, SPLITS, Captioned, Pair
+from zs3.convert.archives import ARCHIVES, SPLITS, Captioned, Pair
 from zs3.convert.card import card
 from zs3.convert.items import PROGRESS, Converted, convert_all
+from zs3.convert.measures import conversion, counts, remarks, report, tally, versions
 from zs3.convert.shards import Shard, finished, read_measures, record, recorded, schema_of, shards_of, write_shard
 from zs3.data.tables import image_id_of
-from zs3.files import json_text, lock_folder, write_json, write_text
-from zs3.label_space import CLASSES_FOLDER, is_hub_id, load_label_space
-
-SHOWN = 5  # problems in the terminal
+from zs3.files import json_text, lock_folder, rename, write_json, write_text
+from zs3.label_space import CLASSES_FOLDER, is_hub_id
 
 
 @dataclass
@@ -90,26 +87,26 @@ class ConvertArgs(Arguments):
 # ---- the whole ---------------------------------------------------------------------------------------------
 
 
-def list_items(args: ConvertArgs) -> dict[str, list[Pair | Captioned]]:
-    """Of each split; those whose id was there before are marked.
+def list_items(name: str, source: Path, splits: list[str], skip: bool) -> dict[str, list[Pair | Captioned]]:
+    """The items of each split. An item whose id an earlier item has is marked.
 
     The training split is mixed, the others are in the order of the ids. A split whose size is not the release's is
-    refused, unless problems are skipped.
+    refused. skip: it is not.
     """
-    archive, items = ARCHIVES[args.name], {}
-    for split in args.splits:
-        found = sorted(archive.items(Path(args.source), split), key=lambda item: item[:2])
+    items = {}
+    for split in splits:
+        found = sorted(ARCHIVES[name].items(source, split), key=lambda item: item[:2])
         if not found:
-            raise InputError(f"{split} of {args.name} in {args.source} is empty: copy it from the archive")
+            raise InputError(f"{split} of {name} in {source} is empty: copy it from the archive")
         for item in found:
             image_id_of(item.image_id)
         ids = [None, *(item.image_id for item in found)]
         found = [item._replace(repeats=item.image_id == ids[n]) for n, item in enumerate(found)]
         items[split] = mixed(found) if split == "train" else found
-        for what, (count, known) in counts(args.name, split, items[split]).items():
-            if count not in known and args.on_problem == "stop":
+        for what, (count, known) in counts(name, split, items[split]).items():
+            if count not in known and not skip:
                 raise InputError(
-                    f"{split} of {args.name} in {args.source} holds {count:,} {what}, the release {known[0]:,}: "
+                    f"{split} of {name} in {source} holds {count:,} {what}, the release {known[0]:,}: "
                     "copy the rest, or --on_problem skip"
                 )
     return items
@@ -123,14 +120,6 @@ def mixed(items: list[Pair | Captioned]) -> list[Pair | Captioned]:
     return sorted(items, key=lambda item: hashlib.sha256(item.image_id.encode()).digest())
 
 
-def counts(name: str, split: str, items: list[Pair | Captioned]) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """What was found and what the release has, or may have, by kind."""
-    found = {"pictures": (len(items), ARCHIVES[name].counts[split])}
-    if name == "coco_captions":
-        found["captions"] = (sum(len(item.captions) for item in items), (NUM_CAPTIONS[split],))
-    return found
-
-
 def check_free(output: Path) -> None:
     """A folder holds one conversion, and nothing else."""
     if not output.exists() or (output / PROGRESS / "settings.json").exists():
@@ -142,14 +131,13 @@ def check_free(output: Path) -> None:
         raise InputError(f"--output {output} holds other files ({shortened(others[0])}): choose a new folder")
 
 
-def check_settings(args: ConvertArgs) -> None:
+def check_settings(output: Path, name: str, source: str, splits: list[str]) -> None:
     """The settings of a conversion are written at the start and must be the same when it goes on."""
-    output = Path(args.output)
     settings = {
-        "name": args.name,
-        "source": str(Path(args.source).resolve()),
-        "splits": args.splits,
-        "classes_sha256": hashlib.sha256(classes_text(args.name).encode()).hexdigest(),
+        "name": name,
+        "source": str(Path(source).resolve()),
+        "splits": splits,
+        "classes_sha256": hashlib.sha256(classes_text(name).encode()).hexdigest(),
         "versions": versions(),
     }
     path = output / PROGRESS / "settings.json"
@@ -171,104 +159,25 @@ def classes_text(name: str) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("datasets", "numpy", "pillow", "pyarrow", "scipy")}
-
-
-def conversion(args: ConvertArgs, items: dict[str, list], shards: list[tuple[Shard, dict]]) -> dict:
-    """What was measured, for conversion.json."""
-    label_space = None if args.name == "coco_captions" else load_label_space(CLASSES_FOLDER / f"{args.name}.json")
-    splits, problems, notes = {}, [], []
-    for split in args.splits:
-        own = [(shard, measures) for shard, measures in shards if shard.split == split]
-        problems += [{"split": split, **remark} for _, measures in own for remark in measures["problems"]]
-        notes += [{"split": split, **remark} for _, measures in own for remark in measures["notes"]]
-        known = counts(args.name, split, items[split])
-        splits[split] = {
-            "num_images": sum(measures["num_images"] for _, measures in own),
-            "bytes": sum(measures["bytes"] for _, measures in own),
-            "in_source": {what: found for what, (found, _) in known.items()},
-            "in_release": {what: list(release) for what, (_, release) in known.items()},
-            "as_released": all(found in release for found, release in known.values())
-            and not any(measures["problems"] for _, measures in own),
-            "shards": [
-                {"file": f"data/{shard.name}"} | {key: measures[key] for key in ("num_images", "bytes", "sha256")}
-                for shard, measures in own
-            ],
-        }
-        if label_space is None:
-            splits[split]["num_captions"] = sum(measures["num_captions"] for _, measures in own)
-        else:
-            pixels, images = (sum((Counter(m[key]) for _, m in own), Counter()) for key in ("pixels", "images"))
-            names = label_space.class_names
-            splits[split] |= {
-                "pixels": {name: pixels[str(i)] for i, name in enumerate(names)},
-                "images": {name: images[str(i)] for i, name in enumerate(names)},
-                "ignored_pixels": pixels[str(label_space.ignore_index)],
-                "images_ignored_everywhere": sum(measures["all_ignored"] for _, measures in own),
-                "never": [name for i, name in enumerate(names) if not images[str(i)]],
-            }
-    return {
-        "name": args.name,
-        "source": Path(args.source).resolve().name,
-        "on_problem": args.on_problem,
-        "label_space_sha256": label_space and label_space.sha256,
-        "splits": splits,
-        "problems": problems,
-        "notes": notes,
-        "versions": versions(),
-    }
-
-
-def report(result: dict) -> str:
-    """The lines for the terminal."""
-    lines = []
-    for split, row in result["splits"].items():
-        what, number = ("pictures", "num_images") if "pixels" in row else ("captions", "num_captions")
-        amount = f"{row[number]:,} {what}"
-        release = "as released" if row["as_released"] else f"the release has {max(row['in_release'][what]):,}"
-        lines.append(f"{split:<12}{amount} ({release}), {len(row['shards'])} shards, {row['bytes'] / 1e6:,.1f} MB")
-        if row.get("images_ignored_everywhere"):
-            lines.append(f"{'':<12}{row['images_ignored_everywhere']:,} pictures are ignored everywhere")
-        if row.get("never"):
-            shown = ", ".join(row["never"][:SHOWN]) + (", ..." if len(row["never"]) > SHOWN else "")
-            lines.append(f"{'':<12}{len(row['never'])} classes never occur: {shown}")
-    if result["notes"]:
-        lines.append(f"{'notes':<12}{tally(result['notes'])}")
-    if result["problems"]:
-        lines.append(f"{'left out':<12}{tally(result['problems'])}")
-    return "\n".join(lines)
-
-
-def tally(remarks: list[dict[str, str]]) -> str:
-    """How many of each kind, and the first few."""
-    kinds = Counter(remark["kind"] for remark in remarks)
-    lines = [", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())]
-    lines += [f"  {remark['message']}" for remark in remarks[:SHOWN]]
-    if len(remarks) > SHOWN:
-        lines.append("  ...")
-    return "\n".join(lines)
-
-
-def push(args: ConvertArgs) -> None:
-    """Uploads the dataset; what an earlier one left in its data/ goes."""
+def push(folder: str, name: str, repo_id: str, private: bool) -> None:
+    """Uploads the dataset. Shards that only an earlier upload had are deleted."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     # The bases of HfHubHTTPError: OSError, and all errors of the HTTP library, which changes with huggingface_hub.
     try:
-        HfApi().create_repo(args.push_to_hub, repo_type="dataset", private=args.private, exist_ok=True)
+        HfApi().create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         HfApi().upload_folder(
-            repo_id=args.push_to_hub,
+            repo_id=repo_id,
             repo_type="dataset",
-            folder_path=args.output,
+            folder_path=folder,
             ignore_patterns=[".progress/*", "*.partial"],
             delete_patterns="data/*.parquet",
-            commit_message=f"{args.name}, converted from the official archive",
+            commit_message=f"{name}, converted from the official archive",
         )
     except (*HfHubHTTPError.__bases__, ValueError) as error:
         raise InputError(
-            f"cannot upload to {args.push_to_hub} ({one_line(error, 70)}): the dataset in {args.output} is whole; the "
+            f"cannot upload to {repo_id} ({one_line(error, 70)}): the dataset in {folder} is whole; the "
             "same command tries again"
         ) from error
 
@@ -280,16 +189,16 @@ def convert(args: ConvertArgs) -> dict:
     """What was measured, as conversion.json holds it."""
     args.check()
     args = replace(args, splits=[split for split in SPLITS if split in args.splits])
-    items = list_items(args)
+    items = list_items(args.name, Path(args.source), args.splits, skip=args.on_problem == "skip")
     check_free(Path(args.output))
     with lock_folder(Path(args.output, PROGRESS)):
-        check_settings(args)
+        check_settings(Path(args.output), args.name, args.source, args.splits)
         return convert_items(args, items)
 
 
 def convert_items(args: ConvertArgs, items: dict[str, list[Pair | Captioned]]) -> dict:
-    """As `convert`, of a folder that is nobody else's now."""
-    output = Path(args.output)
+    """As `convert`, of a folder that is locked for this process."""
+    output, facts = Path(args.output), (args.name, Path(args.source).resolve().name, args.on_problem)
     whole, begun = output / "data", output / PROGRESS / "data"
     folder = whole if whole.is_dir() else begun
     shards = [shard for split in args.splits for shard in shards_of(split, items[split])]
@@ -300,8 +209,8 @@ def convert_items(args: ConvertArgs, items: dict[str, list[Pair | Captioned]]) -
             "choose another --output, or skip again"
         )
     if folder == whole and None not in (measures for _, measures in done):
-        result = conversion(args, items, done)
-        mended = write_about(args, result, again=False)
+        result = conversion(*facts, items, done)
+        mended = write_about(output, result, again=False)
         print(f"there already: {f'all but {mended}' if mended else 'nothing was left to do'} in {output}")
         return result
     if folder == whole and None in (recorded(output, shard) for shard in shards):
@@ -311,29 +220,29 @@ def convert_items(args: ConvertArgs, items: dict[str, list[Pair | Captioned]]) -
         )
 
     measured = make_shards(args, folder, done)  # of a finished dataset, those that were lost
-    check_problems(args, measured)
-    result = conversion(args, items, measured)
-    write_about(args, result)
+    check_problems(output, args.on_problem, measured)
+    result = conversion(*facts, items, measured)
+    write_about(output, result)
     if folder == begun:
         for file in {*begun.iterdir()} - {begun / shard.name for shard in shards}:
             file.unlink()  # of a copy of the archive that had fewer pictures, or half a shard
-        begun.rename(whole)
+        rename(begun, whole)
     return result
 
 
-def write_about(args: ConvertArgs, result: dict, again: bool = True) -> str:
-    """What lies beside the shards; with again=False, of it what is damaged or gone. The names of what was written."""
+def write_about(output: Path, result: dict, again: bool = True) -> str:
+    """Writes the files beside the shards. again=False: only those that are damaged or missing. Returns their names."""
     texts = {"README.md": card(result), "conversion.json": json_text(result)}
-    if args.name != "coco_captions":
-        texts["classes.json"] = classes_text(args.name)
-    written = [name for name in texts if again or not _is_whole(Path(args.output, name))]
+    if result["name"] != "coco_captions":
+        texts["classes.json"] = classes_text(result["name"])
+    written = [name for name in texts if again or not _is_whole(output / name)]
     for name in written:
-        write_text(Path(args.output, name), texts[name])
+        write_text(output / name, texts[name])
     return ", ".join(written)
 
 
 def _is_whole(path: Path) -> bool:
-    """A text that is not empty; of JSON, a mapping."""
+    """Whether a file holds a text; a JSON file, a mapping."""
     try:
         return bool(read_text(path)) and (path.suffix != ".json" or bool(read_measures(path)))
     except (OSError, ValueError):
@@ -341,7 +250,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def make_shards(args: ConvertArgs, folder: Path, done: list[tuple[Shard, dict | None]]) -> list[tuple[Shard, dict]]:
-    """Those without measurements, and the measurements of all."""
+    """Makes the shards without measurements. Returns the measurements of all."""
     folder.mkdir(exist_ok=True)
     total = sum(len(shard.items) for shard, _ in done)
     remaining = [item for shard, measures in done if measures is None for item in shard.items]
@@ -360,11 +269,10 @@ def make_shards(args: ConvertArgs, folder: Path, done: list[tuple[Shard, dict | 
     return measured
 
 
-def check_problems(args: ConvertArgs, measured: list[tuple[Shard, dict]]) -> None:
-    """With --on_problem stop, all problems are written down and the first few shown; a split needs a picture."""
-    path = Path(args.output) / "problems.json"
-    problems = [{"split": shard.split, **remark} for shard, measures in measured for remark in measures["problems"]]
-    if problems and args.on_problem == "stop":
+def check_problems(output: Path, on_problem: str, measured: list[tuple[Shard, dict]]) -> None:
+    """With --on_problem stop, all problems are written down and the first few shown. A split needs a picture."""
+    path, problems = output / "problems.json", remarks(measured, "problems")
+    if problems and on_problem == "stop":
         write_json(path, {"problems": problems})
         print(printable(f"problems    {tally(problems)}"), file=sys.stderr)
         raise InputError(
@@ -372,7 +280,7 @@ def check_problems(args: ConvertArgs, measured: list[tuple[Shard, dict]]) -> Non
             "again, which redoes only what is missing, or --on_problem skip"
         )
     path.unlink(missing_ok=True)
-    for split in args.splits:
+    for split in dict.fromkeys(shard.split for shard, _ in measured):
         if not any(measures["num_images"] for shard, measures in measured if shard.split == split):
             print(printable(f"problems    {tally(problems)}"), file=sys.stderr)
             raise InputError(f"not one picture of {split} can be used: give the archive as it was released")
@@ -389,7 +297,7 @@ def main() -> None:
     result = convert(args)
     print(report(result))
     if args.push_to_hub is not None:
-        push(args)
+        push(args.output, args.name, args.push_to_hub, args.private)
         print(f"uploaded    https://huggingface.co/datasets/{args.push_to_hub}")
     print(f"dataset     {args.output}")
 
