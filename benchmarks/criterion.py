@@ -47,7 +47,7 @@ TERMS = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dice"
 class CriterionArgs(Arguments):
     """Sizes of the comparison."""
 
-    images: Count = flag(4, "Images in the batch.")
+    batch_size: Count = flag(4, "Images in the batch.")
     queries: Count = flag(100, "Queries.")
     outputs: Count = flag(10, "Decoder outputs.")
     size: Side = flag(512, "Side of the label maps, pixels; masks have a quarter of it.")
@@ -72,7 +72,7 @@ class Predictions:
 
 
 def make_predictions(args: CriterionArgs, device: torch.device) -> Predictions:
-    batch, queries, side = args.images, args.queries, args.size // 4
+    batch, queries, side = args.batch_size, args.queries, args.size // 4
     coarse = (torch.randn(batch, queries, 12, 12, device=device) for _ in range(args.outputs))
     predictions = Predictions(
         [6 * F.interpolate(values, size=(side, side), mode="bicubic") for values in coarse],
@@ -90,7 +90,7 @@ def make_labels(args: CriterionArgs, classes: int, device: torch.device) -> Tens
     axis = torch.arange(args.size, device=device)
     pixels = torch.cartesian_prod(axis, axis).float()
     maps = []
-    for _ in range(args.images):
+    for _ in range(args.batch_size):
         while True:
             ids = torch.randperm(args.class_names, device=device)[:classes].repeat(3)
             nearest = torch.cdist(pixels, args.size * torch.rand(len(ids), 2, device=device)).argmin(1)
@@ -192,7 +192,7 @@ def compare(args: CriterionArgs, classes: int, device: torch.device) -> dict:
     torch.manual_seed(0)
     predictions, labels = make_predictions(args, device), make_labels(args, classes, device)
     ids = mask_ids(labels)
-    image_labels = torch.zeros(args.images, args.class_names, dtype=torch.int8)
+    image_labels = torch.zeros(args.batch_size, args.class_names, dtype=torch.int8)
     for row, present in zip(image_labels, ids, strict=True):
         row[present] = 1
     ids = [present.to(device) for present in ids]
@@ -268,7 +268,7 @@ def main() -> None:
     device = device_named(args.device)
     results = [in_fresh_process(compare, args, classes, device) for classes in args.classes]
     machine = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name()
-    text = f"Batch of {args.images}, {args.queries} queries, {args.outputs} decoder outputs, labels {args.size} x "
+    text = f"Batch of {args.batch_size}, {args.queries} queries, {args.outputs} decoder outputs, labels {args.size} x "
     text += f"{args.size}, {args.points} points, torch {torch.__version__}, {machine}.\n\n{table(results)}"
     worst = max(result["largest_difference"] for result in results)
     text += f"\nLargest relative difference of a term (class, mask, dice) at the same points: {worst:.1e}.\n"

@@ -2,7 +2,7 @@
 
     zs3 scenes --output runs/scenes
     accelerate launch train.py --config recipes/scenes_stage1.yaml --dataset runs/scenes --output_dir runs/stage1
-    python -m benchmarks.gradient_sizes --dataset runs/scenes --stage1 runs/stage1/final \
+    python -m benchmarks.gradient_sizes --dataset runs/scenes --init_from runs/stage1/final \
         --output docs/results/gradient_sizes.json
 
 Each number is the L2 norm, over all trained parameters, of the gradient of weight x term (summed over the decoder
@@ -36,7 +36,7 @@ class GradientArgs(Arguments):
     """Where to start and how long to train."""
 
     dataset: str | None = flag(None, "Folder made by zs3.scenes.")
-    stage1: str | None = flag(None, "Checkpoint of stage 1, from which stage 2 starts.")
+    init_from: str | None = flag(None, "Checkpoint of stage 1, from which stage 2 starts.")
     output_dir: str = flag("runs/gradient_sizes", "Folder of the training between the measurements.")
     steps: Count = flag(200, "Steps of stage 2 before the last measurement.")
     batches: Count = flag(8, "Batches a measurement.")
@@ -60,12 +60,12 @@ def gradient_norms(model: Zs3ForSemanticSegmentation, batches: list[dict], text_
 
 def main() -> None:
     args, _ = read_arguments(GradientArgs)
-    check_required(args, "dataset", "stage1")
+    check_required(args, "dataset", "init_from")
     folder = Path(args.output_dir)
-    train_stage(RECIPE, Path(args.dataset), folder, 1, args.steps, "--init_from", args.stage1)
+    train_stage(RECIPE, Path(args.dataset), folder, 1, args.steps, "--init_from", args.init_from)
 
     recipe = ["--config", str(Path("recipes", RECIPE)), "--dataset", args.dataset, "--output_dir", args.output_dir]
-    train_args, overrides = read_arguments(TrainArgs, [*recipe, "--init_from", args.stage1], config_class=Zs3Config)
+    train_args, overrides = read_arguments(TrainArgs, [*recipe, "--init_from", args.init_from], config_class=Zs3Config)
     start = make_start(train_args, overrides, Accelerator(cpu=True))
     sampler = StepSampler(len(start.dataset), cut_batch(train_args.batch_size, 1), range(args.batches), seed=1)
     batches = list(DataLoader(start.dataset, batch_sampler=sampler, collate_fn=collate))

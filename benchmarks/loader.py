@@ -67,11 +67,11 @@ class LoaderBenchArgs(Arguments):
     label_space: str = flag("coco_stuff_171", "Benchmark name or classes.json.")
     crop_size: Pixels = flag(640, "Side of the crop, pixels.")
     short_edges: Some[Pixels] = flag([64 * x for x in range(5, 16)], "Short edges; zsseg's of COCO-Stuff.")
-    images: Count = flag(128, "Synthetic pictures of the first size; an eighth as many of the second.")
+    num_images: Count = flag(128, "Synthetic pictures of the first size; an eighth as many of the second.")
     sizes: list[Pixels] = flag([640, 480, 3200, 2400], "Width and height of the synthetic pictures, twice.")
     samples: Count = flag(256, "Samples of each measurement of speed.")
     memory_samples: Count = flag(400, "Samples of each measurement of memory.")
-    workers: Some[Workers] = flag([2], "Numbers of workers.")
+    num_workers: Some[Workers] = flag([2], "Numbers of workers.")
     batch_size: Count = flag(1, "Of the model's step.")
     steps: Count = flag(2, "Steps of the model, after one that is not counted.")
     device: Literal["cpu", "cuda"] = flag("cpu", "Of the model.")
@@ -243,7 +243,7 @@ def measure(args: LoaderBenchArgs, folder: str, name: str, bar: tqdm) -> list[di
         bar.update()
 
     row(PEER, rate(whole_first(args, folder), args.samples))
-    for streaming, workers in itertools.product((False, True), (0, *args.workers)):
+    for streaming, workers in itertools.product((False, True), (0, *args.num_workers)):
         loader = f"{'1 process' if workers == 0 else f'{workers} workers'}, {'stream' if streaming else 'map-style'}"
         per_second = rate(batches_of(args, folder, streaming, workers, args.samples), args.samples)
         row(loader, per_second, **in_fresh_process(memory_of, args, folder, streaming, workers))
@@ -257,7 +257,7 @@ def compare(args: LoaderBenchArgs) -> dict:
     with tempfile.TemporaryDirectory() as root, tqdm(unit="measurement") as bar:
         folders = {"the dataset's": args.dataset} if args.dataset is not None else {}
         if args.dataset is None:
-            for width, height, count in ((*args.sizes[:2], args.images), (*args.sizes[2:], max(args.images // 8, 8))):
+            for width, height, count in ((*args.sizes[:2], args.num_images), (*args.sizes[2:], max(args.num_images // 8, 8))):
                 folder = Path(root, f"{width}x{height}")
                 write_pictures(folder, args.split, space, (width, height), count, args.seed)
                 folders[f"{width} x {height}"] = str(folder)

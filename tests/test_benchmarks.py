@@ -37,7 +37,7 @@ def call(monkeypatch):
     return call
 
 
-SMALL = {"images": 2, "queries": 12, "outputs": 3, "size": 64, "class_names": 9, "points": 100, "rounds": 1}
+SMALL = {"batch_size": 2, "queries": 12, "outputs": 3, "size": 64, "class_names": 9, "points": 100, "rounds": 1}
 
 
 def test_terms_equal_transformers_and_the_table_says_so(call, tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_gradient_norms_are_those_of_each_term_alone():
 def test_gradient_sizes_of_a_short_training(call, tmp_path, capsys):
     write_dataset(tmp_path / "scenes", num_train=16, num_validation=1, seed=0)
     save_checkpoint(tmp_path / "stage1")
-    flags = {"dataset": tmp_path / "scenes", "stage1": tmp_path / "stage1", "output_dir": tmp_path / "run"}
+    flags = {"dataset": tmp_path / "scenes", "init_from": tmp_path / "stage1", "output_dir": tmp_path / "run"}
     call(gradient_sizes, **flags, steps=1, batches=1, output=tmp_path / "sizes.json")
     norms = json.loads((tmp_path / "sizes.json").read_text())["norms"]
     assert list(norms) == ["random weights", "start of stage 2", "after 1 steps"]
@@ -233,7 +233,7 @@ def test_pseudo_labels_are_measured_beside_the_loop(call, scenes_model, tmp_path
 
 def test_the_loader_is_measured_on_the_same_samples_however_they_come(call, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loader, "in_fresh_process", lambda function, *args: function(*args))
-    sizes = {"crop_size": 64, "short_edges": "64 96", "images": 8, "samples": 10, "workers": 1}
+    sizes = {"crop_size": 64, "short_edges": "64 96", "num_images": 8, "samples": 10, "num_workers": 1}
     sizes |= {"memory_samples": 4, "steps": 1, "sizes": "160 120 320 240"}
     call(loader, **sizes, output=tmp_path / "loader.json")
     result = json.loads((tmp_path / "loader.json").read_text())
