@@ -295,7 +295,8 @@ def test_every_table_is_told(finished, monkeypatch, capsys):
 
 def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(report, "draw_scores", lambda tables, path: drawn.append((tables, path)))
+    monkeypatch.setattr(report, "scores_figure", lambda tables: tables)
+    monkeypatch.setattr(report, "save_figure", lambda tables, path: drawn.append((tables, path)))
     call(monkeypatch, "table5", *flags(finished), "--seeds", 0, 1, 2, "--picture", tmp_path / "tables.png")
     table = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]
     for row in table["rows"]:

@@ -10,13 +10,7 @@ from PIL import Image
 
 from tests.test_calibration import IGNORE, map_of, map_with_confidence
 from zs3.command_line import InputError
-from zs3.evaluation.curves import (
-    _reliability_figure,
-    _scores_figure,
-    _seen_unseen_figure,
-    draw_reliability,
-    draw_seen_unseen_curve,
-)
+from zs3.evaluation.curves import draw_curves, reliability_figure, scores_figure, seen_unseen_figure
 from zs3.files import write_json
 from zs3.scores.calibration import Reliability, SeenBiasCurve
 
@@ -44,16 +38,16 @@ def drawn_points(figure: Figure, marker: str) -> list[tuple[float, float]]:
 
 
 def test_the_curve_runs_from_seen_only_to_unseen_only_in_percent_with_its_points_marked():
-    result = curve()
-    result["chosen"] = {"gamma": 0.2, "miou_seen": 0.31, "miou_unseen": 0.47, "hiou": 0.4}
-    figure = _seen_unseen_figure({"ours": result})
+    result, chosen = curve(), {"gamma": 0.2, "miou_seen": 0.31, "miou_unseen": 0.47, "hiou": 0.4}
+    figure = seen_unseen_figure("ours", result, chosen)
     line = figure.axes[0].lines[0]
     points = result["points"]
     for name, drawn in (("miou_unseen", line.get_xdata()), ("miou_seen", line.get_ydata())):
         expected = [result["seen_only"][name], *points[name], result["unseen_only"][name]]
         np.testing.assert_allclose(drawn, 100 * np.array(expected))
     for name, marker in (("unbiased", "o"), ("best", "*"), ("chosen", "D")):
-        found = [100 * result[name]["miou_unseen"], 100 * result[name]["miou_seen"]]
+        point = chosen if name == "chosen" else result[name]
+        found = [100 * point["miou_unseen"], 100 * point["miou_seen"]]
         assert drawn_points(figure, marker) == [pytest.approx(found)]
     (entry, shaded, *markers) = [text.get_text() for text in figure.legends[0].get_texts()]
     best = result["best"]
@@ -64,24 +58,14 @@ def test_the_curve_runs_from_seen_only_to_unseen_only_in_percent_with_its_points
 
 def test_the_shaded_area_is_the_area_said():
     result = curve()
-    figure = _seen_unseen_figure({"ours": result})
+    figure = seen_unseen_figure("ours", result)
     (shade,) = figure.axes[0].collections
     x, y = shade.get_paths()[0].vertices.T
     assert abs(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1))) / 2 / 1e4 == pytest.approx(result["area"], abs=1e-9)
 
 
-def test_models_are_compared_in_one_picture_in_colours_of_their_own(tmp_path):
-    results = {"baseline": curve(0.6), "ours": curve(0.1)}
-    figure = _seen_unseen_figure(results)
-    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
-    assert len(lines) == 2 and lines[0].get_color() != lines[1].get_color()
-    assert len(drawn_points(figure, "*")) == len(drawn_points(figure, "o")) == 2 and not drawn_points(figure, "D")
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts[0].startswith("baseline") and texts[1].startswith("ours") and "chosen bias" not in texts
-
-
 def test_bars_show_accuracy_and_share_of_the_pixels():
-    above, below = _reliability_figure(reliability()).axes
+    above, below = reliability_figure(reliability()).axes
     accuracy = {(round(bar.get_x(), 3), round(bar.get_height(), 3)) for bar in above.patches}
     assert accuracy == {(round(100 * 13 / 15, 3), 80.0), (round(100 * 7 / 15, 3), 0.0)}
     shares = {(round(bar.get_x(), 3), round(bar.get_height(), 3)) for bar in below.patches}
@@ -93,7 +77,7 @@ def test_bars_show_accuracy_and_share_of_the_pixels():
 def test_markers_of_one_place_lie_within_each_other():
     result = curve()
     lone = result["best"]
-    figure = _seen_unseen_figure({"ours": result | {"chosen": lone, "unbiased": lone}})
+    figure = seen_unseen_figure("ours", result | {"unbiased": lone}, lone)
     drawn = {line.get_marker(): line for line in figure.axes[0].lines if len(line.get_xdata()) == 1}
     radius = {
         shape: line.get_markersize() / 2 for shape, line in drawn.items()
@@ -103,7 +87,7 @@ def test_markers_of_one_place_lie_within_each_other():
 
 
 def test_no_legend_lies_over_the_bars():
-    figure = _reliability_figure(reliability())
+    figure = reliability_figure(reliability())
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert all(axes.get_legend() is None for axes in figure.axes)
@@ -112,23 +96,21 @@ def test_no_legend_lies_over_the_bars():
 
 
 def test_pictures_are_pngs_and_take_results_read_back_from_a_file(tmp_path):
-    write_json(tmp_path / "a.json", {"curve": curve(), "reliability": reliability()})
-    result = json.loads((tmp_path / "a.json").read_text())
-    draw_seen_unseen_curve({"ours": result["curve"]}, tmp_path / "deep" / "curve.png")
-    draw_reliability(result["reliability"], tmp_path / "deep" / "reliability.png")
-    assert sorted(file.name for file in (tmp_path / "deep").iterdir()) == ["curve.png", "reliability.png"]
+    result = {"model": "ours", "calibration": {"seen_bias": 0.2}, "miou_seen": 0.31, "miou_unseen": 0.47, "hiou": 0.4}
+    write_json(tmp_path / "a.json", result | {"seen_unseen_curve": curve(), "reliability": reliability()})
+    draw_curves(json.loads((tmp_path / "a.json").read_text()), tmp_path / "deep")
+    assert sorted(file.name for file in (tmp_path / "deep").iterdir()) == ["reliability.png", "seen_unseen_curve.png"]
     for file in (tmp_path / "deep").iterdir():
         picture = Image.open(file)
         assert picture.format == "PNG" and min(picture.size) > 600
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
 
 
-def test_what_cannot_be_drawn_is_said_and_nothing_is_left(tmp_path):
+def test_what_cannot_be_drawn_is_said():
     with pytest.raises(InputError, match="ours: no curve to draw"):
-        draw_seen_unseen_curve({"ours": SeenBiasCurve([True, False], IGNORE).result()}, tmp_path / "a.png")
+        seen_unseen_figure("ours", SeenBiasCurve([True, False], IGNORE).result())
     with pytest.raises(InputError, match="no pixel"):
-        draw_reliability(Reliability(IGNORE).result(), tmp_path / "a.png")
-    assert not list(tmp_path.iterdir())
+        reliability_figure(Reliability(IGNORE).result())
 
 
 def test_scores_lie_in_the_row_of_their_line_and_the_column_of_their_score():
@@ -138,7 +120,7 @@ def test_scores_lie_in_the_row_of_their_line_and_the_column_of_their_score():
         return {"scores": scores, "paper": paper and {name: paper + n for n, name in enumerate(names)}}
 
     tables = {"one": {"a": line(10, 50), "b": line(20, None)}, "two": {"c": line(30, 60)}}
-    axes = _scores_figure(tables).axes
+    axes = scores_figure(tables).axes
     assert [own.get_title(loc="left") for own in axes] == ["one", "", "", "two", "", ""]
     assert [text.get_text() for text in axes[0].get_yticklabels()] == ["a", "b"]
     assert axes[0].get_ylim()[0] > axes[0].get_ylim()[1]  # the first line on top
@@ -156,7 +138,7 @@ def test_scores_lie_in_the_row_of_their_line_and_the_column_of_their_score():
     assert [own.get_xlabel() for own in axes[3:]] == ["mIoU(S) (%)", "mIoU(U) (%)", "hIoU (%)"]
 
 
-def test_without_matplotlib_the_mend_is_named(tmp_path, monkeypatch):
+def test_without_matplotlib_the_mend_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match=r'pip install -e "\.\[figures\]"'):
-        draw_reliability(reliability(), tmp_path / "a.png")
+        reliability_figure(reliability())

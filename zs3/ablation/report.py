@@ -12,7 +12,7 @@ from scipy import stats
 
 from zs3.ablation.tables import TRAININGS, Row, Table
 from zs3.command_line import printable
-from zs3.evaluation.curves import draw_scores
+from zs3.evaluation.curves import save_figure, scores_figure
 from zs3.evaluation.report import IMAGE_LABELS
 from zs3.evaluation.result_types import Result
 from zs3.evaluation.results import read_result
@@ -182,7 +182,8 @@ def each_seed(score: dict, sign: str = "") -> str:
 def draw(result: dict, path: Path) -> None:
     """A picture of all tables: the scores of every seed, their means, those of the paper."""
     tables = result["tables"].values()
-    draw_scores({table["title"]: {row["title"]: row for row in table["rows"]} for table in tables}, path)
+    rows = {table["title"]: {row["title"]: row for row in table["rows"]} for table in tables}
+    save_figure(scores_figure(rows), path)
 
 
 def table_text(table: dict) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zs3.command_line import InputError, printable
-from zs3.evaluation.result_types import CurveResult, ReliabilityResult, Result
+from zs3.evaluation.result_types import CurvePoint, CurveResult, ReliabilityResult, Result
 from zs3.files import writing
 from zs3.scores.means import SCORES, GeneralizedScores
 
@@ -32,65 +32,37 @@ def check_matplotlib(flag: str) -> None:
 
 
 def draw_curves(result: Result, folder: Path) -> None:
-    """The curves of one result, as far as it has them."""
+    """PNGs of the curves of a result, as far as it has them."""
     curve, bias = result["seen_unseen_curve"], result["calibration"]["seen_bias"]
     if curve is not None and curve["area"] is not None:
         chosen = {"gamma": bias, **{name: result[name] for name in GeneralizedScores._fields}} if bias else None
-        draw_seen_unseen_curve({result["model"]: curve | {"chosen": chosen}}, folder / "seen_unseen_curve.png")
+        save_figure(seen_unseen_figure(result["model"], curve, chosen), folder / "seen_unseen_curve.png")
     if result["reliability"] is not None and result["reliability"]["pixels"]:
-        draw_reliability(result["reliability"], folder / "reliability.png")
+        save_figure(reliability_figure(result["reliability"]), folder / "reliability.png")
 
 
-def draw_seen_unseen_curve(results: dict[str, CurveResult], path: Path) -> None:
-    """The curves of one or several models.
-
-    results: by title, what SeenBiasCurve.result returned. A further point `chosen` (gamma, miou_seen, miou_unseen,
-    hiou) is marked too. The area of a single curve is shaded: some bias reaches or exceeds each of its points.
-    """
-    _save(_seen_unseen_figure(results), path)
-
-
-def draw_reliability(reliability: ReliabilityResult, path: Path) -> None:
-    """Accuracy of each bin of confidences, and its share of the pixels. reliability: of Reliability.result."""
-    _save(_reliability_figure(reliability), path)
-
-
-def draw_scores(tables: dict[str, dict[str, dict]], path: Path) -> None:
-    """A panel for each table and score: every seed a dot, their mean a bar, the paper's a diamond where there is one.
-
-    tables: by the titles of table and row, a row of `zs3.ablation.report.summarise`.
-    """
-    _save(_scores_figure(tables), path)
-
-
-def _seen_unseen_figure(results: dict[str, CurveResult]) -> "Figure":
-    for title, result in results.items():
-        if result["area"] is None:
-            raise InputError(f"{title}: no curve to draw: seen or unseen classes do not occur in these images")
-    figure = _figure(5.2, 5.4 + 0.35 * len(results))
+def seen_unseen_figure(title: str, curve: CurveResult, chosen: CurvePoint | None = None) -> "Figure":
+    """The curve with its marked points; chosen: one point more. Some bias reaches or exceeds each shaded point."""
+    if curve["area"] is None:
+        raise InputError(f"{title}: no curve to draw: seen or unseen classes do not occur in these images")
+    figure = _figure(5.2, 5.75)
     axes = figure.subplots()
-    marked = set()
-    for number, (title, result) in enumerate(results.items()):
-        points = [result["seen_only"], *_rows(result["points"]), result["unseen_only"]]
-        x, y = _percents([point for point in points if None not in (point["miou_seen"], point["miou_unseen"])])
-        colour = f"C{number}"
-        axes.plot(x, y, color=colour, linewidth=1.5, label=_legend_entry(title, result))
-        if len(results) == 1:  # more would hide each other
-            steps = sorted(zip(x, y, strict=True), reverse=True)  # down from the best unseen score
-            tops = list(accumulate((seen for _, seen in steps), max))
-            corners = [0, *(unseen for unseen, _ in reversed(steps))]
-            shade = {"step": "pre", "color": colour, "alpha": 0.12, "linewidth": 0, "label": SHADED}
-            axes.fill_between(corners, [max(y), *reversed(tops)], **shade)
-        for name in MARKERS:
-            if result.get(name) is not None:
-                marked.add(name)
-                axes.plot(*_percents([result[name]]), **_marker(name, colour), zorder=3)
-        if number == 0:
-            for place, text, offset in ((0, "seen names only", (6, -12)), (-1, "unseen names only", (6, 5))):
-                axes.annotate(text, (x[place], y[place]), offset, textcoords="offset points", color=FAINT, fontsize=8)
-    for name in MARKERS:
-        if name in marked:
-            axes.plot([], [], **_marker(name, "black"), label=MARKERS[name][2])
+    points = [curve["seen_only"], *_rows(curve["points"]), curve["unseen_only"]]
+    x, y = _percents([point for point in points if None not in (point["miou_seen"], point["miou_unseen"])])
+    marked = {"best": curve["best"], "unbiased": curve["unbiased"], "chosen": chosen}
+    marked = {name: point for name, point in marked.items() if point is not None}
+    axes.plot(x, y, color="C0", linewidth=1.5, label=_legend_entry(title, curve["area"], marked))
+    steps = sorted(zip(x, y, strict=True), reverse=True)  # down from the best unseen score
+    tops = list(accumulate((seen for _, seen in steps), max))
+    corners = [0, *(unseen for unseen, _ in reversed(steps))]
+    shade = {"step": "pre", "color": "C0", "alpha": 0.12, "linewidth": 0, "label": SHADED}
+    axes.fill_between(corners, [max(y), *reversed(tops)], **shade)
+    for name, point in marked.items():
+        shape, size, words = MARKERS[name]
+        style = {"marker": shape, "markersize": size, "markerfacecolor": "C0" if name == "best" else "none"}
+        axes.plot(*_percents([point]), color="C0", linestyle="", label=words, zorder=3, **style)
+    for place, text, offset in ((0, "seen names only", (6, -12)), (-1, "unseen names only", (6, 5))):
+        axes.annotate(text, (x[place], y[place]), offset, textcoords="offset points", color=FAINT, fontsize=8)
     axes.set_title("Seen against unseen classes")
     axes.set(xlabel="mIoU of unseen classes (%)", ylabel="mIoU of seen classes (%)")
     axes.set_xlim(left=0)
@@ -100,23 +72,17 @@ def _seen_unseen_figure(results: dict[str, CurveResult]) -> "Figure":
     return figure
 
 
-def _legend_entry(title: str, result: CurveResult) -> str:
-    parts = [f"hIoU {100 * result['unbiased']['hiou']:.1f}"]
+def _legend_entry(title: str, area: float, marked: dict[str, CurvePoint]) -> str:
+    parts = [f"hIoU {100 * marked['unbiased']['hiou']:.1f}"]
     for name in ("best", "chosen"):
-        if result.get(name) is not None:
-            parts.append(f"{name} {100 * result[name]['hiou']:.1f} (bias {result[name]['gamma']:.3g})")
-    return f"{as_text(title)}, area {100 * result['area']:.1f} %\n" + ", ".join(parts)
+        if name in marked:
+            parts.append(f"{name} {100 * marked[name]['hiou']:.1f} (bias {marked[name]['gamma']:.3g})")
+    return f"{as_text(title)}, area {100 * area:.1f} %\n" + ", ".join(parts)
 
 
 def as_text(title: str) -> str:
     """For matplotlib, which would take text between dollar signs for a formula."""
     return printable(title).replace("$", r"\$")
-
-
-def _marker(name: str, colour: str) -> dict[str, str | float]:
-    shape, size, _ = MARKERS[name]
-    face = colour if name == "best" else "none"
-    return {"marker": shape, "markersize": size, "color": colour, "markerfacecolor": face, "linestyle": ""}
 
 
 def _rows(columns: dict[str, list]) -> list[dict]:
@@ -128,7 +94,8 @@ def _percents(points: list[dict]) -> tuple[list[float], list[float]]:
     return tuple([100 * point[name] for point in points] for name in ("miou_unseen", "miou_seen"))
 
 
-def _reliability_figure(reliability: ReliabilityResult) -> "Figure":
+def reliability_figure(reliability: ReliabilityResult) -> "Figure":
+    """Accuracy of each bin of confidences, and its share of the pixels."""
     if not reliability["pixels"]:
         raise InputError("no reliability to draw: no pixel is labelled")
     figure = _figure(5.2, 5.8)
@@ -147,7 +114,11 @@ def _reliability_figure(reliability: ReliabilityResult) -> "Figure":
     return figure
 
 
-def _scores_figure(tables: dict[str, dict[str, dict]]) -> "Figure":
+def scores_figure(tables: dict[str, dict[str, dict]]) -> "Figure":
+    """A panel for each table and score: every seed a dot, their mean a bar, the paper's a diamond where there is one.
+
+    tables: by the titles of table and row, a row of `zs3.ablation.report.summarise`.
+    """
     counts = [len(rows) for rows in tables.values()]
     names = GeneralizedScores._fields
     figure = _figure(10, 0.5 + sum(0.28 * count + 0.6 for count in counts))
@@ -186,7 +157,7 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """A PNG."""
     with writing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
