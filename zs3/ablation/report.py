@@ -28,7 +28,7 @@ AREAS = (  # title; the classes whose labelled area is the whole; the wrong name
     ("unseen area with a seen name", "of_unseen", "wrong_seen"),
     ("unseen area with another unseen name", "of_unseen", "wrong_unseen"),
 )
-OF_A_RUN = (
+NEEDED = (
     *(*GeneralizedScores._fields, "unseen"),
     *(f"seen_unseen_confusion.{kind}.{wrong}" for _, kind, wrong in AREAS),
 )
@@ -75,7 +75,7 @@ def read_runs(results: list[Path]) -> RowRuns:
     """results: the files of eval.py, each in the folder of its training."""
     logs = [path.parent / "metrics.jsonl" for path in results]
     return RowRuns(
-        [read_result(path, OF_A_RUN) for path in results],
+        [read_result(path, NEEDED) for path in results],
         [read_json_lines(path, LINE, "log of train.py", "train again") if path.exists() else [] for path in logs],
     )
 

@@ -138,7 +138,7 @@ def worst_images(records: Split, split: str, result: Path, count: int) -> list[i
     ious = image_ious(saved)
     if count > len(ious):
         raise InputError(f"--worst {count} is too many: {shown(result)} has {len(ious)} images with labelled pixels")
-    return places(records, sorted(ious, key=lambda image_id: (ious[image_id], image_id))[:count])
+    return indices_of(records, sorted(ious, key=lambda image_id: (ious[image_id], image_id))[:count])
 
 
 def check_same_maps(content: Result, result: Path) -> None:
@@ -167,7 +167,7 @@ def image_ious(images: SavedImages) -> dict[str, float]:
     return {str(images.image_ids[place]): float(mean[place]) for place in np.flatnonzero(count)}
 
 
-def places(records: Split, image_ids: Sequence[str]) -> list[int]:
+def indices_of(records: Split, image_ids: Sequence[str]) -> list[int]:
     """The places of the images in `records`."""
     place = {image_id: index for index, image_id in enumerate(records.image_ids)}
     for image_id in image_ids:
@@ -182,7 +182,7 @@ def main() -> None:
     label_space = load_label_space(args.label_space or args.dataset)
     records = load_split(args.dataset, args.split, label_space)
     if args.images:
-        indices = places(records, args.images)
+        indices = indices_of(records, args.images)
     else:
         indices = worst_images(records, args.split, Path(args.result), args.worst)
     models = dict(zip(args.titles, args.models, strict=True))

@@ -59,7 +59,7 @@ SUITES = {
 }
 
 # The keys of a result that a row needs.
-OF_A_ROW = ("model", "num_images", "protocol", *SCORES, *(f"confidence_intervals.{name}" for name in SCORES))
+NEEDED = ("model", "num_images", "protocol", *SCORES, *(f"confidence_intervals.{name}" for name in SCORES))
 
 
 def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:
@@ -152,5 +152,5 @@ def finished(path: Path, stamp: Result) -> Result | None:
         return None
     if any(result.get(name) != value for name, value in stamp.items() if name != "settings"):
         return None
-    check_needed(result, OF_A_ROW, path, RESULT_FILE)
+    check_needed(result, NEEDED, path, RESULT_FILE)
     return result

@@ -60,7 +60,7 @@ from zs3.scores.means import SCORES
 
 HUB_CARDS = project_folder("hub_cards")
 OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates with the name of their label space
-OF_A_RESULT = (
+NEEDED = (
     *("setting", "dataset", "split", "split_sha256", "split_images", "num_images", "label_space_sha256"),
     *("checkpoint_sha256", "settings_sha256", "seen", "unseen", "without", "absent", "prompts", "calibration"),
     *("clip_ensemble", "clip_ensemble_weight", "protocol", "versions"),
@@ -168,7 +168,7 @@ def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[Resul
     """Result files of eval.py. All must be of the checkpoint with these hashes of weights and of configuration."""
     results: list[Result] = []
     for file in map(Path, paths):
-        result, path = read_result(file, OF_A_RESULT), shown(file)
+        result, path = read_result(file, NEEDED), shown(file)
         if result["checkpoint_sha256"] is None:
             raise InputError(f"{path} does not say which weights it is of: evaluate the folder of --model")
         if result["checkpoint_sha256"] != sha256:

@@ -42,7 +42,7 @@ SETTINGS = {
     "ovs": "names of any dataset are given; the list below says of how many of them training saw masks",
 }
 NEEDED_SLOTS = ("card_data", "results")
-OF_A_RUN = (
+RECIPE_FIELDS = (
     "unseen_labels",
     "max_steps",
     "batch_size",
@@ -203,7 +203,7 @@ def runs(recipes: Sequence[dict]) -> str:
         return "The flags of the run that made these weights are not known here: no recipe.yaml beside the checkpoint."
     lines = []
     for stage, recipe in enumerate(recipes, start=1):
-        flags = {name: recipe[name] for name in OF_A_RUN if name in recipe}
+        flags = {name: recipe[name] for name in RECIPE_FIELDS if name in recipe}
         if flags.get("unseen_labels") not in (None, "none", "ground_truth", "masks"):
             flags["unseen_labels"] = "pseudo labels"  # of a folder
         text = markdown(", ".join(f"{name} {value}" for name, value in flags.items()))
