@@ -1,8 +1,8 @@
-"""What CLIP sees of the proposals, and the ensemble of its view with the model's own (sections 3.4 and 4.6).
+"""CLIP's view of the proposals, and its ensemble with the model's own (sections 3.4 and 4.6).
 
-A proposal is shown to CLIP as a crop of its own (`crop_proposals`: Xu et al. 2021 for the ensemble, the plain box for
-pseudo labels), or all proposals of an image in one pass over it (`single_pass`). `ensemble_with_clip` joins what comes
-out with the class probabilities.
+CLIP is shown a crop of each proposal (`crop_proposals`: as Xu et al. 2021 for the ensemble, the plain box for pseudo
+labels), or all proposals of an image in one pass over it (`single_pass`). `ensemble_with_clip` joins CLIP's
+probabilities with the model's.
 
 Axes: B image, Q query, N proposal that is looked at, C class name, D embedding; H W input size, h w mask size, S side
 of CLIP's input, P patch.
@@ -28,12 +28,12 @@ except ImportError:
     from label_maps_zs3 import MASK_STRIDE
     from outputs_zs3 import best_synonyms, check_finite_output, label_similarity
 
-View = Literal["crops", "single_pass"]
+ClipView = Literal["crops", "single_pass"]
 Fill = Literal["mean", "zero"]
 
 MASK_THRESHOLD = 0.5  # a proposal is where its mask is above it (Xu et al. 2021)
 BICUBIC = -0.75  # the constant of PyTorch's bicubic kernel
-CROPS_AT_ONCE = 16  # crops cut out at once: each needs a copy of its image
+CROPS_AT_ONCE = 16  # crops that are cut at once: each needs a copy of its image
 SINGLE_PASS_SCALE = 2.0  # sides of the image in `single_pass`, in those of CLIP's training (geometric mean)
 CROPS_FOR_TOWER = 64  # crops that CLIP's image tower sees at once
 
@@ -52,7 +52,7 @@ def embed_proposals(
     mask_logits: Tensor,
     valid_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
     *,
-    view: View = "crops",
+    view: ClipView = "crops",
     mask_threshold: float = MASK_THRESHOLD,
     fill: Fill | None = "mean",
     expansion: float = 1.0,
@@ -68,7 +68,7 @@ def embed_proposals(
     fill, expansion: how crops are cut, see `crop_proposals`.
     chosen: (B, Q) bool, the proposals to look at; None: all.
     """
-    if view not in get_args(View):
+    if view not in get_args(ClipView):
         raise Refused(f"view must be 'crops' or 'single_pass', got {shortened(view)}")
     mask_threshold = as_number("mask_threshold", mask_threshold, 0, 1)
     valid_sizes = [images.shape[2:]] * len(images) if valid_sizes is None else valid_sizes
@@ -109,7 +109,7 @@ def proposal_masks(mask_logits: Tensor, size: tuple[int, int], threshold: float)
 def visible_proposals(
     mask_logits: Tensor, valid_sizes: list[tuple[int, int]], threshold: float, chosen: Tensor | None = None
 ) -> Tensor:
-    """(B, Q) bool: the proposals, of those chosen (None: all), that are somewhere; mask_logits (B, Q, h, w)."""
+    """(B, Q) bool: the proposals whose mask is not empty; mask_logits (B, Q, h, w), chosen (B, Q) bool, None: all."""
     visible = torch.ones(mask_logits.shape[:2], dtype=torch.bool, device=mask_logits.device)
     visible = visible if chosen is None else chosen.to(visible.device).clone()
     for image in visible.any(dim=1).nonzero()[:, 0].tolist():
@@ -122,8 +122,8 @@ def visible_proposals(
 def mask_boxes(masks: Tensor, expansion: float = 1.0) -> Tensor:
     """Tight boxes of masks (N, H, W) bool, none of them empty: (N, 4) int64, left, top, right, bottom.
 
-    Right and bottom are exclusive. expansion: sides become so many times as long about the same middle, are cut off at
-    the image and rounded down to whole pixels.
+    Right and bottom are exclusive. expansion: factor of the sides; the middle stays. Boxes are then cut at the image's
+    border and rounded down to whole pixels.
     """
     ends = []
     for across in (1, 2):
@@ -140,11 +140,11 @@ def mask_boxes(masks: Tensor, expansion: float = 1.0) -> Tensor:
 def crop_proposals(
     image: Tensor, masks: Tensor, size: int, *, fill: Fill | None = "mean", expansion: float = 1.0
 ) -> Tensor:
-    """The proposals of one image as CLIP gets to see them: (N, 3, S, S), normalised.
+    """The proposals of one image as CLIP sees them: (N, 3, S, S), normalised.
 
     image: (3, H, W) RGB in [0, 1]; masks: (N, H, W) bool, none of them empty; size: S.
-    fill: what stands for pixels outside the mask, CLIP's "mean" colour (0 after normalisation) or "zero", black; None:
-        they are shown as they are. The box is stretched to S x S (bicubic, no antialias), as in Xu et al. 2021.
+    fill: the colour of pixels outside the mask, CLIP's "mean" (0 after normalisation) or "zero", black; None: their
+        own. The box is stretched to S x S (bicubic, no antialias), as in Xu et al. 2021.
     """
     if fill not in ("mean", "zero", None):
         raise Refused(f"fill must be 'mean', 'zero' or None, got {shortened(fill)}")
@@ -170,10 +170,10 @@ def _normalised(image: Tensor) -> Tensor:
 
 
 def _bicubic(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
-    """Resizing the pixels start to stop (N,) of an axis to `size`, as a matrix (N, size, length).
+    """Matrices (N, size, length) that resize the pixels from start to stop (N,) of an axis to `size`.
 
-    What F.interpolate does with them cut out: at their borders the last of them is repeated. In float64, since places
-    in float32 are off by up to 3e-5 of a pixel.
+    They do what F.interpolate does with these pixels cut out: the last one is repeated at the border. In float64, since
+    positions in float32 are wrong by up to 3e-5 of a pixel.
     """
     extent = (stop - start)[:, None]
     place = extent.double() / size * (torch.arange(size, device=start.device) + 0.5) - 0.5  # (N, size)
@@ -186,7 +186,7 @@ def _bicubic(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
     taps = low.long()[..., None] + torch.arange(-1, 3, device=start.device)
     index = start[:, None, None] + taps.clamp(min=0).minimum(extent[..., None] - 1)
     matrix = weight.new_zeros(len(start), size, length)
-    for tap in range(4):  # one by one: at a border they meet, and the order of a sum must not be left to chance
+    for tap in range(4):  # one by one: taps meet at a border, and the order of a sum must always be the same
         matrix.scatter_add_(2, index[..., tap, None], weight[..., tap, None])
     return matrix
 
@@ -198,9 +198,9 @@ def single_pass(tower: CLIPVisionModelWithProjection, image: Tensor, masks: Tens
     """CLIP embeddings of all proposals of an image from one pass over it: (N, D), not normalised.
 
     image: (3, H, W) RGB in [0, 1]; masks: (N, H, W) bool, none of them empty.
-    Every proposal is a copy of CLIP's class token that reads the patches as far as its mask covers them, and is read by
-    nobody: the patches are those of CLIP's own pass over the image. Nothing is trained. The idea is that of MaskCLIP
-    (Ding et al. 2023) and MAFT (Jiao et al. 2023).
+    Every proposal is a copy of CLIP's class token. It reads each patch as far as its mask covers the patch. No other
+    token reads it, so patches are those of CLIP's own pass over the image. Nothing is trained. The idea is that of
+    MaskCLIP (Ding et al. 2023) and MAFT (Jiao et al. 2023).
     """
     vision = tower.vision_model
     side, patch = tower.config.image_size, tower.config.patch_size

@@ -1,9 +1,9 @@
 """Zs3Config: the architecture, the constants of the paper and the names a checkpoint was trained on.
 
-Every number of the paper (arXiv 2301.07336) that the code uses is a field here, under one name, with the paper's
-value as its default. What belongs to one run (learning rate, data, steps) belongs to that run's recipe.
+Every number of the paper (arXiv 2301.07336) that the code uses is a field here, with the paper's value as its default.
+Numbers of one run (learning rate, data, steps) belong to its recipe.
 
-The rules that all files share, when two class names are one and what is a number, are at the end of the file.
+Two rules for all files are at the end: when two class names are one name, and what a number is.
 """
 
 import math
@@ -48,8 +48,8 @@ WRITTEN_BY_TRANSFORMERS = {
     "torch_dtype",
     "use_cache",
 }
-# What transformers' base class declared until version 5, but for parameters of generation. Tools still set it on the
-# config of any model: the Trainer the token ids, peft whether embeddings are tied.
+# What transformers' base class declared until version 5, without the parameters of generation. Tools still set these
+# fields on the config of any model: the Trainer sets token ids, peft sets whether embeddings are tied.
 DECLARED_BY_VERSION_4 = {
     "add_cross_attention",
     "bos_token_id",
@@ -74,7 +74,7 @@ DECLARED_BY_VERSION_4 = {
 
 @cache
 def fields_of_any_config() -> set[str]:
-    """What any transformers config takes: the fields of its base class and the properties that can be set."""
+    """The names that any transformers config takes: fields of its base class, and properties that can be set."""
     properties = {
         name
         for kind in PreTrainedConfig.__mro__
@@ -92,7 +92,7 @@ WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or
 
 
 def _in_words(kind: Any) -> str:
-    """What a field of this type takes."""
+    """In words, what a field of this type takes."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, get_args(kind)))}"
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind]
@@ -103,7 +103,7 @@ def _in_words(kind: Any) -> str:
 
 
 def in_plain_words(config_class: type) -> type:
-    """Class decorator: a strict dataclass takes NumPy's numbers as Python's, and raises Refused, one short line."""
+    """Class decorator: a strict dataclass also takes NumPy's numbers, and its errors are Refused, one short line."""
     make, put = config_class.__init__, config_class.__setattr__
 
     @wraps(make)
@@ -156,49 +156,54 @@ RANGES = {
 class Zs3Config(Mask2FormerConfig):
     """Configuration of Zs3ForSemanticSegmentation. A misspelled or mistyped field raises.
 
-    Fields that are not described here are Mask2FormerConfig's.
+    Fields that are not described here are Mask2FormerConfig's. `train.py --help` shows both descriptions.
 
     Architecture:
-        backbone_config: default ResNet-50 (section 4.3).
-        text_config: the frozen CLIP text tower, or None: text vectors come from outside.
-        vision_config: the frozen CLIP image tower, or None: no proposal is shown to CLIP.
-        projection_dim: D, size of CLIP's joint space.
-        class_projection: "mlp" (hidden -> 4 x hidden -> D) or "linear"; makes the class embeddings E^c.
+        backbone_config: the backbone's configuration; default ResNet-50 (section 4.3).
+        text_config: the frozen CLIP text tower's; None: text vectors come from outside.
+        vision_config: the frozen CLIP image tower's; None: CLIP is shown no proposal.
+        projection_dim: D, the size of CLIP's joint space.
+        class_projection: the layers that make the class embeddings E^c: "mlp" (hidden -> 4 x hidden -> D) or "linear".
 
     Losses:
-        class_temperature: tau of Eq. 2; the cosine is divided by it.
+        class_temperature: tau of Eq. 2, which divides the cosine.
         class_loss: "background_aware" (Eq. 5), or "cross_entropy" with a learned background embedding (Eq. 1-2).
         matched_weight: lambda of Eq. 5; unmatched queries get 1 - lambda.
         kl: "p_u" is KL(p || U) as printed in Eq. 5, "u_p" is KL(U || p).
-        no_object_weight: weight of unmatched queries in the cross-entropy with background (Mask2Former's).
-        class_weight, mask_weight, dice_weight, rank_weight: alpha, beta (both mask terms), gamma of Eq. 8. The first
-            three weigh the costs of matching too, as in Mask2Former.
+        no_object_weight: weight of unmatched queries in class_loss "cross_entropy" (Mask2Former's).
+        class_weight: alpha of Eq. 8. It weighs the matching cost, too, as in Mask2Former.
+        mask_weight: beta of Eq. 8, of the focal or cross-entropy loss of masks; of the matching cost, too.
+        dice_weight: beta of Eq. 8, of the dice loss of masks; of the matching cost, too.
+        rank_weight: gamma of Eq. 8.
         rank_scale: multiplies the cosines of Eq. 6; 1 as printed.
         rank_norm: "positives" divides Eq. 6 by |P| as printed, "pairs" by |P||N|.
-        label_map_weight: of a loss that is not the paper's, on the label map of Eq. 4, see `label_map_loss`; 0: none.
-        label_map_pixels: "all", where an ignored pixel has one of the present labels without a mask, or "labelled".
-        mask_loss: "focal" (section 3.2) or "bce" (Mask2Former's own), with dice.
-        ignored_pixels: "ignore" (section 3.2: only pixels of seen classes count), or "negative": they belong to no
-            mask (Mask2Former's own).
-        matching: "unpaired" (two assignments, sections 3.1-3.2); "joint" (Mask2Former's: a label goes with its mask;
-            present labels without a mask then take left-over queries); or "hybrid" (the same in one assignment, where
-            those labels compete by similarity).
-        match_points: masks are matched on the whole mask grid, "grid", where a mask pixel looks at the middle of the
-            4 x 4 pixels it covers; or on train_num_points "random" points (Mask2Former's own).
-        train_num_points, oversample_ratio, importance_sample_ratio: points of the mask losses (Mask2Former's).
-        use_auxiliary_loss: losses at every decoder output (deep supervision), or at the last one only.
+        label_map_weight: weight of a loss on the label map of Eq. 4, which the paper does not have; 0: no such loss.
+        label_map_pixels: pixels of that loss: "labelled" ones, or "all". An ignored pixel has one of the present labels
+            without a mask.
+        mask_loss: "focal" (section 3.2) or "bce" (Mask2Former's), beside dice.
+        ignored_pixels: "ignore" leaves ignored pixels out of the mask losses (section 3.2); "negative" counts them as
+            outside of every mask (Mask2Former's).
+        matching: "unpaired" matches masks and labels apart (sections 3.1-3.2). "joint" gives a query the label of its
+            mask, and left-over queries the present labels that have no mask (Mask2Former's). "hybrid" does so in one
+            assignment, where those labels compete by similarity.
+        match_points: points at which masks are matched: "grid", the middles of the 4 x 4 pixels that a mask pixel
+            covers; or "random", train_num_points random ones (Mask2Former's).
+        train_num_points: points of a mask in the mask losses (Mask2Former's).
+        oversample_ratio: candidates for uncertain points, in train_num_points (Mask2Former's).
+        importance_sample_ratio: share of train_num_points that are uncertain points; the others are random.
+        use_auxiliary_loss: losses at every decoder output (deep supervision), or at the last one alone.
 
     Inference and pseudo labels:
-        clip_ensemble_weight: w of section 4.6 (Xu et al. 2021), in [0, 1]; None: do not ensemble.
-        clip_logit_scale: multiplies CLIP's cosines before a softmax; 100 is what CLIP's training ended with.
+        clip_ensemble_weight: w of section 4.6 (Xu et al. 2021), in [0, 1]; None: no ensemble.
+        clip_logit_scale: multiplies CLIP's cosines before a softmax; CLIP's training ended with 100.
         pseudo_label_threshold: tau of section 3.4.
-        word_drop_probability: with which a word of an image's captions is left out, section 4.5.
+        word_drop_probability: probability with which a word of an image's captions is left out (section 4.5).
 
     What the training saw:
         seen_class_names: S, all classes whose masks any stage of the training saw; None: not known.
-        unseen_labels: the most that was told about unseen classes, "none", "pseudo" labels, "captions" that say their
-            names, or "ground_truth" (image labels).
-        class_names: the vocabulary stored in the checkpoint by `set_vocabulary`, or None.
+        unseen_labels: the strongest image labels of unseen classes that any stage got: "none", "pseudo", "captions" or
+            "ground_truth"; None: not known.
+        class_names: the vocabulary that `set_vocabulary` stores in the checkpoint, or None.
     """
 
     model_type = "zs3"
@@ -268,9 +273,9 @@ class Zs3Config(Mask2FormerConfig):
 
 
 def plain(name: str) -> str:
-    """The form in which class names are compared: two names with one plain form are one name.
+    """The form in which class names are compared: two names with the same plain form are one name.
 
-    Case, blanks, how Unicode composes a letter (NFC) and characters that show nothing make no difference.
+    These make no difference: case, blanks, the way Unicode composes a letter (NFC), and invisible characters.
     """
     if name.isascii():
         folded = name.casefold()
@@ -281,7 +286,7 @@ def plain(name: str) -> str:
 
 
 def places(names: Sequence[str], known: Sequence[str] | None) -> list[int | None]:
-    """Of each name, where it stands among the known ones (the first place), or None. known: None is an empty list."""
+    """The first place of each name in the list of known names, or None. known: None is an empty list."""
     first: dict[str, int] = {}
     for place, name in enumerate(known or []):
         first.setdefault(plain(name), place)
@@ -289,12 +294,12 @@ def places(names: Sequence[str], known: Sequence[str] | None) -> list[int | None
 
 
 def once(names: Sequence[str]) -> list[str]:
-    """The names without those that are one with an earlier name."""
+    """The names, without those that repeat an earlier one."""
     return [name for row, (name, first) in enumerate(zip(names, places(names, names), strict=True)) if row == first]
 
 
 def among(names: Sequence[str], known: Sequence[str] | None) -> list[bool]:
-    """Of each name, whether it is among the known ones."""
+    """Whether each name is among the known names."""
     return [place is not None for place in places(names, known)]
 
 
@@ -309,7 +314,7 @@ def unshared(names: Sequence[str], known: Sequence[str] | None) -> list[str]:
 
 
 class Refused(ValueError):
-    """What was given cannot be used. The message is one line for whoever gave it."""
+    """An input cannot be used. The message is one line for the user."""
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -334,22 +339,22 @@ def check_name(name: object) -> None:
 
 
 def is_number(value: object, whole: bool = False) -> bool:
-    """Whether a value is a finite number, Python's or NumPy's, a whole one if asked. A boolean is not a number."""
+    """Whether a value is a finite number of Python or NumPy; whole: a whole number. A boolean is not a number."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return False
     return isinstance(value, Integral) or math.isfinite(value)
 
 
 class Number(NamedTuple):
-    """The numbers that an option takes (see `is_number`). In a type it stands as Annotated[int, Number(int, 1, 8)]."""
+    """The numbers that an option takes (see `is_number`). As a type: Annotated[int, Number(int, 1, 8)]."""
 
     kind: type  # int or float
     least: float
     most: float
-    below: bool = False  # `most` itself is not taken
+    below: bool = False  # `most` itself is too large
 
     def of(self, value: object) -> int | float:
-        """Python's own number. Raises ValueError, which says what the value should be."""
+        """Python's number. Raises ValueError, whose message says what the value should be."""
         if not is_number(value, whole=self.kind is int):
             raise ValueError("a whole number" if self.kind is int else "a finite number")
         number = int(value) if isinstance(value, Integral) else float(value)
@@ -376,21 +381,21 @@ def as_number(name: str, value: object, least: float = -HUGE, most: float = HUGE
 
 
 def one_line(error: BaseException, length: int = 110) -> str:
-    """The beginning of a library's message, on one line. Of an error without a message: its class."""
+    """The beginning of a library's message, on one line; the name of the error's class if it has no message."""
     return beginning(str(error), length) or type(error).__name__
 
 
 def beginning(text: str, length: int) -> str:
-    """A text for a message, on one line: its first characters where it is long."""
+    """A text on one line, for a message; of a long text only its first characters."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def shortened(value: object, length: int = 60) -> str:
-    """A value for a message, never whole where it is long."""
+    """A value for a message, cut where it is long."""
     try:
         text = repr(value)
-    except ValueError:  # Python does not write out the longest whole numbers
+    except ValueError:  # Python does not write very long whole numbers
         text = f"a very long {type(value).__name__}"
     return text if len(text) <= length else f"{text[: length - 3]}..."
 

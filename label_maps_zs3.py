@@ -1,22 +1,22 @@
-"""From proposals to label maps: Eq. 4, and its argmax in memory that label lists do not swell.
+"""From proposals to label maps: Eq. 4, and its argmax in memory that does not grow with the label list.
 
 semantic_map(x) = argmax_c sum_q p_q(c) M_q(x) for every pixel x and any number of classes, in four steps an image:
 
-1. Tiles. The image is cut into tiles. Upsampling takes convex combinations and the sigmoid is monotone, so the mask
-   logits that a tile looks at bound its mask probabilities: low <= M_q(x) <= high, before anything is upsampled.
-2. Guesses. Each query's smallest class probability is taken off its row (all classes lose the same at a pixel), which
-   leaves next to nothing of an undecided query. Each query has a favourite class; of these, at most Q, a few compete
-   in each tile. By the bounds many tiles have a single winner among them.
-3. Pixels. The other tiles are upsampled, by the queries that matter there, and decided pixel by pixel.
-4. The certificate. Let floor(x) be what the winner surely has at x. A class c can win in a tile only if
-   sum_q p_q(c) max_x (M_q(x) / floor(x)) >= 1: one matrix product, of tiles x Q with Q x C, shows who else has to be
-   looked at. Mostly nobody; whoever it is joins the tile's guesses in step 3.
+1. Tiles. The image is cut into tiles. Upsampling takes convex combinations and the sigmoid is monotone. So the mask
+   logits that a tile reads bound its mask probabilities before anything is upsampled: low <= M_q(x) <= high.
+2. Guesses. Each query's smallest class probability is subtracted from its row (all classes lose the same at a pixel).
+   Hardly anything is left of an undecided query. Each query has a favourite class; a few of these classes, at most Q,
+   compete in each tile. By the bounds many tiles have a single winner among them.
+3. Pixels. The other tiles are upsampled, with the queries that matter there, and decided pixel by pixel.
+4. The certificate. Let floor(x) be the least score that the winner can have at x. A class c can win in a tile only if
+   sum_q p_q(c) max_x (M_q(x) / floor(x)) >= 1. One matrix product, of tiles x Q with Q x C, finds all such classes.
+   Mostly there is none; those found join the tile's guesses in step 3.
 
-Every float32 number carries a bound on its rounding (see ROUNDING), and where two classes are closer than the bounds
-can tell, float64 decides. So the winner is that of float64 arithmetic.
+Every float32 number has a bound on its rounding (see ROUNDING). Where two classes are closer than these bounds, float64
+decides. So the winner is that of float64 arithmetic.
 
-Axes: B image, Q query, C class name, H W output size, h w mask size; N tile, K class still in the race in a tile,
-R query that matters there, X pixel of a tile.
+Axes: B image, Q query, C class name, H W output size, h w mask size; N tile, n some tiles, K runner: a class that may
+win in a tile, R query that matters there, X pixel of a tile.
 """
 
 import math
@@ -44,12 +44,12 @@ EQUAL = 1e-12  # scores this close are equal: above the rounding of float64 sums
 NEAR = 1e-6  # scores this close count as equal among the seen, or the unseen, classes
 TILE = 4  # mask pixels along the side of a tile
 BLOCK = 4  # tiles along the side of the blocks with which the certificate begins
-CHUNK = 2**19  # numbers of one kind held at once in steps 3 and 4, beside those of the size of the masks or the output
+CHUNK = 2**19  # numbers in one tensor of steps 3 and 4, but for those of the size of the masks or the output
 TAIL = 1e-6  # queries that together matter less than this share of a tile's best score are not upsampled there
 RUNNER_UP = 0.05  # a runner-up is looked for among the classes that may have this share of the winner's score
-GUESSES = 3  # favourites looked at in a tile before the certificate, beyond the rank wanted
-TINY = 1e-30  # a floor below it is no floor; far above what float32 loses to underflow
-UNDECIDED = 1e-6  # the least weight of a query in a confidence, so that where all are undecided, they count alike
+GUESSES = 3  # favourites that compete in a tile before the certificate, beyond the rank wanted
+TINY = 1e-30  # a smaller floor is no floor; it is far above what float32 loses to underflow
+UNDECIDED = 1e-6  # the least weight of a query in a confidence: where all queries are undecided, they count alike
 
 # u, the relative error of one float32 rounding. A sum of n rounded terms >= 0 is off by at most (n + 1) u of itself, to
 # first order; the constants below are rounded up generously, which covers the higher orders.
@@ -73,17 +73,17 @@ def semantic_scores(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, i
 
 @dataclass
 class SemanticMap:
-    """What is known of every pixel, each (H, W).
+    """The values of every pixel, each (H, W).
 
-    label_map: int64, the winner. score: the winner's Eq. 4. margin: how much more that is than the runner-up's, 0 where
-    C is 1; where no other class has RUNNER_UP of the winner's score, it may be too large, by at most that share.
-    confidence: in [0, 1], the mean over queries of the winner's probability p_q, weighted by their masks M_q and by how
-    decided they are, KL(p_q || U) / ln C, times the part of the pixel that masks cover at all, min(1, sum_q M_q). A
-    query that knows no difference between the classes, as Eq. 5 trains the unmatched ones, has no say.
-    confidence_margin: how much more that is than the runner-up's.
-    seen_map, seen_score, unseen_map, unseen_score: the best of the seen, and of the unseen classes, and its score, to
-    1e-5, near-ties to the lowest index; -1 and -inf where there is no such class; None unless asked for (`is_seen`).
-    One of the two is the winner.
+    label_map: int64, the winner. score: the winner's score of Eq. 4. margin: its distance to the runner-up's, 0 where C
+    is 1. Where no other class has RUNNER_UP of the winner's score, the margin may be too large by that share.
+    confidence: in [0, 1], the weighted mean over queries of the winner's probability p_q, times the part of the pixel
+    that masks cover, min(1, sum_q M_q). A query's weight is its mask M_q times how decided it is, KL(p_q || U) / ln C.
+    So a query that makes no difference between classes does not count; Eq. 5 trains unmatched queries to be so.
+    confidence_margin: the distance to the runner-up's confidence.
+    seen_map, seen_score, unseen_map, unseen_score: the best seen and the best unseen class, and their scores, to 1e-5;
+    near-ties go to the lowest index. -1 and -inf where there is no such class. None without `is_seen`. One of the two
+    is the winner.
     """
 
     label_map: Tensor
@@ -97,8 +97,8 @@ class SemanticMap:
     unseen_score: Tensor | None = None
 
     def with_seen_bias(self, gamma: float) -> Tensor:
-        """(H, W) int64: the winner when gamma is taken off every seen class's score (Chao et al. 2016); of equal scores
-        the lowest index. Needs the winners among seen and unseen classes."""
+        """(H, W) int64: the winner after gamma is subtracted from the scores of seen classes (Chao et al. 2016); of
+        equal scores the lowest index. Needs the best seen and unseen classes."""
         if gamma == 0:
             return self.label_map  # decided in float64
         seen, unseen = self.seen_score.double() - gamma, self.unseen_score.double()  # float32 would make false ties
@@ -119,9 +119,9 @@ def semantic_map(
 ) -> Tensor | list[Tensor] | list[SemanticMap]:
     """Eq. 4: the best class of every pixel, in O(H W + Q C) memory as long as few classes compete in one place.
 
-    class_probs: (B, Q, C), at least 0; mask_logits: (B, Q, h, w), finite. Mask logits go up to `size`, the (padded)
-    input size, then sigmoid. With image_sizes the probabilities are cut to valid_sizes (the input without padding) and
-    resized to the images' own sizes: Mask2Former's order, since Eq. 4 is linear in the masks.
+    class_probs: (B, Q, C), at least 0; mask_logits: (B, Q, h, w), finite. Mask logits are resized to `size`, the
+    (padded) input size; then comes the sigmoid. With image_sizes the probabilities are cut to valid_sizes (the input
+    without padding) and resized to the images' own sizes: Mask2Former's order, since Eq. 4 is linear in the masks.
     is_seen: (C,) bool, for the best seen and the best unseen class; implies return_scores.
 
     The winner's score, in float64, is within 1e-6 of the best; equal scores (to 1e-12) go to the lowest index. Returned
@@ -186,9 +186,9 @@ class Explanation:
 def explain(
     outputs: ModelOutput, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None
 ) -> Explanation:
-    """Which proposals made pixel (y, x) what it is: Eq. 4 of its winner, summand by summand, in float64.
+    """Which proposals decided pixel (y, x): Eq. 4 of its winner, summand by summand, in float64.
 
-    outputs: a Zs3Output, whose method of this name does the same. y, x: row and column in the image of `image_size`
+    outputs: a Zs3Output; its method of this name does the same. y, x: row and column in the image of `image_size`
     (height, width); None: the size without padding at the model's input. image: its place in the batch.
     """
     batch = len(outputs.mask_logits)
@@ -266,7 +266,7 @@ def _axis(mask: int, size: int, valid: int, image: int, tile: int) -> _Axis:
 
 
 def _sums(taps: _Taps, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The taps of some pixels as a matrix (pixels, old pixels needed), and which those are."""
+    """The taps of some pixels as a matrix (pixels, old pixels needed), and the indices of these old pixels."""
     index, weight = taps.index[pixels], taps.weight[pixels]
     needed = torch.unique(index)
     matrix = torch.zeros(len(pixels), len(needed), dtype=torch.float64)
@@ -288,7 +288,7 @@ def _exact_masks(mask_logits: Tensor, rows: _Axis, columns: _Axis, y: Tensor, x:
 
 
 class _Tiles(NamedTuple):
-    """One image: its proposals, and what is known of every tile before anything is upsampled."""
+    """One image: its proposals, and the bounds of every tile before anything is upsampled."""
 
     class_probs: Tensor  # (Q, C)
     base: Tensor  # (Q,): the smallest of each query; 0 where C is 1
@@ -305,11 +305,10 @@ class _Tiles(NamedTuple):
 class _Race:
     """A competition of some classes at every pixel, and its result.
 
-    members, favourites: (C,) bool. rank: 1, or 2 where the second best is wanted too; 0 without members.
-    exact: near-ties are decided in float64; within groups, of which one may be nowhere in the picture, they go to the
-    lowest index.
-    ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile, where floor(x) is at most what the class of this rank
-    has at x; inf or NaN where there is no floor.
+    members, favourites: (C,) bool. rank: 1, or 2 where the second best is wanted, too; 0 without members.
+    exact: near-ties are decided in float64, else they go to the lowest index: a group may win nowhere in the image.
+    ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile; floor(x) is at most the score at x of the class of this
+    rank. inf or NaN where there is no floor.
     label_map, score: (N, X), score None where it is not wanted.
     margin, confidence, confidence_margin: (N, X), see SemanticMap, and decided: (Q,), see `_decidedness`; None where
     they are not wanted.
@@ -329,7 +328,7 @@ class _Race:
 
 
 def _map_image(tiles: _Tiles, groups: list[Tensor] | None) -> Tensor | SemanticMap:
-    """groups: None for the label map alone; else scores too, and the best class of each group, (C,) bool."""
+    """groups: of classes, (C,) bool; their best classes and scores are found, too. None: the label map alone."""
     everyone = torch.ones(len(tiles.excess), dtype=torch.bool, device=tiles.excess.device)
     scored = groups is not None
     first = _start(tiles, everyone, 2 if scored else 1, exact=True, scored=scored)
@@ -382,7 +381,7 @@ def _bounds(class_probs: Tensor, mask_logits: Tensor, rows: _Axis, columns: _Axi
 
 
 def _start(tiles: _Tiles, members: Tensor, rank: int, *, exact: bool, scored: bool) -> _Race:
-    """Step 2: the favourites of each query, and the floor that the bounds give them in every tile."""
+    """Step 2: the favourites of the queries, and their floor in every tile by the bounds."""
     classes = members.nonzero()[:, 0]
     rank = min(rank, len(classes))
     favourites, ratio = torch.zeros_like(members), torch.zeros_like(tiles.high)
@@ -408,7 +407,7 @@ def _may_win(ratio: Tensor, excess: Tensor) -> Tensor:
 
 
 def _guess(tiles: _Tiles, race: _Race) -> Tensor:
-    """Of the favourites that may win, those with most in the middle of the bounds. One alone beats the rest everywhere.
+    """Of the favourites that may win, those that lead in the middle of the bounds. One alone wins the whole tile.
 
     Runners are tile x C + class, int64, here and below.
     """
@@ -422,7 +421,7 @@ def _guess(tiles: _Tiles, race: _Race) -> Tensor:
 
 
 def _others(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:
-    """Step 4: the members that may win and are no runners yet; by blocks of tiles first."""
+    """Step 4: the members that may win and are no runners yet. Blocks of tiles are tried first."""
     grid = len(tiles.rows.mask_index), len(tiles.columns.mask_index)
     blocks = F.max_pool2d(race.ratio.T.reshape(1, -1, *grid), BLOCK, ceil_mode=True)[0].flatten(1).T
     possible = torch.zeros_like(race.members)
@@ -481,7 +480,7 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race]) -> None:
 
 
 def _upsampled(tiles: _Tiles, tile: Tensor, classes: Tensor, scored: bool) -> _Part:
-    """tile (n,), classes (n, K). A query matters by how much its mask, times its classes but for scores, may vary."""
+    """tile (n,), classes (n, K). A query matters as its mask is uncertain; without scores, times its largest class."""
     low, high, reach = tiles.low[tile], tiles.high[tile], tiles.reach[tile]  # (n, Q)
     excess = tiles.excess[classes]  # (n, K, Q)
     largest, radius = excess.amax(dim=1), (high - low) / 2  # (n, Q)

@@ -3,10 +3,9 @@
 Three values flow through the project:
     batch (data -> model): pixel_values (B, 3, H, W), pixel_mask (B, H, W), labels (B, H, W) ids with -1 ignored,
         image_labels (B, C) int8: 1 present, 0 absent, -1 unknown; text_embeds (C, D), unit length.
-    output (model -> anyone): Zs3Output.
+    output (model -> anyone): Zs3Output, see outputs_zs3.
     label map (processor -> user): (H, W) int64, indices into the class names given.
-What turns proposals into label maps (Eq. 4) is in label_maps_zs3, what CLIP sees of them (sections 3.4 and 4.6) in
-clip_views_zs3; both can be had from here too.
+label_maps_zs3 makes label maps of proposals (Eq. 4), clip_views_zs3 shows proposals to CLIP (sections 3.4 and 4.6).
 
 Axes: B image, Q query, C class name, D embedding, T template, L token, H W input size, h w mask size (H/4, W/4).
 """
@@ -36,9 +35,9 @@ from transformers.utils import ModelOutput
 try:
     from .clip_views_zs3 import (
         MASK_THRESHOLD,
+        ClipView,
         Fill,
         ProposalEmbeds,
-        View,
         clip_probabilities,
         crop_proposals,
         embed_proposals,
@@ -64,9 +63,9 @@ except ImportError:
         raise
     from clip_views_zs3 import (
         MASK_THRESHOLD,
+        ClipView,
         Fill,
         ProposalEmbeds,
-        View,
         clip_probabilities,
         crop_proposals,
         embed_proposals,
@@ -110,7 +109,7 @@ class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
-    # Heads that this model may have no place for: a plain Mask2Former's, a baseline's background.
+    # Weights that this model may not have: a plain Mask2Former's heads, a baseline's background.
     _keys_to_ignore_on_load_unexpected = [r"^class_predictor\.", r"^criterion\.", r"^background_embed$"]
 
     def _init_weights(self, module: nn.Module):
@@ -123,10 +122,10 @@ class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
 
 
 def draw_as_mask2former(network: Mask2FormerModel) -> None:
-    """New level and query embeddings and a new mask MLP as Mask2Former's own code has them: drawn by PyTorch's default.
+    """Draws level and query embeddings and the mask MLP by PyTorch's default, as Mask2Former's own code does.
 
-    So does transformers from 5.23 on, and nothing is done then. Before, it makes them zeros or small numbers, and
-    training from scratch falls far behind.
+    transformers does so from 5.23 on, and nothing is done then. Older versions make them zeros or small numbers, with
+    which training from scratch learns much less.
     """
     if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
         return
@@ -142,7 +141,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     """Mask proposals and their class embeddings, classified by cosine with the text vectors of any label list."""
 
     supports_gradient_checkpointing = True
-    gradient_checkpointing = False  # the layers of the whole visual part, `network_zs3` runs them
+    gradient_checkpointing = False  # of the layers of the whole visual part, see `network_zs3`
 
     def __init__(self, config: Zs3Config):
         super().__init__(config)
@@ -164,7 +163,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self.train()
 
     def train(self, mode: bool = True) -> "Zs3ForSemanticSegmentation":
-        """As ever, but the CLIP towers stay frozen: `from_pretrained`, which ends here, makes weights trainable."""
+        """As in PyTorch, but the CLIP towers stay frozen: `from_pretrained` makes all weights trainable before."""
         super().train(mode)
         for tower in (self.text_model, self.vision_model):
             if tower is not None:
@@ -187,9 +186,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def enable_input_require_grads(self) -> None:
-        """The inputs of the trained layers require gradients; else reentrant checkpointing gives adapters in a frozen
-        model none. These inputs are the token embeddings, as in other models, and the backbone's feature maps.
-        """
+        """Token embeddings, as in other models, and the backbone's feature maps require gradients from now on. Without
+        it, reentrant checkpointing gives no gradients to adapters in a frozen model."""
         if getattr(self, "_require_grads_hooks", None):
             self.disable_input_require_grads()
         super().enable_input_require_grads()
@@ -197,8 +195,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self._require_grads_hooks.append(hook)
 
     def freeze_backbone_norms(self) -> None:
-        """From now on the backbone's batch norms do not learn, neither statistics nor scale and shift (Mask2Former's
-        own choice). A ResNet then trains in less time and memory."""
+        """From now on the backbone's batch norms do not learn, as in Mask2Former: neither statistics nor scale and
+        shift. A ResNet then trains in less time and memory."""
         self.norms_are_frozen = True
         self.train(self.training)
 
@@ -210,9 +208,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     ) -> "Zs3ForSemanticSegmentation":
         """Join two checkpoints, each a Hub id or a local folder, into a model ready for zero-shot training.
 
-        mask2former: a Mask2Former whose weights to start from, or None. Published ones were trained on the masks of
-            COCO or ADE20K, unseen classes included: no start for a zero-shot claim.
-        clip: a CLIP whose text and image towers become this model's (frozen), or None: text vectors from outside.
+        mask2former: gives its weights, or None. Published ones were trained on the masks of COCO or ADE20K, unseen
+            classes included: no zero-shot result can be claimed after such a start.
+        clip: gives its text and image towers, which stay frozen; None: text vectors come from outside.
         backbone: with mask2former=None, a backbone checkpoint (ImageNet) to start from; the rest is random.
         config_overrides: fields of Zs3Config; `text_config=None` or `vision_config=None` leaves a tower out.
         """
@@ -266,7 +264,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         class_names: entries as `read_labels` takes them; their names are stored.
         text_embeds: (C, D), one row a name; normalised here. None: the text tower embeds the names' prompts.
-        processor: the Zs3Processor that does so; None: the one beside the checkpoint that this model was loaded from.
+        processor: the Zs3Processor that makes these prompts; None: the one beside this model's checkpoint.
         """
         names = [label.name for label in read_labels(class_names)]
         if text_embeds is None:
@@ -291,7 +289,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         return embed_labels(read_labels(class_names, processor.prompt_templates), self, processor)
 
     def _saved_processor(self) -> ProcessorMixin:
-        """The processor beside the checkpoint that this model was loaded from, of the classes beside this one."""
+        """The processor beside the checkpoint that this model was loaded from, of this project's classes."""
         source = self.config.name_or_path
         if not source:
             raise ValueError("this model comes from no checkpoint that a processor lies beside: pass processor=")
@@ -314,7 +312,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     def save_pretrained(self, save_directory: str, *, drop_text_tower: bool = False, **kwargs) -> None:
         """Save weights, config and the code that loads them, the pipeline's included.
 
-        drop_text_tower: leave the text tower out of what is saved, which then knows the stored vocabulary only.
+        drop_text_tower: save no text tower; the saved model then knows the stored vocabulary only.
         """
         model = self
         if drop_text_tower:
@@ -326,7 +324,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 kwargs["state_dict"] = {k: v for k, v in weights if not k.startswith("text_model.")}
         model.config.auto_map = dict(AUTO_MAP)
         model.config.custom_pipelines = dict(CUSTOM_PIPELINES)
-        for name in model.config.sub_configs:  # code that a part's own checkpoint named is none of this one's
+        for name in model.config.sub_configs:  # the code of a part's own checkpoint does not belong to this one
             for key in ("auto_map", "custom_pipelines"):
                 if hasattr(getattr(model.config, name), key):
                     delattr(getattr(model.config, name), key)
@@ -341,7 +339,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         """Text vectors of class names: (C, L), or (C, T, L) for T prompts a class -> (C, D), unit length.
 
         Every prompt is embedded and normalised; the prompts of a class are averaged and normalised again. A prompt
-        whose mask is zero everywhere does not exist.
+        does not exist where its mask is all zero.
         """
         if self.text_model is None:
             raise ValueError(
@@ -375,7 +373,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             "hybrid", or a label_map_weight, the ids index the class axis.
         image_labels: (B, C), 1 present, 0 absent, -1 unknown. None: from `labels` (see `default_image_labels`).
         is_seen: (C,) bool, only for that default.
-        target_counts: (3,), where the batch is a part of one whose gradient is meant, see `count_targets`.
+        target_counts: (3,), where the batch is a part of the one that gives the gradient, see `count_targets`.
         output_hidden_states, output_attentions: also return these, see Zs3Output; transformers' own forward then runs.
             None takes the config's value.
         return_dict: False returns the values as a tuple, without those that are None. None takes the config's value.
@@ -426,7 +424,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     def _targets(
         self, labels: Tensor, image_labels: Tensor | None, is_seen: Tensor | None, num_classes: int
     ) -> Targets:
-        """What the losses compare with; reads the ids of `labels` on the CPU, for which a GPU has to wait."""
+        """The targets of the losses. The ids of `labels` are read on the CPU; a GPU waits for it."""
         ids = mask_ids(labels)
         largest = max((int(values[-1]) for values in ids if len(values)), default=-1)
         free = self.config.matching == "unpaired" and not self.config.label_map_weight
@@ -445,7 +443,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         return Targets(labels, ids, image_labels)
 
     def _text_embeds(self, text_embeds: Tensor | None, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
-        """(C, D), unit length, from whichever source was given."""
+        """(C, D), unit length, from the source that was given."""
         if text_embeds is not None and input_ids is not None:
             raise ValueError("pass text_embeds or input_ids, not both")
         if input_ids is not None:
@@ -487,10 +485,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         hidden_states: bool = False,
         attentions: bool = False,
     ) -> dict[str, Tensor | tuple]:
-        """The part of `forward` that needs no text; each image is run at its own size, so its batch does not matter.
+        """The part of `forward` that needs no text. Each image is run at its own size, whatever its batch.
 
-        Returns mask_logits (B, Q, h, w), class_embeds (B, Q, D) and valid_sizes (B, 2), see Zs3Output; with
-        hidden_states or attentions those, too. Raises ValueError where images of different sizes have no common ones.
+        Returns mask_logits (B, Q, h, w), class_embeds (B, Q, D) and valid_sizes (B, 2), see Zs3Output; also hidden
+        states or attentions, if asked for. These raise ValueError for images of different sizes.
         """
         batch, _, height, width = pixel_values.shape
         if pixel_mask is None:
@@ -531,7 +529,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         mask_logits: Tensor,
         valid_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
         *,
-        view: View = "crops",
+        view: ClipView = "crops",
         mask_threshold: float = MASK_THRESHOLD,
         fill: Fill | None = "mean",
         expansion: float = 1.0,
@@ -584,8 +582,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": proposals.shown})
 
     def ensemble_view(self, view: str | None = None, weight: float | None = None) -> str:
-        """The view to ensemble with, or "off": as given, else "crops" where a weight is given or the checkpoint has an
-        image tower, a weight and a record of what its training saw. Raises where an ensemble is asked for in vain."""
+        """The view of the ensemble, or "off". None: "crops" where a weight is given, or where the checkpoint has an
+        image tower, a weight and a record of the classes that its training saw. Raises where it cannot ensemble."""
         lacks = None
         if self.config.vision_config is None:
             lacks = "the checkpoint has no CLIP image tower"
@@ -604,7 +602,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         if is_seen is None:
             names, trained = self.config.class_names, self.config.seen_class_names
             if names is None or trained is None or not stored:
-                raise ValueError("pass is_seen, which of the classes are seen ones: the checkpoint does not say it")
+                raise ValueError("pass is_seen, (C,) bool: the checkpoint does not say which classes are seen")
             is_seen = torch.tensor(among(names, trained))
         return self._placed(checked_is_seen(is_seen, num_classes))
 
@@ -614,12 +612,12 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         return cosine_similarity(class_embeds, self.background_embed[None])[..., 0]
 
     def classify(self, class_embeds: Tensor, text_embeds: Tensor) -> dict[str, Tensor | None]:
-        """The part of `forward` that a label list decides: class_logits and background_logits, see Zs3Output.
+        """The part of `forward` that needs a label list: class_logits and background_logits, see Zs3Output.
 
         class_embeds: (B, Q, D); text_embeds: (C, D).
         """
         background = self._background_similarity(class_embeds)
-        similarity = cosine_similarity if self.training else label_similarity  # in training nobody looks at ties
+        similarity = cosine_similarity if self.training else label_similarity  # ties do not matter in training
         temperature = self.config.class_temperature
         return {
             "class_logits": similarity(class_embeds, text_embeds) / temperature,
@@ -628,7 +626,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
 
 def require_gradients(backbone: nn.Module, inputs: tuple, outputs: ModelOutput) -> None:
-    """A forward hook."""
+    """A forward hook of the backbone."""
     for feature_map in outputs.feature_maps:
         feature_map.requires_grad_(True)
 
@@ -641,7 +639,7 @@ def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Modu
 
 
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...], words: str = "") -> None:
-    """Raises Refused where a value is no tensor of this shape; words say where the shape comes from."""
+    """Raises Refused where a value is no tensor of this shape. words: where the shape comes from."""
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         kind = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise Refused(f"{name} must be {shape}, {words + ', ' if words else ''}got {kind}")
@@ -676,14 +674,14 @@ def checked_is_seen(is_seen: Tensor, num_classes: int) -> Tensor:
 
 def check_masks_are_present(ids: list[Tensor], image_labels: Tensor) -> None:
     """Raises Refused where a class has a mask (ids: B times (M,)) and image labels (B, C) that say it is absent."""
-    for image, (own, told) in enumerate(zip(ids, image_labels, strict=True)):
-        absent = own[told[own] == 0]
+    for image, (own, labels) in enumerate(zip(ids, image_labels, strict=True)):
+        absent = own[labels[own] == 0]
         if len(absent):
             raise Refused(f"class {int(absent[0])} has a mask in image {image}, whose image_labels say it is absent")
 
 
 def _load_into(module: nn.Module, source: PreTrainedModel) -> None:
-    """Copy the weights of `module` from a model that has them under the same names, perhaps among others."""
+    """Copies the weights of `module` from a model that has them under the same names. It may have others, too."""
     weights = source.state_dict()
     module.load_state_dict({name: weights[name] for name in module.state_dict()})
 

@@ -1,14 +1,14 @@
 """Mask2Former's forward, in less time and memory: transformers' modules hold the weights, the functions here use them.
 
-The functions read weights without calling the layers that hold them, so they are for a network of plain layers alone.
-Where one layer is an adapter, quantised, hooked or offloaded (`is_plain`), transformers' own forward calls all of them.
+The functions read weights and do not call the layers that hold them. So every layer of the network must be plain.
+Where one is an adapter, quantised, hooked or offloaded (`is_plain`), transformers' own forward calls all layers.
 
-The outputs are those of transformers' Mask2FormerModel (to 1e-4, tests/test_network.py). What differs:
-    backbone: channels last; a ResNet whose batch norms do not learn runs as convolutions alone (`normed_convolution`).
+The outputs are those of transformers' Mask2FormerModel (to 1e-4, tests/test_network.py). Differences:
+    backbone: channels last; a ResNet with fixed batch norms runs as convolutions alone (`normed_convolution`).
     pixel decoder: on a CPU deformable attention gathers the neighbours of its sampling points as weighted bags of rows
-        (`bags_of_neighbours`); no tensor of sampled values is made, and none is kept for the gradient.
-    transformer decoder: fused attention; where masks block attention is found on the small feature maps, and without a
-        loss only the last output's masks are made.
+        (`bags_of_neighbours`). No tensor of sampled values is made, and none is kept for the gradient.
+    transformer decoder: fused attention. The masks of attention are computed at the size of the small feature maps.
+        Without a loss only the last output's masks are made.
 
 Axes: B image, C channel, Q query, S position of all levels, G head, P sampling points of all levels, D channel of a
 head, H W of a level, h w of the masks.
@@ -46,7 +46,7 @@ try:
 except ImportError:  # inference needs no gradients
     csc_array = None
 
-ROWS_AT_ONCE = 2**15  # of values in deformable attention, whose sampling points then fit into a cache
+ROWS_AT_ONCE = 2**15  # rows of values in deformable attention: their sampling points fit into a CPU's cache
 
 Size = tuple[int, int]
 # run(function, *args) returns function(*args); `torch.utils.checkpoint.checkpoint` is one.
@@ -54,10 +54,10 @@ Run = Callable[..., Tensor]
 
 
 class DecoderOutputs(NamedTuple):
-    """Of the queries themselves and of each decoder layer; of the last layer alone, where no more was asked for."""
+    """The outputs of the queries themselves and of each decoder layer, or of the last layer alone."""
 
     mask_logits: list[Tensor]  # (B, Q, h, w)
-    hidden: list[Tensor]  # (B, Q, C), normalised: what the class projection is given
+    hidden: list[Tensor]  # (B, Q, C), normalised: the input of the class projection
 
 
 def run_plainly(function: Callable[..., Tensor], *args: object) -> Tensor:
@@ -69,8 +69,8 @@ def decoder_outputs(
 ) -> DecoderOutputs:
     """`network(pixel_values)`: pixel_values (B, 3, H, W), sides of multiples of 32.
 
-    every: the outputs of all layers, for deep supervision; or of the last one alone.
-    run: how plain layers are run; `torch.utils.checkpoint.checkpoint` keeps only their inputs for the gradient.
+    every: the outputs of all layers, for deep supervision, or of the last one alone.
+    run: runs plain layers; `torch.utils.checkpoint.checkpoint` keeps only their inputs for the gradient.
     """
     if not is_plain(network):
         return transformers_outputs(network, pixel_values, every)[0]
@@ -94,7 +94,7 @@ def transformers_outputs(
 
 PLAIN_SOURCES = ("torch.nn.modules.", "transformers.models.", "transformers.activations", __name__)
 PLAIN_WEIGHTS = {nn.Parameter, Tensor, FakeTensor, type(None)}  # FakeTensor: under torch.export
-# Children, by name, whose weights are read or whose output is changed in place: no other kind will do.
+# Children by name, and their only kind: their weights are read, or their output is changed in place.
 TAKEN_APART = {
     "convolution": nn.Conv2d,
     "normalization": nn.modules.batchnorm._BatchNorm,
@@ -108,11 +108,11 @@ TAKEN_APART = {
 
 
 def is_plain(network: Mask2FormerModel) -> bool:
-    """Whether the functions here may take the network apart: its layers are PyTorch's and transformers' own, nothing
+    """Whether the functions here may be used: the network's layers are PyTorch's and transformers' own, nothing
     watches their calls (hooks, a `forward` set on one, a compiled one), and their weights are plain tensors.
 
-    A backbone that is no ResNet is called as a whole, whatever it is made of. Under torch.func and torch.jit.trace,
-    which do not see through `bags_of_neighbours`, nothing is plain.
+    A backbone that is no ResNet is called as a whole, and may be of any kind. Nothing is plain under torch.func and
+    torch.jit.trace, which do not know `bags_of_neighbours`.
     """
     if _has_any_global_hook() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return False
@@ -176,7 +176,7 @@ def convolution_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def normed_convolution(layer: nn.Module, hidden: Tensor) -> Tensor:
-    """Convolution and batch norm of fixed statistics as one convolution: nothing in between is kept for a gradient."""
+    """Convolution and fixed batch norm as one convolution: no value between them is kept for a gradient."""
     convolution, norm = layer.convolution, layer.normalization
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight = convolution.weight * scale[:, None, None, None]
@@ -185,7 +185,7 @@ def normed_convolution(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def activate(activation: nn.Module, hidden: Tensor) -> Tensor:
-    """In place where it can be: `hidden` is not used afterwards."""
+    """In place where it is possible: `hidden` is not used afterwards."""
     return hidden.relu_() if isinstance(activation, nn.ReLU) else activation(hidden)
 
 
@@ -238,7 +238,7 @@ def sine_positions(size: Size, channels: int, like: Tensor) -> Tensor:
 
 
 def sampling_anchors(sizes: Sequence[Size], like: Tensor) -> Tensor:
-    """(2, S, 3): where each position lies in each level, column and row in that level's pixels (0: its first's)."""
+    """(2, S, 3): the column and the row of each position in each level, in that level's pixels (0: the first)."""
     kind = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     columns, rows = [], []
     for height, width in sizes:
@@ -271,7 +271,7 @@ def deformable_attention(
     value = attention.value_proj(hidden).unflatten(2, (heads, -1))
     query = hidden + positions
     weight = softmax_of_few(attention.attention_weights(query).unflatten(2, (heads, points)))
-    # One row of the layer's weight in two is of columns, the other of rows.
+    # The rows of the layer's weight are for columns and for rows by turns.
     offsets = attention.sampling_offsets
     steps = zip(
         offsets.weight.unflatten(0, (-1, 2)).unbind(1), offsets.bias.unflatten(0, (-1, 2)).unbind(1), strict=True
@@ -284,18 +284,18 @@ def deformable_attention(
 
 
 def softmax_of_few(logits: Tensor) -> Tensor:
-    """logits.softmax(-1) of (B, S, G, P): few P, side by side in memory, with which a CPU is slow."""
+    """logits.softmax(-1) of (B, S, G, P), faster on a CPU: P is small, and its values lie side by side in memory."""
     if logits.device.type != "cpu":
         return logits.softmax(-1)
     return logits.permute(0, 2, 3, 1).softmax(2).permute(0, 3, 1, 2).contiguous()
 
 
 def deformable_sum(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, sizes: list[Size]) -> Tensor:
-    """The weighted sum of bilinear samples of all levels, which are zero beyond their borders -> (B, S, G * D).
+    """The weighted sum of bilinear samples of all levels -> (B, S, G * D). Levels are zero beyond their borders.
 
-    value: (B, S, G, D). weight: (B, S, G, P), of the samples. column, row: (B, S, G, P), where to sample, in pixels of
-    the point's level; every level has as many points, in order, and the last is two pixels wide and high or more.
-    Computed in float32, in a model of lower precision too.
+    value: (B, S, G, D). weight: (B, S, G, P), of the samples. column, row: (B, S, G, P), the sampling points in pixels
+    of their level. Every level has the same number of points, level after level; the last is at least 2 x 2 pixels.
+    Computed in float32, also in a model of lower precision.
     """
     kind, precise = value.dtype, torch.promote_types(value.dtype, torch.float32)
     value, column, row, weight = (tensor.to(precise) for tensor in (value, column, row, weight))
@@ -304,7 +304,7 @@ def deformable_sum(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, s
 
 
 def grid_samples(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, sizes: list[Size]) -> Tensor:
-    """`deformable_sum` by transformers' function, on devices that the other was not made for."""
+    """`deformable_sum` by transformers' function, on devices other than a CPU."""
     levels = len(sizes)
     columns = [(of + 0.5) / width for of, (_, width) in zip(column.chunk(levels, dim=3), sizes, strict=True)]
     rows = [(of + 0.5) / height for of, (height, _) in zip(row.chunk(levels, dim=3), sizes, strict=True)]
@@ -315,14 +315,15 @@ def grid_samples(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, siz
 def bags_of_neighbours(value: Tensor, column: Tensor, row: Tensor, weight: Tensor, sizes: list[Size]) -> Tensor:
     """`deformable_sum` on a CPU.
 
-    A sample is a weighted sum of four neighbours, and these are among the S * G rows (D,) of `value`: all of it is a
-    sparse matrix times these rows. PyTorch multiplies by it as an `embedding_bag`, scipy by its transpose. Both
-    directions are operators of their own, which torch.compile takes as they are.
+    A sample is a weighted sum of four neighbours, which are among the S * G rows (D,) of `value`. So all sums together
+    are a sparse matrix times these rows. PyTorch multiplies by it as an `embedding_bag`, scipy by its transpose. Each
+    direction is an operator of its own, which torch.compile does not look into.
     """
     return _bags(value, column, row, weight, *zip(*sizes, strict=True))
 
 
-# Copies of this module, as remote code has, each have their operators. A module's name may hold what theirs may not.
+# Remote code makes copies of this module, and each copy has its own operators. Their names allow fewer characters than
+# a module's name: hence the hash.
 _OPERATORS = "zs3_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
 
 
@@ -394,11 +395,11 @@ _bags.register_autograd(_gradients, setup_context=_keep)
 
 
 class _Grid(NamedTuple):
-    """What the level of each sampling point is like: tensors (G * P,)."""
+    """The level of each sampling point: tensors (G * P,)."""
 
-    last_column: Tensor  # that can be the left one of a point's two
+    last_column: Tensor  # the last that can be the left one of a point's two columns
     last_row: Tensor
-    to_right: Tensor  # 1, or infinite where there is no second column
+    to_right: Tensor  # 1, or infinity where there is no second column
     to_lower: Tensor
     width: Tensor  # in rows of `value`, int32
     first: Tensor  # row of `value` of the level's first pixel and the point's head, int32
@@ -408,14 +409,14 @@ class _Neighbours(NamedTuple):
     """Of the sampling points of some images."""
 
     rows: list[tuple[Tensor, int]]  # int32 (B * S * G, P), and what to add: upper left and right, lower left and right
-    left: Tensor  # (B, S, G * P), the point's distance from the left column; the others alike
+    left: Tensor  # (B, S, G * P), the point's distance from the left column; the next three likewise
     right: Tensor
     upper: Tensor
     lower: Tensor
 
 
 def _few_images(value: Tensor) -> list[slice]:
-    """Images that are taken together: small ones, of which each alone would be too little work for a call."""
+    """Images that share a call: one small image alone would be too little work for it."""
     images, positions, heads, _ = value.shape
     count = max(1, ROWS_AT_ONCE // (positions * heads))
     return [slice(first, first + count) for first in range(0, images, count)]
@@ -440,8 +441,8 @@ def _grid(heights: Sequence[int], widths: Sequence[int], column: Tensor) -> _Gri
 
 
 def _neighbours(column: Tensor, row: Tensor, grid: _Grid) -> _Neighbours:
-    """column, row: (B, S, G, P). Near a border the two columns or rows nearest to the point are meant, which it may be
-    farther from than a pixel; a NaN becomes an index, too."""
+    """column, row: (B, S, G, P). Near a border these are the two nearest columns or rows; the point may be farther from
+    them than a pixel. A NaN becomes an index, too."""
     images, positions, heads, points = column.shape
     column, row, zero = column.flatten(2), row.flatten(2), column.new_zeros(())
     left = column.floor().fmax(zero).fmin(grid.last_column)
@@ -461,25 +462,25 @@ def _neighbours(column: Tensor, row: Tensor, grid: _Grid) -> _Neighbours:
 
 
 def _share(distance: Tensor) -> Tensor:
-    """What a row or column has in a sample at this distance: 1 at none, 0 from one pixel on."""
+    """The share of a row or column in a sample at this distance: 1 at 0, 0 from one pixel on."""
     return distance.abs().neg_().add_(1).relu_()
 
 
 def _slope(distance: Tensor) -> Tensor:
-    """The derivative of `_share`, towards larger distances where it has two."""
+    """The derivative of `_share`; where it has two, the one towards larger distances."""
     pixel = distance.floor()
     return (pixel == -1).to(distance.dtype) - (pixel == 0).to(distance.dtype)
 
 
 def _shares(points: _Neighbours, weight: Tensor) -> list[Tensor]:
-    """Of the four neighbours, in the order of `rows`; weight: (B, S, G * P)."""
+    """The shares of the four neighbours, in the order of `rows`; weight: (B, S, G * P)."""
     left, right = _share(points.left), _share(points.right)
     upper, lower = _share(points.upper).mul_(weight), _share(points.lower).mul_(weight)
     return [upper * left, upper * right, lower * left, lower * right]
 
 
 def _shares_backward(points: _Neighbours, weight: Tensor, grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradients of `_shares` those of column, row and weight."""
+    """The gradients of column, row and weight, from those of `_shares`."""
     left, right = _share(points.left), _share(points.right)
     upper, lower = _share(points.upper), _share(points.lower)
     of_upper, of_lower = grads[0] * left + grads[1] * right, grads[2] * left + grads[3] * right
@@ -504,7 +505,7 @@ def _dot_products(index: Tensor, of_sums: Tensor, rows: Tensor) -> Tensor:
     nothing = torch.zeros(index.numel(), dtype=rows.dtype)
     size = (len(index), len(rows))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that this kind of tensor is in beta state
+        warnings.simplefilter("ignore", UserWarning)  # sparse CSR tensors are "in beta state"
         places = torch.sparse_csr_tensor(starts, index.flatten(), nothing, size=size, check_invariants=False)
     return torch.sparse.sampled_addmm(places, of_sums, rows.T, beta=0.0).values()
 
@@ -515,7 +516,7 @@ def _dot_products(index: Tensor, of_sums: Tensor, rows: Tensor) -> Tensor:
 def transformer_decoder(
     module: nn.Module, mask_features: Tensor, levels: list[Tensor], every: bool, run: Run
 ) -> DecoderOutputs:
-    """Queries look at one level after the other, each where its mask of before is (Cheng et al. 2022)."""
+    """Queries look at one level after the other, each inside its last mask (Cheng et al. 2022)."""
     decoder, batch = module.decoder, len(mask_features)
     predictor, sizes = decoder.mask_predictor, [tuple(level.shape[2:]) for level in levels]
     sources = [
@@ -523,7 +524,7 @@ def transformer_decoder(
         for project, level, embed in zip(module.input_projections, levels, module.level_embed.weight, strict=True)
     ]
     positions = [sine_positions(size, source.shape[2], source) for size, source in zip(sizes, sources, strict=True)]
-    # Resizing masks and resizing what they are made of is the same.
+    # Masks are linear in the mask features: to resize these first gives the same.
     with torch.no_grad():
         small = [F.interpolate(mask_features, size=size, mode="bilinear", align_corners=False) for size in sizes]
     query_positions = module.queries_embedder.weight
@@ -547,7 +548,7 @@ def transformer_decoder(
 
 @torch.no_grad()
 def visible_tokens(mask_embeds: Tensor, features: Tensor) -> Tensor:
-    """Where a query's mask is, everywhere if it is nowhere: (B, Q, C), (B, C, H, W) -> (B, 1, Q, HW) bool."""
+    """True inside a query's mask, or everywhere if it is empty: (B, Q, C), (B, C, H, W) -> (B, 1, Q, HW) bool."""
     inside = (mask_embeds @ features.flatten(2)).sigmoid() >= 0.5
     return (inside | ~inside.any(dim=2, keepdim=True))[:, None]
 
@@ -555,7 +556,7 @@ def visible_tokens(mask_embeds: Tensor, features: Tensor) -> Tensor:
 def decoder_layer(
     layer: nn.Module, hidden: Tensor, query_positions: Tensor, source: Tensor, positions: Tensor, visible: Tensor
 ) -> Tensor:
-    """Masked cross-attention, self-attention, two linear layers, each with what went in: (B, Q, C) -> (B, Q, C)."""
+    """Masked cross-attention, self-attention, two linear layers, each plus its input: (B, Q, C) -> (B, Q, C)."""
 
     def cross(hidden: Tensor) -> Tensor:
         attention = layer.cross_attn
@@ -630,7 +631,7 @@ class CrossAttention(nn.MultiheadAttention):
 
 
 class MaskBlock(Mask2FormerPredictionBlock):
-    """Uses its registered layers. transformers keeps a second list, which still holds a layer that was replaced."""
+    """Uses the registered layers. transformers keeps a second list, which still holds layers that were replaced."""
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -656,7 +657,7 @@ class PixelDecoder(Mask2FormerPixelDecoder):
 
 
 class TransformerModule(Mask2FormerTransformerModule):
-    """Calls its embeddings as layers; transformers' class reads only their weights."""
+    """Calls the embeddings as layers; transformers' class reads only their weights."""
 
     def forward(self, multi_scale_features: list[Tensor], *args: object, **kwargs: object) -> ModelOutput:
         device, queries = multi_scale_features[0].device, self.decoder.config.num_queries
@@ -670,7 +671,7 @@ class TransformerModule(Mask2FormerTransformerModule):
 
 
 class PixelDecoderLayer(GradientCheckpointingLayer, Mask2FormerPixelDecoderEncoderLayer):
-    """Its activations can be made anew, as those of the transformer decoder's layers."""
+    """With gradient checkpointing, as the transformer decoder's layers."""
 
 
 class TransformerDecoderLayer(Mask2FormerMaskedAttentionDecoderLayer):
@@ -698,8 +699,8 @@ CALLED = {
 def call_every_layer(network: Mask2FormerModel) -> None:
     """From now on transformers' own forward calls every layer, and computes the same as before.
 
-    So an adapter, a hook or an offloaded weight works wherever it is put. Layers are not dropped at random, as
-    transformers' decoder does in training with dropout: with hooks or without, the network is the same.
+    So an adapter, a hook or an offloaded weight works in any place. transformers' decoder drops layers at random in
+    training with dropout; this is off, so that hooks do not change the network.
     """
     for part in (network.pixel_level_module.decoder, network.transformer_module):
         for layer in part.modules():

@@ -1,7 +1,7 @@
-"""Pictures of results: `draw(image, result)`, the colours of class names, and what label maps and legends are made of.
+"""Pictures of results: `draw(image, result)`, the colours of class names, painted label maps, legends.
 
-A colour belongs to a name: `colour_of` gives every name one of 20 colours, whatever list it stands in. In a picture
-where two names have the same one, `colours_of` moves one of them to a colour that is free.
+A colour belongs to a name: `colour_of` gives every name one of 20 colours, whatever list it stands in. Where two names
+of one picture have the same colour, `colours_of` gives one of them a free colour.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ except ImportError:
     from configuration_zs3 import as_number, plain
     from files_zs3 import load_picture
 
-# The first n differ by at least .10 (n = 8), .088 (20), .053 (32), .038 (64) in OKLab, where .02 is just visible: the
-# least over normal vision, protanopia, deuteranopia and tritanopia, simulated as in Machado et al. 2009. NOTHING is
-# as far from all of them. The first 20 were found by repulsion; each later one is as far as can be from those before.
+# The first n differ by at least .10 (n = 8), .088 (20), .053 (32), .038 (64) in OKLab, where .02 is just visible. It is
+# the least of normal vision, protanopia, deuteranopia and tritanopia, simulated as in Machado et al. 2009. NOTHING is
+# as far from all of them. The first 20 were found by repulsion. Each later one is as far as possible from those before.
 _COLOURS = """
 75fc51 2409ab 6c1b00 fc99f3 c68700 3f7500 6c63fc bdbd00 5a4875 fc51c6 90cfab fccffc 9951a2 2db475 5a0975 ab87fc
 990048 512dd8 e11236 c6f3b4 bd48cf a24863 48e175 753f00 7e90bd 7e36ab cf99a2 005148 ea875a 099051 a20090 b4d800
@@ -37,20 +37,20 @@ PREFERRED = 20  # a name's own colour is one of the first 20
 NOTHING, STRIPE = (128, 128, 128), (176, 176, 176)  # where no name applies: grey with lighter stripes
 NONE_OF_THESE = "none of these"
 BACKGROUND, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
-LONGER_SIDE = 320  # pixels, about: what smaller pictures are enlarged to
+LONGER_SIDE = 320  # pixels: smaller pictures are enlarged to about this side
 
 
 def colour_of(name: str) -> tuple[int, int, int]:
-    """A name's own colour, the same everywhere and in every spelling of it."""
+    """A name's own colour, the same in every picture and every spelling."""
     return tuple(PALETTE[_place(name)].tolist())
 
 
 def colours_of(names: Sequence[str]) -> np.ndarray:
-    """(C, 3) uint8: the colours of names that stand in one picture, all different for up to 64 names.
+    """(C, 3) uint8: the colours of names in one picture, all different for up to 64 names.
 
-    Of names with the same colour of their own, the first in the alphabet keeps it; each of the others goes to the next
-    colour that no name has. The order of `names` does not matter, and a further name whose own colour is free changes
-    nobody else's. Once all 64 are taken, the names that are left share their own with others.
+    Of names with the same own colour, the first in the alphabet keeps it. Each of the others gets the next colour that
+    no name has. The order of `names` does not matter, and a further name with a free own colour changes no other.
+    Once all 64 are taken, the remaining names keep their own colours, which others have, too.
     """
     places = {name: _place(name) for name in sorted(set(names), key=lambda name: (plain(name), name))}
     moved, taken = [], set()
@@ -81,10 +81,10 @@ def draw(
 ) -> Image.Image:
     """The image under the colours of its labels, with a legend: name, share of the picture, mean score.
 
-    image: as for `load_picture` of files_zs3; result: what Zs3Pipeline returned for it, in either form.
-    confidence: the lower the score (a pixel's, or a region's where only that is known), the less colour.
-    class_names: the names that colours are chosen for, by default those that occur in this picture. With the whole
-    label list, a name has the same colour in every picture.
+    image: as for `load_picture` of files_zs3. result: Zs3Pipeline's result for it, in either form.
+    confidence: the lower the score of a pixel (or of its region), the less colour.
+    class_names: the names that get colours; by default those in this picture. With the whole label list, a name has the
+    same colour in every picture.
     """
     opacity = as_number("opacity", opacity, 0, 1)
     picture = load_picture(image)
@@ -111,7 +111,7 @@ def draw(
 
 
 class Regions(NamedTuple):
-    """A result in one form. Only names that occur."""
+    """A result in one form, with only the names that occur."""
 
     label_map: np.ndarray  # (H, W) int64, indices into names, -1 where none of them applies
     names: list[str]
@@ -119,7 +119,7 @@ class Regions(NamedTuple):
 
 
 def _read_result(result: list[dict] | dict, size: tuple[int, int]) -> Regions:
-    """Either form of the result for an image of this size (width, height)."""
+    """A result, in either form, for an image of this size (width, height)."""
     shape = size[::-1]
     if isinstance(result, dict) and {"segmentation", "labels"} <= result.keys():
         names, label_map, scores = list(result["labels"]), _of_shape(result["segmentation"], shape), None
@@ -176,12 +176,12 @@ class Entry(NamedTuple):
     """A row of a legend."""
 
     name: str
-    colour: np.ndarray | None  # (3,); None: what stands for nothing
+    colour: np.ndarray | None  # (3,); None: the stripes of no label
     figures: tuple[str, ...] = ()
 
 
 def _entries(regions: Regions, colours: np.ndarray) -> list[Entry]:
-    """The largest region first; last what has no name, and hence no score."""
+    """The largest region first; last the pixels without a name, which have no score."""
     places = regions.label_map.ravel() + 1  # 0: no name
     counts = np.bincount(places, minlength=len(colours) + 1)
     figures = [(f"{100 * share:.1f} %" if share >= 0.0005 else "< 0.1 %",) for share in counts / places.size]
@@ -200,7 +200,7 @@ def enlargement(size: tuple[int, int]) -> int:
 
 
 def enlarged(array: np.ndarray, factor: int) -> np.ndarray:
-    """(H, W) -> (factor H, factor W): of every value a square."""
+    """(H, W) -> (factor H, factor W): every value becomes a square."""
     return array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
@@ -214,7 +214,7 @@ def paint(label_map: np.ndarray, colours: np.ndarray) -> Image.Image:
 
 
 def outline(picture: Image.Image, label_map: np.ndarray) -> Image.Image:
-    """With lines between regions: dark on one side, light on the other, so that they show on every ground."""
+    """The picture with lines between regions: dark on one side, light on the other, visible on every colour."""
     thickness = max(1, round(max(label_map.shape) / 1000))
     light, dark = np.zeros(label_map.shape, dtype=bool), np.zeros(label_map.shape, dtype=bool)
     for labels, lights, darks in ((label_map, light, dark), (label_map.T, light.T, dark.T)):
@@ -237,7 +237,7 @@ def line_height(font: ImageFont.FreeTypeFont) -> int:
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    """One line of at most `room` pixels; what is too long ends in an ellipsis. The font has no accents: they go."""
+    """One line of at most `room` pixels; a longer text ends in an ellipsis. Accents go: the font has none."""
     letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
     text = " ".join("".join(letters).split())[:1000]
     if font.getlength(text) <= room:
@@ -248,9 +248,9 @@ def fitted(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
 
 
 def legend(entries: Sequence[Entry], width: int, headings: tuple[str, ...] = ()) -> Image.Image:
-    """A box of the colour, the name and the figures of each entry, in as many columns as there is room for.
+    """For each entry a box of its colour, its name and its figures, in as many columns as fit.
 
-    headings: what the figures are, as many as each entry has.
+    headings: the names of the figures, as many as each entry has.
     """
     font = font_for(width)
     em, line = int(font.size), line_height(font)

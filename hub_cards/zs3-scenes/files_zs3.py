@@ -1,7 +1,7 @@
-"""Files of other people and our own: images opened, label maps saved, files written whole or not at all.
+"""Files: images opened, label maps saved, files written whole or not at all.
 
-`open_image` opens by an allow-list of formats, which Pillow decodes itself: of its others, EPS starts Ghostscript.
-`load_picture` is what the pipeline takes for an image; `save_map` writes a label map as a PNG of ids.
+`open_image` opens only formats that Pillow decodes itself: EPS, for example, would start Ghostscript. `load_picture`
+opens whatever the pipeline takes for an image. `save_map` writes a label map as a PNG of ids.
 
 Axes: H W pixels.
 """
@@ -37,14 +37,14 @@ except ImportError:
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PICTURE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MAP_FORMATS = ("PNG",)  # JPEG and its like change ids, writers of GIF renumber them
+MAP_FORMATS = ("PNG",)  # JPEG changes ids, GIF renumbers them
 OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 PARTIAL = r"\.[0-9a-f]{32}\.(?P<process>\d+)\.partial"  # names that `whole` gives
-SMALLEST_PICTURE = 32  # bytes: a text of base64 that holds fewer is taken for a path that does not exist
-SECONDS = 60  # that an address may take
-MOST_FETCHED = 2**28  # bytes of an address
-MAX_PIXELS = 2**27  # of an image that is opened: 0.5 GB decoded
+SMALLEST_PICTURE = 32  # bytes: a shorter text of base64 is taken for a path that does not exist
+SECONDS = 60  # for the download of an address
+MOST_FETCHED = 2**28  # bytes of a download
+MAX_PIXELS = 2**27  # of an image: 0.5 GB decoded
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -52,10 +52,10 @@ MAX_PIXELS = 2**27  # of an image that is opened: 0.5 GB decoded
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Whatever a decoder raises within the block is raised as Refused, whose message is the reason.
+    """An error of a decoder within the block becomes Refused; its message is the reason.
 
-    One guard for all readers: of a damaged file Pillow raises more kinds of errors than it documents. Want of
-    memory or of open files is no fault of the file, and passes.
+    One guard for all readers: for a damaged file Pillow raises more kinds of errors than it documents. Where memory or
+    open files run out, the file is not at fault, and the error stays as it is.
     """
     try:
         yield
@@ -68,14 +68,14 @@ def decoding() -> Iterator[None]:
 
 
 def is_of_the_machine(error: Exception) -> bool:
-    """Whether an error says nothing of the file that was read: no more open files, no memory."""
+    """Whether an error is not the file's fault: no more open files, no memory."""
     return getattr(error, "errno", None) in OF_THE_MACHINE
 
 
 def open_image(source: str | Path | bytes, formats: Sequence[str] = PICTURE_FORMATS) -> Image.Image:
-    """An image whose header has been read; decode it within `decoding`. Raises Refused, the message is the reason.
+    """An image whose header has been read; decode it within `decoding`. Raises Refused; its message is the reason.
 
-    source: a file, or its bytes. formats: those that may be in it, whatever it is called.
+    source: a file, or its bytes. formats: the allowed formats of its content, whatever its name.
     """
     if not isinstance(source, bytes):
         check_regular(source)
@@ -94,14 +94,14 @@ def open_image(source: str | Path | bytes, formats: Sequence[str] = PICTURE_FORM
 
 
 def verify_checksums(png: bytes) -> None:
-    """Raises Refused where a PNG's bytes are not those that were written: many a flipped bit decodes all the same."""
+    """Raises Refused where a PNG's bytes have changed: many changed bits do not disturb the decoder."""
     image = open_image(png, ("PNG",))
     with decoding():
         image.verify()
 
 
 def check_regular(path: str | Path) -> os.stat_result:
-    """What the system says of a file. Raises Refused where it has no end: a folder, a pipe or a device."""
+    """The system's facts about a file. Raises Refused where it is no file: a folder, a pipe or a device."""
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:
@@ -127,11 +127,11 @@ def _why_unidentified(source: str | Path | bytes, formats: Sequence[str]) -> str
 
 
 def load_picture(image: str | Path | Image.Image | np.ndarray | Tensor, timeout: float | None = None) -> Image.Image:
-    """RGB, turned as its EXIF data say. Raises Refused.
+    """An image in RGB, turned by its EXIF data. Raises Refused.
 
     image: a path, an address (http, https, data:image/), a text of base64, a PIL image, or an array or tensor of uint8,
         (H, W), (H, W, 3) or (H, W, 4).
-    timeout: seconds that an address may take in all; None: SECONDS.
+    timeout: seconds for the download of an address; None: SECONDS.
     """
     try:
         with decoding():
@@ -167,18 +167,18 @@ def _opened(image: object, timeout: float | None) -> Image.Image:
 
 
 def is_deep(picture: Image.Image) -> bool:
-    """Whether it holds more than 8 bits a channel: RGB would cut them off."""
+    """Whether it has more than 8 bits a channel: RGB would cut them off."""
     return picture.mode[0] in "IF"
 
 
 def shown_name(image: object) -> str:
-    """How a message calls an image: by the end of its path, where its name is, at most 45 characters."""
+    """An image's name for a message: the end of its path, at most 45 characters."""
     if not isinstance(image, str | Path):
         return "the image"
     text = str(image)
     if not text.strip():
         return repr(text[:20])
-    shown = repr(text[-60:])[1:-1]  # escapes what shows nothing
+    shown = repr(text[-60:])[1:-1]  # escapes invisible characters
     return shown if len(text) <= 60 and len(shown) <= 45 else f"...{shown[-42:]}"
 
 
@@ -192,7 +192,7 @@ def _why_no_image(value: object) -> str:
 
 
 def _from_base64(text: str) -> bytes | None:
-    """The bytes that a text stands for; None: it is no base64."""
+    """The bytes of a base64 text; None: it is no base64."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError:
@@ -200,7 +200,7 @@ def _from_base64(text: str) -> bytes | None:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file is one that systems leave in folders: `._a.png` (macOS), .DS_Store, Thumbs.db, desktop.ini."""
+    """Whether an operating system left this file: `._a.png` (macOS), .DS_Store, Thumbs.db, desktop.ini."""
     return name.startswith("._") or name.lower() in (".ds_store", "thumbs.db", "desktop.ini", ".directory")
 
 
@@ -230,7 +230,7 @@ def _fetched(address: str, timeout: float | None) -> bytes:
 
 
 def _download(address: str, timeout: float, content: Future) -> None:
-    """Sets the content, or why there is none. In a thread of its own, as a server may hold it up for ever."""
+    """Sets the content, or the error. Runs in its own thread, since a server may never end its answer."""
     try:
         found, end = bytearray(), time.monotonic() + timeout
         with get_session().stream("GET", address, follow_redirects=True, timeout=timeout) as answer:
@@ -240,7 +240,7 @@ def _download(address: str, timeout: float, content: Future) -> None:
                 found += part
                 if len(found) > MOST_FETCHED:
                     raise Refused(f"it is more than {MOST_FETCHED:,} bytes")
-                if time.monotonic() > end:  # nobody waits for it any more
+                if time.monotonic() > end:  # `_fetched` has given up
                     return
         content.set_result(bytes(found))
     except Exception as error:
@@ -248,8 +248,8 @@ def _download(address: str, timeout: float, content: Future) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """UTF-8, or what a byte order mark at the beginning says. Raises OSError, or ValueError where it is no text, or no
-    file (a pipe or a device has no end)."""
+    """A text file in UTF-8, or in the encoding of its byte order mark. Raises OSError, or ValueError where it is no
+    text, or no file (a pipe or a device has no end)."""
     if os.path.exists(path):
         check_regular(path)
     content = Path(path).read_bytes()
@@ -266,19 +266,19 @@ def lines_of(text: str) -> list[str]:
 
 
 class Unwanted(Exception):
-    """Raised within `whole`: what was written there is not to take its name."""
+    """Raised within `whole`: the file that was written is thrown away."""
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write the file to: it takes its name at the end of the block, on the disk and whole, or
-    not at all. The place is called as PARTIAL says, by the number of the writing process."""
+    """A file beside `path` to write to. At the end of the block it is on the disk and gets the name `path`, or it is
+    removed. Until then its name is as PARTIAL says, with the number of the writing process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid4().hex}.{os.getpid()}.partial")
     try:
         yield partial
         with partial.open("r+b") as file:
-            os.fsync(file.fileno())  # its name must not come to the disk before it
+            os.fsync(file.fileno())  # the content must be on the disk before the name
         os.replace(partial, path)
     except Unwanted:
         return
@@ -287,7 +287,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def ignored_id(num_classes: int) -> int:
-    """What stands for -1, no label, in the label maps of a list of so many classes: 255 in 8 bits, 65535 in 16."""
+    """The id for -1, no label, in saved label maps of so many classes: 255 in 8 bits, 65535 in 16."""
     if num_classes > 65535:
         raise Refused(f"a label map holds the ids of at most 65,535 classes, not of {num_classes:,}")
     return 255 if num_classes <= 255 else 65535
@@ -314,14 +314,14 @@ def map_png(label_map: Any, num_classes: int | None = None) -> bytes:
 
 
 def save_map(label_map: Any, path: str | Path, num_classes: int | None = None) -> None:
-    """Saves a label map as a PNG of ids, which this project's datasets take and other tools read.
+    """Saves a label map as a PNG of ids, for this project's datasets and other tools. Written whole or not at all.
 
-    8 bits, and 255 where the map has -1; for more than 255 classes 16 bits, and 65535. Written whole or not at all.
+    8 bits, and 255 where the map has -1; for more than 255 classes 16 bits, and 65535.
 
     label_map: (H, W) integers, -1 where there is no label; or the pipeline's result with output="map".
     path: ends in .png.
-    num_classes: of the label list. Give it, so that all maps of one list are alike; None: the result's own number, else
-        what the ids of this map need.
+    num_classes: of the label list. With it all maps of one list have the same bits. None: the result's own number, or
+        the least number for the ids of this map.
     """
     if Path(path).suffix.lower() != ".png":
         raise Refused(f"a label map is saved as a PNG: {str(path)[-100:]} must end in .png")
@@ -336,7 +336,7 @@ def save_map(label_map: Any, path: str | Path, num_classes: int | None = None) -
     try:
         with whole(Path(path)) as partial:
             partial.write_bytes(content)
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero in it
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise Refused(f"cannot save {shortened(str(path), 100)} ({reason}): choose another place") from error
 

@@ -3,12 +3,12 @@
 Axes: O decoder output, B image, Q query, C class name, M mask target and L present label of an image, K matched mask,
 P point, H W label map, h w mask.
 Equation numbers are those of arXiv 2301.07336. Readings where the paper is silent are marked "Reading:".
-Everything above `zs3_losses` takes tensors and numbers, no config. Sums are made in float32 or better, under
-autocast too.
+Functions above `zs3_losses` take tensors and numbers, no config. Sums are made in float32 or better, also under
+autocast.
 
-What makes it cheap: targets stay id maps and are looked up at points, no mask of full size is ever made; points are
-shared by all masks of an image and all decoder outputs; samples and sums are made for all images of a batch at once;
-all matching costs of a step go to the CPU in one copy.
+What saves time and memory: targets stay id maps and are read at points, so no mask of full size is made. All masks of
+an image and all decoder outputs share these points. Samples and sums are made for all images of a batch at once. All
+matching costs of a step go to the CPU in one copy.
 """
 
 import math
@@ -38,11 +38,11 @@ except ImportError:  # inference needs no matching
 UNMATCHED = -1  # a query without a label
 IGNORED, PADDING = -1, -(2**62)  # in a label map
 NO_ID = 2**62  # fills up the ids of an image with fewer masks than others
-POINTS_AT_ONCE = 2**21  # points of as many masks as go together: more need memory, fewer take time
-TINY = 1e-6  # divides in place of zero, where the dividend is zero too
-FLOOR = 1e-30  # under a logarithm: its inverse is a float32, too
+POINTS_AT_ONCE = 2**21  # of several masks together: more points need memory, fewer take time
+TINY = 1e-6  # the divisor in place of zero, where the dividend is zero, too
+FLOOR = 1e-30  # the least argument of a logarithm: its inverse is a float32, too
 
-# What a function holds is made again in the backward pass: it would be most of the memory.
+# A function's intermediate values are made again in the backward pass. Kept, they would take most of the memory.
 remade_backward = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -50,10 +50,10 @@ remade_backward = partial(checkpoint, use_reentrant=False, preserve_rng_state=Fa
 
 
 class Targets(NamedTuple):
-    """What the predictions of a batch are compared with.
+    """The targets of a batch.
 
     labels: (B, H, W) int64 ids, IGNORED or PADDING; on the device of the predictions.
-    ids: for each image the ids of its mask targets, (M,) int64; on the CPU (see `mask_ids`).
+    ids: for each image the ids of its mask targets, (M,) int64, on the CPU; see `mask_ids`.
     image_labels: (B, C), 1 present, 0 absent, -1 unknown; on the CPU.
     """
 
@@ -93,10 +93,10 @@ def pad_ids(ids: list[Tensor], device: torch.device) -> Tensor:
 
 
 class PointLabels(NamedTuple):
-    """What lies at points that all masks of an image share.
+    """The targets at points that all masks of an image share.
 
     points: (B, P, 2), (x, y) in [-1, 1] from border to border, as F.grid_sample has them.
-    weight: (B, P) in [0, 1], the part of the four pixels around a point that is not ignored.
+    weight: (B, P) in [0, 1], the part of a point's four neighbouring pixels that is not ignored.
     inside: (B, M, P) in [0, 1], the part that belongs to the target; at most `weight`.
     """
 
@@ -106,12 +106,12 @@ class PointLabels(NamedTuple):
 
 
 def label_points(labels: Tensor, ids: Tensor, points: Tensor, *, ignored_pixels: str = "ignore") -> PointLabels:
-    """The bilinear samples of mask targets at points (B, P, 2), read off the id maps (B, H, W).
+    """The bilinear samples of mask targets at points (B, P, 2), from the id maps (B, H, W).
 
-    The sample of a one-hot mask is the summed weight of those of the four neighbours that have the target's id.
+    The sample of a one-hot mask is the sum of the weights of those neighbours, of four, that have the target's id.
     Points within half a pixel of the border are clamped to it.
     ids: (B, M), see `pad_ids`, on the device of the labels.
-    ignored_pixels: "ignore": they have no weight; "negative": they belong to no mask (Mask2Former's).
+    ignored_pixels: "ignore", they have no weight; "negative", they belong to no mask (Mask2Former's).
     """
     batch, height, width = labels.shape
     pixel = (points + 1) / 2 * points.new_tensor([width, height]) - 0.5
@@ -126,7 +126,7 @@ def label_points(labels: Tensor, ids: Tensor, points: Tensor, *, ignored_pixels:
             y = (low[..., 1] + dy).long().clamp(0, height - 1)
             label = labels[image, y, x]
             part = (fraction[..., 0] - (1 - dx)).abs() * (fraction[..., 1] - (1 - dy)).abs()
-            valid = part * (label >= 0)  # an ignored neighbour adds nothing, wherever it is put
+            valid = part * (label >= 0)  # 0 for an ignored neighbour, so its place below does not matter
             inside.scatter_add_(1, torch.searchsorted(ids, label)[:, None], valid[:, None])
             weight += part if ignored_pixels == "negative" else valid
     return PointLabels(points, weight, inside[:, :-1].contiguous())  # `take` is slow on anything else
@@ -161,7 +161,7 @@ class Match(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """The matched masks of a batch, those of an image after those of the one before, in every decoder output.
+    """The matched masks of a batch in every decoder output, image after image.
 
     image: (K,) int64; query, target: (O, K) int64. In output o, query[o, k] of image[k] predicts its target[o, k]. K is
     the same in every output.
@@ -217,7 +217,7 @@ def match_labels(similarity: Tensor, image_labels: Tensor) -> Tensor:
 
     similarity: (B, Q, C) cosine in [-1, 1].
     image_labels: (B, C), 1 present, 0 absent, -1 unknown.
-    Returns (B, Q) int64: a class index, or UNMATCHED. Of more labels than queries, the best fitting Q are assigned.
+    Returns (B, Q) int64: a class index, or UNMATCHED. Where labels outnumber queries, the best fitting Q are assigned.
     """
     scores = similarity.cpu()
     present = present_labels(image_labels)
@@ -241,7 +241,7 @@ def assign(
 ) -> tuple[Match, Tensor]:
     """The masks and the labels (Q,) of one image's queries: a class index or UNMATCHED. By one of three matchings.
 
-    mask_cost: (Q, M) of mask targets with ids (M,); the cost of their labels is in it, but for "unpaired".
+    mask_cost: (Q, M) of mask targets with ids (M,); except for "unpaired" it includes the cost of their labels.
     label_cost: (Q, L) of the present labels (L,).
     matching:
         "unpaired": two assignments that know nothing of each other (sections 3.1, 3.2).
@@ -255,7 +255,7 @@ def assign(
     query_labels = torch.full((len(mask_cost),), UNMATCHED)
     if matching == "hybrid":
         finite = torch.nan_to_num(mask_cost.double(), nan=1e5, posinf=1e5, neginf=-1e5)
-        masks_first = finite - 1e6  # where queries run out; matters nowhere else
+        masks_first = finite - 1e6  # matters only where there are too few queries
         match = hungarian(torch.cat([masks_first, class_weight * label_cost], dim=1))
         query_labels[match.query] = torch.cat([ids, labels])[match.target]
         has_mask = match.target < len(ids)
@@ -274,12 +274,11 @@ def assign(
 def choose_points(
     mask_logits: Tensor, image: Tensor, truth: PointLabels, num_points: int, importance_sample_ratio: float
 ) -> Tensor:
-    """Mask2Former's points for the mask losses: most where the prediction is uncertain, the rest uniform.
+    """Mask2Former's points for the mask losses: most are where the prediction is uncertain, the rest are uniform.
 
     mask_logits: (K, h, w) of the matched queries; image: (K,).
-    The last (1 - importance_sample_ratio) * num_points of an image's `truth.points` serve all its masks. The points
-    before them are candidates: a mask takes those of smallest |logit|, and those without weight only when nothing else
-    is left.
+    The last (1 - importance_sample_ratio) * num_points of an image's `truth.points` are used by all its masks. The
+    points before them are candidates: a mask takes those with the smallest |logit|, points without weight last.
     Returns (K, num_points) int32, indices into the image's `truth.points`.
     """
     num_uncertain = int(importance_sample_ratio * num_points)
@@ -397,7 +396,8 @@ def class_loss(
     similarity: (..., Q, C) cosine in [-1, 1]; target: (..., Q) class index or UNMATCHED.
     kl: "p_u" is KL(p || U) as printed, "u_p" is KL(U || p).
     num_matched, num_unmatched: divide the sums over each group; default: its number of queries in `target`.
-    Reading: Eq. 5 does not say sum or mean. Mean over each group, or 92 unmatched queries would drown 8 matched.
+    Reading: Eq. 5 does not say sum or mean. It is the mean over each group here: in a common sum, 92 unmatched queries
+    would count far more than 8 matched ones.
     """
     log_probs = (at_least_float32(similarity) / temperature).log_softmax(-1)
     matched = target != UNMATCHED
@@ -414,7 +414,7 @@ def class_loss(
 
 
 def _mean_where(where: Tensor, values: Tensor, count: Tensor | None) -> Tensor:
-    """The sum of the values that are meant over their number, or over `count`; 0 where there are none."""
+    """The sum of the values at `where` over their number, or over `count`; 0 where there are none."""
     count = where.sum() if count is None else count
     return values.masked_fill(~where, 0).sum() / count.clamp(min=TINY)
 
@@ -474,10 +474,10 @@ def ranking_loss(similarity: Tensor, positive: Tensor, negative: Tensor, *, norm
 def possible_labels(
     label_map: Tensor, ids: Tensor, image_labels: Tensor, points: Tensor, *, pixels: str = "all"
 ) -> Tensor:
-    """Which classes the pixel at each point may have: (C, P) bool.
+    """The classes that the pixel at each point may have: (C, P) bool.
 
-    Of a labelled pixel its own; of an ignored one the labels of its image that have no mask, and unknown ones, unless
-    pixels is "labelled"; none of padding.
+    A labelled pixel has its own class. An ignored pixel has the image labels without a mask, present or unknown; with
+    pixels="labelled" it has none. Padding has none.
     label_map: (H, W) ids of the class axis; ids: (M,); image_labels: (C,); points: (P, 2) in [-1, 1].
     """
     height, width = label_map.shape
@@ -492,11 +492,11 @@ def possible_labels(
 
 
 def label_map_loss(class_probs: Tensor, mask_logits: Tensor, points: Tensor, possible: Tensor) -> Tensor:
-    """Minus the log of the share of Eq. 4's scores that goes to possible classes; not the paper's.
+    """Minus the log of the share of Eq. 4's scores that possible classes have; not the paper's.
 
-    The mean over an image's points, and over images; an image without a point that has a possible class counts as 0.
-    It ties the class of a query to its mask, which Eq. 5 and the mask losses do only through the query. Where unseen
-    labels are told it supposes that ignored pixels belong to them.
+    The mean over an image's points, then over images. An image counts as 0 where no point has a possible class. This
+    loss connects a query's class with its mask; Eq. 5 and the mask losses do so only through the query. With image
+    labels of unseen classes it supposes that ignored pixels belong to these classes.
     class_probs: (B, Q, C) of Eq. 2. mask_logits: (B, Q, h, w). points: (B, P, 2). possible: (B, C, P), 1 or 0, see
     `possible_labels`; a point without any takes no part.
     """
@@ -513,11 +513,8 @@ def label_map_loss(class_probs: Tensor, mask_logits: Tensor, points: Tensor, pos
 
 
 class Losses(NamedTuple):
-    """terms: the unweighted scalars class, mask, dice and rank of Eq. 8, each summed over the decoder outputs; with
-    a label_map_weight also label_map.
-
-    same_label_rate: scalar, of the last decoder output: the share of queries with a mask whose label is their mask's
-    id; NaN where no query has a mask.
+    """terms: the unweighted scalars class, mask, dice and rank of Eq. 8, each summed over the decoder outputs; with a
+    label_map_weight also label_map. same_label_rate: see the function of this name.
     """
 
     terms: dict[str, Tensor]
@@ -532,11 +529,11 @@ def zs3_losses(
     config: Zs3Config,
     counts: Tensor | None = None,
 ) -> Losses:
-    """The terms of Eq. 8; the only function here, with its steps, that sees the config.
+    """The terms of Eq. 8. Only this function, and its steps below, see the config.
 
     For each decoder output: mask_logits (B, Q, h, w), similarity (B, Q, C), and for class_loss "cross_entropy"
     background_similarity (B, Q), else None.
-    counts: (3,), what sums are divided by, see `count_targets`; None: of these targets.
+    counts: (3,), the divisors of sums, see `count_targets`; None: those of these targets.
     """
     ids = pad_ids(targets.ids, mask_logits[0].device)
     matches, query_labels = match_outputs(mask_logits, similarity, background_similarity, targets, ids, config)
@@ -581,7 +578,7 @@ def mask_terms(
         parts = (values.split(masks_at_once) for values in (matches.image, queries, targets))
         for image, query, target in zip(*parts, strict=True):
             chosen = choose_points(logits[image, query], image, truth, *sizes)
-            # The whole logits, which exist anyway: a copy of the matched masks would be kept until the backward pass.
+            # All logits, which exist anyway. A copy of the matched masks would be kept until the backward pass.
             given = logits, image, query, target, chosen, truth, num_masks, config.mask_loss
             losses.append(remade_backward(mask_losses, *given))
     mask, dice = (torch.stack(values).sum() for values in zip(*losses, strict=True))
@@ -608,10 +605,11 @@ def label_map_term(
 
 
 def count_targets(ids: list[Tensor], image_labels: Tensor, num_queries: int, matching: str) -> Tensor:
-    """Of a batch the numbers of masks, of queries that get a label and of those that get none: (3,) float32.
+    """A batch's numbers of masks, of queries that get a label and of queries that get none: (3,) float32.
 
-    ids, image_labels: as in Targets. The same for every decoder output, whatever is matched with what. The gradient of
-    a batch that is cut into parts is that of the whole where each part is given the mean of the parts' counts.
+    ids, image_labels: as in Targets. The numbers are the same for every decoder output and every result of matching.
+    Where a batch is cut into parts, each part is given the mean of the parts' counts: their gradients then add up to
+    that of the whole.
     """
     labels = present_labels(image_labels)
     if matching != "unpaired":  # a mask's id is its query's label, too
@@ -633,7 +631,7 @@ def match_outputs(
     """The masks of the queries of all images and decoder outputs, and query_labels (O, B, Q); see `assign`.
 
     ids: (B, M), those of the targets on the device of the predictions, see `pad_ids`.
-    The costs of all outputs and images go to the CPU in one copy; so do the indices on their way back.
+    The costs of all outputs and images go to the CPU in one copy, and so do the indices back.
     """
     device, (batch, _, height, width) = mask_logits[0].device, mask_logits[0].shape
     on_grid = config.match_points == "grid"
@@ -645,7 +643,7 @@ def match_outputs(
     truth = label_points(targets.labels, ids, points, ignored_pixels=config.ignored_pixels)
     present = present_labels(targets.image_labels)
     present_there = pad_sequence(present, batch_first=True).to(device)  # (B, L)
-    ids_there = ids.masked_fill(ids == NO_ID, 0)  # columns that fill up are cut off below
+    ids_there = ids.masked_fill(ids == NO_ID, 0)  # these columns are cut off below
 
     costs = []
     for logits, cosine, background in zip(mask_logits, similarity, background_similarity, strict=True):
@@ -675,7 +673,7 @@ def pick_columns(values: Tensor, columns: Tensor) -> Tensor:
 
 
 def same_label_rate(matches: Matches, query_labels: Tensor, ids: Tensor) -> Tensor:
-    """How often the label of a query with a mask is its mask's id, in the last decoder output; NaN without masks.
+    """The share of queries with a mask whose label is the mask's id, in the last decoder output; NaN without masks.
 
     query_labels: (O, B, Q); ids: (B, M), see `pad_ids`.
     """
@@ -684,9 +682,9 @@ def same_label_rate(matches: Matches, query_labels: Tensor, ids: Tensor) -> Tens
 
 
 def mean_over_ranks(counts: Tensor) -> Tensor:
-    """The mean over the processes of a distributed run, over which DDP averages the gradients."""
+    """The mean over the processes of a distributed run, as DDP averages the gradients."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        counts = counts.clone()  # the caller's stay as they are
+        counts = counts.clone()  # all_reduce changes them in place
         torch.distributed.all_reduce(counts)
         counts = counts / torch.distributed.get_world_size()
     return counts

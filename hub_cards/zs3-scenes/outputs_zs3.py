@@ -25,19 +25,19 @@ except ImportError:
 class Zs3Output(ModelOutput):
     """What the model returns.
 
-    loss: scalar, when `labels` are given; the sum of weight x term (Eq. 8).
+    loss: scalar, where `labels` are given: the sum of weight x term (Eq. 8).
     loss_terms: dict of unweighted scalars class, mask, dice, rank, each summed over the decoder outputs.
-    same_label_rate: scalar in [0, 1], how often a query's label is the class of its mask (last decoder output), NaN
-        without masks; tells something where the ids in `labels` index the class axis.
+    same_label_rate: scalar in [0, 1], how often a query's label is the class of its mask (last decoder output); NaN
+        without masks. It has a meaning where the ids in `labels` index the class axis.
     mask_logits: (B, Q, h, w) of the last decoder output; sigmoid gives the proposals M.
     class_embeds: (B, Q, D), E^c, not normalised.
     class_logits: (B, Q, C), cosine / temperature.
-    background_logits: (B, Q), with the learned background embedding (class_loss "cross_entropy"), else None.
+    background_logits: (B, Q), of the learned background embedding; None without one (see `class_loss`).
     valid_sizes: (B, 2) int64, height and width of each image without its padding; with `labels`, of the whole crop.
-    ensemble_probs: (B, Q, C), where CLIP was shown the proposals (`ensemble`); the label map is then made of these.
-    shown_to_clip: (B, Q) bool, which ones it was shown.
+    ensemble_probs: (B, Q, C), class probabilities of the ensemble with CLIP; the label map is then made of these.
+    shown_to_clip: (B, Q) bool, the proposals that CLIP was shown.
 
-    With output_hidden_states or output_attentions, under Mask2Former's names; C channels, h w of each level:
+    With output_hidden_states or output_attentions, named as in Mask2Former (C channels, h w of each level):
     encoder_last_hidden_state: (B, C, h, w), the backbone's coarsest feature map.
     pixel_decoder_last_hidden_state: (B, C, h, w), the mask features, of stride 4.
     transformer_decoder_last_hidden_state: (B, Q, C), the queries after the last layer, not normalised.
@@ -48,7 +48,7 @@ class Zs3Output(ModelOutput):
     transformer_decoder_hidden_states: the queries (Q, B, C), before the first and after each decoder layer.
 
     With output_attentions:
-    attentions: of each decoder layer, the weights (B, heads, Q, Q) with which queries look at each other.
+    attentions: for each decoder layer the weights (B, heads, Q, Q) with which queries look at each other.
     """
 
     loss: Tensor | None = None
@@ -71,16 +71,16 @@ class Zs3Output(ModelOutput):
 
     @property
     def class_probs(self) -> Tensor:
-        """(B, Q, C), what Eq. 4 weighs the masks with: the ensemble's where there is one, else p_q of Eq. 2."""
+        """(B, Q, C), the weights of the masks in Eq. 4: the ensemble's where there is one, else p_q of Eq. 2."""
         return final_probabilities(self)
 
     def explain(self, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None) -> Explanation:
-        """Which proposals made pixel (y, x) what it is: see `explain` of label_maps_zs3."""
+        """Which proposals decided pixel (y, x): see `explain` of label_maps_zs3."""
         return explain(self, y, x, image=image, image_size=image_size)
 
 
 def final_probabilities(outputs: Zs3Output) -> Tensor:
-    """(B, Q, C), what Eq. 4 weighs the masks with; for copies of the output without properties, as pipelines make."""
+    """(B, Q, C), the weights of the masks in Eq. 4. outputs: a Zs3Output, or a dict as pipelines make of it."""
     if outputs.get("ensemble_probs") is not None:
         return outputs["ensemble_probs"]
     return class_probabilities(outputs["class_logits"], outputs.get("background_logits"))
@@ -89,8 +89,8 @@ def final_probabilities(outputs: Zs3Output) -> Tensor:
 def class_probabilities(class_logits: Tensor, background_logits: Tensor | None = None) -> Tensor:
     """p_q of Eq. 2: class_logits (..., Q, C) = cosine / temperature -> (..., Q, C).
 
-    background_logits: (..., Q), of the learned t_0 where there is one; it takes part in the sum (j = 0 of Eq. 2)
-    and its column is dropped, so that rows sum to at most 1.
+    background_logits: (..., Q), of the learned t_0, if there is one. It takes part in the sum (j = 0 of Eq. 2) and its
+    column is dropped: rows then sum to at most 1.
     """
     if background_logits is None:
         return at_least_float32(class_logits).softmax(-1)
@@ -107,17 +107,17 @@ def cosine_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
 
 
 def label_similarity(class_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-    """`cosine_similarity` with a label list: equal text vectors get equal columns, so that the first of them wins.
+    """`cosine_similarity`, but equal text vectors get equal columns, so that the first of them wins.
 
-    A matrix product alone may round them differently. A compiled or exported graph is that product alone.
+    A matrix product alone may round equal columns differently. A compiled or exported graph is the product alone.
     """
     return tie(cosine_similarity(class_embeds, text_embeds), F.normalize(text_embeds.float(), dim=-1).T)
 
 
 def tie(values: Tensor, source: Tensor) -> Tensor:
-    """values (..., C), source (..., C): columns with equal sources become equal to the last bit, as the first of them.
+    """values (..., C), source (..., C): columns with equal sources all become the first of them, to the last bit.
 
-    Products and powers need it: at the end of a row they may be rounded otherwise than in its middle.
+    Products and powers need it: at the end of a row they may be rounded in another way than in its middle.
     """
     if source.shape[-1] < 2 or has_no_values(source):
         return values
@@ -134,7 +134,7 @@ def tie(values: Tensor, source: Tensor) -> Tensor:
 
 
 def best_synonyms(logits: Tensor, owner: Tensor) -> Tensor:
-    """logits (B, Q, S), owner (S,) int64 -> (B, Q, C): of a class's synonyms, the one that is most like the query."""
+    """The largest logit among a class's synonyms: logits (B, Q, S), owner (S,) int64, their classes -> (B, Q, C)."""
     owner = owner.expand_as(logits)
     best = logits.new_empty(*logits.shape[:2], int(owner.max()) + 1)
     return best.scatter_reduce(2, owner, logits, "amax", include_self=False)
@@ -146,13 +146,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def has_no_values(tensor: Tensor) -> bool:
-    """Whether a tensor's values cannot be looked at: "meta", or while a graph or a torch.func transform is made."""
+    """Whether a tensor's values cannot be read: it is "meta", or a graph or a torch.func transform is being made."""
     made = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return made or tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def check_finite_output(name: str, values: Tensor) -> None:
-    """Raises Refused where an output is not finite: what is made of it would look like an answer."""
+    """Raises Refused where an output is not finite: a label map made of it would look like an answer."""
     if not has_no_values(values) and not torch.isfinite(values).all():
         raise Refused(f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32")
 

@@ -1,7 +1,7 @@
 """Zs3Pipeline: `pipeline(model=..., trust_remote_code=True)(image, candidate_labels=[...])`.
 
-An image becomes views, itself or overlapping windows of it; the network makes proposals of each view; a label list
-turns proposals into a label map. `propose` stops in the middle, so that other label lists cost no network.
+An image is cut into views, overlapping windows or one for all. The network makes proposals of each view. A label list
+turns proposals into a label map. `propose` gives the proposals, so that further label lists need no network.
 """
 
 import os
@@ -71,7 +71,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-THRESHOLDS = {"probability": 0.5, "margin": 0.1}  # where `background="reject"` is given no threshold
+THRESHOLDS = {"probability": 0.5, "margin": 0.1}  # of `background="reject"` without a threshold
 ENSEMBLE = ("ensemble", "ensemble_weight")
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -80,17 +80,17 @@ ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 class View(NamedTuple):
     """A part of an image that the network sees at once; both (left, top, right, bottom) in the image's pixels."""
 
-    box: tuple[int, int, int, int]  # what is seen
-    own: tuple[int, int, int, int]  # what is kept of the result
+    box: tuple[int, int, int, int]  # what the network sees
+    own: tuple[int, int, int, int]  # the part of its result that is kept
 
 
 @dataclass
 class Proposals:
-    """What the network made of one image; give it to the pipeline in the image's place, with any label list.
+    """The network's outputs for one image. Give them to the pipeline in the image's place, with any label list.
 
-    image_size: (height, width). outputs: of each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
+    image_size: (height, width). outputs: for each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
     valid_sizes (1, 2), as in Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
-    ensemble: how CLIP saw them, "crops" or "single_pass", or "off". checkpoint: which one made them, see `fingerprint`.
+    ensemble: CLIP's view of them, "crops" or "single_pass", or "off". checkpoint: its `fingerprint`.
     """
 
     image_size: tuple[int, int]
@@ -102,12 +102,12 @@ class Proposals:
 
 @dataclass
 class Choice:
-    """What pixels may become: a label list ready for the model, and what is done about none of these.
+    """A label list ready for the model, and the options that go with it.
 
-    names: C labels, after them the distractors. text_embeds: (S, D), a row for each name, or with synonyms="max" for
-    each synonym. owner: (S,) int64, the name of each row. num_labels: C.
-    threshold: of `confidence`, below which a pixel gets no label; None: off.
-    is_seen: (C,) bool, the names whose masks the training saw. ensemble, ensemble_weight: see the pipeline.
+    names: the labels, then the distractors; num_labels: the number of labels. text_embeds: (S, D), a row for each name,
+    or with synonyms="max" for each synonym. owner: (S,) int64, the name of each row.
+    threshold: a pixel whose `confidence` is below it gets no label; None: off.
+    is_seen: bool, the names whose masks the training saw. ensemble, ensemble_weight: see the pipeline.
     """
 
     names: list[str]
@@ -122,7 +122,7 @@ class Choice:
 
 
 class Unreadable(Refused):
-    """Some images of a list cannot be read. results: one entry an image, None for those that cannot be read."""
+    """Some images of a list cannot be read. results: one entry an image, None for those images."""
 
     def __init__(self, message: str, results: list):
         super().__init__(message)
@@ -134,13 +134,13 @@ class Unreadable(Refused):
 
 @dataclass
 class Lost:
-    """Stands for an image that cannot be read, and for its result. error: raised when the result is asked for."""
+    """In place of an image that cannot be read, and of its result. error: raised when the result is wanted."""
 
     error: Exception
 
 
 class Rows(Dataset):
-    """A dataset, of which a row that raises is Lost, so that the other rows can still be read."""
+    """A dataset in which a row that raises is Lost, so that the other rows can still be read."""
 
     def __init__(self, rows: Dataset | Sequence):
         self.rows = rows
@@ -156,7 +156,7 @@ class Rows(Dataset):
 
 
 class Images(Dataset):
-    """Images in their order, which transformers' loop takes as they are. alone: the caller gave one image, no list."""
+    """Images in their order, in a form that transformers leaves alone. alone: the caller gave one image, no list."""
 
     def __init__(self, images: Iterable, alone: bool = False):
         self.images = images
@@ -176,7 +176,7 @@ class Images(Dataset):
         return (rows[place] for place in range(len(rows)))
 
     def named(self, error: Exception, place: int) -> Lost:
-        """With an error that says which image it is about."""
+        """An image that is lost, with an error that names it."""
         if isinstance(error, OSError):  # of a decoder or the disk
             error = Refused(f"it cannot be read as an image: {one_line(error, 100)}")
         if isinstance(error, Refused) and not self.alone:
@@ -187,9 +187,9 @@ class Images(Dataset):
 
 
 class Results(IterableDataset):
-    """The results of several images, made when they are asked for; as many as images, where that is known.
+    """The results of several images, made when they are wanted. The length is that of the images, where it is known.
 
-    An image that cannot be read raises in its turn, Refused or the dataset's own error; `next` then gives the others.
+    For an image that cannot be read `next` raises Refused or the dataset's own error. It then gives the other results.
     """
 
     def __init__(self, images: Images, make: Callable[[Images], Iterator]):
@@ -203,7 +203,7 @@ class Results(IterableDataset):
         return len(self.images)
 
     def __iter__(self) -> "Results":
-        """From the first image on, as transformers' own; of an iterator, which cannot begin anew, from where it is."""
+        """From the first image on, as transformers' own. An iterator cannot begin again: it goes on."""
         if self._made is None or not isinstance(self.images.images, Iterator):
             self._made = self.make(self.images)
         return self
@@ -234,35 +234,34 @@ class Zs3Pipeline(Pipeline):
 
     segment(images, candidate_labels=[...], **options)
 
-    images: one, as for `load_picture` of files_zs3 or as `Proposals`; or a list of these, or a folder of images (in the
-        order of their names): a list of results; or a dataset, a column of one, a generator: `Results`, made when they
-        are asked for. Where images of a list cannot be read the others are segmented, then `Unreadable` is raised.
+    images: one image, as for `load_picture` of files_zs3, or `Proposals`. A list of these, or a folder of images (in
+        the order of their names), gives a list of results. A dataset, a column of one or a generator gives `Results`,
+        made when they are wanted. Where some images of a list cannot be read, `Unreadable` is raised after the others.
     candidate_labels: each a name, a list of synonyms, or a dict with `name`, `synonyms` and `templates`; None: the
         vocabulary stored in the checkpoint. A checkpoint without a text tower takes names of that vocabulary only.
-    synonyms: "mean", a label is the mean of the text vectors of all its prompts; or "max", a query looks at the synonym
+    synonyms: "mean", a label is the mean of the text vectors of all its prompts; or "max", each query uses the synonym
         that fits it best: a further synonym then never takes a pixel from its label.
-    background: None, every pixel gets its best label; "reject", it gets none where the confidence in that is below
-        `threshold`; or a list of distractors, labels for what is not of interest: what they win gets none.
-    confidence: what the threshold is for: "probability", what decided queries give the winner on average (SemanticMap
-        says it exactly; default threshold 0.5), or "margin", how much more that is than for the runner-up (0.1). No
-        guarantee goes with either.
+    background: None, every pixel gets its best label; "reject", a pixel gets no label where its confidence is below
+        `threshold`; or a list of distractors, labels of no interest: pixels that they win get no label.
+    confidence: the measure that the threshold is for. "probability" is what decided queries give the winner on average
+        (SemanticMap defines it; default threshold 0.5), "margin" its distance to the runner-up's (0.1).
     ensemble: CLIP's view of the proposals joined in (section 4.6): "crops", of a crop of each; "single_pass", an
-        approximation from one pass over the image; or "off". None: "crops" where the checkpoint has an image tower and
-        a weight and says which masks its training saw, else "off". Scores are then of products of probabilities, which
-        do not sum to 1.
+        approximation from one pass over the image; or "off". None: "crops" where the checkpoint has an image tower, a
+        weight and a record of the classes that its training saw, else "off". Scores are then of products of
+        probabilities, which do not sum to 1.
     ensemble_weight: w, in [0, 1]; None: the checkpoint's.
-    window, overlap: pixels; images larger than a window are seen in overlapping windows of this side, each at the size
-        that the checkpoint is used to, and a pixel belongs to the one in whose middle it lies deepest. None: at once.
+    window, overlap: pixels. Larger images are cut into overlapping windows of this side, each resized as an image is;
+        a pixel belongs to the window whose border is farthest from it. None: the image as a whole.
     batch_size: views that the network sees at once. It does not change the results.
-    num_workers: processes that take images from a dataset with a length. None: 0, none but this one.
-    timeout: seconds that an address may take in all. None: 60.
+    num_workers: processes that read images of a dataset with a length. None: 0, this process reads them.
+    timeout: seconds for the download of an address. None: 60.
     subtask: "semantic" or None, as for transformers' own pipeline.
     output: "masks", a list of {"label", "label_id", "score", "mask"} for each label that occurs: label_id indexes the
         list given, score is the mean confidence (probability), mask a PIL "L" image (255 inside); or "map", a dict
-        {"segmentation": (H, W) int64, "labels": names, "scores": (H, W) float32}. What got no label has the id -1, the
-        label "none of these", and the score of the label that it did not get.
+        {"segmentation": (H, W) int64, "labels": names, "scores": (H, W) float32}. Pixels without a label have the id
+        -1, the label "none of these", and the score of their best label.
 
-    The probability is no calibrated one: see the results of an evaluation before you rely on a threshold.
+    The probability is not calibrated: look at an evaluation's results before you rely on a threshold.
     """
 
     _load_processor = None  # absent where the text vectors came from outside
@@ -304,7 +303,7 @@ class Zs3Pipeline(Pipeline):
         timeout: float | None = None,
         ensemble: str | None = None,
     ) -> "Proposals | list[Proposals] | Results":
-        """The network's part alone: see the class, and Proposals. CLIP is shown all of them with any ensemble."""
+        """The network's part alone: see the class, and Proposals."""
         options = {"window": window, "overlap": overlap, "timeout": timeout}
         options |= {"batch_size": batch_size, "num_workers": num_workers}
         return self(images, propose=True, **options, **({} if ensemble is None else {"ensemble": ensemble}))
@@ -318,12 +317,11 @@ class Zs3Pipeline(Pipeline):
         save_map(result, path)
 
     def lint_labels(self, class_names: Sequence[ClassName]) -> LabelReport:
-        """What to know of a label list before it is used: see `lint_labels` of text_zs3."""
+        """Facts about a label list before it is used: see `lint_labels` of text_zs3."""
         return lint_labels(class_names, model=self.model, processor=self.processor, cache=self.text_cache)
 
     def _sanitize_parameters(self, **options) -> tuple[dict, dict, dict]:
-        """Checks the options one by one; what they say together is only known where they meet those of the pipeline's
-        making, in `_choose`."""
+        """Checks the options one by one. `_choose` checks them together, with those of the pipeline's making."""
         steps = {
             "preprocess": ("window", "overlap", "timeout"),
             "forward": ("candidate_labels", "synonyms", "background", "threshold", "confidence", "propose", *ENSEMBLE),
@@ -351,7 +349,7 @@ class Zs3Pipeline(Pipeline):
         fits = background == "reject" if isinstance(background, str) else isinstance(background, list | tuple | None)
         if not fits:
             raise ValueError(f"background must be 'reject' or a list of labels, got {shortened(background)}")
-        if "background" in options:  # what was said of another background does not hold for this one
+        if "background" in options:  # options that go with another background are reset
             options = {"threshold": None, "confidence": None, **options}
         if "window" in options:
             options = {"overlap": None, **options}
@@ -402,7 +400,7 @@ class Zs3Pipeline(Pipeline):
         return Choice(names, vectors, owner, num_labels, threshold, confidence, is_seen, view, ensemble_weight)
 
     def _embed(self, entries: list[ClassName], synonyms: str | None) -> tuple[list[Label], Tensor, list[int]]:
-        """Labels, their text vectors, and which label each vector is of."""
+        """Labels, their text vectors, and the label of each vector."""
         if self.model.text_model is not None:
             if self.processor is None:
                 raise ValueError("this checkpoint has a text tower, but its Zs3Processor could not be loaded")
@@ -437,13 +435,13 @@ class Zs3Pipeline(Pipeline):
         forward_params: dict,
         postprocess_params: dict,
     ) -> Iterator:
-        """transformers' loop would need images of one size, and one result for each that the network sees."""
+        """In place of transformers' loop, which needs images of one size and one result for each view."""
         batch_size = as_number("batch_size", batch_size, 1, whole=True)
         num_workers = as_number("num_workers", num_workers, 0, whole=True)
         if forward_params.get("propose", False):
             asked = {name: forward_params.get(name) for name in ENSEMBLE}
             if asked["ensemble"] is not None and asked["ensemble_weight"] is None:
-                asked["ensemble_weight"] = 1.0  # any: which one is said with the labels
+                asked["ensemble_weight"] = 1.0  # any weight: the real one comes with the labels
             choice, view = None, self.model.ensemble_view(asked["ensemble"], asked["ensemble_weight"])
         else:
             choice = self._choose(**{name: value for name, value in forward_params.items() if name != "propose"})
@@ -512,7 +510,7 @@ class Zs3Pipeline(Pipeline):
         return {"image_size": (image.height, image.width), "views": views, "image": image}
 
     def _made(self, proposals: Proposals) -> bool:
-        """Whether this checkpoint, in whatever precision, made the proposals, as far as that is known."""
+        """Whether this checkpoint made the proposals, in any precision, as far as it is known."""
         if any(output["class_embeds"].shape[2] != self.model.config.projection_dim for output in proposals.outputs):
             return False
         made, own = getattr(proposals, "checkpoint", {}), fingerprint(self.model)
@@ -520,7 +518,7 @@ class Zs3Pipeline(Pipeline):
         return all(one.shape == two.shape and torch.allclose(one, two, rtol=2**-7, atol=1e-6) for one, two in pairs)
 
     def _look(self, image: dict, view: int) -> dict:
-        """What `_forward` takes of a view: its part of the image, or what was made of it before."""
+        """The input of `_forward` for a view: its part of the image, or its outputs from before."""
         left, top, right, bottom = image["views"][view].box
         if "outputs" in image:
             kept = {"outputs": image["outputs"][view], "kept_ensemble": image["kept_ensemble"]}
@@ -612,7 +610,7 @@ class Zs3Pipeline(Pipeline):
 
 
 def _are_several(images: object) -> bool:
-    """Whether the input is several images. All else counts as one image, which `load_picture` reads or refuses."""
+    """Whether the input is several images. Anything else is one image, which `load_picture` reads or refuses."""
     if isinstance(images, np.ndarray | Tensor):
         return images.ndim not in (0, 2, 3)
     if isinstance(images, str | Path | Image.Image | bytes | bytearray | memoryview | Mapping | Set):
@@ -623,13 +621,13 @@ def _are_several(images: object) -> bool:
 
 
 def _are_proposals(image: object) -> bool:
-    """By their fields: another copy of this file, as remote code has, makes them of another class."""
+    """By their fields: a copy of this file, as remote code has, makes them of another class."""
     return hasattr(image, "views") and hasattr(image, "outputs")
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Tensor]:
-    """By which a checkpoint is known: the first 256 numbers of the weights by which queries begin and class embeddings
-    are made, float32 on the CPU; without those that cannot be read (quantised, or kept elsewhere)."""
+    """The first 256 numbers of each weight of the class projection and of the first queries, float32 on the CPU. They
+    tell checkpoints apart. Offloaded weights are left out."""
     parts = {"projection": model.class_projection, "queries": model.model.transformer_module.queries_features}
     weights = [(name, *pair) for name, part in parts.items() for pair in part.named_parameters()]
     return {
@@ -672,7 +670,7 @@ def _folder(folder: Path) -> list[Path]:
 
 
 def _views(width: int, height: int, window: int | None, overlap: int | None) -> list[View]:
-    """The windows of an image, row by row; the line between two neighbours runs in the middle of their overlap."""
+    """The windows of an image, row by row. The border between two neighbours is the middle of their overlap."""
     if window is None:
         if overlap is not None:
             raise ValueError("overlap needs a window")
@@ -689,7 +687,7 @@ def _views(width: int, height: int, window: int | None, overlap: int | None) -> 
 
 
 def _cuts(length: int, window: int, overlap: int) -> list[tuple[int, int, int, int]]:
-    """Along one axis: start and end of each window, and of the part that is its own."""
+    """Along one axis: start and end of each window, and of its own part."""
     count = 1 if length <= window else -(-(length - overlap) // (window - overlap))
     starts = [(length - window) * place // max(1, count - 1) for place in range(count)]
     ends = [min(length, start + window) for start in starts]

@@ -1,7 +1,7 @@
-"""Images and label lists to tensors, and proposals back to label maps.
+"""From images and label lists to tensors, and from proposals to label maps.
 
 Zs3ImageProcessor: image (and label map) -> pixel_values, pixel_mask, labels. PIL and NumPy only.
-Zs3Processor: the same plus class names -> input_ids of T prompts a class.
+Zs3Processor: the same, and class names -> input_ids of T prompts a class.
 """
 
 import json
@@ -44,7 +44,7 @@ except ImportError:
     from text_zs3 import PROMPT_TEMPLATES, ClassName, Label, read_labels, seen_labels
 
 
-LABELS_AT_ONCE = 256  # whose tokens are counted
+LABELS_AT_ONCE = 256  # when tokens are counted
 TOKENIZING = threading.RLock()
 TEXT_OPTIONS = {  # None or one of these
     "padding": (True, "longest", "max_length"),
@@ -57,7 +57,7 @@ SIZE_KEYS = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_
 
 
 class Zs3ImageProcessorKwargs(ImagesKwargs, total=False):
-    """size_divisor: images are padded to a multiple of it. ignore_index: the id of label maps that means nothing."""
+    """size_divisor: images are padded to a multiple of it. ignore_index: the id of ignored pixels in label maps."""
 
     size_divisor: int | None
     ignore_index: int | None
@@ -81,7 +81,7 @@ def is_per_channel(value: object, positive: bool = False) -> bool:
 
 SWITCHES = ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb", "default_to_square")
 
-# What an option must be where it is not None, and the words for it.
+# For each option a test of its value, where it is not None, and words for the message.
 OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys((*SWITCHES, "disable_grouping"), (lambda value: isinstance(value, bool), "True or False")),
     "do_center_crop": (lambda value: value is False, "False: cut the images and their label maps first"),
@@ -108,7 +108,7 @@ OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def as_python(value: Any) -> Any:
-    """A value in which the numbers and arrays of NumPy and torch are Python's."""
+    """A value whose numbers and arrays of NumPy and torch are made Python's."""
     if isinstance(value, dict | SizeDict):
         return {name: as_python(entry) for name, entry in dict(value).items()}
     if isinstance(value, list | tuple):
@@ -117,12 +117,12 @@ def as_python(value: Any) -> Any:
 
 
 def checked_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of an image processor, as Python's values. Raises Refused."""
+    """The options of an image processor as Python's values. Raises Refused."""
     options = {name: as_python(value) for name, value in options.items()}
     for name, (fits, words) in OPTIONS.items():
         if options.get(name) is not None and not fits(options[name]):
             raise Refused(f"{name} must be {words}, got {shortened(options[name])}")
-    for name in ("rescale_factor", "image_mean", "image_std"):  # transformers takes no whole numbers for these
+    for name in ("rescale_factor", "image_mean", "image_std"):  # transformers refuses whole numbers here
         value = options.get(name)
         if value is not None:
             options[name] = list(map(float, value)) if isinstance(value, list) else float(value)
@@ -130,7 +130,7 @@ def checked_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def kind(value: object) -> str:
-    """What an input is, for a message: its type, and the shape of an array."""
+    """An input's type, for a message, with the shape of an array."""
     if isinstance(value, list | tuple):
         return f"a list of {' and '.join(dict.fromkeys(map(kind, value))) or 'nothing'}"
     return f"{type(value).__name__}{f' {tuple(value.shape)}' if isinstance(value, np.ndarray | Tensor) else ''}"
@@ -168,7 +168,7 @@ class Zs3ImageProcessor(PilBackend):
         return super().preprocess(images, segmentation_maps, **checked_options(kwargs))
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Paths and addresses are opened as the pipeline opens them: see `load_picture`."""
+        """Opens paths and addresses as the pipeline does: see `load_picture`."""
         if isinstance(image_url_or_urls, str | Path):
             return load_picture(image_url_or_urls)
         return super().fetch_images(image_url_or_urls)
@@ -182,7 +182,7 @@ class Zs3ImageProcessor(PilBackend):
             flat = super()._prepare_images_structure(images, expected_ndims)
         except Refused:
             raise
-        except (TypeError, ValueError) as error:  # whose message holds the whole input
+        except (TypeError, ValueError) as error:  # its message holds the whole input
             words = f"PIL images, {shape} arrays{', paths' if expected_ndims == 3 else ''}, or lists of them"
             raise Refused(f"{name}s must be {words}, got {kind(images)[:90]}") from error
         flat = [_as_array(image) if isinstance(image, Tensor) else image for image in flat]
@@ -199,7 +199,7 @@ class Zs3ImageProcessor(PilBackend):
         return flat
 
     def resize(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
-        """As ever, but a side of a very long, thin image never becomes 0 pixels."""
+        """As in transformers, but a side of a very long, thin image never becomes 0 pixels."""
         height, width = image.shape[-2:]
         if size.shortest_edge and size.longest_edge:
             target = get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
@@ -240,7 +240,7 @@ class Zs3ImageProcessor(PilBackend):
         return BatchFeature({"pixel_values": pixels, "pixel_mask": mask})
 
     def to_rgb(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (B, 3, H, W), as this processor made them, back to RGB in [0, 1], as CLIP's view wants it."""
+        """pixel_values (B, 3, H, W) of this processor -> images (B, 3, H, W), RGB in [0, 1], for CLIP's view."""
         if not self.do_rescale:
             raise ValueError("without do_rescale the range of pixel_values is not known: make RGB in [0, 1] yourself")
         pixels = pixel_values.float()
@@ -259,7 +259,7 @@ class Zs3ImageProcessor(PilBackend):
             if ids.shape != tuple(own_size):
                 raise Refused(f"segmentation map {row} has size {ids.shape}, its image {tuple(own_size)}")
             if not np.can_cast(ids.dtype, np.int64):
-                with np.errstate(invalid="ignore"):  # NaN becomes an arbitrary integer: the comparison finds it
+                with np.errstate(invalid="ignore"):  # NaN becomes some integer, and the comparison finds it
                     if ids.dtype.kind not in "uf" or (ids.astype(np.int64) != ids).any():
                         raise Refused(f"segmentation map {row} must hold whole numbers, the ids of classes")
             label_map = ids.astype(np.int64)
@@ -281,7 +281,7 @@ class Zs3ImageProcessor(PilBackend):
 
         target_sizes: (height, width) of each original image; None: the sizes after resizing, without padding.
         return_scores: a SemanticMap an image instead, with scores and confidences.
-        is_seen: (C,) bool; a SemanticMap, too, with the best of the seen and of the unseen classes.
+        is_seen: (C,) bool; also a SemanticMap an image, with the best seen and the best unseen class.
         """
         if target_sizes is None:
             target_sizes = outputs.valid_sizes
@@ -300,7 +300,7 @@ class Zs3ImageProcessor(PilBackend):
 
 
 def checked_sizes(sizes: Any) -> list[tuple[int, int]]:
-    """(height, width) of images, as a list or an array of any kind. Raises Refused."""
+    """(height, width) of images, from a list or an array of any kind. Raises Refused."""
     sizes = as_python(sizes)
     for size in sizes if isinstance(sizes, list) else [sizes]:
         sides = size if isinstance(size, list) and len(size) == 2 else [None]
@@ -319,7 +319,7 @@ def padded_size(mask_logits: Tensor) -> tuple[int, int]:
 
 
 def nearest_pixels(new: int, old: int) -> np.ndarray:
-    """(new,) int64: along one axis, the source pixel under the centre of each pixel."""
+    """(new,) int64: along one axis, the old pixel under the centre of each new pixel."""
     return np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
 
 
@@ -334,7 +334,7 @@ class Zs3Processor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
-        """The parts, of classes that are known: the Auto classes would run the checkpoint's code, or ask to."""
+        """The parts, by known classes. The Auto classes would run the checkpoint's code, or ask whether to run it."""
         return [
             part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in (Zs3ImageProcessor, CLIPTokenizer)
         ]
@@ -355,10 +355,10 @@ class Zs3Processor(ProcessorMixin):
         segmentation_maps: ImageInput | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """Any of: images (see Zs3ImageProcessor.preprocess), and one label list shared by all of them.
+        """Tensors of images (see Zs3ImageProcessor.preprocess), of one label list for all of them, or of both.
 
-        class_names: see `read_labels`. Adds input_ids and attention_mask (C, T, L): T prompts a class; where a class
-        has fewer, the rest are masked everywhere.
+        class_names: see `read_labels`. Adds input_ids and attention_mask (C, T, L): T prompts a class. Where a class
+        has fewer, the attention_mask of the rest is all zero.
         kwargs: options, see `_options`.
         """
         image_options, text_options = self._options(**kwargs)
@@ -378,9 +378,9 @@ class Zs3Processor(ProcessorMixin):
         return BatchFeature(features, tensor_type=tensor_type)
 
     def _options(self, *, images_kwargs=None, text_kwargs=None, common_kwargs=None, **flat) -> tuple[dict, dict]:
-        """Options of the images and of the texts. They come flat, in common_kwargs, or in a dict of their kind.
+        """The options of images and of texts. They come flat, in common_kwargs, or in the dict of their kind.
 
-        Those of texts are TEXT_OPTIONS. padding="max_length": to the number of tokens that the tokenizer reads.
+        TEXT_OPTIONS are those of texts. padding="max_length" pads to the number of tokens that the tokenizer reads.
         """
         if "text" in flat:
             raise Refused("the texts of this processor are class names: give class_names=[...], not text=")
@@ -400,14 +400,14 @@ class Zs3Processor(ProcessorMixin):
         return {**{name: value for name, value in common.items() if name in of_images}, **images}, texts
 
     def check_readable(self, labels: Sequence[Label]) -> None:
-        """Raises Refused where the tokens do not tell two labels apart, or where they end before a name does.
+        """Raises Refused where two labels have the same tokens, or where the tokens end before a name does.
 
-        Labels with the same tokens would share one text vector.
+        Labels with the same tokens would have the same text vector.
         """
         first: dict[tuple, Label] = {}
         short = [Label(label.name, label.words, label.templates[:1]) for label in labels]
         for label, tokens in zip(labels, self._tokens(short), strict=True):
-            if any(self.tokenizer.eos_token_id in row[:-1] for row in tokens):  # a CLIP reads up to its end token
+            if any(self.tokenizer.eos_token_id in row[:-1] for row in tokens):  # CLIP reads up to its end token
                 ends = any(str(self.tokenizer.eos_token) in word for word in label.words)
                 why = "a name must not hold the tokenizer's end token" if ends else "is tokenizer.json missing?"
                 raise Refused(f"the tokenizer cannot read {shortened(label.name)}: {why}")
@@ -418,7 +418,7 @@ class Zs3Processor(ProcessorMixin):
                 raise Refused(f"{both} become the same tokens ({limit} are read): rename one")
 
     def token_counts(self, labels: Sequence[Label]) -> list[int]:
-        """Tokens of each label's longest prompt, special ones included, however many are read."""
+        """The number of tokens of each label's longest prompt, with special tokens, before it is cut."""
         counts = []
         for start in range(0, len(labels), LABELS_AT_ONCE):
             prompts = [label.prompts for label in labels[start : start + LABELS_AT_ONCE]]
@@ -428,18 +428,18 @@ class Zs3Processor(ProcessorMixin):
         return counts
 
     def _encode(self, texts: list[str], **options) -> BatchEncoding:
-        """The tokenizer's call, in which threads take turns: it changes how the tokenizer cuts and pads."""
+        """Calls the tokenizer. Threads take turns, since a call changes the way it cuts and pads."""
         with TOKENIZING:
             return self.tokenizer(texts, **options)
 
     def _tokens(self, labels: Sequence[Label]) -> list[tuple]:
-        """Of each label the tokens of its prompts, in an order that its words do not decide."""
+        """The tokens of each label's prompts, sorted: the order of its words does not matter."""
         texts = [text for label in labels for text in label.prompts]
         rows = iter(self._encode(texts, truncation=True)["input_ids"])
         return [tuple(sorted(tuple(next(rows)) for _ in label.prompts)) for label in labels]
 
     def tokenize(self, labels: Sequence[Label], padding: bool | str = True) -> dict[str, Tensor]:
-        """input_ids and attention_mask, both (C, T, L) int64, padded to the longest prompt, or as padding says."""
+        """input_ids and attention_mask, both (C, T, L) int64. padding: the tokenizer's; True: to the longest prompt."""
         counts = torch.tensor([len(label.words) * len(label.templates) for label in labels])
         prompts = [prompt for label in labels for prompt in label.prompts]
         tokens = self._encode(prompts, padding=padding, truncation=True, return_tensors="pt")
@@ -470,11 +470,11 @@ class Zs3Processor(ProcessorMixin):
 
 
 # ---- from a checkpoint, with the classes of this file -------------------------------------------------------
-# Where the tokenizer's files are missing, `Zs3Processor.from_pretrained` makes an empty one, and these raise.
+# Where the tokenizer's files are missing, these raise; `Zs3Processor.from_pretrained` makes an empty tokenizer.
 
 
 def saved_processor(source: str, *, text: bool = True, revision: str = "main") -> Zs3Processor | Zs3ImageProcessor:
-    """What lies beside a checkpoint, a folder or a Hub id. text: whether it has a text tower, and so a tokenizer."""
+    """The processor of a checkpoint, a folder or a Hub id. text: the checkpoint has a text tower and a tokenizer."""
     image_processor = Zs3ImageProcessor.from_pretrained(source, revision=revision)
     vars(image_processor).pop("auto_map", None)  # names code of the checkpoint, and would be saved again
     if not text:
@@ -490,7 +490,7 @@ def saved_tokenizer(source: str, revision: str = "main") -> CLIPTokenizer:
                 raise ValueError(f"there is no tokenizer.json (nor {name}): processor.save_pretrained writes it")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
-    except Exception as error:  # the library of tokenizers raises plain ones
+    except Exception as error:  # the tokenizers library raises plain exceptions
         raise ValueError(f"its tokenizer cannot be read ({type(error).__name__}: {error})") from error
     tokenizer.init_kwargs.pop("auto_map", None)
     return tokenizer
@@ -507,7 +507,7 @@ def saved_templates(source: str, revision: str = "main") -> Sequence[str]:
 
 
 def _saved(source: str, name: str, revision: str) -> str | None:
-    """Where the file lies on this disk, once downloaded; None: there is no such file."""
+    """The file's path on this disk, after a download if needed; None: there is no such file."""
     return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
 

@@ -1,7 +1,8 @@
-"""Label lists on the text side: their vectors kept in memory and on disk, and a check of a list before it is used.
+"""Label lists: read, turned into text vectors, kept in memory and on disk, and checked before they are used.
 
-TextCache: labels -> text vectors (C, D); a label is embedded once, whatever list it comes in.
-lint_labels: a label list -> LabelReport: repeats, near-synonyms, names too long to be read, which ones were seen.
+read_labels: a label list as users write it -> Labels. embed_labels: Labels -> text vectors (C, D).
+TextCache: keeps text vectors; a label is embedded once, whatever list it comes in.
+lint_labels: a label list -> LabelReport: repeats, near-synonyms, names that are too long, seen and unseen names.
 
 Axes: C class name, D embedding, N label of a segment.
 """
@@ -59,18 +60,18 @@ PROMPT_TEMPLATES = (
 ClassName = str | Sequence[str] | dict
 
 PROMPTS_AT_ONCE = 256  # in the text tower
-FORMAT = "1"  # another one where encode_text or the files change their meaning
+FORMAT = "1"  # to be changed with the meaning of encode_text or of the files
 DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
 KEY_BYTES = 16
-# What TextCache may remove from its folder; other people's files there are none of its business.
+# The only files that TextCache may remove from its folder.
 OWN_FILE = re.compile(rf"[0-9a-f]{{64}}/([0-9a-f]{{64}}\.(safetensors|[0-9a-f]{{32}}\.partial)|{PARTIAL})")
 # Fields of a CLIPTextConfig that change the vectors, but not the names and shapes of the weights.
 ENCODER_FIELDS = ("eos_token_id", "hidden_act", "layer_norm_eps", "num_attention_heads", "projection_dim")
 
-# Cosine from which lint_labels calls two names near-synonyms. Seen in vectors of OpenAI's CLIP: of all pairs of names
-# in COCO-Stuff, LVIS, Objects365 and OpenImages, 0.1 % lie above 0.90 to 0.94 (the 14 templates move everything up by
-# 0.03), cat and dog at 0.92 to 0.94; of 63 pairs that LVIS lists as synonyms, half lie below 0.92, a quarter above
-# 0.94 (sofa and couch, 0.946). No cosine separates the two: this one is the lowest that leaves cat and dog alone.
+# Cosine from which lint_labels calls two names near-synonyms. Measured with OpenAI's CLIP: of all pairs of names in
+# COCO-Stuff, LVIS, Objects365 and OpenImages, 0.1 % lie above 0.90 to 0.94 (the 14 templates add 0.03). Cat and dog
+# have 0.92 to 0.94. Of 63 pairs that LVIS lists as synonyms, half lie below 0.92, a quarter above 0.94 (sofa and couch,
+# 0.946). No cosine separates synonyms from others. This one is the lowest that does not report cat and dog.
 SIMILAR = 0.94
 MOST_PAIRS = 1000  # of near-synonyms in a report
 COSINES_AT_ONCE = 2**22
@@ -81,7 +82,7 @@ LINES = 10  # of each kind in a printed report
 
 
 class Label(NamedTuple):
-    """One entry of a label list: its name, the words that stand for it (the name first), and their templates."""
+    """One entry of a label list: its name, its words (the name and its synonyms), and their prompt templates."""
 
     name: str
     words: tuple[str, ...]
@@ -89,7 +90,7 @@ class Label(NamedTuple):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The texts whose mean vector stands for the label, word by word."""
+        """The prompts, word by word. The mean of their vectors is the label's vector."""
         return tuple(template.replace("{}", word) for word in self.words for template in self.templates)
 
     def synonyms(self) -> list["Label"]:
@@ -100,8 +101,8 @@ class Label(NamedTuple):
 def read_labels(
     class_names: Sequence[ClassName], templates: Sequence[str] = PROMPT_TEMPLATES, allow_repeats: bool = False
 ) -> list[Label]:
-    """A label list as users write it: a name, a list of synonyms (the first is the name), or a dict with `name`,
-    and optionally `synonyms` and `templates`. Names that are one (see `plain`) raise, unless allow_repeats."""
+    """A label list as users write it. An entry is a name, a list of synonyms (the first is the name), or a dict with
+    `name`, and optionally `synonyms` and `templates`. Equal names (see `plain`) raise, unless allow_repeats."""
     if isinstance(class_names, str) or not isinstance(class_names, Sequence):
         raise ValueError(f"class names must be a list, got {shortened(class_names)}")
     if not class_names:
@@ -138,7 +139,7 @@ def _as_list(value: str | Sequence[str]) -> list[str]:
 
 
 def seen_labels(labels: Sequence[Label], seen_class_names: Sequence[str] | None) -> list[bool]:
-    """Of each label, whether the training saw masks of it: one of its words is a seen class name."""
+    """Whether the training saw masks of each label: one of its words is a seen class name."""
     words = [(row, word) for row, label in enumerate(labels) for word in label.words]
     is_seen = among([word for _, word in words], seen_class_names)
     rows = {row for (row, _), seen in zip(words, is_seen, strict=True) if seen}
@@ -193,8 +194,8 @@ def embed_prompts(text_model: nn.Module, input_ids: Tensor, attention_mask: Tens
 
 
 def check_text_embeds(text_embeds: Tensor, size: int) -> None:
-    """Raises Refused where text vectors are no (C, size) floating-point numbers, or where one has no direction:
-    zeros, NaN, infinities."""
+    """Raises Refused where text vectors are not (C, size) floating-point numbers, or where one has no direction: it is
+    zero, or holds NaN or infinities."""
     if not isinstance(text_embeds, Tensor) or not text_embeds.is_floating_point():
         kind = text_embeds.dtype if isinstance(text_embeds, Tensor) else type(text_embeds).__name__
         raise Refused(f"text vectors must be a tensor of floating-point numbers, got {kind}")
@@ -212,14 +213,14 @@ def check_text_embeds(text_embeds: Tensor, size: int) -> None:
 
 
 class Place(NamedTuple):
-    """Which segment: text side (fingerprint of encoder and tokenizer) and hash of the file's bytes, both SHA-256."""
+    """A segment's text side (fingerprint of encoder and tokenizer) and the hash of its file, both SHA-256."""
 
     side: str
     digest: str
 
 
 class Segment(NamedTuple):
-    """What one call embedded: key -> row of vectors (N, D), float32 on the CPU."""
+    """The vectors (N, D) of one call, float32 on the CPU. rows: key of a label -> its row."""
 
     rows: dict[bytes, int]
     vectors: Tensor
@@ -228,25 +229,25 @@ class Segment(NamedTuple):
 class TextCache:
     """Text vectors of labels, in memory and in a folder that several processes may share.
 
-    A label is found by what its vector depends on: the encoder's weights, the tokenizer, its words as the tokenizer
-    normalises them, and its templates. So nothing has to be invalidated; what is not used any more goes when the files
-    of all encoders together exceed max_bytes (and so in memory), the longest unused first.
+    The key of a label is everything that its vector depends on: the encoder's weights, the tokenizer, its words as the
+    tokenizer normalises them, and its templates. So no vector ever becomes wrong. Where the files of all encoders
+    together exceed max_bytes, those unused for the longest time are removed; likewise in memory.
 
-    folder: holds <text side>/<hash of the file>.safetensors; "{HF_HOME}" in it is Hugging Face's home as it is set when
-    the cache is made; None: memory only. A damaged file is removed, with a warning; a folder that cannot be written
-    costs one warning, and the cache goes on in memory. Threads take turns.
+    folder: holds <text side>/<hash of the file>.safetensors. "{HF_HOME}" in it is Hugging Face's home at the time when
+    the cache is made. None: memory only. A damaged file is removed, with a warning. Where the folder cannot be written,
+    there is one warning, and the cache works in memory. Threads take turns.
     """
 
     def __init__(self, folder: str | Path | None = DEFAULT_FOLDER, max_bytes: int = 256 * 2**20):
         self.folder = None if folder is None else Path(str(folder).replace("{HF_HOME}", constants.HF_HOME))
         self.max_bytes = max_bytes
-        self._segments: dict[Place, Segment] = {}  # the longest unused first
+        self._segments: dict[Place, Segment] = {}  # first those unused for the longest time
         self._writable = True
-        self._readable: tuple[str, Sequence[Label]] | None = None  # what `check_readable` has passed last
+        self._readable: tuple[str, Sequence[Label]] | None = None  # the last list that `check_readable` passed
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict:
-        """For copies and other processes: each has a lock of its own."""
+        """For copies and other processes, without the lock: each has its own."""
         with self._lock:
             return {**vars(self), "_segments": dict(self._segments), "_lock": None}
 
@@ -261,10 +262,10 @@ class TextCache:
             self._readable = checked
 
     def embed(self, labels: Sequence[Label], model: PreTrainedModel, processor: ProcessorMixin) -> Tensor:
-        """(C, D) float32, unit length, on the model's device: `encode_text` of what is not there yet, in one call."""
+        """(C, D) float32, unit length, on the model's device. Unknown labels are embedded in one call."""
         if model.text_model is None:
             raise ValueError("this checkpoint has no text tower: label lists cannot be embedded")
-        if any(weight.is_meta for weight in model.text_model.parameters()):  # kept elsewhere: no fingerprint of them
+        if any(weight.is_meta for weight in model.text_model.parameters()):  # offloaded: no fingerprint
             return model.encode_text(**processor.tokenize(labels))
         with self._lock:
             return self._embed(labels, model, processor)
@@ -281,7 +282,7 @@ class TextCache:
         return torch.stack([found[key] for key in keys]).to(model.device)
 
     def _recall(self, side: str, keys: set[bytes]) -> dict[bytes, Tensor]:
-        """The vectors (D,) of those keys that some segment has."""
+        """The vectors (D,) of the keys that are in a segment."""
         found = {}
         for place, segment in self._known_segments(side):
             hits = segment.rows.keys() & keys
@@ -295,7 +296,7 @@ class TextCache:
         return found
 
     def _known_segments(self, side: str) -> Iterator[tuple[Place, Segment]]:
-        """The segments in memory, then those of the folder that have not been read yet; last used, first looked at."""
+        """The segments in memory, then those of the folder that have not been read yet; the last used come first."""
         yield from reversed([item for item in self._segments.items() if item[0].side == side])
         for _, _, path in reversed(self._own_files(f"{side}/*.safetensors")):
             place = Place(side, path.stem)
@@ -304,7 +305,7 @@ class TextCache:
                 yield place, self._segments[place]
 
     def _own_files(self, pattern: str) -> list[tuple[int, int, Path]]:
-        """(time of last use in ns, bytes, path) of the cache's own files in the folder, the longest unused first."""
+        """(time of last use in ns, bytes, path) of the cache's own files, first those unused for the longest time."""
         files = []
         for path in () if self.folder is None else self.folder.glob(pattern):
             if OWN_FILE.fullmatch(path.relative_to(self.folder).as_posix()):
@@ -316,7 +317,7 @@ class TextCache:
         return sorted(files)
 
     def _touch(self, place: Place, segment: Segment) -> None:
-        """Mark as used just now, in memory and on disk."""
+        """Marks a segment as used now, in memory and on disk."""
         self._segments.pop(place, None)
         self._segments[place] = segment
         if self.folder is not None:
@@ -326,7 +327,7 @@ class TextCache:
                 return
 
     def _remember(self, side: str, keys: list[bytes], vectors: Tensor) -> None:
-        """Keep vectors (N, D) as a segment."""
+        """Keeps vectors (N, D) as a segment."""
         data = save({"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8), "vectors": vectors})
         place = Place(side, hashlib.sha256(data).hexdigest())
         self._segments[place] = Segment({key: row for row, key in enumerate(keys)}, vectors)
@@ -363,7 +364,7 @@ class TextCache:
 
 
 def _read_segment(path: Path) -> Segment:
-    """A file of the folder; an empty segment where it is gone, damaged or not ours to read."""
+    """A file of the folder; an empty segment where the file is gone, damaged or cannot be read."""
     nothing = Segment({}, torch.empty(0))
     try:
         data = path.read_bytes()
@@ -385,16 +386,16 @@ _FINGERPRINTS: WeakKeyDictionary[object, tuple[tuple, str]] = WeakKeyDictionary(
 
 
 def text_side(text_model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what the vectors of all labels depend on: the encoder and the tokenizer."""
+    """SHA-256 of the encoder and the tokenizer, on which all vectors depend."""
     parts = [FORMAT, encoder_fingerprint(text_model), tokenizer_fingerprint(tokenizer)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def encoder_fingerprint(text_model: nn.Module) -> str:
-    """SHA-256 of the tower's weights and of the fields that change what it makes of them.
+    """SHA-256 of the tower's weights, and of the fields of its configuration that change its vectors.
 
-    Computed again where a weight has been replaced or changed in place. A change through `.data` has no other trace
-    than the values: it is noticed where it touches the first value of any weight.
+    Computed again where a weight was replaced or changed in place. A change through `.data` leaves no trace but the
+    values themselves: it is noticed where it changes the first value of a weight.
     """
     weights = dict([*text_model.named_parameters(), *text_model.named_buffers()])
     fields = [str(getattr(text_model.config, name, None)) for name in ENCODER_FIELDS]
@@ -416,7 +417,7 @@ def _encoder_hash(weights: dict[str, Tensor], fields: list[str]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the tokenizer's definition and of how it cuts and pads."""
+    """SHA-256 of the tokenizer's definition, and of the way it cuts and pads."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = [len(tokenizer), tokenizer.model_max_length, tokenizer.truncation_side, tokenizer.padding_side]
     state += [repr(getattr(backend, part, None)) for part in ("normalizer", "pre_tokenizer", "post_processor")]
@@ -424,7 +425,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     def compute() -> str:
         if backend is None:
             definition = repr([type(tokenizer), sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs])
-        else:  # before "added_tokens" stands how the last call cut and padded
+        else:  # the part before "added_tokens" changes with each call that cuts or pads
             definition = backend.to_str().split('"added_tokens"', 1)[-1]
         return hashlib.sha256(json.dumps([state, definition]).encode()).hexdigest()
 
@@ -432,7 +433,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _remembered(thing: object, stamp: tuple, compute: Callable[[], str]) -> str:
-    """The fingerprint of a thing, computed anew where its stamp has changed."""
+    """The fingerprint of a thing, computed again where its stamp has changed."""
     known = _FINGERPRINTS.get(thing)
     if known is None or known[0] != stamp:
         known = _FINGERPRINTS[thing] = (stamp, compute())
@@ -440,14 +441,14 @@ def _remembered(thing: object, stamp: tuple, compute: Callable[[], str]) -> str:
 
 
 def label_keys(labels: Sequence[Label], tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """KEY_BYTES of a hash for each label, of its words as the tokenizer reads them and its templates."""
+    """KEY_BYTES of a hash of each label: of its words, as the tokenizer normalises them, and of its templates."""
     normalise = normaliser(tokenizer)
     texts = [json.dumps([[normalise(word) for word in label.words], label.templates]) for label in labels]
     return [hashlib.sha256(text.encode()).digest()[:KEY_BYTES] for text in texts]
 
 
 def normaliser(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[str], str]:
-    """What the tokenizer does to a text before it splits it, as lower case."""
+    """The tokenizer's normalisation of a text, such as lower case."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.normalizer is None:
         return str
@@ -467,13 +468,13 @@ class SimilarNames(NamedTuple):
 
 @dataclass
 class LabelReport:
-    """What `lint_labels` found; `str` of it is made for a terminal.
+    """The result of `lint_labels`; print its `str` in a terminal.
 
     class_names: the names in the order given.
-    duplicates: a word, normalised, that stands in the list more than once -> positions of its labels.
+    duplicates: word, normalised, that is in the list more than once -> positions of its labels.
     near_synonyms: pairs with a cosine of `similar` or more, the closest first, at most MOST_PAIRS; None: no text tower.
-    too_long: name -> tokens of its longest prompt, where only max_tokens are read; None: no tokenizer.
-    seen, unseen: names whose masks the training saw (one of the label's words did), and the others; None: not known.
+    too_long: name -> tokens of its longest prompt, where it has more than max_tokens; None: no tokenizer.
+    seen, unseen: names with and without a word whose masks the training saw; None: not known.
     """
 
     class_names: list[str]
@@ -519,14 +520,14 @@ def lint_labels(
     cache: TextCache | None = None,
     similar: float = SIMILAR,
 ) -> LabelReport:
-    """What a user should know of a label list before segmenting with it; nothing of it is an error.
+    """Facts about a label list that a user should know before segmenting with it. None of them is an error.
 
     class_names: as for `read_labels`, but names may repeat.
-    model, processor: without them only the words themselves are compared. A model without a text tower knows what
-        was seen, a processor how many tokens a name has.
-    cache: where text vectors come from; None: a TextCache in its default folder.
-    similar: cosine from which two labels are near-synonyms. Labels with the same words, and those too long, are left
-        out.
+    model, processor: without both, only words are compared. A processor alone counts tokens; a model without a text
+        tower says which names are seen.
+    cache: of the text vectors; None: a TextCache in its default folder.
+    similar: cosine from which two labels are near-synonyms. Labels with the same words are not compared, nor those that
+        are too long.
     """
     similar = as_number("similar", similar, -1, 1)
     tokenizer = None if processor is None else processor.tokenizer
@@ -560,7 +561,7 @@ def lint_labels(
 
 
 def _duplicates(words: list[tuple[str, ...]]) -> dict[str, list[int]]:
-    """Words of more than one label, or more than once of one -> positions of the labels."""
+    """Words that are in the list more than once -> positions of their labels."""
     places = {}
     for row, of_label in enumerate(words):
         for word in of_label:
