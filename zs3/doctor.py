@@ -21,8 +21,8 @@ from zs3.data.records import load_split, stream_split
 from zs3.evaluation.report import IMAGE_LABELS
 from zs3.files import is_locked
 from zs3.label_space import load_label_space, load_text_embeds
-from zs3.training.folder import copied_recipe, parse_recipe, read_metrics
-from zs3.training.resume import complete_checkpoints, damage, true_name, unfit
+from zs3.training.folder import parse_recipe, read_metrics
+from zs3.training.resume import complete_checkpoints, damage, true_name, unfit, whole_copies
 from zs3.training.stamp import (
     STAMP,
     SeenRecord,
@@ -164,7 +164,7 @@ def say_code(found: Findings, folder: Path) -> None:
 def examine_run(folder: Path, found: Findings) -> None:
     if is_locked(folder):
         raise InputError(f"a run writes in {folder} now: look at it when it has ended")
-    recipe, copy = {}, copied_recipe(folder / "checkpoints")
+    recipe, copy = {}, next(iter(whole_copies(folder / "checkpoints", "recipe.yaml")), None)
     with found.looking():
         recipe = parse_recipe(folder / "recipe.yaml")
     if not recipe and copy is not None:

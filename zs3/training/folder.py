@@ -27,7 +27,7 @@ from zs3.command_line import InputError, parse_yaml, renamed
 from zs3.files import append_line, finite_or_none, lock_folder, naming, rename, write_json, write_text
 from zs3.training.arguments import RECIPE, recipe_defaults, resolved_recipe
 from zs3.training.loader import check_learnable
-from zs3.training.resume import Progress, complete_checkpoints, damage
+from zs3.training.resume import Progress, complete_checkpoints, whole_copies
 from zs3.training.stamp import (
     BRIEF,
     STAMP,
@@ -157,18 +157,11 @@ def read_recipe(path: Path) -> dict:
     try:
         return parse_recipe(path)
     except InputError:
-        copy = copied_recipe(path.parent / "checkpoints")
-        if copy is None:
+        copies = whole_copies(path.parent / "checkpoints", RECIPE)
+        if not copies:
             raise
-        print(f"warning: {path} is missing or damaged: the copy in {copy.parent.name} counts")
-        return parse_recipe(copy)
-
-
-def copied_recipe(checkpoints: Path) -> Path | None:
-    """The newest whole copy in a checkpoint, or None."""
-    newest_first = reversed(complete_checkpoints(checkpoints))
-    whole = (path / RECIPE for path in newest_first if (path / RECIPE).is_file() and damage(path, RECIPE) is None)
-    return next(whole, None)
+        print(f"warning: {path} is missing or damaged: the copy in {copies[0].parent.name} counts")
+        return parse_recipe(copies[0])
 
 
 def parse_recipe(path: Path) -> dict:
@@ -211,9 +204,7 @@ def kept_stamps(folder: Path) -> list[dict]:
 
     A checkpoint's copy is protected by a manifest. The file beside the recipe can be changed by hand, so it comes last.
     """
-    newest_first = reversed(complete_checkpoints(folder / "checkpoints"))
-    copies = [path / STAMP for path in newest_first if (path / STAMP).is_file() and damage(path, STAMP) is None]
-    found = [read_stamp(path) for path in copies]
+    found = [read_stamp(path) for path in whole_copies(folder / "checkpoints", STAMP)]
     if (folder / STAMP).exists():
         try:
             found.append(read_stamp(folder / STAMP))

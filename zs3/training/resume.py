@@ -51,36 +51,23 @@ class Progress:
     seconds: float = 0.0
 
 
+@dataclass(eq=False)
 class RunCheckpoints:
-    """The checkpoints of a run: folders `step_*` with all that it needs to go on, but for the frozen CLIP towers.
+    """The checkpoints of a run: folders `step_*` with all that it needs to go on, but for the frozen CLIP towers."""
 
-    folder: all processes can read it, those on other machines too.
-    model: not prepared yet.
-    kept: older checkpoints than this many are deleted.
-    stamp: of the run. Each checkpoint has a copy.
-    """
+    accelerator: Accelerator
+    folder: Path  # that all processes can read, those on other machines too
+    model: Zs3ForSemanticSegmentation  # not prepared yet
+    scheduler: LRScheduler
+    progress: Progress
+    kept: int  # older checkpoints than this many are deleted
+    stamp: dict  # of the run; each checkpoint has a copy
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        folder: Path,
-        model: Zs3ForSemanticSegmentation,
-        scheduler: LRScheduler,
-        progress: Progress,
-        kept: int,
-        stamp: dict,
-    ):
-        self.accelerator = accelerator
-        self.folder = folder
-        self.model = model
-        self.scheduler = scheduler
-        self.progress = progress
-        self.kept = kept
-        self.stamp = stamp
-        recipe = folder.parent / RECIPE
+    def __post_init__(self) -> None:
+        recipe = self.folder.parent / RECIPE
         self.recipe = read_text(recipe) if recipe.is_file() else ""
-        accelerator.register_save_state_pre_hook(self._leave_towers_out)
-        accelerator.register_load_state_pre_hook(self._load_weights)
+        self.accelerator.register_save_state_pre_hook(self._leave_towers_out)
+        self.accelerator.register_load_state_pre_hook(self._load_weights)
 
     def save(self) -> None:
         """All processes call it together. Older checkpoints are deleted only when the new one is complete."""
@@ -154,7 +141,7 @@ class RunCheckpoints:
         return state["num_processes"]
 
     def _newest_whole(self) -> Path | None:
-        """Renames damaged checkpoints after it, and deletes those that a killed run has left half written."""
+        """The newest whole checkpoint. Damaged ones after it get another name, half-written ones are deleted."""
         for partial in filter(Path.is_dir, self.folder.glob("*.partial")):
             shutil.rmtree(partial)
         give_true_names(self.folder)
@@ -200,6 +187,12 @@ class RunCheckpoints:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in order of their steps. A half-written or damaged one has another name."""
     return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+
+
+def whole_copies(folder: Path, name: str) -> list[Path]:
+    """The undamaged copies of a run's file in its checkpoints, the newest first."""
+    newest_first = reversed(complete_checkpoints(folder))
+    return [path / name for path in newest_first if (path / name).is_file() and damage(path, name) is None]
 
 
 def read_progress(folder: Path) -> dict:
