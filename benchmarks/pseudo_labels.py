@@ -2,9 +2,9 @@
 
     python -m benchmarks.pseudo_labels --model CHECKPOINT --dataset DIR --output docs/results/pseudo_labels.json
 
-The loop scores one proposal after the other, as the ancestors do, in this process with one thread; its scores must be
-those of the command. The command runs as users start it, by `accelerate launch`, each process with one thread; what a
-run of few images takes, start and end, is taken off a run of many.
+The loop scores one proposal after the other, as the ancestors do, in this process with one thread. Its scores must be
+those of the command. The command runs as users start it, by `accelerate launch`, each process with one thread. The time
+of a run with few images is taken off that of a run with many, so that starting and ending do not count.
 """
 
 import os
@@ -38,6 +38,7 @@ from zs3.data.image_labels import load_unseen_scores
 from zs3.data.records import load_split
 from zs3.files import write_report
 from zs3.pseudo_labels import unseen_scores
+from zs3.scenes.demo import launcher
 from zs3.tables import markdown_table
 
 SAME = 1e-3  # a score of the loop and one of the command differ by no more
@@ -53,7 +54,9 @@ class PseudoLabelBenchArgs(Arguments):
     few: Count = flag(64, "Images of the short run; of the loop too.")
     many: Count = flag(1088, "Images of the long run.")
     shard_size: Count = flag(32, "Images a shard.")
-    processes: Some[Processes] = flag([1, 2], "Numbers of processes; the first is what the others are compared with.")
+    num_processes: Some[Processes] = flag(
+        [1, 2], "Numbers of processes; the others are compared with the first."
+    )
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
@@ -62,15 +65,11 @@ class PseudoLabelBenchArgs(Arguments):
             raise InputError(f"--many must be more than --few, got {self.many} and {self.few}")
 
 
-def command_seconds(args: PseudoLabelBenchArgs, processes: int, images: int, folder: Path) -> float:
-    """Of the whole command, one thread a process."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--num_processes", str(processes)]
-    command += ["--multi_gpu"] if processes > 1 else []  # the launcher's word for several processes, CPU ones too
-    command += ["-m", "zs3.pseudo_labels", "--model", args.model, "--dataset", args.dataset, "--no_measure"]
-    command += ["--output", str(folder), "--max_images", str(images), "--shard_size", str(args.shard_size)]
+def command_seconds(flags: list[str], processes: int) -> float:
+    """Of the whole command with these flags, one thread a process."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", TOKENIZERS_PARALLELISM="false")
     start = time.perf_counter()
+    command = [*launcher(processes), "-m", "zs3.pseudo_labels", *flags]
     ended = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
     if ended.returncode != 0:
         raise InputError("zs3.pseudo_labels failed, its error is above")
@@ -78,13 +77,13 @@ def command_seconds(args: PseudoLabelBenchArgs, processes: int, images: int, fol
 
 
 @torch.inference_mode()
-def loop(args: PseudoLabelBenchArgs) -> tuple[float, np.ndarray]:
-    """Images a second, and the scores (N, U) of the first images."""
-    model, processor = load_checkpoint(args.model)
-    records = load_split(args.dataset, "train")
+def loop(model: str, dataset: str, count: int) -> tuple[float, np.ndarray]:
+    """Images a second, and the scores (N, U) of the first images, `count` of them."""
+    model, processor = load_checkpoint(model)
+    records = load_split(dataset, "train")
     text_embeds, _ = class_vectors(model, processor, records.label_space.unseen, None)
     scores, spent = [], 0.0
-    for index in tqdm(range(args.few), unit="image", mininterval=1):
+    for index in tqdm(range(count), unit="image", mininterval=1):
         start = time.perf_counter()
         inputs = processor(images=records[index].image)
         proposals = model.propose(**inputs)
@@ -92,32 +91,33 @@ def loop(args: PseudoLabelBenchArgs) -> tuple[float, np.ndarray]:
         views = crop_loop(model.vision_model, images[0], proposals["mask_logits"][0], size, masked=False)
         scores.append(unseen_scores(views.embeds[views.shown], text_embeds, model.config.clip_logit_scale))
         spent += time.perf_counter() - start
-    return args.few / spent, torch.stack(scores).numpy()
+    return count / spent, torch.stack(scores).numpy()
 
 
 def measure(args: PseudoLabelBenchArgs) -> list[dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rate, expected = loop(args)
+    rate, expected = loop(args.model, args.dataset, args.few)
     torch.set_num_threads(threads)
     rows = [{"way": LOOP, "images_per_second": rate}]
     records, written = load_split(args.dataset, "train"), set()
+    same = ["--model", args.model, "--dataset", args.dataset, "--shard_size", str(args.shard_size), "--no_measure"]
     with tempfile.TemporaryDirectory() as folder:
-        for processes in args.processes:
+        for processes in args.num_processes:
             name = f"zs3.pseudo_labels, {processes} process" + "es" * (processes > 1)
-            outputs = [Path(folder, f"{processes}_{images}") for images in (args.few, args.many)]
-            short, long = (
-                command_seconds(args, processes, images, output)
-                for images, output in zip((args.few, args.many), outputs, strict=True)
-            )
+            outputs, seconds = [], []
+            for images in (args.few, args.many):
+                outputs.append(Path(folder, f"{processes}_{images}"))
+                flags = [*same, "--output", str(outputs[-1]), "--max_images", str(images)]
+                seconds.append(command_seconds(flags, processes))
             found = load_unseen_scores(outputs[0], records.label_space, records.image_ids[: args.few])
             far = float(np.abs(found - expected).max())
             if far > SAME:
                 raise ValueError(f"loop and command give scores that differ by {far}: no comparison of speed")
-            rows.append({"way": name, "images_per_second": (args.many - args.few) / (long - short)})
+            rows.append({"way": name, "images_per_second": (args.many - args.few) / (seconds[1] - seconds[0])})
             written.add(tuple(file.read_bytes() for file in sorted(outputs[1].glob("*.parquet"))))
     if len(written) > 1:
-        raise ValueError("the numbers of processes gave different bytes: that is a defect")
+        raise ValueError("the numbers of processes gave different bytes, which is a defect")
     for row in rows:
         row["times_faster_than_loop"] = row["images_per_second"] / rate
         row["times_faster_than_first"] = row["images_per_second"] / rows[1]["images_per_second"]

@@ -149,7 +149,7 @@ def compare(args: TrainStepArgs, backbone: str, size: int, norms: str, mode: str
             freeze_norms(model)
     pixel_values = torch.randn(args.batch_size, 3, size, size, device=device)
     text_embeds = F.normalize(torch.randn(args.class_names, same.config.projection_dim, device=device), dim=-1)
-    sizes = CriterionArgs(images=args.batch_size, size=size, class_names=args.class_names)
+    sizes = CriterionArgs(batch_size=args.batch_size, size=size, class_names=args.class_names)
     labels = make_labels(sizes, args.classes, device)
 
     expected = logits_and_gradient(models[PEER], pixel_values)

@@ -21,6 +21,7 @@ from benchmarks import (
     text_side,
     train_step,
 )
+from zs3.command_line import read_arguments
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
 from zs3.scenes.dataset import write_dataset
@@ -214,10 +215,10 @@ def test_embeddings_that_differ_are_no_comparison(monkeypatch):
 
 
 def test_pseudo_labels_are_measured_beside_the_loop(call, scenes_model, tmp_path, monkeypatch, capsys):
-    def in_this_process(args, processes, images, folder):
-        settings = {"max_images": images, "shard_size": args.shard_size, "measure": False}
-        make_pseudo_labels(PseudoLabelArgs(model=args.model, dataset=args.dataset, output=str(folder), **settings))
-        return float(images)
+    def in_this_process(flags, processes):
+        args, _ = read_arguments(PseudoLabelArgs, flags)
+        make_pseudo_labels(args)
+        return float(args.max_images)
 
     monkeypatch.setattr(pseudo_labels, "command_seconds", in_this_process)
     places = {"model": scenes_model / "model", "dataset": scenes_model / "scenes", "output": tmp_path / "p.json"}

@@ -3,8 +3,8 @@
     zs3 demo [--output_dir runs/demo]
 
 It trains and evaluates through the public commands, each a process of its own, and can be interrupted and started
-again. Stage 2 is told which unseen classes an image shows (ground-truth IMAGE labels, Table 5's third row);
-it never sees an unseen mask.
+again. Stage 2 learns from ground-truth image labels of the unseen classes (Table 5's third row), and from no unseen
+mask.
 """
 
 import os
@@ -71,38 +71,28 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def launch(script: str, num_processes: int, *flags: object) -> None:
-    """`accelerate launch script flags`, in num_processes; an error of the command ends the demo."""
+def launcher(num_processes: int) -> list[str]:
+    """`accelerate launch`, without the settings of the user's machine."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--num_processes", str(num_processes)]
+    return command + ["--multi_gpu"] * (num_processes > 1)  # the launcher's word for several processes, CPU ones too
+
+
+def launch(script: str, num_processes: int, *flags: object) -> None:
+    """`accelerate launch script flags`; an error of the command ends the demo."""
+    command = [*launcher(num_processes), script, *map(str, flags)]
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
         # More threads than cores make small models many times slower.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cpu_cores() // num_processes)))
-    if num_processes > 1:
-        command.append("--multi_gpu")  # the launcher's word for several processes, CPU ones too
-    command += [script, *(str(word) for word in flags)]
     if subprocess.run(command, env=environment).returncode != 0:
-        raise InputError(
-            f"{script} failed, its error is above; once that is mended, the same command goes on from here"
-        )
+        raise InputError(f"{script} failed, its error is above: mend it, then the same command goes on from here")
 
 
 def train_stage(recipe: str, data: Path, output_dir: Path, processes: int, steps: int, *flags: object) -> None:
-    launch(
-        "train.py",
-        processes,
-        "--config",
-        Path("recipes", recipe),
-        "--dataset",
-        data,
-        "--output_dir",
-        output_dir,
-        "--max_steps",
-        steps,
-        *flags,
-    )
+    flags = ("--dataset", data, "--output_dir", output_dir, "--max_steps", steps, *flags)
+    launch("train.py", processes, "--config", Path("recipes", recipe), *flags)
 
 
 def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
@@ -127,7 +117,7 @@ def write_report(folder: Path, results: dict[str, Result], pictures: list[Path],
     text = f"""# Demo report
 
 Synthetic benchmark `scenes`, validation split, one seed. Generalised zero-shot setting: all 20 names are candidates.
-Stage 2 was told which unseen classes each training image shows (ground-truth image labels), never where.
+Stage 2 had ground-truth image labels: which unseen classes each training image shows, not where.
 
 {scores}
 
@@ -152,7 +142,7 @@ def main() -> None:
 
 
 def demonstrate(args: DemoArgs, folder: Path) -> None:
-    """The six steps, into a folder that is nobody else's now."""
+    """The six steps, into a folder that is locked for this process."""
     data, stage1, stage2 = folder / "scenes", folder / "stage1", folder / "stage2"
     processes = args.num_processes or (1 if torch.cuda.is_available() else min(2, cpu_cores()))
 
