@@ -1,4 +1,4 @@
-"""Train Zs3ForSemanticSegmentation.
+"""Train Zs3ForSemanticSegmentation: start, claim the output folder, prepare, loop, save.
 
     accelerate launch train.py --config recipes/scenes_stage1.yaml --dataset DIR --output_dir runs/stage1
     accelerate launch train.py --config recipes/scenes_stage2_ground_truth.yaml --dataset DIR --output_dir runs/stage2 \
@@ -38,7 +38,7 @@ from zs3.training.stopping import EXIT_CODE, Termination, agree, check_grad_norm
 
 
 def train(args: TrainArgs, overrides: dict) -> None:
-    """overrides: fields of Zs3Config."""
+    """A whole run, or the rest of it. overrides: fields of Zs3Config."""
     args.check()
     check_overrides(overrides)
     accelerator, parts = make_accelerator(args)
@@ -204,7 +204,7 @@ def save(args: TrainArgs, start: Start, ready: Ready, accelerator: Accelerator) 
         results = {
             "images_per_second": round(progress.step * args.batch_size / max(progress.seconds, 1e-9), 2),
             "num_processes": accelerator.num_processes,
-            "setting": args.supervision,
+            "setting": args.supervision,  # the key of older files
             "unseen_labels": args.unseen_labels,
             **ready.log.last,
         }

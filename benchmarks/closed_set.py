@@ -1,12 +1,12 @@
-"""transformers' own Mask2Former on the seen classes alone: what a user has without zero-shot segmentation.
+"""transformers' own Mask2Former on the seen classes alone: the result without zero-shot segmentation.
 
     python -m benchmarks.closed_set train --config recipes/scenes_stage1.yaml --dataset DIR --output_dir FOLDER
     python -m benchmarks.closed_set eval --model FOLDER/final --dataset DIR --output FOLDER/gzs3_off.json
 
-Network, losses and post-processing are transformers'; data, augmentation, optimizer and schedule are train.py's. It has
-no name for an unseen class, so its mIoU(U) is 0 by construction. One process, weights from scratch; a run that was
-stopped starts anew. Flags are those of train.py and eval.py: those about names, matching and losses of zs3 have nothing
-to act on here, and others that this script does not obey are refused.
+Network, losses and post-processing are those of transformers. Data, augmentation, optimizer and schedule are those of
+train.py. The model has no name for an unseen class, so its mIoU(U) is 0 by construction. It trains in one process, from
+random weights. A run that has stopped starts again. Flags are those of train.py and eval.py. Flags about names,
+matching and losses of zs3 have no effect. All other flags that this script does not use are refused.
 """
 
 import sys
@@ -49,13 +49,13 @@ TRAIN_FLAGS = {
     *("dataset", "split", "label_space", "output_dir", "seed", "max_steps", "batch_size", "num_workers"),
     *("learning_rate", "backbone_multiplier", "weight_decay", "max_grad_norm", "lr_schedule", "lr_milestones"),
     *("crop_size", "short_edges", "flip", "color_jitter", "single_class_max_area", "max_size", "test_short_edge"),
-    *("clip", "text_embeds", "prompt_templates", "logging_steps", "checkpointing_steps"),  # nothing to act on
+    *("clip", "text_embeds", "prompt_templates", "logging_steps", "checkpointing_steps"),  # without an effect
 }
 EVAL_FLAGS = {"model", "dataset", "split", "label_space", "output", "absent", "num_workers"}
 
 
 def check_obeyed(args: TrainArgs | EvalArgs, obeyed: set[str]) -> None:
-    """Refuses what is neither obeyed nor what happens anyhow."""
+    """Refuses a flag that is not obeyed, unless its value is what this script does anyhow."""
     anyhow = {name: [value] for name, value in asdict(type(args)()).items()}
     anyhow |= {"backbone_norm": ["batch"], "ensemble": [None, "off"]}
     for name, value in asdict(args).items():
@@ -64,7 +64,7 @@ def check_obeyed(args: TrainArgs | EvalArgs, obeyed: set[str]) -> None:
 
 
 def make_model(overrides: dict, class_names: list[str]) -> Mask2FormerForUniversalSegmentation:
-    """From scratch; overrides: fields of Zs3Config, of which those that Mask2FormerConfig has are taken."""
+    """A model of random weights. overrides: fields of Zs3Config; those of Mask2FormerConfig among them are used."""
     known = {name: value for name, value in overrides.items() if name in Mask2FormerConfig.__dataclass_fields__}
     if isinstance(known.get("backbone_config"), dict):
         known["backbone_config"] = AutoConfig.for_model(**known["backbone_config"])
@@ -75,8 +75,10 @@ def make_model(overrides: dict, class_names: list[str]) -> Mask2FormerForUnivers
 
 
 def binary_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """labels (B, H, W), -1 is ignored -> for each image masks (M, H, W) and their classes (M,), as transformers has
-    them: an ignored pixel belongs to no mask."""
+    """For each image its masks (M, H, W) and their classes (M,), as transformers has them.
+
+    labels: (B, H, W). An ignored pixel, -1, is in no mask.
+    """
     ids = mask_ids(labels)
     masks = [(label == own.to(label.device)[:, None, None]).float() for label, own in zip(labels, ids, strict=True)]
     return masks, ids

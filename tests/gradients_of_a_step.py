@@ -1,7 +1,7 @@
-"""python tests/gradients_of_a_step.py FILE FLAGS: train.py with these flags; the first step's gradients go to FILE.
+"""python tests/gradients_of_a_step.py FILE FLAGS: runs train.py and writes the gradients of its first step to FILE.
 
-They are taken where they are clipped: averaged over all processes and micro-batches. Every image is looked at in the
-same random points, whichever process draws them.
+They are recorded where they are clipped, so they are means over all processes and micro-batches. All images are sampled
+at the same random points, in every process.
 """
 
 import sys

@@ -59,6 +59,14 @@ def folder(tmp_path):
     return write_folder(tmp_path, {f"p{index}": random_sample(index) for index in range(4)})
 
 
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    """The library, with an empty cache."""
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return library
+
+
 # ---- records ----
 
 
@@ -363,9 +371,7 @@ def write_listed(folder, root):
     return root
 
 
-def test_every_way_of_loading_gives_the_same_records_and_samples(folder, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_every_way_of_loading_gives_the_same_records_and_samples(folder, tmp_path, monkeypatch, datasets):
     parquet, listed = write_parquet(folder, tmp_path / "parquet"), write_listed(folder, tmp_path / "listed")
     monkeypatch.setattr(datasets, "load_dataset", hub_of({"me/pictures": parquet}, datasets.load_dataset))
     monkeypatch.setattr("zs3.label_space._downloaded_classes", lambda _: folder / "classes.json")
@@ -406,9 +412,7 @@ def streamed(root, batch_size=2, workers=0, **options):
 
 
 @pytest.mark.parametrize("shards", [None, 4])
-def test_processes_and_workers_share_every_epoch_of_a_stream(tmp_path, monkeypatch, shards):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_processes_and_workers_share_every_epoch_of_a_stream(tmp_path, shards, datasets):
     folder = write_folder(tmp_path / "folder", {f"p{index:02d}": random_sample(index) for index in range(16)})
     root = folder if shards is None else write_parquet(folder, tmp_path / "parquet", shards)
     orders = []
@@ -462,9 +466,7 @@ def test_shards_that_are_missing_are_missed(folder, tmp_path):
             load(parquet, "train")
 
 
-def test_one_id_of_two_pictures_is_refused(folder, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_one_id_of_two_pictures_is_refused(folder, tmp_path, datasets):
     parquet = write_parquet(folder, tmp_path / "parquet", shards=1)
     shutil.copy(parquet / "data" / "train-00000-of-00001.parquet", parquet / "data" / "train-00001-of-00002.parquet")
     (parquet / "data" / "train-00000-of-00001.parquet").rename(parquet / "data" / "train-00000-of-00002.parquet")
@@ -503,12 +505,10 @@ def test_a_broken_shard_is_one_line_when_its_turn_comes(folder, tmp_path):
 
 
 @pytest.mark.parametrize("column", ["image", "label", "image_id"])
-def test_empty_cells_are_named(folder, tmp_path, monkeypatch, column):
+def test_empty_cells_are_named(folder, tmp_path, column, datasets):
     import pyarrow
     import pyarrow.parquet
 
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     parquet = write_parquet(folder, tmp_path / "parquet", shards=1)
     file = parquet / "data" / "train-00000-of-00001.parquet"
     table = pyarrow.parquet.read_table(file)
@@ -590,9 +590,7 @@ ODD_NAMES = [
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_no_path_is_a_pattern(name, folder, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_no_path_is_a_pattern(name, folder, tmp_path, datasets):
     for beside in ("run1", "run2", name):
         own = write_folder(tmp_path / f"{beside}_", {f"of {beside}": random_sample(1)})
         write_parquet(own, tmp_path / beside, shards=1)
@@ -617,10 +615,8 @@ def test_a_part_of_a_shards_name_is_no_split(folder, tmp_path):
             load_split(tmp_path / "parquet", split)
 
 
-def test_a_shard_that_was_replaced_is_read_anew(folder, tmp_path, monkeypatch):
+def test_a_shard_that_was_replaced_is_read_anew(folder, tmp_path, datasets):
     """At the same path, of the same size and time."""
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_parquet(folder, tmp_path / "parquet", shards=1)
     shard = tmp_path / "parquet" / "data" / "train-00000-of-00001.parquet"
     before = shard.stat()
@@ -644,9 +640,7 @@ def test_a_shard_that_was_replaced_is_read_anew(folder, tmp_path, monkeypatch):
         (["00000-of-00001", "extra"], False),
     ],
 )
-def test_shards_are_read_where_all_of_one_upload_are_there(names, read, folder, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_shards_are_read_where_all_of_one_upload_are_there(names, read, folder, tmp_path, datasets):
     data = write_parquet(folder, tmp_path / "parquet") / "data"
     for shard, name in zip(sorted(data.iterdir()), names, strict=True):
         shard.rename(data / f"train-{name}.parquet.new")
@@ -661,11 +655,9 @@ def test_shards_are_read_where_all_of_one_upload_are_there(names, read, folder, 
             load_split(tmp_path / "parquet", "train")
 
 
-def test_a_split_without_rows_has_its_own_words(folder, tmp_path, monkeypatch):
+def test_a_split_without_rows_has_its_own_words(folder, tmp_path, datasets):
     import pyarrow.parquet
 
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_parquet(folder, tmp_path / "parquet", shards=1)
     shard = tmp_path / "parquet" / "data" / "train-00000-of-00001.parquet"
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(shard)[:0], shard)
@@ -697,9 +689,7 @@ def test_pictures_of_other_suffixes_are_read(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
-def test_a_label_map_is_a_png_in_every_door(kind, folder, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_a_label_map_is_a_png_in_every_door(kind, folder, tmp_path, datasets):
     Image.fromarray(random_sample(0)[1]).save(folder / "train" / "labels" / "p0.png", kind)
     doors = [folder, write_listed(folder, tmp_path / "listed"), write_parquet(folder, tmp_path / "parquet")]
     for door in doors:
@@ -737,9 +727,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_table_is_one_line(damage, folder, tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_a_damaged_table_is_one_line(damage, folder, tmp_path, datasets):
     shard = write_parquet(folder, tmp_path / "parquet", shards=1) / "data" / "train-00000-of-00001.parquet"
     shard.write_bytes(damage(shard.read_bytes()))
     for load in (load_split, stream_split):
@@ -749,12 +737,10 @@ def test_a_damaged_table_is_one_line(damage, folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cells", [[1, 2], ["a", "b"], [[1], [2]], [{"x": 1}, {"x": 2}], [1.5, None]])
-def test_columns_of_other_types_are_one_line(cells, tmp_path, monkeypatch):
+def test_columns_of_other_types_are_one_line(cells, tmp_path, datasets):
     import pyarrow
     import pyarrow.parquet
 
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "data").mkdir()
     table = pyarrow.table({"image": cells, "label": cells, "image_id": ["a", "b"]})
     pyarrow.parquet.write_table(table, tmp_path / "data" / "train-0.parquet")

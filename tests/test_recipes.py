@@ -1,4 +1,4 @@
-"""Every recipe is accepted, says nothing that holds without it, and makes the model of its row in the paper."""
+"""Every recipe is accepted, repeats no default, and makes the model of its row in the paper."""
 
 import re
 import shlex
@@ -53,7 +53,7 @@ def shapes(overrides: dict[str, Any]) -> dict[str, torch.Size]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_says_only_what_differs_from_the_defaults(recipe):
-    """For the model of stage 2, what stage 1 says is a default too: --init_from brings it."""
+    """In stage 2 the values of stage 1 are defaults too, because --init_from brings them."""
     args, overrides = read(recipe)
     said = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     assert said.keys() == overrides.keys() | (said.keys() & RUN_FIELDS)
@@ -83,7 +83,7 @@ def test_stage_one_is_joint_and_has_the_architecture_it_says(recipe):
 
 @pytest.mark.parametrize("recipe", STAGE2, ids=lambda path: path.stem)
 def test_stage_two_fits_its_stage_one(recipe):
-    """The same weights and sizes of pictures, and every loss in which stage 1 differs from the paper is said."""
+    """It has the same weights and sizes of pictures, and names every loss that stage 1 does not have from the paper."""
     (first_args, before), (args, after) = read(stage1_of(recipe)), read(recipe)
     assert shapes(before) == shapes(before | after)
     assert all(getattr(first_args, name) == getattr(args, name) for name in SIZES)

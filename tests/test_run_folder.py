@@ -1,6 +1,6 @@
-"""What a run leaves in its output folder, and that it goes on from there whatever stopped it.
+"""The output folder of a run, and that a run resumes from it after any stop.
 
-A run is a process of its own, forked from one that has imported everything, so that a kill costs a second.
+Each run is a process of its own, forked from one that has imported everything, so that a kill costs one second.
 """
 
 import json
@@ -59,7 +59,7 @@ processes.set_forkserver_preload(["train", "test_run_folder"])
 
 
 def start(arguments: list[str], log: Path, *changes: Callable[[], None], **environment: str) -> BaseProcess:
-    """A run of train.py; its output goes to log. changes: called in its process, before it begins."""
+    """Starts train.py. Its output goes to log. changes: functions that its process calls first."""
     environment = {"ACCELERATE_USE_CPU": "true", **environment}
     process = processes.Process(target=train_in_process, args=(arguments, log, changes, environment))
     process.start()
@@ -80,7 +80,7 @@ def train_in_process(arguments: list[str], log: Path, changes: tuple, environmen
 
 
 def start_two(arguments: list[str], log: Path, *changes: Callable[[], None], **environment: str) -> list[BaseProcess]:
-    """A run of two processes, as torchrun starts them."""
+    """Starts a run of two processes, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -121,7 +121,7 @@ def logged(output_dir: Path) -> list[int]:
 def kill_at(
     function_name: str, call: int, signum: int = signal.SIGKILL, rank: str = "0", whole_group: bool = False
 ) -> None:
-    """A signal to one process, or to all of its group, at the so manieth call of a function, "module:name"."""
+    """Sends a signal to a process, or to its whole group, at this call of a function "module:name"."""
     owner, _, name = function_name.replace(":", ".").rpartition(".")
     calls, place, function = count(1), pkgutil.resolve_name(owner), pkgutil.resolve_name(function_name)
 
@@ -134,7 +134,7 @@ def kill_at(
 
 
 def record_images(folder: Path) -> None:
-    """The image ids of each step, a line a step, in a file for each process."""
+    """Writes the image ids of each step, a line for a step, to one file for each process."""
     collate, agree, image_ids = loader.collate, train.agree, []
 
     def collated(samples):
@@ -151,7 +151,7 @@ def record_images(folder: Path) -> None:
 
 
 def spoil_loss(term: Callable[[torch.Tensor], torch.Tensor], step: int, rank: str) -> None:
-    """In one process, from a step on, the loss has one more term, of a weight."""
+    """Adds a term of a weight to the loss, in one process and from a step on."""
     forward, calls = Zs3ForSemanticSegmentation.forward, count()
 
     def spoiled(self, *args, **kwargs):
@@ -164,7 +164,7 @@ def spoil_loss(term: Callable[[torch.Tensor], torch.Tensor], step: int, rank: st
 
 
 def spoil_weights(step: int) -> None:
-    """In every process an update, and not the loss before it, makes one weight infinite."""
+    """Makes one weight infinite by an update, in every process. The loss before it is finite."""
     update, calls = torch.optim.AdamW.step, count(1)
 
     def spoiled(self, *args, **kwargs):
@@ -208,7 +208,7 @@ def straight(data, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped(data, straight, tmp_path) -> tuple[Path, list[str]]:
-    """A run with two checkpoints that has not ended, copied from where it was made, and its command."""
+    """A copied run with two checkpoints and no final model, and its command."""
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
     shutil.rmtree(folder / "final")
@@ -320,7 +320,7 @@ def test_an_empty_manifest_is_no_proof(straight, tmp_path):
 
 
 def certify(path: Path) -> None:
-    """A checkpoint that somebody changed gets the manifest for it."""
+    """Writes a new manifest for a checkpoint that was changed."""
     (path / "manifest.json").unlink()
     write_manifest(path)
 
@@ -344,7 +344,7 @@ def save_another(path: Path, content: object) -> None:
     certify(path)
 
 
-# What a checkpoint can be that is as its manifest says
+# Checkpoints that fit their manifest, but from which no run can resume
 UNFIT = {
     "progress.bin lacks seconds": lambda path: state_with(path, seconds=None),
     "progress.bin lacks scheduler": lambda path: state_with(path, scheduler="multistep"),
@@ -387,7 +387,7 @@ def test_of_a_damaged_recipe_the_newest_checkpoints_copy_counts(content, straigh
 
 
 def newest_whole(folder: Path, run: Path) -> Path | None:
-    """The checkpoint that a run of this model would take."""
+    """The checkpoint from which a run of this model would resume."""
     model = Zs3ForSemanticSegmentation.from_pretrained(run / "final", dtype=torch.float32)
     return RunCheckpoints(Accelerator(cpu=True), folder, model, None, Progress(), kept=2, stamp={})._newest_whole()
 

@@ -1,4 +1,4 @@
-"""How a run's batch is cut, what it says before it starts, and how it measures itself."""
+"""How a run cuts its batch, what it prints before it starts, and how it measures itself."""
 
 import re
 from pathlib import Path
@@ -80,7 +80,7 @@ class Images(list):
 
 @pytest.fixture
 def plan(tmp_path):
-    """What a run of 6 images with these flags says before it starts."""
+    """A function: the text that a run of 6 images with these flags prints before it starts."""
 
     def plan(processes: int = 1, image_labels: object = None, config: dict | None = None, **flags) -> str:
         space = LabelSpace(CLASS_NAMES, CLASS_NAMES[:1], 255)
@@ -165,7 +165,7 @@ def test_a_precision_that_accelerate_was_given_is_said_not_to_count(plan, monkey
 
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
-    """Its `now` is the time that Pace sees."""
+    """Its `now` is the time for Pace."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("zs3.training.pace.time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock

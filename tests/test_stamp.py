@@ -1,4 +1,4 @@
-"""A training run is bound to what it began with, and its record of what was seen never shrinks."""
+"""A run resumes only with its first inputs, and its record of seen classes never shrinks."""
 
 import json
 import shutil
@@ -73,7 +73,7 @@ def begun(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(begun, tmp_path, monkeypatch) -> Path:
-    """A copy of it, which is the working folder."""
+    """A copy of it as the working folder."""
     folder = shutil.copytree(begun, tmp_path / "copy")
     monkeypatch.chdir(folder)
     return folder
