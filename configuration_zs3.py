@@ -171,15 +171,15 @@ class Zs3Config(Mask2FormerConfig):
         matched_weight: lambda of Eq. 5; unmatched queries get 1 - lambda.
         kl: "p_u" is KL(p || U) as printed in Eq. 5, "u_p" is KL(U || p).
         no_object_weight: weight of unmatched queries in class_loss "cross_entropy" (Mask2Former's).
-        class_weight: alpha of Eq. 8. It weighs the matching cost, too, as in Mask2Former.
-        mask_weight: beta of Eq. 8, of the focal or cross-entropy loss of masks; of the matching cost, too.
-        dice_weight: beta of Eq. 8, of the dice loss of masks; of the matching cost, too.
-        rank_weight: gamma of Eq. 8.
+        class_weight: weight of the class loss, alpha of Eq. 8, and of the class cost in matching.
+        mask_weight: weight of the focal or cross-entropy loss of masks, beta of Eq. 8, and of its cost in matching.
+        dice_weight: weight of the dice loss of masks, beta of Eq. 8, and of its cost in matching.
+        rank_weight: weight of the ranking loss, gamma of Eq. 8.
         rank_scale: multiplies the cosines of Eq. 6; 1 as printed.
         rank_norm: "positives" divides Eq. 6 by |P| as printed, "pairs" by |P||N|.
         label_map_weight: weight of a loss on the label map of Eq. 4, which the paper does not have; 0: no such loss.
-        label_map_pixels: pixels of that loss: "labelled" ones, or "all". An ignored pixel has one of the present labels
-            without a mask.
+        label_map_pixels: pixels of the loss of label_map_weight: "labelled" ones, or "all", where an ignored pixel has
+            one of the present labels without a mask.
         mask_loss: "focal" (section 3.2) or "bce" (Mask2Former's), beside dice.
         ignored_pixels: "ignore" leaves ignored pixels out of the mask losses (section 3.2); "negative" counts them as
             outside of every mask (Mask2Former's).
@@ -194,9 +194,9 @@ class Zs3Config(Mask2FormerConfig):
         use_auxiliary_loss: losses at every decoder output (deep supervision), or at the last one alone.
 
     Inference and pseudo labels:
-        clip_ensemble_weight: w of section 4.6 (Xu et al. 2021), in [0, 1]; None: no ensemble.
+        clip_ensemble_weight: weight of the ensemble with CLIP, w of section 4.6, in [0, 1]; None: no ensemble.
         clip_logit_scale: multiplies CLIP's cosines before a softmax; CLIP's training ended with 100.
-        pseudo_label_threshold: tau of section 3.4.
+        pseudo_label_threshold: least score of a pseudo label, tau of section 3.4.
         word_drop_probability: probability with which a word of an image's captions is left out (section 4.5).
 
     What the training saw:

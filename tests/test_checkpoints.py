@@ -18,6 +18,7 @@ from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerMo
 
 from configuration_zs3 import Zs3Config, shared, unshared
 from eval import evaluate
+from text_zs3 import TextCache
 from zs3.checkpoints import (
     check_checkpoint,
     check_finite,
@@ -26,6 +27,7 @@ from zs3.checkpoints import (
     is_trained,
     load_checkpoint,
     load_model,
+    load_processor,
     load_tokenizer,
 )
 from zs3.command_line import InputError
@@ -539,6 +541,16 @@ def test_what_training_saw_is_known_by_any_spelling_of_a_name():
     assert unshared(names, config.seen_class_names) == [names[1]] and unshared(names, None) == names
     assert is_trained(config, names).tolist() == [True, False, True, True]
     assert is_trained(Zs3Config(text_config=None), names).tolist() == [False] * 4
+
+
+def test_text_vectors_of_a_cache_need_no_second_look_at_the_tower(tmp_path, monkeypatch):
+    model, cache = save_checkpoint(tmp_path), TextCache(None)
+    processor = load_processor(str(tmp_path), model.config)
+    first, prompts = class_vectors(model, processor, CLASS_NAMES, None, cache)
+    assert torch.equal(first, class_vectors(model, processor, CLASS_NAMES, None)[0])
+    monkeypatch.setattr(model, "encode_text", None)
+    assert torch.equal(class_vectors(model, processor, CLASS_NAMES, None, cache)[0], first)
+    assert prompts == processor.prompt_templates
 
 
 def test_stored_vectors_are_found_by_any_spelling_of_a_name(tmp_path):

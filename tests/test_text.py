@@ -17,7 +17,7 @@ from tiny import byte_tokenizer, tiny_model
 from tokenizers import normalizers, processors
 
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
-from text_zs3 import Label, SimilarNames, TextCache, lint_labels, read_labels
+from text_zs3 import Label, SimilarNames, TextCache, embed_labels, lint_labels, read_labels
 
 TEMPLATES = ["a {}.", "one {}"]
 NAMES = ["sky", ["dog", "big dog"], "sea", {"name": "road", "templates": ["the {}"]}]
@@ -97,6 +97,36 @@ def test_a_prompts_vector_does_not_depend_on_its_place():
     order = torch.tensor([2, 0, 3, 1])
     shuffled = model.encode_text(tokens["input_ids"][order], tokens["attention_mask"][order])
     torch.testing.assert_close(shuffled, model.encode_text(**tokens)[order], rtol=0, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- embed_labels
+
+
+def test_labels_are_embedded_as_the_processors_prompts_with_and_without_a_cache(model):
+    ours, cache = processor(), TextCache(None)
+    expected = tiny_model().encode_text(**ours(class_names=NAMES))
+    assert torch.equal(embed_labels(labels(*NAMES), model, ours), expected)
+    for _ in range(2):
+        assert torch.equal(embed_labels(labels(*NAMES), model, ours, cache), expected)
+    assert model.calls == [4, 4]  # the second look into the cache embeds nothing
+
+
+def test_words_apart_have_a_vector_each(model):
+    rich, ours = labels(["sky", "heaven"], "sea", ["dog", "hound", "puppy"]), processor()
+    apart = embed_labels(rich, model, ours, apart=True)
+    assert torch.equal(apart, embed_labels(labels("sky", "heaven", "sea", "dog", "hound", "puppy"), model, ours))
+    whole = embed_labels(rich, model, ours)
+    sums = torch.stack([apart[:2].sum(0), apart[2], apart[3:].sum(0)])
+    assert (F.normalize(sums, dim=-1) * whole).sum(-1).min() > 0.9  # of like directions, though not of equal weights
+
+
+def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused_each_time(model):
+    ours, same = processor(), labels("x" * 100 + "a", "x" * 100 + "b")
+    for cache in (None, TextCache(None)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="become the same tokens"):
+                embed_labels(same, model, ours, cache)
+    assert not model.calls
 
 
 # ------------------------------------------------------------------------------------------------------- the cache
