@@ -162,8 +162,8 @@ def test_the_row_of_table_2_has_three_scores(checkpoint, data_root, tmp_path, mo
         (["--suite", "ovs5", "--data_root", ".", "--output", "o"], "none of the folders"),
         (["--suite", "ovs5", "--data_root", ".", "--output", "o", "--members", "voc"], "got 'voc'"),
         (["--suite", "ovs5", "--data_root", ".", "--output", "o", "--members", "voc_20"], "no folder voc_20"),
-        (["--suite", "ovs5", "--data_root", ".", "--output", "o", "--dataset", "d"], "do not go with --suite"),
-        (["--dataset", "d", "--members", "voc_20"], "go with --suite"),
+        (["--suite", "ovs5", "--data_root", ".", "--output", "o", "--dataset", "d"], "--dataset does not go with --suite"),
+        (["--dataset", "d", "--members", "voc_20"], "--members goes with --suite"),
     ],
 )
 def test_a_suite_that_cannot_be_is_one_line(words, message, checkpoint, tmp_path, monkeypatch, capsys):

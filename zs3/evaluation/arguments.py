@@ -17,6 +17,8 @@ from zs3.command_line import (
     check_outside,
     check_required,
     flag,
+    refuse_alone,
+    refuse_together,
     try_output,
 )
 from zs3.evaluation.choices import check_bias, check_weight
@@ -81,14 +83,9 @@ class EvalArgs(Arguments):
             check_bias(self.seen_bias)
         if self.seen_bias is not None and (self.setting != "gzs3" or self.suite == "ovs5"):
             raise InputError("--seen_bias goes with --setting gzs3, where seen and unseen names compete")
-        if self.suite is None:
-            check_required(self, "dataset")
-            if self.data_root or self.members:
-                raise InputError("--data_root and --members go with --suite")
-        else:
-            check_required(self, "data_root", "output")
-            if self.dataset or self.label_space or self.without:
-                raise InputError("--dataset, --label_space and --without do not go with --suite: it has its own")
+        refuse_alone(self, "data_root", "members", without="suite")
+        refuse_together(self, "suite", "dataset", "label_space", "without", why="the suite has its own")
+        check_required(self, *(["dataset"] if self.suite is None else ["data_root", "output"]))
         check_outside("--pictures", self.pictures, self.dataset)
         if self.output is not None and self.suite is None:
             if Path(self.output).suffix != ".json" or os.path.isdir(self.output):

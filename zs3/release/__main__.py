@@ -47,6 +47,7 @@ from zs3.command_line import (
     check_required,
     flag,
     read_arguments,
+    refuse_alone,
     run,
     shown,
     try_output,
@@ -100,8 +101,7 @@ class ReleaseArgs(Arguments):
         check_required(self, "model", "repo_id")
         if not is_hub_id(self.repo_id):
             raise InputError(f"--repo_id {self.repo_id} is no Hub id of the form owner/name")
-        if self.tag is not None and not self.push:
-            raise InputError("--tag goes with --push")
+        refuse_alone(self, "tag", without="push")
         if not Path(self.model).is_dir():
             raise InputError(f"--model {self.model}: no such folder; a checkpoint of the Hub is released already")
         check_checkpoint("model", self.model, "zs3")
