@@ -21,7 +21,13 @@ from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 from zs3.command_line import InputError, run
-from zs3.data.image_labels import bound_to, check_scored_pictures, load_unseen_scores, read_settings, settings_digest
+from zs3.data.image_labels import (
+    check_scored_pictures,
+    load_unseen_scores,
+    pseudo_label_settings,
+    settings_digest,
+    shard_digest,
+)
 from zs3.data.records import load_split
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import (
@@ -372,8 +378,8 @@ def test_two_runs_with_other_settings_never_share_a_folder(arguments):
     assert codes == [0, 2]
     refused = said[[process.returncode for process in both].index(2)].strip().splitlines()[-1]
     assert refused.startswith("error: ") and ("another run writes" in refused or "another mask_threshold" in refused)
-    digest = settings_digest(read_settings(Path(arguments.output)))
-    assert {bound_to(Path(arguments.output, name)) for name in shards(arguments.output)} == {digest}
+    digest = settings_digest(pseudo_label_settings(Path(arguments.output)))
+    assert {shard_digest(Path(arguments.output, name)) for name in shards(arguments.output)} == {digest}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"checkpoint_sha256": "0123"}', '{"num_images": true}', "null"])

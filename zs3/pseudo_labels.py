@@ -65,11 +65,11 @@ from zs3.command_line import (
 from zs3.data.augmentation import IGNORED
 from zs3.data.image_labels import (
     SETTINGS_KEY,
-    bound_to,
     load_unseen_scores,
+    pseudo_label_settings,
     pseudo_labels,
-    read_settings,
     settings_digest,
+    shard_digest,
     shard_name,
 )
 from zs3.data.records import Split, dataset_name, load_split
@@ -317,13 +317,13 @@ def check_settings(folder: Path, settings: dict) -> None:
     or damaged.
     """
     path, known = folder / "settings.json", settings_digest(settings)
-    shards = {shard: bound_to(shard) for shard in sorted(folder.glob("scores-*.parquet"))}
+    shards = {shard: shard_digest(shard) for shard in sorted(folder.glob("scores-*.parquet"))}
     all_bound = {*shards.values()} == {known}
     if shards and not path.exists() and not all_bound:
         raise InputError(f"{folder} holds shards without settings.json: choose another --output or delete it")
     if shards and path.exists():
         try:
-            before = read_settings(folder)
+            before = pseudo_label_settings(folder)
         except InputError as error:
             if not all_bound:
                 raise

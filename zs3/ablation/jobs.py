@@ -23,7 +23,7 @@ from zs3.command_line import (
     flag,
     read_arguments,
 )
-from zs3.data.image_labels import read_settings
+from zs3.data.image_labels import pseudo_label_settings
 from zs3.evaluation.arguments import EvalArgs, deciding_flags, same_flags
 from zs3.evaluation.choices import read_answer
 from zs3.evaluation.curves import check_matplotlib
@@ -208,7 +208,7 @@ class SeedRuns:
             """The summary is there, and the scores are of this checkpoint."""
             if not (folder / "summary.json").exists() or not model.exists():
                 return False
-            made_with = unless_damaged(read_settings, folder) or {}
+            made_with = unless_damaged(pseudo_label_settings, folder) or {}
             return made_with.get("checkpoint_sha256", {}).get(WEIGHTS) == weights_sha256(str(model))
 
         flags = ["--model", str(model), "--dataset", str(self.data), "--output", str(folder)]

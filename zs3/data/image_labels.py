@@ -139,7 +139,7 @@ class PseudoLabelSettings(TypedDict, total=False):
     picture_sizes_sha256: str | None
 
 
-def read_settings(folder: Path) -> PseudoLabelSettings:
+def pseudo_label_settings(folder: Path) -> PseudoLabelSettings:
     """The checked content of a folder's settings.json."""
     what = "settings file of zs3.pseudo_labels"
     return read_json(folder / "settings.json", PseudoLabelSettings, what, "make the pseudo labels anew")
@@ -150,7 +150,7 @@ def settings_digest(settings: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest().encode()
 
 
-def bound_to(file: Path) -> bytes | None:
+def shard_digest(file: Path) -> bytes | None:
     """The digest in a shard. None: the shard is damaged, or of an older version."""
     import pyarrow
     import pyarrow.parquet
@@ -176,9 +176,9 @@ def read_scores(path: str | Path, label_space: LabelSpace) -> tuple[dict[str, in
     row_of, scores = {}, []
     files, expected = _score_files(Path(path)), None
     if (Path(path) / "settings.json").is_file():
-        expected = settings_digest(read_settings(Path(path)))
+        expected = settings_digest(pseudo_label_settings(Path(path)))
     for file in files:
-        bound = bound_to(file)
+        bound = shard_digest(file)
         expected = expected or bound
         if bound not in (None, expected):
             raise InputError(f"{shown(file)} was made with other settings than the folder's: delete it, make it again")
@@ -254,7 +254,7 @@ def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
 
 def check_scored_pictures(path: Path, records: Split) -> None:
     """Refuses the scores of another dataset whose pictures have the same ids."""
-    made_of = read_settings(path) if (path / "settings.json").is_file() else {}
+    made_of = pseudo_label_settings(path) if (path / "settings.json").is_file() else {}
     known, count = made_of.get("picture_sizes_sha256"), made_of.get("num_images", 0)
     own = records.picture_sizes_sha256(count)
     if None not in (known, own) and known != own:
