@@ -37,7 +37,7 @@ from zs3.evaluation.counts import PassCounts, new_counts
 from zs3.evaluation.curves import draw_curves
 from zs3.evaluation.one_pass import Candidates, Images, Pictures, Predictor, candidates_of, check_claim, count_images
 from zs3.evaluation.report import report
-from zs3.evaluation.result_types import Result
+from zs3.evaluation.result_types import Ensemble, Result
 from zs3.evaluation.results import result_of, versions, write_result
 from zs3.evaluation.suites import finished, run_suite
 from zs3.files import file_sha256
@@ -61,13 +61,8 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
             return found
     bias = chosen_bias(args.seen_bias, stamp, loaded.image_ids)
     ensemble = chosen_ensemble(loaded.model, args.ensemble, args.ensemble_weight, stamp, loaded.image_ids)
-
-    model, processor, candidates = loaded.model.to(accelerator.device), loaded.processor, loaded.candidates
-    class_names = loaded.records.label_space.class_names
-    text_embeds, prompts = class_vectors(model, processor, class_names, args.text_embeds, TextCache())
-    text_embeds = text_embeds[candidates.index].to(accelerator.device)
-    predictor = Predictor(model, processor, text_embeds, candidates.is_trained, ensemble.view, ensemble.weight.value)
-    counts = one_pass(args, loaded, predictor, bias.value, accelerator)
+    predictor, prompts = predictor_of(loaded, args.text_embeds, ensemble, accelerator.device)
+    counts = count_all(args, loaded, predictor, bias.value, accelerator)
     if counts is None:
         return None
 
@@ -142,7 +137,18 @@ def stamp_of(args: EvalArgs, loaded: Loaded) -> Result:
     }
 
 
-def one_pass(
+def predictor_of(
+    loaded: Loaded, text_embeds: str | None, ensemble: Ensemble, device: torch.device
+) -> tuple[Predictor, list[str]]:
+    """The model with the vectors of the candidates, and the prompts behind them. text_embeds: as in EvalArgs."""
+    model, candidates, names = loaded.model.to(device), loaded.candidates, loaded.records.label_space.class_names
+    vectors, prompts = class_vectors(model, loaded.processor, names, text_embeds, TextCache())
+    vectors = vectors[candidates.index].to(device)
+    weight = ensemble.weight.value
+    return Predictor(model, loaded.processor, vectors, candidates.is_trained, ensemble.view, weight), prompts
+
+
+def count_all(
     args: EvalArgs, loaded: Loaded, predictor: Predictor, seen_bias: float, accelerator: Accelerator
 ) -> PassCounts | None:
     """The counts of all processes; None on processes other than the main one. Each process takes every Nth image."""

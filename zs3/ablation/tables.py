@@ -184,14 +184,14 @@ def table4() -> Table:
     return Table(
         "Table 4: the ensemble with CLIP",
         f"The weight is {ENSEMBLE_WEIGHT}, the paper's for COCO-Stuff. The paper has one pair, of the model trained "
-        "with pseudo labels; its sign is asked of every training here. The last differences are Table 5's with the "
-        "ensemble on, as the paper is supposed to have it.",
-        [Row(name, view) for name in names for view in ("off", "crops", "single_pass")],
+        "with pseudo labels; here every training is compared with the sign of that pair. The last differences are "
+        "those of Table 5 with the ensemble on, as the paper probably has it.",
+        [Row(name, ensemble) for name in names for ensemble in ("off", "crops", "single_pass")],
         [
             *(
-                Difference(Row(name, view), Row(name), gain(PAPER_PSEUDO_ENSEMBLE_OFF, PAPER_PSEUDO))
+                Difference(Row(name, ensemble), Row(name), gain(PAPER_PSEUDO_ENSEMBLE_OFF, PAPER_PSEUDO))
                 for name in names
-                for view in ("crops", "single_pass")
+                for ensemble in ("crops", "single_pass")
             ),
             *table5_differences("crops"),
         ],
@@ -208,8 +208,8 @@ def ensemble_weight() -> Table:
         "classes: the true ones for models whose training had them, pseudo labels for all others. So the choice uses "
         "labels of unseen classes even where training had none: with it these models are transductive, too.",
         [
-            *(Row(name, view) for name in names for view in ("off", "crops", "chosen")),
-            *(Row(name, view) for name in ours for view in ("off", "chosen")),
+            *(Row(name, ensemble) for name in names for ensemble in ("off", "crops", "chosen")),
+            *(Row(name, ensemble) for name in ours for ensemble in ("off", "chosen")),
         ],
         [
             *(Difference(Row(name, "chosen"), Row(name)) for name in (*names, *ours)),
@@ -219,9 +219,9 @@ def ensemble_weight() -> Table:
     )
 
 
-SUPPOSED_ON = (
+PROBABLY_ON = (
     "The ensemble is off here. The paper's row of pseudo labels is that of its Table 1, with the ensemble; the other "
-    "rows of its Tables 5 and 6 are supposed to have it, too."
+    "rows of its Tables 5 and 6 probably have it, too."
 )
 
 
@@ -231,7 +231,7 @@ TABLE5 = {"none": PAPER_NONE, "pseudo": PAPER_PSEUDO, "ground_truth": PAPER_GROU
 def table5() -> Table:
     return Table(
         "Table 5: image labels of unseen classes in training",
-        SUPPOSED_ON,
+        PROBABLY_ON,
         [Row(name) for name in TABLE5],
         table5_differences("off"),
         {Row(name): scores for name, scores in TABLE5.items()},
@@ -255,7 +255,7 @@ def table6(clip: bool) -> Table:
     pairs = [*zip(names[1:], names, strict=False), (names[-1], names[0]), (names[-1], "closed")]
     return Table(
         "Table 6: the components",
-        f"{SUPPOSED_ON} 'Closed' is stage 1 trained on for as many steps; the paper has no such row. {note}",
+        f"{PROBABLY_ON} 'Closed' is stage 1 trained on for as many steps; the paper has no such row. {note}",
         [Row("closed"), *map(Row, names)],
         [
             Difference(Row(name), Row(minus), gain(steps[minus], steps[name]) if minus in steps else None)

@@ -35,7 +35,7 @@ class EvalArgs(Arguments):
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     suite: Literal["gzs3", "ovs5"] | None = flag(None, "Datasets and setting of the paper's Tables 1-2, or 3.")
     data_root: str | None = flag(None, "Folder of the suite's datasets, each named as zs3 convert names it.")
-    members: list[str] = flag([], "Datasets of the suite; default: all that exist, but voc_21.")
+    members: list[str] = flag([], "Datasets of the suite; default: all that exist, except voc_21.")
     split: str = flag("validation", "Split of the dataset to evaluate on.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     setting: Literal["gzs3", "zs3", "ovs"] = flag(
@@ -116,6 +116,6 @@ def deciding_flags(args: EvalArgs) -> dict:
 
 
 def same_flags(older: dict, newer: dict) -> bool:
-    """Whether the flags of two results ask for the same numbers. Version 0.1.0 had one more, of its view "lazy"."""
+    """Whether the flags of two results ask for the same numbers. An older version had one more, of a view "lazy"."""
     gone = {"ensemble_tolerance": 0.0}
     return {name: value for name, value in older.items() if (name, value) not in gone.items()} == newer

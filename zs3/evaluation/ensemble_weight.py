@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from configuration_zs3 import places, shortened
 from text_zs3 import TextCache
@@ -199,7 +200,12 @@ def unseen_labels_of(
 
 
 def label_maps(
-    model, processor, image, text_embeds: Tensor, is_seen: Tensor, weights: Sequence[str | float]
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    image: Image.Image,
+    text_embeds: Tensor,
+    is_seen: Tensor,
+    weights: Sequence[str | float],
 ) -> dict[str | float, np.ndarray]:
     """(H, W) by weight. The network and CLIP see the image once."""
     inputs = processor(images=image).to(model.device)
