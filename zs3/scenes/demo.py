@@ -32,7 +32,8 @@ from zs3.command_line import (
 from zs3.data.records import load_split
 from zs3.evaluation.figure import draw_figures
 from zs3.evaluation.pictures import save_picture, stack
-from zs3.evaluation.results import Result, read_result
+from zs3.evaluation.result_types import Result
+from zs3.evaluation.results import read_result
 from zs3.files import check_here, lock_folder, write_text
 from zs3.scenes.dataset import write_dataset
 from zs3.scores.means import GeneralizedScores
@@ -105,7 +106,7 @@ def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
     return [result["labels"][index] for index in np.unique(result["segmentation"])]
 
 
-def write_report(folder: Path, results: dict[str, Result], pictures: list[Path], found: list[str]) -> str:
+def write_page(folder: Path, results: dict[str, Result], pictures: list[Path], found: list[str]) -> str:
     """runs/demo/report.md, from the result files; returns its table."""
     rows = []
     for title, result in results.items():
@@ -173,7 +174,7 @@ def demonstrate(args: DemoArgs, folder: Path) -> None:
             "stage 2 (ground-truth image labels)": stage2,
         }.items()
     }
-    print(write_report(folder, results, pictures, found))
+    print(write_page(folder, results, pictures, found))
     print(f"report    {folder / 'report.md'}")
     print(f"pictures  {folder / 'pictures'}, {folder / 'own_labels.png'}")
     print(f"model     {stage2 / 'final'}")
