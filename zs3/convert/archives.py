@@ -1,8 +1,9 @@
-"""The official archives of the benchmarks: which picture goes with which label file, and what a label file says.
+"""The official archives of the benchmarks: which picture goes with which label file, and how a label file is read.
 
-A reader takes the archive's folder and a split, and gives the pairs in it. Each pair knows the function that reads its
-label file: a map (H, W) of the archive's own values, uint8 or uint16. What they mean is `source_ids` of the benchmark's
-`zs3/classes/NAME.json`; `Archive.ignored` are the further values which are no fault. `ARCHIVES` is the list.
+A layout takes the archive's folder and a split, and returns the pairs in it. Each pair has the function that reads its
+label file: a map (H, W) of the archive's own values, uint8 or uint16. `source_ids` in the benchmark's
+`zs3/classes/NAME.json` says which value is which class; `Archive.ignored` lists the values that stand for no class.
+`ARCHIVES` is the list of archives.
 
 Axes: H W pixels.
 """
@@ -27,12 +28,12 @@ from zs3.data.stored import open_stored
 
 SPLITS = ("train", "validation")
 COMPRESSED = 15  # of the types of elements in MATLAB's files
-MOST_OF_A_MAT = 2 * MAX_PIXELS  # bytes: the largest map in 16 bits
+MOST_OF_A_MAT = 2 * MAX_PIXELS  # bytes of the largest map, in 16 bits
 _VOC_VALUES = 20  # the highest index of VOC's palette that is a class; 255 is void
 
 
 class BadFile(Exception):
-    """A picture or label file that cannot be used. kind: what is wrong, in a word; the message is a sentence."""
+    """A picture or label file that cannot be used. kind: the fault in one word; the message is a sentence."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -56,9 +57,9 @@ class Captioned(NamedTuple):
 class Archive(NamedTuple):
     """A benchmark's archive.
 
-    items: (folder, split) -> what is in it. A layout that is not the archive's raises InputError.
+    items: (folder, split) -> its pairs or captions. A folder of another layout raises InputError.
     counts: how many pictures a split of the release has, or may have, where its copies differ.
-    ignored: values of label files which are no class, and allowed.
+    ignored: allowed values of label files that are no class.
     licence: of the originals, in a sentence.
     """
 
@@ -73,7 +74,7 @@ class Archive(NamedTuple):
 
 
 def opened(path: Path, what: str) -> tuple[bytes, Image.Image]:
-    """A file's bytes, and the image in it, decoded to the end. what: "picture" or "map", for the BadFile."""
+    """A file's bytes, and the image in it, wholly decoded. what: "picture" or "map", for the BadFile."""
     if not path.exists():
         raise BadFile(f"missing_{what}", f"{path} is missing")
     try:
@@ -88,12 +89,12 @@ def opened(path: Path, what: str) -> tuple[bytes, Image.Image]:
 
 
 def grey_values(path: Path) -> np.ndarray:
-    """Of a PNG with one value of 8 bits a pixel."""
+    """The values of a PNG with 8 bits a pixel."""
     return np.asarray(_of_mode(path, ("L", "P"), "one value a pixel is expected"))
 
 
 def palette_values(path: Path) -> np.ndarray:
-    """The indices of VOC's palette PNGs. Maps of mode L are taken as indices, too: so repackagings store them."""
+    """The indices of VOC's palette PNGs. Maps of mode L hold indices, too: some copies of VOC store them so."""
     mend = "copy the original, whose pixels are indices"
     image = _of_mode(path, ("P", "L"), f"its palette was turned into colours; {mend}")
     values = np.asarray(image)
@@ -104,8 +105,8 @@ def palette_values(path: Path) -> np.ndarray:
 
 
 def object_values(path: Path) -> np.ndarray:
-    """Object ids of ADE20K's *_seg.png, which red and green spell."""
-    pixels = np.asarray(_of_mode(path, ("RGB",), "red and green are expected to spell object ids"))
+    """Object ids of ADE20K's *_seg.png, written in red and green."""
+    pixels = np.asarray(_of_mode(path, ("RGB",), "object ids are expected in red and green"))
     return pixels[..., 0] // 10 * np.uint16(256) + pixels[..., 1]
 
 
@@ -130,7 +131,7 @@ def _from_mat(path: Path, name: str, part: Callable[[np.ndarray], np.ndarray]) -
     if not path.exists():
         raise BadFile("missing_map", f"{path} is missing")
     try:
-        with decoding():  # of a damaged file scipy raises anything, its own bugs included
+        with decoding():  # scipy raises many kinds of errors on a damaged file, its own bugs included
             check_regular(path)
             content = path.read_bytes()
             check_inflated(content)
@@ -147,9 +148,9 @@ def _from_mat(path: Path, name: str, part: Callable[[np.ndarray], np.ndarray]) -
 
 
 def check_inflated(content: bytes) -> None:
-    """Raises Refused where the variables of a MATLAB 5 file are larger, unpacked, than any label map is.
+    """Raises Refused where the variables of a MATLAB 5 file, unpacked, are larger than any label map.
 
-    The file is a header of 128 bytes and elements: type and length, 4 bytes each, and the data, here zlib's.
+    The file is a header of 128 bytes and elements: type and length, 4 bytes each, then the data, compressed by zlib.
     """
     order = "big" if content[126:128] == b"MI" else "little"
     place, total = 128, 0
@@ -180,7 +181,7 @@ def coco_stuff(source: Path, split: str) -> list[Pair]:
 
 
 def voc(source: Path, split: str) -> list[Pair]:
-    """VOC 2012; its training split is the usual "trainaug": the pictures of SBD too, without VOC's validation split."""
+    """VOC 2012. Its training split is the usual "trainaug": with the pictures of SBD that VOC does not validate on."""
     root = _voc_root(source, 2012)
     pictures = _folder([root], ["JPEGImages"], "[!.]*.jpg", "pictures of VOC 2012")
     own = _folder([root], ["SegmentationClass"], "[!.]*.png", "maps of VOC 2012")
@@ -238,7 +239,7 @@ def ade20k_challenge(source: Path, split: str) -> list[Pair]:
 
 
 def ade20k_full(source: Path, split: str) -> list[Pair]:
-    """ADE20K_2021_17_01: pictures of full size in a tree of scenes, each with its *_seg.png beside."""
+    """ADE20K_2021_17_01: pictures of full size in a tree of scenes, each beside its *_seg.png."""
     bases = [source, source / "ADE20K_2021_17_01"]
     folder = {"train": "training", "validation": "validation"}[split]
     tree = _folder(bases, [f"images/ADE/{folder}"], "**/ADE_*.jpg", "pictures of ADE20K_2021_17_01")
@@ -285,9 +286,10 @@ def _voc_root(source: Path, year: int) -> Path:
 
 
 def _pairs_of_folders(images: Path, labels: Path, values: Callable[[Path], np.ndarray], begin: str = "") -> list[Pair]:
-    """Pictures and PNGs of one stem. One without its partner is a pair, too: the other file is missing.
+    """Pictures and maps of the same stem. A file without a partner makes a pair, too, whose other file is missing.
 
-    Other tools put maps of their own beside, as 000000000139_labelTrainIds.png: a picture's name, and more.
+    Other tools write maps of their own beside, such as 000000000139_labelTrainIds.png. These are left out: their names
+    begin with the name of a picture.
     """
     pictures, maps = _of_suffix(images, ".jpg", begin), _of_suffix(labels, ".png", begin)
     stems = pictures.keys() | {stem for stem in maps if pictures.keys().isdisjoint(_beginnings(stem))}
@@ -298,13 +300,13 @@ def _pairs_of_folders(images: Path, labels: Path, values: Callable[[Path], np.nd
 
 
 def _of_suffix(folder: Path, suffix: str, begin: str) -> dict[str, Path]:
-    """Stem -> file. Capitals in a suffix make no difference; where there are both, .jpg comes before .JPG."""
+    """Stem -> file. Capitals in a suffix make no difference; where both exist, .jpg comes before .JPG."""
     files = (file for file in folder.iterdir() if file.name.startswith(begin) and not is_leftover(file.name))
     return {file.stem: file for file in sorted(files, reverse=True) if file.suffix.lower() == suffix}
 
 
 def _beginnings(stem: str) -> set[str]:
-    """What stands before each character that is no letter and no digit."""
+    """The parts of a stem before each character that is no letter and no digit."""
     return {stem[: match.start()] for match in re.finditer(r"[\W_]", stem)}
 
 
@@ -351,10 +353,10 @@ def _shown(path: Path, source: Path) -> str:
 
 # ---- the archives ------------------------------------------------------------------------------------------
 
-_FLICKR = "The pictures are from Flickr, whose terms of use hold for them"
+_FLICKR = "The pictures are from Flickr, under its terms of use"
 _COCO = f"{_FLICKR}; the annotations of COCO and COCO-Stuff are under CC BY 4.0."
-_VOC = f"{_FLICKR}; what holds for the maps stands on the pages of VOC and SBD."
-_CONTEXT = f"{_FLICKR}; what holds for the maps stands on the pages of VOC and Pascal Context."
+_VOC = f"{_FLICKR}; the terms of the maps are on the pages of VOC and SBD."
+_CONTEXT = f"{_FLICKR}; the terms of the maps are on the pages of VOC and Pascal Context."
 _ADE = "The pictures are for non-commercial research and education alone; the annotations are under the BSD 3-clause."
 _CONTEXT_COUNTS = {"train": (4_998,), "validation": (5_105, 5_104)}  # a widely used list leaves one picture out
 

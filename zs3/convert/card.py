@@ -1,6 +1,6 @@
-"""The card of a converted dataset: README.md with the front matter that the Hub and `load_dataset` go by.
+"""The card of a converted dataset: README.md with the front matter that the Hub and `load_dataset` read.
 
-Every number in it comes from what `zs3.convert` measured (`conversion.json`).
+Every number in it comes from `conversion.json`.
 """
 
 import hashlib
@@ -36,10 +36,10 @@ def card(result: dict) -> str:
 
 
 def front_matter(result: dict) -> dict:
-    """Which files are which split, and how many rows `load_dataset` has to find in them.
+    """The files of each split, and how many rows `load_dataset` has to find in them.
 
-    It keeps a copy of what it loads, by the folder's name and this front matter: the digest of the shards is there to
-    tell one dataset from another, or from itself as it was before.
+    `load_dataset` keeps a copy of each dataset, under the folder's name and this front matter. The digest of the shards
+    tells a dataset from another one, and from an earlier state of itself.
     """
     splits = result["splits"]
     shards = [shard["sha256"] for row in splits.values() for shard in row["shards"]]

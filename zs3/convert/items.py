@@ -25,19 +25,19 @@ from zs3.convert.archives import ARCHIVES, BadFile, Captioned, Pair, opened
 from zs3.data.stored import exif_orientation
 from zs3.label_space import CLASSES_FOLDER, load_label_space, source_ids
 
-PROGRESS = ".progress"  # in the output: settings, measurements, and the shards until all are there
-OUTSIDE = -1  # in the table of ids: no value of the archive's
+PROGRESS = ".progress"  # in the output: settings, measurements, and the shards of an unfinished conversion
+OUTSIDE = -1  # in the table of ids: a value that the archive does not have
 
 
 # ---- one picture -------------------------------------------------------------------------------------------
 
 
 class Converted(NamedTuple):
-    """What became of an item. row: of the table; None if there is a problem."""
+    """An item as a row of the table. row: None if there is a problem."""
 
     row: dict | None
     problems: list[dict[str, str]]  # kind, image_id, message
-    notes: list[dict[str, str]]  # the same, of what is no fault
+    notes: list[dict[str, str]]  # as problems, of things that are no fault
     pixels: dict[int, int]  # id -> how many, the ignored id among them
 
 
@@ -88,12 +88,12 @@ def convert_pair(pair: Pair, name: str) -> Converted:
         "image_id": pair.image_id,
         "class_ids": [i for i in pixels if i != ignore_index],
     }
-    message = f"{pair.image} has an EXIF orientation tag; its map fits it as stored, and so both are read"
+    message = f"{pair.image} has an EXIF orientation tag; its map fits the stored picture, so the tag is not applied"
     return Converted(row, [], [_remark(pair, "exif_orientation", message)] if turned else [], pixels)
 
 
 def read_ids(pair: Pair, name: str) -> np.ndarray:
-    """(H, W) int32 of the label space."""
+    """(H, W) int32: the label map, in ids of the label space."""
     values = pair.values(pair.label)
     ids = lookup_table(name)[0][values]
     if (ids == OUTSIDE).any():
@@ -116,7 +116,7 @@ def _remark(item: Pair | Captioned, kind: str, message: str) -> dict[str, str]:
 
 
 def convert_all(items: list[Pair | Captioned], name: str, num_workers: int) -> Iterator[Converted]:
-    """In order; a few items for each process are under way or done, never more."""
+    """The converted items, in order. At most 8 items for each process are under way or wait."""
     convert = functools.partial(convert_item, name=name)
     if num_workers == 0 or isinstance(next(iter(items), None), Captioned):
         yield from map(convert, items)
@@ -124,7 +124,7 @@ def convert_all(items: list[Pair | Captioned], name: str, num_workers: int) -> I
     spawn = multiprocessing.get_context("spawn")
     remaining = iter(items)
     with ProcessPoolExecutor(num_workers, spawn, _begin_process) as pool:
-        with _deaf_to_ctrl_c():  # processes that are started in it are so from their first line on
+        with _deaf_to_ctrl_c():  # a process that starts now ignores Ctrl-C from its first line on
             waiting = deque((item, pool.submit(convert, item)) for item in islice(remaining, 8 * num_workers))
         while waiting:
             item, result = waiting.popleft()
@@ -132,7 +132,7 @@ def convert_all(items: list[Pair | Captioned], name: str, num_workers: int) -> I
                 yield result.result()
             except BrokenProcessPool as error:
                 raise InputError(
-                    f"a process ended at {item.image_id} or soon after, for want of memory or at a broken .mat file: "
+                    f"a process ended at {item.image_id} or soon after: memory is short, or a .mat file is broken: "
                     "start again with a smaller --num_workers, or replace the file"
                 ) from error
             waiting.extend((item, pool.submit(convert, item)) for item in islice(remaining, 1))
@@ -140,7 +140,7 @@ def convert_all(items: list[Pair | Captioned], name: str, num_workers: int) -> I
 
 @contextmanager
 def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal, and is for the main one to hear."""
+    """Ctrl-C reaches every process of a terminal. Only the main one shall stop at it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -149,7 +149,7 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
 
 def _begin_process() -> None:
-    """Of the pool: when the main process is gone, however it went, so is this one."""
+    """A process of the pool ends when the main process has ended, for whatever reason."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""Caption nouns (section 4.5): words of captions as further class names, and which picture is said to show which.
+"""Caption nouns (section 4.5): words of captions as further class names, and as image labels.
 
     pip install -c constraints.txt -e '.[nouns]'
     zs3 nouns --captions data/coco_captions --label_space coco_stuff_171 --output runs/nouns
@@ -7,27 +7,28 @@ The folder gets `classes.json`, the class names: the seen names in the order of 
 frequent other nouns; `nouns-train.parquet`, for each image_id the positions of its nouns among them; and
 `settings.json`. A name's frequency is the number of images with a caption that says it.
 
-What counts as saying a name. Reading: the paper names neither a tagger nor a rule.
+When does a caption say a name? Reading: the paper names neither a tagger nor a rule.
 - Words are compared lower-cased, by their lemma, and without spaces and hyphens: "skis" and "ski", "cell phones" and
   "cellphone", "playing field" and "playingfield" are one each.
 - A name of several words counts wherever it is written, one of a single word only where it is a noun ("train", not
   "is trained"). The longest name wins and uses its words up: a hot dog is no dog, a traffic light no light.
-- "-other" and "-stuff" add nothing: "door-stuff" is "door", and "wall-other" a "wall" of which no more is said.
-  Other hyphens join two words, in either order: "wall-brick" is "wall brick" or "brick wall".
+- "-other" and "-stuff" add nothing: "door-stuff" is "door", "wall-other" is "wall". Other hyphens join two words, in
+  either order: "wall-brick" is "wall brick" or "brick wall".
 - Names with commas are lists of synonyms.
-Unseen names are told in the same way, and by default never become class names; neither "wall" nor "concrete" is
-"wall-concrete", though, and words that only mean the same as an unseen name ("cattle", "street") stay.
+Unseen names are found by the same rules, and by default never become class names. But neither "wall" nor "concrete" is
+"wall-concrete", and words that only mean the same as an unseen name ("cattle", "street") stay.
 
 The default tagger is HanTa, whose model lies inside its package (LGPL, which is why it is an extra); lemmas are
-LemmInflect's. On 100 captions in the manner of COCO with marked nouns (tests/test_nouns.py) it has precision and recall
-0.99, on the 30 of them written after it was chosen 0.98; TextBlob's tagger has 0.94 and 0.94. It reads about 1,600
-captions a second and core: COCO's 591,753 training captions take 6 minutes.
+LemmInflect's. On 100 captions like COCO's with marked nouns (tests/test_nouns.py) its precision and recall are 0.99;
+on the 30 captions that were written after it was chosen, 0.98. TextBlob's tagger has 0.94 and 0.94. HanTa reads about
+1,600 captions a second on one core: COCO's 591,753 training captions take 6 minutes.
 
 Axes: C class name, N image.
 """
 
 import importlib
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -59,7 +60,7 @@ from zs3.data.tables import table_shards
 from zs3.files import write_json, writing_folder
 from zs3.label_space import LabelSpace, load_label_space
 
-IMAGES_AT_ONCE = 32  # what a process hands over at a time
+IMAGES_AT_ONCE = 32  # that a loading process hands over
 PACKAGES = {"hanta": ("HanTa", "lemminflect"), "nltk": ("nltk", "lemminflect")}  # of each tagger
 
 
@@ -73,7 +74,7 @@ class NounArgs(Arguments):
     splits: Some[str] = flag(["train"], "Splits whose captions are read.")
     num_words: Count = flag(1047, "Class names in all, the seen ones among them.")
     exclude_unseen: bool = flag(True, "Leave out nouns that are an unseen name.")
-    tagger: Literal["hanta", "nltk"] = flag("hanta", "What tells the nouns; nltk needs its data, a separate download.")
+    tagger: Literal["hanta", "nltk"] = flag("hanta", "Tagger that finds the nouns; nltk downloads its data apart.")
     num_workers: Workers = flag(0, "Processes that read captions; 0 reads in the main one.")
 
     def check(self) -> None:
@@ -88,15 +89,15 @@ class NounArgs(Arguments):
 
 class Word(NamedTuple):
     text: str  # lower-cased
-    noun: str | None  # what it is listed as, if it is a noun here
+    noun: str | None  # the form in the list of names; None: it is no noun here
 
 
 Tagger = Callable[[str], list[Word]]
 
-# A letter, not just any word character: numbers name nothing. Endings such as "'s" and marks stand for themselves.
+# Words begin with a letter: numbers name nothing. Endings such as "'s" and punctuation are words of their own.
 WORDS = re.compile(r"['’]\w+|[^\W\d_]+(?:-[^\W\d_]+)*|[.,;:!?]")
 LEMMAS = {"leaves": "leaf"}  # LemmInflect's first choice is "leave"
-UNKNOWN_TO_HANTA = {"moped", "ostrich", "ottoman", "remote", "sled", "tangerine"}  # as nouns, though pictures show them
+UNKNOWN_TO_HANTA = {"moped", "ostrich", "ottoman", "remote", "sled", "tangerine"}  # nouns that it does not know
 PLURAL_NOUNS = {"fries", "glasses", "pants", "shorts", "sunglasses"}  # their singular is another thing
 
 
@@ -278,7 +279,7 @@ def write_nouns(path: Path, image_ids: list[str], positions: list[np.ndarray]) -
 def write_folder(
     folder: Path, class_names: list[str], positions: dict[str, dict[str, np.ndarray]], settings: dict
 ) -> None:
-    """positions: split -> image_id -> those of its nouns."""
+    """positions: split -> image_id -> the positions of its nouns among the class names."""
     ignored = ignored_id(len(class_names))
     write_json(folder / "classes.json", {"classes": class_names, "unseen": [], "ignore_label": ignored})
     for split, found in positions.items():
@@ -299,68 +300,71 @@ def chosen_words(frequency: Counter[str], label_space: LabelSpace, num_words: in
 
 
 def make_nouns(args: NounArgs) -> dict:
-    """Writes the folder; what its settings.json says."""
+    """Writes the folder. Returns the content of its settings.json."""
     args.check()
-    folder = Path(args.output)
+    folder, source, label_space = Path(args.output), Path(args.captions), load_label_space(args.label_space)
     if folder.exists():
         raise InputError(f"--output {folder} exists: choose another or delete it")
-    with writing_folder(folder) as partial:
-        return fill_folder(args, partial)
-
-
-def fill_folder(args: NounArgs, folder: Path) -> dict:
-    """As `make_nouns`, into an empty folder."""
-    source, label_space = Path(args.captions), load_label_space(args.label_space)
     if args.num_words < len(label_space.seen):
         raise InputError(f"--num_words {args.num_words} is less than the {len(label_space.seen)} seen names")
     if not source.is_dir():
         raise InputError(f"--captions {source}: no such folder (relative paths start where the command does)")
-    load_tagger(args.tagger)  # before the processes start, which then share it
-    splits = {split: read_captions(source, split) for split in args.splits}
-    image_ids = [image_id for captions in splits.values() for image_id in captions]
-    repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
-    if repeated:
-        raise InputError(f"image {repeated[0]!r} is in more than one of the splits {', '.join(splits)}: give it to one")
+    with writing_folder(folder) as partial:
+        splits = read_splits(source, args.splits)
+        captions = [texts for split in splits.values() for texts in split.values()]
+        found, frequency = words_of(captions, label_space.class_names, args.tagger, args.num_workers)
+        names = chosen_words(frequency, label_space, args.num_words, args.exclude_unseen)
 
-    # Words of every image
-    captions = [texts for split in splits.values() for texts in split.values()]
+        place = {name: position for position, name in enumerate(names)}
+        rows = iter([np.array(sorted(place[w] for w in words if w in place), dtype=np.int32) for words in found])
+        positions = {split: dict(zip(texts, rows, strict=False)) for split, texts in splits.items()}
+        unseen = [] if args.exclude_unseen else label_space.unseen
+        settings = {
+            **{name: value for name, value in asdict(args).items() if name not in ("output", "num_workers")},
+            "captions": dataset_name(args.captions),
+            "label_space": Path(args.label_space).name,
+            "label_space_sha256": label_space.sha256,
+            "versions": {package: version(package) for package in PACKAGES[args.tagger]},
+            "num_images": {split: len(texts) for split, texts in splits.items()},
+            "num_captions": sum(map(len, captions)),
+            "num_different_words": len(frequency),
+            "num_seen": len(label_space.seen),
+            "unseen_listed": [name for name, listed in zip(names, among(names, unseen), strict=True) if listed],
+            "images_with": {name: frequency[name] for name in names},
+        }
+        write_folder(partial, names, positions, settings)
+    return settings
+
+
+def read_splits(source: Path, names: list[str]) -> dict[str, dict[str, list[str]]]:
+    """split -> image_id -> its captions. An image is in one split."""
+    splits = {split: read_captions(source, split) for split in names}
+    times = Counter(image_id for captions in splits.values() for image_id in captions)
+    repeated = next((image_id for image_id in times if times[image_id] > 1), None)
+    if repeated is not None:
+        raise InputError(f"image {repeated!r} is in more than one of the splits {', '.join(splits)}: give it to one")
+    return splits
+
+
+def words_of(
+    captions: list[list[str]], class_names: list[str], tagger: str, num_workers: int
+) -> tuple[list[list[str]], Counter[str]]:
+    """Of each image its names and nouns, and the number of images for each word."""
+    load_tagger(tagger)  # before the processes start, which then share it
     loader = DataLoader(
-        CaptionWords(captions, label_space.class_names, args.tagger),
+        CaptionWords(captions, class_names, tagger),
         batch_size=IMAGES_AT_ONCE,
         collate_fn=list,
-        num_workers=args.num_workers,
+        num_workers=num_workers,
     )
-    numbers, words = {}, []  # a word is kept once, and known by the number of words met before it
+    found, frequency = [], Counter()
     with tqdm(total=len(captions), unit="image", mininterval=1) as bar:
         for batch in loader:
-            words += [[numbers.setdefault(word, len(numbers)) for word in found] for found in batch]
+            found += [[sys.intern(word) for word in words] for words in batch]  # one text in memory for all images
             bar.update(len(batch))
-    names = list(numbers)
-    frequency = Counter({names[n]: times for n, times in Counter(n for found in words for n in found).items()})
-    class_names = chosen_words(frequency, label_space, args.num_words, args.exclude_unseen)
-
-    # Result
-    place = {numbers[name]: position for position, name in enumerate(class_names) if name in numbers}
-    positions = [np.array(sorted(place[n] for n in found if n in place), dtype=np.int32) for found in words]
-    unseen = [] if args.exclude_unseen else label_space.unseen
-    settings = {
-        **{name: value for name, value in asdict(args).items() if name not in ("output", "num_workers")},
-        "captions": dataset_name(args.captions),
-        "label_space": Path(args.label_space).name,
-        "label_space_sha256": label_space.sha256,
-        "versions": {package: version(package) for package in PACKAGES[args.tagger]},
-        "num_images": {split: len(found) for split, found in splits.items()},
-        "num_captions": sum(map(len, captions)),
-        "num_different_words": len(frequency),
-        "num_seen": len(label_space.seen),
-        "unseen_listed": [name for name, listed in zip(class_names, among(class_names, unseen), strict=True) if listed],
-        "images_with": {name: frequency[name] for name in class_names},
-    }
-    by_id = dict(zip(image_ids, positions, strict=True))
-    write_folder(
-        folder, class_names, {split: {i: by_id[i] for i in found} for split, found in splits.items()}, settings
-    )
-    return settings
+    for words in found:
+        frequency.update(words)
+    return found, frequency
 
 
 def report(settings: dict) -> str:

@@ -1,4 +1,4 @@
-"""The shards of a converted dataset: cut, written whole, and known again by what they are made of."""
+"""The shards of a converted dataset: cut, written whole, and recognised later by the items they are made of."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from zs3.files import file_sha256, writing
 if TYPE_CHECKING:
     import pyarrow
 
-ROW_GROUP = 64  # pictures that are read, and held in memory, at once
+ROW_GROUP = 64  # pictures that a reader holds in memory at once
 
 
 # ---- one shard ---------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ class Shard(NamedTuple):
 
     @property
     def items_sha256(self) -> str:
-        """Of captions, or of image ids and the sizes and times of their files."""
+        """A digest of the captions, or of the image ids and the sizes and times of their files."""
         if isinstance(self.items[0], Pair):
             lines = [f"{item.image_id} {_stamp(item.image)} {_stamp(item.label)}" for item in self.items]
         else:
@@ -52,14 +52,14 @@ def record(output: Path, shard: Shard) -> Path:
 
 
 def recorded(output: Path, shard: Shard) -> dict | None:
-    """The measurements of a shard, if they are of the items it should have."""
+    """The measurements of a shard, if they are of its items of today; else None."""
     path = record(output, shard)
     measures = read_measures(path) if path.is_file() else None
     return measures if measures is not None and measures.get("items_sha256") == shard.items_sha256 else None
 
 
 def finished(output: Path, folder: Path, shard: Shard) -> dict | None:
-    """As `recorded`, of a shard that is in the folder, and whole."""
+    """The measurements of a shard that is in the folder, and whole; else None."""
     path, measures = folder / shard.name, recorded(output, shard)
     if measures is None or not path.is_file() or path.stat().st_size != measures.get("bytes"):
         return None
@@ -82,7 +82,7 @@ def write_shard(
 
     measures = {"num_images": 0, "num_captions": 0, "all_ignored": 0, "problems": [], "notes": []}
     pixels, images, rows = Counter(), Counter(), []
-    # Pictures are compressed already, and no use in dictionaries and statistics.
+    # Pictures are compressed already, and gain nothing from dictionaries and statistics.
     options = {"compression": "none", "use_dictionary": False, "write_statistics": ["image_id"]}
     with writing(path) as partial:
         with pyarrow.parquet.ParquetWriter(partial, schema, **options) as writer:
@@ -123,7 +123,7 @@ def _stamp(path: Path) -> str:
 
 
 def _of_source(remark: dict[str, str], source: Path) -> dict[str, str]:
-    """With paths in the source, wherever that is."""
+    """A remark with paths that begin in the source."""
     return remark | {"message": remark["message"].replace(f"{source}{os.sep}", "")}
 
 
@@ -132,7 +132,7 @@ def _by_id(counts: Counter) -> dict[str, int]:
 
 
 def read_measures(path: Path) -> dict | None:
-    """None of a file that holds no mapping, as a power cut leaves it empty or in pieces."""
+    """The measurements in a file. None where it holds no mapping: a power cut leaves a file empty or in pieces."""
     try:
         content = json.loads(read_text(path))
     except (ValueError, RecursionError):
