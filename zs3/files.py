@@ -1,7 +1,7 @@
-"""Files out: names, files and folders written whole, locks. (What is read: files_zs3.)
+"""Files that commands write: their names, files and folders written whole, locks. (files_zs3 reads.)
 
-What is written takes its name when it is whole and on the disk. A folder that a command owns is locked as long as it
-runs. (Outputs are tried before the work: `command_line.try_outputs`.)
+A file or folder takes its name when it is whole and on the disk. A command locks the folder that it writes, as long as
+it runs. (Outputs are tried before the work: `command_line.flags.try_outputs`.)
 """
 
 import errno
@@ -25,8 +25,8 @@ from files_zs3 import PARTIAL, whole
 from zs3.command_line import NO_SPACE, InputError, shown
 
 LOCK = "run.lock"
-DIGEST = re.compile(r"-[0-9a-f]{16}$")  # as `file_name` gives one
-LEFT = re.compile(rf"{PARTIAL}|.+\.partial")  # what `whole`, or an older version, wrote to
+DIGEST = re.compile(r"-[0-9a-f]{16}$")  # at the end of a name by `file_name`
+LEFT = re.compile(rf"{PARTIAL}|.+\.partial")  # half files of `whole`, or of older versions
 LONGEST_NAME = 120  # bytes of an id in a file's name; file systems take 255
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system without locks
 NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps them for devices
@@ -59,9 +59,9 @@ def check_here(file: str | Path) -> None:
 
 
 def file_name(image_id: str, suffix: str) -> str:
-    """The name of a file that belongs to an image: its id, if that can only be a name, in its own folder.
+    """The name of a file that belongs to an image: the id itself, where every file system takes it as a name.
 
-    Of any other id the letters that can stand in a name, and a digest: two ids never share a file.
+    Of any other id: the letters that names may have, and a digest. Two ids never share a file.
     """
     letters = "".join(letter if letter.isprintable() and letter not in '/\\:*?"<>|' else "_" for letter in image_id)
     plain = (
@@ -81,7 +81,7 @@ def file_name(image_id: str, suffix: str) -> str:
 
 @contextmanager
 def naming(thing: str | Path) -> Iterator[None]:
-    """Lets an error that does not say which file it is of (a full disk's, mostly) say it: see `command_line.run`."""
+    """Adds the file's name to an error that lacks it, such as a full disk's: `command_line.run` shows it."""
     try:
         yield
     except Exception as error:
@@ -92,7 +92,7 @@ def naming(thing: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """As `whole`; a place that cannot be written is an InputError."""
+    """`whole`, with an InputError where the place cannot be written."""
     try:
         with naming(path), whole(path) as partial:
             yield partial
@@ -103,7 +103,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def is_within(error: OSError, folder: Path) -> bool:
-    """Whether an error is of what is written to a folder, and not of another file or of the network."""
+    """Whether an error comes from writing to a folder, and not from another file or from the network."""
     if error.filename is None:  # of writing bytes
         return error.errno is not None
     return os.path.abspath(error.filename).startswith(os.path.abspath(folder))
@@ -130,13 +130,13 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def write_report(path: Path, result: dict[str, Any], text: str) -> None:
-    """The result, and what was printed of it beside it as .md."""
+    """The result, and beside it the printed text as .md."""
     write_json(path, result)
     write_text(path.with_suffix(".md"), text)
 
 
 def finite_or_none(value: Any) -> Any:
-    """The value with None for every NaN or infinity in it."""
+    """The value with None in place of every NaN and infinity."""
     if isinstance(value, dict):
         return {name: finite_or_none(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -145,7 +145,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file, to the disk. Half a line, which a killed process may have left at the end, is ended."""
+    """Adds a line to a file, on the disk. Half a line at the end, which a killed process may have left, is ended."""
     with naming(path), path.open("a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -173,10 +173,10 @@ def _to_disk(path: Path) -> None:
 
 @contextmanager
 def writing_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside to fill, which takes its name at the end of the block.
+    """A new folder to fill, which takes its name at the end of the block.
 
-    What a killed process left of such a folder is removed. Nobody else fills it at the same time. What stands under the
-    name is not touched: look before.
+    The half folder of a killed process is removed. One process at a time fills it. A folder that already has the name
+    is not touched: look before.
     """
     partial, lock = folder.with_name(folder.name + ".partial"), folder.with_name(f".{folder.name}.lock")
     try:
@@ -196,7 +196,7 @@ def writing_folder(folder: Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            lock.unlink(missing_ok=True)  # whoever has opened it in the meantime finds that it is gone
+            lock.unlink(missing_ok=True)  # a process that has opened it in the meantime finds that it is gone
 
 
 # ---- locks -------------------------------------------------------------------------------------------------
@@ -223,18 +223,18 @@ def lock_folder(folder: Path) -> ExitStack:
 
 
 def _lives(process: int) -> bool:
-    """Whether a process of this number runs here. (Of another machine's files it may be wrong: they stay longer.)"""
+    """Whether a process of this number runs here. (A half file of another machine may stay longer.)"""
     return process < 2**31 and psutil.pid_exists(process)
 
 
 def lock_file(path: Path, folder: Path) -> ExitStack:
-    """Closing it ends the lock. So does the end of the process, however it ends, even if its children live on.
+    """Closing it ends the lock. So does the end of the process, even if its children live on.
 
-    folder: what the lock is for. On a file system without locks nothing is locked.
+    folder: the folder that the lock protects. On a file system without locks nothing is locked.
     """
     held = ExitStack()
     try:
-        # The library's fallback is a file in place of a lock, which outlives a process that was killed.
+        # The library's fallback is a file in place of a lock. That file would outlive a killed process.
         held.enter_context(filelock.FileLock(path, fallback_to_soft=False).acquire(timeout=0))
     except filelock.Timeout as error:
         raise _taken(folder) from error

@@ -1,7 +1,7 @@
-"""Label spaces: which names the ids of a label map stand for, which of them are unseen, which id is ignored.
+"""Label spaces: the class name of each id of a label map, the unseen names, the ignored id.
 
 A label space comes from a `classes.json` with the keys "classes" (names in the order of their ids), "unseen"
-(names; [] if there are none) and "ignore_label". Those of the benchmarks lie in `zs3/classes/`; there "source_ids"
+(names; [] if there are none) and "ignore_label". Those of the benchmarks are in `zs3/classes/`. There, "source_ids"
 is the value that each class has in the label files of the original archive, and "synonyms" a list of names for each.
 """
 
@@ -77,7 +77,7 @@ class LabelSpace:
 
     @property
     def sha256(self) -> str:
-        """Of names, unseen names and ignored id: what results and scores are stamped with."""
+        """Of names, unseen names and ignored id. Results and scores record it."""
         content = json.dumps([self.class_names, self.unseen, self.ignore_index])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -89,7 +89,7 @@ class LabelSpace:
 
 
 class FoundIds:
-    """Which ids label maps hold, and whether a training can learn from them."""
+    """The ids that label maps hold, and whether a training can learn from them."""
 
     def __init__(self, label_space: LabelSpace):
         self.label_space = label_space
@@ -108,11 +108,11 @@ class FoundIds:
 
     @property
     def enough(self) -> bool:
-        """Whether no further map can make a fault."""
+        """Whether the maps so far are enough to learn from, whatever the others hold."""
         return self.has_seen and self.ids != {0}
 
     def fault(self) -> str | None:
-        """Why nothing can be learned, in one line."""
+        """Why a training can learn nothing, in one line. None: it can."""
         names = [shortened(self.label_space.class_names[place], 30) for place in sorted(self.ids)[:3]]
         what = f"nothing but {', '.join(names)}{', ...' * (len(self.ids) > 3)}" if names else "no class"
         ignored = self.label_space.ignore_index
@@ -126,9 +126,9 @@ class FoundIds:
 
 
 def load_label_space(name_or_path: str | Path) -> LabelSpace:
-    """Reads a label space: of a folder with a classes.json, a benchmark (`BENCHMARKS`), a file, a Hub dataset.
+    """Reads a label space: from a folder with a classes.json, a benchmark (`BENCHMARKS`), a file, a Hub dataset.
 
-    The first of these that exists is taken: a dataset's folder called like a benchmark keeps its own classes.
+    The first of these that exists is taken: a dataset's folder with the name of a benchmark keeps its own classes.
     """
     path, name = Path(name_or_path), str(name_or_path)
     if (path / "classes.json").is_file():
@@ -149,15 +149,15 @@ def load_label_space(name_or_path: str | Path) -> LabelSpace:
 
 
 def source_ids(benchmark: str) -> list[int]:
-    """C values, all different: what stands for each class in the label files of the benchmark's official archive."""
+    """C values, all different: each class's value in the label files of the benchmark's official archive."""
     return _content(CLASSES_FOLDER / f"{benchmark}.json")["source_ids"]
 
 
 def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None) -> Tensor:
-    """(C, D) float32, unit length: ready-made text vectors, a .npy with one row a class name in the order of ids."""
+    """(C, D) float32, unit length: ready-made text vectors, a .npy with one row a class name, in the order of ids."""
     try:
         with decoding():
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: of its header's size the file must be
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)  # mapping fails where the file is cut short
     except Refused as error:
         raise InputError(f"cannot read text vectors {shown(path)} ({one_line(error, 80)}): save a .npy") from error
     if not isinstance(rows, np.ndarray):
@@ -167,7 +167,7 @@ def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None)
         raise InputError(f"{shown(path)} has shape {rows.shape}, expected {expected}: one row for each class name")
     if rows.dtype.kind != "f":
         raise InputError(f"{shown(path)} holds {rows.dtype}: text vectors are floating-point numbers")
-    with np.errstate(over="ignore"):  # what is too large is refused below
+    with np.errstate(over="ignore"):  # values that are too large are refused below
         vectors = torch.from_numpy(np.array(rows, dtype=np.float32, order="C"))
     try:
         check_text_embeds(vectors, rows.shape[1])
@@ -197,7 +197,7 @@ def _read_classes(path: Path) -> LabelSpace:
     try:
         return LabelSpace(content["classes"], content["unseen"], content["ignore_label"])
     except InputError as error:
-        # In the words of the file, not of the class.
+        # The keys of the file, not the fields of the class.
         message = str(error).replace("class_names", "classes").replace("ignore_index", "ignore_label")
         raise InputError(f"{shown(path)}: {message}") from error
 

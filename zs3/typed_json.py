@@ -1,9 +1,9 @@
-"""JSON files that a command reads: their content is declared as a type, and checked once, where it is read.
+"""JSON files that a command reads: their content is declared as a type, and checked once, when it is read.
 
 The types are TypedDicts; pydantic validates the content. A key may be missing unless it is Required. A key
 that is not declared may hold anything: a later version wrote it.
 
-A reader that cannot do without a key names it as `needed`; a dot leads into a nested mapping.
+A reader lists the keys that it needs as `needed`; a dot leads into a nested mapping.
 """
 
 import json
@@ -23,7 +23,7 @@ from zs3.command_line import InputError, shown
 Content = TypeVar("Content")
 
 
-TYPES = ("bool", "float", "str", "list[str]")  # pydantic's names, of those that stand in a union here
+TYPES = ("bool", "float", "str", "list[str]")  # pydantic's names of the types that are in a union here
 # What a value should be, by the kind of pydantic's error.
 WORDS = {
     "bool_type": "true or false",
@@ -104,7 +104,7 @@ def read_json_lines(path: Path, kind: type[Content], what: str, mend: str) -> li
 
 
 def unless_damaged(read: Callable[..., Content], *given: Any) -> Content | None:
-    """What read(*given) reads; None of a file that is damaged. A line then says so: what made it will make it again."""
+    """The content that read(*given) reads. None, and a warning, of a damaged file: its command makes it again."""
     try:
         return read(*given)
     except Damaged as error:
@@ -148,14 +148,14 @@ def first_wrong(value: object, kind: Any) -> Wrong | None:
         first = faults[0]
         if first["type"] == "missing":
             return Wrong(_field(value, first["loc"]), first["input"], "")
-        # Where several types are allowed, pydantic has a fault for each, and their names at the end of the way.
+        # Where several types are allowed, pydantic has a fault for each, with the type's name at the end of "loc".
         alike = [one for one in faults if one["loc"][:-1] == first["loc"][:-1] and one["input"] is first["input"]]
         return Wrong(_field(value, first["loc"]), first["input"], " or ".join(dict.fromkeys(map(_words, alike))))
     return None
 
 
 def _words(fault: Any) -> str:
-    """What the value of one of pydantic's faults should be."""
+    """What a value should be, by one of pydantic's faults."""
     return WORDS.get(fault["type"]) or fault.get("ctx", {}).get("expected") or fault["msg"]
 
 
@@ -165,14 +165,14 @@ def _adapter(kind: Any) -> TypeAdapter:
 
 
 def _field(value: Any, location: tuple[str | int, ...]) -> str:
-    """Where in the value a part lies, as "per_class.sky" or "points.gamma[2]"; pydantic's names of types left out."""
+    """Where in the value a part is, as "per_class.sky" or "points.gamma[2]", without pydantic's names of types."""
     field = ""
     for part in location:
         if isinstance(value, dict) and part in value:
             field += ("." if field else "") + shortened(part)[1:-1]
         elif isinstance(value, list) and isinstance(part, int):
             field += f"[{part}]"
-        else:  # a key that is missing, or the name of a type, which no declared key is called
+        else:  # a missing key, or the name of a type; no declared key has such a name
             is_missing = isinstance(value, dict) and part not in TYPES
             return f"{field}.{part}".strip(".") if is_missing else field
         value = value[part]
@@ -199,7 +199,7 @@ def _parsed(text: str) -> Any:
 
 
 def _number(text: str) -> float:
-    """Neither NaN nor an infinity: they are no JSON, and no result."""
+    """Refuses NaN and infinities: they are no JSON, and no result."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is no number")

@@ -1,9 +1,9 @@
-"""Reads every picture and label map of a dataset before a long run does, and lists all that cannot be used.
+"""Reads every picture and label map of a dataset, before a long run does, and lists all that cannot be used.
 
     zs3 check --dataset DIR --num_workers 8
 
-For folders, parquet and Hub ids alike (docs/data.md). Each problem is one line; with one the exit code is 2. The table
-says which classes are in how many pictures, and on how many of the labelled pixels.
+A dataset is a folder, parquet files or a Hub id (docs/data.md). Each problem is one line; the exit code is then 2. The
+table says how many pictures show each class, and its share of the labelled pixels.
 
 Axes: C class name.
 """
@@ -23,7 +23,7 @@ from zs3.files import write_json
 from zs3.label_space import FoundIds, LabelSpace, load_label_space
 
 SHOWN = 20  # problems in the terminal
-PIXELS_AT_ONCE = 2**22  # that are counted
+PIXELS_AT_ONCE = 2**22  # in one count
 
 
 @dataclass
@@ -41,8 +41,8 @@ class CheckArgs(Arguments):
 
 
 class Read(NamedTuple):
-    """What reading a record gave. pixels: (C,) int64 of each class; problem: why there are none; turned: by EXIF;
-    ignored: whether pixels are."""
+    """A record that was read. pixels: (C,) int64 of each class, or None: `problem` says why. turned: it has an EXIF
+    rotation. ignored: some of its pixels are ignored."""
 
     image_id: str
     pixels: np.ndarray | None
@@ -73,7 +73,7 @@ class Reading(Dataset):
 
 
 def read_split(records: Split, num_workers: int) -> dict:
-    """num_images, problems, image ids with an EXIF rotation, and of each class its pixels and the images it is in."""
+    """num_images, problems, image ids with an EXIF rotation, and of each class its pixels and its images."""
     loader = DataLoader(Reading(records), batch_size=1, collate_fn=list, num_workers=num_workers)
     pixels = np.zeros(len(records.label_space.class_names), dtype=np.int64)
     images, problems, turned, unlabelled = pixels.copy(), [], [], 0
