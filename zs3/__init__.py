@@ -7,7 +7,7 @@ from importlib.util import spec_from_loader
 
 
 class OldCommand(InspectLoader):
-    """Runs `zs3 check` and the like, the commands of version 0.1.0, and says their names of today."""
+    """Runs commands by their old spelling, as `python -m zs3.check`, and says the new one, `zs3 check`."""
 
     @classmethod
     def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:

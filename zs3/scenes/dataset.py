@@ -1,6 +1,6 @@
 """The folder of the embedded benchmark that train.py and eval.py read.
 
-Not in `render.py`, which the drawing processes import: this file brings transformers, seconds for each of them.
+Not in `render.py`: the drawing processes import that file, and would need seconds to import transformers with this one.
 """
 
 import multiprocessing
@@ -34,16 +34,16 @@ def _write_all(folder: Path, jobs: list[tuple[str, int, int]], seed: int) -> Non
 def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed: int) -> None:
     """Writes {train,validation}/{images,labels}/00000.png ... and classes.json.
 
-    Labels are dense, unseen classes included: taking those out of training is the reader's job. The folder
-    appears under its name when it is complete. Large sets are drawn by several processes, which import the main
-    script again: call this below `if __name__ == "__main__":`.
+    Labels are dense, unseen classes included: the reader takes them out of training. The folder gets its name
+    when it is complete. Large sets are drawn by several processes, which import the main script again: call this
+    below `if __name__ == "__main__":`.
     """
     folder = Path(folder)
     num_train = checked("num_train", num_train, Pictures)
     num_validation = checked("num_validation", num_validation, Pictures)
     seed = checked("seed", seed, Seed)
     if folder.exists():
-        raise InputError(f"{folder} exists already: name another folder, or remove it first")
+        raise InputError(f"{folder} exists already: give another folder, or remove it first")
     jobs = [("train", number, number) for number in range(num_train)]
     jobs += [("validation", number, FIRST_VALIDATION + number) for number in range(num_validation)]
     with writing_folder(folder) as unfinished:

@@ -1,14 +1,11 @@
 """The embedded benchmark `scenes`: coloured and patterned shapes in front of textured stuff, drawn by rule.
 
-    zs3 scenes --output DIR [--train 3000] [--validation 200] [--seed 0]
-
 A scene is 2-3 bands of stuff (grass, sky, ...), 2-5 things ("red circle": an attribute and a shape) and now and
 then a distractor, a thing outside the 20 names whose pixels are ignored. Things of an unseen class stand mostly
 beside related seen ones (`THEMES`), and each attribute and shape of an unseen thing occurs in a seen one.
 Map: the vocabulary; outlines of shapes; textures of stuff; painting a thing; `compose` puts a picture together
-from names; `render_scene` picks the names; `write_dataset` makes the folder that train.py reads.
+from names; `render_scene` picks the names. `zs3.scenes.dataset` makes the folder that train.py reads.
 Every picture depends on its (seed, index) alone. Coordinates are pixels, x to the right and y down.
-zs3.command_line is imported where it is used: it brings transformers, seconds for each drawing process.
 Axes: H W picture, h w the part of it that a thing can touch, P corner of an outline.
 """
 
@@ -93,7 +90,7 @@ class Region(NamedTuple):
 class Scene(NamedTuple):
     image: np.ndarray  # (96, 96, 3) uint8 RGB
     label: np.ndarray  # (96, 96) uint8, an index of CLASS_NAMES or IGNORE_INDEX
-    regions: list[Region]  # stuff from top to bottom, then things from back to front; known from placing them
+    regions: list[Region]  # stuff from top to bottom, then things from back to front
 
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -248,7 +245,7 @@ TEXTURES: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "wood floor": _wood_floor, "stone wall": _stone_wall, "snow": _snow, "lava": _lava,
     "night sky": _night_sky, "tile floor": _tile_floor, "metal wall": _metal_wall,
 }  # fmt: skip
-# Everything that can be drawn, and has a name for it: the world the tiny CLIP learns.
+# The names of all that can be drawn: the world that the tiny CLIP learns.
 WORLD_NAMES = [*TEXTURES, *(f"{attribute} {shape}" for attribute in ATTRIBUTES for shape in OUTLINES)]
 
 
@@ -292,7 +289,7 @@ def _window(radius: float, x: float, y: float) -> _Window:
 
 def _outline_masks(rng: np.random.Generator, shape: str, radius: float, window: _Window) -> list[Image.Image]:
     """Coverage of the body and of its dark rim, each an antialiased (h, w) "L" picture."""
-    fine = 4  # drawn so much larger, then reduced
+    fine = 4  # drawn 4 times larger, then reduced
     angle = math.radians(rng.uniform(-12, 12))
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     stretch = rng.uniform(0.9, 1.1)

@@ -3,9 +3,9 @@
     zs3 tiny_clip train --output DIR [--steps 2400] [--seed 0]
     zs3 tiny_clip evaluate --model DIR
 
-transformers' CLIPModel in small, trained as CLIP was: pictures and captions, no label maps. The captions name all
-that can be drawn (`WORLD_NAMES`, the 20 classes among them), as the captions of the web name the classes of any
-benchmark. Pictures are crops around placed things and stuff, and product photos on a plain background.
+A small CLIPModel of transformers, trained as CLIP was: on pictures and captions, without label maps. The captions name
+all that can be drawn (`WORLD_NAMES`, with the 20 classes), as the captions of the web name the classes of any
+benchmark. The pictures are crops around things and stuff, and product photos on a plain background.
 Map: captions and tokenizer; crops; model; the loss and the loop; accuracy on held-out crops; the model card.
 Axes: B picture, N name, T template, L token, D embedding.
 """
@@ -34,6 +34,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from files_zs3 import read_text
 from text_zs3 import PROMPT_TEMPLATES
 from zs3.command_line import Arguments, Count, InputError, OutputFolder, Seed, check_required, flag, read_arguments
+from zs3.command_line.flags import is_given
 from zs3.files import write_json, write_text, writing_folder
 from zs3.scenes import render
 from zs3.tables import markdown_table
@@ -56,7 +57,7 @@ THING_NAMES = render.WORLD_NAMES[len(render.TEXTURES) :]
 
 # ------------------------------------------------------------------------------------------------ captions
 
-# What training pictures are called; the templates that make the class vectors are among them.
+# Captions of training pictures. The templates of the class vectors are among them.
 CAPTIONS = [
     *PROMPT_TEMPLATES, "{}", "a {}", "the {}", "a picture of a {}.", "an image of a {}.", "a close-up of a {}.",
     "a cropped photo of a {}.", "a drawing of a {}.", "a photo of the {}.", "a photo of one {}.",
@@ -66,7 +67,7 @@ CAPTIONS = [
 
 
 def learn_merges(words: set[str]) -> list[tuple[str, str]]:
-    """Byte pair encoding until each of the lower-case ASCII words is one token; equal counts go by the alphabet."""
+    """Byte pair encoding until each of the lower-case ASCII words is one token; of equal counts, by the alphabet."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)]
     merges = []
     while any(len(word) > 1 for word in pieces):
@@ -182,7 +183,7 @@ def draw_crops(seed: int, number: int, count: int) -> Crops:
         themed = kind < 0.75
         scene = render.render_scene(TRAIN_SCENES + seed, int(rng.integers(2**31))) if themed else _world_scene(rng)
         num_stuff = sum(region.name in render.TEXTURES for region in scene.regions)
-        skipped = set(rng.permutation(num_stuff)[1:].tolist())  # one band of each scene will do: things are harder
+        skipped = set(rng.permutation(num_stuff)[1:].tolist())  # one band of each scene is enough: things are harder
         for position, region in enumerate(scene.regions):
             if position in skipped or len(names) == count:
                 continue
@@ -471,20 +472,20 @@ class TinyClipArgs(Arguments):
     def check(self) -> None:
         check_required(self, "command", "output" if self.command == "train" else "model")
         for name in ("model",) if self.command == "train" else ("output", "steps", "seed"):
-            if getattr(self, name) != getattr(TinyClipArgs, name):
+            if is_given(self, name):
                 raise InputError(f"`{self.command}` takes no --{name}: leave it out")
 
 
 def _train_command(folder: Path, steps: int, seed: int) -> None:
     if folder.exists():
-        raise InputError(f"{folder} exists already: name another folder, or remove it first")
+        raise InputError(f"{folder} exists already: give another folder, or remove it first")
     with writing_folder(folder) as unfinished:
         print(_fill(unfinished, steps, seed, folder.name))
     print(f"the tiny CLIP and its card are in {folder}")
 
 
 def _fill(folder: Path, steps: int, seed: int, name: str) -> str:
-    """Trains into an empty folder, whose name will be `name`; the tables of its card."""
+    """Trains into an empty folder, which will get the name `name`. Returns the tables of its card."""
     start = time.monotonic()
     model = train(folder, steps, seed)
     minutes = (time.monotonic() - start) / 60
@@ -502,7 +503,7 @@ def _fill(folder: Path, steps: int, seed: int, name: str) -> str:
 
 def _evaluate_command(folder: Path) -> None:
     if not (folder / "model.safetensors").is_file():
-        raise InputError(f"{folder} holds no model.safetensors: name a folder that `train` made")
+        raise InputError(f"{folder} holds no model.safetensors: give a folder that `train` made")
     print(table(evaluate(CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))))
 
 
