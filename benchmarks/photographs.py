@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BackboneOutput
 import eval as evaluation_script
 import train as training_script
 from zs3.command_line import InputError, run
+from zs3.files import writing_folder
 
 STAGE_ENDS = {"stage1": 2, "stage2": 4, "stage3": 10, "stage4": 15}  # last block of each, strides 4, 8, 16, 32
 STAGE_CHANNELS = {"stage1": 24, "stage2": 40, "stage3": 112, "stage4": 320}
@@ -96,9 +97,8 @@ def save_backbone(folder: Path) -> None:
         if head in names:
             weights[f"{names[head]}.{rest}"] = tensor
     backbone.load_state_dict(weights)
-    partial = folder.with_suffix(".partial")
-    backbone.save_pretrained(partial)
-    partial.rename(folder)
+    with writing_folder(folder) as partial:
+        backbone.save_pretrained(partial)
 
 
 def main() -> None:
