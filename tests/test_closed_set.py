@@ -68,14 +68,8 @@ def test_it_is_trained_and_scored_without_a_name_for_an_unseen_class(tmp_path, m
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["train", "--backbone", "microsoft/resnet-18"],
-            "--backbone microsoft/resnet-18: the closed-set",
-        ),
-        (
-            ["train", "--unseen_labels", "ground_truth"],
-            "--unseen_labels ground_truth: the closed-set",
-        ),
+        (["train", "--backbone", "microsoft/resnet-18"], "--backbone microsoft/resnet-18: the closed-set"),
+        (["train", "--unseen_labels", "ground_truth"], "--unseen_labels ground_truth: the closed-set"),
         (["train", "--backbone_norm", "frozen"], "--backbone_norm frozen: the closed-set comparison has batch alone"),
         (["eval", "--model", "m", "--setting", "zs3"], "--setting zs3: the closed-set comparison has gzs3 alone"),
     ],

@@ -38,14 +38,7 @@ from zs3.files import lock_folder
 from zs3.training import loader
 from zs3.training.folder import MetricsLog, check_recipe, read_recipe, save_final
 from zs3.training.processes import go_on_after
-from zs3.training.resume import (
-    Progress,
-    RunCheckpoints,
-    complete_checkpoints,
-    damage,
-    read_progress,
-    write_manifest,
-)
+from zs3.training.resume import Progress, RunCheckpoints, complete_checkpoints, damage, read_progress, write_manifest
 
 SETTINGS = {"max_steps": 12, "checkpointing_steps": 3, "logging_steps": 1, "lr_milestones": 7}
 KILLS = int(os.environ.get("ZS3_KILLS", 2))
@@ -244,17 +237,9 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_undisturbed_
 
 # The function that is killed, at which call, and the checkpoints that are left
 PLACES = {
-    "while a checkpoint is written": (
-        "zs3.training.resume:write_manifest",
-        2,
-        ["step_00000003", "step_00000006.partial"],
-    ),
-    "before old checkpoints go": ("shutil:rmtree", 1, ["step_00000003", "step_00000006", "step_00000009"]),
-    "while the final model is written": (
-        "processing_zs3:Zs3ImageProcessor.save_pretrained",
-        1,
-        ["step_00000009", "step_00000012"],
-    ),
+    "in a checkpoint": ("zs3.training.resume:write_manifest", 2, ["step_00000003", "step_00000006.partial"]),
+    "before old ones go": ("shutil:rmtree", 1, ["step_00000003", "step_00000006", "step_00000009"]),
+    "in final": ("processing_zs3:Zs3ImageProcessor.save_pretrained", 1, ["step_00000009", "step_00000012"]),
 }
 
 

@@ -10,14 +10,7 @@ from configuration_zs3 import UnseenLabels, Zs3Config, among, shared, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor, saved_templates
 from text_zs3 import PROMPT_TEMPLATES, embed_labels, read_labels
-from zs3.checkpoints import (
-    CHECKPOINT_ERRORS,
-    check_checkpoint,
-    check_finite,
-    load_config,
-    load_tokenizer,
-    refusal,
-)
+from zs3.checkpoints import CHECKPOINT_ERRORS, check_checkpoint, check_finite, load_config, load_tokenizer, refusal
 from zs3.command_line import InputError, in_one_line, shown
 from zs3.data.image_labels import training_space
 from zs3.data.samples import SegmentationDataset
@@ -26,9 +19,14 @@ from zs3.training.arguments import TOWERS, TrainArgs
 from zs3.training.loader import make_dataset
 from zs3.training.stamp import SeenRecord, joined, record_of
 
+# Flags of checkpoints to start from, with the type of model that each must be; None: any backbone.
+SOURCES = {"init_from": "zs3", "mask2former": "mask2former", "backbone": None, "clip": "clip"}
+
 
 @dataclass
 class Start:
+    """All that a run starts from, loaded and checked."""
+
     whole_space: LabelSpace  # as the dataset has it
     label_space: LabelSpace  # as training knows it
     model: Zs3ForSemanticSegmentation
@@ -50,8 +48,8 @@ def make_start(args: TrainArgs, overrides: dict, accelerator: Accelerator) -> St
     image_processor = Zs3ImageProcessor(size=size, ignore_index=space.ignore_index)
 
     with accelerator.local_main_process_first():
-        dim = None if given is None else given.shape[1]
-        model = make_model(overrides, args.init_from, args.mask2former, args.backbone, args.clip, dim)
+        sources = {name: getattr(args, name) for name in SOURCES if getattr(args, name) is not None}
+        model = make_model(sources, overrides, None if given is None else given.shape[1])
         if args.init_parts == "backbone":
             model = keep_backbone(model)
         labels = kind_of_labels(args.unseen_labels, args.caption_nouns, space.unseen)
@@ -73,32 +71,21 @@ def make_start(args: TrainArgs, overrides: dict, accelerator: Accelerator) -> St
     return Start(whole_space, space, model, processor, dataset, embeds.to(accelerator.device), prompts)
 
 
-def make_model(
-    overrides: dict,
-    init_from: str | None,
-    mask2former: str | None,
-    backbone: str | None,
-    clip: str | None,
-    text_dim: int | None,
-) -> Zs3ForSemanticSegmentation:
-    """A whole checkpoint (init_from), or a model joined from the other parts.
+def make_model(sources: dict[str, str], overrides: dict, text_dim: int | None) -> Zs3ForSemanticSegmentation:
+    """A whole checkpoint (init_from), or a model joined from parts.
 
-    text_dim: of text vectors that come from outside.
+    sources: the paths of those of SOURCES that are given. text_dim: of text vectors that come from outside.
     """
-    paths = {"init_from": init_from, "mask2former": mask2former, "backbone": backbone, "clip": clip}
-    types = {"init_from": "zs3", "mask2former": "mask2former", "backbone": None, "clip": "clip"}
-    given = {name: path for name, path in paths.items() if path is not None}
-    for name, path in given.items():
-        check_checkpoint(name, path, types[name])
-    source = next(iter(given.values()), "random weights")
+    for name, path in sources.items():
+        check_checkpoint(name, path, SOURCES[name])
+    source = next(iter(sources.values()), "random weights")
     try:
-        if init_from is not None:
-            model = load_whole(init_from, overrides)
+        if "init_from" in sources:
+            model = load_whole(source, overrides)
         else:
-            dim = {} if clip is not None or text_dim is None else {"projection_dim": text_dim}
-            model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
-                mask2former, clip, backbone=backbone, **{**dim, **overrides}
-            )
+            dim = {} if "clip" in sources or text_dim is None else {"projection_dim": text_dim}
+            parts = {"mask2former": None, "clip": None, **sources}
+            model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(**parts, **{**dim, **overrides})
     except InputError:
         raise
     except CHECKPOINT_ERRORS as error:
