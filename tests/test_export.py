@@ -126,7 +126,8 @@ class Doubled(nn.Module):
 @pytest.fixture
 def small(monkeypatch) -> None:
     """A program that is exported in no time in place of the visual part."""
-    monkeypatch.setattr("zs3.release.export.export_visual", lambda model: torch.export.export(Doubled(), (torch.ones(2),)))
+    program = torch.export.export(Doubled(), (torch.ones(2),))
+    monkeypatch.setattr("zs3.release.export.export_visual", lambda model: program)
 
 
 def command(monkeypatch, *arguments: object) -> None:
