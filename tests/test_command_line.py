@@ -17,7 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Mask2FormerConfig
 
 from configuration_zs3 import Number, one_line
-from zs3.command_line import OLD_NAMES, Arguments, InputError, Seed, read_arguments, run
+from zs3.command_line import (
+    OLD_NAMES,
+    Arguments,
+    InputError,
+    Seed,
+    check_required,
+    flag,
+    read_arguments,
+    refuse_alone,
+    refuse_together,
+    run,
+)
 
 
 @dataclass
@@ -203,6 +214,50 @@ def test_a_switch_of_an_old_name_can_be_turned_off(argv, renamed, capsys):
 def test_a_recipe_with_a_flags_old_and_new_name_is_refused(renamed, recipe):
     with pytest.raises(InputError, match="'iterations' and 'max_steps', which are one flag"):
         read_arguments(Args, recipe("dataset: a\niterations: 3\nmax_steps: 4"))
+
+
+# ---- first words, and flags that depend on each other --------------------------------------------------------
+
+
+@dataclass
+class Words(Arguments):
+    first_words = ("name", "places")
+
+    name: str | None = flag(None, "Of a thing.")
+    places: list[str] = flag([], "Where it is.")
+    loud: bool = flag(False, "With a noise.")
+    level: float | None = flag(None, "Of the noise.")
+
+    def check(self) -> None:
+        check_required(self, "name")
+        refuse_alone(self, "level", without="loud")
+        refuse_together(self, "loud", "places", why="a noise is everywhere")
+
+
+@pytest.mark.parametrize(
+    "argv", ["a", "--name a", "a b c", "a --places b c", "--name a --places b c", "a b --loud false", "a --loud"]
+)
+def test_the_first_words_need_no_flag(argv):
+    words = [word for word in argv.split() if not word.startswith("--") and word != "false"]
+    args, _ = read_arguments(Words, argv.split())
+    assert (args.name, args.places) == (words[0], words[1:])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("", "--name is missing"),
+        ("--loud", "--name is missing"),
+        ("a --level 2", "--level goes with --loud, which is missing"),
+        ("a --level 2 --loud false", "--level goes with --loud, which is missing"),
+        ("a b --loud", "--places does not go with --loud: a noise is everywhere"),
+        ("--loud a", "--loud must be true or false, got 'a'"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_by_every_command(argv, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        read_arguments(Words, argv.split())
+    assert message.endswith("'a'") or read_arguments(Words, argv.split(), check=False)
 
 
 # ---- numbers of every command --------------------------------------------------------------------------------
