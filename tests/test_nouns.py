@@ -165,7 +165,7 @@ SEEN = ["person", "traffic light", "door-stuff", "skis", "hot dog", "wall-brick"
 
 
 def test_the_nouns_of_marked_captions_are_found():
-    tagger = load_tagger("hanta")
+    tagger = load_tagger()
     for part, floor in ((MARKED, 0.98), (MARKED[-30:], 0.97)):
         hits = found = wanted = 0
         for caption, marks in part:
@@ -191,39 +191,15 @@ def test_the_nouns_of_marked_captions_are_found():
     ],
 )
 def test_words_that_are_easily_mistaken(caption, nouns):
-    assert [word.noun for word in load_tagger("hanta")(caption) if word.noun] == nouns.split()
+    assert [word.noun for word in load_tagger()(caption) if word.noun] == nouns.split()
 
 
-def test_the_nltk_tagger_reads_with_nltk_s_own_model(tmp_path, monkeypatch):
-    nltk = pytest.importorskip("nltk")
-    folder = tmp_path / "taggers" / "averaged_perceptron_tagger_eng"
-    folder.mkdir(parents=True)
-    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    sentence = [("a", "DT"), ("dog", "NN"), ("sees", "VBZ"), ("two", "CD"), ("knives", "NNS")]
-    trained = nltk.tag.PerceptronTagger(load=False)
-    trained.train([sentence] * 5)
-    trained.save_to_json("eng", str(folder))
-    load_tagger.cache_clear()
-    words = load_tagger("nltk")("A dog sees two knives")
-    load_tagger.cache_clear()
-    assert words == [("a", None), ("dog", "dog"), ("sees", None), ("two", None), ("knives", "knife")]
-
-
-def test_without_nltk_s_data_the_line_names_the_download(arguments, monkeypatch):
-    nltk = pytest.importorskip("nltk")
-    monkeypatch.setattr(nltk.data, "path", [])
-    load_tagger.cache_clear()
-    with pytest.raises(InputError, match=r"nltk\.download\('averaged_perceptron_tagger_eng'\)"):
-        make_nouns(replace(arguments, tagger="nltk"))
-    assert not Path(arguments.output).exists()
-
-
-@pytest.mark.parametrize(("tagger", "package"), [("hanta", "HanTa"), ("hanta", "lemminflect"), ("nltk", "nltk")])
-def test_a_missing_package_is_named_with_its_mend(arguments, monkeypatch, tagger, package):
+@pytest.mark.parametrize("package", ["HanTa", "lemminflect"])
+def test_a_missing_package_is_named_with_its_mend(arguments, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     load_tagger.cache_clear()
     with pytest.raises(InputError, match=rf"need the package {package}: pip install .*'\.\[nouns\]'"):
-        make_nouns(replace(arguments, tagger=tagger))
+        make_nouns(arguments)
 
 
 # ---- names ----
@@ -249,18 +225,18 @@ def test_a_missing_package_is_named_with_its_mend(arguments, monkeypatch, tagger
     ],
 )
 def test_names_are_found_in_captions(caption, found):
-    assert NameFinder(SPACE.class_names)(load_tagger("hanta")(caption)) == found
+    assert NameFinder(SPACE.class_names)(load_tagger()(caption)) == found
 
 
 def test_two_names_of_one_lemma_are_told_apart_as_written():
-    find, tagger = NameFinder(["glasses", "glass", "wall-other", "wall"]), load_tagger("hanta")
+    find, tagger = NameFinder(["glasses", "glass", "wall-other", "wall"]), load_tagger()
     assert find(tagger("a man with glasses at a wall")) == {"man", "glasses", "wall"}
     assert find(tagger("a glass")) == {"glass"}
 
 
 def test_every_name_of_coco_stuff_is_found_where_it_is_written_plainly():
     space = load_label_space("coco_stuff_171")
-    find, tagger = NameFinder(space.class_names), load_tagger("hanta")
+    find, tagger = NameFinder(space.class_names), load_tagger()
     missed = []
     for name in space.class_names:
         first, _, last = name.partition("-")
@@ -272,7 +248,7 @@ def test_every_name_of_coco_stuff_is_found_where_it_is_written_plainly():
 
 
 def test_synonyms_of_a_name_are_that_name():
-    find, tagger = NameFinder(["sofa, couch, lounge", "chest of drawers, bureau"]), load_tagger("hanta")
+    find, tagger = NameFinder(["sofa, couch, lounge", "chest of drawers, bureau"]), load_tagger()
     assert find(tagger("Two couches and a chest of drawers")) == {"sofa, couch, lounge", "chest of drawers, bureau"}
 
 
@@ -455,7 +431,6 @@ def test_a_broken_table_and_an_image_in_two_splits_are_refused(arguments, tmp_pa
         (["--num_words", "5"], "--num_words 5 is less than the 6 seen names"),
         (["--num_workers", "-1"], "--num_workers must be 0 or more, got -1"),
         (["--label_space", "coco_stuff_17"], "did you mean coco_stuff_171?"),
-        (["--tagger", "spacy"], "--tagger must be one of hanta, nltk, got 'spacy'"),
         (["--num_word", "7"], "did you mean --num_words?"),
     ],
 )
@@ -513,7 +488,7 @@ def test_nouns_that_are_one_name_become_one():
     find = NameFinder(["Caf\u00e9", "sky"])
     said = [find([Word(text, text)]) for text in ("stra\u00dfe", "strasse", "\ufb01sh", "fish")]
     assert said == [{"strasse"}, {"strasse"}, {"fish"}, {"fish"}]
-    assert find(load_tagger("hanta")("There is a cafe\u0301 at the corner.")) >= {"Caf\u00e9"}
+    assert find(load_tagger()("There is a cafe\u0301 at the corner.")) >= {"Caf\u00e9"}
 
 
 def test_a_list_of_nouns_that_lacks_a_seen_name_is_refused(arguments):

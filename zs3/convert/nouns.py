@@ -18,7 +18,7 @@ When does a caption say a name? Reading: the paper names neither a tagger nor a 
 Unseen names are found by the same rules, and by default never become class names. But neither "wall" nor "concrete" is
 "wall-concrete", and words that only mean the same as an unseen name ("cattle", "street") stay.
 
-The default tagger is HanTa, whose model lies inside its package (LGPL, which is why it is an extra); lemmas are
+The tagger is HanTa, whose model lies inside its package (LGPL, which is why it is an extra); lemmas are
 LemmInflect's. On 100 captions like COCO's with marked nouns (tests/test_nouns.py) its precision and recall are 0.99;
 on the 30 captions that were written after it was chosen, 0.98. TextBlob's tagger has 0.94 and 0.94. HanTa reads about
 1,600 captions a second on one core: COCO's 591,753 training captions take 6 minutes.
@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
@@ -61,7 +61,7 @@ from zs3.files import write_json, writing_folder
 from zs3.label_space import LabelSpace, load_label_space
 
 IMAGES_AT_ONCE = 32  # that a loading process hands over
-PACKAGES = {"hanta": ("HanTa", "lemminflect"), "nltk": ("nltk", "lemminflect")}  # of each tagger
+PACKAGES = ("HanTa", "lemminflect")
 
 
 @dataclass
@@ -74,7 +74,6 @@ class NounArgs(Arguments):
     splits: Some[str] = flag(["train"], "Splits whose captions are read.")
     num_words: Count = flag(1047, "Class names in all, the seen ones among them.")
     exclude_unseen: bool = flag(True, "Leave out nouns that are an unseen name.")
-    tagger: Literal["hanta", "nltk"] = flag("hanta", "Tagger that finds the nouns; nltk downloads its data apart.")
     num_workers: Workers = flag(0, "Processes that read captions; 0 reads in the main one.")
 
     def check(self) -> None:
@@ -102,15 +101,15 @@ PLURAL_NOUNS = {"fries", "glasses", "pants", "shorts", "sunglasses"}  # their si
 
 
 @cache
-def load_tagger(name: str) -> Tagger:
-    """Caption -> its words in order, punctuation among them. name: "hanta" or "nltk"."""
-    for package in PACKAGES[name]:
+def load_tagger() -> Tagger:
+    """Caption -> its words in order, punctuation among them."""
+    for package in PACKAGES:
         try:
             importlib.import_module(package)
         except ImportError as error:
             mend = "pip install -c constraints.txt -e '.[nouns]'"
             raise InputError(f"caption nouns need the package {package}: {mend}") from error
-    number_of_nouns = _hanta() if name == "hanta" else _nltk()
+    number_of_nouns = _hanta()
 
     def tagger(caption: str) -> list[Word]:
         texts = WORDS.findall(normalize("NFC", caption).lower())
@@ -148,20 +147,6 @@ def _hanta() -> Callable[[list[str]], list[str | None]]:
         return ["singular" if text in UNKNOWN_TO_HANTA else numbers.get(tag) for text, tag in pairs]
 
     return number_of_nouns
-
-
-def _nltk() -> Callable[[list[str]], list[str | None]]:
-    """As `_hanta`, with tags of the Penn Treebank."""
-    from nltk.tag import PerceptronTagger
-
-    try:
-        tagger = PerceptronTagger()
-    except LookupError as error:
-        data = "averaged_perceptron_tagger_eng"
-        command = f"python -c \"import nltk; nltk.download('{data}')\""
-        raise InputError(f"--tagger nltk needs NLTK's data {data}: {command}") from error
-    numbers = {"NN": "singular", "NNP": "singular", "NNS": "plural", "NNPS": "plural"}
-    return lambda texts: [numbers.get(tag) for _, tag in tagger.tag(texts)]
 
 
 # ---- names in a caption ------------------------------------------------------------------------------------
@@ -222,16 +207,15 @@ def _solid(words: Iterable[str]) -> str:
 class CaptionWords(Dataset):
     """Of each image: the class names and nouns that its captions say, in alphabetical order."""
 
-    def __init__(self, captions: list[list[str]], class_names: list[str], tagger: str):
+    def __init__(self, captions: list[list[str]], class_names: list[str]):
         self.captions = captions
-        self.tagger = tagger
         self.find = NameFinder(class_names)
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, index: int) -> list[str]:
-        tagger = load_tagger(self.tagger)
+        tagger = load_tagger()
         return sorted(set().union(*(self.find(tagger(caption)) for caption in self.captions[index])))
 
 
@@ -312,7 +296,7 @@ def make_nouns(args: NounArgs) -> dict:
     with writing_folder(folder) as partial:
         splits = read_splits(source, args.splits)
         captions = [texts for split in splits.values() for texts in split.values()]
-        found, frequency = words_of(captions, label_space.class_names, args.tagger, args.num_workers)
+        found, frequency = words_of(captions, label_space.class_names, args.num_workers)
         names = chosen_words(frequency, label_space, args.num_words, args.exclude_unseen)
 
         place = {name: position for position, name in enumerate(names)}
@@ -324,7 +308,7 @@ def make_nouns(args: NounArgs) -> dict:
             "captions": dataset_name(args.captions),
             "label_space": Path(args.label_space).name,
             "label_space_sha256": label_space.sha256,
-            "versions": {package: version(package) for package in PACKAGES[args.tagger]},
+            "versions": {package: version(package) for package in PACKAGES},
             "num_images": {split: len(texts) for split, texts in splits.items()},
             "num_captions": sum(map(len, captions)),
             "num_different_words": len(frequency),
@@ -347,12 +331,12 @@ def read_splits(source: Path, names: list[str]) -> dict[str, dict[str, list[str]
 
 
 def words_of(
-    captions: list[list[str]], class_names: list[str], tagger: str, num_workers: int
+    captions: list[list[str]], class_names: list[str], num_workers: int
 ) -> tuple[list[list[str]], Counter[str]]:
     """Of each image its names and nouns, and the number of images for each word."""
-    load_tagger(tagger)  # before the processes start, which then share it
+    load_tagger()  # before the processes start, which then share it
     loader = DataLoader(
-        CaptionWords(captions, class_names, tagger),
+        CaptionWords(captions, class_names),
         batch_size=IMAGES_AT_ONCE,
         collate_fn=list,
         num_workers=num_workers,
