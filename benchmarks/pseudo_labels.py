@@ -54,9 +54,7 @@ class PseudoLabelBenchArgs(Arguments):
     few: Count = flag(64, "Images of the short run; of the loop too.")
     many: Count = flag(1088, "Images of the long run.")
     shard_size: Count = flag(32, "Images a shard.")
-    num_processes: Some[Processes] = flag(
-        [1, 2], "Numbers of processes; the others are compared with the first."
-    )
+    num_processes: Some[Processes] = flag([1, 2], "Numbers of processes; the others are compared with the first.")
     output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
