@@ -20,7 +20,7 @@ win in a tile, R query that matters there, X pixel of a tile.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -516,7 +516,7 @@ def _decide_race(tiles: _Tiles, part: _Part, race: _Race, runs: Tensor, scores: 
     if race.margin is not None:
         race.margin[part.tile] = (best - second) * (len(tiles.excess) > 1)
         runner_up = torch.where(runs.sum(dim=1, keepdim=True) > 1, next_place, -1)
-        found = _confidence(part.sums, part.excess + tiles.base, race.decided, place, runner_up)
+        found = _confidence(part, part.excess + tiles.base, race.decided, place, runner_up)
         race.confidence[part.tile], race.confidence_margin[part.tile] = found
     # The floor, now by pixels, for the certificate.
     inverse = 1 / torch.where(floor - part.error > TINY, floor - part.error, 0)[:, None]  # (n, 1, X)
@@ -526,13 +526,11 @@ def _decide_race(tiles: _Tiles, part: _Part, race: _Race, runs: Tensor, scores: 
     race.ratio[part.tile] = torch.fmin(race.ratio[part.tile], ratio)  # either is a bound, NaN is none
 
 
-def _confidence(
-    sums: Callable, probs: Tensor, decided: Tensor, place: Tensor, runner_up: Tensor
-) -> tuple[Tensor, Tensor]:
+def _confidence(part: _Part, probs: Tensor, decided: Tensor, place: Tensor, runner_up: Tensor) -> tuple[Tensor, Tensor]:
     """Confidence and its margin, (n, X), see SemanticMap; probs (n, K, Q), place, runner_up (n, X) of K, or -1."""
     voices = torch.stack([decided, torch.ones_like(decided)]).expand(len(probs), -1, -1)
-    voices, covered = sums(voices).unbind(1)  # (n, X)
-    shares = sums(probs * decided) * (covered.clamp(max=1) / voices.clamp(min=TINY))[:, None]  # (n, K, X)
+    voices, covered = part.sums(voices).unbind(1)  # (n, X)
+    shares = part.sums(probs * decided) * (covered.clamp(max=1) / voices.clamp(min=TINY))[:, None]  # (n, K, X)
     mine, theirs = (shares.gather(1, which.clamp(min=0)[:, None])[:, 0] for which in (place, runner_up))
     mine = mine.clamp(0, 1)
     return mine, (mine - theirs * (runner_up >= 0)).clamp(0, 1)

@@ -584,19 +584,3 @@ def near_synonyms(labels: Sequence[Label], text_embeds: Tensor, similar: float) 
         found += [(-cosine, first, second) for cosine, (first, second) in zip(best.values.tolist(), pairs, strict=True)]
         found = sorted(found)[:MOST_PAIRS]
     return [SimilarNames(labels[first].name, labels[second].name, -minus) for minus, first, second in found]
-
-
-__all__ = [
-    "PROMPT_TEMPLATES",
-    "ClassName",
-    "Label",
-    "LabelReport",
-    "SimilarNames",
-    "TextCache",
-    "check_text_embeds",
-    "embed_labels",
-    "embed_prompts",
-    "lint_labels",
-    "read_labels",
-    "seen_labels",
-]

@@ -244,16 +244,3 @@ def clip_probabilities(
     logits = logit_scale * label_similarity(proposals.embeds, text_embeds)
     logits = logits if owner is None else best_synonyms(logits, owner)
     return logits.softmax(dim=-1).masked_fill(~proposals.shown[..., None], 1)
-
-
-__all__ = [
-    "ProposalEmbeds",
-    "clip_probabilities",
-    "crop_proposals",
-    "embed_proposals",
-    "ensemble_with_clip",
-    "mask_boxes",
-    "proposal_masks",
-    "single_pass",
-    "visible_proposals",
-]

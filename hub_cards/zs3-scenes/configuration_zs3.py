@@ -401,25 +401,3 @@ def shortened(value: object, length: int = 60) -> str:
 
 
 Zs3Config.register_for_auto_class()
-
-__all__ = [
-    "TINY",
-    "HUGE",
-    "INT32",
-    "Number",
-    "Refused",
-    "SIZE_DIVISOR",
-    "UnseenLabels",
-    "Zs3Config",
-    "among",
-    "as_number",
-    "beginning",
-    "check_name",
-    "check_names",
-    "is_number",
-    "once",
-    "one_line",
-    "places",
-    "plain",
-    "shortened",
-]

@@ -155,17 +155,3 @@ def check_finite_output(name: str, values: Tensor) -> None:
     """Raises Refused where an output is not finite: a label map made of it would look like an answer."""
     if not has_no_values(values) and not torch.isfinite(values).all():
         raise Refused(f"{name} hold NaN or infinities: look for them in the weights and pixel_values, or use float32")
-
-
-__all__ = [
-    "Zs3Output",
-    "at_least_float32",
-    "best_synonyms",
-    "check_finite_output",
-    "class_probabilities",
-    "cosine_similarity",
-    "final_probabilities",
-    "has_no_values",
-    "label_similarity",
-    "tie",
-]

@@ -439,14 +439,12 @@ class Zs3Pipeline(Pipeline):
         batch_size = as_number("batch_size", batch_size, 1, whole=True)
         num_workers = as_number("num_workers", num_workers, 0, whole=True)
         if forward_params.get("propose", False):
-            asked = {name: forward_params.get(name) for name in ENSEMBLE}
-            if asked["ensemble"] is not None and asked["ensemble_weight"] is None:
-                asked["ensemble_weight"] = 1.0  # any weight: the real one comes with the labels
-            choice, view = None, self.model.ensemble_view(asked["ensemble"], asked["ensemble_weight"])
+            view, weight = (forward_params.get(name) for name in ENSEMBLE)
+            weight = 1.0 if view is not None and weight is None else weight  # any: the real one comes with the labels
+            choice, view = None, self.model.ensemble_view(view, weight)
         else:
             choice = self._choose(**{name: value for name, value in forward_params.items() if name != "propose"})
             view = choice.ensemble
-
         options = {"preprocess": preprocess_params, "postprocess": postprocess_params}
         many = {"num_workers": num_workers, "batch_size": batch_size}
         return Results(inputs, partial(self._results, choice=choice, ensemble=view, **many, **options))
@@ -533,16 +531,15 @@ class Zs3Pipeline(Pipeline):
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
             outputs = self.model.propose(**inputs)
             if images is not None:
-                masks = outputs["mask_logits"], outputs["valid_sizes"]
-                embeds = self.model.embed_proposals(images, *masks, view=ensemble)
-                outputs |= {"clip_embeds": embeds.embeds, "shown_to_clip": embeds.shown}
+                clip = self.model.embed_proposals(images, outputs["mask_logits"], outputs["valid_sizes"], view=ensemble)
+                outputs |= {"clip_embeds": clip.embeds, "shown_to_clip": clip.shown}
             for row, view in enumerate(fresh):
                 view["outputs"] = {name: value[row : row + 1] for name, value in outputs.items()}
         if choice is None:
             return [view["outputs"] for view in views]
         for view in views:
-            wanted, kept = choice.ensemble, view.get("kept_ensemble")
-            if kept is not None and wanted not in ("off", kept):
+            wanted, kept = choice.ensemble, view.get("kept_ensemble", choice.ensemble)
+            if wanted not in ("off", kept):
                 raise ValueError(f"these proposals were kept with ensemble={kept!r}: propose(..., ensemble={wanted!r})")
         return [self._decide(view["outputs"], view["size"], choice) for view in views]
 
