@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ def cut_batch(batch_size: int, num_processes: int, device_batch_size: int | None
     return BatchParts(num_processes, micro_batches, share // micro_batches)
 
 
+@dataclass(eq=False)
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The samples of one process, step after step: a DataLoader's `batch_sampler`.
 
@@ -51,12 +53,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     steps: those to make; a run that resumes at step 7 gives range(7, max_steps).
     """
 
-    def __init__(self, num_samples: int, parts: BatchParts, steps: range, *, process_index: int = 0, seed: int = 0):
-        self.num_samples = num_samples
-        self.parts = parts
-        self.steps = steps
-        self.process_index = process_index
-        self.seed = seed
+    num_samples: int
+    parts: BatchParts
+    steps: range
+    process_index: int = 0
+    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.steps) * self.parts.micro_batches
@@ -75,6 +76,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             yield samples
 
 
+@dataclass(eq=False)
 class StreamedBatches(IterableDataset):
     """The micro-batches of one process from a stream, without an end. `loader` reads them.
 
@@ -82,26 +84,14 @@ class StreamedBatches(IterableDataset):
     again and again, each epoch in another order, and shuffles the rows in a buffer. So the images of a step depend on
     the numbers of processes and workers, which they do not with `StepSampler`. A restart goes on with the same images.
 
-    dataset: its records are a StreamedSplit.
-    buffer_size: rows, not decoded, that a worker shuffles among.
-    start: micro-batches of this process to leave out, a multiple of the number of workers.
     """
 
-    def __init__(
-        self,
-        dataset: SegmentationDataset,
-        batch_size: int,
-        buffer_size: int,
-        *,
-        num_processes: int = 1,
-        process_index: int = 0,
-        start: int = 0,
-    ):
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.buffer_size = buffer_size
-        self.node = {"rank": process_index, "world_size": num_processes}
-        self.start = start
+    dataset: SegmentationDataset  # of a StreamedSplit
+    batch_size: int
+    buffer_size: int  # rows, not decoded, that a worker shuffles among
+    num_processes: int = 1
+    process_index: int = 0
+    start: int = 0  # micro-batches of this process to leave out, a multiple of the number of workers
 
     def loader(self, num_workers: int, start: int = 0, **options: Any) -> Iterator[dict[str, Any]]:
         """The micro-batches from any `start` on. There are never more workers than shards.
@@ -137,7 +127,8 @@ class StreamedBatches(IterableDataset):
         order = np.random.default_rng((self.dataset.seed, epoch))
         # One shard at a time: the converter has mixed the rows of a training split.
         options = {"buffer_size": self.buffer_size, "max_buffer_input_shards": 1}
-        return split_dataset_by_node(self.dataset.records.table.shuffle(generator=order, **options), **self.node)
+        table = self.dataset.records.table.shuffle(generator=order, **options)
+        return split_dataset_by_node(table, rank=self.process_index, world_size=self.num_processes)
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:

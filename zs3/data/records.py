@@ -8,6 +8,7 @@ Axes: H W pixels.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,19 +24,14 @@ if TYPE_CHECKING:
     import datasets
 
 
+@dataclass(eq=False)
 class Split(Sequence[Record]):
-    """The records of one split by index. A record is read when it is asked for.
+    """The records of one split by index. A record is read when it is asked for."""
 
-    shards: the files of a table, see `table_files`.
-    """
-
-    def __init__(
-        self, rows: Sequence[Row], image_ids: list[str], label_space: LabelSpace, shards: Sequence[Path] | str = ()
-    ):
-        self.rows = rows
-        self.image_ids = image_ids
-        self.label_space = label_space
-        self.shards = shards
+    rows: Sequence[Row]
+    image_ids: list[str]
+    label_space: LabelSpace
+    shards: Sequence[Path] | str = ()  # the files of a table, see `table_files`
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -49,13 +45,13 @@ class Split(Sequence[Record]):
 
     def label(self, index: int) -> np.ndarray:
         """(H, W) int32: a record's label map. The picture is not read."""
-        row, image_id = self.rows[index % len(self)], self.image_ids[index]
-        return read_label(row["label"], image_id, self.label_space)[1].astype(np.int32)
+        _, label, _ = read_label(self.rows[index % len(self)]["label"], self.image_ids[index], self.label_space)
+        return label.astype(np.int32)
 
     def ids(self) -> Iterator[tuple[np.ndarray, bool]]:
         """For each label map in turn: the class ids in it, and whether it has ignored pixels."""
-        for row, image_id in zip(self.rows, self.image_ids, strict=True):
-            yield read_ids(row, image_id, self.label_space)
+        rows = zip(self.rows, self.image_ids, strict=True)
+        return (read_ids(row, image_id, self.label_space) for row, image_id in rows)
 
     def contents(self) -> dict[str, int | str]:
         """What the split is made of; see `contents_of`."""
@@ -68,32 +64,21 @@ class Split(Sequence[Record]):
         return sizes_sha256([row["image"] for row in self.rows[:count]])
 
 
+@dataclass(eq=False)
 class StreamedSplit:
-    """The records of one split, one after the other. A shard is read, or downloaded, when its turn comes.
+    """The records of one split, one after the other. A shard is read, or downloaded, when its turn comes."""
 
-    table: rows as `Row`, with pictures that are not decoded.
-    rows: of a folder, which knows them beforehand. shards: as in a Split.
-    """
-
-    def __init__(
-        self,
-        table: "datasets.IterableDataset",
-        label_space: LabelSpace,
-        rows: list[Row] | None = None,
-        shards: Sequence[Path] | str = (),
-    ):
-        self.table = table
-        self.label_space = label_space
-        self.rows = rows
-        self.shards = shards
+    table: "datasets.IterableDataset"  # rows as `Row`, with pictures that are not decoded
+    label_space: LabelSpace
+    rows: list[Row] | None = None  # of a folder, which knows them beforehand
+    shards: Sequence[Path] | str = ()  # as in a Split
 
     def __iter__(self) -> Iterator[Record]:
         return (self.stored(row).record() for row in read_rows(self.table))
 
     def ids(self) -> Iterator[tuple[np.ndarray, bool]]:
         """As `Split.ids`."""
-        for row in read_rows(self.table):
-            yield read_ids(row, image_id_of(row["image_id"]), self.label_space)
+        return (read_ids(row, image_id_of(row["image_id"]), self.label_space) for row in read_rows(self.table))
 
     def stored(self, row: Row) -> StoredRecord:
         return read_stored(row, image_id_of(row["image_id"]), self.label_space)
@@ -118,8 +103,7 @@ def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None =
         label, image_id.
     label_space: the names of the ids in the label maps. None: the dataset's own classes.json.
     """
-    if label_space is None:
-        label_space = load_label_space(dataset)
+    label_space = label_space or load_label_space(dataset)
     if (Path(dataset) / split).is_dir():
         rows = folder_rows(Path(dataset) / split)
         return Split(rows, [row["image_id"] for row in rows], label_space)
@@ -136,8 +120,7 @@ def stream_split(dataset: str | Path, split: str, label_space: LabelSpace | None
     """The records of `load_split` as a stream."""
     import datasets
 
-    if label_space is None:
-        label_space = load_label_space(dataset)
+    label_space = label_space or load_label_space(dataset)
     if (Path(dataset) / split).is_dir():
         rows = folder_rows(Path(dataset) / split)  # datasets gives each reader a part of this list, row by row
         table = datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": rows})

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -33,14 +34,7 @@ def make_dataset(
     return SegmentationDataset(
         records,
         label_space,
-        Augmentation(
-            crop_size=args.crop_size,
-            max_size=args.max_size,
-            short_edges=args.short_edges,
-            flip=args.flip,
-            color_jitter=args.color_jitter,
-            single_class_max_area=args.single_class_max_area,
-        ),
+        Augmentation(**{field.name: getattr(args, field.name) for field in fields(Augmentation)}),
         image_mean=image_processor.image_mean,
         image_std=image_processor.image_std,
         image_labels=make_image_labels(args, label_space, records, config),
