@@ -8,14 +8,13 @@ import hashlib
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -30,7 +29,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_zs3
-from configuration_zs3 import Zs3Config, among, beginning, check_names, is_number, one_line, places, shared, shortened
+from configuration_zs3 import Zs3Config, beginning, check_names, is_number, one_line, places, shared, shortened
 from files_zs3 import is_leftover
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
@@ -66,21 +65,23 @@ KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementatio
 ADAPTER = "adapter_config.json"  # where peft is installed, transformers puts the adapter onto the model
 PARALLEL_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers it to WEIGHTS
 
-# Loading a damaged checkpoint, or one of another architecture, raises these.
-CHECKPOINT_ERRORS = (
-    *(OSError, ValueError, LookupError, RuntimeError, StrictDataclassError, SafetensorError),
-    *(TypeError, AttributeError, ArithmeticError, AssertionError),  # of settings of a wrong kind
-    *(UnpicklingError, EOFError),  # of weights that are no safetensors
-)
-
 
 # ---- before anything is loaded ------------------------------------------------------------------------------
 
 
-def refusal(thing: str, error: Exception) -> InputError:
-    """An error of a library, in one line. thing: what it is about."""
-    said = f"nothing is called {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
-    return InputError(beginning(f"{thing}: {said}", 190))
+@contextmanager
+def refusing(thing: str) -> Iterator[None]:
+    """Turns an error of a library into one line. thing: what failed, for the message.
+
+    A damaged checkpoint, or one of another architecture, makes the libraries raise errors of nearly every type.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        said = f"nothing is called {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
+        raise InputError(beginning(f"{thing}: {said}", 190)) from error
 
 
 def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
@@ -118,10 +119,8 @@ def config_of(flag: str, path: str) -> dict:
                 f"{flag} {shown(path)} is no checkpoint: it has no config.json, model.save_pretrained writes it"
             )
         return read_settings(file)
-    try:
+    with refusing(f"{flag} {shown(path)} cannot be read"):
         return PreTrainedConfig.get_config_dict(path)[0]
-    except CHECKPOINT_ERRORS as error:
-        raise refusal(f"{flag} {shown(path)} cannot be read", error) from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -155,11 +154,11 @@ def check_weights(folder: Path) -> None:
     for path in weight_files(folder):
         if path.name == INDEX:
             continue
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise refusal(f"{shown(path)} is no whole file of weights, copy it again", error) from error
+        with (
+            refusing(f"{shown(path)} is no whole file of weights, copy it again"),
+            safe_open(path, framework="pt") as tensors,
+        ):
+            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
         for name, kind in kinds.items():
             if kind not in FLOATS and not (kind == "I64" and name.rpartition(".")[2] in COUNTS):
                 raise InputError(
@@ -172,27 +171,22 @@ def check_weights(folder: Path) -> None:
 
 def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration alone; otherwise as `load_model`."""
-    try:
+    with refusing(f"cannot load checkpoint {shown(path)}"):
         if trust_remote_code:
             return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         return Zs3Config.from_pretrained(path)
-    except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot load checkpoint {shown(path)}", error) from error
 
 
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint, in float32, evaluating. trust_remote_code: of the class beside the checkpoint."""
     check_checkpoint("model", path, "zs3")
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    try:
+    options |= {"dtype": torch.float32}
+    with refusing(f"cannot load checkpoint {shown(path)}"):
         if trust_remote_code:
-            model, loading = AutoModel.from_pretrained(
-                path, trust_remote_code=trust_remote_code, dtype=torch.float32, **options
-            )
+            model, loading = AutoModel.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
         else:
-            model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, dtype=torch.float32, **options)
-    except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot load checkpoint {shown(path)}", error) from error
+            model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, **options)
     for keys, trouble in (("missing_keys", "it lacks"), ("mismatched_keys", "of another shape is")):
         lost = sorted(key if isinstance(key, str) else str(key[0]) for key in loading[keys])
         if lost:
@@ -211,13 +205,11 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool = False) -> ProcessorMixin:
     """The processor beside a checkpoint: a Zs3Processor if it has a text tower, else a Zs3ImageProcessor."""
-    try:
+    with refusing(f"cannot load the processor of {shown(path)}"):
         if trust_remote_code:
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
         else:
             processor = saved_processor(path, text=config.text_config is not None)
-    except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot load the processor of {shown(path)}", error) from error
     image_processor = getattr(processor, "image_processor", processor)
     if isinstance(image_processor, Zs3ImageProcessor):
         check_image_processor(path, image_processor)
@@ -232,10 +224,8 @@ def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool 
 
 def load_tokenizer(path: str, text_config: PreTrainedConfig) -> CLIPTokenizer:
     """The tokenizer of a checkpoint of this project or of CLIP. text_config: of its text tower."""
-    try:
+    with refusing(f"cannot load the tokenizer of {shown(path)}"):
         tokenizer = saved_tokenizer(path)
-    except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot load the tokenizer of {shown(path)}", error) from error
     check_tokenizer(path, tokenizer, text_config)
     return tokenizer
 
@@ -283,24 +273,20 @@ def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
 
 def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrainedConfig) -> None:
     """Refuses a tokenizer that cannot spell names, or whose tokens are no rows of the text tower."""
-    longest = tokenizer.model_max_length
-    if not is_number(longest) or longest < text_config.max_position_embeddings:
-        most = text_config.max_position_embeddings
+    longest, most = tokenizer.model_max_length, text_config.max_position_embeddings
+    if not is_number(longest) or longest < most:
         raise InputError(
             f"{shown(path)}: tokenizer_config.json cuts texts at {shortened(longest)} tokens, the tower at {most}: "
             "take the tower's own"
         )
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= text_config.vocab_size:
-        rows = text_config.vocab_size
+    largest, rows = max(tokenizer.get_vocab().values(), default=0), text_config.vocab_size
+    if largest >= rows:
         raise InputError(
             f"{shown(path)}: tokenizer.json knows a token {largest}, the text tower {rows}: take the tower's own"
         )
     texts = [*LETTERS, *(2 * letter for letter in LETTERS)]  # within a word and at its end
-    try:
+    with refusing(f"{shown(path)}: tokenizer.json cannot be used"):
         spelled = [tuple(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    except Exception as error:  # tokenizers raises plain ones
-        raise refusal(f"{shown(path)}: tokenizer.json cannot be used", error) from error
     for text, tokens in zip(texts, spelled, strict=True):
         if not tokens or tokenizer.unk_token_id in tokens or spelled.count(tokens) > 1:
             raise InputError(f"{shown(path)}: tokenizer.json cannot spell {text!r}: is it missing or damaged?")
@@ -395,10 +381,7 @@ def project_code() -> set[Path]:
 
 def with_imports(modules: Iterable[Path]) -> set[Path]:
     """The modules, and the modules beside them that they import."""
-    found = set()
-    for module in modules:
-        found |= {module, *(Path(file) for file in get_relative_import_files(module))}
-    return found
+    return {file for module in modules for file in (module, *map(Path, get_relative_import_files(module)))}
 
 
 def files_sha256(files: Iterable[Path]) -> str:
@@ -414,11 +397,6 @@ def local_folder(path: str) -> Path | None:
         return Path(path)
     cached = [try_to_load_from_cache(path, name) for name in (WEIGHTS, INDEX)]
     return next((Path(file).parent for file in cached if isinstance(file, str)), None)
-
-
-def is_trained(config: PreTrainedConfig, names: list[str]) -> Tensor:
-    """(C,) bool: whether training saw masks of each name."""
-    return torch.tensor(among(names, config.seen_class_names))
 
 
 def check_no_unseen_masks(config: PreTrainedConfig, label_space: LabelSpace, claim: str) -> None:

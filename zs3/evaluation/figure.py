@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from configuration_zs3 import shortened
+from configuration_zs3 import among, shortened
 from text_zs3 import TextCache
-from zs3.checkpoints import class_vectors, is_trained, load_checkpoint
+from zs3.checkpoints import class_vectors, load_checkpoint
 from zs3.command_line import (
     Arguments,
     Count,
@@ -117,13 +117,10 @@ def label_map(
     text_embeds: Tensor,
 ) -> Tensor:
     """(H, W) int64, on the CPU: each pixel's index into class_names. text_embeds: (C, D), their vectors."""
-    size = (image.height, image.width)
-    names = list(class_names)
-    trained, view = is_trained(model.config, names), model.ensemble_view()
-    outputs = Predictor(model, processor, text_embeds.to(model.device), trained, view)(
-        processor(images=image).to(model.device)
-    )
-    return processor.post_process_semantic_segmentation(outputs, [size])[0].cpu()
+    is_trained = torch.tensor(among(class_names, model.config.seen_class_names))
+    predictor = Predictor(model, processor, text_embeds.to(model.device), is_trained, model.ensemble_view())
+    outputs = predictor(processor(images=image).to(model.device))
+    return processor.post_process_semantic_segmentation(outputs, [(image.height, image.width)])[0].cpu()
 
 
 def worst_images(records: Split, split: str, result: Path, count: int) -> list[int]:

@@ -17,7 +17,7 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, Proces
 from transformers.utils import ModelOutput
 
 from configuration_zs3 import among, shortened, unshared
-from zs3.checkpoints import NoClaim, check_no_unseen_masks, is_trained
+from zs3.checkpoints import NoClaim, check_no_unseen_masks
 from zs3.command_line import InputError, in_one_line
 from zs3.data.records import Split
 from zs3.evaluation.counts import PassCounts
@@ -89,7 +89,8 @@ def candidates_of(label_space: LabelSpace, setting: str, without: list[str], con
     place[-1] = len(names)
     place[index.numpy()] = np.arange(len(index))
     kept = [names[position] for position in index]
-    return Candidates(kept, index, label_space.is_seen[index], is_trained(config, kept), place)
+    is_trained = torch.tensor(among(kept, config.seen_class_names))
+    return Candidates(kept, index, label_space.is_seen[index], is_trained, place)
 
 
 def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str) -> None:

@@ -8,7 +8,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from configuration_zs3 import Zs3Config
-from zs3.checkpoints import CHECKPOINT_ERRORS, refusal
+from zs3.checkpoints import refusing
 from zs3.command_line import (
     Amount,
     Arguments,
@@ -158,10 +158,8 @@ def check_overrides(overrides: dict) -> None:
     for name in WRITTEN:
         if name in overrides:
             raise InputError(f"{name} is written by the training itself: leave it out")
-    try:
+    with refusing("the model's configuration"):
         Zs3Config(**overrides)
-    except CHECKPOINT_ERRORS as error:
-        raise refusal("the model's configuration", error) from error
 
 
 def resolved_recipe(flags: dict, config: Zs3Config) -> dict:

@@ -22,7 +22,7 @@ from configuration_zs3 import Zs3Config, one_line, shortened
 from files_zs3 import lines_of, read_text
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
-from zs3.checkpoints import CHECKPOINT_ERRORS, load_config, not_finite, weight_files
+from zs3.checkpoints import load_config, not_finite, weight_files
 from zs3.command_line import InputError, parse_yaml, renamed
 from zs3.files import append_line, finite_or_none, lock_folder, naming, rename, write_json, write_text
 from zs3.training.arguments import RECIPE, recipe_defaults, resolved_recipe
@@ -106,7 +106,7 @@ def check_final(folder: Path) -> None:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
                     pass
-    except CHECKPOINT_ERRORS as error:
+    except Exception as error:  # see `refusing`
         raise InputError(
             f"{folder} is damaged ({one_line(error)}): delete it, and the same command makes it of the last checkpoint"
         ) from error
@@ -171,7 +171,7 @@ def parse_recipe(path: Path) -> dict:
         raise InputError(f"{path} cannot be read: put back what the run began with") from error
     if not recipe or not isinstance(recipe, dict) or not all(isinstance(name, str) for name in recipe):
         raise InputError(f"{path} is no recipe: put back what the run began with")
-    return renamed(recipe, path, recipe_defaults())
+    return renamed(recipe, path, "TrainArgs")
 
 
 # ---- the stamp ---------------------------------------------------------------------------------------------

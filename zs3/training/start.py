@@ -10,7 +10,7 @@ from configuration_zs3 import UnseenLabels, Zs3Config, among, shared, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor, saved_templates
 from text_zs3 import PROMPT_TEMPLATES, embed_labels, read_labels
-from zs3.checkpoints import CHECKPOINT_ERRORS, check_checkpoint, check_finite, load_config, load_tokenizer, refusal
+from zs3.checkpoints import check_checkpoint, check_finite, load_config, load_tokenizer, refusing
 from zs3.command_line import InputError, in_one_line, shown
 from zs3.data.image_labels import training_space
 from zs3.data.samples import SegmentationDataset
@@ -79,17 +79,13 @@ def make_model(sources: dict[str, str], overrides: dict, text_dim: int | None) -
     for name, path in sources.items():
         check_checkpoint(name, path, SOURCES[name])
     source = next(iter(sources.values()), "random weights")
-    try:
+    with refusing(f"cannot make the model from {shown(source)}"):
         if "init_from" in sources:
             model = load_whole(source, overrides)
         else:
             dim = {} if "clip" in sources or text_dim is None else {"projection_dim": text_dim}
             parts = {"mask2former": None, "clip": None, **sources}
             model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(**parts, **{**dim, **overrides})
-    except InputError:
-        raise
-    except CHECKPOINT_ERRORS as error:
-        raise refusal(f"cannot make the model from {shown(source)}", error) from error
     check_finite(model, str(source))
     return model
 
@@ -163,11 +159,9 @@ def make_processor(
         return image_processor
     source = clip or init_from
     tokenizer = load_tokenizer(source, model.config.text_config)
-    try:
+    with refusing("--prompt_templates" if prompt_templates else shown(source)):
         own = PROMPT_TEMPLATES if init_from is None else saved_templates(source)
         return Zs3Processor(image_processor, tokenizer, prompt_templates or own)
-    except CHECKPOINT_ERRORS as error:
-        raise refusal("--prompt_templates" if prompt_templates else shown(source), error) from error
 
 
 def choose_what_learns(model: Zs3ForSemanticSegmentation, backbone_norm: str) -> None:
