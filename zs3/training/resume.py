@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -145,23 +146,20 @@ class RunCheckpoints:
         for partial in filter(Path.is_dir, self.folder.glob("*.partial")):
             shutil.rmtree(partial)
         give_true_names(self.folder)
-        damaged = []
-        found = complete_checkpoints(self.folder)
-        for path in reversed(found):
+        damaged, path = [], None
+        for path in reversed(complete_checkpoints(self.folder)):
             fault = damage(path) or unfit(path, self.model.state_dict())
             if fault is None:
                 break
             print(f"warning: checkpoint {path} is damaged ({fault}): it is not used")
             damaged.append(path)
-        else:
-            if found:
-                # To start from the beginning could cost days of work. The user may still have a copy of the folder, or
-                # the disk may be back tomorrow.
-                raise InputError(
-                    f"no checkpoint in {self.folder} is whole: put one back, or delete this folder to train from the "
-                    "beginning"
-                )
-            return None
+        if path in damaged:
+            # To start from the beginning could cost days of work. The user may still have a copy of the folder, or the
+            # disk may be back tomorrow.
+            raise InputError(
+                f"no checkpoint in {self.folder} is whole: put one back, or delete this folder to train from the "
+                "beginning"
+            )
         for other in damaged:
             aside = other.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
@@ -268,12 +266,9 @@ def true_name(folder: Path) -> str:
 def give_true_names(folder: Path) -> None:
     """Renames checkpoints that have the name of another one, and says so."""
     for path in complete_checkpoints(folder):
-        try:
-            misnamed = damage(path, "progress.bin") is None and true_name(path) != path.name
-        except InputError:  # a damaged one: `_newest_whole` says so
-            misnamed = False
-        if misnamed:
-            path.replace(path.with_suffix(".misnamed"))
+        with suppress(InputError):  # a damaged one: `_newest_whole` says so
+            if damage(path, "progress.bin") is None and true_name(path) != path.name:
+                path.replace(path.with_suffix(".misnamed"))
     for aside in sorted(folder.glob("step_*.misnamed")):  # a killed start may have left some
         name, place = true_name(aside), folder / true_name(aside)
         place = aside.with_suffix(".damaged") if place.exists() else place

@@ -6,7 +6,9 @@ seen. Every zero-shot claim depends on this record, so it never shrinks. `zs3.tr
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Required, get_args
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from configuration_zs3 import UnseenLabels, Zs3Config, once, one_line, places, shortened
+from configuration_zs3 import UnseenLabels, Zs3Config, among, once, one_line, places, shortened
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.checkpoints import INDEX, WEIGHTS, files_sha256, local_folder, weights_sha256
 from zs3.command_line import InputError, shown
@@ -124,11 +126,11 @@ def make_stamp(
     start: the record of --init_from.
     model: its config has the record of this start.
     """
-    found = {"label_space": space_of(label_space), **records.contents()}
+    found = {"label_space": asdict(label_space), **records.contents()}
     if prompts is None:
         found["text_embeds_sha256"] = vectors_sha256(flags["text_embeds"])
     else:
-        found["prompts_sha256"] = _sha256(tensor.numpy() for _, tensor in sorted(prompts.items()))
+        found["prompts_sha256"] = _sha256(tensor.contiguous().numpy() for _, tensor in sorted(prompts.items()))
     if flags["caption_nouns"] is not None:
         folder = Path(flags["caption_nouns"])
         found["caption_nouns_sha256"] = files_sha256([folder / "classes.json", *folder.glob("nouns-*.parquet")])
@@ -145,29 +147,22 @@ def make_stamp(
     return {**found, "towers_sha256": towers_sha256(model), **record_of(model.config)._asdict()}
 
 
-def space_of(label_space: LabelSpace) -> Space:
-    return Space(class_names=label_space.class_names, unseen=label_space.unseen, ignore_index=label_space.ignore_index)
-
-
 def vectors_sha256(path: str) -> str:
     """The digest of the numbers in a --text_embeds file."""
-    return _sha256([np.load(path, mmap_mode="r", allow_pickle=False).astype(np.float32)])
+    return _sha256([np.load(path, mmap_mode="r", allow_pickle=False).astype(np.float32, order="C")])
 
 
 def towers_sha256(model: nn.Module) -> str:
     """The digest of the weights that a run's checkpoints do not have."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if name.startswith(TOWER_WEIGHTS):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    towers = [(name, tensor) for name, tensor in model.state_dict().items() if name.startswith(TOWER_WEIGHTS)]
+    bits = ((name.encode(), tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()) for name, tensor in towers)
+    return _sha256(itertools.chain.from_iterable(bits))
 
 
-def _sha256(arrays: Iterable[np.ndarray]) -> str:
+def _sha256(parts: Iterable[bytes | np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.tobytes())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -202,7 +197,8 @@ def label_space_change(before: dict[str, Any], now: dict[str, Any]) -> str | Non
     if before == now:
         return None
     names, its_names = before["class_names"], now["class_names"]
-    kinds, its_kinds = ([unseen_or_seen(space, name) for name in space["class_names"]] for space in (before, now))
+    is_unseen = [among(space["class_names"], space["unseen"]) for space in (before, now)]
+    kinds, its_kinds = ([("seen", "unseen")[one] for one in own] for own in is_unseen)
     for name, kind, place in zip(names, kinds, places(names, its_names), strict=True):
         if place is not None and its_kinds[place] != kind:
             return f"{shortened(name, BRIEF)} was {kind}, is {its_kinds[place]} now"
@@ -220,7 +216,3 @@ def label_space_change(before: dict[str, Any], now: dict[str, Any]) -> str | Non
     if before["ignore_index"] != now["ignore_index"]:
         return f"the ignored id was {before['ignore_index']}, is {now['ignore_index']} now"
     return "the unseen names are in another order"
-
-
-def unseen_or_seen(space: dict[str, Any], name: str) -> str:
-    return "unseen" if places([name], space["unseen"]) != [None] else "seen"
