@@ -41,13 +41,13 @@ class Bootstrap(NamedTuple):
     scores: dict[str, np.ndarray]
     iou: np.ndarray
 
-    def intervals(self, level: float = LEVEL) -> dict[str, tuple[float, float]]:
+    def intervals(self) -> dict[str, tuple[float, float]]:
         """(low, high) of each score."""
-        return {name: interval(values, level) for name, values in self.scores.items()}
+        return {name: interval(values) for name, values in self.scores.items()}
 
-    def class_intervals(self, level: float = LEVEL) -> np.ndarray:
+    def class_intervals(self) -> np.ndarray:
         """(C, 2) low and high of the IoU of each class. They are not corrected for the number of classes."""
-        return np.array([interval(values, level) for values in self.iou.T])
+        return np.array([interval(values) for values in self.iou.T])
 
 
 def images_path(result: Path) -> Path:
@@ -96,8 +96,7 @@ def _check_arrays(names: np.ndarray, ids: np.ndarray, image: np.ndarray, rows: n
 
 def summed_areas(areas: ImageAreas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """intersection, truth, predicted over all of the images, each (C,) in pixels."""
-    intersection, truth, predicted = (area.sum(axis=1) for area in areas)
-    return intersection, truth, predicted
+    return tuple(area.sum(axis=1) for area in areas)
 
 
 def resampled_areas(areas: ImageAreas, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -106,23 +105,22 @@ def resampled_areas(areas: ImageAreas, resamples: int, seed: int) -> tuple[np.nd
     The same seed draws the same images of N, whatever their areas: so two models can be compared in pairs.
     """
     num_classes, num_images = areas.truth.shape
-    summed = np.zeros((3, resamples, num_classes), dtype=np.int64)
+    totals = np.zeros((3, resamples, num_classes), dtype=np.int64)
     rng = np.random.default_rng(seed)
     for start in range(0, resamples if num_images else 0, RESAMPLES_AT_ONCE):
-        part = summed[:, start : start + RESAMPLES_AT_ONCE]
+        part = totals[:, start : start + RESAMPLES_AT_ONCE]
         drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=part.shape[1])  # (R, N)
         for own, area in zip(part, areas, strict=True):
             own[:] = (area @ drawn.T).T
-    intersection, truth, predicted = summed
-    return intersection, truth, predicted
+    return tuple(totals)
 
 
-def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """The quantiles between which `level` of the values lie, as many above as below; NaN values are left out."""
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The quantiles between which LEVEL of the values lie, as many above as below; NaN values are left out."""
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -145,12 +143,10 @@ def summed(place: np.ndarray, pixels: np.ndarray, size: int) -> np.ndarray:
     return total.astype(np.int64)
 
 
-def all_rows(images: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.empty((0, 4), dtype=np.int64), *images])
-
-
-def image_of_rows(images: list[np.ndarray]) -> np.ndarray:
-    return np.repeat(np.arange(len(images)), np.array([len(rows) for rows in images], dtype=np.int64))
+def joined_rows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of all images, and the place of the image of each: see `image_areas`."""
+    image = np.repeat(np.arange(len(images)), np.array([len(rows) for rows in images], dtype=np.int64))
+    return np.concatenate([np.empty((0, 4), dtype=np.int64), *images]), image
 
 
 def image_areas(rows: np.ndarray, image: np.ndarray, num_classes: int, num_images: int) -> ImageAreas:

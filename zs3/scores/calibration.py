@@ -13,6 +13,7 @@ Axes: H W pixels, C classes, G gammas, T levels of the confidence.
 
 import hashlib
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from label_maps_zs3 import SemanticMap
 from zs3.command_line import InputError
 from zs3.files import finite_or_none
-from zs3.scores.means import Absent, headline_scores, iou_of_areas
+from zs3.scores.means import Absent, check_ids, headline_scores, iou_of_areas
 
 # Gaps between the best seen and the best unseen score are of any order of magnitude: about 1 where the model is sure,
 # some thousandths where it can hardly separate hundreds of classes. So 32 gammas to each doubling: neighbours differ by
@@ -40,7 +41,27 @@ UNIT = 2**24  # confidences and shares are added up as whole multiples of 1 / UN
 OUTSIDER = -1  # in a label map: the true class is none of the candidates
 
 
-class SeenBiasCurve:
+class Counter:
+    """Counts in arrays: those of several parts of a dataset add up to those of the whole."""
+
+    ignore_index: int
+
+    def merge(self, other: Self) -> None:
+        """Adds the counts of another part of the dataset."""
+        for name, counts in vars(self).items():
+            if isinstance(counts, np.ndarray) and counts.dtype != np.bool_:
+                counts += getattr(other, name)
+
+    def labelled(self, label: Tensor | np.ndarray, found: SemanticMap) -> tuple[Tensor, Tensor]:
+        """Labels (P,) int64 of the labelled pixels, on the device of the maps, and which these are, (H, W) bool."""
+        label, size = torch.as_tensor(label, device=found.label_map.device).long(), found.label_map.shape
+        if label.shape != size:
+            raise ValueError(f"prediction has shape {tuple(size)}, but the label map {tuple(label.shape)}")
+        labelled = label != self.ignore_index
+        return label.masked_select(labelled), labelled
+
+
+class SeenBiasCurve(Counter):
     """Intersections and areas of every class for all GAMMAS (Chao et al. 2016), subtracted from the seen scores.
 
     The best seen class, the best unseen class and the gap between their scores decide a pixel's class at any gamma.
@@ -60,13 +81,9 @@ class SeenBiasCurve:
 
     def update(self, found: SemanticMap, label: Tensor | np.ndarray) -> None:
         """Counts one image. found: with the winners among seen and unseen. label: (H, W), 0 to C - 1, or ignored."""
-        label, labelled = _labelled(label, found, self.ignore_index)
+        label, labelled = self.labelled(label, found)
         classes, switches = self.predicted.shape
-        if len(label) and not 0 <= label.min() <= label.max() < classes:
-            raise InputError(
-                f"label map holds ids from {label.min()} to {label.max()} besides the ignored {self.ignore_index}; "
-                f"they must lie in 0 to {classes - 1}"
-            )
+        check_ids(label, classes, self.ignore_index)
         winners = found.label_map, found.seen_map, found.unseen_map, found.seen_score, found.unseen_score
         winner, seen, unseen, seen_score, unseen_score = (values.masked_select(labelled) for values in winners)
         switch = _switch(seen_score.double() - unseen_score.double(), seen < unseen, winner == seen)
@@ -76,14 +93,6 @@ class SeenBiasCurve:
             hits = place.masked_select(label == guess)
             self.intersection += _counts(hits, self.predicted.size).reshape(self.predicted.shape)
         self.truth += _counts(label, classes)
-
-    def merge(self, other: "SeenBiasCurve") -> None:
-        """Adds the counts of another part of the dataset."""
-        if not np.array_equal(self.is_seen, other.is_seen) or self.ignore_index != other.ignore_index:
-            raise ValueError("curves of two label spaces cannot be merged")
-        self.predicted += other.predicted
-        self.intersection += other.intersection
-        self.truth += other.truth
 
     @property
     def has_both(self) -> bool:
@@ -156,7 +165,7 @@ def _attained_area(points: list[tuple[float, float]]) -> float:
     return float(np.sum((x - np.append(x[1:], 0)) * np.maximum.accumulate(y)))
 
 
-class Reliability:
+class Reliability(Counter):
     """Confidence against accuracy, by BINS equal bins of confidence: (0, 1/15], (1/15, 2/15], ..., the first with 0.
 
     count, correct: (BINS,) int64, pixels. confidence: (BINS,) int64, their sum, each rounded to 1 / UNIT.
@@ -168,7 +177,7 @@ class Reliability:
 
     def update(self, found: SemanticMap, label: Tensor | np.ndarray) -> None:
         """Counts one image. label: (H, W), the true class, or ignored. found: without a bias."""
-        label, labelled = _labelled(label, found, self.ignore_index)
+        label, labelled = self.labelled(label, found)
         confidence = found.confidence.masked_select(labelled).double()
         place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
         self.count += _counts(place, BINS)
@@ -176,12 +185,6 @@ class Reliability:
         # Whole numbers whose sum stays below 2^53 for images of up to 2^29 pixels are added without rounding.
         sums = torch.bincount(place, weights=(confidence * UNIT).round(), minlength=BINS)
         self.confidence += sums.long().cpu().numpy()
-
-    def merge(self, other: "Reliability") -> None:
-        """Adds the counts of another part of the dataset."""
-        self.count += other.count
-        self.correct += other.correct
-        self.confidence += other.confidence
 
     def result(self) -> dict:
         """bins: low, high, count, and the mean confidence and the accuracy, in [0, 1], None in an empty bin.
@@ -201,7 +204,7 @@ class Reliability:
         return {"pixels": pixels, "ece": off / pixels if pixels else None, "bins": bins}
 
 
-class Rejection:
+class Rejection(Counter):
     """ "None of these" where the confidence is below a threshold, as the pipeline's `background="reject"` does it.
 
     Thresholds are t / LEVELS, t = 0 to LEVELS; a pixel is accepted where its confidence is the threshold or more.
@@ -221,7 +224,7 @@ class Rejection:
 
     def update(self, found: SemanticMap, label: Tensor | np.ndarray, image_id: str) -> None:
         """Counts one image. label: (H, W), the true class, OUTSIDER where it is no candidate, or ignored."""
-        label, labelled = _labelled(label, found, self.ignore_index)
+        label, labelled = self.labelled(label, found)
         pixels = len(label)
         if not pixels:
             return  # without pixels there are no shares
@@ -235,14 +238,6 @@ class Rejection:
         self.images[half] += 1
         for total, counts in ((self.wrong, _counts(level.masked_select(wrong), LEVELS + 1)), (self.accepted, by_level)):
             total[half] += -(-_from_above(counts) * UNIT // pixels)  # rounded up
-
-    def merge(self, other: "Rejection") -> None:
-        """Adds the counts of another part of the dataset."""
-        self.insiders += other.insiders
-        self.outsiders += other.outsiders
-        self.images += other.images
-        self.wrong += other.wrong
-        self.accepted += other.accepted
 
     def result(self, alpha: float = 0.1) -> dict:
         """How well the confidence separates outsiders, and the threshold for a share of wrong labels of at most alpha.
@@ -302,15 +297,6 @@ def conformal_threshold(wrong: np.ndarray, images: int, alpha: float) -> int | N
 def in_check_half(image_id: str) -> bool:
     """Whether an image belongs to the half that checks the threshold; the same on every process."""
     return bool(hashlib.sha256(image_id.encode()).digest()[0] % 2)
-
-
-def _labelled(label: Tensor | np.ndarray, found: SemanticMap, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Labels (P,) int64 of the labelled pixels, on the device of the maps, and which these are, (H, W) bool."""
-    label = torch.as_tensor(label, device=found.label_map.device).long()
-    if label.shape != found.label_map.shape:
-        raise ValueError(f"prediction has shape {tuple(found.label_map.shape)}, but the label map {tuple(label.shape)}")
-    labelled = label != ignore_index
-    return label.masked_select(labelled), labelled
 
 
 def _counts(places: Tensor, length: int) -> np.ndarray:

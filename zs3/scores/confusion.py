@@ -13,19 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from zs3.command_line import InputError
 from zs3.files import writing
-from zs3.scores.bootstrap import (
-    Bootstrap,
-    ImageAreas,
-    all_rows,
-    image_areas,
-    image_of_rows,
-    resampled_areas,
-    runs,
-    summed,
-)
-from zs3.scores.means import Absent, class_areas, class_mask, integers, iou_of_areas, ratio, scores_of_areas
+from zs3.scores.bootstrap import Bootstrap, ImageAreas, image_areas, joined_rows, resampled_areas, runs, summed
+from zs3.scores.means import Absent, check_ids, class_areas, class_mask, integers, iou_of_areas, ratio, scores_of_areas
 
 REJECTED = -1  # in a prediction: no class
 
@@ -98,11 +88,7 @@ class ConfusionMatrix:
             raise ValueError(f"prediction must lie in {REJECTED} to {self.num_classes - 1}")
         labelled = label != self.ignore_index
         prediction, label, pixels = prediction[labelled], label[labelled], pixels[labelled]
-        if label.size and not 0 <= label.min() <= label.max() < self.num_classes:
-            raise InputError(
-                f"label map holds ids from {label.min()} to {label.max()} besides the ignored {self.ignore_index}; "
-                f"they must lie in 0 to {self.num_classes - 1}"
-            )
+        check_ids(label, self.num_classes, self.ignore_index)
         column = np.where(prediction == REJECTED, self.num_classes, prediction)
         # No dense (C, C + 1) matrix an image: at 847 classes it has more entries than the image has pixels.
         np.add.at(self.counts.reshape(-1), label * (self.num_classes + 1) + column, pixels)
@@ -173,18 +159,19 @@ class ConfusionMatrix:
 
     def image_areas(self, order: Sequence[int]) -> ImageAreas:
         """The areas of the images at these places of `images`, in this order."""
-        images = [self.images[index] for index in order]
-        return image_areas(all_rows(images), image_of_rows(images), self.num_classes, len(images))
+        rows, image = joined_rows([self.images[index] for index in order])
+        return image_areas(rows, image, self.num_classes, len(order))
 
     def save_images(self, path: Path, class_names: Sequence[str]) -> None:
         """Writes the areas of all images to one .npz, for `load_images`. A paired comparison needs them."""
         if len(class_names) != self.num_classes:
             raise ValueError(f"{len(class_names)} class names for {self.num_classes} classes")
+        rows, image = joined_rows(self.images)
         with writing(path) as partial, partial.open("wb") as file:
             np.savez_compressed(
                 file,
                 class_names=np.array(class_names, dtype=np.str_),
                 image_ids=np.array(["" if image_id is None else image_id for image_id in self.image_ids], np.str_),
-                image=image_of_rows(self.images),
-                rows=all_rows(self.images),
+                image=image,
+                rows=rows,
             )

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zs3.command_line import InputError
+
 Absent = Literal["union", "truth"]
 SCORES = {
     "miou_seen": "mIoU(S)",
@@ -122,6 +124,15 @@ def integers(values: Tensor | np.ndarray, name: str) -> np.ndarray:
     if values.dtype.kind not in "iu":
         raise ValueError(f"{name} must hold integers, not {values.dtype}")
     return values
+
+
+def check_ids(label: Tensor | np.ndarray, num_classes: int, ignore_index: int) -> None:
+    """label: the ids of labelled pixels."""
+    if len(label) and not 0 <= label.min() <= label.max() < num_classes:
+        raise InputError(
+            f"label map holds ids from {label.min()} to {label.max()} besides the ignored {ignore_index}; "
+            f"they must lie in 0 to {num_classes - 1}"
+        )
 
 
 def _on_cpu(values: object) -> object:
