@@ -186,8 +186,7 @@ def test_help_lists_run_and_model_fields(capsys):
 
 @pytest.fixture
 def renamed(monkeypatch):
-    monkeypatch.setitem(OLD_NAMES, "iterations", "max_steps")
-    monkeypatch.setitem(OLD_NAMES, "mix", "shuffle")
+    monkeypatch.setitem(OLD_NAMES, "Args", {"iterations": "max_steps", "mix": "shuffle"})
 
 
 @pytest.mark.parametrize(
@@ -214,6 +213,14 @@ def test_a_switch_of_an_old_name_can_be_turned_off(argv, renamed, capsys):
 def test_a_recipe_with_a_flags_old_and_new_name_is_refused(renamed, recipe):
     with pytest.raises(InputError, match="'iterations' and 'max_steps', which are one flag"):
         read_arguments(Args, recipe("dataset: a\niterations: 3\nmax_steps: 4"))
+
+
+def test_an_old_name_is_one_of_its_own_command_alone():
+    with pytest.raises(InputError, match="unknown flag --result; did you mean --results"):
+        read_arguments(import_module("zs3.release.__main__").ReleaseArgs, ["--result", "a.json"])
+    fields_of = {one.__name__: {field.name for field in fields(one)} for one in commands()}
+    for command, names in OLD_NAMES.items():
+        assert fields_of[command].issuperset(names.values()) and fields_of[command].isdisjoint(names)
 
 
 # ---- first words, and flags that depend on each other --------------------------------------------------------
@@ -269,13 +276,13 @@ HOSTILE += [10**400, "5", "x" * 10_000, "a\nb", [[1]], np.array(3), b"1", 1j]
 
 def commands() -> list[type]:
     """The argument classes of train.py, eval.py, zs3/ and benchmarks/."""
-    files = [ROOT / "train.py", ROOT / "eval.py", *ROOT.glob("zs3/**/*.py"), *ROOT.glob("benchmarks/*.py")]
-    found = []
-    for file in files:
-        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        if "(Arguments):" in file.read_text():
-            found += [one for one in vars(import_module(name)).values() if getattr(one, "__module__", "") == name]
-    return [one for one in found if isinstance(one, type) and issubclass(one, Arguments)]
+    for file in (ROOT / "train.py", ROOT / "eval.py", *ROOT.glob("zs3/**/*.py"), *ROOT.glob("benchmarks/*.py")):
+        if re.search(r"^class \w+Arg\w*\(", file.read_text(), re.MULTILINE):
+            import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+    found = [Arguments]
+    for one in found:
+        found += [kind for kind in one.__subclasses__() if kind not in found]
+    return [one for one in found if one.__module__ not in ("zs3.command_line.flags", __name__)]
 
 
 def ranges(hint: object) -> list[Number]:

@@ -398,7 +398,7 @@ def test_a_flag_that_a_recipe_is_too_old_for_has_its_default(tmp_path):
 
 
 def test_a_flag_that_was_renamed_is_the_same_flag(tmp_path, monkeypatch):
-    monkeypatch.setitem(OLD_NAMES, "iterations", "max_steps")
+    monkeypatch.setitem(OLD_NAMES, "TrainArgs", {"iterations": "max_steps"})
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"iterations": 3}))

@@ -8,7 +8,7 @@ import argparse
 import inspect
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, NoReturn, TypeVar, get_origin, get_type_hints
@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, PreTrainedConfig
 
 from configuration_zs3 import beginning, shortened
 from zs3.command_line.flags import ANY, Arguments, checked, try_outputs
-from zs3.command_line.recipes import RecipeLoader, old_names, parse_yaml, read_recipe, say_renamed
+from zs3.command_line.recipes import OLD_NAMES, RecipeLoader, parse_yaml, read_recipe, say_renamed
 from zs3.command_line.refusals import InputError, did_you_mean
 
 METAVARS = {int: "N", float: "X", bool: "{true,false}"}
@@ -44,11 +44,11 @@ def read_arguments(
     names = [field.name for field in fields(args_class) if field.init]
     config_names = [name for name in model_fields(config_class) if name not in names]
     argv = _with_first_flags(sys.argv[1:] if argv is None else argv, args_class.first_words)
-    argv = [_of_today(token, names + config_names) for token in argv]
+    argv = [_of_today(token, OLD_NAMES.get(args_class.__name__, {})) for token in argv]
     _check_flags(argv, [*names, *config_names, "config", "help"])
 
     parser = _parser(args_class, config_class, config_names)
-    flags, empty, overrides = read_recipe(_recipe_path(argv), types, names, config_names)
+    flags, empty, overrides = read_recipe(_recipe_path(argv), args_class.__name__, types, names, config_names)
     parser.set_defaults(**empty)
     args, others, unexpected = parser.parse_args_into_dataclasses(
         flags + argv, return_remaining_strings=True, look_for_args_file=False
@@ -139,17 +139,19 @@ def _with_first_flags(words: list[str], names: tuple[str, ...]) -> list[str]:
     return words
 
 
-def _of_today(token: str, known: Collection[str]) -> str:
-    """A flag in this project's spelling, with underscores, and by its name of today. Other arguments stay."""
+def _of_today(token: str, names: dict[str, str]) -> str:
+    """A flag in this project's spelling, with underscores, and by its name of today. Other arguments stay.
+
+    names: of the command's renamed flags, see OLD_NAMES.
+    """
     given, equals, value = token.partition("=")
     if not given.startswith("--"):
         return token
-    names, name = old_names(known), given[2:].replace("-", "_")
-    no = "" if name in names else "no_"  # of a switch that is turned off
-    old = name.removeprefix(no)
+    name = given[2:].replace("-", "_")
+    old = name if name in names else name.removeprefix("no_")  # a switch that is turned off
     if old in names:
-        say_renamed(old)
-        name = f"{no if name.startswith(no) else ''}{names[old]}"
+        say_renamed(old, names[old])
+        name = name.removesuffix(old) + names[old]
     return f"--{name}{equals}{value}"
 
 

@@ -2,7 +2,6 @@
 
 import re
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -12,15 +11,13 @@ from configuration_zs3 import one_line, shortened
 from files_zs3 import read_text
 from zs3.command_line.refusals import InputError, did_you_mean
 
-# Flags that were renamed: the old name, which recipes and commands may still have, and the name now. An old name counts
-# where a command has the new one, and none of its own that is called like the old one.
+# Flags that were renamed: of each class of arguments the old names, which recipes and commands may still have, and the
+# names now.
 OLD_NAMES = {
-    "benchmark": "dataset",
-    "num_proc": "num_workers",
-    "processes": "num_jobs",
-    "result": "output",
-    "train": "num_train",
-    "validation": "num_validation",
+    "AblationArgs": {"benchmark": "dataset", "processes": "num_jobs", "result": "output"},
+    "ConvertArgs": {"num_proc": "num_workers"},
+    "NounArgs": {"num_proc": "num_workers"},
+    "SceneArgs": {"train": "num_train", "validation": "num_validation"},
 }
 MOST_OF_A_YAML = 100_000  # values; one that is there by reference counts each time
 
@@ -66,13 +63,13 @@ def _count(content: Any) -> int:
 
 
 def read_recipe(
-    path: str | None, types: dict[str, Any], names: list[str], config_names: list[str]
+    path: str | None, command: str, types: dict[str, Any], names: list[str], config_names: list[str]
 ) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
     """The recipe's three parts: flags; None and [] by field, which no flag can say; model configuration."""
     flags, empty, overrides = [], {}, {}
     if path is None:
         return flags, empty, overrides
-    as_written, as_typed = _load_recipe(path, names + config_names)
+    as_written, as_typed = _load_recipe(path, command)
     for name, value in as_written.items():
         if name in config_names:
             overrides[name] = as_typed[name]
@@ -92,7 +89,7 @@ def read_recipe(
     return flags, empty, overrides
 
 
-def _load_recipe(path: str, known: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _load_recipe(path: str, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe's mapping twice: scalars as the strings written there, and as the values they stand for."""
     try:
         text = read_text(path)
@@ -109,28 +106,24 @@ def _load_recipe(path: str, known: Collection[str]) -> tuple[dict[str, Any], dic
         return {}, {}
     if not isinstance(as_typed, dict):
         raise InputError(f"{path}: a recipe is a mapping, one `field: value` a line")
-    for old in old_names(known).keys() & as_written.keys():
-        say_renamed(old)
+    for old, name in OLD_NAMES.get(command, {}).items():
+        if old in as_written:
+            say_renamed(old, name)
     as_typed = {str(name): value for name, value in as_typed.items()}
-    return renamed(as_written, path, known), renamed(as_typed, path, known)
+    return renamed(as_written, path, command), renamed(as_typed, path, command)
 
 
-def old_names(known: Collection[str]) -> dict[str, str]:
-    """The part of OLD_NAMES that counts for a command whose flags are `known`."""
-    return {old: name for old, name in OLD_NAMES.items() if name in known and old not in known}
-
-
-def renamed(recipe: dict[str, Any], path: str | Path, known: Collection[str]) -> dict[str, Any]:
-    """A recipe with the names of today. known: the command's flags."""
-    names = old_names(known)
+def renamed(recipe: dict[str, Any], path: str | Path, command: str) -> dict[str, Any]:
+    """A recipe with the names of today. command: the class of its arguments, a key of OLD_NAMES."""
+    names = OLD_NAMES.get(command, {})
     both = [old for old, name in names.items() if old in recipe and name in recipe]
     if both:
         raise InputError(f"{path} has {both[0]!r} and {names[both[0]]!r}, which are one flag: leave out the first")
     return {names.get(name, name): value for name, value in recipe.items()}
 
 
-def say_renamed(old: str) -> None:
-    print(f"note: --{old} is called --{OLD_NAMES[old]} now", file=sys.stderr)
+def say_renamed(old: str, name: str) -> None:
+    print(f"note: --{old} is called --{name} now", file=sys.stderr)
 
 
 def _is_list(kind: Any) -> bool:
