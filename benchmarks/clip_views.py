@@ -11,14 +11,10 @@ each view differs from all crops, the scores, and the seconds, again beside the 
 tower embeds every crop too, and its answers are thrown away: the answers are the tiny CLIP's.
 """
 
-import shlex
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,26 +24,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 
+from benchmarks import measuring
 from clip_views_zs3 import ProposalEmbeds, crop_proposals, proposal_masks, single_pass
 from outputs_zs3 import Zs3Output
 from zs3.checkpoints import class_vectors, load_checkpoint
-from zs3.command_line import (
-    Arguments,
-    Count,
-    InputError,
-    OutputFile,
-    Pixels,
-    Share,
-    check_required,
-    flag,
-    read_arguments,
-    run,
-)
+from zs3.command_line import Count, InputError, Pixels, Share, check_required, flag, read_arguments, run
 from zs3.data.records import load_split
-from zs3.files import write_report
 from zs3.scores.confusion import ConfusionMatrix
 from zs3.scores.means import generalized_scores
-from zs3.tables import markdown_table, percent
 
 OFF = "no ensemble"
 LOOP, CROPS, SINGLE = "loop over crops", "batched crops", "single pass"
@@ -55,7 +39,7 @@ SAME = 1e-4  # embeddings of loop and batch differ by no more
 
 
 @dataclass
-class ClipViewsArgs(Arguments):
+class ClipViewsArgs(measuring.BenchmarkArguments):
     """Sizes of the comparison."""
 
     model: str | None = flag(None, "Checkpoint with an image tower, trained on the embedded benchmark.")
@@ -64,10 +48,9 @@ class ClipViewsArgs(Arguments):
     weight: Share = flag(0.8, "w of the ensemble.")
     proposals: Count = flag(100, "Proposals of the image for the cost.")
     size: Pixels = flag(640, "Side of that image, pixels.")
-    rounds: Count = flag(3, "Rounds of the cost; times are medians.")
+    rounds: Count = flag(3, "Rounds of the cost; the first is not counted.")
     large_images: Count = flag(20, "Of the scenes, those looked at with the large tower too.")
     layers: Count = flag(12, "Layers of the large tower.")
-    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset")
@@ -118,17 +101,6 @@ def draw_image(args: ClipViewsArgs) -> tuple[Tensor, Tensor]:
     return torch.rand(3, args.size, args.size, generator=generator), 8 * masks
 
 
-def timed(ways: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], dict[str, object]]:
-    """Median seconds of each, in turns, and what they returned."""
-    seconds, results = {name: [] for name in ways}, {}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            results[name] = way()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}, results
-
-
 def batched(tower: CLIPVisionModelWithProjection, image: Tensor, masks: Tensor) -> Tensor:
     """(N, D) of crops, in batches of 64."""
     crops = [crop_proposals(image, part, tower.config.image_size) for part in masks.split(64)]
@@ -143,11 +115,16 @@ def measure_cost(args: ClipViewsArgs) -> list[dict]:
         CROPS: lambda: batched(tower, image, proposal_masks(mask_logits, size, 0.5)),
         SINGLE: lambda: single_pass(tower, image, proposal_masks(mask_logits, size, 0.5)),
     }
+    results = {}
+
+    def keep(name: str) -> None:
+        results[name] = ways[name]()
+
     with torch.inference_mode():
-        seconds, results = timed(ways, args.rounds)
+        turns = measuring.take_turns({name: partial(keep, name) for name in ways}, args.rounds)
     far = float((results[LOOP] - results[CROPS]).abs().max())
-    if far > SAME:
-        raise ValueError(f"loop and batch give embeddings that differ by {far}: no comparison of speed")
+    measuring.check_close(far, SAME, "embeddings of loop and batch")
+    seconds = {name: statistics.median(values) for name, values in turns.items()}
     return [
         {"way": way, "seconds": seconds[way], "times_faster_than_loop": seconds[LOOP] / seconds[way]} for way in ways
     ]
@@ -202,19 +179,18 @@ def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
             images = processor.to_rgb(inputs["pixel_values"])
             outputs = model(**inputs, text_embeds=text_embeds, return_dict=True)
             ways = looks(model, outputs, images, options)
-            spent, made = timed(ways, 1)
+            made = {name: measuring.timed(way) for name, way in ways.items()}
             if index < args.large_images:
                 model.vision_model = costly
-                large_spent, _ = timed({name: ways[name] for name in (LOOP, CROPS)}, 1)
+                for name in (LOOP, CROPS):
+                    large_seconds[name] += measuring.seconds_of(ways[name]) / min(args.large_images, count)
                 model.vision_model = own
-                for name, value in large_spent.items():
-                    large_seconds[name] += value / min(args.large_images, count)
-            maps = {OFF: outputs, **made}
-            for name, result in maps.items():
+            maps = {}
+            for name, (spent, result) in {OFF: (0.0, outputs), **made}.items():
                 (found,) = processor.post_process_semantic_segmentation(result, [label.shape])
                 maps[name] = found.numpy()
                 if name != OFF:
-                    seconds[name] += spent[name] / count
+                    seconds[name] += spent / count
                     looked[name] += int(result.shown_to_clip.sum()) / count
             pixels += label.size
             for name, found in maps.items():
@@ -234,44 +210,36 @@ def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
     return rows, {"images": count, "queries": outputs.mask_logits.shape[1]}
 
 
+COST_TITLES = "way | seconds an image | times faster than the loop"
+COST_CELLS = "{way} | {seconds:.2f} | {times_faster_than_loop:.2f}"
+TITLES = "way | crops an image | other pixels than batched crops | mIoU(S) | mIoU(U) | hIoU | seconds | x faster | "
+TITLES += "seconds at ViT-B/16's cost | x faster"
+CELLS = "{way} | {crops_per_image:.1f} | {differing:.2f} % | {S:.1f} | {U:.1f} | {H:.1f} | {seconds:.3f} | "
+CELLS += "{times_faster_than_loop:.2f} | {large_seconds:.2f} | {large_times_faster_than_loop:.2f}"
+
+
 def report(result: dict) -> str:
     args, trained = result["arguments"], result["trained"]
-    cost = [[row["way"], f"{row['seconds']:.2f}", f"{row['times_faster_than_loop']:.2f}"] for row in result["cost"]]
-    rows = []
-    for row in trained["rows"]:
-        crops, *times = (
-            f"{row[name]:{form}}" if name in row else ""
-            for name, form in (
-                ("crops_per_image", ".1f"),
-                ("seconds", ".3f"),
-                ("times_faster_than_loop", ".2f"),
-                ("large_seconds", ".2f"),
-                ("large_times_faster_than_loop", ".2f"),
-            )
-        )
-        scores = (percent(row[name]) for name in ("miou_seen", "miou_unseen", "hiou"))
-        rows.append([row["way"], crops, f"{100 * row['differing_share']:.2f} %", *scores, *times])
-    head = ["way", "crops an image", "other pixels than batched crops", "mIoU(S)", "mIoU(U)", "hIoU", "seconds"]
-    head += ["x faster", "seconds at ViT-B/16's cost", "x faster"]
-    lines = [
-        "# CLIP's view of the proposals",
-        "",
-        f"Made by `{result['command']}` with {result['threads']} CPU threads, torch {result['torch']}.",
-        "",
-        f"## Cost: an image tower of {result['tower_parameters'] / 1e6:.0f} M parameters (CLIP ViT-B/16's size), "
-        f"{args['proposals']} proposals, {args['size']} x {args['size']} pixels",
-        "",
-        *markdown_table(["way", "seconds an image", "times faster than the loop"], cost),
-        "",
-        f"## A trained model of the embedded synthetic benchmark: {trained['images']} validation scenes, "
-        f"{trained['queries']} queries, w = {args['weight']}",
-        "",
-        f'Model {args["model"]}. Seconds with its tiny CLIP; "at ViT-B/16\'s cost" on the first '
-        f"{min(args['large_images'], trained['images'])} scenes.",
-        "",
-        *markdown_table(head, rows),
+    rows = [
+        {**row, "differing": 100 * row["differing_share"]}
+        | {letter: 100 * row[name] for letter, name in (("S", "miou_seen"), ("U", "miou_unseen"), ("H", "hiou"))}
+        for row in trained["rows"]
     ]
-    return "\n".join(lines) + "\n"
+    return f"""# CLIP's view of the proposals
+
+Made by `{result["command"]}` with {result["machine"]}, torch {result["torch"]}.
+
+## Cost: an image tower of {result["tower_parameters"] / 1e6:.0f} M parameters (CLIP ViT-B/16's size), \
+{args["proposals"]} proposals, {args["size"]} x {args["size"]} pixels
+
+{measuring.table(COST_TITLES, COST_CELLS, result["cost"])}
+## A trained model of the embedded synthetic benchmark: {trained["images"]} validation scenes, \
+{trained["queries"]} queries, w = {args["weight"]}
+
+Model {args["model"]}. Seconds with its tiny CLIP; "at ViT-B/16's cost" on the first \
+{min(args["large_images"], trained["images"])} scenes.
+
+{measuring.table(TITLES, CELLS, rows)}"""
 
 
 def main() -> None:
@@ -279,18 +247,14 @@ def main() -> None:
     rows, facts = measure_trained(args)
     cost = measure_cost(args)
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks.clip_views", *sys.argv[1:]]),
+        **measuring.head(),
         "arguments": asdict(args),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "tower_parameters": sum(p.numel() for p in large_tower(args.layers).parameters()),
         "cost": cost,
         "trained": {**facts, "rows": rows},
     }
-    text = report(result)
-    print(text, end="")
-    if args.output is not None:
-        write_report(Path(args.output), result, text)
+    measuring.publish(args.output, result, report(result))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import (
@@ -26,9 +25,9 @@ from transformers import (
     Mask2FormerImageProcessorPil,
 )
 
+from benchmarks.criterion import binary_masks
 from configuration_zs3 import Zs3Config
 from eval import versions
-from losses_zs3 import mask_ids
 from modeling_zs3 import draw_as_mask2former
 from processing_zs3 import Zs3ImageProcessor
 from train import make_scheduler, parameter_groups
@@ -74,16 +73,6 @@ def make_model(overrides: dict, class_names: list[str]) -> Mask2FormerForUnivers
     return model
 
 
-def binary_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """For each image its masks (M, H, W) and their classes (M,), as transformers has them.
-
-    labels: (B, H, W). An ignored pixel, -1, is in no mask.
-    """
-    ids = mask_ids(labels)
-    masks = [(label == own.to(label.device)[:, None, None]).float() for label, own in zip(labels, ids, strict=True)]
-    return masks, ids
-
-
 def train(args: TrainArgs, overrides: dict) -> None:
     args.check()
     check_required(args, "dataset", "output_dir")
@@ -110,7 +99,6 @@ def train(args: TrainArgs, overrides: dict) -> None:
     for batch in tqdm(loader, total=args.max_steps, unit="step", mininterval=1):
         masks, ids = binary_masks(batch["labels"].to(accelerator.device))
         pixels = {name: batch[name].to(accelerator.device) for name in ("pixel_values", "pixel_mask")}
-        ids = [own.to(accelerator.device) for own in ids]
         model(**pixels, mask_labels=masks, class_labels=ids, return_dict=True).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         optimizer.step()

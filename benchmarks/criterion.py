@@ -9,34 +9,26 @@ a ratio the median of the rounds' ratios. Memory is the peak of what a step allo
 gradients.
 """
 
-import statistics
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Literal
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from tqdm.auto import tqdm
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
+from benchmarks import measuring
 from configuration_zs3 import Zs3Config
 from losses_zs3 import Targets, mask_ids, zs3_losses
-from zs3.command_line import Arguments, Count, InputError, OutputFile, Side, Some, flag, read_arguments, run
-from zs3.files import write_report
-from zs3.tables import markdown_table
+from zs3.command_line import Count, InputError, Side, Some, flag, read_arguments, run
 
 SAME_LOSSES = {"matching": "joint", "class_loss": "cross_entropy", "mask_loss": "bce", "match_points": "random"}
-PEER = "transformers' Mask2FormerLoss"
+PEER, SAME = "transformers' Mask2FormerLoss", "zs3, the same losses"
 CRITERIA = {
-    "zs3, the same losses": SAME_LOSSES,
+    SAME: SAME_LOSSES,
     "zs3, the same losses, matched on the mask grid": {**SAME_LOSSES, "match_points": "grid"},
     "zs3, Eq. 8 (focal loss, ranking loss, unpaired)": {},
 }
@@ -44,7 +36,7 @@ TERMS = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dice"
 
 
 @dataclass
-class CriterionArgs(Arguments):
+class CriterionArgs(measuring.DeviceArguments):
     """Sizes of the comparison."""
 
     batch_size: Count = flag(4, "Images in the batch.")
@@ -54,9 +46,14 @@ class CriterionArgs(Arguments):
     class_names: Count = flag(171, "Names on the class axis.")
     classes: Some[Count] = flag([8, 40], "Classes in each image.")
     points: Count = flag(12544, "Points of the mask losses.")
-    rounds: Count = flag(7, "Rounds; the first is not counted.")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
-    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
+
+    def check(self) -> None:
+        check_classes(max(self.classes), self.class_names)
+
+
+def check_classes(most: int, class_names: int) -> None:
+    if most > class_names:
+        raise InputError(f"--classes must be at most --class_names {class_names}, got {most}")
 
 
 @dataclass
@@ -85,20 +82,27 @@ def make_predictions(args: CriterionArgs, device: torch.device) -> Predictions:
     return predictions
 
 
-def make_labels(args: CriterionArgs, classes: int, device: torch.device) -> Tensor:
-    """Label maps (B, H, W) of three Voronoi cells a class, each class in every image."""
-    axis = torch.arange(args.size, device=device)
+def make_labels(images: int, size: int, class_names: int, classes: int, device: torch.device) -> Tensor:
+    """Label maps (B, H, W) of three Voronoi cells a class. Each image has so many classes."""
+    axis = torch.arange(size, device=device)
     pixels = torch.cartesian_prod(axis, axis).float()
     maps = []
-    for _ in range(args.batch_size):
-        while True:
-            ids = torch.randperm(args.class_names, device=device)[:classes].repeat(3)
-            nearest = torch.cdist(pixels, args.size * torch.rand(len(ids), 2, device=device)).argmin(1)
-            label_map = ids[nearest].reshape(args.size, args.size)
-            if len(label_map.unique()) == classes:
-                break
-        maps.append(label_map)
+    while len(maps) < images:
+        ids = torch.randperm(class_names, device=device)[:classes].repeat(3)
+        nearest = torch.cdist(pixels, size * torch.rand(len(ids), 2, device=device)).argmin(1)
+        label_map = ids[nearest].reshape(size, size)
+        if len(label_map.unique()) == classes:
+            maps.append(label_map)
     return torch.stack(maps)
+
+
+def binary_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """For each image its masks (M, H, W) and their classes (M,), as transformers has them.
+
+    labels: (B, H, W). An ignored pixel, -1, is in no mask.
+    """
+    ids = [own.to(labels.device) for own in mask_ids(labels)]
+    return [(label == own[:, None, None]).float() for label, own in zip(labels, ids, strict=True)], ids
 
 
 def zs3_terms(predictions: Predictions, labels: Tensor, image_labels: Tensor, config: Zs3Config) -> dict[str, Tensor]:
@@ -146,24 +150,6 @@ def largest_difference(ours: Callable[[], dict], theirs: Callable[[], dict], con
     return float(torch.stack([(left[name] / right[name] - 1).abs() for name in TERMS]).max())  # a NaN stays one
 
 
-def peak_memory(step: Callable[[], None], device: torch.device) -> float:
-    """The most a step holds at once beyond what was there before, MiB."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20
-
-
 def copies_to_host(step: Callable[[], None]) -> int:
     """Device-to-host copies of a step on CUDA; each one waits for the device."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -172,40 +158,27 @@ def copies_to_host(step: Callable[[], None]) -> int:
     return sum(event.count for event in profiler.key_averages() if "Memcpy DtoH" in event.key)
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step in each round; in a round all take turns."""
-    seconds = {name: [] for name in steps}
-    for _ in tqdm(range(rounds + 1), desc="rounds"):
-        for name, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: values[1:] for name, values in seconds.items()}
+def weighted(terms: dict[str, Tensor], config: Zs3Config) -> Tensor:
+    weights = {"class": config.class_weight, "mask": config.mask_weight, "dice": config.dice_weight, "rank": 1.0}
+    return sum(weights[name] * term for name, term in terms.items())
 
 
 def compare(args: CriterionArgs, classes: int, device: torch.device) -> dict:
     """All criteria on the same tensors."""
     torch.manual_seed(0)
-    predictions, labels = make_predictions(args, device), make_labels(args, classes, device)
-    ids = mask_ids(labels)
+    predictions = make_predictions(args, device)
+    labels = make_labels(args.batch_size, args.size, args.class_names, classes, device)
+    masks, ids = binary_masks(labels)
     image_labels = torch.zeros(args.batch_size, args.class_names, dtype=torch.int8)
     for row, present in zip(image_labels, ids, strict=True):
-        row[present] = 1
-    ids = [present.to(device) for present in ids]
-    masks = [(labels[image] == present[:, None, None]).float() for image, present in enumerate(ids)]
-
+        row[present.cpu()] = 1
     configs = {
         name: Zs3Config(train_num_points=args.points, **changes, text_config=None, vision_config=None)
         for name, changes in CRITERIA.items()
     }
-    same = configs["zs3, the same losses"]
-    criterion = Mask2FormerLoss(
-        Mask2FormerConfig(num_labels=args.class_names, train_num_points=args.points), weight_dict={}
-    ).to(device)
+    same = configs[SAME]
+    peer_config = Mask2FormerConfig(num_labels=args.class_names, train_num_points=args.points)
+    criterion = Mask2FormerLoss(peer_config, weight_dict={}).to(device)
 
     def theirs() -> dict[str, Tensor]:
         return peer_terms(predictions, masks, ids, criterion, same.class_temperature)
@@ -213,72 +186,34 @@ def compare(args: CriterionArgs, classes: int, device: torch.device) -> dict:
     def ours(config: Zs3Config) -> dict[str, Tensor]:
         return zs3_terms(predictions, labels, image_labels, config)
 
-    def weighted(terms: dict[str, Tensor]) -> Tensor:
-        weights = {"class": same.class_weight, "mask": same.mask_weight, "dice": same.dice_weight, "rank": 1.0}
-        return sum(weights[name] * term for name, term in terms.items())
-
     difference = largest_difference(lambda: ours(same), theirs, same, device)
-    steps = {PEER: lambda: weighted(theirs()).backward()}
+    steps = {PEER: lambda: weighted(theirs(), same).backward()}
     for name, config in configs.items():
-        steps[name] = lambda config=config: weighted(ours(config)).backward()
-    seconds = measure(steps, args.rounds, device)
-    rows = {}
-    for name, step in steps.items():
-        ratios = [peer / own for peer, own in zip(seconds[PEER], seconds[name], strict=True)]
-        memory = peak_memory(step, device)
-        rows[name] = {
-            "seconds": statistics.median(seconds[name]),
-            "times_faster": statistics.median(ratios),
-            "peak_mib": memory,
-            "peak_share": memory / rows[PEER]["peak_mib"] if rows else 1.0,
-        }
-        if device.type == "cuda":
-            rows[name]["copies_to_host"] = copies_to_host(step)
-    return {"classes": classes, "largest_difference": difference, "criteria": rows}
+        steps[name] = lambda config=config: weighted(ours(config), same).backward()
+    criteria = measuring.compared(steps, measuring.take_turns(steps, args.rounds, device), PEER, device)
+    if device.type == "cuda":
+        for name, step in steps.items():
+            criteria[name]["copies_to_host"] = copies_to_host(step)
+    return {"classes": classes, "largest_difference": difference, "criteria": criteria}
 
 
-def in_fresh_process(function: Callable, *args: object):
-    """The memory that one comparison leaves to the C library changes the times of the next."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
-def table(results: list[dict]) -> str:
-    """Markdown."""
-    head = ["classes an image", "criterion", "seconds a step", "times faster", "peak MiB", "share of the peer's"]
-    lines = []
-    for result in results:
-        for name, row in result["criteria"].items():
-            cells = [str(result["classes"]), name, f"{row['seconds']:.3f}", f"{row['times_faster']:.2f}"]
-            lines.append([*cells, f"{row['peak_mib']:.0f}", f"{row['peak_share']:.2f}"])
-    return "\n".join(markdown_table(head, lines)) + "\n"
-
-
-def device_named(name: str) -> torch.device:
-    """'auto' is CUDA where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but torch sees no CUDA device here")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+TITLES = "classes an image | criterion | seconds a step | times faster | peak MiB | share of the peer's"
+CELLS = "{classes} | {criterion} | {seconds:.3f} | {times_faster:.2f} | {peak_mib:.0f} | {peak_share:.2f}"
 
 
 def main() -> None:
     args, _ = read_arguments(CriterionArgs)
-    if max(args.classes) > args.class_names:
-        raise InputError(f"--classes must be at most --class_names {args.class_names}, got {max(args.classes)}")
-    device = device_named(args.device)
-    results = [in_fresh_process(compare, args, classes, device) for classes in args.classes]
-    machine = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name()
-    text = f"Batch of {args.batch_size}, {args.queries} queries, {args.outputs} decoder outputs, labels {args.size} x "
-    text += f"{args.size}, {args.points} points, torch {torch.__version__}, {machine}.\n\n{table(results)}"
+    device = measuring.device_named(args.device)
+    results = [measuring.in_fresh_process(compare, args, classes, device) for classes in args.classes]
     worst = max(result["largest_difference"] for result in results)
+    measuring.check_close(worst, 1e-4, "the terms of the two criteria")
+    facts = measuring.head(device)
+    rows = [{**one, "criterion": name, **row} for one in results for name, row in one["criteria"].items()]
+    text = f"Batch of {args.batch_size}, {args.queries} queries, {args.outputs} decoder outputs, labels {args.size} x "
+    text += f"{args.size}, {args.points} points, torch {facts['torch']}, {facts['machine']}.\n\n"
+    text += measuring.table(TITLES, CELLS, rows)
     text += f"\nLargest relative difference of a term (class, mask, dice) at the same points: {worst:.1e}.\n"
-    if not worst <= 1e-4:
-        raise InputError(f"the two criteria differ by {worst:.1e}: no comparison of speed means anything then")
-    print(text, end="")
-    if args.output is not None:
-        write_report(
-            Path(args.output), {**vars(args), "machine": machine, "torch": torch.__version__, "results": results}, text
-        )
+    measuring.publish(args.output, {**vars(args), **facts, "results": results}, text)
 
 
 if __name__ == "__main__":

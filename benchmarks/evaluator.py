@@ -17,13 +17,11 @@ Measured here is its least memory, two int64 arrays an image, not that script.
 Bootstrap: intervals of all scores and all classes over synthetic areas.
 """
 
-import ctypes
 import statistics
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -31,16 +29,14 @@ import torch.nn.functional as F
 from scipy.spatial import KDTree
 from torch import Tensor
 
-from benchmarks.criterion import device_named, in_fresh_process, measure
+from benchmarks import measuring
 from benchmarks.label_count import trained_proposals
-from benchmarks.network import machine_name, make_zs3
+from benchmarks.network import make_zs3
 from configuration_zs3 import Number, shortened
 from label_maps_zs3 import SemanticMap, semantic_map
-from zs3.command_line import Arguments, Count, InputError, OutputFile, Side, Some, flag, read_arguments, run
-from zs3.files import write_report
+from zs3.command_line import Count, InputError, Side, Some, flag, read_arguments, run
 from zs3.scores.calibration import Rejection, Reliability, SeenBiasCurve
 from zs3.scores.confusion import ConfusionMatrix
-from zs3.tables import markdown_table
 
 INFERENCE, OBJECTS, NOISE = "inference", "objects", "noise"
 COUNTED, CALIBRATED = "objects, with counters", "objects, with counters and scores"
@@ -56,21 +52,18 @@ GOAL = 0.05  # of the time of an inference
 
 
 @dataclass
-class EvaluatorArgs(Arguments):
+class EvaluatorArgs(measuring.DeviceArguments):
     """Sizes of the measurements."""
 
     classes: Some[Classes] = flag([171, 847], "Numbers of classes.")
     height: Side = flag(480, "Of the label maps, pixels.")
     width: Side = flag(640, "Of the label maps, pixels.")
     maps: Count = flag(8, "Pairs of label maps that a round counts.")
-    rounds: Count = flag(7, "Rounds; the first is not counted.")
     images: Some[Count] = flag([100, 1000], "Numbers of images after which memory is read, rising.")
     kept_images: Count = flag(100, "Images whose label maps are kept, for comparison.")
     bootstrap_images: Count = flag(5000, "Images of the bootstrap.")
     bootstrap_classes: Classes = flag(171, "Its classes.")
     resamples: Count = flag(1000, "Its resamples.")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
-    output: OutputFile | None = flag(None, "Result file; the printed tables go beside it as .md.")
 
     def check(self) -> None:
         if self.images != sorted(set(self.images)):
@@ -120,7 +113,7 @@ def compare_time(
         steps[COUNTED] = calibrating(found, draw_pair(OBJECTS, num_classes, size, rng)[1], is_seen)
         steps[PLAIN] = lambda: semantic_map(*proposals, size)
         steps[SCORED] = lambda: semantic_map(*proposals, size, is_seen=is_seen)
-        seconds = measure(steps, rounds, device)
+        seconds = measuring.take_turns(steps, rounds, device)
     return time_rows(seconds, maps, num_classes)
 
 
@@ -153,26 +146,18 @@ def time_rows(seconds: dict[str, list[float]], maps: int, num_classes: int) -> l
     each = {kind: [value / maps for value in seconds[kind]] for kind in (OBJECTS, NOISE)}
     each[COUNTED] = seconds[COUNTED]
     each[CALIBRATED] = [own + more for own, more in zip(seconds[COUNTED], extra, strict=True)]
+    inference = seconds[INFERENCE]
     return [
         {
             "classes": num_classes,
             "maps": kind,
             "seconds": statistics.median(own),
             "images_per_second": 1 / statistics.median(own),
-            "inference_seconds": statistics.median(seconds[INFERENCE]),
-            "share_of_inference": statistics.median(
-                [one / whole for one, whole in zip(own, seconds[INFERENCE], strict=True)]
-            ),
+            "inference_seconds": statistics.median(inference),
+            "share_of_inference": measuring.median_ratio(own, inference),
         }
         for kind, own in each.items()
     ]
-
-
-def resident_mib() -> float:
-    """Memory of this process that is resident, after what was freed is given back; Linux."""
-    ctypes.CDLL(None).malloc_trim(0)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
 def memory_over_images(size: tuple[int, int], maps: int, way: str, num_classes: int, images: list[int]) -> list[dict]:
@@ -181,7 +166,7 @@ def memory_over_images(size: tuple[int, int], maps: int, way: str, num_classes: 
     pairs = [draw_pair(OBJECTS, num_classes, size, rng) for _ in range(maps)]
     ConfusionMatrix(num_classes, IGNORE).update(*pairs[0])  # what is loaded once
     tracemalloc.start()
-    before = resident_mib()
+    before = measuring.resident_mib()
     confusion, kept, rows = ConfusionMatrix(num_classes, IGNORE), [], []
     for count in range(1, images[-1] + 1):
         shift = rng.integers(0, size)
@@ -198,7 +183,7 @@ def memory_over_images(size: tuple[int, int], maps: int, way: str, num_classes: 
                     "way": way,
                     "classes": num_classes,
                     "images": count,
-                    "resident_mib": resident_mib() - before,
+                    "resident_mib": measuring.resident_mib() - before,
                     "held_mib": tracemalloc.get_traced_memory()[0] / 2**20,
                     "areas_mib": sum(own.nbytes for own in confusion.images) / 2**20,
                 }
@@ -222,54 +207,47 @@ def time_bootstrap(images: int, num_classes: int, resamples: int) -> dict[str, f
         resampled = confusion.bootstrap(is_seen, resamples=resamples)
         resampled.intervals(), resampled.class_intervals()
 
-    seconds = measure({"bootstrap": intervals}, 3, torch.device("cpu"))["bootstrap"]
+    seconds = measuring.take_turns({"bootstrap": intervals}, 3)["bootstrap"]
     sizes = {"images": images, "classes": num_classes, "resamples": resamples}
     return {**sizes, "seconds": statistics.median(seconds)}
 
 
-def time_table(rows: list[dict]) -> str:
+TIME_TITLES = "classes | label maps | milliseconds an image | images a second | inference, seconds | share of it | goal"
+TIME_CELLS = "{classes} | {maps} | {milliseconds:.2f} | {images_per_second:.0f} | {inference_seconds:.3f} | "
+TIME_CELLS += "{share_of_inference:.2%} | {goal}"
+MEMORY_TITLES = "way | classes | images | resident, MiB | held, MiB | of it areas of images, MiB | held, KiB an image"
+MEMORY_CELLS = "{way} | {classes} | {images} | {resident_mib:.1f} | {held_mib:.1f} | {areas_mib:.2f} | {each_kib:.1f}"
+
+
+def tables(times: list[dict], memory: list[dict]) -> str:
     """Markdown."""
-    head = ["classes", "label maps", "milliseconds an image", "images a second", "inference, seconds", "share of it"]
-    lines = []
-    for row in rows:
+    shown = []
+    for row in times:
         goal = "-" if row["maps"] == NOISE else "met" if row["share_of_inference"] <= GOAL else "missed"
-        cells = [str(row["classes"]), row["maps"], f"{1000 * row['seconds']:.2f}", f"{row['images_per_second']:.0f}"]
-        lines.append([*cells, f"{row['inference_seconds']:.3f}", f"{row['share_of_inference']:.2%}", goal])
-    return "\n".join(markdown_table([*head, "goal"], lines)) + "\n"
-
-
-def memory_table(rows: list[dict]) -> str:
-    """Markdown."""
-    head = ["way", "classes", "images", "resident, MiB", "held, MiB", "of it areas of images, MiB"]
-    lines = []
-    for row in rows:
-        cells = [row["way"], str(row["classes"]), str(row["images"]), f"{row['resident_mib']:.1f}"]
-        each = f"{1024 * row['held_mib'] / row['images']:.1f}"
-        lines.append([*cells, f"{row['held_mib']:.1f}", f"{row['areas_mib']:.2f}", each])
-    return "\n".join(markdown_table([*head, "held, KiB an image"], lines)) + "\n"
+        shown.append({**row, "milliseconds": 1000 * row["seconds"], "goal": goal})
+    memory = [{**row, "each_kib": 1024 * row["held_mib"] / row["images"]} for row in memory]
+    text = measuring.table(TIME_TITLES, TIME_CELLS, shown)
+    return f"{text}\n{measuring.table(MEMORY_TITLES, MEMORY_CELLS, memory)}"
 
 
 def main() -> None:
     args, _ = read_arguments(EvaluatorArgs)
-    device, size = device_named(args.device), (args.height, args.width)
-    times = [
-        row
-        for classes in args.classes
-        for row in in_fresh_process(compare_time, size, args.maps, args.rounds, classes, device)
-    ]
-    maps = (size, args.maps)
-    memory = [row for c in args.classes for row in in_fresh_process(memory_over_images, *maps, OURS, c, args.images)]
-    memory += in_fresh_process(memory_over_images, *maps, KEPT, args.classes[0], [args.kept_images])
-    bootstrap = in_fresh_process(time_bootstrap, args.bootstrap_images, args.bootstrap_classes, args.resamples)
-    machine = machine_name(device)
-    text = f"Label maps of {args.width} x {args.height}, torch {torch.__version__}, {machine}. The goal is at most "
-    text += f"{GOAL:.0%} of an inference.\n\n{time_table(times)}\n{memory_table(memory)}\n"
+    device, size, apart = measuring.device_named(args.device), (args.height, args.width), measuring.in_fresh_process
+    times, memory = [], []
+    for classes in args.classes:
+        times += apart(compare_time, size, args.maps, args.rounds, classes, device)
+        memory += apart(memory_over_images, size, args.maps, OURS, classes, args.images)
+    memory += apart(memory_over_images, size, args.maps, KEPT, args.classes[0], [args.kept_images])
+    bootstrap = apart(time_bootstrap, args.bootstrap_images, args.bootstrap_classes, args.resamples)
+    facts = measuring.head(device)
+    text = (
+        f"Label maps of {args.width} x {args.height}, torch {facts['torch']}, {facts['machine']}. The goal is at most "
+    )
+    text += f"{GOAL:.0%} of an inference.\n\n{tables(times, memory)}\n"
     text += f"Bootstrap of {bootstrap['images']} images, {bootstrap['classes']} classes, {bootstrap['resamples']} "
     text += f"resamples, intervals of all scores and classes: {bootstrap['seconds']:.2f} seconds.\n"
-    print(text, end="")
-    if args.output is not None:
-        result = {**vars(args), "machine": machine, "torch": torch.__version__}
-        write_report(Path(args.output), {**result, "times": times, "memory": memory, "bootstrap": bootstrap}, text)
+    found = {"times": times, "memory": memory, "bootstrap": bootstrap}
+    measuring.publish(args.output, {**vars(args), **facts, **found}, text)
 
 
 if __name__ == "__main__":

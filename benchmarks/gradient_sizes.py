@@ -18,13 +18,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from benchmarks import measuring
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import Arguments, Count, OutputFile, check_required, flag, read_arguments, run
+from zs3.command_line import Count, check_required, flag, read_arguments, run
 from zs3.data.batches import StepSampler, collate, cut_batch
-from zs3.files import write_report
 from zs3.scenes.demo import train_stage
-from zs3.tables import markdown_table
 from zs3.training.arguments import TrainArgs
 from zs3.training.start import make_start
 
@@ -32,7 +31,7 @@ RECIPE = "scenes_stage2_ground_truth.yaml"
 
 
 @dataclass
-class GradientArgs(Arguments):
+class GradientArgs(measuring.BenchmarkArguments):
     """Where to start and how long to train."""
 
     dataset: str | None = flag(None, "Folder made by zs3.scenes.")
@@ -40,7 +39,9 @@ class GradientArgs(Arguments):
     output_dir: str = flag("runs/gradient_sizes", "Folder of the training between the measurements.")
     steps: Count = flag(200, "Steps of stage 2 before the last measurement.")
     batches: Count = flag(8, "Batches a measurement.")
-    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
+
+    def check(self) -> None:
+        check_required(self, "dataset", "init_from")
 
 
 def gradient_norms(model: Zs3ForSemanticSegmentation, batches: list[dict], text_embeds: Tensor) -> dict[str, float]:
@@ -60,7 +61,6 @@ def gradient_norms(model: Zs3ForSemanticSegmentation, batches: list[dict], text_
 
 def main() -> None:
     args, _ = read_arguments(GradientArgs)
-    check_required(args, "dataset", "init_from")
     folder = Path(args.output_dir)
     train_stage(RECIPE, Path(args.dataset), folder, 1, args.steps, "--init_from", args.init_from)
 
@@ -89,10 +89,8 @@ def main() -> None:
         columns[title] |= norms
     terms = ("class", "mask, focal", "mask, bce", "dice", "rank")
     rows = [[term, *(f"{column[term]:.2f}" for column in columns.values())] for term in terms]
-    text = "\n".join(markdown_table(["weight x term", *columns], rows)) + "\n"
-    print(text, end="")
-    if args.output is not None:
-        write_report(Path(args.output), {**vars(args), "recipe": RECIPE, "norms": columns}, text)
+    text = measuring.table_of(["weight x term", *columns], rows)
+    measuring.publish(args.output, {**vars(args), **measuring.head(), "recipe": RECIPE, "norms": columns}, text)
 
 
 if __name__ == "__main__":

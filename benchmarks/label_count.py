@@ -15,14 +15,9 @@ largest tensors alone would exceed `--memory_limit` is not started. Ratios in th
 one process.
 """
 
-import ctypes
 import statistics
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, NamedTuple
 
@@ -33,23 +28,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Mask2FormerImageProcessorPil
 
+from benchmarks import measuring
 from configuration_zs3 import INT32, Number
 from label_maps_zs3 import semantic_map, semantic_scores
-from zs3.command_line import (
-    Amount,
-    Arguments,
-    Count,
-    InputError,
-    OutputFile,
-    Positive,
-    Side,
-    Some,
-    flag,
-    read_arguments,
-    run,
-)
-from zs3.files import write_report
-from zs3.tables import markdown_table
+from zs3.command_line import Amount, Count, InputError, Positive, Side, Some, flag, read_arguments, run
 
 PEER, DENSE, CHUNKED = "transformers' Mask2Former post-processing", "dense einsum", "running maximum over chunks"
 OURS, SCORED = "semantic_map", "semantic_map with scores"
@@ -61,7 +43,7 @@ WARM_UP = (150, 64)  # labels and size of the call before the measured ones
 
 
 @dataclass
-class LabelCountArgs(Arguments):
+class LabelCountArgs(measuring.BenchmarkArguments):
     """Sizes of the comparison."""
 
     labels: Some[Count] = flag([150, 847, 4000, 20000], "Numbers of labels.")
@@ -75,7 +57,11 @@ class LabelCountArgs(Arguments):
     checked: Count = flag(
         2 * 10**9, "Scores (labels x pixels) of the float64 reference; a random sample if there are more."
     )
-    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
+
+    def check(self) -> None:
+        most = max(*self.labels, self.large_labels)
+        if self.checked < most:
+            raise InputError(f"--checked must be {most} or more, the labels of a pixel, got {self.checked}")
 
 
 class Proposals(NamedTuple):
@@ -176,41 +162,23 @@ def bytes_needed(method: str, case: Case, queries: int) -> int:
     return 4 * (scores.get(method, 0) + 2 * queries * masks.get(method, 0))
 
 
-def peak_memory(step: Callable[[], object]) -> float:
-    """The most that is resident during a step beyond what was before, MiB; Linux."""
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, but kept, would hide what the step takes of it
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
-    before = _resident("VmRSS")
-    step()
-    return (_resident("VmHWM") - before) / 1024
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def seconds_of(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 def measure(args: LabelCountArgs, case: Case, method: str) -> dict:
     """One method in this process: seconds, calls timed, peak_mib, label_map; for OURS the check too."""
     warm_up = Case(case.kind, *WARM_UP)
     label_stage(method, draw_proposals(warm_up, args.queries), warm_up.size)()
     proposals = draw_proposals(case, args.queries)
     step = label_stage(method, proposals, case.size)
-    label_maps, seconds = [], []
-    peak = peak_memory(lambda: seconds.append(seconds_of(lambda: label_maps.append(step()))))
-    while len(seconds) <= args.rounds and sum(seconds) < args.seconds:
-        seconds.append(seconds_of(step))
-    timed = seconds[1:] or seconds
+    first = []
+    peak = measuring.resident_peak(lambda: first.append(measuring.timed(step)))
+    spent, label_map = first[0]
+    timed = []
+    while len(timed) < args.rounds and spent + sum(timed) < args.seconds:
+        timed.append(measuring.seconds_of(step))
+    timed = timed or [spent]
     row = {"seconds": statistics.median(timed), "calls": len(timed), "peak_mib": peak}
-    row["label_map"] = label_maps[0].int().numpy()
+    row["label_map"] = label_map.int().numpy()
     if method == OURS:
-        row |= check(label_maps[0], proposals, args.checked // case.labels)
+        row |= check(label_map, proposals, args.checked // case.labels)
     return row
 
 
@@ -231,22 +199,13 @@ def check(label_map: Tensor, proposals: Proposals, most: int) -> dict[str, int]:
     return {"wrong_pixels": wrong, "checked_pixels": len(pixels)}
 
 
-def take_turns(args: LabelCountArgs, turns: list[tuple[Case, str]]) -> list[float]:
-    """How many times as long as the first each takes: the median over rounds, in which all take turns."""
-    steps = [label_stage(method, draw_proposals(case, args.queries), case.size) for case, method in turns]
-    rounds = []  # the first is not counted
-    while len(rounds) < 2 or (len(rounds) <= args.rounds and sum(map(sum, rounds)) < args.seconds):
-        rounds.append([seconds_of(step) for step in steps])
-    ratios = [[seconds / row[0] for seconds in row] for row in rounds[1:]]
-    return [statistics.median(column) for column in zip(*ratios, strict=True)]
-
-
-def in_fresh_process(function: Callable, *args: object):
-    """Forked from a process that has made the slow imports and computed nothing."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["transformers", "label_maps_zs3", "zs3.results"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *args).result()
+def time_ratio(args: LabelCountArgs, above: tuple[Case, str], below: tuple[Case, str]) -> float:
+    """The time of one method and case by that of another. They take turns."""
+    steps = {
+        turn: label_stage(method, draw_proposals(case, args.queries), case.size)
+        for turn, (case, method) in {"above": above, "below": below}.items()
+    }
+    return measuring.median_ratio(**measuring.take_turns(steps, args.rounds, limit=args.seconds))
 
 
 def measure_all(args: LabelCountArgs, cases: list[Case]) -> list[dict]:
@@ -256,14 +215,14 @@ def measure_all(args: LabelCountArgs, cases: list[Case]) -> list[dict]:
     for case, method in tqdm([(case, method) for case in cases for method in methods], desc="label stage"):
         row = {**case._asdict(), "method": method, "bytes_needed": bytes_needed(method, case, args.queries)}
         if row["bytes_needed"] <= 1e9 * args.memory_limit:
-            row |= in_fresh_process(measure, args, case, method)
+            row |= measuring.in_fresh_process(measure, args, case, method)
             label_map = row.pop("label_map")
             if method == OURS:
                 exact = label_map
             row["differing_share"] = float(np.mean(label_map != exact))
             wrong = row.get("wrong_pixels", 0) if method != SCORED else int((label_map != exact).sum())
             if wrong:
-                raise InputError(f"{method}, {case}: {wrong} wrong pixels: no comparison of speed means anything then")
+                raise InputError(f"{method}, {case}: {wrong} wrong pixels: its speed cannot be compared")
         rows.append(row)
     return rows
 
@@ -282,11 +241,12 @@ def goals_of(args: LabelCountArgs, kind: str, rows: list[dict]) -> list[Goal]:
     ours = [row for (case, method), row in found.items() if case.kind == kind and method == OURS]
     wrong = sum(row["wrong_pixels"] for row in ours)
     few, many = min(args.labels), max(args.labels)
-    growth = in_fresh_process(take_turns, args, [(Case(kind, labels, args.size), OURS) for labels in (few, many)])[1]
+    turns = [(Case(kind, labels, args.size), OURS) for labels in (many, few)]
+    growth = measuring.in_fresh_process(time_ratio, args, *turns)
     large = Case(kind, args.large_labels, args.large_size)
     faster = share = float("nan")
     if "seconds" in found[large, PEER]:
-        faster = in_fresh_process(take_turns, args, [(large, OURS), (large, PEER)])[1]
+        faster = measuring.in_fresh_process(time_ratio, args, (large, PEER), (large, OURS))
         share = found[large, OURS]["peak_mib"] / found[large, PEER]["peak_mib"]
     peaks = [row["peak_mib"] * 2**20 / 1e9 for row in ours if row["size"] == args.size and row["labels"] <= 4000]
     peak = max(peaks, default=float("nan"))
@@ -300,25 +260,23 @@ def goals_of(args: LabelCountArgs, kind: str, rows: list[dict]) -> list[Goal]:
     ]
 
 
+TITLES = "inputs | labels | size | method | seconds | calls | times faster than transformers | peak extra MiB | "
+TITLES += "share of transformers' | pixels unlike semantic_map's"
+CELLS = "{kind} | {labels} | {size} x {size} | {method} | {shown} | {calls} | {faster:.2f} | {peak_mib:.0f} | "
+CELLS += "{share:.3f} | {differing_share:.3%}"
+
+
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    head = ["inputs", "labels", "size", "method", "seconds", "calls", "times faster than transformers"]
-    head += ["peak extra MiB", "share of transformers'", "pixels unlike semantic_map's"]
-    lines = []
     peers = {(row["kind"], row["labels"], row["size"]): row for row in rows if row["method"] == PEER}
+    lines = []
     for row in rows:
-        cells = [row["kind"], str(row["labels"]), f"{row['size']} x {row['size']}", row["method"]]
         peer = peers[row["kind"], row["labels"], row["size"]]
-        if "seconds" not in row:
-            cells += [f"would need {row['bytes_needed'] / 1e9:.2g} GB", *5 * ["-"]]
-        else:
-            known = "seconds" in peer
-            faster = f"{peer['seconds'] / row['seconds']:.2f}" if known else "-"
-            share = f"{row['peak_mib'] / peer['peak_mib']:.3f}" if known else "-"
-            cells += [f"{row['seconds']:.3f}", str(row["calls"]), faster, f"{row['peak_mib']:.0f}", share]
-            cells.append(f"{row['differing_share']:.3%}")
-        lines.append(cells)
-    return "\n".join(markdown_table(head, lines)) + "\n"
+        shown = f"{row['seconds']:.3f}" if "seconds" in row else f"would need {row['bytes_needed'] / 1e9:.2g} GB"
+        lines.append({**row, "shown": shown})
+        if "seconds" in row and "seconds" in peer:
+            lines[-1] |= {"faster": peer["seconds"] / row["seconds"], "share": row["peak_mib"] / peer["peak_mib"]}
+    return measuring.table(TITLES, CELLS, lines)
 
 
 def goal_table(goals: dict[str, list[Goal]]) -> str:
@@ -327,31 +285,24 @@ def goal_table(goals: dict[str, list[Goal]]) -> str:
         [same[0].name, *(f"{goal.figure:.3g} ({'met' if goal.met else 'missed'})" for goal in same)]
         for same in zip(*goals.values(), strict=True)
     ]
-    return "\n".join(markdown_table(["semantic_map, label map alone", *goals], lines)) + "\n"
+    return measuring.table_of(["semantic_map, label map alone", *goals], lines)
 
 
 def main() -> None:
     args, _ = read_arguments(LabelCountArgs)
-    most = max(*args.labels, args.large_labels)
-    if args.checked < most:
-        raise InputError(f"--checked must be {most} or more, the labels of a pixel, got {args.checked}")
     sizes = [*((labels, args.size) for labels in args.labels), (args.large_labels, args.large_size)]
     cases = [Case(kind, *size) for kind in KINDS for size in dict.fromkeys(sizes)]
     rows = measure_all(args, cases)
     goals = {kind: goals_of(args, kind, rows) for kind in tqdm(KINDS, desc="ratios")}
-    machine = f"{torch.get_num_threads()} CPU threads"
-    text = f"One image, {args.queries} queries, masks of a quarter of the size, float32, torch {torch.__version__}, "
-    text += f"{machine}. Seconds are medians over the calls; peaks are of resident memory.\n\n{table(rows)}\n"
+    facts = measuring.head()
+    text = f"One image, {args.queries} queries, masks of a quarter of the size, float32, torch {facts['torch']}, "
+    text += f"{facts['machine']}. Seconds are medians over the calls; peaks are of resident memory.\n\n{table(rows)}\n"
     ours = [row for row in rows if row["method"] == OURS]
     sampled = {row["labels"]: row["checked_pixels"] for row in ours if row["checked_pixels"] < row["size"] ** 2}
     sampled = "".join(f"; at {labels} labels {pixels} random ones" for labels, pixels in sampled.items())
     text += f"{goal_table(goals)}\nPixels checked in float64: all{sampled}.\n"
-    print(text, end="")
-    if args.output is not None:
-        result = {**vars(args), "machine": machine, "torch": torch.__version__, "rows": rows}
-        write_report(
-            Path(args.output), {**result, "goals": {k: [g._asdict() for g in v] for k, v in goals.items()}}, text
-        )
+    goals = {kind: [goal._asdict() for goal in own] for kind, own in goals.items()}
+    measuring.publish(args.output, {**vars(args), **facts, "rows": rows, "goals": goals}, text)
 
 
 if __name__ == "__main__":

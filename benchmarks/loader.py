@@ -13,10 +13,7 @@ process and its workers (spawned, not forked), after half of the samples and aft
 import io
 import itertools
 import json
-import shlex
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,37 +26,23 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from benchmarks.criterion import device_named, in_fresh_process
+from benchmarks import measuring
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import (
-    Arguments,
-    Count,
-    InputError,
-    OutputFile,
-    Pixels,
-    Seed,
-    Some,
-    Workers,
-    flag,
-    read_arguments,
-    run,
-)
+from zs3.command_line import Count, InputError, Pixels, Seed, Some, Workers, flag, read_arguments, run
 from zs3.data.augmentation import Augmentation, augment
 from zs3.data.batches import BatchParts, StepSampler, StreamedBatches, collate
 from zs3.data.records import dataset_name, load_split, stream_split
 from zs3.data.samples import SegmentationDataset
 from zs3.data.stored import StoredRecord
-from zs3.files import write_report
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.tables import markdown_table
 
 PEER = "1 process, resize and crop"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
-class LoaderBenchArgs(Arguments):
+class LoaderBenchArgs(measuring.BenchmarkArguments):
     """Sizes of the comparison."""
 
     dataset: str | None = flag(None, "Dataset to load; default: synthetic pictures.")
@@ -76,10 +59,9 @@ class LoaderBenchArgs(Arguments):
     steps: Count = flag(2, "Steps of the model, after one that is not counted.")
     device: Literal["cpu", "cuda"] = flag("cpu", "Of the model.")
     seed: Seed = flag(0, "Of pictures, weights and draws.")
-    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
-        device_named(self.device)
+        measuring.device_named(self.device)
         if len(self.sizes) != 4:
             raise InputError("--sizes takes four numbers: width and height, twice")
 
@@ -166,10 +148,8 @@ def rate(batches: Iterator[dict], samples: int) -> float:
     """Samples a second. The first tenth is not counted."""
     for _ in range(samples // 10):
         next(batches)
-    start, count = time.perf_counter(), 0
-    for _ in batches:
-        count += 1
-    return count / (time.perf_counter() - start)
+    seconds, count = measuring.timed(lambda: sum(1 for _ in batches))
+    return count / seconds
 
 
 def whole_first(args: LoaderBenchArgs, folder: str) -> Iterator[dict]:
@@ -201,32 +181,26 @@ def memory_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int)
 def model_rate(args: LoaderBenchArgs) -> float:
     """Images a second of training steps: forward, backward, AdamW."""
     torch.manual_seed(args.seed)
-    space = load_label_space(args.label_space)
-    model = Zs3ForSemanticSegmentation(Zs3Config()).train().to(args.device)
+    device = torch.device(args.device)
+    names, batch, side = len(load_label_space(args.label_space).seen), args.batch_size, args.crop_size // 4
+    model = Zs3ForSemanticSegmentation(Zs3Config()).train().to(device)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-5)
-    shape = (args.batch_size, args.crop_size, args.crop_size)
-    pixels = torch.randn(args.batch_size, 3, *shape[1:], device=args.device)
-    side = args.crop_size // 4
-    labels = torch.arange(16, device=args.device).reshape(4, 4).repeat_interleave(side, 0).repeat_interleave(side, 1)
-    labels = labels.expand(args.batch_size, -1, -1)
-    image_labels = (torch.arange(len(space.seen), device=args.device) < 16).to(torch.int8).expand(args.batch_size, -1)
-    text = torch.nn.functional.normalize(torch.randn(len(space.seen), model.config.projection_dim), dim=-1)
-    pixels, labels = pixels[..., : 4 * side, : 4 * side], labels.contiguous()
-    for step in range(args.steps + 1):
-        if step == 1:
-            _wait(args.device)
-            start = time.perf_counter()
-        inputs = {"pixel_values": pixels, "labels": labels, "image_labels": image_labels.contiguous()}
-        model(**inputs, text_embeds=text.to(args.device)).loss.backward()
+    labels = torch.arange(16, device=device).reshape(4, 4).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    text = torch.nn.functional.normalize(torch.randn(names, model.config.projection_dim), dim=-1)
+    inputs = {
+        "pixel_values": torch.randn(batch, 3, 4 * side, 4 * side, device=device),
+        "labels": labels.expand(batch, -1, -1).contiguous(),
+        "image_labels": (torch.arange(names, device=device) < 16).to(torch.int8).expand(batch, -1).contiguous(),
+        "text_embeds": text.to(device),
+    }
+
+    def step() -> None:
+        model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    _wait(args.device)
-    return args.steps * args.batch_size / (time.perf_counter() - start)
 
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+    seconds = measuring.take_turns({"step": step}, args.steps, device)["step"]
+    return len(seconds) * batch / sum(seconds)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -246,7 +220,7 @@ def measure(args: LoaderBenchArgs, folder: str, name: str, bar: tqdm) -> list[di
     for streaming, workers in itertools.product((False, True), (0, *args.num_workers)):
         loader = f"{'1 process' if workers == 0 else f'{workers} workers'}, {'stream' if streaming else 'map-style'}"
         per_second = rate(batches_of(args, folder, streaming, workers, args.samples), args.samples)
-        row(loader, per_second, **in_fresh_process(memory_of, args, folder, streaming, workers))
+        row(loader, per_second, **measuring.in_fresh_process(memory_of, args, folder, streaming, workers))
     return rows
 
 
@@ -270,46 +244,39 @@ def compare(args: LoaderBenchArgs) -> dict:
         row["times_the_model"] = row["samples_per_second"] / appetite
     device = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else "CPU"
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.loader", *sys.argv[1:]]),
+        **measuring.head(),
         "pictures": dataset_name(args.dataset) if args.dataset is not None else "synthetic",
         "crop_size": args.crop_size,
         "device": device,
         "cores": psutil.cpu_count(),
-        "torch": torch.__version__,
         "model_images_per_second": appetite,
         "settings": {k: v for k, v in asdict(args).items() if k not in ("output", "dataset")},
         "results": rows,
     }
 
 
+TITLES = "pictures | loader | samples/s | times faster | times the model | MiB half-way | MiB at the end"
+CELLS = (
+    "{pictures} | {loader} | {samples_per_second:.1f} | {times_faster:.2f} | {times_the_model:.0f} | {mib_half:.0f} | "
+)
+CELLS += "{mib_end:.0f}"
+
+
 def report(result: dict) -> str:
     """The table, in Markdown."""
-    head = ["pictures", "loader", "samples/s", "times faster", "times the model", "MiB half-way", "MiB at the end"]
-    rows = []
-    for row in result["results"]:
-        memory = [f"{row[name]:.0f}" if name in row else "" for name in ("mib_half", "mib_end")]
-        times = [f"{row['times_faster']:.2f}", f"{row['times_the_model']:.0f}"]
-        rows.append([row["pictures"], row["loader"], f"{row['samples_per_second']:.1f}", *times, *memory])
-    lines = [
-        "# The training loader",
-        "",
-        f"Made by `{result['command']}`, torch {result['torch']}, {result['cores']} CPU cores. "
-        f"Samples of {result['crop_size']} x {result['crop_size']} from {result['pictures']} pictures, one thread a "
-        f"process. The model (Mask2Former, ResNet-50, {result['device']}) trains on "
-        f"{result['model_images_per_second']:.2f} images/s.",
-        "",
-        *markdown_table(head, rows),
-    ]
-    return "\n".join(lines) + "\n"
+    return f"""# The training loader
+
+Made by `{result["command"]}`, torch {result["torch"]}, {result["cores"]} CPU cores. \
+Samples of {result["crop_size"]} x {result["crop_size"]} from {result["pictures"]} pictures, one thread a process. \
+The model (Mask2Former, ResNet-50, {result["device"]}) trains on {result["model_images_per_second"]:.2f} images/s.
+
+{measuring.table(TITLES, CELLS, result["results"])}"""
 
 
 def main() -> None:
     args, _ = read_arguments(LoaderBenchArgs)
     result = compare(args)
-    text = report(result)
-    print(text, end="")
-    if args.output is not None:
-        write_report(Path(args.output), result, text)
+    measuring.publish(args.output, result, report(result))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ The floor is the time that the forward's convolutions and matrix products (atten
 the large matrix product's best round.
 """
 
-import statistics
+import itertools
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from unittest.mock import patch
@@ -39,12 +39,11 @@ from transformers import (
 )
 
 import network_zs3
-from benchmarks.criterion import device_named, in_fresh_process, measure, peak_memory
+from benchmarks import measuring
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import Arguments, Count, InputError, OutputFile, Pixels, Some, flag, read_arguments, run
-from zs3.files import write_report, write_text
-from zs3.tables import markdown_table
+from zs3.command_line import Count, InputError, OutputFile, Pixels, Some, flag, read_arguments, run
+from zs3.files import write_text
 
 PEER, OURS, GEMM = "transformers' Mask2Former", "zs3", "matrix product"
 EQUAL = 1e-4  # of the largest mask logit
@@ -65,7 +64,7 @@ REST = "rest"
 
 
 @dataclass
-class NetworkArgs(Arguments):
+class NetworkArgs(measuring.DeviceArguments):
     """Sizes of the comparison."""
 
     backbones: Some[str] = flag(list(BACKBONES), f"Backbones, of {', '.join(BACKBONES)}.")
@@ -74,28 +73,21 @@ class NetworkArgs(Arguments):
     batch_size: Count = flag(1, "Images at once.")
     class_names: Count = flag(171, "Names on the class axis.")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "'bfloat16': the forwards run under autocast in it.")
-    rounds: Count = flag(7, "Rounds; the first is not counted.")
     gemm_size: Count = flag(2048, "Side of the matrices whose product gives the machine's rate; 8192 suits a GPU.")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
     profile: OutputFile | None = flag(None, "Text file for the operators that took longest.")
-    output: OutputFile | None = flag(None, "Result file; the printed tables go beside it as .md.")
 
     def check(self) -> None:
         check_choices("backbones", self.backbones, list(BACKBONES))
         check_choices("modes", self.modes, ["eager", "compiled"])
-        check_sizes(self.sizes)
+        for size in self.sizes:
+            if size < 64 or size % 32:
+                raise InputError(f"a side must be 64 or more and a multiple of 32, got {size}")
 
 
 def check_choices(name: str, given: list[str], known: list[str]) -> None:
     for word in given:
         if word not in known:
             raise InputError(f"--{name} takes some of {', '.join(known)}, got {word!r}")
-
-
-def check_sizes(sizes: list[int]) -> None:
-    for size in sizes:
-        if size < 64 or size % 32:
-            raise InputError(f"a side must be 64 or more and a multiple of 32, got {size}")
 
 
 # ---- the two networks --------------------------------------------------------------------------------------
@@ -189,8 +181,7 @@ def seconds_of_parts(
 
     def charge() -> None:
         nonlocal since
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        measuring.wait_for(device)
         now = time.perf_counter()
         seconds[running[-1]] += now - since
         since = now
@@ -233,15 +224,6 @@ def difference_in_float64(ours: nn.Module, peer: nn.Module, pixel_values: Tensor
     return difference
 
 
-def check_equal(difference: float, row: dict) -> float:
-    if not difference <= EQUAL:
-        raise InputError(
-            f"{row['backbone']}, {row['size']}, {row['mode']}: mask logits differ from transformers' by "
-            f"{difference:.1e}: no comparison of speed means anything then"
-        )
-    return difference
-
-
 def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torch.device) -> dict:
     """Both networks at the same weights and images."""
     torch.manual_seed(0)
@@ -251,17 +233,19 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
     pixel_values = torch.randn(args.batch_size, 3, size, size, device=device)
     text_embeds = F.normalize(torch.randn(args.class_names, ours.config.projection_dim, device=device), dim=-1)
     row = {"backbone": backbone, "size": size, "mode": mode}
+    what = f"{backbone}, {size}, {mode}: mask logits of zs3 and transformers"
     with torch.inference_mode():
         steps = {PEER: lambda: peer(pixel_values), OURS: lambda: ours(pixel_values, text_embeds=text_embeds)}
         if mode == "eager":
-            row["largest_difference"] = check_equal(difference_in_float64(ours, peer, pixel_values, text_embeds), row)
+            row["largest_difference"] = difference_in_float64(ours, peer, pixel_values, text_embeds)
         row["operations"] = operations(steps[OURS])  # counting does not see into compiled code
         if mode == "compiled":
             expected = steps[PEER]().masks_queries_logits
             for model in (ours, peer):
                 compile_network(model)
             row["graph_breaks"] = {name: graph_breaks(step) for name, step in steps.items()}
-            row["largest_difference"] = check_equal(relative_difference(steps[OURS]().mask_logits, expected), row)
+            row["largest_difference"] = relative_difference(steps[OURS]().mask_logits, expected)
+        measuring.check_close(row["largest_difference"], EQUAL, what)
         dtype = getattr(torch, args.dtype)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             row |= measure_all(steps, args.rounds, args.gemm_size, dtype, device)
@@ -278,61 +262,41 @@ def measure_all(
 ) -> dict:
     """Times of all steps and of the matrix product in turns, memory of the steps."""
     matrix = torch.randn(gemm_size, gemm_size, device=device, dtype=dtype)
-    seconds = measure({**steps, GEMM: lambda: matrix @ matrix}, rounds, device)
-    networks = {}
-    for name, step in steps.items():
-        ratios = [theirs / own for theirs, own in zip(seconds[PEER], seconds[name], strict=True)]
-        networks[name] = {
-            "seconds": statistics.median(seconds[name]),
-            "times_faster": statistics.median(ratios),
-            "peak_mib": peak_memory(step, device),
-        }
+    seconds = measuring.take_turns({**steps, GEMM: lambda: matrix @ matrix}, rounds, device)
+    networks = measuring.compared(steps, seconds, PEER, device)
     return {"operations_per_second": 2 * gemm_size**3 / min(seconds[GEMM]), "networks": networks}
 
 
 def add_floor(rows: list[dict]) -> None:
-    """And what is relative to it or to the peer."""
     for row in rows:
         row["floor_seconds"] = row["operations"] / row["operations_per_second"]
         for network in row["networks"].values():
             network["times_the_floor"] = network["seconds"] / row["floor_seconds"]
-            network["peak_share"] = network["peak_mib"] / row["networks"][PEER]["peak_mib"]
 
 
 # ---- result ------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown."""
-    head = ["backbone", "size", "mode", "network", "seconds", "times faster", "floor, seconds", "times the floor"]
-    head += ["peak MiB", "share of the peer's", "graph breaks", "largest difference"]
-    lines = []
-    for row in rows:
-        for name, network in row["networks"].items():
-            cells = [row["backbone"], str(row["size"]), row["mode"], name, f"{network['seconds']:.4f}"]
-            cells += [f"{network['times_faster']:.2f}", f"{row['floor_seconds']:.4f}"]
-            cells += [f"{network['times_the_floor']:.2f}", f"{network['peak_mib']:.0f}", f"{network['peak_share']:.2f}"]
-            breaks = str(row["graph_breaks"][name]) if "graph_breaks" in row else "-"
-            lines.append([*cells, breaks, f"{row['largest_difference']:.1e}"])
-    return "\n".join(markdown_table(head, lines)) + "\n"
+TITLES = "backbone | size | mode | network | seconds | times faster | floor, seconds | times the floor | "
+TITLES += "peak MiB | share of the peer's | graph breaks | largest difference"
+CELLS = "{backbone} | {size} | {mode} | {network} | {seconds:.4f} | {times_faster:.2f} | {floor_seconds:.4f} | "
+CELLS += "{times_the_floor:.2f} | {peak_mib:.0f} | {peak_share:.2f} | {breaks} | {largest_difference:.1e}"
+
+
+def by_network(rows: list[dict]) -> list[dict]:
+    """A row for each network of each row, for a table."""
+    return [{**row, "network": name, **figures} for row in rows for name, figures in row["networks"].items()]
 
 
 def parts_table(rows: list[dict]) -> str:
     """Markdown: where the time of one eager forward goes."""
-    measured = [
-        (row, name, network["parts"]) for row in rows for name, network in row["networks"].items() if "parts" in network
-    ]
-    parts = list(measured[0][2])
+    parts = list(rows[0]["parts"])
     lines = []
-    for row, name, seconds in measured:
-        whole = sum(seconds.values())
-        cells = [f"{seconds[part]:.4f} s, {seconds[part] / whole:.0%}" for part in parts]
-        lines.append([row["backbone"], str(row["size"]), name, *cells])
-    return "\n".join(markdown_table(["backbone", "size", "network", *parts], lines)) + "\n"
-
-
-def machine_name(device: torch.device) -> str:
-    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name()
+    for row in rows:
+        whole = sum(row["parts"].values())
+        cells = (f"{seconds:.4f} s, {seconds / whole:.0%}" for seconds in row["parts"].values())
+        lines.append([row["backbone"], str(row["size"]), row["network"], *cells])
+    return measuring.table_of(["backbone", "size", "network", *parts], lines)
 
 
 def pop_operators(rows: list[dict]) -> str:
@@ -345,35 +309,32 @@ def pop_operators(rows: list[dict]) -> str:
 
 
 def report(
-    args: object, rows: list[dict], device: torch.device, title: str, tables: Callable[[list[dict]], str]
+    args: NetworkArgs, rows: list[dict], device: torch.device, title: str, tables: Callable[[list[dict]], str]
 ) -> None:
-    """Prints and writes what `args` ask for; the two benchmarks of the network have the same flags for that."""
+    """Prints and writes what `args` ask for."""
     add_floor(rows)
-    operators = pop_operators(rows)
-    machine = machine_name(device)
+    operators, facts = pop_operators(rows), measuring.head(device)
     rate = max(row["operations_per_second"] for row in rows)
-    text = f"{title}, {args.dtype}, torch {torch.__version__}, {machine}; matrix product of "
-    text += f"{args.gemm_size} x {args.gemm_size}: {rate:.3g} operations a second.\n\n{tables(rows)}"
-    print(text, end="")
+    text = f"{title}, {args.dtype}, torch {facts['torch']}, {facts['machine']}; matrix product of "
+    text += f"{args.gemm_size} x {args.gemm_size}: {rate:.3g} operations a second.\n\n{tables(by_network(rows))}"
     if args.profile is not None:
         write_text(Path(args.profile), operators)
-    if args.output is not None:
-        result = {**asdict(args), "machine": machine, "torch": torch.__version__, "results": rows}
-        write_report(Path(args.output), result, text)
+    measuring.publish(args.output, {**vars(args), **facts, "results": rows}, text)
 
 
 def all_tables(rows: list[dict]) -> str:
-    text = table(rows)
-    if any(row["mode"] == "eager" for row in rows):
-        text += f"\nOne eager forward by part of the network:\n\n{parts_table(rows)}"
-    return text
+    for row in rows:
+        row |= {"breaks": row["graph_breaks"][row["network"]]} if "graph_breaks" in row else {}
+    text = measuring.table(TITLES, CELLS, rows)
+    eager = [row for row in rows if "parts" in row]
+    return text + (f"\nOne eager forward by part of the network:\n\n{parts_table(eager)}" if eager else "")
 
 
 def main() -> None:
     args, _ = read_arguments(NetworkArgs)
-    device = device_named(args.device)
-    cases = [(backbone, size, mode) for backbone in args.backbones for size in args.sizes for mode in args.modes]
-    rows = [in_fresh_process(compare, args, *case, device) for case in cases]
+    device = measuring.device_named(args.device)
+    cases = itertools.product(args.backbones, args.sizes, args.modes)
+    rows = [measuring.in_fresh_process(compare, args, *case, device) for case in cases]
     report(args, rows, device, f"Forward of {args.batch_size} image(s)", all_tables)
 
 

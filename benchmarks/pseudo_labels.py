@@ -8,11 +8,8 @@ of a run with few images is taken off that of a run with many, so that starting 
 """
 
 import os
-import shlex
 import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,33 +17,21 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from benchmarks import measuring
 from benchmarks.clip_views import crop_loop
 from zs3.checkpoints import class_vectors, load_checkpoint
-from zs3.command_line import (
-    Arguments,
-    Count,
-    InputError,
-    OutputFile,
-    Processes,
-    Some,
-    check_required,
-    flag,
-    read_arguments,
-    run,
-)
+from zs3.command_line import Count, InputError, Processes, Some, check_required, flag, read_arguments, run
 from zs3.data.image_labels import load_unseen_scores
 from zs3.data.records import load_split
-from zs3.files import write_report
 from zs3.pseudo_labels import unseen_scores
 from zs3.scenes.demo import launcher
-from zs3.tables import markdown_table
 
 SAME = 1e-3  # a score of the loop and one of the command differ by no more
 LOOP = "loop over crops, 1 thread"
 
 
 @dataclass
-class PseudoLabelBenchArgs(Arguments):
+class PseudoLabelBenchArgs(measuring.BenchmarkArguments):
     """Sizes of the comparison."""
 
     model: str | None = flag(None, "Stage-1 checkpoint with an image tower.")
@@ -55,7 +40,6 @@ class PseudoLabelBenchArgs(Arguments):
     many: Count = flag(1088, "Images of the long run.")
     shard_size: Count = flag(32, "Images a shard.")
     num_processes: Some[Processes] = flag([1, 2], "Numbers of processes; the others are compared with the first.")
-    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset")
@@ -66,12 +50,11 @@ class PseudoLabelBenchArgs(Arguments):
 def command_seconds(flags: list[str], processes: int) -> float:
     """Of the whole command with these flags, one thread a process."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", TOKENIZERS_PARALLELISM="false")
-    start = time.perf_counter()
     command = [*launcher(processes), "-m", "zs3.pseudo_labels", *flags]
-    ended = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
+    seconds, ended = measuring.timed(lambda: subprocess.run(command, env=environment, stdout=subprocess.DEVNULL))
     if ended.returncode != 0:
         raise InputError("zs3.pseudo_labels failed, its error is above")
-    return time.perf_counter() - start
+    return seconds
 
 
 @torch.inference_mode()
@@ -80,16 +63,17 @@ def loop(model: str, dataset: str, count: int) -> tuple[float, np.ndarray]:
     model, processor = load_checkpoint(model)
     records = load_split(dataset, "train")
     text_embeds, _ = class_vectors(model, processor, records.label_space.unseen, None)
-    scores, spent = [], 0.0
-    for index in tqdm(range(count), unit="image", mininterval=1):
-        start = time.perf_counter()
+
+    def scores_of(index: int) -> torch.Tensor:
         inputs = processor(images=records[index].image)
         proposals = model.propose(**inputs)
         size, images = tuple(proposals["valid_sizes"][0].tolist()), processor.to_rgb(inputs["pixel_values"])
         views = crop_loop(model.vision_model, images[0], proposals["mask_logits"][0], size, masked=False)
-        scores.append(unseen_scores(views.embeds[views.shown], text_embeds, model.config.clip_logit_scale))
-        spent += time.perf_counter() - start
-    return count / spent, torch.stack(scores).numpy()
+        return unseen_scores(views.embeds[views.shown], text_embeds, model.config.clip_logit_scale)
+
+    images = tqdm(range(count), unit="image", mininterval=1)
+    seconds, scores = measuring.timed(lambda: [scores_of(index) for index in images])
+    return count / seconds, torch.stack(scores).numpy()
 
 
 def measure(args: PseudoLabelBenchArgs) -> list[dict]:
@@ -110,8 +94,7 @@ def measure(args: PseudoLabelBenchArgs) -> list[dict]:
                 seconds.append(command_seconds(flags, processes))
             found = load_unseen_scores(outputs[0], records.label_space, records.image_ids[: args.few])
             far = float(np.abs(found - expected).max())
-            if far > SAME:
-                raise ValueError(f"loop and command give scores that differ by {far}: no comparison of speed")
+            measuring.check_close(far, SAME, "scores of loop and command")
             rows.append({"way": name, "images_per_second": (args.many - args.few) / (seconds[1] - seconds[0])})
             written.add(tuple(file.read_bytes() for file in sorted(outputs[1].glob("*.parquet"))))
     if len(written) > 1:
@@ -122,33 +105,23 @@ def measure(args: PseudoLabelBenchArgs) -> list[dict]:
     return rows
 
 
+TITLES = "way | images a second | times faster than the loop | times faster than the first"
+CELLS = "{way} | {images_per_second:.2f} | {times_faster_than_loop:.2f} | {times_faster_than_first:.2f}"
+
+
 def report(result: dict) -> str:
-    names = ("images_per_second", "times_faster_than_loop", "times_faster_than_first")
-    rows = [[row["way"], *(f"{row[name]:.2f}" for name in names)] for row in result["rows"]]
-    lines = [
-        "# Throughput of pseudo labels",
-        "",
-        f"Made by `{result['command']}`, torch {result['torch']}, {result['cores']} CPU cores. One thread a process; "
-        "all numbers of processes wrote the same bytes.",
-        "",
-        *markdown_table(["way", "images a second", "times faster than the loop", "times faster than the first"], rows),
-    ]
-    return "\n".join(lines) + "\n"
+    return f"""# Throughput of pseudo labels
+
+Made by `{result["command"]}`, torch {result["torch"]}, {result["cores"]} CPU cores. One thread a process; \
+all numbers of processes wrote the same bytes.
+
+{measuring.table(TITLES, CELLS, result["rows"])}"""
 
 
 def main() -> None:
     args, _ = read_arguments(PseudoLabelBenchArgs)
-    result = {
-        "command": shlex.join(["python", "-m", "benchmarks.pseudo_labels", *sys.argv[1:]]),
-        "arguments": asdict(args),
-        "torch": torch.__version__,
-        "cores": os.cpu_count(),
-        "rows": measure(args),
-    }
-    text = report(result)
-    print(text, end="")
-    if args.output is not None:
-        write_report(Path(args.output), result, text)
+    result = {**measuring.head(), "arguments": asdict(args), "cores": os.cpu_count(), "rows": measure(args)}
+    measuring.publish(args.output, result, report(result))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ have to be hashed once.
 import gzip
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -27,14 +25,13 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ResNetConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from benchmarks import measuring
 from configuration_zs3 import Zs3Config, one_line
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from text_zs3 import PROMPT_TEMPLATES, Label, TextCache, read_labels
-from zs3.command_line import Arguments, Count, InputError, OutputFile, flag, read_arguments, run
-from zs3.files import write_report
+from zs3.command_line import Count, InputError, flag, read_arguments, run
 from zs3.label_space import load_label_space
-from zs3.tables import markdown_table
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -44,7 +41,7 @@ PADDED, FIRST = "all prompts padded to {}", "first call"
 
 
 @dataclass
-class TextArgs(Arguments):
+class TextArgs(measuring.BenchmarkArguments):
     """Sizes of the comparison."""
 
     labels: Count = flag(847, "Labels, the first of ADE20K-847.")
@@ -53,7 +50,6 @@ class TextArgs(Arguments):
     width: Count = flag(512, "Its width; its heads have 64 channels.")
     rounds: Count = flag(20, "Calls that find their vectors in memory or on disk; the time is their median.")
     tokenizer: str | None = flag(None, f"Folder with OpenAI's {MERGES_FILE}; without it, one token a word.")
-    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
 
 def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -104,16 +100,6 @@ def text_model(args: TextArgs) -> Zs3ForSemanticSegmentation:
     return Zs3ForSemanticSegmentation(config).eval()
 
 
-def timed(function: Callable[[], Tensor], times: int = 1) -> tuple[float, Tensor]:
-    """Median seconds of a call, and what the last one returned."""
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        result = function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), result
-
-
 def padded_ids(labels: list[Label], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """(C, T, 77): what follows a prompt's end counts as text, so nothing is cut; in a causal encoder it has no say."""
     prompts = [prompt for label in labels for prompt in label.prompts]
@@ -130,10 +116,9 @@ def compare(args: TextArgs, labels: list[Label], processor: Zs3Processor, folder
     seconds = {}
     length = processor.tokenizer.model_max_length
     name = PADDED.format(length)
-    seconds[name], expected = timed(lambda: model.encode_text(padded_ids(labels, processor.tokenizer)))
-    seconds[FIRST], first = timed(lambda: cache.embed(labels, model, processor))
-    if not (first - expected).abs().max() <= 1e-5:
-        raise InputError("the two ways of padding differ: no comparison of speed means anything then")
+    seconds[name], expected = measuring.timed(lambda: model.encode_text(padded_ids(labels, processor.tokenizer)))
+    seconds[FIRST], first = measuring.timed(lambda: cache.embed(labels, model, processor))
+    measuring.check_close(float((first - expected).abs().max()), 1e-5, "the vectors of the two ways of padding")
 
     def in_new_process() -> Tensor:
         with patch("text_zs3._FINGERPRINTS", WeakKeyDictionary()):
@@ -146,18 +131,25 @@ def compare(args: TextArgs, labels: list[Label], processor: Zs3Processor, folder
     }
     with patch.object(model, "encode_text", None):  # must not be needed
         for name, function in again.items():
-            seconds[name], found = timed(function, args.rounds)
-            if not torch.equal(found, first):
+            if not torch.equal(function(), first):
                 raise InputError(f"{name}: not the vectors of the first call")
+        for name, spent in measuring.take_turns(again, args.rounds).items():
+            seconds[name] = statistics.median(spent)
     return seconds
+
+
+TITLES = "text vectors | seconds | times faster than padded | times faster than the first call"
+CELLS = "{name} | {own:.4f} | {than_padded:,.1f} | {than_first:,.1f}"
 
 
 def table(seconds: dict[str, float]) -> str:
     """Markdown."""
     padded, first = list(seconds.values())[:2]
-    head = ["text vectors", "seconds", "times faster than padded", "times faster than the first call"]
-    rows = [[name, f"{own:.4f}", f"{padded / own:,.1f}", f"{first / own:,.1f}"] for name, own in seconds.items()]
-    return "\n".join(markdown_table(head, rows)) + "\n"
+    rows = [
+        {"name": name, "own": own, "than_padded": padded / own, "than_first": first / own}
+        for name, own in seconds.items()
+    ]
+    return measuring.table(TITLES, CELLS, rows)
 
 
 def main() -> None:
@@ -176,15 +168,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds = compare(args, labels, processor, folder)
     kind = "one token a word" if args.tokenizer is None else "CLIP's own"
-    machine = f"{torch.get_num_threads()} CPU threads"
-    text = f"{len(labels)} labels, {len(prompts)} prompts of {statistics.mean(lengths):.1f} tokens (longest "
-    text += f"{max(lengths)}; {kind}), text tower of {args.layers} layers, width {args.width}, "
-    text += f"torch {torch.__version__}, {machine}.\n\n{table(seconds)}"
-    print(text, end="")
-    if args.output is not None:
-        facts = {"mean_tokens": statistics.mean(lengths), "longest": max(lengths), "machine": machine}
-        result = {**vars(args), "tokenizer": kind, **facts, "torch": torch.__version__, "seconds": seconds}
-        write_report(Path(args.output), result, text)
+    head, lengths = measuring.head(), {"mean_tokens": statistics.mean(lengths), "longest": max(lengths)}
+    text = f"{len(labels)} labels, {len(prompts)} prompts of {lengths['mean_tokens']:.1f} tokens (longest "
+    text += f"{lengths['longest']}; {kind}), text tower of {args.layers} layers, width {args.width}, "
+    text += f"torch {head['torch']}, {head['machine']}.\n\n{table(seconds)}"
+    measuring.publish(args.output, {**vars(args), "tokenizer": kind, **lengths, **head, "seconds": seconds}, text)
 
 
 if __name__ == "__main__":

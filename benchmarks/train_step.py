@@ -20,64 +20,38 @@ once beyond what stays between steps, which is weights and AdamW's state: activa
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.criterion import SAME_LOSSES, CriterionArgs, device_named, in_fresh_process, make_labels
-from benchmarks.network import (
-    BACKBONES,
-    EQUAL,
-    PEER,
-    check_choices,
-    check_sizes,
-    compile_network,
-    make_peer,
-    make_zs3,
-    measure_all,
-    operations,
-    operator_table,
-    relative_difference,
-    report,
-)
-from losses_zs3 import mask_ids
+from benchmarks import measuring, network
+from benchmarks.criterion import SAME, SAME_LOSSES, binary_masks, check_classes, make_labels
+from benchmarks.network import PEER, make_zs3
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from zs3.command_line import Arguments, Count, InputError, OutputFile, Pixels, Some, flag, read_arguments, run
-from zs3.tables import markdown_table
+from zs3.command_line import Count, Pixels, Some, flag, read_arguments, run
 
-SAME, EQ8 = "zs3, the same losses", "zs3, Eq. 8"
+EQ8 = "zs3, Eq. 8"
 EQUAL_GRADIENTS = 1e-3  # of the gradient's norm
 CLIP, LEARNING_RATE, WEIGHT_DECAY = 0.01, 5e-5, 1e-4  # section 4.3
 
 
 @dataclass
-class TrainStepArgs(Arguments):
+class TrainStepArgs(network.NetworkArgs):
     """Sizes of the comparison."""
 
-    backbones: Some[str] = flag(list(BACKBONES), f"Backbones, of {', '.join(BACKBONES)}.")
     sizes: Some[Pixels] = flag([512], "Sides of the images, pixels.")
     norms: Some[str] = flag(["frozen", "live"], "Batch norms of a backbone that has some: 'frozen', 'live'.")
     modes: Some[str] = flag(["eager"], "'eager', 'compiled'.")
     batch_size: Count = flag(2, "Images in the batch.")
-    class_names: Count = flag(171, "Names on the class axis.")
     classes: Count = flag(8, "Classes in each image.")
     points: Count = flag(12544, "Points of the mask losses.")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "'bfloat16': forward and loss run under autocast in it.")
     rounds: Count = flag(3, "Rounds; the first is not counted.")
-    gemm_size: Count = flag(2048, "Side of the matrices whose product gives the machine's rate; 8192 suits a GPU.")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
-    profile: OutputFile | None = flag(None, "Text file for the operators that took longest.")
-    output: OutputFile | None = flag(None, "Result file; the printed table goes beside it as .md.")
 
     def check(self) -> None:
-        check_choices("backbones", self.backbones, list(BACKBONES))
-        check_choices("norms", self.norms, ["frozen", "live"])
-        check_choices("modes", self.modes, ["eager", "compiled"])
-        check_sizes(self.sizes)
-        if self.classes > self.class_names:
-            raise InputError(f"--classes must be at most --class_names {self.class_names}, got {self.classes}")
+        super().check()
+        network.check_choices("norms", self.norms, ["frozen", "live"])
+        check_classes(self.classes, self.class_names)
 
 
 def freeze_norms(model: nn.Module) -> None:
@@ -113,8 +87,7 @@ def make_steps(
     args: TrainStepArgs, models: dict[str, nn.Module], pixel_values: Tensor, text_embeds: Tensor, labels: Tensor
 ) -> dict[str, Callable[[], None]]:
     """A training step of each."""
-    ids = [present.to(labels.device) for present in mask_ids(labels)]
-    masks = [(label_map == present[:, None, None]).float() for label_map, present in zip(labels, ids, strict=True)]
+    masks, ids = binary_masks(labels)
     dtype = getattr(torch, args.dtype)
 
     def make_step(model: nn.Module, inputs: dict) -> Callable[[], None]:
@@ -142,70 +115,70 @@ def compare(args: TrainStepArgs, backbone: str, size: int, norms: str, mode: str
     same = make_zs3(backbone, train_num_points=args.points, **SAME_LOSSES)
     eq8 = make_zs3(backbone, train_num_points=args.points)
     eq8.model.load_state_dict(same.model.state_dict())
-    models = {PEER: make_peer(backbone, args.class_names, same, train_num_points=args.points), SAME: same, EQ8: eq8}
+    models = {
+        PEER: network.make_peer(backbone, args.class_names, same, train_num_points=args.points),
+        SAME: same,
+        EQ8: eq8,
+    }
     for model in models.values():
         model.to(device).train()
         if norms == "frozen":
             freeze_norms(model)
     pixel_values = torch.randn(args.batch_size, 3, size, size, device=device)
     text_embeds = F.normalize(torch.randn(args.class_names, same.config.projection_dim, device=device), dim=-1)
-    sizes = CriterionArgs(batch_size=args.batch_size, size=size, class_names=args.class_names)
-    labels = make_labels(sizes, args.classes, device)
+    labels = make_labels(args.batch_size, size, args.class_names, args.classes, device)
 
+    what = f"{backbone}, {size}, {norms}, {mode}: of zs3 and transformers, the"
     expected = logits_and_gradient(models[PEER], pixel_values)
     found = logits_and_gradient(same, pixel_values, text_embeds=text_embeds)
-    difference = relative_difference(found[0], expected[0])
+    difference = network.relative_difference(found[0], expected[0])
+    measuring.check_close(difference, network.EQUAL, f"{what} mask logits")
     gradient_difference = float((found[1] - expected[1]).norm() / expected[1].norm())
-    if not (difference <= EQUAL and gradient_difference <= EQUAL_GRADIENTS):
-        raise InputError(
-            f"{backbone}, {size}, {norms}, {mode}: mask logits differ from transformers' by {difference:.1e}, their "
-            f"gradient by {gradient_difference:.1e}: no comparison of speed means anything then"
-        )
+    measuring.check_close(gradient_difference, EQUAL_GRADIENTS, f"{what} gradients of the mask logits")
     del found, expected
     row = {"backbone": backbone, "size": size, "norms": norms, "mode": mode}
     row |= {"largest_difference": difference, "gradient_difference": gradient_difference}
 
     steps = make_steps(args, models, pixel_values, text_embeds, labels)
-    row["operations"] = operations(steps[SAME])  # counting does not see into compiled code
+    row["operations"] = network.operations(steps[SAME])  # counting does not see into compiled code
     if mode == "compiled":
         for model in models.values():
-            compile_network(model)
-    row |= measure_all(steps, args.rounds, args.gemm_size, getattr(torch, args.dtype), device)
+            network.compile_network(model)
+    row |= network.measure_all(steps, args.rounds, args.gemm_size, getattr(torch, args.dtype), device)
     for name, model in models.items():
         row["networks"][name]["held_mib"] = held_mib(model)
     if args.profile is not None:
-        row["operators"] = {name: operator_table(step, device) for name, step in steps.items()}
+        row["operators"] = {name: network.operator_table(step, device) for name, step in steps.items()}
     return row
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown."""
-    head = ["backbone", "size", "batch norms", "mode", "network", "seconds a step", "times faster", "floor, seconds"]
-    head += ["times the floor", "peak MiB", "share of the peer's", "share, with what stays between steps"]
-    lines = []
+TITLES = "backbone | size | batch norms | mode | network | seconds a step | times faster | floor, seconds | "
+TITLES += "times the floor | peak MiB | share of the peer's | share, with what stays between steps | differences"
+CELLS = (
+    "{backbone} | {size} | {norms} | {mode} | {network} | {seconds:.3f} | {times_faster:.2f} | {floor_seconds:.3f} | "
+)
+CELLS += "{times_the_floor:.2f} | {peak_mib:.0f} | {peak_share:.2f} | {whole_share:.2f} | "
+CELLS += "{largest_difference:.1e}, {gradient_difference:.1e}"
+
+
+def all_tables(rows: list[dict]) -> str:
     for row in rows:
         theirs = row["networks"][PEER]
-        for name, network in row["networks"].items():
-            whole = (network["peak_mib"] + network["held_mib"]) / (theirs["peak_mib"] + theirs["held_mib"])
-            cells = [row["backbone"], str(row["size"]), row["norms"], row["mode"], name, f"{network['seconds']:.3f}"]
-            cells += [f"{network['times_faster']:.2f}", f"{row['floor_seconds']:.3f}"]
-            cells += [f"{network['times_the_floor']:.2f}", f"{network['peak_mib']:.0f}", f"{network['peak_share']:.2f}"]
-            differences = f"{row['largest_difference']:.1e}, {row['gradient_difference']:.1e}"
-            lines.append([*cells, f"{whole:.2f}", differences])
-    return "\n".join(markdown_table([*head, "differences"], lines)) + "\n"
+        row["whole_share"] = (row["peak_mib"] + row["held_mib"]) / (theirs["peak_mib"] + theirs["held_mib"])
+    note = "\nDifferences from transformers': of the mask logits, of their gradient.\n"
+    return measuring.table(TITLES, CELLS, rows) + note
 
 
 def main() -> None:
     args, _ = read_arguments(TrainStepArgs)
-    device = device_named(args.device)
+    device = measuring.device_named(args.device)
     rows = []
     for backbone in args.backbones:
-        kinds = args.norms if BACKBONES[backbone]().model_type == "resnet" else ["none"]
-        for size, norms, mode in itertools.product(args.sizes, kinds, args.modes):
-            rows.append(in_fresh_process(compare, args, backbone, size, norms, mode, device))
+        kinds = args.norms if network.BACKBONES[backbone]().model_type == "resnet" else ["none"]
+        for case in itertools.product(args.sizes, kinds, args.modes):
+            rows.append(measuring.in_fresh_process(compare, args, backbone, *case, device))
     title = f"Batch of {args.batch_size}, {args.classes} classes an image, {args.points} points"
-    note = "\nDifferences from transformers': of the mask logits, of their gradient.\n"
-    report(args, rows, device, title, lambda rows: table(rows) + note)
+    network.report(args, rows, device, title, all_tables)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from benchmarks import (
     gradient_sizes,
     label_count,
     loader,
+    measuring,
     network,
     pseudo_labels,
     text_side,
@@ -32,10 +33,15 @@ from zs3.scenes.render import CLASS_NAMES, UNSEEN
 def call(monkeypatch):
     def call(module, **flags: object) -> None:
         words = [str(word) for name, value in flags.items() for word in (f"--{name}", *str(value).split())]
-        monkeypatch.setattr(sys, "argv", [module.__name__, *words])
+        monkeypatch.setattr(sys, "argv", [module.__file__, *words])
         module.main()
 
     return call
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    monkeypatch.setattr(measuring, "in_fresh_process", lambda function, *args: function(*args))
 
 
 SMALL = {"batch_size": 2, "queries": 12, "outputs": 3, "size": 64, "class_names": 9, "points": 100, "rounds": 1}
@@ -44,6 +50,7 @@ SMALL = {"batch_size": 2, "queries": 12, "outputs": 3, "size": 64, "class_names"
 def test_terms_equal_transformers_and_the_table_says_so(call, tmp_path, capsys):
     call(criterion, **SMALL, classes="2 5", device="cpu", output=tmp_path / "criterion.json")
     result = json.loads((tmp_path / "criterion.json").read_text())
+    assert result["command"].startswith("python -m benchmarks.criterion --batch_size 2 ")
     assert [row["classes"] for row in result["results"]] == [2, 5]
     for comparison in result["results"]:
         assert comparison["largest_difference"] < 1e-5
@@ -54,10 +61,9 @@ def test_terms_equal_transformers_and_the_table_says_so(call, tmp_path, capsys):
     assert printed == (tmp_path / "criterion.md").read_text() and printed.count("| 5 |") == 4
 
 
-def test_a_criterion_that_differs_is_no_comparison(call, monkeypatch):
-    monkeypatch.setattr(criterion, "in_fresh_process", lambda function, *args: function(*args))
+def test_a_criterion_that_differs_is_no_comparison(call, monkeypatch, same_process):
     monkeypatch.setitem(criterion.SAME_LOSSES, "mask_loss", "focal")
-    with pytest.raises(ValueError, match="the two criteria differ"):
+    with pytest.raises(ValueError, match="the two criteria differ by .*: their speed cannot"):
         call(criterion, **SMALL, classes="2", device="cpu")
 
 
@@ -68,7 +74,7 @@ def test_peak_memory_is_what_is_held_at_once():
         del first
         second * 2
 
-    assert criterion.peak_memory(step, torch.device("cpu")) == pytest.approx(2, abs=0.01)
+    assert measuring.allocated_peak(step, torch.device("cpu")) == pytest.approx(2, abs=0.01)
 
 
 def test_gradient_norms_are_those_of_each_term_alone():
@@ -125,11 +131,6 @@ def test_a_tokenizer_that_is_not_there_is_named(call, tmp_path):
 FEW = {"labels": "5 70", "size": 64, "large_labels": 9, "large_size": 96, "queries": 12, "rounds": 1}
 
 
-@pytest.fixture
-def same_process(monkeypatch):
-    monkeypatch.setattr(label_count, "in_fresh_process", lambda function, *args: function(*args))
-
-
 def test_label_stages_are_measured_and_those_too_large_are_not(call, tmp_path, capsys, same_process):
     call(label_count, **FEW, checked=70 * 1500, memory_limit=0.03, output=tmp_path / "labels.json")
     result = json.loads((tmp_path / "labels.json").read_text())
@@ -153,7 +154,7 @@ def test_label_stages_are_measured_and_those_too_large_are_not(call, tmp_path, c
 def test_wrong_label_maps_are_no_comparison(call, monkeypatch, same_process):
     exact = label_count.semantic_map
     monkeypatch.setattr(label_count, "semantic_map", lambda *args: (exact(*args) + 1) % 5)
-    with pytest.raises(ValueError, match="wrong pixels: no comparison of speed"):
+    with pytest.raises(ValueError, match="wrong pixels: its speed cannot"):
         call(label_count, **FEW)
 
 
@@ -167,7 +168,7 @@ def test_transformers_is_given_the_same_problem(kind):
 def test_a_measurement_in_a_process_of_its_own():
     case = label_count.Case("soft", 9, 64)
     args = label_count.LabelCountArgs(queries=12, rounds=1)
-    row = label_count.in_fresh_process(label_count.measure, args, case, label_count.DENSE)
+    row = measuring.in_fresh_process(label_count.measure, args, case, label_count.DENSE)
     assert row["seconds"] > 0 and row["label_map"].shape == (64, 64)
 
 
@@ -178,7 +179,7 @@ def test_resident_memory_is_what_is_held_at_once():
         del first
         second * 2
 
-    assert label_count.peak_memory(step) == pytest.approx(64, abs=4)
+    assert measuring.resident_peak(step) == pytest.approx(64, abs=4)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def test_views_are_measured_beside_the_loop(call, scenes_model, tmp_path, capsys
 
 def test_embeddings_that_differ_are_no_comparison(monkeypatch):
     monkeypatch.setattr(clip_views, "batched", lambda tower, image, masks: torch.ones(len(masks), 512))
-    with pytest.raises(ValueError, match="embeddings that differ"):
+    with pytest.raises(ValueError, match="embeddings of loop and batch differ"):
         clip_views.measure_cost(clip_views.ClipViewsArgs(**{**LITTLE, "images": 1}))
 
 
@@ -228,12 +229,11 @@ def test_pseudo_labels_are_measured_beside_the_loop(call, scenes_model, tmp_path
     assert rows[0]["times_faster_than_loop"] == 1 and rows[2]["times_faster_than_first"] == 1
     assert capsys.readouterr().out == (tmp_path / "p.md").read_text()
     monkeypatch.setattr(pseudo_labels, "SAME", -1)
-    with pytest.raises(ValueError, match="scores that differ"):
+    with pytest.raises(ValueError, match="scores of loop and command differ"):
         call(pseudo_labels, **places, few=1, many=3, shard_size=1)
 
 
-def test_the_loader_is_measured_on_the_same_samples_however_they_come(call, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loader, "in_fresh_process", lambda function, *args: function(*args))
+def test_the_loader_is_measured_on_the_same_samples_however_they_come(call, tmp_path, capsys, same_process):
     sizes = {"crop_size": 64, "short_edges": "64 96", "num_images": 8, "samples": 10, "num_workers": 1}
     sizes |= {"memory_samples": 4, "steps": 1, "sizes": "160 120 320 240"}
     call(loader, **sizes, output=tmp_path / "loader.json")
@@ -258,15 +258,13 @@ def test_the_order_of_the_ancestors_gives_samples_of_the_same_picture(tmp_path):
 
 
 @pytest.fixture
-def tiny_networks(monkeypatch):
+def tiny_networks(monkeypatch, same_process):
     """The benchmarks of the network at toy size, in this process."""
     config = tiny_config(text=False)
     sizes = {"hidden_dim", "feature_size", "mask_feature_size", "encoder_feedforward_dim", "encoder_layers"}
     sizes |= {"dim_feedforward", "decoder_layers", "num_attention_heads", "num_queries"}
     monkeypatch.setattr(network, "ARCHITECTURE", {name: getattr(config, name) for name in sizes})
     monkeypatch.setitem(network.BACKBONES, "resnet50", lambda: tiny_config(text=False).backbone_config)
-    for module in (network, train_step):
-        monkeypatch.setattr(module, "in_fresh_process", lambda function, *args: function(*args))
 
 
 FORWARD = {"backbones": "resnet50", "sizes": 64, "class_names": 5, "rounds": 2, "gemm_size": 64, "device": "cpu"}
@@ -282,7 +280,7 @@ def test_the_network_beside_transformers_with_ratio_and_floor_as_the_seconds_say
     call, tmp_path, capsys, monkeypatch, tiny_networks
 ):
     seconds = {network.PEER: [3.0, 8.0, 10.0], network.OURS: [2.0, 2.0, 4.0], network.GEMM: [1.0, 0.5, 2.0]}
-    monkeypatch.setattr(network, "measure", lambda steps, rounds, device: {name: seconds[name] for name in steps})
+    monkeypatch.setattr(measuring, "take_turns", lambda steps, rounds, device: {name: seconds[name] for name in steps})
     places = {"output": tmp_path / "network.json", "profile": tmp_path / "operators.txt"}
     call(network, **FORWARD, modes="eager", **places)
     row = json.loads((tmp_path / "network.json").read_text())["results"][0]
@@ -310,8 +308,8 @@ def test_networks_that_differ_are_no_comparison(call, monkeypatch, tiny_networks
         model.model.pixel_level_module.decoder.mask_projection.bias.data[0] += 1
         return model
 
-    monkeypatch.setattr(module, "make_peer", wrong_peer)
-    with pytest.raises(ValueError, match="resnet50, 64, .*eager: mask logits differ"):
+    monkeypatch.setattr(network, "make_peer", wrong_peer)
+    with pytest.raises(ValueError, match="resnet50, 64, .*eager: .*mask logits.* differ"):
         call(module, **(FORWARD if module is network else STEP), modes="eager")
 
 
@@ -342,14 +340,14 @@ STEP = {**FORWARD, "classes": 3, "points": 64}
 def test_a_training_step_beside_transformers_with_ratios_as_the_seconds_say(
     call, tmp_path, capsys, monkeypatch, tiny_networks
 ):
-    measure, taken = network.measure, []
+    take_turns, taken = measuring.take_turns, []
 
     def turns(steps, rounds, device):
-        taken.append(measure(steps, rounds, device))
+        taken.append(take_turns(steps, rounds, device))
         return taken[-1]
 
-    monkeypatch.setattr(network, "measure", turns)
-    monkeypatch.setattr(train_step, "operator_table", lambda step, device: "operators")  # takes the profiler seconds
+    monkeypatch.setattr(measuring, "take_turns", turns)
+    monkeypatch.setattr(network, "operator_table", lambda step, device: "operators")  # takes the profiler seconds
     call(train_step, **STEP, norms="frozen", output=tmp_path / "step.json", profile=tmp_path / "operators.txt")
     (row,), (seconds,) = json.loads((tmp_path / "step.json").read_text())["results"], taken
     printed, peer = capsys.readouterr().out, row["networks"][train_step.PEER]
@@ -374,8 +372,8 @@ def test_a_gradient_that_differs_is_no_comparison(call, monkeypatch, tiny_networ
         peer.model.transformer_module.queries_features.weight.register_hook(lambda grad: 2 * grad)
         return peer
 
-    monkeypatch.setattr(train_step, "make_peer", half_detached)
-    with pytest.raises(ValueError, match="live, eager: .*their gradient by"):
+    monkeypatch.setattr(network, "make_peer", half_detached)
+    with pytest.raises(ValueError, match="live, eager: .*gradients of the mask logits differ"):
         call(train_step, **STEP, norms="live")
 
 
@@ -431,14 +429,13 @@ EVALUATOR |= {"bootstrap_images": 30, "resamples": 20, "device": "cpu"}
 def test_the_evaluator_is_measured_beside_an_inference(call, tmp_path, capsys, monkeypatch, tiny_networks):
     seconds = {"inference": [2.0, 4.0], "objects": [0.1, 0.4], "noise": [1.0, 1.0], "bootstrap": [7.0]}
     seconds |= {evaluator.COUNTED: [0.2, 0.2], evaluator.PLAIN: [0.1, 0.2], evaluator.SCORED: [0.4, 0.8]}
-    monkeypatch.setattr(evaluator, "in_fresh_process", lambda function, *args: function(*args))
 
-    def measured(steps, rounds, device):
+    def measured(steps, rounds, device=None):
         for step in steps.values():
             step()
         return {name: seconds[name] for name in steps}
 
-    monkeypatch.setattr(evaluator, "measure", measured)
+    monkeypatch.setattr(measuring, "take_turns", measured)
     call(evaluator, **EVALUATOR, classes="12 30", output=tmp_path / "evaluator.json")
     result = json.loads((tmp_path / "evaluator.json").read_text())
     assert [(row["classes"], row["maps"]) for row in result["times"]] == [

@@ -1,0 +1,194 @@
+"""What the measurements share: their flags, steps that take turns, peaks of memory, fresh processes, tables, results.
+
+The scripts beside this file import it; it is no command. Each of them says in its first lines how it is started.
+"""
+
+import ctypes
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
+
+from zs3.command_line import Arguments, Count, InputError, OutputFile, flag
+from zs3.files import write_report
+from zs3.tables import markdown_table
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class BenchmarkArguments(Arguments):
+    """The flag of every measurement."""
+
+    output: OutputFile | None = flag(None, "Result file; the printed tables go beside it as .md.")
+
+
+@dataclass
+class DeviceArguments(BenchmarkArguments):
+    """The flags of a measurement of steps on a device."""
+
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
+    rounds: Count = flag(7, "Rounds; the first is not counted.")
+
+
+def device_named(name: str) -> torch.device:
+    """'auto' is CUDA where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no CUDA device here")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def in_fresh_process(function: Callable, *args: object):
+    """The memory that one measurement leaves to the C library changes the times of the next."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def check_close(difference: float, most: float, what: str) -> None:
+    """Refuses to compare the speed of two ways whose results differ. `most` is the largest difference allowed."""
+    if not difference <= most:  # NaN is refused too
+        raise InputError(f"{what} differ by {difference:.1e}: their speed cannot be compared")
+
+
+# ---- time --------------------------------------------------------------------------------------------------
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(step: Callable[[], object], device: torch.device = CPU) -> float:
+    wait_for(device)
+    start = time.perf_counter()
+    step()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+def timed(function: Callable) -> tuple[float, object]:
+    """Seconds of one call, and what it returned."""
+    results = []
+    return seconds_of(lambda: results.append(function())), results[0]
+
+
+def take_turns(
+    steps: dict[str, Callable[[], object]], rounds: int, device: torch.device = CPU, limit: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round. All steps take turns in a round; the first round is not counted.
+
+    limit: no further round starts after so many seconds, but one is counted at least.
+    """
+    seconds = {name: [] for name in steps}
+    for number in tqdm(range(rounds + 1), desc="rounds"):
+        if number > 1 and sum(map(sum, seconds.values())) >= limit:
+            break
+        for name, step in steps.items():
+            seconds[name].append(seconds_of(step, device))
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def median_ratio(above: list[float], below: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(one / other for one, other in zip(above, below, strict=True))
+
+
+def compared(
+    steps: dict[str, Callable[[], object]], seconds: dict[str, list[float]], peer: str, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Each step beside the peer: seconds, times_faster, peak_mib, peak_share. seconds: by step and round."""
+    peaks = {name: allocated_peak(step, device) for name, step in steps.items()}
+    return {
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "times_faster": median_ratio(seconds[peer], seconds[name]),
+            "peak_mib": peaks[name],
+            "peak_share": peaks[name] / peaks[peer],
+        }
+        for name in steps
+    }
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+def allocated_peak(step: Callable[[], object], device: torch.device) -> float:
+    """The most memory that torch holds at once in a step beyond what it held before, MiB."""
+    if device.type == "cuda":
+        wait_for(device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
+
+
+def resident_mib(name: str = "VmRSS") -> float:
+    """Resident memory of this process, after what was freed is given back; Linux. VmHWM: its peak."""
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def resident_peak(step: Callable[[], object]) -> float:
+    """The most memory that is resident during a step beyond what was resident before, MiB; Linux."""
+    before = resident_mib()  # freed memory, were it kept, would hide what the step takes of it
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+    step()
+    return resident_mib("VmHWM") - before
+
+
+# ---- the result --------------------------------------------------------------------------------------------
+
+
+def machine_name(device: torch.device = CPU) -> str:
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name()
+
+
+def head(device: torch.device = CPU) -> dict[str, str]:
+    """Of a result: the command, the machine, the version of torch."""
+    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    return {"command": command, "machine": machine_name(device), "torch": torch.__version__}
+
+
+def table(titles: str, cells: str, rows: list[dict]) -> str:
+    """Markdown. titles: "backbone | seconds", cells: "{backbone} | {seconds:.3f}". A value that a row lacks is "-"."""
+
+    def cell(form: str, row: dict) -> str:
+        try:
+            return form.format_map(row)
+        except KeyError:
+            return "-"
+
+    return table_of(titles.split(" | "), [[cell(form, row) for form in cells.split(" | ")] for row in rows])
+
+
+def table_of(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown. The rows have their texts already."""
+    return "\n".join(markdown_table(titles, rows)) + "\n"
+
+
+def publish(output: str | None, result: dict, text: str) -> None:
+    """Prints the text, and writes both where an output is asked for."""
+    print(text, end="")
+    if output is not None:
+        write_report(Path(output), result, text)
