@@ -4,7 +4,9 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -116,23 +118,36 @@ def train_here(monkeypatch, name: str) -> None:
     main()
 
 
-def refusal(name: str, monkeypatch, capsys, may_change: bool = False) -> str:
-    """The one line with which a run is refused, exit code 2. Nothing in its folder changes, unless it may."""
-    before = files(Path("runs") / name)
-    monkeypatch.setattr(sys, "argv", command(name))
-    with pytest.raises(SystemExit) as stopped:
-        run(main)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stopped.value.code == 2 and len(line) <= 200
-    assert may_change or files(Path("runs") / name) == before
-    return line
+@pytest.fixture
+def refusal(here, monkeypatch, capsys) -> Callable[..., str]:
+    """A function: the one line with which a run is refused. Nothing in the run's folder changes, unless it may."""
+
+    def refusal(name: str = "folder", may_change: bool = False) -> str:
+        before = files(Path("runs") / name)
+        monkeypatch.setattr(sys, "argv", command(name))
+        with pytest.raises(SystemExit) as stopped:
+            run(main)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert stopped.value.code == 2 and len(line) <= 200
+        assert may_change or files(Path("runs") / name) == before
+        return line
+
+    return refusal
+
+
+@pytest.fixture
+def finished(here, monkeypatch) -> Path:
+    """The run "folder" with its final model, and without checkpoints."""
+    train_here(monkeypatch, "folder")
+    shutil.rmtree("runs/folder/checkpoints")
+    return Path("runs/folder")
 
 
 # ---- what has changed --------------------------------------------------------------------------------------
 
 
-def classes(file: str = "scenes/classes.json", **changes: object) -> Callable[[], None]:
-    """An edit of a classes.json; a value is made of the one before where it is a function."""
+def edited(file: str, **changes: object) -> Callable[[], None]:
+    """An edit of a JSON file. A value that is a function makes the new value of the old one."""
 
     def edit() -> None:
         content = json.loads(Path(file).read_text())
@@ -143,18 +158,21 @@ def classes(file: str = "scenes/classes.json", **changes: object) -> Callable[[]
     return edit
 
 
+classes = partial(edited, "scenes/classes.json")
+
+
 def swapped(names: list[str]) -> list[str]:
     return [names[1], names[0], *names[2:]]
 
 
-def remove_picture() -> None:
+def change_record(change: Callable[[Path], object]) -> None:
+    """Changes a picture and its label map."""
     for kind in ("images", "labels"):
-        Path(f"scenes/train/{kind}/00003.png").unlink()
+        change(Path(f"scenes/train/{kind}/00003.png"))
 
 
-def rename_picture() -> None:
-    for kind in ("images", "labels"):
-        Path(f"scenes/train/{kind}/00003.png").rename(f"scenes/train/{kind}/other.png")
+remove_picture = partial(change_record, Path.unlink)
+rename_picture = partial(change_record, lambda file: file.rename(file.with_name("other.png")))
 
 
 def replace(kind: str, same_size: bool = False) -> Callable[[], None]:
@@ -180,17 +198,6 @@ def other_weights() -> None:
     save_file({**weights, name: weights[name] + 1}, "start/model.safetensors", {"format": "pt"})
 
 
-def forget_what_was_seen() -> None:
-    config = json.loads(Path("start/config.json").read_text())
-    Path("start/config.json").write_text(json.dumps({**config, "seen_class_names": []}))
-
-
-def other_prompts() -> None:
-    config = json.loads(Path("start/processor_config.json").read_text())
-    config["prompt_templates"] = ["an etching of a {}."]
-    Path("start/processor_config.json").write_text(json.dumps(config))
-
-
 def other_tokenizer() -> None:
     tokenizer = CLIPTokenizer.from_pretrained("start")
     letters = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
@@ -199,6 +206,8 @@ def other_tokenizer() -> None:
     other.model_max_length = 77
     other.save_pretrained("start")
 
+
+other_table = partial(write_parquet, Path("parquet"), one_map=True)
 
 CASES = {
     "a seen class is unseen": ("folder", classes(unseen=[*UNSEEN, "sand"]), "'sand' was seen, is unseen now"),
@@ -211,7 +220,7 @@ CASES = {
     "a class is added": ("start", classes(classes=[*CLASS_NAMES, "moon"]), "'moon' is a new class"),
     "the unseen names are turned": ("folder", classes(unseen=UNSEEN[::-1]), "unseen names are in another order"),
     "the ignored id is another": ("folder", classes(ignore_label=254), "the ignored id was 255, is 254 now"),
-    "--label_space is edited": ("label_space", classes("classes.json", unseen=[*UNSEEN, "sky"]), "'sky' was seen"),
+    "--label_space is edited": ("label_space", edited("classes.json", unseen=[*UNSEEN, "sky"]), "'sky' was seen"),
     "other vectors": ("folder", lambda: np.save("text.npy", np.load("text.npy")[::-1]), "text vectors in text.npy"),
     "other vectors of a stream": ("stream", lambda: np.save("text.npy", -np.load("text.npy")), "other text vectors"),
     "a picture is removed": ("folder", remove_picture, "6 pictures then, 5 now"),
@@ -222,30 +231,30 @@ CASES = {
     "another map": ("folder", replace("labels"), "other label maps in scenes"),
     "another map of one size": ("folder", replace("labels", same_size=True), "other label maps in scenes"),
     "another map in a stream": ("stream", replace("labels"), "other label maps in scenes"),
-    "another table": (
-        "parquet",
-        lambda: write_parquet(Path("parquet"), one_map=True),
-        "other parquet files in parquet",
-    ),
-    "another streamed table": (
-        "parquet_stream",
-        lambda: write_parquet(Path("parquet"), one_map=True),
-        "other parquet files",
-    ),
+    "another table": ("parquet", other_table, "other parquet files in parquet"),
+    "another streamed table": ("parquet_stream", other_table, "other parquet files in parquet"),
     "other pseudo labels": ("pseudo", lambda: write_scores(Path("scores"), seed=1), "other pseudo labels in scores"),
     "other captions": ("captions", lambda: write_captions(Path("nouns"), said=1), "other caption nouns in nouns"),
     "other weights of the start": ("start", other_weights, "other weights in start"),
-    "another record of the start": ("start", forget_what_was_seen, "another record of what was seen in start"),
-    "other prompts of the start": ("start", other_prompts, "other prompts, or another tokenizer"),
+    "another record of the start": (
+        "start",
+        edited("start/config.json", seen_class_names=[]),
+        "another record of what was seen in start",
+    ),
+    "other prompts of the start": (
+        "start",
+        edited("start/processor_config.json", prompt_templates=["an etching of a {}."]),
+        "other prompts, or another tokenizer",
+    ),
     "another tokenizer": ("start", other_tokenizer, "other prompts, or another tokenizer"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_does_not_go_on_where(case, here, monkeypatch, capsys):
+def test_a_run_does_not_go_on_where(case, refusal):
     name, change, words = CASES[case]
     change()
-    line = refusal(name, monkeypatch, capsys)
+    line = refusal(name)
     assert words in line and "restore what this run began with, or choose another --output_dir" in line
 
 
@@ -266,11 +275,9 @@ def test_a_folder_that_left_nothing_takes_other_data(here, monkeypatch):
     assert read_stamp(Path("runs/folder/stamp.json"))["label_space"]["unseen"] == [*UNSEEN, "sand"]
 
 
-def test_a_finished_run_is_compared_too(here, monkeypatch, capsys):
-    train_here(monkeypatch, "folder")
-    shutil.rmtree("runs/folder/checkpoints")
+def test_a_finished_run_is_compared_too(finished, refusal):
     classes(unseen=[*UNSEEN, "sand"])()
-    assert "'sand' was seen, is unseen now" in refusal("folder", monkeypatch, capsys)
+    assert "'sand' was seen, is unseen now" in refusal()
 
 
 # ---- the record --------------------------------------------------------------------------------------------
@@ -294,10 +301,10 @@ STAMPS = {
 
 
 @pytest.mark.parametrize("state", STAMPS)
-def test_the_record_does_not_shrink_where_the_stamp_was(state, here, monkeypatch, capsys):
+def test_the_record_does_not_shrink_where_the_stamp_was(state, refusal, monkeypatch):
     STAMPS[state](Path("runs/folder/stamp.json"))
     classes(unseen=[*UNSEEN, "sand"])()
-    assert "'sand' was seen, is unseen now" in refusal("folder", monkeypatch, capsys)
+    assert "'sand' was seen, is unseen now" in refusal()
     shutil.copy("classes.json", "scenes/classes.json")  # restored
     train_here(monkeypatch, "folder")
     assert json.loads(Path("runs/folder/final/config.json").read_text())["seen_class_names"] == SEEN
@@ -305,26 +312,20 @@ def test_the_record_does_not_shrink_where_the_stamp_was(state, here, monkeypatch
 
 
 @pytest.mark.parametrize("change", [lambda stamp: stamp.unlink(), shrink])
-def test_a_checkpoint_whose_copy_was_changed_is_not_used(change, here, monkeypatch, capsys):
+def test_a_checkpoint_whose_copy_was_changed_is_not_used(change, refusal):
     change(Path("runs/folder/checkpoints/step_00000002/stamp.json"))
-    assert "no checkpoint in runs/folder/checkpoints is whole" in refusal(
-        "folder", monkeypatch, capsys, may_change=True
-    )
+    assert "no checkpoint in runs/folder/checkpoints is whole" in refusal(may_change=True)
 
 
-def test_where_no_checkpoint_has_a_copy_a_damaged_stamp_is_one_line(here, monkeypatch, capsys):
-    train_here(monkeypatch, "folder")
-    shutil.rmtree("runs/folder/checkpoints")
-    Path("runs/folder/stamp.json").write_text("{")
-    assert "runs/folder/stamp.json is no JSON" in refusal("folder", monkeypatch, capsys)
+def test_where_no_checkpoint_has_a_copy_a_damaged_stamp_is_one_line(finished, refusal):
+    (finished / "stamp.json").write_text("{")
+    assert "runs/folder/stamp.json is no JSON" in refusal()
 
 
-def test_a_finished_run_without_a_stamp_keeps_what_its_model_saw(here, monkeypatch, capsys):
-    train_here(monkeypatch, "folder")
-    shutil.rmtree("runs/folder/checkpoints")
-    Path("runs/folder/stamp.json").unlink()
+def test_a_finished_run_without_a_stamp_keeps_what_its_model_saw(finished, refusal):
+    (finished / "stamp.json").unlink()
     classes(unseen=[*UNSEEN, "sand"])()
-    assert "this run saw masks of 'sand', which is unseen now" in refusal("folder", monkeypatch, capsys)
+    assert "this run saw masks of 'sand', which is unseen now" in refusal()
 
 
 def test_records_join_to_all_names_once_and_the_strongest_image_labels():
@@ -372,12 +373,8 @@ def test_the_first_pictures_of_a_split_have_the_sizes_of_a_split_of_them_alone(h
 
 
 def test_a_hub_dataset_is_known_by_its_files_but_for_the_card(monkeypatch):
-    from types import SimpleNamespace
-
-    from huggingface_hub import HfApi
-
     found = [SimpleNamespace(rfilename=name, blob_id=name) for name in ("data/train-0.parquet", "README.md")]
-    monkeypatch.setattr(HfApi, "dataset_info", lambda *args, **kwargs: SimpleNamespace(siblings=found))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **kwargs: SimpleNamespace(siblings=found))
     before = contents_of(None, None, "owner/name")
     found[1].blob_id = "another card"
     assert contents_of(None, None, "owner/name") == before and "hub_files_sha256" in before
