@@ -14,8 +14,6 @@ table lie in the folder --output; a finished result is not repeated.
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
@@ -67,11 +65,14 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
         return None
 
     result = result_of(stamp, prompts, ensemble, bias, counts, args.max_wrong)
-    with printed_if_not_written(result):
+    try:
         if args.output is not None:
             write_result(Path(args.output), result, report(result), counts.confusion)
         if args.curves is not None:
             draw_curves(result, Path(args.curves))
+    except InputError:  # the work of the pass is not lost where a file cannot be written
+        print(report(result))
+        raise
     return result
 
 
@@ -143,8 +144,7 @@ def predictor_of(
     """The model with the vectors of the candidates, and the prompts behind them. text_embeds: as in EvalArgs."""
     model, candidates, names = loaded.model.to(device), loaded.candidates, loaded.records.label_space.class_names
     vectors, prompts = class_vectors(model, loaded.processor, names, text_embeds, TextCache())
-    vectors = vectors[candidates.index].to(device)
-    weight = ensemble.weight.value
+    vectors, weight = vectors[candidates.index].to(device), ensemble.weight.value
     return Predictor(model, loaded.processor, vectors, candidates.is_trained, ensemble.view, weight), prompts
 
 
@@ -171,16 +171,6 @@ def count_all(
     for part in others:
         total.merge(part)
     return total
-
-
-@contextmanager
-def printed_if_not_written(result: Result) -> Iterator[None]:
-    """The work of the pass is not lost where a file cannot be written."""
-    try:
-        yield
-    except InputError:
-        print(report(result))
-        raise
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Curves: what is drawn where, read off matplotlib's own objects."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from PIL import Image
 
 from tests.test_calibration import IGNORE, map_of, map_with_confidence
 from zs3.command_line import InputError
-from zs3.evaluation.curves import draw_curves, reliability_figure, scores_figure, seen_unseen_figure
+from zs3.evaluation.curves import check_matplotlib, draw_curves, reliability_figure, scores_figure, seen_unseen_figure
 from zs3.files import write_json
 from zs3.scores.calibration import Reliability, SeenBiasCurve
 
@@ -106,11 +105,11 @@ def test_pictures_are_pngs_and_take_results_read_back_from_a_file(tmp_path):
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
 
 
-def test_what_cannot_be_drawn_is_said():
-    with pytest.raises(InputError, match="ours: no curve to draw"):
-        seen_unseen_figure("ours", SeenBiasCurve([True, False], IGNORE).result())
-    with pytest.raises(InputError, match="no pixel"):
-        reliability_figure(Reliability(IGNORE).result())
+def test_what_was_not_measured_is_not_drawn(tmp_path):
+    nothing = {"seen_unseen_curve": SeenBiasCurve([True, False], IGNORE).result(), "reliability": None}
+    for reliability in (None, Reliability(IGNORE).result()):
+        draw_curves(nothing | {"reliability": reliability, "calibration": {"seen_bias": 0.0}}, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_scores_lie_in_the_row_of_their_line_and_the_column_of_their_score():
@@ -139,6 +138,7 @@ def test_scores_lie_in_the_row_of_their_line_and_the_column_of_their_score():
 
 
 def test_without_matplotlib_the_mend_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=r'pip install -e "\.\[figures\]"'):
-        reliability_figure(reliability())
+    check_matplotlib("--curves")
+    monkeypatch.setattr("zs3.evaluation.curves.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'--curves needs matplotlib: pip install -e "\.\[figures\]"'):
+        check_matplotlib("--curves")

@@ -43,11 +43,10 @@ def draw_curves(result: Result, folder: Path) -> None:
 
 def seen_unseen_figure(title: str, curve: CurveResult, chosen: CurvePoint | None = None) -> "Figure":
     """The curve with its marked points; chosen: one point more. Some bias reaches or exceeds each shaded point."""
-    if curve["area"] is None:
-        raise InputError(f"{title}: no curve to draw: seen or unseen classes do not occur in these images")
     figure = _figure(5.2, 5.75)
     axes = figure.subplots()
-    points = [curve["seen_only"], *_rows(curve["points"]), curve["unseen_only"]]
+    rows = [dict(zip(curve["points"], row, strict=True)) for row in zip(*curve["points"].values(), strict=True)]
+    points = [curve["seen_only"], *rows, curve["unseen_only"]]
     x, y = _percents([point for point in points if None not in (point["miou_seen"], point["miou_unseen"])])
     marked = {"best": curve["best"], "unbiased": curve["unbiased"], "chosen": chosen}
     marked = {name: point for name, point in marked.items() if point is not None}
@@ -85,10 +84,6 @@ def as_text(title: str) -> str:
     return printable(title).replace("$", r"\$")
 
 
-def _rows(columns: dict[str, list]) -> list[dict]:
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
 def _percents(points: list[dict]) -> tuple[list[float], list[float]]:
     """x and y: unseen and seen."""
     return tuple([100 * point[name] for point in points] for name in ("miou_unseen", "miou_seen"))
@@ -96,8 +91,6 @@ def _percents(points: list[dict]) -> tuple[list[float], list[float]]:
 
 def reliability_figure(reliability: ReliabilityResult) -> "Figure":
     """Accuracy of each bin of confidences, and its share of the pixels."""
-    if not reliability["pixels"]:
-        raise InputError("no reliability to draw: no pixel is labelled")
     figure = _figure(5.2, 5.8)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     bins = [own for own in reliability["bins"] if own["count"]]
@@ -150,10 +143,8 @@ def scores_figure(tables: dict[str, dict[str, dict]]) -> "Figure":
 
 def _figure(width: float, height: float) -> "Figure":
     """Inches. Without pyplot: no window, no state that outlives the figure."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError('curves are drawn by matplotlib, which is missing: pip install -e ".[figures]"') from error
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -24,12 +24,9 @@ class Ensemble(NamedTuple):
 RoundedShare = Annotated[float, rule("a share in [0, 1]", lambda value: 0 <= value <= 1 + 1e-6)]
 Interval = Annotated[
     list[Share | None],
-    rule("[low, high] or [null, null]", lambda value: value == [None, None] or _is_interval(value)),
+    rule("[low, high] or [null, null]", lambda ends: len(ends) == 2 and (None not in ends or ends == [None, None])),
+    rule("[low, high] or [null, null]", lambda ends: None in ends or ends[0] <= ends[1]),
 ]
-
-
-def _is_interval(value: list[float | None]) -> bool:
-    return len(value) == 2 and None not in value and value[0] <= value[1]
 
 
 class CalibrationChoices(TypedDict, total=False):
@@ -112,22 +109,6 @@ class RejectionResult(TypedDict, total=False):
     conformal: Conformal
 
 
-class AreaSharesResult(TypedDict, total=False):
-    """See `zs3.scores.confusion.AreaShares`."""
-
-    right: Share | None
-    wrong_seen: Share | None
-    wrong_unseen: Share | None
-    rejected: Share | None
-
-
-class SeenUnseenResult(TypedDict, total=False):
-    """See `zs3.scores.confusion.SeenUnseenConfusion`."""
-
-    of_seen: AreaSharesResult
-    of_unseen: AreaSharesResult
-
-
 class ConfusedNames(TypedDict, total=False):
     """See `zs3.scores.confusion.ConfusedPair`; names in place of ids."""
 
@@ -179,7 +160,7 @@ class Result(TypedDict, total=False):
     confidence_intervals: dict[str, Interval]
     per_class: dict[str, Share | None]
     per_class_intervals: dict[str, Interval]
-    seen_unseen_confusion: SeenUnseenResult | None
+    seen_unseen_confusion: dict[str, dict[str, Share | None]] | None  # see `zs3.scores.confusion`
     worst_pairs: list[ConfusedNames]
     seen_unseen_curve: CurveResult | None
     reliability: ReliabilityResult | None
