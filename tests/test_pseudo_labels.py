@@ -106,8 +106,8 @@ def rows_of(args: PseudoLabelArgs) -> list[dict]:
 # ---- Eq. 9 and 10 ----
 
 
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_scores_equal_eq_9_and_10_written_as_loops(scale):
+@pytest.mark.parametrize(("given", "scale"), [([1.0], 1.0), ([], 100.0)])  # CLIP's own scale is the default
+def test_scores_equal_eq_9_and_10_written_as_loops(given, scale):
     torch.manual_seed(0)
     proposals, texts = torch.randn(6, 8), torch.randn(4, 8)
 
@@ -121,13 +121,7 @@ def test_scores_equal_eq_9_and_10_written_as_loops(scale):
             exponentials = [math.exp(scale * cosine(proposals[i], text)) for text in texts]
             best = max(best, exponentials[j] / sum(exponentials))
         expected.append(best)
-    torch.testing.assert_close(unseen_scores(proposals, texts, scale), torch.tensor(expected), atol=2e-5, rtol=1e-4)
-
-
-def test_the_scale_is_that_of_clip_unless_said():
-    torch.manual_seed(0)
-    proposals, texts = torch.randn(6, 8), torch.randn(4, 8)
-    assert torch.equal(unseen_scores(proposals, texts), unseen_scores(proposals, texts, 100.0))
+    torch.testing.assert_close(unseen_scores(proposals, texts, *given), torch.tensor(expected), atol=2e-5, rtol=1e-4)
 
 
 def test_an_image_without_proposals_scores_nothing():
@@ -154,12 +148,12 @@ def scores_by_hand(args: PseudoLabelArgs) -> list[list[float]]:
             hidden = [label[2 * y + 1, 2 * x + 1] not in SEEN_IDS for y, x in places]
             if not places or sum(hidden) < args.unannotated_share * len(places):
                 continue
-            picture = rgb if args.fill == "none" else rgb * mask
+            mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+            picture = rgb if args.fill == "none" else torch.where(mask, rgb, mean)
             (top, left), (bottom, right) = (
                 tuple(end(axis) for axis in zip(*places, strict=True)) for end in (min, max)
             )
             crop = picture[:, top : bottom + 1, left : right + 1]
-            mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
             std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
             crop = F.interpolate(((crop - mean) / std)[None], size=(16, 16), mode="bicubic")
             with torch.inference_mode():
@@ -172,7 +166,7 @@ def scores_by_hand(args: PseudoLabelArgs) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"unannotated_share": 0.5}, {"unannotated_share": 0.1, "seen_names": True}, {"fill": "zero"}]
+    "options", [{}, {"unannotated_share": 0.5}, {"unannotated_share": 0.1, "seen_names": True}, {"fill": "mean"}]
 )
 def test_a_run_stores_the_scores_made_by_hand(arguments, data, options):
     args = replace(arguments, **options)
@@ -188,7 +182,7 @@ def test_a_run_stores_the_scores_made_by_hand(arguments, data, options):
 
 def test_the_other_options_change_the_scores(arguments, tmp_path):
     args = replace(arguments, max_images=2)
-    runs = [{}, {"expansion": 2.0}, {"mask_threshold": 0.9}, {"mixed_precision": "bf16"}, {"fill": "mean"}]
+    runs = [{}, {"mask_threshold": 0.9}, {"mixed_precision": "bf16"}, {"fill": "mean"}]
     found = [shards_of(replace(args, output=str(tmp_path / str(n)), **options)) for n, options in enumerate(runs)]
     assert len({tuple(files.values()) for files in found}) == len(runs)
 
@@ -260,6 +254,7 @@ def test_the_same_command_again_changes_nothing(arguments):
     args = replace(arguments, max_images=2)
     make_pseudo_labels(args)
     before = {path.name: path.read_bytes() for path in Path(args.output).iterdir()}
+    assert {"expansion": 1.0, "num_threads": 1}.items() <= json.loads(before["settings.json"]).items()  # as 0.1.0 wrote
     make_pseudo_labels(args)
     assert {path.name: path.read_bytes() for path in Path(args.output).iterdir()} == before
 
@@ -325,7 +320,7 @@ def test_a_folder_of_other_settings_is_refused_by_the_field(arguments, stage1, d
     make_pseudo_labels(args)
     before = shards(args.output)
     others = {
-        "expansion": {"expansion": 1.5},
+        "fill": {"fill": "mean"},
         "shard_size": {"shard_size": 2},
         "num_images, image_ids_sha256": {"max_images": 3},
         "seen_names": {"seen_names": True},
@@ -397,9 +392,7 @@ def test_settings_that_are_none_are_one_line_and_stay_as_they_are(tmp_path, text
         (["--model", "./nowhere"], "--model ./nowhere: no such folder"),
         (["--dataset", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (["--unannotated_share", "50"], "--unannotated_share must be at most 1"),
-        (["--threshold_sweep", "0.5", "99"], "--threshold_sweep"),
         (["--shard_size", "0"], "--shard_size must be 1 or more, got 0"),
-        (["--expansion", "0"], "--expansion must be positive"),
         (["--output", str(ROOT / "LICENSE")], "is a file"),
         (["--fil", "mean"], "did you mean --fill"),
     ],
@@ -434,13 +427,13 @@ def test_precision_and_recall_equal_their_definition_on_sets():
 
 
 def test_the_summary_counts_labels_and_compares_with_the_label_maps(arguments, data, capsys):
-    args = replace(arguments, measure=True, threshold_sweep=[0.6, 0.9])
+    args = replace(arguments, measure=True)
     result = make_pseudo_labels(args)
     assert json.loads((Path(args.output) / "summary.json").read_text()).keys() == result.keys()
     rows = [row["scores"] for row in rows_of(args)]
     present = [{CLASS_NAMES[i] for i in np.unique(record.label) if i != 255} for record in load_split(data, "train")]
     assert result["images_with_class"] == [sum(name in names for names in present) for name in UNSEEN]
-    assert [row["threshold"] for row in result["thresholds"]] == [0.6, 0.9, 0.99]  # the model's own is among them
+    assert [row["threshold"] for row in result["thresholds"]] == [0.5, 0.7, 0.9, 0.95, 0.99, 0.999]
     for row in result["thresholds"]:
         said = [[values[name] >= row["threshold"] for values in rows] for name in UNSEEN]
         assert row["labels"] == [sum(column) for column in said]
@@ -459,9 +452,10 @@ def test_without_unseen_classes_in_the_label_maps_labels_are_only_counted(argume
 
 
 def test_average_precision_of_a_class_that_is_never_there_is_left_out_of_the_mean():
-    scores = np.array([[0.9, 0.1], [0.8, 1.0], [0.1, 0.2]], np.float32)
+    scores = np.array([[0.9, 0.1], [0.85, 1.0], [0.1, 0.2]], np.float32)
     truth = np.array([[True, False], [False, False], [True, False]])
-    result = summary(scores, truth, ["cow", "cat"], 0.99, [])
+    result = summary(scores, truth, ["cow", "cat"], 0.8)
     np.testing.assert_allclose(result["average_precision"]["per_class"], [(1 + 2 / 3) / 2, math.nan])
     assert result["average_precision"]["macro"] == pytest.approx((1 + 2 / 3) / 2)
-    assert result["thresholds"][0]["labels"] == [0, 1]
+    (own,) = [row for row in result["thresholds"] if row["threshold"] == 0.8]
+    assert len(result["thresholds"]) == 7 and own["labels"] == [2, 1]

@@ -26,7 +26,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -50,9 +50,6 @@ from zs3.command_line import (
     Count,
     InputError,
     OutputFolder,
-    Positive,
-    PositiveShare,
-    Processes,
     Share,
     Workers,
     check_required,
@@ -80,6 +77,7 @@ from zs3.scores.means import average_precision
 from zs3.tables import percent
 from zs3.training.stopping import all_refuse
 
+THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 0.99, 0.999)  # of the summary, beside the model's own
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -100,10 +98,7 @@ class PseudoLabelArgs(Arguments):
     unannotated_share: Share = flag(
         0.0, "Use only proposals with this share of their pixels or more on no seen class (unseen and void alike)."
     )
-    fill: Literal["none", "mean", "zero"] = flag(
-        "none", "What CLIP sees outside a mask: the picture (none), its mean colour (mean), or black (zero)."
-    )
-    expansion: Positive = flag(1.0, "Sides of the boxes, in those of the tight box.")
+    fill: Literal["none", "mean"] = flag("none", "What CLIP sees outside a mask: the picture, or CLIP's mean colour.")
     mask_threshold: Annotated[float, Number(float, 0, 1, below=True)] = flag(
         0.5, "A proposal is where its mask is above this."
     )
@@ -111,20 +106,11 @@ class PseudoLabelArgs(Arguments):
 
     batch_size: Batch = flag(8, "Images at once.")
     shard_size: Count = flag(256, "Images a shard.")
-    num_threads: Processes = flag(1, "Threads of each process.")
     num_workers: Workers = flag(0, "Data loading processes of each process; 0 loads in the process itself.")
-
-    threshold_sweep: list[PositiveShare] = flag(
-        [0.5, 0.7, 0.9, 0.95, 0.99, 0.999], "Thresholds of the summary, beside the model's own."
-    )
     measure: bool = flag(True, "Compare with the image labels of unseen classes, where the label maps hold them.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset", "output")
-
-    @property
-    def crop_rules(self) -> "CropRules":
-        return CropRules(*(getattr(self, name) for name in CropRules._fields))
 
 
 # ---- scores ------------------------------------------------------------------------------------------------
@@ -163,16 +149,6 @@ class Inputs(NamedTuple):
     annotated: list[Tensor]
 
 
-class CropRules(NamedTuple):
-    """Which crops CLIP sees of the proposals: the flags of these names."""
-
-    unannotated_share: float
-    fill: str
-    expansion: float
-    mask_threshold: float
-    mixed_precision: str
-
-
 class ScoredImages(Dataset):
     """Of each image the picture, and which pixels show a seen class, (H, W) bool."""
 
@@ -195,29 +171,31 @@ def collate(image_processor: Zs3ImageProcessor, samples: list[tuple[Image.Image,
 
 
 def score_batch(
+    batch: Inputs,
     model: PreTrainedModel,
     image_processor: Zs3ImageProcessor,
     text_embeds: Tensor,
-    rules: CropRules,
-    batch: Inputs,
+    unannotated_share: float,
+    fill: str,
+    mask_threshold: float,
+    mixed_precision: str,
 ) -> Tensor:
-    """(B, C): scores of each image. text_embeds: (C, D)."""
+    """(B, C): scores of each image. text_embeds: (C, D). The others are the flags of these names."""
     pixel_values = batch.pixel_values.to(model.device)
     proposals = model.propose(pixel_values, batch.pixel_mask.to(model.device))
     usable = None
-    if rules.unannotated_share > 0:
+    if unannotated_share > 0:
         pairs = zip(proposals["mask_logits"], batch.annotated, strict=True)
-        options = (rules.mask_threshold, rules.unannotated_share)
+        options = (mask_threshold, unannotated_share)
         usable = torch.stack([usable_proposals(logits, a.to(model.device), *options) for logits, a in pairs])  # (B, Q)
-    images, dtype = image_processor.to_rgb(pixel_values), DTYPES[rules.mixed_precision]
+    images, dtype = image_processor.to_rgb(pixel_values), DTYPES[mixed_precision]
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
         views = model.embed_proposals(
             images,
             proposals["mask_logits"],
             proposals["valid_sizes"],
-            fill=None if rules.fill == "none" else rules.fill,
-            mask_threshold=rules.mask_threshold,
-            expansion=rules.expansion,
+            fill=None if fill == "none" else fill,
+            mask_threshold=mask_threshold,
             chosen=usable,
         )
     pairs, scale = zip(views.embeds, views.shown, strict=True), model.config.clip_logit_scale
@@ -286,13 +264,19 @@ def resolved_settings(
         "text_embeds_sha256": sha256(text_embeds.cpu().numpy().tobytes()),
         "logit_scale": model.config.clip_logit_scale,
         "seen_names": args.seen_names,
-        **args.crop_rules._asdict(),
+        **crop_flags(args),
+        # Version 0.1.0 had flags for these two. They stay, so that its unfinished folders can go on.
+        "expansion": 1.0,
+        "num_threads": 1,
         "batch_size": args.batch_size,
         "shard_size": args.shard_size,
-        "num_threads": args.num_threads,
         "device": device_name(model.device),
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "pillow", "pyarrow")},
     }
+
+
+def crop_flags(args: PseudoLabelArgs) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("unannotated_share", "fill", "mask_threshold", "mixed_precision")}
 
 
 def device_name(device: torch.device) -> str:
@@ -375,13 +359,13 @@ def precision_and_recall(labels: np.ndarray, truth: np.ndarray) -> dict[str, dic
     return measures
 
 
-def summary(scores: np.ndarray, truth: np.ndarray | None, unseen: list[str], own: float, sweep: list[float]) -> dict:
+def summary(scores: np.ndarray, truth: np.ndarray | None, unseen: list[str], own: float) -> dict:
     """How many labels each threshold gives, and how good they are. Lists go along `unseen`.
 
-    scores: (N, U). truth: (N, U) bool, or None: not known. own: the model's threshold; sweep: others to look at.
+    scores: (N, U). truth: (N, U) bool, or None: not known. own: the model's threshold.
     """
     thresholds = []
-    for threshold in sorted({own, *sweep}):
+    for threshold in sorted({own, *THRESHOLDS}):
         labels = pseudo_labels(scores, threshold) == 1
         measures = {} if truth is None else precision_and_recall(labels, truth)
         thresholds.append({"threshold": threshold, "labels": labels.sum(0).tolist(), **measures})
@@ -439,7 +423,7 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     args.check()
     # A process that is done waits for the others, who may be a whole shard behind.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    torch.set_num_threads(args.num_threads)
+    torch.set_num_threads(1)  # another number can change the last digits of a score
     label_space = load_label_space(args.label_space or args.dataset)
     records = load_split(args.dataset, args.split, label_space)
     if len(set(records.image_ids)) < len(records):
@@ -452,7 +436,8 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     in_softmax = [*label_space.unseen, *(label_space.seen if args.seen_names else [])]  # the unseen ones come first
     text_embeds = text_embeds[[label_space.class_names.index(name) for name in in_softmax]].to(accelerator.device)
     image_processor = getattr(processor, "image_processor", processor)
-    score = partial(score_batch, model, image_processor, text_embeds, args.crop_rules)
+    towers = {"model": model, "image_processor": image_processor, "text_embeds": text_embeds}
+    score = partial(score_batch, **towers, **crop_flags(args))
 
     folder, image_ids = Path(args.output), records.image_ids[: args.max_images]
     digest = [b""]  # of the main process's settings, for all: the device of another process may have another name
@@ -475,8 +460,7 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
             return None
         scores = load_unseen_scores(folder, label_space, image_ids)
         truth = unseen_truth(records, label_space, len(image_ids)) if args.measure else None
-        own = model.config.pseudo_label_threshold
-        result = summary(scores, truth, label_space.unseen, own, args.threshold_sweep)
+        result = summary(scores, truth, label_space.unseen, model.config.pseudo_label_threshold)
         write_json(folder / "summary.json", result)
         return result
 
