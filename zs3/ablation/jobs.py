@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from configuration_zs3 import Zs3Config, shortened
 from zs3.ablation.tables import ENSEMBLES, TRAININGS, Row, Table, make_tables
@@ -92,9 +92,7 @@ class AblationArgs(Arguments):
 
     @property
     def runs(self) -> list["SeedRuns"]:
-        stages = Stage(self.stage1, self.stage1_steps), Stage(self.stage2, self.stage2_steps)
-        given = (self.data, *stages, self.backbone, self.text_embeds, self.scripts)
-        return [SeedRuns(seed, Path(self.output_dir, f"seed{seed}"), *given) for seed in self.seeds]
+        return [SeedRuns(self, seed) for seed in self.seeds]
 
 
 # ---- jobs: what has to be run ------------------------------------------------------------------------------
@@ -125,27 +123,16 @@ def make_jobs(runs: list["SeedRuns"], rows: list[Row]) -> list[Job]:
     return [job for of_seed in runs for job in of_seed.jobs(rows)]
 
 
-class Stage(NamedTuple):
-    recipe: str
-    steps: int | None  # None: the recipe's
-
-    @property
-    def max_steps(self) -> int:
-        return self.steps or read_training("--config", self.recipe)[0].max_steps
-
-
 @dataclass(frozen=True)
 class SeedRuns:
-    """The runs of one seed as jobs. folder: of all of them. For the other fields see AblationArgs."""
+    """The runs of one seed as jobs."""
 
+    args: AblationArgs
     seed: int
-    folder: Path
-    data: Path
-    stage1: Stage
-    stage2: Stage
-    backbone: str | None
-    text_embeds: str | None
-    scripts: str | None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir, f"seed{self.seed}")
 
     def jobs(self, rows: list[Row]) -> list[Job]:
         jobs = []
@@ -165,26 +152,30 @@ class SeedRuns:
 
     def script(self, word: str, training: str) -> list[str]:
         """The command of train.py or eval.py for this training."""
-        module = TRAININGS[training].scripts or self.scripts
+        module = TRAININGS[training].scripts or self.args.scripts
         return [sys.executable, *([f"{word}.py"] if module is None else ["-m", module, word])]
+
+    @property
+    def text_embeds(self) -> list[str]:
+        return [] if self.args.text_embeds is None else ["--text_embeds", self.args.text_embeds]
 
     def result(self, row: Row) -> Path:
         return self.folder / row.training / f"gzs3_{row.ensemble}.json"
 
     def training_flags(self, name: str) -> list[str]:
-        training = TRAININGS[name]
-        stage = self.stage1 if training.start is None else self.stage2
-        flags = ["--config", stage.recipe, "--dataset", str(self.data)]
-        flags += ["--output_dir", str(self.folder / name), "--seed", str(self.seed)]
-        if self.text_embeds is not None:
-            flags += ["--text_embeds", self.text_embeds]
+        training, args = TRAININGS[name], self.args
+        stages = (args.stage1, args.stage1_steps), (args.stage2, args.stage2_steps)
+        recipe, steps = stages[training.start is not None]
+        flags = ["--config", recipe, "--dataset", str(args.data)]
+        flags += ["--output_dir", str(self.folder / name), "--seed", str(self.seed), *self.text_embeds]
         if training.start is not None:
             flags += ["--init_from", str(self.folder / training.start / "final")]
-        elif self.backbone is not None:
-            flags += ["--backbone", self.backbone]
+        elif args.backbone is not None:
+            flags += ["--backbone", args.backbone]
         labels = training.unseen_labels
         flags += ["--unseen_labels", str(self.folder / "pseudo_labels") if labels == "pseudo" else labels]
-        steps = self.stage1.max_steps + self.stage2.max_steps if training.whole else stage.steps
+        if training.whole:
+            steps = sum(own or read_training("--config", recipe)[0].max_steps for recipe, own in stages)
         if steps is not None:
             flags += ["--max_steps", str(steps)]
         return [*flags, *training.flags]
@@ -211,7 +202,7 @@ class SeedRuns:
             made_with = unless_damaged(pseudo_label_settings, folder) or {}
             return made_with.get("checkpoint_sha256", {}).get(WEIGHTS) == weights_sha256(str(model))
 
-        flags = ["--model", str(model), "--dataset", str(self.data), "--output", str(folder)]
+        flags = ["--model", str(model), "--dataset", str(self.args.data), "--output", str(folder)]
         return Job(
             name=self.named("pseudo_labels"),
             command=[sys.executable, "-m", "zs3.pseudo_labels", *flags],
@@ -225,7 +216,8 @@ class SeedRuns:
         path = self.folder / row.training / "ensemble_weight.json"
         model = path.parent / "final"
         labels = str(self.folder / "pseudo_labels") if row.needs_pseudo_labels else "ground_truth"
-        flags = ["--model", str(model), "--dataset", str(self.data), "--unseen_labels", labels, "--output", str(path)]
+        flags = ["--model", str(model), "--dataset", str(self.args.data), "--unseen_labels", labels]
+        flags += ["--output", str(path)]
         asked, _ = read_arguments(WeightArgs, flags, check=False)
 
         def is_done() -> bool:
@@ -249,10 +241,8 @@ class SeedRuns:
     def evaluation_job(self, row: Row) -> Job:
         path = self.result(row)
         model, weight = path.parent / "final", path.with_name("ensemble_weight.json")
-        flags = ["--model", str(model), "--dataset", str(self.data), "--output", str(path)]
-        flags += ENSEMBLES[row.ensemble].flags
-        if self.text_embeds is not None:
-            flags += ["--text_embeds", self.text_embeds]
+        flags = ["--model", str(model), "--dataset", str(self.args.data), "--output", str(path)]
+        flags += [*ENSEMBLES[row.ensemble].flags, *self.text_embeds]
         if row.is_chosen:
             flags += ["--ensemble_weight", str(weight)]
         asked, _ = read_arguments(EvalArgs, flags, check=False)

@@ -4,8 +4,8 @@ Scores and shares of areas are in percent.
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -14,7 +14,6 @@ from zs3.ablation.tables import TRAININGS, Row, Table
 from zs3.command_line import printable
 from zs3.evaluation.curves import save_figure, scores_figure
 from zs3.evaluation.report import IMAGE_LABELS
-from zs3.evaluation.result_types import Result
 from zs3.evaluation.results import read_result
 from zs3.scores.means import SCORES, GeneralizedScores
 from zs3.tables import markdown, markdown_table
@@ -44,10 +43,6 @@ def t_interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def ratio(above: float, below: float) -> float:
-    return float(above / below) if below else math.nan
-
-
 def over_seeds(values: list[float]) -> dict:
     return {"mean": float(np.mean(values)), "interval": list(t_interval(values)), "seeds": values}
 
@@ -64,100 +59,69 @@ def verdict(interval: list[float], paper: float | None) -> str:
     return "same sign as the paper" if (low > 0) == (paper > 0) else "opposite"
 
 
-class RowRuns(NamedTuple):
-    """Results and logs of one row, one of each for a seed."""
-
-    results: list[Result]
-    logs: list[list[dict]]  # lines of metrics.jsonl; empty where training wrote none
+def percents(shares: Iterable[float | None]) -> dict:
+    """`over_seeds` in percent; NaN where there is no such score or class."""
+    return over_seeds([math.nan if share is None else 100 * share for share in shares])
 
 
-def read_runs(results: list[Path]) -> RowRuns:
-    """results: the files of eval.py, each in the folder of its training."""
-    logs = [path.parent / "metrics.jsonl" for path in results]
-    return RowRuns(
-        [read_result(path, NEEDED) for path in results],
-        [read_json_lines(path, LINE, "log of train.py", "train again") if path.exists() else [] for path in logs],
-    )
+def logged_by(results: list[Path]) -> dict[str, dict]:
+    """The losses and same_label_rate at both ends of training; NaN where a line of the log has none.
 
-
-def in_percent(share: float | None) -> float:
-    return math.nan if share is None else 100 * share
-
-
-def scores_of(runs: RowRuns) -> dict[str, list[float]]:
-    """By score, one value a seed; NaN where the split has no such class."""
-    return {name: [in_percent(result[name]) for result in runs.results] for name in GeneralizedScores._fields}
-
-
-def areas_of(runs: RowRuns) -> dict[str, dict]:
-    """The area that got a name of the wrong kind, by AREAS; NaN where there is no area of that kind."""
-    shares = [result["seen_unseen_confusion"] for result in runs.results]
-    return {title: over_seeds([in_percent(share[kind][wrong]) for share in shares]) for title, kind, wrong in AREAS}
-
-
-def curve_of(runs: RowRuns) -> dict[str, dict]:
-    """Scores that a favour for seen names does not change; NaN where the curve was not measured."""
-    curves = [result.get("seen_unseen_curve") for result in runs.results]
-    alone = [math.nan if curve is None else in_percent(curve["seen_only"]["miou_seen"]) for curve in curves]
-    area = [math.nan if curve is None else in_percent(curve["area"]) for curve in curves]
-    return {
-        "mIoU(S), seen names alone": over_seeds(alone),
-        "area under the seen/unseen curve": over_seeds(area),
-    }
-
-
-def unseen_classes_of(runs: RowRuns) -> dict[str, dict]:
-    """IoU by unseen class."""
-    names = runs.results[0]["unseen"]
-    return {name: over_seeds([in_percent(result["per_class"][name]) for result in runs.results]) for name in names}
-
-
-def logged_by(runs: RowRuns) -> dict[str, dict]:
-    """Losses, without weights and summed over the decoder's outputs, and same_label_rate, in [0, 1]: at both ends of
-    training. NaN where a line has none."""
-    if not all(runs.logs):
+    Losses are without weights and summed over the decoder's outputs. results: each in the folder of its training.
+    """
+    paths = [path.parent / "metrics.jsonl" for path in results]
+    logs = [read_json_lines(path, LINE, "log of train.py", "train again") if path.exists() else [] for path in paths]
+    if not all(logs):
         return {}
-    names = [name for name in runs.logs[0][0] if name.startswith("loss_") or name == "same_label_rate"]
+    names = [name for name in logs[0][0] if name.startswith("loss_") or name == "same_label_rate"]
     found = {name: {} for name in names}
     for end, lines in {"first": slice(None, END), "last": slice(-END, None)}.items():
         for name in names:
-            values = [np.array([line.get(name) for line in log[lines]], dtype=float).mean() for log in runs.logs]
+            values = [np.array([line.get(name) for line in log[lines]], dtype=float).mean() for log in logs]
             found[name][end] = over_seeds(values)
     return found
 
 
+def summary_of_row(row: Row, paths: list[Path], paper: GeneralizedScores | None) -> dict:
+    """paths: of the row's result files, one a seed. Scores and areas are in percent."""
+    results = [read_result(path, NEEDED) for path in paths]
+    curves = [result.get("seen_unseen_curve") for result in results]
+    shares = [result["seen_unseen_confusion"] for result in results]
+    return {
+        "title": row.title,
+        "training": row.training,
+        "told": TRAININGS[row.training].unseen_labels,
+        "ensemble": row.ensemble,
+        "ensemble_weights": [result["clip_ensemble_weight"] for result in results] if row.is_chosen else None,
+        "scores": {name: percents(result[name] for result in results) for name in GeneralizedScores._fields},
+        "paper": None if paper is None else paper._asdict(),
+        "curve": {  # no bias towards seen names changes these
+            "mIoU(S), seen names alone": percents(curve and curve["seen_only"]["miou_seen"] for curve in curves),
+            "area under the seen/unseen curve": percents(curve and curve["area"] for curve in curves),
+        },
+        "areas": {title: percents(share[kind][wrong] for share in shares) for title, kind, wrong in AREAS},
+        "unseen_classes": {
+            name: percents(result["per_class"][name] for result in results) for name in results[0]["unseen"]
+        },
+        "logged": logged_by(paths),
+    }
+
+
 def summarise(table: Table, paths: dict[Row, list[Path]]) -> dict:
     """paths: of a row's result files, one a seed."""
-    runs = {row: read_runs(paths[row]) for row in table.rows}
-    scores = {row: scores_of(runs[row]) for row in table.rows}
-    rows = [
-        {
-            "title": row.title,
-            "training": row.training,
-            "told": TRAININGS[row.training].unseen_labels,
-            "ensemble": row.ensemble,
-            "ensemble_weights": [one["clip_ensemble_weight"] for one in runs[row].results] if row.is_chosen else None,
-            "scores": {name: over_seeds(values) for name, values in scores[row].items()},
-            "paper": table.paper[row]._asdict() if row in table.paper else None,
-            "curve": curve_of(runs[row]),
-            "areas": areas_of(runs[row]),
-            "unseen_classes": unseen_classes_of(runs[row]),
-            "logged": logged_by(runs[row]),
-        }
-        for row in table.rows
-    ]
+    rows = {row: summary_of_row(row, paths[row], table.paper.get(row)) for row in table.rows}
     differences = []
     for difference in table.differences:
         found = {}
         for name in GeneralizedScores._fields:
-            above, below = scores[difference.row][name], scores[difference.minus][name]
+            above, below = (rows[row]["scores"][name] for row in (difference.row, difference.minus))
             its = None if difference.paper is None else getattr(difference.paper, name)
-            found[name] = over_seeds([a - b for a, b in zip(above, below, strict=True)])
-            found[name] |= {"ratio": ratio(np.mean(above), np.mean(below))}
+            found[name] = over_seeds([a - b for a, b in zip(above["seeds"], below["seeds"], strict=True)])
+            found[name] |= {"ratio": above["mean"] / below["mean"] if below["mean"] else math.nan}
             found[name] |= {"paper": None if its is None else round(its, 1)}
             found[name] |= {"verdict": verdict(found[name]["interval"], its)}
         differences.append({"title": difference.title, "scores": found})
-    return {"title": table.title, "note": table.note, "rows": rows, "differences": differences}
+    return {"title": table.title, "note": table.note, "rows": list(rows.values()), "differences": differences}
 
 
 # ---- the report --------------------------------------------------------------------------------------------
