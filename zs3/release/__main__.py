@@ -212,7 +212,8 @@ def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequenc
 
 def check_unchanged(folder: Path) -> None:
     """Only a folder that `make_folder` made, and that nobody changed, is replaced."""
-    if folder.exists() and not (is_sealed(folder) or _is_empty(folder)):
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not (is_empty or is_sealed(folder)):
         raise InputError(
             f"--output {folder} holds something else, or was changed by hand: move it away, or name another"
         )
@@ -239,10 +240,6 @@ def make_folder(files: Sequence[Path], card: str, folder: Path, labels: Sequence
             os.replace(old, folder)
     shutil.rmtree(old, ignore_errors=True)
     return answer
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
 
 
 def contents_sha256(folder: Path, card: str) -> str:
