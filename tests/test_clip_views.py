@@ -233,7 +233,7 @@ def test_a_wrong_weight_a_missing_tower_and_an_unsaid_split_are_told(model):
         model.ensemble(outputs, made, text)
     with pytest.raises(ValueError, match="is_seen must be"):
         model.ensemble(outputs, made, text, is_seen=torch.tensor([True]))
-    with pytest.raises(ValueError, match="takes what embed_proposals makes of the images, got Tensor"):
+    with pytest.raises(ValueError, match="got Tensor: give it model.embed_proposals"):
         model.ensemble(outputs, images, text, is_seen=is_seen)
     with pytest.raises(ValueError, match="no CLIP image tower"):
         tiny_model().embed_proposals(images, mask_logits)

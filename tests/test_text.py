@@ -129,6 +129,14 @@ def test_labels_that_the_tokenizer_cannot_tell_apart_are_refused_each_time(model
     assert not model.calls
 
 
+def test_a_list_that_was_changed_after_it_was_read_is_read_again(model):
+    ours, cache, names = processor(), TextCache(None), labels("sky", "sea")
+    embed_labels(names, model, ours, cache)
+    names += labels("x" * 100 + "a", "x" * 100 + "b")
+    with pytest.raises(ValueError, match="become the same tokens"):
+        embed_labels(names, model, ours, cache)
+
+
 # ------------------------------------------------------------------------------------------------------- the cache
 
 

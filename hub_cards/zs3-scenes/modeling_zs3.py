@@ -560,14 +560,15 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     ) -> Zs3Output:
         """The outputs with other class probabilities: CLIP's view of the proposals is joined in (section 4.6).
 
-        proposals: what `embed_proposals` made of the same images.
+        proposals: `embed_proposals(images, outputs.mask_logits, outputs.valid_sizes)`, of the same images.
         text_embeds, or input_ids and attention_mask: the same label list as in `forward`.
         owner: (S,) int64, where text_embeds has a row for each of S synonyms of C classes: see `best_synonyms`.
         is_seen: (C,) bool; None, with the stored vocabulary: which of it the training saw masks of.
         weight: w; None: the config's clip_ensemble_weight.
         """
         if not hasattr(proposals, "embeds"):
-            raise Refused(f"ensemble takes what embed_proposals makes of the images, got {type(proposals).__name__}")
+            mend = "give it model.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes)"
+            raise Refused(f"ensemble needs CLIP's embeddings of the proposals, got {type(proposals).__name__}: {mend}")
         stored = text_embeds is None and input_ids is None
         weight = self.config.clip_ensemble_weight if weight is None else weight
         if weight is None:

@@ -243,7 +243,7 @@ class TextCache:
         self.max_bytes = max_bytes
         self._segments: dict[Place, Segment] = {}  # first those unused for the longest time
         self._writable = True
-        self._readable: tuple[str, Sequence[Label]] | None = None  # the last list that `check_readable` passed
+        self._readable: tuple[str, tuple[Label, ...]] | None = None  # the last list that `check_readable` passed
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict:
@@ -256,7 +256,7 @@ class TextCache:
 
     def check_readable(self, labels: Sequence[Label], processor: ProcessorMixin) -> None:
         """As the processor's own. The same list is checked once."""
-        checked = tokenizer_fingerprint(processor.tokenizer), labels
+        checked = tokenizer_fingerprint(processor.tokenizer), tuple(labels)  # a copy: the caller may change the list
         if checked != self._readable:
             processor.check_readable(labels)
             self._readable = checked
