@@ -4,7 +4,8 @@ import hashlib
 import json
 import re
 import shutil
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import jinja2
 import jinja2.meta
 import pytest
 import yaml
+from conftest import Ended
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_wall import HUB_HALF
@@ -21,7 +23,7 @@ from tiny import save_checkpoint, tiny_config, tiny_model
 import zs3.release.__main__
 from configuration_zs3 import Zs3Config
 from zs3.checkpoints import settings_sha256, weights_sha256
-from zs3.command_line import InputError, run
+from zs3.command_line import InputError
 from zs3.label_space import load_label_space
 from zs3.release.__main__ import HUB_CARDS, chosen_template, code_files, is_sealed, main, project_code_of, release_files
 from zs3.release.card import model_card, recipes_of, runs, starts, training
@@ -112,13 +114,9 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def command(monkeypatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["release", *(str(word) for word in words)])
-    try:
-        run(main)
-    except SystemExit as stopped:
-        return stopped.code
-    return 0
+@pytest.fixture
+def release(call) -> Callable[..., Ended]:
+    return partial(call, main)
 
 
 def card_of(checkpoint: Path, template: str, results: list[dict], config: Zs3Config | None = None) -> ModelCard:
@@ -130,19 +128,18 @@ def card_of(checkpoint: Path, template: str, results: list[dict], config: Zs3Con
 # ---- the folder --------------------------------------------------------------------------------------------
 
 
-def test_a_release_is_made_and_a_stranger_uses_it(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_release_is_made_and_a_stranger_uses_it(checkpoint, tmp_path, release):
     """The one test with a stranger who says yes: a process in which the project cannot be imported."""
     result, folder = write(tmp_path / "gzs3.json", a_result(checkpoint)), tmp_path / "out"
     before = {path.name: sha256(path) for path in checkpoint.iterdir() if path.is_file()}
     words = ["--model", checkpoint, "--results", result, "--repo_id", "me/a-model", "--output", folder]
-    assert command(monkeypatch, *words) == 0
+    printed = release(*words).out
     assert sorted(path.name for path in folder.iterdir()) == sorted(["README.md", *FILES])
     for name in FILES:
         assert (folder / name).read_bytes() == (checkpoint / name).read_bytes(), name
     assert before == {path.name: sha256(path) for path in checkpoint.iterdir() if path.is_file()}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gzs3.json", "out"]
 
-    printed = capsys.readouterr().out
     parameters = sum(parameter.numel() for parameter in tiny_model().parameters())
     assert f"stranger  Zs3ForSemanticSegmentation, {parameters:,} parameters" in printed
     listed = {name: int(size.replace(",", "")) for size, name in re.findall(r"^ *([\d,]+)  (\S+)$", printed, re.M)}
@@ -151,9 +148,9 @@ def test_a_release_is_made_and_a_stranger_uses_it(checkpoint, tmp_path, monkeypa
     assert str(folder) in printed and "not uploaded" in printed
 
 
-def test_without_an_output_the_folder_is_called_as_the_repository(checkpoint, tmp_path, monkeypatch, untried):
+def test_without_an_output_the_folder_is_called_as_the_repository(checkpoint, tmp_path, monkeypatch, untried, release):
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, "--model", checkpoint, "--repo_id", "me/a-model") == 0
+    assert release("--model", checkpoint, "--repo_id", "me/a-model").code == 0
     assert (tmp_path / "runs" / "release" / "a-model" / "config.json").is_file()
     assert untried == [[sorted(["README.md", *FILES]), ["sky", "grass"]]]  # the card is there, too
 
@@ -165,7 +162,7 @@ def test_without_an_output_the_folder_is_called_as_the_repository(checkpoint, tm
         ("weights", "other weights do not fit"),
     ],
 )
-def test_what_a_stranger_cannot_use_is_not_made(checkpoint, tmp_path, monkeypatch, capsys, damage, words):
+def test_what_a_stranger_cannot_use_is_not_made(checkpoint, tmp_path, damage, words, release):
     model, folder = tmp_path / "final", tmp_path / "out"
     shutil.copytree(checkpoint, model)
     if damage == "weights":
@@ -175,30 +172,26 @@ def test_what_a_stranger_cannot_use_is_not_made(checkpoint, tmp_path, monkeypatc
     else:
         source = (model / "modeling_zs3.py").read_text()
         (model / "modeling_zs3.py").write_text(f"{source}\n{damage}")
-    words_given = ["--model", model, "--repo_id", "me/a-model", "--output", folder]
-    assert command(monkeypatch, *words_given, *(["--trust_remote_code"] if damage != "weights" else [])) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
+    trusted = ["--trust_remote_code"] if damage != "weights" else []
+    last = release("--model", model, "--repo_id", "me/a-model", "--output", folder, *trusted).refusal
     assert last.startswith("error: a stranger cannot use this checkpoint, so nothing was made") and words in last
     assert sorted(path.name for path in tmp_path.iterdir()) == ["final"]
 
 
-def test_its_own_folder_is_made_anew_and_any_other_is_left_alone(checkpoint, tmp_path, monkeypatch, untried, capsys):
+def test_its_own_folder_is_made_anew_and_any_other_is_left_alone(checkpoint, tmp_path, untried, release):
     folder = tmp_path / "out"
     words = ["--model", checkpoint, "--repo_id", "me/a-model", "--output", folder]
     folder.mkdir()  # empty: nothing to lose
-    assert command(monkeypatch, *words) == 0 and is_sealed(folder)
+    assert release(*words).code == 0 and is_sealed(folder)
     first = (folder / "README.md").read_text()
     result = write(tmp_path / "gzs3.json", a_result(checkpoint))
-    assert command(monkeypatch, *words, "--results", result) == 0
+    assert release(*words, "--results", result).code == 0
     assert (folder / "README.md").read_text() != first and is_sealed(folder)
 
     def refused(changed: Path) -> None:
-        before = changed.read_bytes()
-        capsys.readouterr()
-        assert command(monkeypatch, *words) == 2
-        printed = capsys.readouterr()
+        before, ended = changed.read_bytes(), release(*words)
         words_said = "is a file: choose a folder" if folder.is_file() else "holds something else, or was changed"
-        assert words_said in printed.err and "a stranger" not in printed.out
+        assert words_said in ended.refusal and "a stranger" not in ended.out
         assert changed.read_bytes() == before and not (tmp_path / "out.partial").exists()
 
     original = (folder / "README.md").read_text()
@@ -216,15 +209,15 @@ def test_its_own_folder_is_made_anew_and_any_other_is_left_alone(checkpoint, tmp
     refused(folder)
 
 
-def test_the_folder_of_the_checkpoint_itself_is_no_output(checkpoint, monkeypatch, untried, capsys):
-    assert command(monkeypatch, "--model", checkpoint, "--repo_id", "me/a", "--output", checkpoint) == 2
+def test_the_folder_of_the_checkpoint_itself_is_no_output(checkpoint, untried, release):
+    assert release("--model", checkpoint, "--repo_id", "me/a", "--output", checkpoint).code == 2
     assert (checkpoint / "optimizer.bin").read_text() == "not to be released" and not untried
 
 
-def test_a_failure_keeps_the_release_before(checkpoint, tmp_path, monkeypatch, untried):
+def test_a_failure_keeps_the_release_before(checkpoint, tmp_path, monkeypatch, untried, release):
     folder = tmp_path / "out"
     words = ["--model", checkpoint, "--repo_id", "me/a-model", "--output", folder]
-    assert command(monkeypatch, *words) == 0
+    assert release(*words).code == 0
     before = {path.name: sha256(path) for path in folder.iterdir()}
 
     def fails(*_: object) -> None:
@@ -233,7 +226,7 @@ def test_a_failure_keeps_the_release_before(checkpoint, tmp_path, monkeypatch, u
     for place in ("zs3.release.__main__.visited", "zs3.files.rename"):
         with monkeypatch.context() as patched:
             patched.setattr(place, fails)
-            assert command(monkeypatch, *words) == 2
+            assert release(*words).code == 2
         assert {path.name: sha256(path) for path in folder.iterdir()} == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -341,24 +334,24 @@ def test_settings_that_name_code_which_the_project_has_not_got_are_not_released(
         project_code_of(folder)
 
 
-def test_changed_code_beside_a_checkpoint_is_not_released_but_with_the_flag(checkpoint, tmp_path, monkeypatch, untried):
+def test_changed_code_beside_a_checkpoint_is_not_released_but_with_the_flag(checkpoint, tmp_path, untried, release):
     folder, out = shutil.copytree(checkpoint, tmp_path / "final"), tmp_path / "out"
     changed = (folder / "losses_zs3.py").read_text() + "\nCHANGED = True\n"
     (folder / "losses_zs3.py").write_text(changed)
     words = ["--model", folder, "--repo_id", "me/a-model", "--output", out]
-    assert command(monkeypatch, *words) == 0
+    assert release(*words).code == 0
     assert (out / "losses_zs3.py").read_bytes() == (ROOT / "losses_zs3.py").read_bytes()
-    assert command(monkeypatch, *words, "--trust_remote_code") == 0
+    assert release(*words, "--trust_remote_code").code == 0
     assert (out / "losses_zs3.py").read_text() == changed
 
 
-def test_weights_that_are_no_numbers_are_not_released(checkpoint, tmp_path, monkeypatch, capsys):
+def test_weights_that_are_no_numbers_are_not_released(checkpoint, tmp_path, release):
     folder = shutil.copytree(checkpoint, tmp_path / "final")
     weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     weights["vocabulary"][0, 0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert command(monkeypatch, "--model", folder, "--repo_id", "me/a", "--output", tmp_path / "out") == 2
-    assert "vocabulary holds values that are no finite numbers" in capsys.readouterr().err
+    refusal = release("--model", folder, "--repo_id", "me/a", "--output", tmp_path / "out").refusal
+    assert "vocabulary holds values that are no finite numbers" in refusal
     assert not (tmp_path / "out").exists()
 
 
@@ -380,24 +373,21 @@ def test_weights_that_are_no_numbers_are_not_released(checkpoint, tmp_path, monk
         ({"confidence_intervals": ...}, "it lacks 'confidence_intervals'"),
     ],
 )
-def test_a_result_that_does_not_belong_is_refused_by_name(
-    checkpoint, tmp_path, monkeypatch, untried, capsys, content, words
-):
+def test_a_result_that_does_not_belong_is_refused_by_name(checkpoint, tmp_path, untried, content, words, release):
     good, bad = write(tmp_path / "good.json", a_result(checkpoint)), tmp_path / "bad.json"
     if isinstance(content, dict):
         content = {name: value for name, value in a_result(checkpoint, **content).items() if value is not ...}
     bad.write_text(content if isinstance(content, str) else json.dumps(content))
-    words_given = ["--model", checkpoint, "--repo_id", "me/a", "--output", tmp_path / "out", "--results", good, bad]
-    assert command(monkeypatch, *words_given) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "bad.json" in last and words in last
+    given = ["--model", checkpoint, "--repo_id", "me/a", "--output", tmp_path / "out", "--results", good, bad]
+    refusal = release(*given).refusal
+    assert "bad.json" in refusal and words in refusal
     assert not (tmp_path / "out").exists() and not untried
 
 
-def test_one_result_twice_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
+def test_one_result_twice_is_refused(checkpoint, tmp_path, release):
     paths = [write(tmp_path / name, a_result(checkpoint)) for name in ("a.json", "b.json")]
-    assert command(monkeypatch, "--model", checkpoint, "--repo_id", "me/a", "--results", *paths) == 2
-    assert "b.json equals another" in capsys.readouterr().err
+    refusal = release("--model", checkpoint, "--repo_id", "me/a", "--results", *paths).refusal
+    assert "b.json equals another" in refusal
 
 
 # ---- the card ----------------------------------------------------------------------------------------------
@@ -632,24 +622,22 @@ def test_the_template_is_that_of_the_masks_that_training_saw(checkpoint):
             chosen_template(None, config, [zero_shot])
 
 
-def test_a_template_of_ones_own(checkpoint, tmp_path, monkeypatch, untried, capsys):
+def test_a_template_of_ones_own(checkpoint, tmp_path, monkeypatch, untried, release):
     own = tmp_path / "mine.md"
     mine = "---\nlicense: mit\n{{ card_data }}\n---\n# {{ name }} by me\n\n{{ status }}\n\n{{ results }}\n"
     own.write_text(mine)
     words = ["--model", checkpoint, "--repo_id", "me/a-model", "--output", tmp_path / "out", "--card", own]
-    assert command(monkeypatch, *words) == 0
+    assert release(*words).code == 0
     assert "# a-model by me" in (tmp_path / "out" / "README.md").read_text()
     for left_out, words_of_it in (
         ("{{ card_data }}", "mine.md lacks {{ card_data }}: "),
         ("{{ results }}", "mine.md lacks {{ results }}: "),
     ):
         own.write_text(mine.replace(left_out, ""))
-        assert command(monkeypatch, *words) == 2
-        assert words_of_it in capsys.readouterr().err.strip().splitlines()[-1]
+        assert words_of_it in release(*words).refusal
     for broken in ("# {{ name", "---\nlicense: [\n---\n# a\n", "---\n- a\n---\n"):
         own.write_text(broken)
-        assert command(monkeypatch, *words) == 2
-        assert "mine.md cannot be filled" in capsys.readouterr().err.strip().splitlines()[-1]
+        assert "mine.md cannot be filled" in release(*words).refusal
 
 
 # ---- the Hub -----------------------------------------------------------------------------------------------
@@ -680,12 +668,12 @@ def hub(monkeypatch) -> type[StandIn]:
     return StandIn
 
 
-def test_the_folder_is_tried_and_then_uploaded_and_tagged(checkpoint, tmp_path, monkeypatch, untried, hub, capsys):
+def test_the_folder_is_tried_and_then_uploaded_and_tagged(checkpoint, tmp_path, untried, hub, release):
     folder = tmp_path / "out"
     words = ["--model", checkpoint, "--repo_id", "me/a-model", "--output", folder]
-    assert command(monkeypatch, *words) == 0 and hub.calls == []  # a dry run
+    assert release(*words).code == 0 and hub.calls == []  # a dry run
     tried = len(untried)
-    assert command(monkeypatch, *words, "--push", "--tag", "v1") == 0
+    printed = release(*words, "--push", "--tag", "v1").out
     assert len(untried) == tried + 1
     create, upload, tag = hub.calls
     assert create == ("create_repo", ("me/a-model",), {"exist_ok": True})
@@ -693,19 +681,19 @@ def test_the_folder_is_tried_and_then_uploaded_and_tagged(checkpoint, tmp_path, 
     assert Path(upload[2]["folder_path"]) == folder and "ignore_patterns" not in upload[2]
     assert {"*.py", "*.safetensors"} <= set(upload[2]["delete_patterns"])  # of an earlier version with other shards
     assert tag == ("create_tag", ("me/a-model",), {"tag": "v1", "revision": "a1b2c3"})
-    assert "uploaded  https://huggingface.co/me/a-model" in capsys.readouterr().out
+    assert "uploaded  https://huggingface.co/me/a-model" in printed
     hub.calls.clear()
-    assert command(monkeypatch, *words, "--push") == 0
+    assert release(*words, "--push").code == 0
     assert [name for name, _, _ in hub.calls] == ["create_repo", "upload_folder"]
 
 
-def test_nothing_is_uploaded_that_a_stranger_cannot_use(checkpoint, tmp_path, monkeypatch, hub):
+def test_nothing_is_uploaded_that_a_stranger_cannot_use(checkpoint, tmp_path, monkeypatch, hub, release):
     def refuses(*_: object) -> None:
         raise InputError("a stranger cannot use this checkpoint")
 
     monkeypatch.setattr(zs3.release.__main__, "visited", refuses)
     words = ["--model", checkpoint, "--repo_id", "me/a-model", "--output", tmp_path / "out", "--push"]
-    assert command(monkeypatch, *words) == 2 and hub.calls == []
+    assert release(*words).code == 2 and hub.calls == []
 
 
 @pytest.mark.parametrize(
@@ -718,24 +706,22 @@ def test_nothing_is_uploaded_that_a_stranger_cannot_use(checkpoint, tmp_path, mo
     ],
 )
 def test_what_fails_on_the_way_to_the_hub_is_one_line_and_the_folder_is_kept(
-    checkpoint, tmp_path, monkeypatch, untried, hub, capsys, fails, words
+    checkpoint, tmp_path, monkeypatch, untried, hub, fails, words, release
 ):
     folder = tmp_path / "out"
     hub.fails = fails
     if fails == "get_token":
         monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     push = ["--push", "--tag", "v1"]
-    assert command(monkeypatch, "--model", checkpoint, "--repo_id", "me/a-model", "--output", folder, *push) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and words in last and "/out is whole" in last
+    last = release("--model", checkpoint, "--repo_id", "me/a-model", "--output", folder, *push).refusal
+    assert words in last and "/out is whole" in last
     assert is_sealed(folder) and hub.calls[-1:] == [call for call in hub.calls if call[0] == fails][-1:]
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(checkpoint, tmp_path, monkeypatch, untried, capsys):
+def test_a_hub_that_cannot_be_reached_is_one_line(checkpoint, tmp_path, monkeypatch, untried, release):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_a_token")  # the suite runs with HF_HUB_OFFLINE=1
     words = ["--model", checkpoint, "--repo_id", "me/a-model", "--output", tmp_path / "out", "--push"]
-    assert command(monkeypatch, *words) == 2
-    assert "cannot upload to me/a-model" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot upload to me/a-model" in release(*words).refusal
     assert is_sealed(tmp_path / "out")
 
 
@@ -749,15 +735,13 @@ def test_a_hub_that_cannot_be_reached_is_one_line(checkpoint, tmp_path, monkeypa
         (["--card", "voc"], "--card voc: no such template"),
     ],
 )
-def test_bad_flags_are_one_line(checkpoint, tmp_path, monkeypatch, untried, capsys, flags, words):
+def test_bad_flags_are_one_line(checkpoint, tmp_path, untried, flags, words, release):
     given = ["--model", checkpoint, "--repo_id", "me/a-model", "--output", tmp_path / "out"]
-    assert command(monkeypatch, *given, *flags) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and words in last
+    assert words in release(*given, *flags).refusal
     assert not untried and not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, release):
     write(tmp_path / "config.json", {"model_type": "bert"})
-    assert command(monkeypatch, "--model", tmp_path, "--repo_id", "me/a-model") == 2
-    assert "is a checkpoint of 'bert', not of 'zs3'" in capsys.readouterr().err
+    refusal = release("--model", tmp_path, "--repo_id", "me/a-model").refusal
+    assert "is a checkpoint of 'bert', not of 'zs3'" in refusal
