@@ -74,11 +74,8 @@ def test_text_vectors_without_a_direction_or_of_a_wrong_type_are_refused(wrong):
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
 def test_text_vectors_may_be_floating_point_numbers_of_any_precision(kind):
-    assert (
-        tiny_model(text=False)(torch.zeros(1, 3, 64, 32), text_embeds=unit(2, 12).to(kind))
-        .class_logits.isfinite()
-        .all()
-    )
+    outputs = tiny_model(text=False)(torch.zeros(1, 3, 64, 32), text_embeds=unit(2, 12).to(kind))
+    assert outputs.class_logits.isfinite().all()
 
 
 def test_a_stored_vocabulary_that_is_damaged_is_refused_where_it_is_used():
@@ -150,16 +147,6 @@ def test_equal_text_vectors_get_equal_logits_to_the_last_bit(uneven, classes):
     torch.testing.assert_close(logits, product, rtol=1e-5, atol=1e-6)
 
 
-def test_equal_vectors_tie_when_each_is_a_synonym_of_its_own(uneven):
-    model = tiny_model(seed=1, text=False, vision=True)
-    vectors, pixels = unit(3, 12).repeat(6, 1)[:17], torch.randn(1, 3, 64, 96)
-    outputs = model(pixels, text_embeds=vectors)
-    seen, owner = torch.zeros(17, dtype=torch.bool), torch.arange(17)
-    proposals = model.embed_proposals(torch.rand(1, 3, 64, 96), outputs.mask_logits)
-    probs = model.ensemble(outputs, proposals, vectors, owner=owner, is_seen=seen, weight=0.7).class_probs
-    assert all(torch.equal(probs[..., column], probs[..., column % 3]) for column in range(17))
-
-
 def test_equal_vectors_do_not_tie_where_one_is_seen_and_one_is_not():
     model = tiny_model(seed=1, text=False, vision=True)
     vectors, pixels = unit(1, 12).expand(2, 12), torch.randn(1, 3, 64, 96)
@@ -189,15 +176,17 @@ def test_columns_are_tied_to_the_first_equal_one_and_others_left_alone():
             assert torch.equal(tie(values, source), expected)
 
 
+@pytest.mark.parametrize("owner", [None, torch.arange(17)], ids=["one word", "a synonym of its own"])
 @pytest.mark.parametrize("ensemble", ["off", "crops", "single_pass"])
-def test_of_equal_vectors_the_lowest_index_wins_in_the_label_map(uneven, ensemble):
+def test_of_equal_vectors_the_lowest_index_wins_in_the_label_map(uneven, ensemble, owner):
     model = tiny_model(seed=1, text=False, vision=True)
     vectors = unit(3, 12).repeat(6, 1)[:17]
     pixels = torch.randn(1, 3, 64, 96)
     outputs = model(pixels, text_embeds=vectors)
     if ensemble != "off":
         proposals = model.embed_proposals(torch.rand(1, 3, 64, 96), outputs.mask_logits, view=ensemble)
-        outputs = model.ensemble(outputs, proposals, vectors, is_seen=torch.arange(17) % 3 == 0, weight=0.7)
+        is_seen = torch.arange(17) % 3 == 0
+        outputs = model.ensemble(outputs, proposals, vectors, owner=owner, is_seen=is_seen, weight=0.7)
     probs = outputs.class_probs
     assert all(torch.equal(probs[..., column], probs[..., column % 3]) for column in range(17))
     label_map = modeling_zs3.semantic_map(probs, outputs.mask_logits, (64, 96))
@@ -222,7 +211,7 @@ def test_a_plain_mask2former_checkpoint_loads_and_draws_the_same_masks(tmp_path)
     model, info = Zs3ForSemanticSegmentation.from_pretrained(
         tmp_path, config=tiny_config(text=False), output_loading_info=True
     )
-    assert set(info["missing_keys"]) == {f"class_projection.{layer}.{kind}" for layer in "02" for kind in KINDS}
+    assert set(info["missing_keys"]) == {f"class_projection.{n}.{kind}" for n in "02" for kind in ("weight", "bias")}
     assert not info["unexpected_keys"] and not info["mismatched_keys"]  # only the class head is left behind, knowingly
     assert set(model.model.state_dict()) == set(plain.model.state_dict())
     pixels = torch.randn(2, 3, 64, 96)
@@ -232,28 +221,21 @@ def test_a_plain_mask2former_checkpoint_loads_and_draws_the_same_masks(tmp_path)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-KINDS = ("weight", "bias")
-
-
 def test_saving_and_loading_changes_nothing(tmp_path):
     model = save_checkpoint(tmp_path, vision=True)
     again = Zs3ForSemanticSegmentation.from_pretrained(tmp_path)
-    for ours, theirs in ((model.named_parameters(), again.named_parameters()), (buffers(model), buffers(again))):
-        ours, theirs = dict(ours), dict(theirs)
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(one, kind)()) for one in (model, again))
         assert list(ours) == list(theirs)
         for name in ours:
             assert torch.equal(ours[name], theirs[name]), name
-    assert any("position_ids" in name for name, _ in buffers(model))  # not persistent: CLIP's
+    assert any("position_ids" in name for name, _ in model.named_buffers())  # not persistent: CLIP's
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in again.parameters()]
     pixels = torch.randn(1, 3, 40, 50)
     with torch.no_grad():
         expected, outputs = model(pixels), again(pixels)
     torch.testing.assert_close(outputs.mask_logits, expected.mask_logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs.class_logits, expected.class_logits, rtol=1e-4, atol=1e-3)
-
-
-def buffers(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
-    return list(model.named_buffers())
 
 
 def test_a_loaded_model_is_evaluating_and_in_the_saved_precision(tmp_path):
@@ -840,7 +822,9 @@ STATES = {
 }
 
 
-def asked(**fields) -> dict[str, Tensor]:
+def asked(labels: bool = False, **fields) -> dict[str, Tensor]:
+    if labels:
+        fields["labels"] = torch.arange(96).expand(2, 64, 96) // 24
     return {"pixel_values": torch.randn(2, 3, 64, 96), "text_embeds": unit(4, 12), **fields}
 
 
@@ -854,11 +838,9 @@ def assert_equal_states(found, expected, names) -> None:
 @pytest.mark.parametrize("from_config", [False, True])
 @pytest.mark.parametrize("labels", [False, True])
 def test_hidden_states_and_attentions_are_mask2formers(labels, from_config):
-    plain, batch = plain_mask2former(), asked()
+    plain, batch = plain_mask2former(), asked(labels)
     model = Zs3ForSemanticSegmentation(tiny_config(text=False)).eval()
     model.model.load_state_dict(plain.model.state_dict())
-    if labels:
-        batch["labels"] = torch.arange(96).expand(2, 64, 96) // 24
     flags = {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
         expected = plain(batch["pixel_values"], **flags)
@@ -884,9 +866,7 @@ def test_one_can_ask_for_hidden_states_or_for_attentions_alone():
 
 @pytest.mark.parametrize("labels", [False, True])
 def test_hidden_states_and_attentions_keep_their_gradients(labels):
-    model, batch = tiny_model(text=False).train(), asked()
-    if labels:
-        batch["labels"] = torch.arange(96).expand(2, 64, 96) // 24
+    model, batch = tiny_model(text=False).train(), asked(labels)
     outputs = model(**batch, output_hidden_states=True, output_attentions=True)
     kept = [value for name in STATES if isinstance(outputs[name], tuple) for value in outputs[name][:-1]]
     for value in kept:
@@ -909,9 +889,7 @@ def test_images_of_different_sizes_have_no_common_hidden_states():
 @pytest.mark.parametrize("fields", [{}, {"output_hidden_states": True, "output_attentions": True}])
 @pytest.mark.parametrize("labels", [False, True])
 def test_without_return_dict_the_output_is_the_tuple_of_the_dict(labels, fields):
-    model, batch = tiny_model(text=False), asked(**fields)
-    if labels:
-        batch["labels"] = torch.arange(96).expand(2, 64, 96) // 24
+    model, batch = tiny_model(text=False), asked(labels, **fields)
     outputs = []
     for return_dict, in_config in ((True, False), (False, True), (None, False)):
         torch.manual_seed(2)  # of the loss's points
@@ -969,7 +947,7 @@ def test_a_model_of_half_precision_answers_and_learns_as_that_of_float32(kind, h
 
 def test_frozen_adapters_are_given_inputs_with_gradients():
     """Reentrant checkpointing gives no gradient to what is only given frozen inputs."""
-    model, batch = tiny_model(text=False), asked(labels=torch.arange(96).expand(2, 64, 96) // 24)
+    model, batch = tiny_model(text=False), asked(labels=True)
     model.requires_grad_(False).train()
     trained = [
         model.model.pixel_level_module.decoder.encoder.layers[0].fc1.weight,
