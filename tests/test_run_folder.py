@@ -104,6 +104,12 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def error_in(log: Path) -> str:
+    """The one line with which all processes of a run were refused."""
+    (line,) = {line for line in log.read_text().splitlines() if line.startswith("error: ")}
+    return line
+
+
 def logged(output_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -284,56 +290,45 @@ DAMAGES = {
 }
 
 
+@pytest.fixture
+def whole(straight, tmp_path) -> Path:
+    """A copy of an undisturbed run's last checkpoint."""
+    return shutil.copytree(complete_checkpoints(straight / "checkpoints")[-1], tmp_path / "copy")
+
+
 @pytest.mark.parametrize("words", DAMAGES)
-def test_a_damaged_checkpoint_is_recognised(words, straight, tmp_path):
-    whole = shutil.copytree(complete_checkpoints(straight / "checkpoints")[-1], tmp_path / "copy")
+def test_a_damaged_checkpoint_is_recognised(words, whole):
     assert damage(whole) is None
     DAMAGES[words](whole)
     assert words in damage(whole)
 
 
-def test_an_empty_manifest_is_no_proof(straight, tmp_path):
-    whole = shutil.copytree(complete_checkpoints(straight / "checkpoints")[-1], tmp_path / "copy")
+def test_an_empty_manifest_is_no_proof(whole):
     manifest = json.loads((whole / "manifest.json").read_text())
     for name in ("model.safetensors", "optimizer.bin", "progress.bin", "stamp.json"):
-        (whole / "manifest.json").write_text(
-            json.dumps({other: manifest[other] for other in manifest if other != name})
-        )
+        others = {other: manifest[other] for other in manifest if other != name}
+        (whole / "manifest.json").write_text(json.dumps(others))
         assert damage(whole) == f"manifest.json does not list {name}"
     (whole / "manifest.json").write_text("{}")
     assert "manifest.json does not list" in damage(whole)
 
 
-def certify(path: Path) -> None:
-    """Writes a new manifest for a checkpoint that was changed."""
-    (path / "manifest.json").unlink()
-    write_manifest(path)
-
-
 def state_with(path: Path, **changes: object) -> None:
-    """progress.bin with other values; None: without."""
-    state = {**torch.load(path / "progress.bin", weights_only=True), **changes}
-    torch.save({name: value for name, value in state.items() if value is not None}, path / "progress.bin")
-    certify(path)
+    """progress.bin with other values."""
+    torch.save({**torch.load(path / "progress.bin", weights_only=True), **changes}, path / "progress.bin")
 
 
 def weights_with(path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     state = load_file(path / "model.safetensors")
     state["class_projection.0.weight"] = change(state["class_projection.0.weight"])
     save_file(state, path / "model.safetensors", {"format": "pt"})
-    certify(path)
-
-
-def save_another(path: Path, content: object) -> None:
-    torch.save(content, path / "progress.bin")
-    certify(path)
 
 
 # Checkpoints that fit their manifest, but from which no run can resume
 UNFIT = {
     "progress.bin lacks seconds": lambda path: state_with(path, seconds=None),
     "progress.bin lacks scheduler": lambda path: state_with(path, scheduler="multistep"),
-    "progress.bin lacks step": lambda path: save_another(path, [3]),
+    "progress.bin lacks step": lambda path: torch.save([3], path / "progress.bin"),
     "is the checkpoint of step_00000009: it is renamed to step_00000012.damaged": lambda path: state_with(path, step=9),
     "class_projection.0.weight is not finite": lambda path: weights_with(path, lambda weight: weight * math.nan),
     "class_projection.0.weight is of torch.float16": lambda path: weights_with(path, lambda weight: weight.half()),
@@ -344,6 +339,8 @@ UNFIT = {
 def test_of_a_checkpoint_that_cannot_be_gone_on_from_the_one_before_is_taken(words, straight, tmp_path, capsys):
     folder = shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
     UNFIT[words](folder / "step_00000012")
+    (folder / "step_00000012" / "manifest.json").unlink()
+    write_manifest(folder / "step_00000012")
     assert newest_whole(folder, straight).name == "step_00000009"
     assert words in capsys.readouterr().out
     assert (folder / "step_00000012.damaged").is_dir()  # nothing is lost
@@ -377,43 +374,47 @@ def newest_whole(folder: Path, run: Path) -> Path | None:
     return RunCheckpoints(Accelerator(cpu=True), folder, model, None, Progress(), kept=2, stamp={})._newest_whole()
 
 
+@pytest.fixture
+def begun(tmp_path) -> Callable[[dict], Path]:
+    """A function: writes a recipe beside a checkpoint and returns its path."""
+
+    def begun(recipe: dict) -> Path:
+        (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+        (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return tmp_path / "run" / "recipe.yaml"
+
+    return begun
+
+
 @pytest.mark.parametrize("content", ["", "[]", "3", "a: [", "\x00", None])
-def test_a_recipe_that_is_none_is_one_line_beside_checkpoints(content, tmp_path):
-    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    if content is not None:
-        (tmp_path / "recipe.yaml").write_text(content)
+def test_a_recipe_that_is_none_is_one_line_beside_checkpoints(content, begun):
+    path = begun({})
+    path.unlink() if content is None else path.write_text(content)
     with pytest.raises(InputError, match="recipe.yaml .*: put back what the run began with"):
-        check_recipe(tmp_path / "recipe.yaml", {"max_steps": 3})
-    assert (tmp_path / "recipe.yaml").exists() == (content is not None)
+        check_recipe(path, {"max_steps": 3})
+    assert path.exists() == (content is not None)
 
 
-def test_a_flag_that_a_recipe_is_too_old_for_has_its_default(tmp_path):
-    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"max_steps": 3}))
-    with pytest.raises(InputError, match="has newer 1, this command 2: "):
-        check_recipe(path, {"max_steps": 3, "newer": 2}, {"newer": 1, "of_another_command": 5})
-    check_recipe(path, {"max_steps": 3, "newer": 1}, {"newer": 1})
-    assert yaml.safe_load(path.read_text()) == {"max_steps": 3, "newer": 1}
-
-
-def test_a_flag_that_was_renamed_is_the_same_flag(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("before", "same", "other", "words"),
+    [
+        ({"max_steps": 3}, {"max_steps": 3, "newer": 1}, {"max_steps": 3, "newer": 2}, "newer 1, this command 2: "),
+        ({"iterations": 3}, {"max_steps": 3}, {"max_steps": 4}, "max_steps 3, this command 4: "),
+    ],
+)
+def test_a_flag_that_is_newer_than_a_recipe_or_renamed_is_compared(before, same, other, words, begun, monkeypatch):
     monkeypatch.setitem(OLD_NAMES, "TrainArgs", {"iterations": "max_steps"})
-    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"iterations": 3}))
-    with pytest.raises(InputError, match="has max_steps 3, this command 4: "):
-        check_recipe(path, {"max_steps": 4})
-    check_recipe(path, {"max_steps": 3})
-    assert yaml.safe_load(path.read_text()) == {"max_steps": 3}
+    path, defaults = begun(before), {"newer": 1, "of_another_command": 5}
+    with pytest.raises(InputError, match=words):
+        check_recipe(path, other, defaults)
+    check_recipe(path, same, defaults)
+    assert yaml.safe_load(path.read_text()) == same
 
 
-def test_many_other_flags_are_one_short_line(tmp_path):
-    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+def test_many_other_flags_are_one_short_line(begun):
     before = {"zeta": 1, **{f"flag_{index}": index for index in range(50)}, "long": "x" * 500}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(before))
     with pytest.raises(InputError, match=r"\(and 51 more\)") as refusal:
-        check_recipe(tmp_path / "recipe.yaml", dict.fromkeys(before, "y" * 500))
+        check_recipe(begun(before), dict.fromkeys(before, "y" * 500))
     assert len(str(refusal.value)) <= 200
 
 
@@ -476,8 +477,7 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(file, stopped):
     size = (newest / file).stat().st_size
     shutil.rmtree(newest)
     assert ended(start(command, folder / "log", partial(limit_file_size, size - 1))) == 2
-    errors = [line for line in (folder / "log").read_text().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "ulimit -f" in errors[0]
+    assert "ulimit -f" in error_in(folder / "log")
     assert [*(folder / "checkpoints").iterdir()] == [last] and damage(last) is None  # nothing half written
 
 
@@ -547,8 +547,7 @@ def test_an_infinite_loss_in_one_process_stops_all_and_names_its_images(data, tm
     command = flags(data, tmp_path / "run", **SETTINGS)
     changes = [partial(record_images, tmp_path), partial(spoil_loss, infinite, 4, "1")]
     assert [ended(process) for process in start_two(command, tmp_path / "log", *changes)] == [2, 2]
-    (line,) = {line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")}
-    assert f"at step 4, images {read_lines(tmp_path / 'images1.jsonl')[-1]}" in line
+    assert f"at step 4, images {read_lines(tmp_path / 'images1.jsonl')[-1]}" in error_in(tmp_path / "log")
     assert len(read_lines(tmp_path / "images1.jsonl")) == 5
     assert [path.name for path in complete_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000003"]
 
@@ -564,7 +563,7 @@ def test_weights_that_are_not_finite_after_the_last_step_stop_all_and_leave_no_m
     command = flags(data, tmp_path / "run", **{**SETTINGS, "max_steps": 4})
     spoil = partial(spoil_weights, 4)
     assert [ended(process) for process in start_two(command, tmp_path / "log", spoil)] == [2, 2]
-    (line,) = {line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")}
+    line = error_in(tmp_path / "log")
     assert "is not finite after step 4: not saved" in line and "--learning_rate" in line
     assert "model.pixel_level_module.encoder" in line and len(line) <= 200
     assert not (tmp_path / "run" / "final").exists()
@@ -590,10 +589,8 @@ def test_a_final_model_that_is_not_finite_is_not_written(straight, tmp_path):
         ({"logging_steps": 5, "learning_rate": 0.1}, {"logging_steps": 1, "learning_rate": 0.2}, "learning_rate"),
     ],
 )
-def test_a_run_may_go_on_with_other_flags_where_its_weights_do_not_hang_on_them(tmp_path, before, now, refused):
-    path = tmp_path / "recipe.yaml"
-    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
-    path.write_text(yaml.safe_dump(before))
+def test_a_run_may_go_on_with_other_flags_where_its_weights_do_not_hang_on_them(begun, before, now, refused):
+    path = begun(before)
     if refused is None:
         check_recipe(path, {**before, **now})
         assert yaml.safe_load(path.read_text()) == {**before, **now}
@@ -604,12 +601,10 @@ def test_a_run_may_go_on_with_other_flags_where_its_weights_do_not_hang_on_them(
         assert yaml.safe_load(path.read_text()) == before
 
 
-def test_a_run_may_be_moved_and_its_paths_written_in_another_way(tmp_path, monkeypatch):
+def test_a_run_may_be_moved_and_its_paths_written_in_another_way(begun, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "scenes").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
-    path = tmp_path / "run" / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"output_dir": "runs/before/", "dataset": "data/scenes", "max_steps": 3}))
+    path = begun({"output_dir": "runs/before/", "dataset": "data/scenes", "max_steps": 3})
     for dataset in ("data/scenes/", "./data/scenes", str(tmp_path / "data" / "scenes")):
         check_recipe(path, {"output_dir": str(tmp_path / "run"), "dataset": dataset, "max_steps": 3})
     with pytest.raises(InputError, match="this command 'data': give it that, or choose another --output_dir"):
@@ -623,8 +618,7 @@ def test_a_second_run_in_a_folder_is_refused_by_all_its_processes(data, tmp_path
     with lock_folder(tmp_path / "run"):
         command = flags(data, tmp_path / "run", **SETTINGS)
         assert [ended(process) for process in start_two(command, tmp_path / "log")] == [2, 2]
-    (line,) = {line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("error: ")}
-    assert f"another run writes in {tmp_path / 'run'} now" in line
+    assert f"another run writes in {tmp_path / 'run'} now" in error_in(tmp_path / "log")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
 
 
