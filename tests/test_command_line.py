@@ -370,36 +370,22 @@ def test_an_empty_list_is_refused_where_a_command_needs_one():
 # ---- messages ------------------------------------------------------------------------------------------------
 
 
-def test_a_message_of_a_long_path_keeps_the_files_name_what_is_wrong_and_what_to_do():
-    folder = "/data/" + "very_deep/" * 40
-    message = str(InputError(f"cannot read {folder}scene_00017.png, which holds id 77: correct the map"))
-    assert len(message) <= 200
-    assert message.startswith("cannot read /data/very...")
-    assert message.endswith("deep/scene_00017.png, which holds id 77: correct the map")
+PATH = "/data/" + "very_deep/" * 40 + "scene_00017.png"
 
 
-def test_a_message_of_two_long_paths_keeps_the_names_of_both():
-    one, other = (f"/{letter * 300}/{letter}.json" for letter in "ab")
-    message = str(InputError(f"{one} and {other} differ in the setting: evaluate both by one"))
-    assert (
-        len(message) <= 200
-        and "a/a.json and " in message
-        and message.endswith("b/b.json differ in the setting: evaluate both by one")
-    )
-
-
-def test_a_long_message_of_short_words_keeps_its_beginning_and_its_end():
-    message = str(InputError("a.png: " + "so it is and " * 100 + "replace it"))
-    assert len(message) <= 200 and message.startswith("a.png: so it is") and message.endswith("and replace it")
-
-
-def test_a_message_is_one_line_without_what_a_terminal_obeys():
-    assert str(InputError("a\nb\x1b[2J: rename it")) == "a\\nb\\x1b[2J: rename it"
-
-
-def test_a_message_within_the_bound_is_not_changed():
-    text = "a" * 100 + " " + "b" * 99
-    assert str(InputError(text)) == text
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (f"{PATH} holds id 77: correct it", "^/data/very.*/scene_00017.png holds id 77: correct it$"),
+        (f"/{'a' * 300}/a.json and /{'b' * 300}/b.json differ: evaluate", "a/a.json and .*b/b.json differ: evaluate$"),
+        ("a.png: " + "so it is and " * 100 + "replace it", "^a.png: so it is .* and replace it$"),
+        ("a\nb\x1b[2J: rename it", r"^a\\nb\\x1b\[2J: rename it$"),  # without what a terminal obeys
+        ("a" * 100 + " " + "b" * 99, "^a{100} b{99}$"),  # just within the bound
+    ],
+)
+def test_a_message_is_one_line_that_keeps_the_file_the_fault_and_the_mend(text, kept):
+    message = str(InputError(text))
+    assert re.search(kept, message) and len(message) <= 200
 
 
 def test_the_message_of_a_library_is_one_line_and_its_absence_is_the_class():
@@ -432,14 +418,6 @@ class Broken(Dataset):
 def test_bad_input_met_by_a_loader_worker_is_the_same_one_line(capsys):
     code, text = exit_code_and_stderr(lambda: list(DataLoader(Broken(), num_workers=1)), capsys)
     assert (code, text) == (2, "error: cannot read InputError: no.png: put it back\n")
-
-
-def test_full_disk_ends_with_one_line_and_code_2(capsys):
-    def main():
-        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
-
-    code, text = exit_code_and_stderr(main, capsys)
-    assert code == 2 and "model.safetensors" in text and text.count("\n") == 1
 
 
 def test_interruption_ends_with_code_130(capsys):
@@ -476,6 +454,7 @@ def test_a_full_disk_is_one_line_whoever_writes(error, capsys):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match("error: (no space left|a limit on the size)", line)
+    assert getattr(error, "filename", None) is None or error.filename in line
 
 
 def test_a_recipe_that_is_no_file_is_one_line(tmp_path):

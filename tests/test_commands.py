@@ -139,7 +139,7 @@ def test_the_text_of_a_field_is_whole_and_its_own(capsys):
     with pytest.raises(SystemExit):
         read_arguments(TrainArgs, ["--help"], Config)
     words = " ".join(capsys.readouterr().out.split())
-    assert "--rank_weight VALUE ... weights of two losses, in [0, 100 %]: both of them. (default: 1.0)" in words
-    assert "--dice_weight VALUE ... weights of two losses" in words
-    assert "--kl VALUE ... which way. (default: p_u)" in words
-    assert "--num_queries VALUE ... Number of queries for the decoder. (default: 100)" in words
+    assert "--rank_weight VALUE [VALUE ...] weights of two losses, in [0, 100 %]: both of them. (default: 1.0)" in words
+    assert "--dice_weight VALUE [VALUE ...] weights of two losses" in words
+    assert "--kl VALUE [VALUE ...] which way. (default: p_u)" in words
+    assert "--num_queries VALUE [VALUE ...] Number of queries for the decoder. (default: 100)" in words

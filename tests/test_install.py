@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
@@ -52,7 +53,7 @@ def pip(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The folder into which a wheel of the project was installed. Built of a copy, as a build leaves files behind."""
+    """The folder into which a wheel of the project was unpacked. Built of a copy, as a build leaves files behind."""
     folder = tmp_path_factory.mktemp("wheel")
     source, target = folder / "source", folder / "installed"
     source.mkdir()
@@ -61,10 +62,10 @@ def installed(tmp_path_factory) -> Path:
     for name in ("zs3", "recipes", "hub_cards"):
         ignored = shutil.ignore_patterns("__pycache__", "zs3-scenes")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    offline = ["--no-deps", "--no-index", "--quiet", "--disable-pip-version-check"]
-    own_pip = [sys.executable, "-m", "pip"]
-    subprocess.run([*own_pip, "wheel", source, *offline, "--no-build-isolation", "--wheel-dir", folder], check=True)
-    subprocess.run([*own_pip, "install", *folder.glob("*.whl"), *offline, "--target", target], check=True)
+    build = "import setuptools.build_meta, sys; setuptools.build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, folder], cwd=source, check=True, stdout=subprocess.DEVNULL)
+    (wheel,) = folder.glob("*.whl")
+    ZipFile(wheel).extractall(target)
     return target
 
 

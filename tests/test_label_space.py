@@ -28,10 +28,6 @@ def test_benchmarks_have_the_published_numbers_of_classes(name):
     assert (len(space.class_names), len(space.unseen), space.ignore_index) == SIZES[name]
 
 
-def test_every_benchmark_is_offered_by_name():
-    assert set(BENCHMARKS) == set(SIZES)
-
-
 def test_voc_holds_its_names_in_the_order_of_its_ids():
     space = load_label_space("voc_20")
     assert space.class_names[:3] == ["aeroplane", "bicycle", "bird"] and space.class_names[14] == "person"
@@ -125,7 +121,6 @@ def test_file_and_its_folder_load_alike(tmp_path):
 def test_a_folder_called_like_a_benchmark_keeps_its_own_classes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "voc_20").mkdir()
-    assert len(load_label_space("voc_20").class_names) == 20
     content = {"classes": ["background", "cow"], "unseen": [], "ignore_label": 255}
     (tmp_path / "voc_20" / "classes.json").write_text(json.dumps(content))
     assert load_label_space("voc_20").class_names == ["background", "cow"]
@@ -178,12 +173,16 @@ def test_256_classes_need_an_ignored_id_beyond_255():
         ('{"classes": ["a", "a"], "unseen": [], "ignore_label": 255}', "classes.json: classes: names repeat"),
         ('["a"]', "lacks classes, unseen, ignore_label"),
         ("{", "cannot read .*classes.json as JSON"),
+        ("[" * 100_000, "cannot read .*classes.json as JSON"),
+        ('{"classes": ' + "[" * 100_000, "cannot read .*classes.json as JSON"),
+        ('{"ignore_label": 1' + "0" * 5000 + "}", "cannot read .*classes.json as JSON"),
     ],
 )
-def test_bad_files_are_named(tmp_path, content, message):
+def test_bad_files_are_named_in_a_line(tmp_path, content, message):
     (tmp_path / "classes.json").write_text(content)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as refusal:
         load_label_space(tmp_path)
+    assert len(str(refusal.value)) <= 200
 
 
 def test_unknown_name_meets_the_closest_one(tmp_path):
@@ -197,7 +196,7 @@ def test_the_docs_name_every_label_space_with_its_stamp():
     text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `") and line.count("|") == 6]
     stamps = {cells[0].strip(" `"): [cell.strip(" `") for cell in cells[1:]] for cells in rows}
-    assert stamps.keys() == set(BENCHMARKS)
+    assert stamps.keys() == set(BENCHMARKS) == set(SIZES)
     for name, cells in stamps.items():
         space = load_label_space(name)
         content = json.dumps([space.class_names, space.unseen, space.ignore_index])
@@ -248,16 +247,6 @@ def test_a_label_space_is_bounded_and_quick():
         LabelSpace([*names, "one more"], [], 65535)
     with pytest.raises(InputError, match="ignore_index 1000.*must be an integer outside"):
         LabelSpace(["a"], [], 10**400)
-
-
-@pytest.mark.parametrize(
-    "content", ["[" * 100_000, '{"classes": ' + "[" * 100_000, '{"ignore_label": 1' + "0" * 5000 + "}"]
-)
-def test_nothing_in_a_file_is_too_deep_or_too_long_for_a_line(content, tmp_path):
-    (tmp_path / "classes.json").write_text(content)
-    with pytest.raises(InputError, match="cannot read .*classes.json as JSON") as refusal:
-        load_label_space(tmp_path)
-    assert len(str(refusal.value)) < 300
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

@@ -474,6 +474,11 @@ def test_nouns_of_another_label_space_or_of_no_run_are_refused(arguments, tmp_pa
     table.write_bytes(b"half")
     with pytest.raises(InputError, match="cannot read the caption nouns .*make them again"):
         load_caption_nouns(arguments.output, SPACE)
+    nouns.write_nouns(table, ["1"], [np.array([2], np.int32)])
+    classes = Path(arguments.output) / "classes.json"
+    classes.write_text(classes.read_text().replace(SEEN[0], "something else"))
+    with pytest.raises(InputError, match="lacks a seen name"):
+        load_caption_nouns(arguments.output, SPACE)
 
 
 def test_words_that_are_a_name_of_the_label_space_in_another_spelling_are_left_out():
@@ -489,16 +494,6 @@ def test_nouns_that_are_one_name_become_one():
     said = [find([Word(text, text)]) for text in ("stra\u00dfe", "strasse", "\ufb01sh", "fish")]
     assert said == [{"strasse"}, {"strasse"}, {"fish"}, {"fish"}]
     assert find(load_tagger()("There is a cafe\u0301 at the corner.")) >= {"Caf\u00e9"}
-
-
-def test_a_list_of_nouns_that_lacks_a_seen_name_is_refused(arguments):
-    make_nouns(arguments)
-    path = Path(arguments.output) / "classes.json"
-    content = json.loads(path.read_text())
-    content["classes"][0] = "something else"
-    path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="lacks a seen name"):
-        load_caption_nouns(arguments.output, SPACE)
 
 
 # ---- dropping ----
@@ -519,12 +514,8 @@ def test_present_words_are_dropped_with_the_probability_and_independently(option
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert (fell[:, first] & fell[:, second]).mean() == pytest.approx(0.0625, abs=0.01)
     assert labels.tolist() == [1, 1, 1, 0, -1, 1], "the labels given stay as they are"
-
-
-def test_probability_0_drops_nothing_and_1_everything():
-    labels = np.array([1, 0, -1, 1], dtype=np.int8)
-    assert dropped(labels, np.random.default_rng(0), 0.0).tolist() == [1, 0, -1, 1]
-    assert dropped(labels, np.random.default_rng(0), 1.0).tolist() == [-1, 0, -1, -1]
+    assert dropped(labels, rng, 0.0, **options).tolist() == labels.tolist()
+    assert dropped(labels, rng, 1.0, **options).tolist() == [*3 * [becomes], 0, -1, becomes]
 
 
 def test_pictures_are_told_the_words_of_their_captions():

@@ -69,18 +69,6 @@ def read_arguments(
 # ---- the parser ------------------------------------------------------------------------------------------------
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default not in (None, []) else action.help
-
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        text = super()._format_args(action, default_metavar)
-        return f"{text.split()[0]} ..." if action.nargs == "+" else text
-
-
 class _Parser(HfArgumentParser):
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         """What argparse would refuse, with the whole value in its message, is left to `checked`.
@@ -94,6 +82,8 @@ class _Parser(HfArgumentParser):
             options["type"] = partial(_typed, options["type"])
         if options.get("action") == "store_false":
             options["help"] = argparse.SUPPRESS
+        elif options.get("default") not in (None, [], argparse.SUPPRESS):
+            options["help"] = f"{options.get('help', '')} (default: {options['default']})"
         return super().add_argument(*(name for name in names if "-" not in name.strip("-")), **options)
 
     def error(self, message: str) -> NoReturn:
@@ -109,7 +99,7 @@ def _parser(args_class: type[Arguments], config_class: type | None, config_names
         allow_abbrev=False,
         description=None if doc.startswith(f"{args_class.__name__}(") else doc,  # the signature, for want of a text
         usage=usage,
-        formatter_class=_Help,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=34),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of these flags; the command line wins.")
     group, texts = parser.add_argument_group("model configuration, values in YAML"), field_texts(config_class)

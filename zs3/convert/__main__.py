@@ -122,10 +122,8 @@ def mixed(items: list[Pair | Captioned]) -> list[Pair | Captioned]:
 
 def check_free(output: Path) -> None:
     """A folder holds one conversion, and nothing else."""
-    if not output.exists() or (output / PROGRESS / "settings.json").exists():
+    if not output.is_dir() or (output / PROGRESS / "settings.json").exists():
         return
-    if not output.is_dir():
-        raise InputError(f"--output {output} is a file: choose a folder")
     others = [file.name for file in output.iterdir() if file.name != PROGRESS and not is_leftover(file.name)]
     if others:
         raise InputError(f"--output {output} holds other files ({shortened(others[0])}): choose a new folder")
@@ -142,15 +140,13 @@ def check_settings(output: Path, name: str, source: str, splits: list[str]) -> N
     }
     path = output / PROGRESS / "settings.json"
     before = read_measures(path) if path.exists() else None
-    if before is not None:
-        whole = (output / "data").is_dir()  # no shard of another version will join it
-        changed = [key for key in settings if before.get(key) != settings[key] and not (whole and key == "versions")]
-        if changed:
-            raise InputError(
-                f"{output} was made with another {', '.join(changed)}: choose another --output, or delete it"
-            )
+    if before is None:
+        write_json(path, settings)
         return
-    write_json(path, settings)
+    whole = (output / "data").is_dir()  # no shard of another version will join it
+    changed = [key for key in settings if before.get(key) != settings[key] and not (whole and key == "versions")]
+    if changed:
+        raise InputError(f"{output} was made with another {', '.join(changed)}: choose another --output, or delete it")
 
 
 def classes_text(name: str) -> str:

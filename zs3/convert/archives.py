@@ -13,7 +13,8 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,18 +74,24 @@ class Archive(NamedTuple):
 # ---- label files -------------------------------------------------------------------------------------------
 
 
-def opened(path: Path, what: str) -> tuple[bytes, Image.Image]:
-    """A file's bytes, and the image in it, wholly decoded. what: "picture" or "map", for the BadFile."""
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[bytes]:
+    """A file's bytes, to be decoded in the block. what: "picture" or "map", for the BadFile."""
     if not path.exists():
         raise BadFile(f"missing_{what}", f"{path} is missing")
     try:
-        with decoding():
+        with decoding():  # scipy, too, raises many kinds of errors on a damaged file, its own bugs included
             check_regular(path)
-            content = path.read_bytes()
-            image = open_stored(content, what)
-            image.load()
+            yield path.read_bytes()
     except Refused as error:
         raise BadFile(f"unreadable_{what}", f"cannot read {path}: {error}") from error
+
+
+def opened(path: Path, what: str) -> tuple[bytes, Image.Image]:
+    """A file's bytes, and the image in it, wholly decoded."""
+    with reading(path, what) as content:
+        image = open_stored(content, what)
+        image.load()
     return content, image
 
 
@@ -128,16 +135,9 @@ def _of_mode(path: Path, modes: Sequence[str], otherwise: str) -> Image.Image:
 
 
 def _from_mat(path: Path, name: str, part: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    if not path.exists():
-        raise BadFile("missing_map", f"{path} is missing")
-    try:
-        with decoding():  # scipy raises many kinds of errors on a damaged file, its own bugs included
-            check_regular(path)
-            content = path.read_bytes()
-            check_inflated(content)
-            stored = part(scipy.io.loadmat(io.BytesIO(content), variable_names=[name])[name])
-    except Refused as error:
-        raise BadFile("unreadable_map", f"cannot read {name} of {path}: {error}") from error
+    with reading(path, "map") as content:
+        check_inflated(content)
+        stored = part(scipy.io.loadmat(io.BytesIO(content), variable_names=[name])[name])
     if stored.ndim != 2 or stored.dtype.kind not in "uif":
         raise BadFile("unreadable_map", f"{name} of {path} is no map: {stored.ndim} axes of type {stored.dtype}")
     with np.errstate(invalid="ignore"):

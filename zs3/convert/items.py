@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
 
@@ -64,18 +63,16 @@ def convert_item(item: Pair | Captioned, name: str) -> Converted:
 
 
 def convert_pair(pair: Pair, name: str) -> Converted:
-    problems, image, ids = [], None, None
-    ignore_index = lookup_table(name)[1]
-    try:
-        content, image = opened(pair.image, "picture")
-    except BadFile as error:
-        problems.append(_remark(pair, error.kind, str(error)))
-    try:
-        ids = read_ids(pair, name)
-    except BadFile as error:
-        problems.append(_remark(pair, error.kind, str(error)))
-    if image is None or ids is None:
+    problems, found = [], []
+    for read in (lambda: opened(pair.image, "picture"), lambda: read_ids(pair, name)):
+        try:
+            found.append(read())
+        except BadFile as error:
+            problems.append(_remark(pair, error.kind, str(error)))
+    if problems:
         return Converted(None, problems, [], {})
+    (content, image), ids = found
+    ignore_index = lookup_table(name)[1]
     turned = exif_orientation(image) in range(2, 9)
     if ids.shape != (image.height, image.width):
         return Converted(None, [_remark(pair, "size_mismatch", mismatch(pair, image, ids))], [], {})
@@ -124,8 +121,12 @@ def convert_all(items: list[Pair | Captioned], name: str, num_workers: int) -> I
     spawn = multiprocessing.get_context("spawn")
     remaining = iter(items)
     with ProcessPoolExecutor(num_workers, spawn, _begin_process) as pool:
-        with _deaf_to_ctrl_c():  # a process that starts now ignores Ctrl-C from its first line on
+        # Ctrl-C reaches every process of a terminal. The processes that start now never hear it.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
             waiting = deque((item, pool.submit(convert, item)) for item in islice(remaining, 8 * num_workers))
+        finally:
+            signal.signal(signal.SIGINT, before)
         while waiting:
             item, result = waiting.popleft()
             try:
@@ -136,16 +137,6 @@ def convert_all(items: list[Pair | Captioned], name: str, num_workers: int) -> I
                     "start again with a smaller --num_workers, or replace the file"
                 ) from error
             waiting.extend((item, pool.submit(convert, item)) for item in islice(remaining, 1))
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal. Only the main one shall stop at it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _begin_process() -> None:

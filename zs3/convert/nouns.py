@@ -96,6 +96,9 @@ Tagger = Callable[[str], list[Word]]
 # Words begin with a letter: numbers name nothing. Endings such as "'s" and punctuation are words of their own.
 WORDS = re.compile(r"['’]\w+|[^\W\d_]+(?:-[^\W\d_]+)*|[.,;:!?]")
 LEMMAS = {"leaves": "leaf"}  # LemmInflect's first choice is "leave"
+SINGULAR_TAGS = {"NN0", "NN1"}
+# A proper noun (NP0) or an unclassified word (UNC) in lower case is a rare noun, of either number.
+NOUN_TAGS = {*SINGULAR_TAGS, "NN2", "NP0", "UNC"}
 UNKNOWN_TO_HANTA = {"moped", "ostrich", "ottoman", "remote", "sled", "tangerine"}  # nouns that it does not know
 PLURAL_NOUNS = {"fries", "glasses", "pants", "shorts", "sunglasses"}  # their singular is another thing
 
@@ -109,20 +112,26 @@ def load_tagger() -> Tagger:
         except ImportError as error:
             mend = "pip install -c constraints.txt -e '.[nouns]'"
             raise InputError(f"caption nouns need the package {package}: {mend}") from error
-    number_of_nouns = _hanta()
+    import HanTa
+    from HanTa.HanoverTagger import HanoverTagger
+
+    hanta = HanoverTagger(str(Path(HanTa.__file__).parent / "morphmodel_en.pgz"))
 
     def tagger(caption: str) -> list[Word]:
         texts = WORDS.findall(normalize("NFC", caption).lower())
-        numbers = number_of_nouns(texts) if texts else []
-        return [Word(text, _listed(text, number)) for text, number in zip(texts, numbers, strict=True)]
+        tags = hanta.tag_sent(texts, taglevel=0) if texts else []
+        return [Word(text, _listed(text, tag)) for text, tag in zip(texts, tags, strict=True)]
 
     return tagger
 
 
-def _listed(text: str, number: str | None) -> str | None:
-    if number is None or len(text) == 1 or not text[0].isalpha():
+def _listed(text: str, tag: str) -> str | None:
+    """A noun as it is listed; None for another word. tag: HanTa's, which are those of the BNC."""
+    if text in UNKNOWN_TO_HANTA or text in PLURAL_NOUNS and tag in NOUN_TAGS:
+        return text
+    if tag not in NOUN_TAGS or len(text) == 1 or not text[0].isalpha():
         return None
-    return text if number == "singular" or text in PLURAL_NOUNS else noun_lemma(text)
+    return text if tag in SINGULAR_TAGS else noun_lemma(text)
 
 
 @cache
@@ -131,22 +140,6 @@ def noun_lemma(word: str) -> str:
     from lemminflect import getLemma
 
     return LEMMAS.get(word) or getLemma(word, "NOUN")[0]
-
-
-def _hanta() -> Callable[[list[str]], list[str | None]]:
-    """Words -> for each "singular" or "plural" if it is a noun, else None; its tags are those of the BNC."""
-    import HanTa
-    from HanTa.HanoverTagger import HanoverTagger
-
-    tagger = HanoverTagger(str(Path(HanTa.__file__).parent / "morphmodel_en.pgz"))
-    # A proper noun (NP0) or an unclassified word (UNC) in lower case is a rare noun, of either number.
-    numbers = {"NN0": "singular", "NN1": "singular", "NN2": "plural", "NP0": "plural", "UNC": "plural"}
-
-    def number_of_nouns(texts: list[str]) -> list[str | None]:
-        pairs = zip(texts, tagger.tag_sent(texts, taglevel=0), strict=True)
-        return ["singular" if text in UNKNOWN_TO_HANTA else numbers.get(tag) for text, tag in pairs]
-
-    return number_of_nouns
 
 
 # ---- names in a caption ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from zs3.command_line import InputError, Pictures, Seed, checked
+from zs3.command_line import InputError
 from zs3.files import write_json, writing_folder
 from zs3.scenes.render import CLASS_NAMES, IGNORE_INDEX, UNSEEN, write_scene
 
@@ -39,9 +39,6 @@ def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed:
     below `if __name__ == "__main__":`.
     """
     folder = Path(folder)
-    num_train = checked("num_train", num_train, Pictures)
-    num_validation = checked("num_validation", num_validation, Pictures)
-    seed = checked("seed", seed, Seed)
     if folder.exists():
         raise InputError(f"{folder} exists already: give another folder, or remove it first")
     jobs = [("train", number, number) for number in range(num_train)]
