@@ -45,15 +45,15 @@ def train(args: TrainArgs, overrides: dict) -> None:
     set_seed(args.seed)
 
     start = make_start(args, overrides, accelerator)
-    claim = claim_folder(asdict(args), start, accelerator)
-    with claim.lock:
+    lock, stamp = claim_folder(asdict(args), start, accelerator)
+    with lock:
         final = Path(args.output_dir) / "final"
         if final.exists():
             accelerator.print(f"{final} is there already: nothing to do")
             accelerator.end_training()
             return
         accelerator.print(describe(args, start, parts, accelerator))
-        ready = prepare(args, start, claim.stamp, parts, accelerator)
+        ready = prepare(args, start, stamp, parts, accelerator)
         loop(args, start, ready, parts, accelerator)
         is_complete = save(args, start, ready, accelerator)
         # The model goes before its process group. Otherwise freeing DDP's reducer can wait for ever for a thread of
@@ -81,8 +81,7 @@ class Ready(NamedTuple):
 def prepare(args: TrainArgs, start: Start, stamp: dict, parts: BatchParts, accelerator: Accelerator) -> Ready:
     """Optimizer, schedule, checkpoints and loader. If the run has a checkpoint, it is loaded."""
     model, folder, progress = start.model, Path(args.output_dir), Progress()
-    groups = parameter_groups(model, args.learning_rate, args.weight_decay, args.backbone_multiplier)
-    optimizer = AdamW(groups, lr=args.learning_rate)
+    optimizer = AdamW(parameter_groups(model, args.learning_rate, args.weight_decay, args.backbone_multiplier))
     scheduler = make_scheduler(optimizer, args.lr_schedule, args.lr_milestones, args.max_steps)
     if args.activation_checkpointing:
         # Its name is gradient_checkpointing_enable in the oldest supported version of transformers.

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -43,17 +43,13 @@ from zs3.training.start import Start
 from zs3.training.stopping import all_refuse
 
 
-class Claim(NamedTuple):
-    """The output folder belongs to this run until the lock is closed. Only the main process holds the lock."""
-
-    lock: ExitStack
-    stamp: dict
-
-
-def claim_folder(flags: dict, start: Start, accelerator: Accelerator) -> Claim:
+def claim_folder(flags: dict, start: Start, accelerator: Accelerator) -> tuple[ExitStack, dict]:
     """Makes the output folder this run's, or refuses. The model's config gets the record of all starts of the run.
 
-    All processes call it together. flags: of train.py.
+    All processes call it together. Returns a lock and the run's stamp. The folder belongs to this run until the lock is
+    closed. Only the main process holds it.
+
+    flags: of train.py.
     """
     lock, stamps = ExitStack(), [None]
     with all_refuse(accelerator):
@@ -61,10 +57,10 @@ def claim_folder(flags: dict, start: Start, accelerator: Accelerator) -> Claim:
             lock, stamps[0] = _claim(flags, start)
     (stamp,) = broadcast_object_list(stamps)
     start.model.config.seen_class_names, start.model.config.unseen_labels = record_in(stamp)
-    return Claim(lock, stamp)
+    return lock, stamp
 
 
-def _claim(flags: dict, start: Start) -> Claim:
+def _claim(flags: dict, start: Start) -> tuple[ExitStack, dict]:
     folder = Path(flags["output_dir"])
     if not has_begun(folder):
         check_learnable(start.dataset.records, start.label_space)
@@ -76,7 +72,7 @@ def _claim(flags: dict, start: Start) -> Claim:
         stamp = check_stamp(folder, stamp, flags, start.label_space.unseen)
         check_recipe(folder / RECIPE, resolved_recipe(flags, start.model.config), recipe_defaults())
         write_json(folder / STAMP, stamp)
-        return Claim(lock.pop_all(), stamp)
+        return lock.pop_all(), stamp
 
 
 def has_begun(folder: Path) -> bool:
@@ -233,18 +229,14 @@ def save_final(model: Zs3ForSemanticSegmentation, processor: ProcessorMixin | Zs
         rename(partial, folder)
 
 
-class Metrics(NamedTuple):
-    """The lines of a metrics.jsonl in order, and the number of damaged lines."""
+def read_metrics(path: Path) -> tuple[list[dict], int]:
+    """The lines of a metrics.jsonl in order, and the number of damaged lines.
 
-    rows: list[dict]
-    damaged: int
-
-
-def read_metrics(path: Path) -> Metrics:
-    """A last line that is only half written does not count as damaged: a killed run leaves one."""
+    A last line that is only half written does not count as damaged: a killed run leaves one.
+    """
     text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
     rows = [_values(line) for line in lines_of(text)]
-    return Metrics([row for row in rows if row is not None], rows[:-1].count(None))
+    return [row for row in rows if row is not None], rows[:-1].count(None)
 
 
 def _values(line: str) -> dict | None:

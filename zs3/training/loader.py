@@ -70,19 +70,17 @@ def check_learnable(records: Split | StreamedSplit, label_space: LabelSpace) -> 
     """
     if not label_space.seen:
         raise InputError("all classes are unseen, so no mask may be trained on: leave some out of the unseen names")
-    streamed = isinstance(records, StreamedSplit)
-    found = FoundIds(label_space)
+    found, streamed = FoundIds(label_space), isinstance(records, StreamedSplit)
     total = None if streamed else len(records)
     for ids, has_ignored in tqdm(records.ids(), desc="first labels", total=total, unit="map", delay=5, mininterval=1):
         found.add(ids, has_ignored)
         if found.enough or found.num_maps >= MOST_LOOKED_AT and (found.has_seen or streamed):
             break
     fault = found.fault()
-    if fault is None:
-        return
-    if not streamed or found.num_maps < MOST_LOOKED_AT:  # all maps have been looked at
+    if fault is not None and streamed and found.num_maps >= MOST_LOOKED_AT:
+        print(f"warning: {fault}")
+    elif fault is not None:  # all maps have been looked at
         raise InputError(fault)
-    print(f"warning: {fault}")
 
 
 def make_loader(
@@ -105,10 +103,9 @@ def make_loader(
     }
     process = accelerator.process_index
     if not isinstance(dataset.records, StreamedSplit):
-        sampler = StepSampler(len(dataset), parts, steps, process_index=process, seed=dataset.seed)
+        sampler = StepSampler(len(dataset), parts, steps, process, dataset.seed)
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, **options)
-    place = {"num_processes": accelerator.num_processes, "process_index": process}
-    batches = StreamedBatches(dataset, parts.images, shuffle_buffer, **place)
+    batches = StreamedBatches(dataset, parts.images, shuffle_buffer, parts.processes, process)
     loader = batches.loader(num_workers, steps.start * parts.micro_batches, **options)
     return itertools.islice(loader, len(steps) * parts.micro_batches)
 
@@ -119,9 +116,7 @@ def with_counts(batches: Iterator[dict], micro_batches: int, config: Zs3Config) 
         yield from batches
         return
     while step := list(itertools.islice(batches, micro_batches)):
-        counts = [
-            count_targets(mask_ids(batch["labels"]), batch["image_labels"], config.num_queries, config.matching)
-            for batch in step
-        ]
+        targets = [(mask_ids(batch["labels"]), batch["image_labels"]) for batch in step]
+        counts = [count_targets(*target, config.num_queries, config.matching) for target in targets]
         for batch in step:
             yield {**batch, "target_counts": torch.stack(counts).mean(dim=0)}

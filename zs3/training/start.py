@@ -95,11 +95,10 @@ def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
     config = Zs3Config(**{**load_config(path).to_dict(), **overrides})
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, config=config, dtype=torch.float32, **options)
-    left_out = [name.replace("_config", "_model.") for name in TOWERS if getattr(config, name) is None]
+    left_out = (name.replace("_config", "_model.") for name in TOWERS if getattr(config, name) is None)
     changed = {*loading["missing_keys"], *loading["unexpected_keys"], *(str(k[0]) for k in loading["mismatched_keys"])}
-    lost = sorted(
-        name for name in changed - {"background_embed"} if not any(name.startswith(tower) for tower in left_out)
-    )
+    may_change = ("background_embed", *left_out)
+    lost = sorted(name for name in changed if not name.startswith(may_change))
     if lost:
         raise InputError(f"{path} is of another architecture: {lost[0]} and {len(lost) - 1} other weights do not fit")
     return model
