@@ -2,13 +2,12 @@
 
     python -m benchmarks.clip_views --model CHECKPOINT --dataset runs/scenes --output docs/results/clip_views.json
 
-Cost: an image tower of the size of CLIP ViT-B/16 (random weights) and 100 proposals of one image, none of them empty.
-The loop is the ancestors' way: proposals that are nowhere are skipped, every other one is cut out, resized and embedded
-by itself. Ways take turns, the ratios are of medians.
+Cost: a tower of the size of CLIP ViT-B/16 (random weights) embeds the proposals of one image. None of them is empty.
+The loop is the way of earlier work. It skips empty proposals, and cuts out, resizes and embeds the others one by one.
 
-Trained: a checkpoint of the embedded benchmark with its own tiny CLIP, on the validation scenes: the pixels in which
-each view differs from all crops, the scores, and the seconds, again beside the loop. "At ViT-B/16's cost" the large
-tower embeds every crop too, and its answers are thrown away: the answers are the tiny CLIP's.
+Trained: a checkpoint of the embedded benchmark with its tiny CLIP sees the validation scenes. For each view the table
+has the scores, the seconds, and the share of the pixels whose label is not that of batched crops. "At ViT-B/16's cost"
+the large tower embeds every crop too, for its time alone.
 """
 
 import statistics
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.clip.modeling_clip import CLIPVisionModelOutput
 
 from benchmarks import measuring
 from clip_views_zs3 import ProposalEmbeds, crop_proposals, proposal_masks, single_pass
@@ -32,6 +30,7 @@ from zs3.command_line import Count, InputError, Pixels, Share, check_required, f
 from zs3.data.records import load_split
 from zs3.scores.confusion import ConfusionMatrix
 from zs3.scores.means import generalized_scores
+from zs3.tables import percent
 
 OFF = "no ensemble"
 LOOP, CROPS, SINGLE = "loop over crops", "batched crops", "single pass"
@@ -57,11 +56,7 @@ class ClipViewsArgs(measuring.BenchmarkArguments):
 
 
 def crop_loop(
-    tower: CLIPVisionModelWithProjection,
-    image: Tensor,
-    mask_logits: Tensor,
-    size: tuple[int, int],
-    masked: bool = True,
+    tower: CLIPVisionModelWithProjection, image: Tensor, mask_logits: Tensor, size: tuple[int, int], masked: bool = True
 ) -> ProposalEmbeds:
     """One proposal after the other: image (3, H, W) in [0, 1], mask_logits (Q, h, w); empty masks are skipped.
 
@@ -125,21 +120,7 @@ def measure_cost(args: ClipViewsArgs) -> list[dict]:
     far = float((results[LOOP] - results[CROPS]).abs().max())
     measuring.check_close(far, SAME, "embeddings of loop and batch")
     seconds = {name: statistics.median(values) for name, values in turns.items()}
-    return [
-        {"way": way, "seconds": seconds[way], "times_faster_than_loop": seconds[LOOP] / seconds[way]} for way in ways
-    ]
-
-
-class Costly(nn.Module):
-    """A tower that takes as long as a large one besides, and gives its own answers."""
-
-    def __init__(self, tower: CLIPVisionModelWithProjection, large: CLIPVisionModelWithProjection):
-        super().__init__()
-        self.tower, self.large, self.config = tower, large, tower.config
-
-    def forward(self, pixel_values: Tensor) -> CLIPVisionModelOutput:
-        self.large(F.interpolate(pixel_values, size=self.large.config.image_size))
-        return self.tower(pixel_values)
+    return [{"way": way, "seconds": own, "times_faster_than_loop": seconds[LOOP] / own} for way, own in seconds.items()]
 
 
 def looks(model, outputs: Zs3Output, images: Tensor, options: dict) -> dict[str, Callable]:
@@ -148,9 +129,8 @@ def looks(model, outputs: Zs3Output, images: Tensor, options: dict) -> dict[str,
 
     def loop() -> Zs3Output:
         size = tuple(outputs.valid_sizes[0].tolist())
-        return model.ensemble(
-            outputs, crop_loop(model.vision_model, images[0], outputs.mask_logits[0], size), **options
-        )
+        embeds = crop_loop(model.vision_model, images[0], outputs.mask_logits[0], size)
+        return model.ensemble(outputs, embeds, **options)
 
     def view(name: str) -> Zs3Output:
         return model.ensemble(outputs, model.embed_proposals(images, *masks, view=name), **options)
@@ -167,7 +147,12 @@ def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
     space = records.label_space
     text_embeds, _ = class_vectors(model, processor, space.class_names, None)
     options = {"text_embeds": text_embeds, "is_seen": space.is_seen, "weight": args.weight}
-    own, costly = model.vision_model, Costly(model.vision_model, large_tower(args.layers))
+    large = large_tower(args.layers)
+
+    def large_too(tower: nn.Module, inputs: tuple, named: dict) -> None:
+        """Before the tiny tower runs, the large one embeds the same crops. Its results are not used."""
+        large(F.interpolate((*inputs, *named.values())[0], size=large.config.image_size))
+
     count, names = min(args.images, len(records)), [OFF, LOOP, CROPS, SINGLE]
     confusion = {name: ConfusionMatrix(len(space.class_names), space.ignore_index) for name in names}
     seconds, large_seconds, looked, differing = (dict.fromkeys(names, 0.0) for _ in range(4))
@@ -181,10 +166,10 @@ def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
             ways = looks(model, outputs, images, options)
             made = {name: measuring.timed(way) for name, way in ways.items()}
             if index < args.large_images:
-                model.vision_model = costly
+                hook = model.vision_model.register_forward_pre_hook(large_too, with_kwargs=True)
                 for name in (LOOP, CROPS):
                     large_seconds[name] += measuring.seconds_of(ways[name]) / min(args.large_images, count)
-                model.vision_model = own
+                hook.remove()
             maps = {}
             for name, (spent, result) in {OFF: (0.0, outputs), **made}.items():
                 (found,) = processor.post_process_semantic_segmentation(result, [label.shape])
@@ -210,21 +195,17 @@ def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
     return rows, {"images": count, "queries": outputs.mask_logits.shape[1]}
 
 
-COST_TITLES = "way | seconds an image | times faster than the loop"
-COST_CELLS = "{way} | {seconds:.2f} | {times_faster_than_loop:.2f}"
+COST = ("way | seconds an image | times faster than the loop", "{way} | {seconds:.2f} | {times_faster_than_loop:.2f}")
 TITLES = "way | crops an image | other pixels than batched crops | mIoU(S) | mIoU(U) | hIoU | seconds | x faster | "
 TITLES += "seconds at ViT-B/16's cost | x faster"
-CELLS = "{way} | {crops_per_image:.1f} | {differing:.2f} % | {S:.1f} | {U:.1f} | {H:.1f} | {seconds:.3f} | "
-CELLS += "{times_faster_than_loop:.2f} | {large_seconds:.2f} | {large_times_faster_than_loop:.2f}"
+CELLS = "{way} | {crops_per_image:.1f} | {differing_share:.2%} | {miou_seen} | {miou_unseen} | {hiou} | "
+CELLS += "{seconds:.3f} | {times_faster_than_loop:.2f} | {large_seconds:.2f} | {large_times_faster_than_loop:.2f}"
 
 
 def report(result: dict) -> str:
     args, trained = result["arguments"], result["trained"]
-    rows = [
-        {**row, "differing": 100 * row["differing_share"]}
-        | {letter: 100 * row[name] for letter, name in (("S", "miou_seen"), ("U", "miou_unseen"), ("H", "hiou"))}
-        for row in trained["rows"]
-    ]
+    scores = ("miou_seen", "miou_unseen", "hiou")
+    rows = [{**row, **{name: percent(row[name]) for name in scores}} for row in trained["rows"]]
     return f"""# CLIP's view of the proposals
 
 Made by `{result["command"]}` with {result["machine"]}, torch {result["torch"]}.
@@ -232,7 +213,7 @@ Made by `{result["command"]}` with {result["machine"]}, torch {result["torch"]}.
 ## Cost: an image tower of {result["tower_parameters"] / 1e6:.0f} M parameters (CLIP ViT-B/16's size), \
 {args["proposals"]} proposals, {args["size"]} x {args["size"]} pixels
 
-{measuring.table(COST_TITLES, COST_CELLS, result["cost"])}
+{measuring.table(*COST, result["cost"])}
 ## A trained model of the embedded synthetic benchmark: {trained["images"]} validation scenes, \
 {trained["queries"]} queries, w = {args["weight"]}
 

@@ -37,7 +37,7 @@ from zs3.data.batches import cut_batch
 from zs3.data.image_labels import training_space
 from zs3.data.records import load_split
 from zs3.evaluation.arguments import EvalArgs, deciding_flags
-from zs3.files import finite_or_none, write_json
+from zs3.files import write_json
 from zs3.label_space import load_label_space
 from zs3.scores.confusion import ConfusionMatrix
 from zs3.training.arguments import TrainArgs
@@ -131,7 +131,7 @@ def evaluate(args: EvalArgs) -> dict:
         confusion.update(ids[found], label, image_id)
     is_seen = label_space.is_seen.numpy()
     confused = confusion.seen_unseen_confusion(is_seen)._asdict()
-    result = {
+    return {
         "settings": deciding_flags(args),
         "versions": versions(),
         "checkpoint_sha256": weights_sha256(args.model),
@@ -142,7 +142,6 @@ def evaluate(args: EvalArgs) -> dict:
         **confusion.scores(is_seen, args.absent),
         "per_class": dict(zip(label_space.class_names, confusion.iou(args.absent).tolist(), strict=True)),
     }
-    return finite_or_none(result)
 
 
 def main() -> None:

@@ -2,15 +2,16 @@
 
     python -m benchmarks.criterion --output docs/results/criterion.json
 
-A step is the loss of all decoder outputs and its gradient with respect to them. Predictions are random but smooth
-masks, labels are Voronoi cells. transformers is given its binary masks ready-made; this project starts from the label
-map. Each number of classes has a process of its own, in which the criteria take turns: time is the median over rounds,
-a ratio the median of the rounds' ratios. Memory is the peak of what a step allocates beyond its inputs and their
-gradients.
+A step is the loss of all decoder outputs and its gradient. Predictions are random smooth masks, labels are Voronoi
+cells. transformers gets its binary masks ready-made; this project starts from the label map. Each number of classes has
+a process of its own, in which the criteria take turns. Time is the median over rounds, a ratio the median of the
+rounds' ratios. Memory is the peak of what a step allocates beyond its inputs and their gradients.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -56,16 +57,12 @@ def check_classes(most: int, class_names: int) -> None:
         raise InputError(f"--classes must be at most --class_names {class_names}, got {most}")
 
 
-@dataclass
-class Predictions:
+class Predictions(NamedTuple):
     """Leaves, with gradients that are there before a step: one tensor a decoder output."""
 
     mask_logits: list[Tensor]  # (B, Q, h, w)
     similarity: list[Tensor]  # (B, Q, C)
     background: list[Tensor]  # (B, Q), cosine with the background embedding
-
-    def leaves(self) -> list[Tensor]:
-        return [*self.mask_logits, *self.similarity, *self.background]
 
 
 def make_predictions(args: CriterionArgs, device: torch.device) -> Predictions:
@@ -76,7 +73,7 @@ def make_predictions(args: CriterionArgs, device: torch.device) -> Predictions:
         [0.4 * torch.rand(batch, queries, args.class_names, device=device) - 0.2 for _ in range(args.outputs)],
         [0.4 * torch.rand(batch, queries, device=device) - 0.2 for _ in range(args.outputs)],
     )
-    for leaf in predictions.leaves():
+    for leaf in chain(*predictions):
         leaf.requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
     return predictions
@@ -105,29 +102,16 @@ def binary_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return [(label == own[:, None, None]).float() for label, own in zip(labels, ids, strict=True)], ids
 
 
-def zs3_terms(predictions: Predictions, labels: Tensor, image_labels: Tensor, config: Zs3Config) -> dict[str, Tensor]:
-    """Unweighted terms, summed over the decoder outputs."""
-    targets = Targets(labels, mask_ids(labels), image_labels)
-    return zs3_losses(predictions.mask_logits, predictions.similarity, predictions.background, targets, config).terms
-
-
 def peer_terms(
     predictions: Predictions, masks: list[Tensor], ids: list[Tensor], criterion: Mask2FormerLoss, temperature: float
 ) -> dict[str, Tensor]:
-    """The same of transformers' criterion."""
-    outputs = [
-        {
-            "masks_queries_logits": logits,
-            "class_queries_logits": torch.cat([scores, background[..., None]], dim=-1) / temperature,
-        }
-        for logits, scores, background in zip(
-            predictions.mask_logits, predictions.similarity, predictions.background, strict=True
-        )
-    ]
+    """The unweighted terms of transformers' criterion, summed over the decoder outputs."""
+    outputs = []
+    for logits, scores, background in zip(*predictions, strict=True):
+        scores = torch.cat([scores, background[..., None]], dim=-1) / temperature
+        outputs.append({"masks_queries_logits": logits, "class_queries_logits": scores})
     losses = criterion(**outputs[-1], mask_labels=masks, class_labels=ids, auxiliary_predictions=outputs[:-1])
-    return {
-        name: sum(value for key, value in losses.items() if key.startswith(theirs)) for name, theirs in TERMS.items()
-    }
+    return {name: sum(losses[key] for key in losses if key.startswith(theirs)) for name, theirs in TERMS.items()}
 
 
 def largest_difference(ours: Callable[[], dict], theirs: Callable[[], dict], config: Zs3Config, device) -> float:
@@ -184,7 +168,8 @@ def compare(args: CriterionArgs, classes: int, device: torch.device) -> dict:
         return peer_terms(predictions, masks, ids, criterion, same.class_temperature)
 
     def ours(config: Zs3Config) -> dict[str, Tensor]:
-        return zs3_terms(predictions, labels, image_labels, config)
+        targets = Targets(labels, mask_ids(labels), image_labels)
+        return zs3_losses(*predictions, targets, config).terms
 
     difference = largest_difference(lambda: ours(same), theirs, same, device)
     steps = {PEER: lambda: weighted(theirs(), same).backward()}

@@ -2,17 +2,15 @@
 
     python -m benchmarks.evaluator --output docs/results/evaluator.json
 
-Time: `ConfusionMatrix.update` and one inference (forward of a ResNet-50 model with random weights, batch 1, and its
-label map) take turns in one process; a share is the median of the rounds' shares. Label maps are of two kinds: objects
-(Voronoi cells with frayed edges, other cells in the prediction) and noise, where every pixel has a class of its own
-drawing, the worst case. Predictions lie on the device, truths are int64 arrays in memory, as in eval.py.
-With counters: SeenBiasCurve, Reliability and Rejection of zs3.scores.calibration beside the confusion matrix. With
-scores: the counters, and the extra time of a label map with the scores and the best seen and unseen class that they
-need. Its proposals are like a trained model's (those of benchmarks.label_count).
+Time: `ConfusionMatrix.update` and one inference (a ResNet-50 model with random weights, batch 1, and its label map)
+take turns. A share is the median of the rounds' shares. Label maps are objects (Voronoi cells with frayed edges; the
+prediction has other cells) or noise, the worst case. Predictions are on the device, truths are int64 arrays in memory.
+With counters: SeenBiasCurve, Reliability and Rejection beside the confusion matrix. With scores: the counters, and the
+extra time of the label map with scores that they need.
 
-Memory: resident memory, and what Python and NumPy hold, after so many images, minus the same before the first image, in
-a process of its own. The other way keeps all label maps until the end, as the script of evaluate's mean_iou does.
-Measured here is its least memory, two int64 arrays an image, not that script.
+Memory: what is resident, and what Python and NumPy hold, after so many images, in a process of its own. The other way
+keeps all label maps until the end, as the script of evaluate's mean_iou does. Its least memory is measured, which is
+two int64 arrays an image, and not that script.
 
 Bootstrap: intervals of all scores and all classes over synthetic areas.
 """
@@ -21,6 +19,7 @@ import statistics
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -88,9 +87,7 @@ def _cells(ids: np.ndarray, cells: int, size: tuple[int, int], rng: np.random.Ge
     return ids[rng.integers(0, len(ids), cells)][nearest].reshape(size)
 
 
-def compare_time(
-    size: tuple[int, int], maps: int, rounds: int, num_classes: int, device: torch.device
-) -> list[dict[str, str | float]]:
+def compare_time(size: tuple[int, int], maps: int, rounds: int, num_classes: int, device: torch.device) -> list[dict]:
     """A row for each kind of label maps, beside the same inference."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -107,7 +104,7 @@ def compare_time(
     steps: dict[str, Callable[[], None]] = {INFERENCE: infer}
     for kind in (OBJECTS, NOISE):
         pairs = [draw_pair(kind, num_classes, size, rng) for _ in range(maps)]
-        steps[kind] = counting([(prediction.to(device), label) for prediction, label in pairs], num_classes)
+        steps[kind] = partial(count_all, [(found.to(device), label) for found, label in pairs], num_classes)
     with torch.inference_mode():
         (found,) = semantic_map(*proposals, size, is_seen=is_seen)
         steps[COUNTED] = calibrating(found, draw_pair(OBJECTS, num_classes, size, rng)[1], is_seen)
@@ -117,13 +114,10 @@ def compare_time(
     return time_rows(seconds, maps, num_classes)
 
 
-def counting(pairs: list[tuple[Tensor, np.ndarray]], num_classes: int) -> Callable[[], None]:
-    def count() -> None:
-        confusion = ConfusionMatrix(num_classes, IGNORE)
-        for prediction, label in pairs:
-            confusion.update(prediction, label)
-
-    return count
+def count_all(pairs: list[tuple[Tensor, np.ndarray]], num_classes: int) -> None:
+    confusion = ConfusionMatrix(num_classes, IGNORE)
+    for prediction, label in pairs:
+        confusion.update(prediction, label)
 
 
 def calibrating(found: SemanticMap, label: np.ndarray, is_seen: Tensor) -> Callable[[], None]:
@@ -140,24 +134,19 @@ def calibrating(found: SemanticMap, label: np.ndarray, is_seen: Tensor) -> Calla
     return count
 
 
-def time_rows(seconds: dict[str, list[float]], maps: int, num_classes: int) -> list[dict[str, str | float]]:
+def time_rows(seconds: dict[str, list[float]], maps: int, num_classes: int) -> list[dict]:
     """seconds: of each step, by round."""
     extra = [scored - plain for scored, plain in zip(seconds[SCORED], seconds[PLAIN], strict=True)]
     each = {kind: [value / maps for value in seconds[kind]] for kind in (OBJECTS, NOISE)}
     each[COUNTED] = seconds[COUNTED]
     each[CALIBRATED] = [own + more for own, more in zip(seconds[COUNTED], extra, strict=True)]
-    inference = seconds[INFERENCE]
-    return [
-        {
-            "classes": num_classes,
-            "maps": kind,
-            "seconds": statistics.median(own),
-            "images_per_second": 1 / statistics.median(own),
-            "inference_seconds": statistics.median(inference),
-            "share_of_inference": measuring.median_ratio(own, inference),
-        }
-        for kind, own in each.items()
-    ]
+    inference, rows = seconds[INFERENCE], []
+    for kind, own in each.items():
+        median = statistics.median(own)
+        rows.append({"classes": num_classes, "maps": kind, "seconds": median, "images_per_second": 1 / median})
+        rows[-1]["inference_seconds"] = statistics.median(inference)
+        rows[-1]["share_of_inference"] = measuring.median_ratio(own, inference)
+    return rows
 
 
 def memory_over_images(size: tuple[int, int], maps: int, way: str, num_classes: int, images: list[int]) -> list[dict]:
@@ -178,16 +167,10 @@ def memory_over_images(size: tuple[int, int], maps: int, way: str, num_classes: 
             kept.append((prediction, label.copy()))
         del prediction  # its memory is not what is held
         if count in images:
-            rows.append(
-                {
-                    "way": way,
-                    "classes": num_classes,
-                    "images": count,
-                    "resident_mib": measuring.resident_mib() - before,
-                    "held_mib": tracemalloc.get_traced_memory()[0] / 2**20,
-                    "areas_mib": sum(own.nbytes for own in confusion.images) / 2**20,
-                }
-            )
+            rows.append({"way": way, "classes": num_classes, "images": count})
+            rows[-1]["resident_mib"] = measuring.resident_mib() - before
+            rows[-1]["held_mib"] = tracemalloc.get_traced_memory()[0] / 2**20
+            rows[-1]["areas_mib"] = sum(own.nbytes for own in confusion.images) / 2**20
     tracemalloc.stop()
     return rows
 

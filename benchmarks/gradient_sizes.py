@@ -1,4 +1,4 @@
-"""How hard each term of Eq. 8 pulls: gradient norms at three points of a training on the embedded benchmark.
+"""The size of each term's gradient in Eq. 8, at three points of a training on the embedded benchmark.
 
     zs3 scenes --output runs/scenes
     accelerate launch train.py --config recipes/scenes_stage1.yaml --dataset runs/scenes --output_dir runs/stage1
@@ -46,9 +46,8 @@ class GradientArgs(measuring.BenchmarkArguments):
 
 def gradient_norms(model: Zs3ForSemanticSegmentation, batches: list[dict], text_embeds: Tensor) -> dict[str, float]:
     """The mean norm of each weighted term's gradient."""
-    config, parameters = model.config, [p for p in model.parameters() if p.requires_grad]
-    weights = {"class": config.class_weight, "mask": config.mask_weight}
-    weights |= {"dice": config.dice_weight, "rank": config.rank_weight}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = {name: getattr(model.config, f"{name}_weight") for name in ("class", "mask", "dice", "rank")}
     norms = dict.fromkeys(weights, 0.0)
     for batch in batches:
         terms = model(**batch, text_embeds=text_embeds, return_dict=True).loss_terms

@@ -1,18 +1,15 @@
-"""The label stage (class probabilities and mask logits to a label map) at rising numbers of labels, time and memory.
+"""Time and memory of the label stage (class probabilities and mask logits to a label map) as the labels become more.
 
     python -m benchmarks.label_count --output docs/results/label_count.json
 
 Five ways: transformers' Mask2Former post-processing, dense einsum, a running maximum over chunks of classes, and
-`semantic_map`, for the label map alone and with scores. transformers resizes masks to 384 x 384 first, so its label map
-is another one; the table says on what share of the pixels each differs from semantic_map's. What semantic_map returns
-is compared with a dense reference in float64, and the run fails if a pixel's class is not the best to 1e-6.
+`semantic_map`, without and with scores. transformers resizes masks to 384 x 384 first, so its label map is another one.
+The run fails where the score of a class of semantic_map, in float64, is more than 1e-6 below the best.
 
-Inputs are synthetic, of two kinds (`trained_proposals`, `soft_proposals`). Every measurement has a process of its own,
-on the same tensors: a call at toy size, then one of full size in which memory is measured, then those that are timed.
-Memory is the peak of the process's resident memory beyond what was resident before the call (VmHWM of Linux, after
-what earlier calls had freed was given back): it counts whatever allocators, libraries and results take. A method whose
-largest tensors alone would exceed `--memory_limit` is not started. Ratios in the goals are of calls that take turns in
-one process.
+Inputs are synthetic (`trained_proposals`, `soft_proposals`). Every measurement has a process of its own, on the same
+tensors: a small call, then a full one whose memory is measured, then those that are timed. Memory is the peak of
+resident memory beyond what was resident before (VmHWM of Linux). So it counts all allocators, libraries and results.
+Ratios in the goals are of calls that take turns in one process.
 """
 
 import statistics
@@ -54,9 +51,7 @@ class LabelCountArgs(measuring.BenchmarkArguments):
     rounds: Count = flag(7, "Timed calls of a method, and rounds of those that take turns.")
     seconds: Amount = flag(8.0, "No further call or round after so long, but one at least.")
     memory_limit: Positive = flag(12.0, "GB; a method that would need more is not started.")
-    checked: Count = flag(
-        2 * 10**9, "Scores (labels x pixels) of the float64 reference; a random sample if there are more."
-    )
+    checked: Count = flag(2 * 10**9, "Scores (labels x pixels) that float64 checks; a random sample of more.")
 
     def check(self) -> None:
         most = max(*self.labels, self.large_labels)
@@ -168,18 +163,15 @@ def measure(args: LabelCountArgs, case: Case, method: str) -> dict:
     label_stage(method, draw_proposals(warm_up, args.queries), warm_up.size)()
     proposals = draw_proposals(case, args.queries)
     step = label_stage(method, proposals, case.size)
-    first = []
-    peak = measuring.resident_peak(lambda: first.append(measuring.timed(step)))
-    spent, label_map = first[0]
-    timed = []
+    first, timed = [], []
+    peak = measuring.resident_peak(lambda: first.extend(measuring.timed(step)))
+    spent, label_map = first
     while len(timed) < args.rounds and spent + sum(timed) < args.seconds:
         timed.append(measuring.seconds_of(step))
     timed = timed or [spent]
-    row = {"seconds": statistics.median(timed), "calls": len(timed), "peak_mib": peak}
-    row["label_map"] = label_map.int().numpy()
-    if method == OURS:
-        row |= check(label_map, proposals, args.checked // case.labels)
-    return row
+    row = check(label_map, proposals, args.checked // case.labels) if method == OURS else {}
+    times = {"seconds": statistics.median(timed), "calls": len(timed), "peak_mib": peak}
+    return {**times, "label_map": label_map.int().numpy(), **row}
 
 
 def check(label_map: Tensor, proposals: Proposals, most: int) -> dict[str, int]:
@@ -227,16 +219,11 @@ def measure_all(args: LabelCountArgs, cases: list[Case]) -> list[dict]:
     return rows
 
 
-class Goal(NamedTuple):
-    """What is aimed at with semantic_map's label map alone; figure NaN: not measured."""
+def goals_of(args: LabelCountArgs, kind: str, rows: list[dict]) -> list[dict]:
+    """The goals of semantic_map's label map alone, for one kind of inputs. It measures the ratios of times.
 
-    name: str
-    met: bool
-    figure: float
-
-
-def goals_of(args: LabelCountArgs, kind: str, rows: list[dict]) -> list[Goal]:
-    """Those of one kind of inputs; measures the ratios of times."""
+    A row has name, met and figure. A figure that was not measured is NaN.
+    """
     found = {(Case(row["kind"], row["labels"], row["size"]), row["method"]): row for row in rows}
     ours = [row for (case, method), row in found.items() if case.kind == kind and method == OURS]
     wrong = sum(row["wrong_pixels"] for row in ours)
@@ -251,13 +238,14 @@ def goals_of(args: LabelCountArgs, kind: str, rows: list[dict]) -> list[Goal]:
     peaks = [row["peak_mib"] * 2**20 / 1e9 for row in ours if row["size"] == args.size and row["labels"] <= 4000]
     peak = max(peaks, default=float("nan"))
     at = f"{large.labels} labels, {large.size} x {large.size}"
-    return [
-        Goal("no wrong pixel", wrong == 0, wrong),
-        Goal(f"time at {many} labels at most 1.5 times that at {few}", growth <= 1.5, growth),
-        Goal(f"{at}: at least 6 times faster than transformers", faster >= 6, faster),
-        Goal(f"{at}: at most 0.1 of transformers' peak", share <= 0.1, share),
-        Goal(f"up to 4000 labels, {args.size} x {args.size}: peak below 0.15 GB", peak < 0.15, peak),
+    goals = [
+        ("no wrong pixel", wrong == 0, wrong),
+        (f"time at {many} labels at most 1.5 times that at {few}", growth <= 1.5, growth),
+        (f"{at}: at least 6 times faster than transformers", faster >= 6, faster),
+        (f"{at}: at most 0.1 of transformers' peak", share <= 0.1, share),
+        (f"up to 4000 labels, {args.size} x {args.size}: peak below 0.15 GB", peak < 0.15, peak),
     ]
+    return [{"name": name, "met": met, "figure": figure} for name, met, figure in goals]
 
 
 TITLES = "inputs | labels | size | method | seconds | calls | times faster than transformers | peak extra MiB | "
@@ -279,10 +267,10 @@ def table(rows: list[dict]) -> str:
     return measuring.table(TITLES, CELLS, lines)
 
 
-def goal_table(goals: dict[str, list[Goal]]) -> str:
+def goal_table(goals: dict[str, list[dict]]) -> str:
     """Markdown: a column for each kind of inputs."""
     lines = [
-        [same[0].name, *(f"{goal.figure:.3g} ({'met' if goal.met else 'missed'})" for goal in same)]
+        [same[0]["name"], *(f"{goal['figure']:.3g} ({'met' if goal['met'] else 'missed'})" for goal in same)]
         for same in zip(*goals.values(), strict=True)
     ]
     return measuring.table_of(["semantic_map, label map alone", *goals], lines)
@@ -301,7 +289,6 @@ def main() -> None:
     sampled = {row["labels"]: row["checked_pixels"] for row in ours if row["checked_pixels"] < row["size"] ** 2}
     sampled = "".join(f"; at {labels} labels {pixels} random ones" for labels, pixels in sampled.items())
     text += f"{goal_table(goals)}\nPixels checked in float64: all{sampled}.\n"
-    goals = {kind: [goal._asdict() for goal in own] for kind, own in goals.items()}
     measuring.publish(args.output, {**vars(args), **facts, "rows": rows, "goals": goals}, text)
 
 

@@ -66,9 +66,6 @@ class LoaderBenchArgs(measuring.BenchmarkArguments):
             raise InputError("--sizes takes four numbers: width and height, twice")
 
 
-# ---- data --------------------------------------------------------------------------------------------------
-
-
 def noise_picture(rng: np.random.Generator, width: int, height: int) -> bytes:
     """A JPEG of noise. Its amplitudes fall with the frequency, as in photographs."""
     rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
@@ -107,9 +104,6 @@ def write_pictures(folder: Path, split: str, space: LabelSpace, size: tuple[int,
         }
         file = folder / "data" / f"{split}-{index:05d}-of-{len(shards):05d}.parquet"
         datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
-
-
-# ---- loaders -----------------------------------------------------------------------------------------------
 
 
 class WholeFirst(SegmentationDataset):
@@ -175,9 +169,6 @@ def memory_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int)
     return found
 
 
-# ---- the model ---------------------------------------------------------------------------------------------
-
-
 def model_rate(args: LoaderBenchArgs) -> float:
     """Images a second of training steps: forward, backward, AdamW."""
     torch.manual_seed(args.seed)
@@ -203,25 +194,18 @@ def model_rate(args: LoaderBenchArgs) -> float:
     return len(seconds) * batch / sum(seconds)
 
 
-# ---- the command -------------------------------------------------------------------------------------------
-
-
 def measure(args: LoaderBenchArgs, folder: str, name: str, bar: tqdm) -> list[dict]:
     """One row for each loader."""
-    rows = []
-
-    def row(loader: str, per_second: float, **more: float) -> None:
-        peer = rows[0]["samples_per_second"] if rows else per_second
-        rows.append({"pictures": name, "loader": loader, "samples_per_second": per_second} | more)
-        rows[-1]["times_faster"] = per_second / peer
-        bar.update()
-
-    row(PEER, rate(whole_first(args, folder), args.samples))
+    rows = [{"loader": PEER, "samples_per_second": rate(whole_first(args, folder), args.samples)}]
+    bar.update()
     for streaming, workers in itertools.product((False, True), (0, *args.num_workers)):
         loader = f"{'1 process' if workers == 0 else f'{workers} workers'}, {'stream' if streaming else 'map-style'}"
-        per_second = rate(batches_of(args, folder, streaming, workers, args.samples), args.samples)
-        row(loader, per_second, **measuring.in_fresh_process(memory_of, args, folder, streaming, workers))
-    return rows
+        rows.append({"loader": loader})
+        rows[-1]["samples_per_second"] = rate(batches_of(args, folder, streaming, workers, args.samples), args.samples)
+        rows[-1] |= measuring.in_fresh_process(memory_of, args, folder, streaming, workers)
+        bar.update()
+    peer = rows[0]["samples_per_second"]
+    return [{"pictures": name, **row, "times_faster": row["samples_per_second"] / peer} for row in rows]
 
 
 def compare(args: LoaderBenchArgs) -> dict:
@@ -242,12 +226,11 @@ def compare(args: LoaderBenchArgs) -> dict:
     appetite = model_rate(args)
     for row in rows:
         row["times_the_model"] = row["samples_per_second"] / appetite
-    device = torch.cuda.get_device_name() if torch.device(args.device).type == "cuda" else "CPU"
     return {
         **measuring.head(),
         "pictures": dataset_name(args.dataset) if args.dataset is not None else "synthetic",
         "crop_size": args.crop_size,
-        "device": device,
+        "device": "CPU" if args.device == "cpu" else torch.cuda.get_device_name(),
         "cores": psutil.cpu_count(),
         "model_images_per_second": appetite,
         "settings": {k: v for k, v in asdict(args).items() if k not in ("output", "dataset")},
@@ -256,10 +239,8 @@ def compare(args: LoaderBenchArgs) -> dict:
 
 
 TITLES = "pictures | loader | samples/s | times faster | times the model | MiB half-way | MiB at the end"
-CELLS = (
-    "{pictures} | {loader} | {samples_per_second:.1f} | {times_faster:.2f} | {times_the_model:.0f} | {mib_half:.0f} | "
-)
-CELLS += "{mib_end:.0f}"
+CELLS = "{pictures} | {loader} | {samples_per_second:.1f} | {times_faster:.2f} | {times_the_model:.0f} | "
+CELLS += "{mib_half:.0f} | {mib_end:.0f}"
 
 
 def report(result: dict) -> str:

@@ -3,15 +3,14 @@
     python -m benchmarks.network --output docs/results/network.json
     python -m benchmarks.network --device cuda --dtype bfloat16 --backbones resnet50 --sizes 512 --modes eager
 
-Both networks are in eval mode and under inference_mode; "compiled" is torch.compile of all but the class heads. Weights
-are random, statistics and weights of batch norms too. Before anything is measured this project's mask logits must equal
-those of transformers' eager network to 1e-4 of the largest, eager ones in float64, compiled ones in float32. Each
-backbone, size and mode has a process of its own, in which the networks and a large matrix product take turns: time is
-the median over rounds, a ratio the median of the rounds' ratios. Memory is the peak of what a forward allocates beyond
-the weights.
+Both networks are in eval mode. "compiled" is torch.compile of all but the class heads. Weights are random, those of
+batch norms too. Mask logits must equal those of transformers' eager network to 1e-4 of the largest: of eager networks
+in float64, of compiled ones in float32. Each backbone, size and mode has a process of its own, in which the networks
+and a large matrix product take turns. Time is the median over rounds, a ratio the median of the rounds' ratios. Memory
+is the peak of what a forward allocates beyond the weights.
 
-The floor is the time that the forward's convolutions and matrix products (attention included) would take at the rate of
-the large matrix product's best round.
+The floor is the time that the convolutions and matrix products (attention included) of a forward would take at the rate
+of the large matrix product's best round.
 """
 
 import itertools
@@ -30,13 +29,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    PreTrainedConfig,
-    ResNetConfig,
-    SwinConfig,
-)
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
 
 import network_zs3
 from benchmarks import measuring
@@ -48,19 +41,13 @@ from zs3.files import write_text
 PEER, OURS, GEMM = "transformers' Mask2Former", "zs3", "matrix product"
 EQUAL = 1e-4  # of the largest mask logit
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-BACKBONES: dict[str, Callable[[], PreTrainedConfig]] = {
+BACKBONES = {
     "resnet50": lambda: ResNetConfig(out_features=STAGES),
-    "swin_tiny": lambda: SwinConfig(  # no stochastic depth, so that outputs can be compared in training
-        embed_dim=96,
-        depths=[2, 2, 6, 2],
-        num_heads=[3, 6, 12, 24],
-        window_size=7,
-        drop_path_rate=0.0,
-        out_features=STAGES,
-    ),
+    # Swin-T. It has no stochastic depth, so that outputs can be compared in training.
+    "swin_tiny": lambda: SwinConfig(drop_path_rate=0.0, out_features=STAGES),
 }
 ARCHITECTURE: dict[str, int] = {}  # what differs from Mask2Former's own
-REST = "rest"
+PARTS, REST = ("backbone", "deformable encoder", "rest of the pixel decoder", "transformer decoder"), "rest"
 
 
 @dataclass
@@ -88,9 +75,6 @@ def check_choices(name: str, given: list[str], known: list[str]) -> None:
     for word in given:
         if word not in known:
             raise InputError(f"--{name} takes some of {', '.join(known)}, got {word!r}")
-
-
-# ---- the two networks --------------------------------------------------------------------------------------
 
 
 def make_zs3(backbone: str, **losses: object) -> Zs3ForSemanticSegmentation:
@@ -128,9 +112,6 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
 
-# ---- what a forward costs ----------------------------------------------------------------------------------
-
-
 def operations(step: Callable[[], object]) -> int:
     """Floating-point operations of the convolutions and matrix products of a step, two a multiplication."""
     # Fused attention on the CPU is no operation that the counter knows; taken apart, its products are counted.
@@ -157,19 +138,11 @@ def graph_breaks(step: Callable[[], object]) -> int:
 def parts_of(model: nn.Module) -> dict[str, tuple[object, str]]:
     """What is called for each part of a network: an object and the name of its method or function."""
     if isinstance(model, Zs3ForSemanticSegmentation):
-        return {
-            "backbone": (network_zs3, "backbone_features"),
-            "deformable encoder": (network_zs3, "encoder_layer"),
-            "rest of the pixel decoder": (network_zs3, "pixel_decoder"),
-            "transformer decoder": (network_zs3, "transformer_decoder"),
-        }
-    pixel_level = model.model.pixel_level_module
-    return {
-        "backbone": (pixel_level.encoder, "forward"),
-        "deformable encoder": (pixel_level.decoder.encoder, "forward"),
-        "rest of the pixel decoder": (pixel_level.decoder, "forward"),
-        "transformer decoder": (model.model.transformer_module, "forward"),
-    }
+        names = ("backbone_features", "encoder_layer", "pixel_decoder", "transformer_decoder")
+        return {part: (network_zs3, name) for part, name in zip(PARTS, names, strict=True)}
+    decoder = model.model.pixel_level_module.decoder
+    modules = (model.model.pixel_level_module.encoder, decoder.encoder, decoder, model.model.transformer_module)
+    return {part: (module, "forward") for part, module in zip(PARTS, modules, strict=True)}
 
 
 def seconds_of_parts(
@@ -238,7 +211,7 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
         steps = {PEER: lambda: peer(pixel_values), OURS: lambda: ours(pixel_values, text_embeds=text_embeds)}
         if mode == "eager":
             row["largest_difference"] = difference_in_float64(ours, peer, pixel_values, text_embeds)
-        row["operations"] = operations(steps[OURS])  # counting does not see into compiled code
+        counted = operations(steps[OURS])  # counting does not see into compiled code
         if mode == "compiled":
             expected = steps[PEER]().masks_queries_logits
             for model in (ours, peer):
@@ -248,7 +221,7 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
         measuring.check_close(row["largest_difference"], EQUAL, what)
         dtype = getattr(torch, args.dtype)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            row |= measure_all(steps, args.rounds, args.gemm_size, dtype, device)
+            row |= measure_all(args, steps, counted, device)
             if mode == "eager":
                 for name, model in ((PEER, peer), (OURS, ours)):
                     row["networks"][name]["parts"] = seconds_of_parts(parts_of(model), steps[name], args.rounds, device)
@@ -258,23 +231,17 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
 
 
 def measure_all(
-    steps: dict[str, Callable[[], object]], rounds: int, gemm_size: int, dtype: torch.dtype, device: torch.device
+    args: NetworkArgs, steps: dict[str, Callable[[], object]], operations: int, device: torch.device
 ) -> dict:
-    """Times of all steps and of the matrix product in turns, memory of the steps."""
-    matrix = torch.randn(gemm_size, gemm_size, device=device, dtype=dtype)
-    seconds = measuring.take_turns({**steps, GEMM: lambda: matrix @ matrix}, rounds, device)
+    """Times of all steps and of the matrix product in turns, memory of the steps. operations: of the floor."""
+    matrix = torch.randn(args.gemm_size, args.gemm_size, device=device, dtype=getattr(torch, args.dtype))
+    seconds = measuring.take_turns({**steps, GEMM: lambda: matrix @ matrix}, args.rounds, device)
+    rate = 2 * args.gemm_size**3 / min(seconds[GEMM])
     networks = measuring.compared(steps, seconds, PEER, device)
-    return {"operations_per_second": 2 * gemm_size**3 / min(seconds[GEMM]), "networks": networks}
-
-
-def add_floor(rows: list[dict]) -> None:
-    for row in rows:
-        row["floor_seconds"] = row["operations"] / row["operations_per_second"]
-        for network in row["networks"].values():
-            network["times_the_floor"] = network["seconds"] / row["floor_seconds"]
-
-
-# ---- result ------------------------------------------------------------------------------------------------
+    for figures in networks.values():
+        figures["times_the_floor"] = figures["seconds"] * rate / operations
+    floor = {"operations": operations, "operations_per_second": rate, "floor_seconds": operations / rate}
+    return {**floor, "networks": networks}
 
 
 TITLES = "backbone | size | mode | network | seconds | times faster | floor, seconds | times the floor | "
@@ -312,7 +279,6 @@ def report(
     args: NetworkArgs, rows: list[dict], device: torch.device, title: str, tables: Callable[[list[dict]], str]
 ) -> None:
     """Prints and writes what `args` ask for."""
-    add_floor(rows)
     operators, facts = pop_operators(rows), measuring.head(device)
     rate = max(row["operations_per_second"] for row in rows)
     text = f"{title}, {args.dtype}, torch {facts['torch']}, {facts['machine']}; matrix product of "
@@ -324,7 +290,8 @@ def report(
 
 def all_tables(rows: list[dict]) -> str:
     for row in rows:
-        row |= {"breaks": row["graph_breaks"][row["network"]]} if "graph_breaks" in row else {}
+        if "graph_breaks" in row:
+            row["breaks"] = row["graph_breaks"][row["network"]]
     text = measuring.table(TITLES, CELLS, rows)
     eager = [row for row in rows if "parts" in row]
     return text + (f"\nOne eager forward by part of the network:\n\n{parts_table(eager)}" if eager else "")

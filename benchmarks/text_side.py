@@ -1,17 +1,17 @@
-"""The text side of a long label list: padding to 77 beside padding to the longest, the first call beside the second.
+"""Text vectors of a long label list: padding to 77 beside padding to the longest, the first call beside the second.
 
     python -m benchmarks.text_side --output docs/results/text_side.json
 
-The labels are those of ADE20K-847, the encoder has the size of CLIP ViT-B/16's text tower (63 million parameters) and
-random weights. The tokenizer makes one token of every word, digit and mark; on these names with the first template that
-is 9.5 tokens a prompt, where CLIP's own makes 9.9. `--tokenizer` takes CLIP's own, as OpenAI published it.
+The labels are those of ADE20K-847. The encoder has the size of CLIP ViT-B/16's text tower (63 million parameters) and
+random weights. The tokenizer makes one token of every word, digit and mark: 9.5 tokens a prompt with the first
+template, where CLIP's own makes 9.9. `--tokenizer` takes CLIP's own, as OpenAI published it.
 
-Both ways of padding go through `encode_text`, in its chunks. The calls after them go through a TextCache, in a new
-folder: the first embeds all labels, the others find them; the last one as in a process of its own, where the weights
-have to be hashed once.
+Both ways of padding go through `encode_text`. The calls after them go through a TextCache in a new folder. Its first
+call embeds all labels, later calls find the vectors. "Weights hashed anew" is such a call in a new process.
 """
 
 import gzip
+import re
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -20,9 +20,8 @@ from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ResNetConfig
+from transformers import CLIPTextConfig, CLIPTokenizer, ResNetConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from benchmarks import measuring
@@ -32,11 +31,12 @@ from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from text_zs3 import PROMPT_TEMPLATES, Label, TextCache, read_labels
 from zs3.command_line import Count, InputError, flag, read_arguments, run
 from zs3.label_space import load_label_space
+from zs3.scenes.tiny_clip import learn_merges
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY = 49408  # of CLIP's tokenizer; its last two tokens are START and END
-SPLIT = r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WORD = r"[^\W\d_]+|\d|[^\w\s]+"  # a word, a digit, or marks
 PADDED, FIRST = "all prompts padded to {}", "first call"
 
 
@@ -52,55 +52,37 @@ class TextArgs(measuring.BenchmarkArguments):
     tokenizer: str | None = flag(None, f"Folder with OpenAI's {MERGES_FILE}; without it, one token a word.")
 
 
-def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """One token a word, digit or mark of these texts, between START and END, in lower case as CLIP's."""
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="removed", invert=True)
-    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text.lower())})
-    vocabulary = {word: index for index, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel({**vocabulary, START: VOCABULARY - 2, END: VOCABULARY - 1}, unk_token=END))
-    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), split
-    backend.post_processor = processors.RobertaProcessing((END, VOCABULARY - 1), (START, VOCABULARY - 2), False, False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token=END, bos_token=START, eos_token=END, pad_token=END
-    )
-
-
-def clip_tokenizer(folder: str) -> CLIPTokenizer:
-    """CLIP's own, from OpenAI's list of merges."""
+def clip_merges(folder: str) -> list[tuple[str, ...]]:
+    """OpenAI's list of merges."""
     try:
         lines = gzip.decompress((Path(folder) / MERGES_FILE).read_bytes()).decode().splitlines()
     except OSError as error:
-        raise InputError(
-            f"--tokenizer {folder}: {MERGES_FILE} cannot be read there ({error.strerror or one_line(error)})"
-        ) from error
+        why = error.strerror or one_line(error)
+        raise InputError(f"--tokenizer {folder}: {MERGES_FILE} cannot be read there ({why})") from error
+    return [tuple(line.split()) for line in lines[1 : VOCABULARY - 2 * len(bytes_to_unicode()) - 1]]
+
+
+def make_tokenizer(merges: list[tuple[str, ...]]) -> CLIPTokenizer:
     letters = list(bytes_to_unicode().values())
-    letters += [letter + "</w>" for letter in letters]
-    merges = [tuple(line.split()) for line in lines[1 : VOCABULARY - len(letters) - 1]]
-    words = [*letters, *("".join(pair) for pair in merges), START, END]
-    return CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=merges)
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocabulary = {word: index for index, word in enumerate(words)} | {START: VOCABULARY - 2, END: VOCABULARY - 1}
+    length = CLIPTextConfig().max_position_embeddings
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
 def text_model(args: TextArgs) -> Zs3ForSemanticSegmentation:
     """Random weights; the part that sees is as small as it can be."""
-    text_config = CLIPTextConfig(
-        hidden_size=args.width,
-        intermediate_size=4 * args.width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.width // 64),
-        vocab_size=VOCABULARY,
-        eos_token_id=VOCABULARY - 1,
-    )
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    backbone = ResNetConfig(
-        layer_type="basic", depths=[1] * 4, hidden_sizes=[8] * 4, embedding_size=8, out_features=stages
-    )
+    text = {"hidden_size": args.width, "intermediate_size": 4 * args.width, "num_hidden_layers": args.layers}
+    text |= {"num_attention_heads": max(1, args.width // 64), "vocab_size": VOCABULARY, "eos_token_id": VOCABULARY - 1}
+    layers = {"layer_type": "basic", "depths": [1] * 4, "hidden_sizes": [8] * 4, "embedding_size": 8}
+    backbone = ResNetConfig(**layers, out_features=["stage1", "stage2", "stage3", "stage4"])
     small = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "dim_feedforward": 32}
     small |= {"encoder_feedforward_dim": 32, "num_queries": 1, "decoder_layers": 2, "encoder_layers": 1}
-    config = Zs3Config(backbone_config=backbone.to_dict(), text_config=text_config.to_dict(), **small)
+    config = Zs3Config(backbone_config=backbone.to_dict(), text_config=CLIPTextConfig(**text).to_dict(), **small)
     return Zs3ForSemanticSegmentation(config).eval()
 
 
-def padded_ids(labels: list[Label], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def padded_ids(labels: list[Label], tokenizer: CLIPTokenizer) -> Tensor:
     """(C, T, 77): what follows a prompt's end counts as text, so nothing is cut; in a causal encoder it has no say."""
     prompts = [prompt for label in labels for prompt in label.prompts]
     ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
@@ -114,8 +96,7 @@ def compare(args: TextArgs, labels: list[Label], processor: Zs3Processor, folder
     cache = TextCache(folder)
     model.encode_text(**processor.tokenize(labels[:1]))  # what libraries do once a process
     seconds = {}
-    length = processor.tokenizer.model_max_length
-    name = PADDED.format(length)
+    name = PADDED.format(processor.tokenizer.model_max_length)
     seconds[name], expected = measuring.timed(lambda: model.encode_text(padded_ids(labels, processor.tokenizer)))
     seconds[FIRST], first = measuring.timed(lambda: cache.embed(labels, model, processor))
     measuring.check_close(float((first - expected).abs().max()), 1e-5, "the vectors of the two ways of padding")
@@ -138,18 +119,12 @@ def compare(args: TextArgs, labels: list[Label], processor: Zs3Processor, folder
     return seconds
 
 
-TITLES = "text vectors | seconds | times faster than padded | times faster than the first call"
-CELLS = "{name} | {own:.4f} | {than_padded:,.1f} | {than_first:,.1f}"
-
-
 def table(seconds: dict[str, float]) -> str:
     """Markdown."""
     padded, first = list(seconds.values())[:2]
-    rows = [
-        {"name": name, "own": own, "than_padded": padded / own, "than_first": first / own}
-        for name, own in seconds.items()
-    ]
-    return measuring.table(TITLES, CELLS, rows)
+    head = ["text vectors", "seconds", "times faster than padded", "times faster than the first call"]
+    rows = [[name, f"{own:.4f}", f"{padded / own:,.1f}", f"{first / own:,.1f}"] for name, own in seconds.items()]
+    return measuring.table_of(head, rows)
 
 
 def main() -> None:
@@ -161,8 +136,8 @@ def main() -> None:
         raise InputError(f"--width must be a multiple of 64, got {args.width}")
     labels = read_labels(names[: args.labels], PROMPT_TEMPLATES[: args.templates])
     prompts = [prompt for label in labels for prompt in label.prompts]
-    tokenizer = word_tokenizer(prompts) if args.tokenizer is None else clip_tokenizer(args.tokenizer)
-    tokenizer.model_max_length = CLIPTextConfig().max_position_embeddings
+    words = {word for prompt in prompts for word in re.findall(WORD, prompt.lower())}
+    tokenizer = make_tokenizer(learn_merges(words) if args.tokenizer is None else clip_merges(args.tokenizer))
     lengths = [len(ids) for ids in tokenizer(prompts, truncation=True)["input_ids"]]
     processor = Zs3Processor(Zs3ImageProcessor(), tokenizer, PROMPT_TEMPLATES[: args.templates])
     with tempfile.TemporaryDirectory() as folder:

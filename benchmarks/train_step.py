@@ -3,18 +3,15 @@
     python -m benchmarks.train_step --output docs/results/train_step.json
     python -m benchmarks.train_step --device cuda --dtype bfloat16 --batch_size 8
 
-A step is forward, loss of all decoder outputs, backward, clipping of the gradient's norm, AdamW, and letting the
-gradients go. Labels are Voronoi cells; transformers is given its binary masks ready-made. This project runs with
-Mask2Former's own losses and with Eq. 8's. In all networks alike, the backbone's batch norms are "frozen" (neither their
-statistics nor their weights change) or "live". "compiled" is torch.compile of all but the class heads and the losses.
-Before anything is measured or compiled, mask logits and the gradient of a random sum of them must equal those of
-transformers' network, in float64: in float32 the gradient of a random ResNet changes by a hundredth where its input
-changes by 1e-7. That the losses are equal too is shown by `benchmarks.criterion`.
+A step is forward, loss of all decoder outputs, backward, clipping, and AdamW. Labels are Voronoi cells; transformers
+gets its binary masks ready-made. This project runs with Mask2Former's losses and with Eq. 8's. The backbone's batch
+norms are "frozen" (neither their statistics nor their weights change) or "live". "compiled" is torch.compile of all but
+the class heads and the losses. First, in float64, the mask logits and the gradient of a random sum of them must equal
+those of transformers. In float32 that gradient of a random ResNet changes by 1 % where its input changes by 1e-7.
+`benchmarks.criterion` shows that the losses are equal.
 
-Each backbone, size, kind of norms and mode has a process of its own, in which the networks and a large matrix product
-take turns: time is the median over rounds, a ratio the median of the rounds' ratios; the floor is that of
-`benchmarks.network`, of the step with Mask2Former's losses, backward included. Peak memory is the most a step holds at
-once beyond what stays between steps, which is weights and AdamW's state: activations, gradients, buffers.
+Processes, times and the floor are those of `benchmarks.network`. The floor is that of the step with Mask2Former's
+losses, backward included. Peak memory is what a step holds beyond weights and AdamW's state.
 """
 
 import itertools
@@ -115,11 +112,8 @@ def compare(args: TrainStepArgs, backbone: str, size: int, norms: str, mode: str
     same = make_zs3(backbone, train_num_points=args.points, **SAME_LOSSES)
     eq8 = make_zs3(backbone, train_num_points=args.points)
     eq8.model.load_state_dict(same.model.state_dict())
-    models = {
-        PEER: network.make_peer(backbone, args.class_names, same, train_num_points=args.points),
-        SAME: same,
-        EQ8: eq8,
-    }
+    peer = network.make_peer(backbone, args.class_names, same, train_num_points=args.points)
+    models = {PEER: peer, SAME: same, EQ8: eq8}
     for model in models.values():
         model.to(device).train()
         if norms == "frozen":
@@ -140,11 +134,11 @@ def compare(args: TrainStepArgs, backbone: str, size: int, norms: str, mode: str
     row |= {"largest_difference": difference, "gradient_difference": gradient_difference}
 
     steps = make_steps(args, models, pixel_values, text_embeds, labels)
-    row["operations"] = network.operations(steps[SAME])  # counting does not see into compiled code
+    counted = network.operations(steps[SAME])  # counting does not see into compiled code
     if mode == "compiled":
         for model in models.values():
             network.compile_network(model)
-    row |= network.measure_all(steps, args.rounds, args.gemm_size, getattr(torch, args.dtype), device)
+    row |= network.measure_all(args, steps, counted, device)
     for name, model in models.items():
         row["networks"][name]["held_mib"] = held_mib(model)
     if args.profile is not None:
@@ -154,10 +148,8 @@ def compare(args: TrainStepArgs, backbone: str, size: int, norms: str, mode: str
 
 TITLES = "backbone | size | batch norms | mode | network | seconds a step | times faster | floor, seconds | "
 TITLES += "times the floor | peak MiB | share of the peer's | share, with what stays between steps | differences"
-CELLS = (
-    "{backbone} | {size} | {norms} | {mode} | {network} | {seconds:.3f} | {times_faster:.2f} | {floor_seconds:.3f} | "
-)
-CELLS += "{times_the_floor:.2f} | {peak_mib:.0f} | {peak_share:.2f} | {whole_share:.2f} | "
+CELLS = "{backbone} | {size} | {norms} | {mode} | {network} | {seconds:.3f} | {times_faster:.2f} | "
+CELLS += "{floor_seconds:.3f} | {times_the_floor:.2f} | {peak_mib:.0f} | {peak_share:.2f} | {whole_share:.2f} | "
 CELLS += "{largest_difference:.1e}, {gradient_difference:.1e}"
 
 
