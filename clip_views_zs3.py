@@ -18,18 +18,18 @@ from transformers import CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 try:
-    from .configuration_zs3 import TINY, Refused, as_number, shortened
+    from .configuration_zs3 import Refused, as_number, shortened
     from .label_maps_zs3 import MASK_STRIDE
     from .outputs_zs3 import best_synonyms, check_finite_output, label_similarity
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import TINY, Refused, as_number, shortened
+    from configuration_zs3 import Refused, as_number, shortened
     from label_maps_zs3 import MASK_STRIDE
     from outputs_zs3 import best_synonyms, check_finite_output, label_similarity
 
 ClipView = Literal["crops", "single_pass"]
-Fill = Literal["mean", "zero"]
+Fill = Literal["mean"] | None
 
 MASK_THRESHOLD = 0.5  # a proposal is where its mask is above it (Xu et al. 2021)
 BICUBIC = -0.75  # the constant of PyTorch's bicubic kernel
@@ -54,8 +54,7 @@ def embed_proposals(
     *,
     view: ClipView = "crops",
     mask_threshold: float = MASK_THRESHOLD,
-    fill: Fill | None = "mean",
-    expansion: float = 1.0,
+    fill: Fill = "mean",
     chosen: Tensor | None = None,
 ) -> ProposalEmbeds:
     """CLIP's embeddings of proposals. The only way of pixels to CLIP.
@@ -65,7 +64,7 @@ def embed_proposals(
     view: "crops", a crop of each proposal; or "single_pass", all proposals in one pass over their image, which is an
         approximation and takes the time of a few crops.
     mask_threshold: a proposal is where its mask is above it. One that is nowhere is not shown.
-    fill, expansion: how crops are cut, see `crop_proposals`.
+    fill: the colour of pixels outside the mask in a crop, see `crop_proposals`.
     chosen: (B, Q) bool, the proposals to look at; None: all.
     """
     if view not in get_args(ClipView):
@@ -90,7 +89,7 @@ def embed_proposals(
             crops = []
             for image in part[:, 0].unique().tolist():
                 own = masks(image, part[part[:, 0] == image, 1])
-                crops.append(crop_proposals(images[image], own, side, fill=fill, expansion=expansion))
+                crops.append(crop_proposals(images[image], own, side, fill=fill))
             embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops)).image_embeds.float()
     check_finite_output("CLIP's embeddings of the proposals", embeds)
     return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
@@ -119,45 +118,36 @@ def visible_proposals(
     return visible
 
 
-def mask_boxes(masks: Tensor, expansion: float = 1.0) -> Tensor:
+def mask_boxes(masks: Tensor) -> Tensor:
     """Tight boxes of masks (N, H, W) bool, none of them empty: (N, 4) int64, left, top, right, bottom.
 
-    Right and bottom are exclusive. expansion: factor of the sides; the middle stays. Boxes are then cut at the image's
-    border and rounded down to whole pixels.
+    Right and bottom are exclusive.
     """
     ends = []
     for across in (1, 2):
         used = masks.any(dim=across).int()  # (N, W), then (N, H)
-        length = used.shape[1]
-        start, stop = used.argmax(dim=1), length - used.flip(1).argmax(dim=1)
-        middle, half = (start + stop) / 2, (stop - start) * (expansion / 2)
-        start = (middle - half).clamp(min=0).long()
-        ends.append((start, torch.maximum((middle + half).clamp(max=length).long(), start + 1)))
+        ends.append((used.argmax(dim=1), used.shape[1] - used.flip(1).argmax(dim=1)))
     (left, right), (top, bottom) = ends
     return torch.stack([left, top, right, bottom], dim=1)
 
 
-def crop_proposals(
-    image: Tensor, masks: Tensor, size: int, *, fill: Fill | None = "mean", expansion: float = 1.0
-) -> Tensor:
+def crop_proposals(image: Tensor, masks: Tensor, size: int, *, fill: Fill = "mean") -> Tensor:
     """The proposals of one image as CLIP sees them: (N, 3, S, S), normalised.
 
     image: (3, H, W) RGB in [0, 1]; masks: (N, H, W) bool, none of them empty; size: S.
-    fill: the colour of pixels outside the mask, CLIP's "mean" (0 after normalisation) or "zero", black; None: their
-        own. The box is stretched to S x S (bicubic, no antialias), as in Xu et al. 2021.
+    fill: the colour of pixels outside the mask, CLIP's "mean" (0 after normalisation); None: their own.
+    The box is stretched to S x S (bicubic, no antialias), as in Xu et al. 2021.
     """
-    if fill not in ("mean", "zero", None):
-        raise Refused(f"fill must be 'mean', 'zero' or None, got {shortened(fill)}")
-    expansion = as_number("expansion", expansion, TINY)
+    if fill not in ("mean", None):
+        raise Refused(f"fill must be 'mean' or None, got {shortened(fill)}")
     pixels = _normalised(image)
-    blank = _normalised(torch.zeros_like(image[:, :1, :1])) if fill == "zero" else pixels.new_zeros(3, 1, 1)
-    left, top, right, bottom = mask_boxes(masks, expansion).unbind(1)
+    left, top, right, bottom = mask_boxes(masks).unbind(1)
     rows = _bicubic(top, bottom, image.shape[1], size)  # (N, S, H)
     columns = _bicubic(left, right, image.shape[2], size)  # (N, S, W)
     crops = []
     with torch.autocast(image.device.type, enabled=False):
         for part in torch.arange(len(masks), device=masks.device).split(CROPS_AT_ONCE):
-            shown = pixels if fill is None else torch.where(masks[part, None], pixels, blank)  # (n, 3, H, W)
+            shown = pixels if fill is None else torch.where(masks[part, None], pixels, 0)  # (n, 3, H, W)
             crops.append(rows[part, None] @ shown @ columns[part, None].mT)
     return torch.cat(crops) if crops else pixels.new_empty(0, 3, size, size)
 

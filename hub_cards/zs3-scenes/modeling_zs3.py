@@ -531,8 +531,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         *,
         view: ClipView = "crops",
         mask_threshold: float = MASK_THRESHOLD,
-        fill: Fill | None = "mean",
-        expansion: float = 1.0,
+        fill: Fill = "mean",
         chosen: Tensor | None = None,
     ) -> ProposalEmbeds:
         """CLIP's embeddings of proposals: see `embed_proposals` of clip_views_zs3.
@@ -541,9 +540,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         """
         if self.vision_model is None:
             raise ValueError("this checkpoint has no CLIP image tower: it cannot be shown proposals")
-        given = self.vision_model, images, mask_logits, valid_sizes
-        options = {"mask_threshold": mask_threshold, "fill": fill, "expansion": expansion, "chosen": chosen}
-        return embed_proposals(*given, view=view, **options)
+        options = {"view": view, "mask_threshold": mask_threshold, "fill": fill, "chosen": chosen}
+        return embed_proposals(self.vision_model, images, mask_logits, valid_sizes, **options)
 
     @torch.no_grad()
     def ensemble(
