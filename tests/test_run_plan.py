@@ -137,15 +137,11 @@ def test_pseudo_labels_are_counted_and_none_is_noted(plan, tmp_path):
     label_space = LabelSpace(CLASS_NAMES, CLASS_NAMES[:2], 255)
     scores = np.array([[0.5, 0.9], [0.1, 0.2], [0.8, 0.7], [0.9, 0.9]], np.float32)
     write_shard(tmp_path / "scores-00000-of-00001.parquet", ["a", "b", "c", "other"], scores, label_space.unseen, b"")
-    found = {}
-    for threshold in (0.7, 0.99):
+    for threshold, counts in ((0.7, "3 labels, in 2 of 3 images"), (0.99, "0 labels, in 0 of 3 images")):
         labels = PseudoLabels(tmp_path, label_space, ["a", "b", "c"], threshold)
         text = plan(image_labels=labels, unseen_labels=str(tmp_path), config={"pseudo_label_threshold": threshold})
-        found[threshold] = "no pseudo label reaches --pseudo_label_threshold" in text
-        assert tuple(labels.positives) == ((3, 2, 3) if threshold == 0.7 else (0, 0, 3))
-        counts = "3 labels, in 2 of 3 images" if threshold == 0.7 else "0 labels, in 0 of 3 images"
+        assert ("no pseudo label reaches --pseudo_label_threshold" in text) == (threshold == 0.99)
         assert f"          positive at the threshold of {threshold}: {counts}" in text.splitlines()
-    assert found == {0.7: False, 0.99: True}
 
 
 def test_fsdp_that_accelerate_left_out_is_noted(plan, monkeypatch):
@@ -196,7 +192,7 @@ def test_the_end_is_foretold_once_from_the_second_to_the_sixth_step(clock):
     assert lines.index(line) == 5 and "expected  3 h 12 min to step 1006" in line
 
 
-def test_no_end_is_foretold_to_a_run_that_has_ended(clock):
+def test_no_end_is_foretold_to_a_run_that_has_ended():
     pace = Pace(Accelerator(cpu=True))
     assert [pace.forecast(step, max_steps=6) for step in range(1, 7)] == [None] * 6
 
@@ -213,43 +209,38 @@ def records_with(tmp_path, *ids, space=SPACE):
     return [load_split(tmp_path, "train", space), stream_split(tmp_path, "train", space)]
 
 
-def test_the_first_map_with_something_to_learn_is_enough(tmp_path):
-    for records in records_with(tmp_path, (255,), (0, 2), (0, 2)):
-        (tmp_path / "train" / "labels" / "p2.png").write_bytes(b"never looked at")
+@pytest.mark.parametrize(
+    ("ids", "most"),
+    [
+        ([(255,), (0, 2), None], 100),  # the first map with something to learn is enough
+        ([(0,), (0,), None], 2),  # of many maps of one class the first are enough
+        ([(2, 255), (2,)], 100),  # one class alone can be learned
+        ([(0,), (0,)], 100),
+    ],
+)
+def test_no_more_maps_are_read_than_show_something_to_learn(ids, most, tmp_path, monkeypatch):
+    monkeypatch.setattr("zs3.training.loader.MOST_LOOKED_AT", most)
+    for records in records_with(tmp_path, *(own or (0,) for own in ids)):
+        for place in [place for place, own in enumerate(ids) if own is None]:
+            (tmp_path / "train" / "labels" / f"p{place}.png").write_bytes(b"never looked at")
         check_learnable(records, SPACE)
+
+
+ALL_UNSEEN = LabelSpace(SPACE.class_names, SPACE.class_names, 255)
 
 
 @pytest.mark.parametrize(
-    ("ids", "words"),
+    ("ids", "space", "words"),
     [
-        ([(255,), (255,)], "the 2 label maps hold no class, so no seen class to train on"),
-        ([(1, 255), (3,)], "the 2 label maps hold nothing but 'cow', 'cat', so no seen class to train on"),
-        ([(0, 255), (255,)], "the 2 label maps hold nothing but 'sky' and the ignored id 255: was 255 the object"),
+        ([(0, 1)], ALL_UNSEEN, "all classes are unseen"),
+        ([(255,), (255,)], SPACE, "the 2 label maps hold no class, so no seen class to train on"),
+        ([(1, 255), (3,)], SPACE, "the 2 label maps hold nothing but 'cow', 'cat', so no seen class to train on"),
+        ([(0, 255), (255,)], SPACE, "maps hold nothing but 'sky' and the ignored id 255: was 255 the object"),
     ],
 )
-def test_data_without_anything_to_learn_are_refused_before_the_run(ids, words, tmp_path):
-    for records in records_with(tmp_path, *ids):
+def test_data_without_anything_to_learn_are_refused_before_the_run(ids, space, words, tmp_path):
+    for records in records_with(tmp_path, *ids, space=space):
         with pytest.raises(InputError, match=words):
-            check_learnable(records, SPACE)
-
-
-@pytest.mark.parametrize("ids", [[(2, 255), (2,)], [(0,), (0,)]])
-def test_one_class_alone_can_be_learned(ids, tmp_path):
-    for records in records_with(tmp_path, *ids):
-        check_learnable(records, SPACE)
-
-
-def test_of_many_maps_of_one_class_the_first_are_enough(tmp_path, monkeypatch):
-    monkeypatch.setattr("zs3.training.loader.MOST_LOOKED_AT", 2)
-    for records in records_with(tmp_path, (0,), (0,), (0,)):
-        (tmp_path / "train" / "labels" / "p2.png").write_bytes(b"never looked at")
-        check_learnable(records, SPACE)
-
-
-def test_a_label_space_of_unseen_classes_alone_is_refused(tmp_path):
-    space = LabelSpace(SPACE.class_names, SPACE.class_names, 255)
-    for records in records_with(tmp_path, (0, 1), space=space):
-        with pytest.raises(InputError, match="all classes are unseen"):
             check_learnable(records, space)
 
 

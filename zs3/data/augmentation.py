@@ -19,22 +19,16 @@ IGNORED = -1  # a pixel without a label, in the maps that training sees
 class Augmentation:
     """Mask2Former's recipe for semantic segmentation. Lengths in pixels.
 
-    crop_size: side of the square crop, and of the sample.
-    short_edges: lengths of the shorter edge after scaling; each sample draws one. None: 0.5 to 2.0 times crop_size, in
-        steps of a tenth.
-    max_size: upper bound of the longer edge.
-    flip: mirror half of the samples, left and right.
-    color_jitter: SSD's changes of brightness, contrast, saturation and hue, each for half of the samples.
-    single_class_max_area: the largest share of a crop's labelled pixels that one class should have, in (0, 1]. Ten
-        crops are tried; 1 takes the first.
+    short_edges: each sample draws one. None: 0.5 to 2.0 times crop_size, in steps of a tenth.
+    single_class_max_area: ten crops are tried; 1 takes the first.
     """
 
-    crop_size: int
-    max_size: int
-    short_edges: Sequence[int] | None = None
-    flip: bool = True
-    color_jitter: bool = True
-    single_class_max_area: float = 1.0
+    crop_size: int  # side of the square crop, and of the sample
+    max_size: int  # upper bound of the longer edge
+    short_edges: Sequence[int] | None = None  # lengths of the shorter edge after scaling
+    flip: bool = True  # mirror half of the samples, left and right
+    color_jitter: bool = True  # SSD's changes of brightness, contrast, saturation and hue, each for half of the samples
+    single_class_max_area: float = 1.0  # largest share of a crop's labelled pixels that one class should have, (0, 1]
 
     def __post_init__(self) -> None:
         for name, kind in {"crop_size": Pixels, "max_size": Pixels, "single_class_max_area": PositiveShare}.items():

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from typing_extensions import TypedDict
 
-from configuration_zs3 import Zs3Config, among, one_line, places, shortened
+from configuration_zs3 import Zs3Config, one_line, places, shortened, unshared
 from zs3.command_line import InputError, shown
 from zs3.data.records import Split
 from zs3.label_space import LabelSpace
@@ -78,10 +78,8 @@ class GroundTruthLabels:
 
 
 class Positives(NamedTuple):
-    """The number of positive labels, the number of images that have one, and the number of all images."""
-
-    labels: int
-    images: int
+    labels: int  # that are positive
+    images: int  # that have one
     all_images: int
 
 
@@ -162,17 +160,17 @@ def shard_digest(file: Path) -> bytes | None:
 
 
 def load_unseen_scores(path: str | Path, label_space: LabelSpace, image_ids: Sequence[str]) -> np.ndarray:
-    """(N, U) float32: the scores of N images, in the order of label_space.unseen.
-
-    path: a folder of shards `scores-00003-of-00047.parquet`, or one such file. Its columns are image_id and scores, a
-        struct with one number for each unseen name.
-    """
+    """(N, U) float32: the scores of N images, from `read_scores`."""
     row_of, scores = read_scores(path, label_space)
     return scores[_rows_of(image_ids, row_of, path)]
 
 
 def read_scores(path: str | Path, label_space: LabelSpace) -> tuple[dict[str, int], np.ndarray]:
-    """The row of each image_id, and the scores of all images (N, U)."""
+    """The row of each image_id, and the scores of all images (N, U) in the order of label_space.unseen.
+
+    path: a folder of shards `scores-00003-of-00047.parquet`, or one such file. Its columns are image_id and scores, a
+        struct with one number for each unseen name.
+    """
     row_of, scores = {}, []
     files, expected = _score_files(Path(path)), None
     if (Path(path) / "settings.json").is_file():
@@ -215,7 +213,7 @@ def _score_files(path: Path) -> list[Path]:
     if not found:
         raise InputError(f"{path} holds no shards: give the --output of zs3 pseudo_labels")
     total = int(found[0].stem.rsplit("-", 1)[1])
-    if len(found) != total or found != [path / shard_name(index, total) for index in range(total)]:
+    if found != [path / shard_name(index, total) for index in range(total)]:
         raise InputError(
             f"{path} holds {len(found)} shards, but not the {total} of one run: "
             "start zs3 pseudo_labels again, or delete those of another run"
@@ -242,8 +240,7 @@ def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
         raise InputError(f"cannot read pseudo labels {file} ({one_line(error, 60)}): make them anew") from error
     own = places(unseen, names)
     if None in own or len(names) != len(unseen):
-        odd = [*(name for name, place in zip(unseen, own, strict=True) if place is None)]
-        odd += [name for name, known in zip(names, among(names, unseen), strict=True) if not known]
+        odd = unshared(unseen, names) + unshared(names, unseen)
         which = f" ({shortened(odd[0])})" if odd else ""
         raise InputError(f"{file} has scores of other unseen names than the label space{which}: make them anew")
     scores = np.stack([columns[place].to_numpy(zero_copy_only=False) for place in own], axis=1).astype(np.float32)

@@ -19,7 +19,6 @@ from zs3.label_space import is_hub_id
 if TYPE_CHECKING:
     import datasets
 
-MAP_SUFFIXES = (".png",)
 COLUMNS = ("image", "label", "image_id")
 NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)(-\w+)?\.parquet")  # of a table's shards
 
@@ -27,14 +26,14 @@ NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<total>\d+)(-\w+)?\.
 def folder_rows(folder: Path) -> list[Row]:
     if (folder / "metadata.jsonl").is_file():
         return _listed_rows(folder / "metadata.jsonl")
-    images, labels = _by_stem(folder / "images", PICTURE_SUFFIXES), _by_stem(folder / "labels", MAP_SUFFIXES)
+    images, labels = _by_stem(folder / "images", PICTURE_SUFFIXES), _by_stem(folder / "labels", (".png",))
     for ours, others, missing in ((images, labels, "labels"), (labels, images, "images")):
         alone = sorted(ours.keys() - others.keys())
         if alone:
             shown_names = ", ".join(ours[stem].name for stem in alone[:3]) + (", ..." if len(alone) > 3 else "")
             raise InputError(
                 f"{folder / missing} lacks the partner of {len(alone)} of {len(ours)} ({shown_names}): give partners "
-                f"one name, as images/a.jpg and labels/a{MAP_SUFFIXES[0]}"
+                "one name, as images/a.jpg and labels/a.png"
             )
     if not images:
         raise InputError(f"{folder / 'images'} has no picture ({', '.join(PICTURE_SUFFIXES)})")

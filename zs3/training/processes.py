@@ -19,8 +19,6 @@ from zs3.command_line import InputError
 from zs3.data.batches import BatchParts, cut_batch
 from zs3.training.arguments import TrainArgs
 
-UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
 
 def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
     """The processes and devices of the run. What is impossible is refused here, before anything is loaded."""
@@ -46,7 +44,8 @@ def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
         project_config=ProjectConfiguration(logging_dir=str(Path(args.output_dir) / "trackers")),
     )
     kind = accelerator.distributed_type
-    if kind in UNSUPPORTED or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
+    is_old_fsdp = kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    if is_old_fsdp or kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise InputError(
             f"training with {kind.value} is not supported: choose several GPUs in `accelerate config`, or give "
             "--config_file recipes/accelerate/fsdp2.yaml"

@@ -72,7 +72,10 @@ class RunCheckpoints:
 
     def save(self) -> None:
         """All processes call it together. Older checkpoints are deleted only when the new one is complete."""
-        self.check_finite()
+        name = not_finite(self.model.state_dict())  # the loss shows a bad step only in the next one
+        mend = "not saved; take a lower --learning_rate, and another --output_dir"
+        fault = None if name is None else f"{name} is not finite after step {self.progress.step}: {mend}"
+        agree(self.accelerator, False, fault)
         final = self.folder / f"step_{self.progress.step:08d}"
         partial = final.with_suffix(".partial")
         try:
@@ -93,13 +96,6 @@ class RunCheckpoints:
             for old in complete_checkpoints(self.folder)[: -self.kept]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-
-    def check_finite(self) -> None:
-        """All processes call it together, before weights are saved: the loss shows a bad step only in the next one."""
-        name = not_finite(self.model.state_dict())
-        mend = "not saved; take a lower --learning_rate, and another --output_dir"
-        fault = f"{name} is not finite after step {self.progress.step}: {mend}"
-        agree(self.accelerator, False, None if name is None else fault)
 
     def _write(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
@@ -226,10 +222,10 @@ def unfit(folder: Path, state: Mapping[str, Tensor] | None = None) -> str | None
 
 def write_manifest(folder: Path) -> None:
     """Writes the size and hash of every file of a folder into one more file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_leftover(path.name))
     manifest = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in files
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not is_leftover(path.name)
     }
     write_json(folder / MANIFEST, manifest)
 
