@@ -68,6 +68,12 @@ def datasets(tmp_path, monkeypatch):
     return library
 
 
+@pytest.fixture(params=[load_split, stream_split])
+def load(request):
+    """Each of the two ways to read a split."""
+    return request.param
+
+
 # ---- records ----
 
 
@@ -453,12 +459,11 @@ def test_a_list_may_give_ids_of_its_own(folder, tmp_path):
     assert load_split(listed, "train").image_ids == ["17"]
 
 
-def test_shards_that_are_missing_are_missed(folder, tmp_path):
+def test_shards_that_are_missing_are_missed(folder, tmp_path, load):
     parquet = write_parquet(folder, tmp_path / "parquet")
     (parquet / "data" / "train-00001-of-00002.parquet").unlink()
-    for load in (load_split, stream_split):
-        with pytest.raises(InputError, match="holds 1 shards of 'train', of 00002: .* not complete"):
-            load(parquet, "train")
+    with pytest.raises(InputError, match="holds 1 shards of 'train', of 00002: .* not complete"):
+        load(parquet, "train")
 
 
 def test_one_id_of_two_pictures_is_refused(folder, tmp_path, datasets):
@@ -500,7 +505,7 @@ def test_a_broken_shard_is_one_line_when_its_turn_comes(folder, tmp_path):
 
 
 @pytest.mark.parametrize("column", ["image", "label", "image_id"])
-def test_empty_cells_are_named(folder, tmp_path, column, datasets):
+def test_empty_cells_are_named(folder, tmp_path, column, datasets, load):
     import pyarrow
     import pyarrow.parquet
 
@@ -512,9 +517,8 @@ def test_empty_cells_are_named(folder, tmp_path, column, datasets):
     table = table.set_column(place, table.schema.field(column), pyarrow.array(cells, table.schema.field(column).type))
     pyarrow.parquet.write_table(table, file)
     message = {"image": "image of 'p3' is empty", "label": "label map of 'p3' is empty", "image_id": "has no image_id"}
-    for load in (load_split, stream_split):
-        with pytest.raises(InputError, match=message[column]):
-            list(load(parquet, "train"))
+    with pytest.raises(InputError, match=message[column]):
+        list(load(parquet, "train"))
 
 
 def test_a_palette_may_have_less_than_8_bits_a_pixel(folder):
@@ -567,22 +571,20 @@ ODD_NAMES = [
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_no_path_is_a_pattern(name, folder, tmp_path, datasets):
+def test_no_path_is_a_pattern(name, folder, tmp_path, datasets, load):
     for beside in ("run1", "run2", name):
         own = write_folder(tmp_path / f"{beside}_", {f"of {beside}": random_sample(1)})
         write_parquet(own, tmp_path / beside, shards=1)
-    for load in (load_split, stream_split):
-        assert [record.image_id for record in load(tmp_path / name, "train")] == [f"of {name}"]
-        with pytest.raises(InputError, match="no split"):
-            load(tmp_path / "run1", "tr*")
+    assert [record.image_id for record in load(tmp_path / name, "train")] == [f"of {name}"]
+    with pytest.raises(InputError, match="no split"):
+        load(tmp_path / "run1", "tr*")
 
 
 @pytest.mark.parametrize("name", ["a::b", "$HOME"])
-def test_a_path_that_datasets_would_not_take_as_it_is_has_its_reason(name, folder, tmp_path):
+def test_a_path_that_datasets_would_not_take_as_it_is_has_its_reason(name, folder, tmp_path, load):
     write_parquet(folder, tmp_path / "plain", shards=1).rename(tmp_path / name)
-    for load in (load_split, stream_split):
-        with pytest.raises(InputError, match="datasets takes .* in this path for more, rename the folder"):
-            load(tmp_path / name, "train")
+    with pytest.raises(InputError, match="datasets takes .* in this path for more, rename the folder"):
+        load(tmp_path / name, "train")
 
 
 def test_a_part_of_a_shards_name_is_no_split(folder, tmp_path):
@@ -695,27 +697,25 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_table_is_one_line(damage, folder, tmp_path, datasets):
+def test_a_damaged_table_is_one_line(damage, folder, tmp_path, datasets, load):
     shard = write_parquet(folder, tmp_path / "parquet", shards=1) / "data" / "train-00000-of-00001.parquet"
     shard.write_bytes(damage(shard.read_bytes()))
-    for load in (load_split, stream_split):
-        with pytest.raises(InputError) as refusal:
-            list(load(tmp_path / "parquet", "train"))
-        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+    with pytest.raises(InputError) as refusal:
+        list(load(tmp_path / "parquet", "train"))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
 
 
 @pytest.mark.parametrize("cells", [[1, 2], ["a", "b"], [[1], [2]], [{"x": 1}, {"x": 2}], [1.5, None]])
-def test_columns_of_other_types_are_one_line(cells, tmp_path, datasets):
+def test_columns_of_other_types_are_one_line(cells, tmp_path, datasets, load):
     import pyarrow
     import pyarrow.parquet
 
     (tmp_path / "data").mkdir()
     table = pyarrow.table({"image": cells, "label": cells, "image_id": ["a", "b"]})
     pyarrow.parquet.write_table(table, tmp_path / "data" / "train-0.parquet")
-    for load in (load_split, stream_split):
-        with pytest.raises(InputError) as refusal:
-            list(load(tmp_path, "train", SPACE))
-        assert "\n" not in str(refusal.value)
+    with pytest.raises(InputError) as refusal:
+        list(load(tmp_path, "train", SPACE))
+    assert "\n" not in str(refusal.value)
 
 
 def test_words_that_are_dropped_do_not_move_the_crop(folder):
