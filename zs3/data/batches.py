@@ -41,7 +41,7 @@ def cut_batch(batch_size: int, num_processes: int, device_batch_size: int | None
     return BatchParts(num_processes, micro_batches, share // micro_batches)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The samples of one process, step after step: a DataLoader's `batch_sampler`.
 
@@ -76,7 +76,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             yield samples
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class StreamedBatches(IterableDataset):
     """The micro-batches of one process from a stream, without an end. `loader` reads them.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Split(Sequence[Record]):
     """The records of one split by index. A record is read when it is asked for."""
 
@@ -64,7 +64,7 @@ class Split(Sequence[Record]):
         return sizes_sha256([row["image"] for row in self.rows[:count]])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class StreamedSplit:
     """The records of one split, one after the other. A shard is read, or downloaded, when its turn comes."""
 

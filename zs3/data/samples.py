@@ -12,6 +12,7 @@ Axes: H W pixels, C names on the class axis of the run, S side of the crop.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,36 +62,27 @@ def to_image_labels(mask_labels: np.ndarray, of_picture: np.ndarray) -> np.ndarr
 # ---- training samples --------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False, repr=False)
 class SegmentationDataset(Dataset):
     """Training samples by (epoch, index). A sample depends on seed, epoch and image_id alone.
-
-    records: a Split; or a StreamedSplit, which has no index: `StreamedBatches` reads it.
-    image_mean, image_std: (3,) of RGB in [0, 1].
-    image_labels: where image labels come from. None: no image labels of unseen classes (inductive training).
 
     `class_names` are the names on the class axis.
     """
 
-    def __init__(
-        self,
-        records: Split | StreamedSplit,
-        label_space: LabelSpace,
-        augmentation: Augmentation,
-        *,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-        image_labels: ImageLabels | None = None,
-        seed: int = 0,
-    ):
-        self.records = records
-        self.label_space = label_space
-        self.augmentation = augmentation
-        mean, std = (torch.tensor(list(values))[:, None, None] for values in (image_mean, image_std))
+    records: Split | StreamedSplit  # the second has no index: `StreamedBatches` reads it
+    label_space: LabelSpace
+    augmentation: Augmentation
+    image_mean: Sequence[float]  # (3,) of RGB in [0, 1]
+    image_std: Sequence[float]
+    image_labels: ImageLabels | None = None  # their source; None: no image labels of unseen classes (inductive)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        mean, std = (torch.tensor(list(values))[:, None, None] for values in (self.image_mean, self.image_std))
         self.scale, self.shift = 1 / (255 * std), mean / std
-        self.image_labels = image_labels or NoUnseenLabels(label_space)
-        self.seed = seed
+        self.image_labels = self.image_labels or NoUnseenLabels(self.label_space)
         self.class_names = self.image_labels.class_names
-        self.positions = mask_positions(label_space, self.class_names)
+        self.positions = mask_positions(self.label_space, self.class_names)
 
     def __len__(self) -> int:
         return len(self.records)
