@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -257,8 +256,7 @@ def test_the_hash_of_the_code_is_of_that_which_runs(saved, checkpoint):
 
 
 def test_what_c24e825_wrote_loads_and_scores_as_it_did(tmp_path):
-    with zipfile.ZipFile(ROOT / "tests" / "fixtures" / "c24e825.zip") as archive:
-        archive.extractall(tmp_path)
+    shutil.unpack_archive(ROOT / "tests" / "fixtures" / "c24e825.zip", tmp_path)
     before = json.loads((tmp_path / "result" / "gzs3.json").read_text())
     result = evaluate(EvalArgs(model=str(tmp_path / "checkpoint"), dataset=str(tmp_path / "scenes"), num_workers=0))
     for name in ("miou", "miou_seen", "miou_unseen", "hiou", "pixel_accuracy"):

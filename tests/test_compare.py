@@ -1,14 +1,12 @@
 """The comparison of two results: against a bootstrap written as loops, and what it refuses."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import zs3.evaluation.compare as module
-from zs3.command_line import InputError, run
+from zs3.command_line import InputError
 from zs3.evaluation.compare import BETTER, OPEN, WORSE, CompareArgs, compare, main, report, verdict
 from zs3.files import finite_or_none
 from zs3.scores.bootstrap import images_path
@@ -202,11 +200,9 @@ def test_a_class_that_is_nowhere_has_no_difference(tmp_path):
     assert table[5] == "| boat (unseen) | - | - | - | - |"  # after the losses
 
 
-def test_the_command_prints_what_it_writes(two, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_what_it_writes(two, tmp_path, call):
     output = tmp_path / "new" / "compare.json"
-    monkeypatch.setattr(sys, "argv", ["compare", *two, "--output", str(output)])
-    run(main)
-    printed = capsys.readouterr().out
+    printed = call(main, *two, "--output", output).out
     result = json.loads(output.read_text())
     assert printed == output.with_suffix(".md").read_text() == report(result)
     assert result == compare(CompareArgs(*two)) and (result["resamples"], result["num_images"]) == (1000, 32)
@@ -328,11 +324,7 @@ def test_what_is_no_result_file_is_refused(two, tmp_path, text):
         (["a.json", "b.json", "--seed", "-1"], "--seed must be 0 or more"),
     ],
 )
-def test_a_wrong_command_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, words, message):
+def test_a_wrong_command_is_one_line_and_exit_code_2(tmp_path, monkeypatch, words, message, call):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["compare", *words])
-    with pytest.raises(SystemExit) as stopped:
-        run(module.main)
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ") and message in line
+    ended = call(main, *words)
+    assert message in ended.refusal and len(ended.err.splitlines()) == 1

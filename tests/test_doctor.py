@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tiny import CLASS_NAMES, save_checkpoint
 from tiny_run import flags, write_data
 
 import train
-from zs3.command_line import InputError, run
+from zs3.command_line import InputError
 from zs3.doctor import examine, main
 from zs3.training.resume import write_manifest
 
@@ -78,8 +77,7 @@ def test_what_is_whole_is_described(whole, folder, expected):
 
 
 def test_what_an_older_version_left_is_whole(tmp_path, monkeypatch):
-    with zipfile.ZipFile(FIXTURE) as archive:
-        archive.extractall(tmp_path)
+    shutil.unpack_archive(FIXTURE, tmp_path)
     monkeypatch.chdir(tmp_path)
     text = said(Path("run"))
     assert "its command goes on after step 3" in text and "none: made by an older version" in text
@@ -281,16 +279,9 @@ def test_what_is_neither_is_refused(folder, words, whole):
         examine(whole / folder)
 
 
-def test_the_exit_code_is_0_for_the_whole_and_2_for_the_damaged(copy, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["doctor", str(copy / "checkpoint")])
-    run(main)
-    assert "healthy" in capsys.readouterr().out
+def test_the_exit_code_is_0_for_the_whole_and_2_for_the_damaged(copy, call):
+    assert "healthy" in call(main, copy / "checkpoint").out
     (copy / "checkpoint" / "tokenizer.json").unlink()
-    for arguments in ([str(copy / "checkpoint")], ["--path", str(copy / "checkpoint")], [str(copy / "nowhere")], []):
-        monkeypatch.setattr(sys, "argv", ["doctor", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            run(main)
-        assert stopped.value.code == 2
-        printed = capsys.readouterr()
-        assert len([line for line in printed.err.splitlines() if line.startswith("error: ")]) == 1
-        assert "healthy" not in printed.out
+    for words in ([copy / "checkpoint"], ["--path", copy / "checkpoint"], [copy / "nowhere"], []):
+        ended = call(main, *words)
+        assert ended.refusal and ended.err.count("error: ") == 1 and "healthy" not in ended.out

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoProcessor
 
 from eval import EvalArgs, evaluate, main
 from processing_zs3 import Zs3ImageProcessor
-from zs3.command_line import InputError, run
+from zs3.command_line import InputError
 from zs3.data.records import load_split
 from zs3.evaluation.result_types import Result
 from zs3.evaluation.results import read_images, read_result
@@ -68,22 +68,41 @@ def make_checkpoint(folder: Path, **kwargs) -> Path:
     return folder
 
 
-def scores_by_hand(checkpoint: Path, data: Path, candidates: list[str]) -> dict[str, float | None]:
-    """IoU of each candidate from sets of (image, pixel); pixels of other classes do not count."""
+def change_config(checkpoint: Path, **fields: object) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | fields))
+
+
+def loaded(checkpoint: Path) -> tuple:
+    """The model and the processor, as a stranger has them."""
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
-    truth, predicted = ({name: set() for name in candidates} for _ in range(2))
-    for number, (image, label, _) in enumerate(load_split(data, "validation")):
-        rows = [CLASS_NAMES.index(name) for name in candidates]
-        with torch.inference_mode():
-            outputs = model(**processor(images=image), text_embeds=model.vocabulary[rows])
-        (label_map,) = processor.post_process_semantic_segmentation(outputs, [label.shape])
-        for pixel in np.ndindex(*label.shape):
-            if label[pixel] != 255 and CLASS_NAMES[label[pixel]] in candidates:
-                truth[CLASS_NAMES[label[pixel]]].add((number, pixel))
-                predicted[candidates[label_map[pixel]]].add((number, pixel))
-    union = {name: truth[name] | predicted[name] for name in candidates}
-    return {name: len(truth[name] & predicted[name]) / len(union[name]) if union[name] else None for name in candidates}
+    return model, AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+
+
+def iou_of_maps(
+    data: Path, label_map: Callable[[Image.Image, tuple[int, int]], np.ndarray], candidates: list[str] = CLASS_NAMES
+) -> dict[str, float | None]:
+    """IoU of each candidate where label_map(image, size) is the prediction; pixels of other classes do not count."""
+    both, either = np.zeros((2, len(candidates)))
+    ids = np.array([CLASS_NAMES.index(name) for name in candidates])
+    for image, label, _ in load_split(data, "validation"):
+        found = np.where(np.isin(label, ids), ids[label_map(image, label.shape)], -1)
+        for place, index in enumerate(ids):
+            both[place] += ((label == index) & (found == index)).sum()
+            either[place] += ((label == index) | (found == index)).sum()
+    return {n: b / e if e else None for n, b, e in zip(candidates, both, either, strict=True)}
+
+
+def scores_by_hand(checkpoint: Path, data: Path, candidates: list[str]) -> dict[str, float | None]:
+    model, processor = loaded(checkpoint)
+    rows = [CLASS_NAMES.index(name) for name in candidates]
+
+    @torch.inference_mode()
+    def label_map(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        outputs = model(**processor(images=image), text_embeds=model.vocabulary[rows])
+        return processor.post_process_semantic_segmentation(outputs, [size])[0].numpy()
+
+    return iou_of_maps(data, label_map, candidates)
 
 
 @pytest.mark.parametrize("setting", ["gzs3", "zs3"])
@@ -100,18 +119,6 @@ def test_iou_is_that_of_pixel_sets(checkpoint, data, setting, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text()) == result
 
 
-def iou_of_maps(data: Path, label_map: Callable[[Image.Image, tuple[int, int]], np.ndarray]) -> dict[str, float | None]:
-    """IoU of each class where label_map(image, size) is the prediction."""
-    both, either = np.zeros(len(CLASS_NAMES)), np.zeros(len(CLASS_NAMES))
-    for image, label, _ in load_split(data, "validation"):
-        found = label_map(image, label.shape)
-        for place in range(len(CLASS_NAMES)):
-            here, there = label == place, (found == place) & (label != 255)
-            both[place] += (here & there).sum()
-            either[place] += (here | there).sum()
-    return {n: b / e if e else None for n, b, e in zip(CLASS_NAMES, both, either, strict=True)}
-
-
 def dense_masks(mask_logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     masks = F.interpolate(mask_logits, scale_factor=4, mode="bilinear").sigmoid()
     return F.interpolate(masks, size=size, mode="bilinear")
@@ -121,8 +128,7 @@ def ensemble_by_hand(
     checkpoint: Path, data: Path, weight: float, unseen: list[str] = UNSEEN
 ) -> dict[str, float | None]:
     """IoU with the ensemble: dense scores of the formula of section 4.6."""
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    model, processor = loaded(checkpoint)
     seen = torch.tensor([name not in unseen for name in CLASS_NAMES])
 
     @torch.inference_mode()
@@ -171,8 +177,7 @@ def test_the_checkpoint_says_whether_to_ensemble(checkpoint, with_clip, data, tm
     with pytest.raises(InputError, match="no CLIP image tower"):
         asked(checkpoint, ensemble="crops")
     shutil.copytree(with_clip, tmp_path / "copy")
-    config = json.loads((tmp_path / "copy" / "config.json").read_text())
-    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"clip_ensemble_weight": None}))
+    change_config(tmp_path / "copy", clip_ensemble_weight=None)
     assert asked(tmp_path / "copy") == ("off", None)
     assert asked(tmp_path / "copy", ensemble_weight="0.5") == ("crops", 0.5)
     with pytest.raises(InputError, match="says not to"):
@@ -185,8 +190,7 @@ def test_the_checkpoint_says_whether_to_ensemble(checkpoint, with_clip, data, tm
 
 def test_a_checkpoint_whose_config_asks_for_tuples_gets_the_same_scores(with_clip, data, tmp_path):
     shutil.copytree(with_clip, tmp_path / "copy")
-    config = json.loads((tmp_path / "copy" / "config.json").read_text())
-    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    change_config(tmp_path / "copy", return_dict=False)
     one, other = (evaluate(EvalArgs(model=str(model), dataset=str(data))) for model in (with_clip, tmp_path / "copy"))
     assert one["miou"] is not None and one["per_class"] == other["per_class"]
 
@@ -240,8 +244,7 @@ def test_the_weight_may_come_from_the_file_that_chose_it(with_clip, data, tmp_pa
 
 def biased_by_hand(checkpoint: Path, data: Path, gamma: float) -> dict[str, float | None]:
     """IoU of each class where gamma is taken off the dense scores of seen ones."""
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    model, processor = loaded(checkpoint)
     seen = torch.tensor([name not in UNSEEN for name in CLASS_NAMES])
 
     @torch.inference_mode()
@@ -283,11 +286,9 @@ def test_a_bias_says_what_its_choice_knew(checkpoint, data, tmp_path):
     flags = {"model": str(checkpoint), "dataset": str(data)}
     write_dataset(tmp_path / "scenes", num_train=6, num_validation=1, seed=7)
     space = json.loads((data / "classes.json").read_text())
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-    held = model.config.seen_class_names[:3]
-    model.config.seen_class_names = model.config.seen_class_names[3:]
-    model.save_pretrained(tmp_path / "less")
-    AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(tmp_path / "less")
+    shutil.copytree(checkpoint, tmp_path / "less")
+    held = load_label_space("scenes").seen[:3]
+    change_config(tmp_path / "less", seen_class_names=load_label_space("scenes").seen[3:])
     (tmp_path / "classes.json").write_text(json.dumps(space | {"unseen": [*held, *UNSEEN]}))
     less = {"model": str(tmp_path / "less"), "label_space": str(tmp_path / "classes.json"), "without": list(UNSEEN)}
     train = {"dataset": str(tmp_path / "scenes"), "split": "train"}
@@ -452,33 +453,21 @@ def test_pictures_are_drawn_evenly_over_the_split(checkpoint, data, tmp_path):
 
 
 def test_a_model_that_saw_unseen_masks_gets_no_zero_shot_number(checkpoint, data, tmp_path):
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-    model.config.seen_class_names = list(CLASS_NAMES)
-    model.save_pretrained(tmp_path)
-    AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(tmp_path)
+    model = shutil.copytree(checkpoint, tmp_path / "copy")
+    change_config(model, seen_class_names=CLASS_NAMES)
     with pytest.raises(InputError, match="trained on masks of"):
-        evaluate(EvalArgs(model=str(tmp_path), dataset=str(data)))
-    result = evaluate(EvalArgs(model=str(tmp_path), dataset=str(data), setting="ovs", max_images=1))
+        evaluate(EvalArgs(model=str(model), dataset=str(data)))
+    result = evaluate(EvalArgs(model=str(model), dataset=str(data), setting="ovs", max_images=1))
     assert result["miou"] is not None and result["miou_unseen"] is None and result["hiou"] is None
     assert result["trained_on_masks_of"] == CLASS_NAMES
 
 
 def test_a_checkpoint_that_lacks_weights_gets_no_number(checkpoint, data, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "copy")
-    path = tmp_path / "copy" / "model.safetensors"
-    weights = load_file(path)
-    save_file(
-        {name: w for name, w in weights.items() if "class_projection" not in name},
-        tmp_path / "copy" / "model.safetensors",
-    )
+    path = shutil.copytree(checkpoint, tmp_path / "copy") / "model.safetensors"
+    save_file({name: w for name, w in load_file(path).items() if "class_projection" not in name}, path)
     with pytest.raises(InputError, match="incomplete.*class_projection"):
         evaluate(EvalArgs(model=str(tmp_path / "copy"), dataset=str(data)))
 
 
-def test_a_missing_checkpoint_is_one_line_and_exit_code_2(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(tmp_path / "none"), "--dataset", str(data)])
-    with pytest.raises(SystemExit) as stopped:
-        run(main)
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ") and "none" in line
+def test_a_missing_checkpoint_is_one_line_and_exit_code_2(data, tmp_path, call):
+    assert "none" in call(main, "--model", tmp_path / "none", "--dataset", data).refusal

@@ -42,10 +42,10 @@ def random_pairs(seed, num_images, num_classes, size=(5, 4)):
     return pairs
 
 
-def matrix_of(pairs, num_classes):
-    matrix = ConfusionMatrix(num_classes, IGNORE)
-    for prediction, label in pairs:
-        matrix.update(prediction, label)
+def matrix_of(pairs, num_classes, ignore=IGNORE, ids=None):
+    matrix = ConfusionMatrix(num_classes, ignore)
+    for index, (prediction, label) in enumerate(pairs):
+        matrix.update(prediction, label, None if ids is None else ids[index])
     return matrix
 
 
@@ -88,17 +88,6 @@ def test_numpy_torch_and_batches_count_alike():
     whole = matrix_of(pairs, 6)
     np.testing.assert_array_equal(by_torch.counts, whole.counts)
     assert len(by_torch.images) == len(whole.images) == 3
-
-
-def test_parts_merged_equal_the_whole_intervals_included():
-    pairs = random_pairs(2, 7, 6)
-    whole, one, other = matrix_of(pairs, 6), matrix_of(pairs[1::2], 6), matrix_of(pairs[::2], 6)
-    one.merge(other)
-    np.testing.assert_array_equal(one.counts, whole.counts)
-    is_seen = [True] * 4 + [False] * 2
-    assert one.bootstrap(is_seen).intervals() == whole.bootstrap(is_seen).intervals()
-    with pytest.raises(ValueError, match="merged"):
-        one.merge(ConfusionMatrix(7, IGNORE))
 
 
 @pytest.mark.parametrize(
@@ -167,16 +156,20 @@ def test_intervals_equal_a_bootstrap_written_as_loops():
     pairs = random_pairs(3, 30, 5)
     is_seen = np.array([True, True, True, False, False])
     rng = np.random.default_rng(0)
-    scores = []
-    for _ in range(400):
+    drawn = []
+    for _ in range(600):
         sample = [pairs[i] for i in rng.integers(0, len(pairs), len(pairs))]
         iou = np.array(iou_by_sets(sample, 5))
         seen, unseen = np.nanmean(iou[is_seen]), np.nanmean(iou[~is_seen])
-        scores.append([np.nanmean(iou), seen, unseen, 2 * seen * unseen / (seen + unseen), *of_pixels(sample, 5)])
-    expected = np.quantile(scores, [0.025, 0.975], axis=0).T
-    found = matrix_of(pairs, 5).bootstrap(is_seen, resamples=2000).intervals()
+        means = [np.nanmean(iou), seen, unseen, 2 * seen * unseen / (seen + unseen)]
+        drawn.append([*means, *of_pixels(sample, 5), *iou])
+    expected = np.nanquantile(drawn, [0.025, 0.975], axis=0).T
+    resampled = matrix_of(pairs, 5).bootstrap(is_seen, resamples=2000)
+    found = resampled.intervals()
     assert list(found) == ["miou", "miou_seen", "miou_unseen", "hiou", "pixel_accuracy", "frequency_weighted_iou"]
-    np.testing.assert_allclose(list(found.values()), expected, atol=0.015)  # two random draws of resamples
+    np.testing.assert_allclose(list(found.values()), expected[:6], atol=0.015)  # two random draws of resamples
+    np.testing.assert_allclose(resampled.class_intervals(), expected[6:], atol=0.02)
+    assert resampled.iou.shape == (2000, 5) and np.ptp(expected[6:], axis=1).min() > 0.05
 
 
 def test_intervals_are_a_point_where_all_images_are_alike():
@@ -233,7 +226,7 @@ def test_scores_that_are_all_equal_are_worth_the_share_of_true_ones():
     assert average_precision(np.ones(4, np.float32), np.array([True, False, False, False])) == 0.25
 
 
-# ---- the formulas of other libraries -----------------------------------------------------------------------
+# ---- the formulas of another library -----------------------------------------------------------------------
 
 
 def detectron2_scores(pairs, num_classes, ignore):
@@ -258,32 +251,6 @@ def detectron2_scores(pairs, num_classes, ignore):
     }
 
 
-def mmseg_iou(pairs, num_classes, ignore):
-    """torch.histc over the labelled pixels, areas summed over images."""
-    both, predicted, truth = (torch.zeros(num_classes, dtype=torch.float64) for _ in range(3))
-    for prediction, label in pairs:
-        prediction, label = torch.from_numpy(prediction), torch.from_numpy(label.astype(np.int64))
-        prediction, label = prediction[label != ignore], label[label != ignore]
-        for area, ids in ((both, prediction[prediction == label]), (predicted, prediction), (truth, label)):
-            area += torch.histc(ids.float(), bins=num_classes, min=0, max=num_classes - 1)
-    return (both / (predicted + truth - both)).numpy()
-
-
-def mean_iou_of_evaluate(pairs, num_classes, ignore):
-    """np.histogram over the labelled pixels, areas summed over images; its mean is the nanmean."""
-    both, union = np.zeros(num_classes), np.zeros(num_classes)
-    for prediction, label in pairs:
-        prediction, label = prediction[label != ignore], label[label != ignore]
-        areas = [
-            np.histogram(ids, bins=num_classes, range=(0, num_classes - 1))[0]
-            for ids in (prediction[prediction == label], prediction, label)
-        ]
-        both += areas[0]
-        union += areas[1] + areas[2] - areas[0]
-    with np.errstate(invalid="ignore"):
-        return both / union
-
-
 SPACES = [(1, 255), (2, 255), (9, 255), (9, -1), (255, 255), (300, 65535)]  # classes, ignored id
 
 
@@ -303,22 +270,13 @@ def maps(draw):
     return pairs, num_classes, ignore
 
 
-def matrix_with(pairs, num_classes, ignore, ids=None):
-    matrix = ConfusionMatrix(num_classes, ignore)
-    for index, (prediction, label) in enumerate(pairs):
-        matrix.update(prediction, label, None if ids is None else ids[index])
-    return matrix
-
-
 @settings(max_examples=150, deadline=None)
 @given(case=maps())
-def test_scores_equal_those_of_detectron2_mmseg_and_evaluate(case):
+def test_scores_equal_those_of_sets_of_pixels_and_of_detectron2(case):
     pairs, num_classes, ignore = case
-    matrix = matrix_with(*case)
+    matrix = matrix_of(*case)
     iou = matrix.iou("union")
     np.testing.assert_allclose(iou, iou_by_sets(*case[:2], "union", ignore), equal_nan=True)
-    np.testing.assert_allclose(iou, mmseg_iou(*case), equal_nan=True)
-    np.testing.assert_allclose(iou, mean_iou_of_evaluate(*case), equal_nan=True)
     theirs = detectron2_scores(*case)
     assert np.nanmean(iou) == pytest.approx(theirs["old"])
     assert np.nanmean(matrix.iou("truth")) == pytest.approx(theirs["new"])
@@ -341,7 +299,7 @@ def test_means_over_seen_and_unseen_equal_those_of_sets_of_pixels(case, kind, ab
 
     seen, unseen = mean(True), mean(False)
     both = 0.0 if seen + unseen == 0 else 2 * seen * unseen / (seen + unseen)
-    found = generalized_scores(matrix_with(*case).iou(absent), is_seen)
+    found = generalized_scores(matrix_of(*case).iou(absent), is_seen)
     np.testing.assert_allclose(found, [seen, unseen, both], equal_nan=True)
 
 
@@ -350,24 +308,22 @@ def test_means_over_seen_and_unseen_equal_those_of_sets_of_pixels(case, kind, ab
 def test_shards_merged_equal_the_whole_and_images_are_told_by_their_ids(case, shards):
     pairs, num_classes, ignore = case
     ids = [f"image {index}" for index in range(len(pairs))]
-    whole, merged = matrix_with(*case, ids), ConfusionMatrix(num_classes, ignore)
+    whole, merged = matrix_of(*case, ids), ConfusionMatrix(num_classes, ignore)
     for shard in range(shards):
-        merged.merge(matrix_with(pairs[shard::shards], num_classes, ignore, ids[shard::shards]))
+        merged.merge(matrix_of(pairs[shard::shards], num_classes, ignore, ids[shard::shards]))
     np.testing.assert_array_equal(merged.counts, whole.counts)
+    resampled = (matrix.bootstrap([True] * num_classes, resamples=20) for matrix in (merged, whole))
+    np.testing.assert_equal(*resampled)
+    with pytest.raises(ValueError, match="merged"):
+        merged.merge(ConfusionMatrix(num_classes + 1, ignore))
     rows = [dict(zip(m.image_ids, (own.tolist() for own in m.images), strict=True)) for m in (whole, merged)]
     assert rows[0] == rows[1] and list(rows[0]) == ids
     for (prediction, label), own in zip(pairs, whole.images, strict=True):
         labelled = label != ignore
-        expected = [
-            [
-                k,
-                *(
-                    int((area & labelled).sum())
-                    for area in ((label == k) & (prediction == k), label == k, prediction == k)
-                ),
-            ]
-            for k in sorted({*label[labelled].tolist(), *prediction[labelled].tolist()})
-        ]
+        expected = []
+        for k in sorted({*label[labelled].tolist(), *prediction[labelled].tolist()}):
+            areas = ((label == k) & (prediction == k), label == k, prediction == k)
+            expected.append([k, *(int((area & labelled).sum()) for area in areas)])
         assert own.tolist() == expected
 
 
@@ -414,7 +370,7 @@ def test_ids_go_with_their_images():
 
 def test_images_saved_and_loaded_are_the_same(tmp_path):
     pairs = [*random_pairs(6, 4, 5), (np.zeros((1, 1), int), np.full((1, 1), IGNORE))]
-    matrix = matrix_with(pairs, 5, IGNORE, ["é", "b/1", None, "a", "empty"])
+    matrix = matrix_of(pairs, 5, IGNORE, ["é", "b/1", None, "a", "empty"])
     names = ["sky", "ground, soil", "ü", "d", "e"]
     path = images_path(tmp_path / "new" / "gzs3.json")
     matrix.save_images(path, names)
@@ -560,16 +516,6 @@ def test_the_confusion_of_seen_and_unseen_is_that_of_sets_of_pixels(seed):
         keys = ("right", True, False, "rejected")
         expected = [kinds.count(key) / len(kinds) if kinds else math.nan for key in keys]
         np.testing.assert_allclose(shares, expected, equal_nan=True)
-
-
-def test_intervals_of_classes_equal_a_bootstrap_written_as_loops():
-    pairs = random_pairs(8, 25, 4)
-    rng = np.random.default_rng(1)
-    drawn = [iou_by_sets([pairs[i] for i in rng.integers(0, 25, 25)], 4) for _ in range(1500)]
-    expected = np.nanquantile(drawn, [0.025, 0.975], axis=0).T
-    resampled = matrix_of(pairs, 4).bootstrap([True, True, False, False], resamples=2000)
-    np.testing.assert_allclose(resampled.class_intervals(), expected, atol=0.02)  # two random draws of resamples
-    assert resampled.iou.shape == (2000, 4) and np.ptp(expected, axis=1).min() > 0.05
 
 
 def test_intervals_of_scores_and_classes_come_of_the_same_resamples():

@@ -1,19 +1,20 @@
 """Figures: what is drawn, against the pipeline's own label maps; which images are the worst, by sets of pixels."""
 
 import json
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import Ended
 from PIL import Image
 from tiny import save_checkpoint, tiny_model
 from transformers import AutoModel, pipeline
 
 from processing_zs3 import Zs3ImageProcessor
 from zs3.checkpoints import class_vectors, load_checkpoint
-from zs3.command_line import run
 from zs3.data.records import load_split
 from zs3.evaluation import figure
 from zs3.evaluation.figure import image_ious, label_map, main
@@ -53,13 +54,9 @@ def with_text(tmp_path_factory) -> Path:
     return folder
 
 
-def command(monkeypatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["figure", *(str(word) for word in words)])
-    try:
-        run(main)
-    except SystemExit as stopped:
-        return stopped.code
-    return 0
+@pytest.fixture
+def draw(call) -> Callable[..., Ended]:
+    return partial(call, main)
 
 
 @pytest.fixture
@@ -71,11 +68,12 @@ def drawn(monkeypatch) -> dict[str, dict]:
 
 
 def test_a_figure_has_image_truth_and_the_label_map_of_each_model_in_their_order(
-    data, with_clip, with_text, tmp_path, monkeypatch, drawn, capsys
+    data, with_clip, with_text, tmp_path, drawn, draw
 ):
     words = ["--dataset", data, "--models", with_clip, with_text, "--titles", "baseline", "ours", "--output", tmp_path]
-    assert command(monkeypatch, *words, "--images", "00002", "00000") == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in ("00002.png", "00000.png")]
+    assert draw(*words, "--images", "00002", "00000").out.split() == [
+        str(tmp_path / name) for name in ("00002.png", "00000.png")
+    ]
     assert list(drawn) == ["00002.png", "00000.png"]
     for name, panels in drawn.items():
         assert [title.split(" (")[0] for title in panels] == ["image", "ground truth", "baseline", "ours"]
@@ -99,9 +97,9 @@ def test_the_ensemble_of_the_checkpoint_takes_part(data, with_clip):
     assert joined.shape == (image.height, image.width) and len(joined.unique()) > 1 and (joined != alone).any()
 
 
-def test_one_png_an_image(data, with_text, tmp_path, monkeypatch):
+def test_one_png_an_image(data, with_text, tmp_path, draw):
     words = ["--dataset", data, "--models", with_text, "--output", tmp_path / "deep", "--images", "00001"]
-    assert command(monkeypatch, *words) == 0
+    assert draw(*words).code == 0
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["00001.png"]
     with Image.open(tmp_path / "deep" / "00001.png") as picture:
         assert picture.format == "PNG" and picture.width > 3 * 96
@@ -148,20 +146,18 @@ def write_result(folder: Path, data: Path, shares: dict[str, float]) -> Path:
     return folder / "gzs3.json"
 
 
-def test_the_worst_images_are_drawn_the_worst_first(data, with_text, tmp_path, monkeypatch, drawn):
+def test_the_worst_images_are_drawn_the_worst_first(data, with_text, tmp_path, drawn, draw):
     result = write_result(tmp_path, data, {"00000": 0.5, "00001": 0.1, "00002": 0.9, "00003": 0.1})
     words = ["--dataset", data, "--models", with_text, "--output", tmp_path, "--worst", 3, "--result", result]
-    assert command(monkeypatch, *words) == 0
+    assert draw(*words).code == 0
     assert list(drawn) == ["00001.png", "00003.png", "00000.png"]
 
 
-def test_more_than_there_are_is_one_line(data, with_text, tmp_path, monkeypatch, drawn, capsys):
+def test_more_than_there_are_is_one_line(data, with_text, tmp_path, drawn, draw):
     result = write_result(tmp_path, data, {"00000": 0.5, "00001": 0.1})
     words = ["--dataset", data, "--models", with_text, "--output", tmp_path, "--result", result, "--worst"]
-    assert command(monkeypatch, *words, 3) == 2 and not drawn
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.endswith("gzs3.json has 2 images with labelled pixels")
-    assert command(monkeypatch, *words, 2) == 0 and len(drawn) == 2
+    assert draw(*words, 3).refusal.endswith("gzs3.json has 2 images with labelled pixels") and not drawn
+    assert draw(*words, 2).code == 0 and len(drawn) == 2
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
@@ -181,22 +177,19 @@ def test_more_than_there_are_is_one_line(data, with_text, tmp_path, monkeypatch,
         (["--worst", "1", "--result", "nowhere.json"], "cannot read nowhere.json"),
     ],
 )
-def test_bad_flags_are_one_line(data, with_text, tmp_path, monkeypatch, capsys, flags, words):
-    assert command(monkeypatch, "--dataset", data, "--models", with_text, "--output", tmp_path / "out", *flags) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("error: ") and words in lines[-1]
+def test_bad_flags_are_one_line(data, with_text, tmp_path, flags, words, draw):
+    assert words in draw("--dataset", data, "--models", with_text, "--output", tmp_path / "out", *flags).refusal
     assert not (tmp_path / "out").exists()
 
 
-def test_counts_that_are_missing_or_of_something_else_are_one_line(data, with_text, tmp_path, monkeypatch, capsys):
+def test_counts_that_are_missing_or_of_something_else_are_one_line(data, with_text, tmp_path, draw):
     words = ["--dataset", data, "--models", with_text, "--output", tmp_path / "out", "--worst", 1, "--result"]
     result = write_result(tmp_path, data, {"elsewhere": 0.5})
     counts = tmp_path / "gzs3_images.npz"
     told = json.loads(result.read_text())
 
     def refused(with_words: str) -> None:
-        assert command(monkeypatch, *words, result) == 2
-        assert with_words in capsys.readouterr().err.strip().splitlines()[-1]
+        assert with_words in draw(*words, result).refusal
 
     refused("no image 'elsewhere'")
     result.write_text(json.dumps({**told, "split": "test"}))
@@ -218,9 +211,8 @@ def test_counts_that_are_missing_or_of_something_else_are_one_line(data, with_te
     refused("gzs3_images.npz does not exist")
 
 
-def test_a_model_that_cannot_name_the_classes_is_one_line(data, tmp_path, monkeypatch, capsys):
+def test_a_model_that_cannot_name_the_classes_is_one_line(data, tmp_path, draw):
     save_checkpoint(tmp_path / "four", text=False)
     assert AutoModel.from_pretrained(tmp_path / "four", trust_remote_code=True).text_model is None
     words = ["--dataset", data, "--models", tmp_path / "four", "--output", tmp_path / "out", "--images", "00000"]
-    assert command(monkeypatch, *words) == 2
-    assert "no text tower and no vector for 'sand'" in capsys.readouterr().err
+    assert "no text tower and no vector for 'sand'" in draw(*words).refusal

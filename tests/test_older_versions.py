@@ -1,9 +1,9 @@
 """What commit c24e825 left (tests/fixtures) goes on loading, resuming and reading."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
-from zipfile import ZipFile
 
 import pytest
 
@@ -15,8 +15,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "c24e825.zip"
 @pytest.fixture
 def older(tmp_path, monkeypatch) -> Path:
     """Its contents, in the working folder."""
-    with ZipFile(FIXTURE) as archive:
-        archive.extractall(tmp_path)
+    shutil.unpack_archive(FIXTURE, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -4,7 +4,8 @@ import csv
 import json
 import re
 import shutil
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from archives import write_tree
+from conftest import Ended
 from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 import eval as evaluation
-from zs3.command_line import InputError, run
+from zs3.command_line import InputError
 from zs3.convert.__main__ import ConvertArgs, convert
 from zs3.convert.archives import ARCHIVES
 from zs3.data.records import load_split
@@ -48,23 +50,14 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def suite(monkeypatch, capsys, *words: object) -> tuple[int, str, str]:
-    """Exit code, what was printed, and the last line of errors, of eval.py."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-    code = 0
-    try:
-        run(evaluation.main)
-    except SystemExit as stopped:
-        code = stopped.code
-    captured = capsys.readouterr()
-    return code, captured.out, (captured.err.strip().splitlines() or [""])[-1]
+@pytest.fixture
+def suite(call) -> Callable[..., Ended]:
+    return partial(call, evaluation.main)
 
 
-def test_the_row_of_table_3_is_that_of_each_dataset_evaluated_alone(
-    checkpoint, data_root, tmp_path, monkeypatch, capsys
-):
+def test_the_row_of_table_3_is_that_of_each_dataset_evaluated_alone(checkpoint, data_root, tmp_path, suite):
     words = ["--model", checkpoint, "--suite", "ovs5", "--data_root", data_root, "--output", tmp_path / "ovs5"]
-    code, printed, _ = suite(monkeypatch, capsys, *words)
+    code, printed, _ = suite(*words)
     assert code == 0
     head, _, cells = printed.splitlines()[2:5]
     assert head == "| A-847 | P-459 | A-150 | PC-59 | VOC-20 |"  # VOC-21 only where it is asked for
@@ -83,10 +76,10 @@ def test_the_row_of_table_3_is_that_of_each_dataset_evaluated_alone(
     assert {name: f"{100 * scores['miou']:.1f}" for name, scores in table.items()} == told
 
 
-def test_a_number_of_the_row_is_that_of_sets_of_pixels(checkpoint, data_root, tmp_path, monkeypatch, capsys):
+def test_a_number_of_the_row_is_that_of_sets_of_pixels(checkpoint, data_root, tmp_path, suite):
     """And a folder of other names than the benchmark's says so."""
     words = ["--model", checkpoint, "--suite", "ovs5", "--members", "voc_20", "--output", tmp_path / "out"]
-    _, printed, _ = suite(monkeypatch, capsys, *words, "--data_root", data_root)
+    _, printed, _ = suite(*words, "--data_root", data_root)
     model = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     records = load_split(data_root / "voc_20", "validation")
@@ -104,50 +97,50 @@ def test_a_number_of_the_row_is_that_of_sets_of_pixels(checkpoint, data_root, tm
     assert printed.splitlines()[4] == f"| - | - | - | - | {100 * sum(ious) / len(ious):.1f} |"
     assert "training saw masks of 0 of them" in printed and "NOT THOSE" not in printed
     shutil.copytree(data_root / "voc_21", tmp_path / "data" / "voc_20")
-    _, printed, _ = suite(monkeypatch, capsys, *words, "--data_root", tmp_path / "data")
+    _, printed, _ = suite(*words, "--data_root", tmp_path / "data")
     assert "ITS NAMES ARE NOT THOSE OF THE BENCHMARK" in printed
 
 
-def test_a_member_that_is_there_is_not_evaluated_again(checkpoint, data_root, tmp_path, monkeypatch, capsys):
+def test_a_member_that_is_there_is_not_evaluated_again(checkpoint, data_root, tmp_path, suite):
     words = ["--model", checkpoint, "--suite", "ovs5", "--data_root", data_root, "--output", tmp_path]
     words += ["--members", "voc_21", "voc_20"]
-    _, first, _ = suite(monkeypatch, capsys, *words)
+    _, first, _ = suite(*words)
     assert first.splitlines()[2] == "| A-847 | P-459 | A-150 | PC-59 | VOC-20 | VOC-21 |"
     assert "- A-847: not evaluated, not asked for" in first
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("voc_*")}
     assert len(times) == 8  # .json, .md, .csv, .npz of each
-    _, second, _ = suite(monkeypatch, capsys, *words)
+    _, second, _ = suite(*words)
     assert second == first
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("voc_*")} == times
-    suite(monkeypatch, capsys, *words, "--absent", "truth")
+    suite(*words, "--absent", "truth")
     changed = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("voc_*")}
     assert all(changed[name] != times[name] for name in times)
     shutil.copytree(checkpoint, tmp_path / "model")  # other weights, or the same with another temperature, are others
     words[1] = tmp_path / "model"
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    suite(monkeypatch, capsys, *words)
+    suite(*words)
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("voc_*")}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"class_temperature": 0.5}))
-    suite(monkeypatch, capsys, *words)
+    suite(*words)
     assert all(path.stat().st_mtime_ns != times[path.name] for path in tmp_path.glob("voc_*"))
 
 
-def test_what_a_checkpoint_cannot_claim_has_its_reason(checkpoint, data_root, tmp_path, monkeypatch, capsys):
+def test_what_a_checkpoint_cannot_claim_has_its_reason(checkpoint, data_root, tmp_path, suite):
     words = ["--model", checkpoint, "--suite", "gzs3", "--data_root", data_root, "--output", tmp_path]
-    code, printed, _ = suite(monkeypatch, capsys, *words)
+    code, printed, _ = suite(*words)
     assert code == 0 and printed.splitlines()[4] == "| - | - | - | - | - | - |"
     assert "- COCO-Stuff: not evaluated, no such folder" in printed
     assert "- VOC-20: not evaluated, the checkpoint saw no masks of 'aeroplane'" in printed
     assert not list(tmp_path.glob("voc_20*"))
 
 
-def test_the_row_of_table_2_has_three_scores(checkpoint, data_root, tmp_path, monkeypatch, capsys):
+def test_the_row_of_table_2_has_three_scores(checkpoint, data_root, tmp_path, suite):
     shutil.copytree(checkpoint, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     seen = load_label_space("voc_20").seen
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"seen_class_names": seen}))
     words = ["--model", tmp_path / "model", "--suite", "gzs3", "--data_root", data_root, "--output", tmp_path / "out"]
-    code, printed, _ = suite(monkeypatch, capsys, *words)
+    code, printed, _ = suite(*words)
     result = json.loads((tmp_path / "out" / "voc_20.json").read_text())
     scores = [f"{100 * result[name]:.1f}" for name in ("miou_seen", "miou_unseen", "hiou")]
     assert code == 0 and printed.splitlines()[4] == f"| - | - | - | {' | '.join(scores)} |"
@@ -166,10 +159,9 @@ def test_the_row_of_table_2_has_three_scores(checkpoint, data_root, tmp_path, mo
         (["--dataset", "d", "--members", "voc_20"], "--members goes with --suite"),
     ],
 )
-def test_a_suite_that_cannot_be_is_one_line(words, message, checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_suite_that_cannot_be_is_one_line(words, message, checkpoint, tmp_path, monkeypatch, suite):
     monkeypatch.chdir(tmp_path)
-    code, _, line = suite(monkeypatch, capsys, "--model", checkpoint, *words)
-    assert code == 2 and line.startswith("error: ") and message in line
+    assert message in suite("--model", checkpoint, *words).refusal
     assert not list(tmp_path.iterdir())
 
 
