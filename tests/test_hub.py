@@ -98,9 +98,15 @@ def expected(folder) -> dict[str, np.ndarray]:
     return maps
 
 
-@pytest.mark.parametrize("source", ["folder", "hub", "again"])
-def test_every_model_door_gives_the_models_own_answer(folder, expected, source):
-    arrays, facts = np.load(folder / f"{source}.npz"), json.loads((folder / f"{source}.json").read_text())
+@pytest.fixture(scope="module", params=["folder", "hub", "again"])
+def answers(folder, request) -> tuple[dict[str, np.ndarray], dict]:
+    """What a stranger wrote down: arrays and facts."""
+    with np.load(folder / f"{request.param}.npz") as arrays:
+        return dict(arrays), json.loads((folder / f"{request.param}.json").read_text())
+
+
+def test_every_model_door_gives_the_models_own_answer(answers, expected):
+    arrays, facts = answers
     for door in DOORS:
         name, module = facts[door]
         assert name == "Zs3ForSemanticSegmentation" and module.startswith("transformers_modules.")
@@ -109,17 +115,15 @@ def test_every_model_door_gives_the_models_own_answer(folder, expected, source):
         np.testing.assert_array_equal(arrays[f"{door}.map"], expected["map"])
 
 
-@pytest.mark.parametrize("source", ["folder", "hub", "again"])
-def test_config_and_processors_load(folder, source):
-    facts = json.loads((folder / f"{source}.json").read_text())
+def test_config_and_processors_load(answers):
+    _, facts = answers
     assert facts["config"] == ["Zs3Config", "zs3", CLASS_NAMES]
     assert facts["processors"] == ["Zs3Processor", "Zs3ImageProcessor"]
     assert facts["kept"] == [TEMPLATES, 65535, 77]
 
 
-@pytest.mark.parametrize("source", ["folder", "hub", "again"])
-def test_the_pipeline_gives_the_models_own_answer(folder, expected, source):
-    arrays, facts = np.load(folder / f"{source}.npz"), json.loads((folder / f"{source}.json").read_text())
+def test_the_pipeline_gives_the_models_own_answer(answers, expected):
+    arrays, facts = answers
     assert facts["pipeline"] == ["Zs3Pipeline", "zero-shot-semantic-segmentation"]
     np.testing.assert_array_equal(arrays["pipeline.map"], expected["map"])
     np.testing.assert_array_equal(arrays["vocabulary.map"], expected["vocabulary"])
@@ -130,18 +134,16 @@ def test_the_pipeline_gives_the_models_own_answer(folder, expected, source):
         np.testing.assert_array_equal(mask, np.where(expected["map"] == label_id, 255, 0))
 
 
-@pytest.mark.parametrize("source", ["folder", "hub", "again"])
-def test_transformers_own_pipeline_draws_the_stored_vocabulary(folder, expected, source):
-    arrays, facts = np.load(folder / f"{source}.npz"), json.loads((folder / f"{source}.json").read_text())
+def test_transformers_own_pipeline_draws_the_stored_vocabulary(answers, expected):
+    arrays, facts = answers
     label_ids = np.unique(expected["vocabulary"])
     assert facts["stock"] == [CLASS_NAMES[label_id] for label_id in label_ids]
     for mask, label_id in zip(arrays["stock.masks"], label_ids, strict=True):
         np.testing.assert_array_equal(mask, np.where(expected["vocabulary"] == label_id, 255, 0))
 
 
-@pytest.mark.parametrize("source", ["folder", "hub", "again"])
-def test_a_stranger_stores_a_vocabulary_by_its_names(folder, expected, source):
-    arrays, facts = np.load(folder / f"{source}.npz"), json.loads((folder / f"{source}.json").read_text())
+def test_a_stranger_stores_a_vocabulary_by_its_names(answers, expected):
+    arrays, facts = answers
     assert facts["new vocabulary"] == NAMES
     ours = arrays["new vocabulary.class_logits"]
     np.testing.assert_allclose(ours, expected["class_logits"], rtol=1e-4, atol=1e-3)

@@ -261,15 +261,15 @@ def test_a_margin_is_exact_where_the_runner_up_has_a_twentieth_of_the_score(runn
         assert (result.margin <= exact + 1e-5).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    classes=st.sampled_from([1, 2, 17, 257]),
+    classes=st.sampled_from([1, 2, 17, 60, 257]),
     queries=st.sampled_from([1, 2, 7, 30]),
     probs=st.sampled_from(["soft", "peaked", "near_uniform", "one_hot", "copies"]),
     masks=st.sampled_from(["soft", "usual", "steep", "saturated", "constant", "absent"]),
     double=st.booleans(),
-    share=st.floats(0, 1),
+    share=st.one_of(st.sampled_from([0, 0.5, 1]), st.floats(0, 1)),
 )
 def test_scores_margins_and_groups_on_any_input(seed, classes, queries, probs, masks, double, share):
     torch.manual_seed(seed)
@@ -288,6 +288,8 @@ def test_scores_margins_and_groups_on_any_input(seed, classes, queries, probs, m
             own = scores.masked_fill(~members[:, None, None], -1)
             torch.testing.assert_close(own.gather(0, label_map[None])[0], own.amax(0), rtol=0, atol=1e-5)
             torch.testing.assert_close(score.double(), own.amax(0), rtol=0, atol=1e-5)
+        else:
+            assert (label_map == -1).all() and (score == -torch.inf).all()
     assert_best(result.label_map, scores)
     assert torch.equal(torch.where(is_seen[result.label_map], result.seen_map, result.unseen_map), result.label_map)
     top = scores.topk(min(2, classes), dim=0).values
@@ -305,28 +307,6 @@ def test_where_no_mask_is_only_near_ties_cost_float64(monkeypatch):
     (label_map,) = semantic_map(class_probs[None], mask_logits[None], (48, 48))
     assert_best(label_map, literal_scores(class_probs, mask_logits, (48, 48)))
     assert sum(pixels) < 0.02 * 48 * 48
-
-
-@pytest.mark.parametrize("probs", ["soft", "peaked", "near_uniform"])
-@pytest.mark.parametrize("seen", ["all", "none", "some", "one"])
-def test_the_best_of_each_group(seen, probs):
-    class_probs, mask_logits = kinds_of_probs(probs, 12, 60), kinds_of_masks("usual", 12, 7, 9)
-    is_seen = {"all": torch.ones(60), "none": torch.zeros(60), "some": torch.arange(60) % 3, "one": torch.eye(60)[7]}
-    is_seen = is_seen[seen].bool()
-    (result,) = semantic_map(class_probs[None], mask_logits[None], (28, 36), is_seen=is_seen)
-    scores = literal_scores(class_probs, mask_logits, (28, 36))
-    assert_best(result.label_map, scores)
-    for members, label_map, score in (
-        (is_seen, result.seen_map, result.seen_score),
-        (~is_seen, result.unseen_map, result.unseen_score),
-    ):
-        if not members.any():
-            assert (label_map == -1).all() and (score == -torch.inf).all()
-            continue
-        own = scores.masked_fill(~members[:, None, None], -1)
-        torch.testing.assert_close(own.gather(0, label_map[None])[0], own.amax(0), rtol=0, atol=1e-5)
-        torch.testing.assert_close(score.double(), own.amax(0), rtol=0, atol=1e-5)
-    assert torch.equal(torch.where(is_seen[result.label_map], result.seen_map, result.unseen_map), result.label_map)
 
 
 def test_less_than_float32_products_are_not_relied_on():

@@ -1,15 +1,17 @@
 """The model under other libraries: transformers' Trainer, peft, accelerate, and PyTorch's quantisation and compiler.
 
-Where a library is not installed, its tests are skipped, and pytest says so.
+Where peft is not installed, its tests are skipped, and pytest says so.
 """
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import hooks
 from accelerate.state import AcceleratorState
 from tiny import byte_tokenizer, save_checkpoint, tiny_config, tiny_model
 from torch import Tensor, nn
@@ -137,7 +139,6 @@ def test_a_layer_that_is_compiled_alone_runs():
 @pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
 @pytest.mark.parametrize("buffers", [False, True])
 def test_a_model_whose_weights_are_brought_one_layer_at_a_time(offload, buffers, tmp_path):
-    accelerate = pytest.importorskip("accelerate")
     model = tiny_model(class_loss="cross_entropy")
     tokens = {"input_ids": torch.tensor([[7, 8, 513], [9, 513, 513]])}
     expected, embeds = answer(model), model.encode_text(**tokens)
@@ -151,7 +152,6 @@ def test_a_model_whose_weights_are_brought_one_layer_at_a_time(offload, buffers,
 
 @pytest.mark.parametrize("where", ["parts", "auto"])
 def test_an_empty_model_is_filled_from_a_checkpoint_and_the_disk(where, tmp_path):
-    accelerate = pytest.importorskip("accelerate")
     model = save_checkpoint(tmp_path / "checkpoint")
     with accelerate.init_empty_weights():
         empty = Zs3ForSemanticSegmentation(model.config)
@@ -169,7 +169,6 @@ def test_an_empty_model_is_filled_from_a_checkpoint_and_the_disk(where, tmp_path
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, "half on the disk"])
 def test_device_maps_of_from_pretrained(device_map, tmp_path):
-    pytest.importorskip("accelerate")
     model, options = save_checkpoint(tmp_path), {"device_map": device_map}
     if device_map == "half on the disk":
         options = {"device_map": "auto", "max_memory": {"cpu": model.get_memory_footprint() // 2}}
@@ -179,7 +178,6 @@ def test_device_maps_of_from_pretrained(device_map, tmp_path):
 
 
 def test_a_hook_of_accelerate_on_every_layer_runs():
-    hooks = pytest.importorskip("accelerate.hooks")
     model, runs = learner().eval(), set()
     expected = answer(model)
 
@@ -312,7 +310,6 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_transformers_trainer_trains_it_in_ten_lines(scenes, tmp_path):
-    pytest.importorskip("accelerate")
     processor = Zs3Processor(Zs3ImageProcessor(), byte_tokenizer())
     model, run = tiny_model(num_queries=8), str(tmp_path)
     quick = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 2}
@@ -348,7 +345,6 @@ def test_transformers_trainer_trains_it_in_ten_lines(scenes, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}])
 def test_the_trainer_evaluates_with_and_without_image_labels(options, tmp_path):
-    pytest.importorskip("accelerate")
     model = learner()
     model.set_vocabulary(list("abcde"), batch()["text_embeds"])
     images, labels = batch(labels=True)["pixel_values"], batch(labels=True)["labels"]

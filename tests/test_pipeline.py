@@ -1,7 +1,5 @@
 """The pipeline: one call, any label list. That it loads as a stranger is tests/test_hub.py's business."""
 
-import base64
-import io
 import math
 
 import numpy as np
@@ -448,14 +446,6 @@ def test_one_label_alone_is_everywhere_and_sure_where_masks_are(segment):
     assert (result["segmentation"] == 0).all() and result["scores"].max() > 0.9
     with pytest.raises(ValueError, match="'sky' alone is compared with nothing"):
         segment(IMAGE, candidate_labels=["sky"], background="reject")
-
-
-def test_an_image_written_as_an_address_of_data(segment):
-    buffer = io.BytesIO()
-    IMAGE.save(buffer, format="PNG")
-    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    expected = segment(IMAGE, candidate_labels=CLASS_NAMES, output="map")["segmentation"]
-    assert np.array_equal(segment(address, candidate_labels=CLASS_NAMES, output="map")["segmentation"], expected)
 
 
 def test_sixteen_bits_are_refused_rather_than_cut(segment, tmp_path):
