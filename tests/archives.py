@@ -29,14 +29,19 @@ def size_of(number: int) -> tuple[int, int]:
     return 11 + number, 30 - number
 
 
+def made(path: Path) -> Path:
+    """The path, whose folder is there now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def write_picture(path: Path, number: int, orientation: int | None = None, size: tuple[int, int] | None = None) -> None:
     height, width = size or size_of(number)
     exif = Image.Exif()
     if orientation is not None:
         exif[0x0112] = orientation
     pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, exif=exif)
+    Image.fromarray(pixels).save(made(path), exif=exif)
 
 
 def spread(values: list[int], number: int, dtype: type = np.uint8) -> np.ndarray:
@@ -45,16 +50,14 @@ def spread(values: list[int], number: int, dtype: type = np.uint8) -> np.ndarray
 
 
 def write_grey(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(values.astype(np.uint8)).save(path)
+    Image.fromarray(values.astype(np.uint8)).save(made(path))
 
 
 def write_palette(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(values.astype(np.uint8)).convert("P")
     image.putdata(values.ravel().tolist())
     image.putpalette(PALETTE)
-    image.save(path)
+    image.save(made(path))
 
 
 def write_object_ids(path: Path, values: np.ndarray) -> None:
@@ -62,27 +65,23 @@ def write_object_ids(path: Path, values: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     red = values // 256 * 10 + rng.integers(0, 6, values.shape)
     blue = rng.integers(0, 256, values.shape)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.stack([red, values % 256, blue], axis=-1).astype(np.uint8)).save(path)
+    Image.fromarray(np.stack([red, values % 256, blue], axis=-1).astype(np.uint8)).save(made(path))
 
 
 def write_context(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scipy.io.savemat(path, {"LabelMap": values.astype(np.uint16)}, do_compression=True)
+    scipy.io.savemat(made(path), {"LabelMap": values.astype(np.uint16)}, do_compression=True)
 
 
 def write_boundaries(path: Path, values: np.ndarray) -> None:
     """A struct as SBD's, with the boundaries of each class beside the map."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     present = np.setdiff1d(values, [0, 255]).astype(np.uint8)
     boundaries = np.zeros((20, 1), dtype=object)
     struct = {"Boundaries": boundaries, "Segmentation": values.astype(np.uint8), "CategoriesPresent": present}
-    scipy.io.savemat(path, {"GTcls": struct})
+    scipy.io.savemat(made(path), {"GTcls": struct})
 
 
 def write_list(path: Path, image_ids: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{image_id}\n" for image_id in image_ids))
+    made(path).write_text("".join(f"{image_id}\n" for image_id in image_ids))
 
 
 def coco_stuff(root: Path, name: str, train: int, images: str = "images/", maps: str = "annotations/") -> dict:
@@ -201,6 +200,5 @@ def write_captions(root: Path) -> dict[str, dict[str, list[str]]]:
                 text = f"{caption} \n" if place else caption
                 content["annotations"].append({"id": 40 + place, "image_id": int(image_id), "caption": text})
         path = root / "annotations" / f"captions_{short}2017.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content))
+        made(path).write_text(json.dumps(content))
     return expected

@@ -26,35 +26,26 @@ def screen(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
 
 
-def call(monkeypatch, *words: str) -> int | None:
-    """The exit code of `zs3 words`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/zs3", *words])
-    try:
-        main()
-    except SystemExit as ended:
-        return ended.code
-    return None
-
-
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
-def test_the_list_of_commands_is_in_order_and_fits_a_screen(words, monkeypatch, capsys):
-    assert call(monkeypatch, *words) in (None, 0)
-    lines = capsys.readouterr().out.splitlines()
+def test_the_list_of_commands_is_in_order_and_fits_a_screen(words, call):
+    ended = call(main, *words)
+    lines = ended.out.splitlines()
+    assert ended.code == 0
     assert len(lines) <= 24 and max(map(len, lines)) <= 100
     assert [line.split()[0] for line in lines if line.startswith("  ")][: len(NAMES)] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_help_of_a_command_names_it_and_fits_a_screen(name, monkeypatch, capsys):
-    assert call(monkeypatch, name, "--help") == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_the_help_of_a_command_names_it_and_fits_a_screen(name, call):
+    ended = call(main, name, "--help")
+    lines = ended.out.splitlines()
+    assert ended.code == 0
     assert lines[0].startswith(f"usage: zs3 {name} ") and lines[2]
     assert len(lines) <= 40 and max(map(len, lines)) <= 100
 
 
-def test_words_may_be_joined_by_hyphens(monkeypatch, capsys):
-    assert call(monkeypatch, "ensemble-weight", "--help") == 0
-    assert capsys.readouterr().out.startswith("usage: zs3 ensemble_weight ")
+def test_words_may_be_joined_by_hyphens(call):
+    assert call(main, "ensemble-weight", "--help").out.startswith("usage: zs3 ensemble_weight ")
 
 
 @pytest.mark.parametrize(
@@ -66,9 +57,8 @@ def test_words_may_be_joined_by_hyphens(monkeypatch, capsys):
         ("x" * 1000, ""),
     ],
 )
-def test_an_unknown_command_is_one_line_and_exit_code_2(word, mend, monkeypatch, capsys):
-    assert call(monkeypatch, word) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def test_an_unknown_command_is_one_line_and_exit_code_2(word, mend, call):
+    line = call(main, word).refusal
     assert line.startswith(f"error: zs3 has no command '{word[:6]}") and line.endswith(mend) and len(line) <= 207
 
 
@@ -110,17 +100,16 @@ def test_an_old_module_cannot_be_imported_and_the_message_names_its_command():
 # ---- train.py --------------------------------------------------------------------------------------------------
 
 
-def test_every_flag_of_training_has_its_help(capsys):
+def test_every_flag_of_training_has_its_help(call):
     """Of the model's own fields and of Mask2Former's, from the docstrings of their configurations."""
-    with pytest.raises(SystemExit):
-        read_arguments(TrainArgs, ["--help"], Zs3Config)
-    flags = re.split(r"^  --", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    shown = call(lambda: read_arguments(TrainArgs, ["--help"], Zs3Config)).out
+    flags = re.split(r"^  --", shown, flags=re.MULTILINE)[1:]
     words = {flag.split()[0]: len(flag.split()) for flag in flags}
     names = [*(field.name for field in fields(TrainArgs)), *model_fields(Zs3Config)]
     assert [name for name in names if words.get(name, 0) < 5] == []
 
 
-def test_the_text_of_a_field_is_whole_and_its_own(capsys):
+def test_the_text_of_a_field_is_whole_and_its_own(call):
     class Config(Mask2FormerConfig):
         """A configuration.
 
@@ -136,9 +125,7 @@ def test_the_text_of_a_field_is_whole_and_its_own(capsys):
         rank_weight: float = 1.0
         kl: str = "p_u"
 
-    with pytest.raises(SystemExit):
-        read_arguments(TrainArgs, ["--help"], Config)
-    words = " ".join(capsys.readouterr().out.split())
+    words = " ".join(call(lambda: read_arguments(TrainArgs, ["--help"], Config)).out.split())
     assert "--rank_weight VALUE [VALUE ...] weights of two losses, in [0, 100 %]: both of them. (default: 1.0)" in words
     assert "--dice_weight VALUE [VALUE ...] weights of two losses" in words
     assert "--kl VALUE [VALUE ...] which way. (default: p_u)" in words

@@ -12,6 +12,7 @@ import sys
 import tracemalloc
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ import train
 import zs3.convert.__main__ as conversion
 from configuration_zs3 import Refused, Zs3Config
 from eval import evaluate
-from zs3.command_line import InputError, read_arguments, run
+from zs3.command_line import InputError, read_arguments
 from zs3.convert import items
 from zs3.convert.__main__ import ConvertArgs, convert, main
 from zs3.convert.archives import ARCHIVES, NUM_CAPTIONS, BadFile, Pair, check_inflated, context_values, grey_values
@@ -96,13 +97,10 @@ def unfinished(out: Path) -> dict[str, int]:
     return times(out / ".progress" / "data")
 
 
-def command(monkeypatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["convert", *words])
-    try:
-        run(main)
-    except SystemExit as stopped:
-        return stopped.code
-    return 0
+@pytest.fixture
+def convert_ade20k(call, tmp_path):
+    """convert_ade20k(*words): `zs3 convert ade20k_150` from source to out, and further words."""
+    return partial(call, main, "ade20k_150", "--source", tmp_path / "source", "--output", tmp_path / "out")
 
 
 def test_every_shard_of_training_is_a_fair_sample_of_it():
@@ -343,34 +341,28 @@ def check_faults(problems: list[dict]) -> None:
         assert FAULTS[problem["kind"]][1] in problem["message"] and problem["split"] == "train"
 
 
-def test_stop_finishes_nothing_around_a_fault_and_goes_on_when_it_is_mended(tmp_path, monkeypatch, capsys):
+def test_stop_finishes_nothing_around_a_fault_and_goes_on_when_it_is_mended(tmp_path, convert_ade20k):
     root = ade20k(tmp_path)
     convert(ConvertArgs(name="ade20k_150", source=str(tmp_path / "source"), output=str(tmp_path / "straight")))
     whole = shutil.copytree(root, tmp_path / "whole")
     faulty_ade20k(root)
-    words = ["ade20k_150", "--source", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
-    assert command(monkeypatch, *words) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        last.startswith("error: 7 problems, all in ")
-        and "the same command again" in last
-        and "--on_problem skip" in last
-    )
+    refusal = convert_ade20k().refusal
+    assert refusal.startswith("error: 7 problems, all in ")
+    assert "the same command again" in refusal and "--on_problem skip" in refusal
     check_faults(json.loads((tmp_path / "out" / "problems.json").read_text())["problems"])
     done = unfinished(tmp_path / "out")
     assert [name[:11] for name in done] == ["train-00003", "train-00007", "validation-"]  # 00007 has two pictures
 
     shutil.copytree(whole, root, dirs_exist_ok=True)
-    assert command(monkeypatch, *words) == 0
+    assert convert_ade20k().code == 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "straight")
     assert done.items() <= times(tmp_path / "out" / "data").items(), "shards that were there were made again"
 
 
-def test_skip_leaves_out_what_has_a_fault_and_tells(tmp_path, capsys, monkeypatch):
+def test_skip_leaves_out_what_has_a_fault_and_tells(tmp_path, convert_ade20k):
     faulty_ade20k(ade20k(tmp_path))
-    words = ["ade20k_150", "--source", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
-    assert command(monkeypatch, *words, "--on_problem", "skip") == 0
-    assert "1 missing_picture" in capsys.readouterr().out
+    ended = convert_ade20k("--on_problem", "skip")
+    assert ended.code == 0 and "1 missing_picture" in ended.out
     result = json.loads((tmp_path / "out" / "conversion.json").read_text())
     check_faults(result["problems"])
     row = result["splits"]["train"]
@@ -384,18 +376,15 @@ def test_skip_leaves_out_what_has_a_fault_and_tells(tmp_path, capsys, monkeypatc
 
     streamed = datasets.load_dataset(str(tmp_path / "out"), split="train", streaming=True)
     assert [row["image_id"] for row in streamed] == left  # shards without a row among them
-    assert command(monkeypatch, *words) == 2
-    assert "from which --on_problem skip left pictures out" in capsys.readouterr().err
+    assert "from which --on_problem skip left pictures out" in convert_ade20k().refusal
 
 
-def test_a_split_of_which_nothing_is_left_is_no_dataset(tmp_path, capsys, monkeypatch):
+def test_a_split_of_which_nothing_is_left_is_no_dataset(tmp_path, convert_ade20k):
     root = ade20k(tmp_path)
     for file in (root / "annotations" / "validation").iterdir():
         Image.open(file).convert("RGB").save(file)
-    words = ["ade20k_150", "--source", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
-    assert command(monkeypatch, *words, "--on_problem", "skip") == 2
-    error = capsys.readouterr().err
-    assert "2 wrong_mode" in error and "not one picture of validation can be used" in error.splitlines()[-1]
+    ended = convert_ade20k("--on_problem", "skip")
+    assert "2 wrong_mode" in ended.err and "not one picture of validation can be used" in ended.refusal
     unfinished(tmp_path / "out")
 
 
@@ -640,28 +629,26 @@ def interrupted_after(monkeypatch, count: int, error: Exception) -> None:
     ],
 )
 def test_an_interrupted_conversion_goes_on_to_the_bytes_of_an_uninterrupted_one(
-    tmp_path, monkeypatch, capsys, error, code, last_words
+    tmp_path, monkeypatch, convert_ade20k, error, code, last_words
 ):
     import datasets
 
     ade20k(tmp_path)
     convert(ConvertArgs("ade20k_150", str(tmp_path / "source"), str(tmp_path / "straight")))
-    words = ["ade20k_150", "--source", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
     with monkeypatch.context() as patched:
         interrupted_after(patched, 3, error)
-        assert command(patched, *words) == code
-    assert capsys.readouterr().err.splitlines()[-1].endswith(last_words)
+        ended = convert_ade20k()
+    assert ended.code == code and ended.err.strip().endswith(last_words)
     done = unfinished(tmp_path / "out")
     assert list(done) == [f"train-{number:05d}-of-00008.parquet" for number in range(3)]
     with pytest.raises(FileNotFoundError, match="any data files"):
         datasets.load_dataset(str(tmp_path / "out"))
     (tmp_path / "out" / ".progress" / "data" / ".train-00003-of-00008.parquet.partial").write_bytes(b"half a shard")
-    capsys.readouterr()
-    assert command(monkeypatch, *words) == 0
+    ended = convert_ade20k()
+    assert ended.code == 0 and "11/11" in ended.err  # the resumed ones are in the count
     assert files_of(tmp_path / "out") == files_of(tmp_path / "straight")
     assert done.items() <= times(tmp_path / "out" / "data").items(), "shards that were there were made again"
     assert not (tmp_path / "out" / ".progress" / "data").exists()
-    assert "11/11" in capsys.readouterr().err  # the resumed ones are in the count
 
 
 def test_another_source_benchmark_or_split_in_the_same_folder_is_refused(tmp_path):
@@ -798,26 +785,23 @@ class StandIn:
         self.calls.append(("upload_folder", options.pop("repo_id"), options))
 
 
-def test_push_uploads_the_whole_dataset_without_its_progress(tmp_path, monkeypatch, capsys):
+def test_push_uploads_the_whole_dataset_without_its_progress(tmp_path, monkeypatch, convert_ade20k):
     ade20k(tmp_path)
     monkeypatch.setattr("huggingface_hub.HfApi", StandIn)
     monkeypatch.setattr(StandIn, "calls", [])
-    words = ["ade20k_150", "--source", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
-    assert command(monkeypatch, *words, "--push_to_hub", "me/ade", "--private", "true") == 0
+    ended = convert_ade20k("--push_to_hub", "me/ade", "--private", "true")
+    assert ended.code == 0 and "datasets/me/ade" in ended.out
     create, upload = StandIn.calls
     assert create == ("create_repo", "me/ade", {"repo_type": "dataset", "private": True, "exist_ok": True})
     assert upload[:2] == ("upload_folder", "me/ade") and upload[2]["folder_path"] == str(tmp_path / "out")
     assert ".progress/*" in upload[2]["ignore_patterns"] and upload[2]["repo_type"] == "dataset"
     assert upload[2]["delete_patterns"] == "data/*.parquet"  # of an earlier upload with other shards
-    assert "datasets/me/ade" in capsys.readouterr().out
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, convert_ade20k):
     ade20k(tmp_path)
-    words = ["ade20k_150", "--source", str(tmp_path / "source"), "--output", str(tmp_path / "out")]
-    assert command(monkeypatch, *words, "--push_to_hub", "me/ade") == 2  # the suite runs with HF_HUB_OFFLINE=1
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: cannot upload to me/ade") and "is whole" in last
+    refusal = convert_ade20k("--push_to_hub", "me/ade").refusal  # the suite runs with HF_HUB_OFFLINE=1
+    assert refusal.startswith("error: cannot upload to me/ade") and "is whole" in refusal
     assert len(load_split(tmp_path / "out", "train")) == 9
 
 
@@ -840,11 +824,10 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, capsys)
         (["voc_20", "ade20k_150", "--source", "."], "unexpected argument 'ade20k_150'"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, flags, words):
+def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, call, tmp_path, flags, words):
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, *flags) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and words in line
+    ended = call(main, *flags)
+    assert words in ended.refusal and ended.err.count("\n") == 1
 
 
 # ---- real files ----

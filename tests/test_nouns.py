@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from zs3.command_line import InputError, run
+from zs3.command_line import InputError
 from zs3.convert import nouns
 from zs3.convert.nouns import NameFinder, NounArgs, Word, chosen_words, load_tagger, main, make_nouns, noun_lemma
 from zs3.data.caption_labels import CaptionLabels, CaptionNouns, dropped, load_caption_nouns
@@ -434,21 +434,14 @@ def test_a_broken_table_and_an_image_in_two_splits_are_refused(arguments, tmp_pa
         (["--num_word", "7"], "did you mean --num_words?"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, monkeypatch, capsys, flags, words):
+def test_bad_input_is_one_line_and_exit_code_2(arguments, call, flags, words):
     given = [f"--{name}={getattr(arguments, name)}" for name in ("captions", "label_space", "output")]
-    monkeypatch.setattr(sys, "argv", ["nouns", *given, *flags])
-    with pytest.raises(SystemExit) as stopped:
-        run(main)
-    assert stopped.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert words in line
+    assert words in call(main, *given, *flags).refusal
 
 
-def test_the_command_says_what_it_made(arguments, monkeypatch, capsys):
+def test_the_command_says_what_it_made(arguments, call):
     given = [f"--{name}={getattr(arguments, name)}" for name in ("captions", "label_space", "output", "num_words")]
-    monkeypatch.setattr(sys, "argv", ["nouns", *given, "--exclude_unseen", "true", "--splits", "train"])
-    run(main)
-    said = capsys.readouterr()
+    said = call(main, *given, "--exclude_unseen", "true", "--splits", "train")
     assert "9 class names from 3 images with 5 captions: 6 seen names, 3 other nouns" in said.out
     assert "dog 2, tree 2, kite 1" in said.out and "3/3" in said.err
 

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
-from zs3.command_line import InputError, run
+from zs3.command_line import InputError
 from zs3.data.image_labels import (
     check_scored_pictures,
     load_unseen_scores,
@@ -397,13 +397,8 @@ def test_settings_that_are_none_are_one_line_and_stay_as_they_are(tmp_path, text
         (["--fil", "mean"], "did you mean --fill"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, monkeypatch, capsys, flags, words):
-    monkeypatch.setattr(sys, "argv", [*command(arguments)[2:], *flags])
-    with pytest.raises(SystemExit) as stopped:
-        run(main)
-    assert stopped.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert words in line
+def test_bad_input_is_one_line_and_exit_code_2(arguments, call, flags, words):
+    assert words in call(main, *command(arguments)[3:], *flags).refusal
 
 
 # ---- the summary ----

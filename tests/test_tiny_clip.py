@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from zs3.command_line import run
 from zs3.scenes import render, tiny_clip
 
 FOLDER = Path(tiny_clip.__file__).parents[1] / "scenes_clip"
@@ -186,17 +184,16 @@ def test_accuracies_count_each_group_by_itself():
     assert shares == {"all": 0.5, "seen": 0.5, "unseen": 0.5, "things": 0.0, "stuff": 1.0}
 
 
-def test_train_makes_a_whole_folder_and_refuses_to_overwrite_it(tmp_path, monkeypatch, capsys):
+def test_train_makes_a_whole_folder_and_refuses_to_overwrite_it(tmp_path, monkeypatch, call):
     monkeypatch.setattr(tiny_clip, "BATCH", 16)
     evaluate = tiny_clip.evaluate
     monkeypatch.setattr(tiny_clip, "evaluate", lambda *args: evaluate(*args, per_class=2))
-    monkeypatch.setattr(sys, "argv", ["tiny_clip", "train", "--output", str(tmp_path / "clip"), "--steps", "2"])
-    tiny_clip.main()
+    words = ["train", "--output", tmp_path / "clip", "--steps", "2"]
+    assert call(tiny_clip.main, *words).code == 0
     assert {path.name for path in (tmp_path / "clip").iterdir()} >= {path.name for path in FOLDER.iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == ["clip"]
     assert "steps 2" in (tmp_path / "clip" / "README.md").read_text()
-    with pytest.raises(tiny_clip.InputError, match="exists already"):
-        tiny_clip.main()
+    assert "exists already" in call(tiny_clip.main, *words).refusal
 
 
 @pytest.mark.parametrize(
@@ -214,11 +211,8 @@ def test_train_makes_a_whole_folder_and_refuses_to_overwrite_it(tmp_path, monkey
         (["evaluate", "--model", "clip", "--steps", "3"], "`evaluate` takes no --steps: leave it out"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, told, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(words, told, tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["tiny_clip", *words])
-    with pytest.raises(SystemExit) as ended:
-        run(tiny_clip.main)
-    err = capsys.readouterr().err
-    assert ended.value.code == 2 and err.startswith(f"error: {told}") and err.count("\n") == 1
+    ended = call(tiny_clip.main, *words)
+    assert ended.refusal.startswith(f"error: {told}") and ended.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

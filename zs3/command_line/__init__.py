@@ -3,6 +3,7 @@
 `flags` says what a flag takes, `recipes` reads recipes, `refusals` refuses, `reading` puts them together.
 """
 
+# ruff: noqa: F401
 from zs3.command_line.flags import (
     Amount,
     Arguments,
@@ -33,11 +34,3 @@ from zs3.command_line.flags import (
 from zs3.command_line.reading import model_fields, read_arguments
 from zs3.command_line.recipes import OLD_NAMES, parse_yaml, renamed
 from zs3.command_line.refusals import NO_SPACE, InputError, did_you_mean, in_one_line, printable, run, shown
-
-__all__ = [
-    "Amount", "Arguments", "Batch", "Count", "InputError", "NO_SPACE", "OLD_NAMES", "OutputFile", "OutputFolder",
-    "Pictures", "Pixels", "Positive", "PositiveShare", "Processes", "Seed", "Share", "Side", "Some", "Whole",
-    "Workers", "check_outside", "check_required", "checked", "did_you_mean", "flag", "in_one_line", "looks_local",
-    "model_fields", "parse_yaml", "printable", "read_arguments", "refuse_alone", "refuse_together", "renamed",
-    "run", "shown", "try_output",
-]  # fmt: skip

@@ -1,13 +1,13 @@
-"""The flags of a command: a dataclass, whose fields are checked whenever they are set. The places of its outputs."""
+"""The flags of a command: a dataclass, whose fields are checked whenever they are set. Outputs are tried here, too."""
 
 import os
 import stat
 from dataclasses import field
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-from uuid import uuid4
 
 import numpy as np
 
@@ -27,9 +27,9 @@ OutputFolder = Annotated[str, "folder"]
 Count = Annotated[int, Number(int, 1, INT32)]
 Whole = Annotated[int, Number(int, 0, INT32)]
 Batch = Annotated[int, Number(int, 1, 2**16)]
-Pictures = Annotated[int, Number(int, 1, 10**6)]  # that a command draws; scenes: FIRST_VALIDATION
+Pictures = Annotated[int, Number(int, 1, 10**6)]  # validation scenes have the indices from there on
 Pixels = Annotated[int, Number(int, 1, 2**16)]
-Side = Annotated[int, Number(int, 32, 2**14)]  # of a picture that a model sees
+Side = Annotated[int, Number(int, 32, 2**14)]  # pixels of a picture that a model sees
 Seed = Annotated[int, Number(int, 0, 2**32 - 1)]  # NumPy takes no larger one
 Processes = Annotated[int, Number(int, 1, 1024)]
 Workers = Annotated[int, Number(int, 0, 1024)]  # 0: none beside the main process
@@ -37,7 +37,7 @@ Share = Annotated[float, Number(float, 0, 1)]
 PositiveShare = Annotated[float, Number(float, TINY, 1)]
 Amount = Annotated[float, Number(float, 0, HUGE)]
 Positive = Annotated[float, Number(float, TINY, HUGE)]
-ANY = {int: Number(int, -INT32, INT32), float: Number(float, -HUGE, HUGE)}  # what torch takes
+ANY = {int: Number(int, -INT32, INT32), float: Number(float, -HUGE, HUGE)}  # torch takes no larger ones
 
 
 def flag(default: Any, text: str) -> Any:
@@ -179,7 +179,10 @@ def try_output(flag: str, given: str | Path, kind: str) -> None:
         if not os.path.isdir(place):
             raise InputError(f"{what}: {shown(place)} is a file, no folder: choose another place")
         _check_names(path, kind, place, missing, what)
-        _write_trial(place)
+        with TemporaryFile(dir=place) as trial:
+            trial.write(b"\n")
+            trial.flush()
+            os.fsync(trial.fileno())
     except InputError:
         raise
     except (OSError, ValueError) as error:
@@ -209,14 +212,3 @@ def _check_names(path: Path, kind: str, place: Path, missing: list[str], what: s
     # Half files have other names than the file: PARTIAL.
     if len(os.fsencode(path.absolute())) > os.pathconf(place, "PC_PATH_MAX") - 50:
         raise InputError(f"{what} is too long a path: choose another place")
-
-
-def _write_trial(place: Path) -> None:
-    trial = place / f".{uuid4().hex}.trial"
-    try:
-        with trial.open("wb") as file:
-            file.write(b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        trial.unlink(missing_ok=True)

@@ -23,6 +23,9 @@ from zs3.command_line.refusals import InputError, did_you_mean
 
 METAVARS = {int: "N", float: "X", bool: "{true,false}"}
 Args = TypeVar("Args", bound=Arguments)
+# A field in a docstring, `name: text` or, as transformers writes, ``name (`int`, ...):``; further lines of the text are
+# indented more. `a, b: text` is of two fields. The text is looked at only: it may itself hold fields, as a section's.
+ENTRY = re.compile(r"^( *)(\w+(?:, \w+)*)(?: \(.*\))?:(?=(.*(?:\n\1 +\S.*)*))", re.MULTILINE)
 
 
 def read_arguments(
@@ -44,8 +47,8 @@ def read_arguments(
     names = [field.name for field in fields(args_class) if field.init]
     config_names = [name for name in model_fields(config_class) if name not in names]
     argv = _with_first_flags(sys.argv[1:] if argv is None else argv, args_class.first_words)
-    argv = [_of_today(token, OLD_NAMES.get(args_class.__name__, {})) for token in argv]
-    _check_flags(argv, [*names, *config_names, "config", "help"])
+    known, old_names = [*names, *config_names, "config", "help"], OLD_NAMES.get(args_class.__name__, {})
+    argv = [_known_flag(token, known, old_names) for token in argv]
 
     parser = _parser(args_class, config_class, config_names)
     flags, empty, overrides = read_recipe(_recipe_path(argv), args_class.__name__, types, names, config_names)
@@ -129,19 +132,21 @@ def _with_first_flags(words: list[str], names: tuple[str, ...]) -> list[str]:
     return words
 
 
-def _of_today(token: str, names: dict[str, str]) -> str:
+def _known_flag(token: str, known: list[str], old_names: dict[str, str]) -> str:
     """A flag in this project's spelling, with underscores, and by its name of today. Other arguments stay.
 
-    names: of the command's renamed flags, see OLD_NAMES.
+    An unknown flag is refused here, before the parser complains of what its misspelling left out.
     """
     given, equals, value = token.partition("=")
     if not given.startswith("--"):
         return token
     name = given[2:].replace("-", "_")
-    old = name if name in names else name.removeprefix("no_")  # a switch that is turned off
-    if old in names:
-        say_renamed(old, names[old])
-        name = name.removesuffix(old) + names[old]
+    old = name if name in old_names else name.removeprefix("no_")  # a switch that is turned off
+    if old in old_names:
+        say_renamed(old, old_names[old])
+        name = name.removesuffix(old) + old_names[old]
+    if name not in known and name.removeprefix("no_") not in known:
+        raise InputError(f"unknown flag --{beginning(name, 60)}; {did_you_mean(name, known, '--')}")
     return f"--{name}{equals}{value}"
 
 
@@ -159,15 +164,6 @@ def _yaml_value(text: str) -> Any:
         return parse_yaml(text, RecipeLoader)
     except yaml.YAMLError as error:
         raise argparse.ArgumentTypeError(f"{shortened(text)} is no YAML value") from error
-
-
-def _check_flags(argv: list[str], names: list[str]) -> None:
-    """Refuses an unknown flag by name, before the parser complains of what its misspelling left out."""
-    for token in argv:
-        if token.startswith("--"):
-            name = token[2:].split("=", 1)[0]
-            if name not in names and name.removeprefix("no_") not in names:
-                raise InputError(f"unknown flag --{beginning(name, 60)}; {did_you_mean(name, names, '--')}")
 
 
 # ---- a model's configuration -----------------------------------------------------------------------------------
@@ -189,25 +185,13 @@ def _configurations(config_class: type | None) -> list[type]:
 
 
 def field_texts(config_class: type | None) -> dict[str, str]:
-    """What the docstrings of a configuration and of its bases say of each field.
-
-    They have an entry a field, `name: text` or, as transformers writes, ``name (`int`, ...):``; further lines of an
-    entry are indented more than its first. `a, b: text` is of two fields.
-    """
+    """What the docstrings of a configuration and of its bases say of each field."""
     texts: dict[str, str] = {}
     known = set(model_fields(config_class))
     for base in _configurations(config_class):
-        names, indent = [], 0
-        for line in inspect.cleandoc(base.__doc__ or "").splitlines():
-            depth, text = len(line) - len(line.lstrip()), line.strip().replace("%", "%%")
-            head = re.fullmatch(r"(\w+(?:, \w+)*)(?: \(.*\))?:\s*(.*)", text)
-            if head and known.issuperset(head[1].split(", ")):
-                names, indent = head[1].split(", "), depth
-                texts |= dict.fromkeys(names, head[2])
-            elif text and depth > indent:
-                texts |= {name: f"{texts[name]} {text}".strip() for name in names}
-            else:
-                names = []
+        for _, names, text in ENTRY.findall(inspect.cleandoc(base.__doc__ or "")):
+            if known.issuperset(names.split(", ")):
+                texts |= dict.fromkeys(names.split(", "), " ".join(text.split()).replace("%", "%%"))
     return texts
 
 

@@ -19,7 +19,7 @@ OLD_NAMES = {
     "NounArgs": {"num_proc": "num_workers"},
     "SceneArgs": {"train": "num_train", "validation": "num_validation"},
 }
-MOST_OF_A_YAML = 100_000  # values; one that is there by reference counts each time
+MOST_OF_A_YAML = 100_000  # values. One that is referred to several times counts each time
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -35,7 +35,7 @@ _NULL = ("", "~", "null", "Null", "NULL")  # how YAML writes None
 
 
 def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Raises yaml.YAMLError where a text is no YAML, or holds a number or a date that cannot be."""
+    """Raises yaml.YAMLError where a text is no YAML, or has a number or a date that does not exist."""
     if re.search(r"^\s*<<\s*:", text, re.MULTILINE):  # each of them may double the time
         raise yaml.YAMLError("it has a merge key, <<: write the fields out")
     try:

@@ -114,7 +114,7 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         # Each writer has its own exception for a full disk: Python OSError, safetensors and torch theirs.
         thing = shown(getattr(error, "of_file", None) or getattr(error, "filename", None) or "a file", 150)
-        reasons = [text.format(thing) for code, text in NO_SPACE.items() if _is(error, code)]
+        reasons = [text.format(thing) for code, text in NO_SPACE.items() if _is_of_code(error, code)]
         if isinstance(error, OSError) and thing != "a file" and error.errno in OF_THE_SYSTEM:
             reasons.append(f"{thing}: {error.strerror}; give another place, or mend this one")
         if not reasons:
@@ -130,5 +130,5 @@ def _refuse(error: InputError) -> NoReturn:
     sys.exit(2)
 
 
-def _is(error: Exception, code: int) -> bool:
+def _is_of_code(error: Exception, code: int) -> bool:
     return getattr(error, "errno", None) == code or os.strerror(code) in str(error)

@@ -64,7 +64,7 @@ class ConvertArgs(Arguments):
     num_workers: Workers = flag(0, "Processes that read pictures; 0 reads in the main one.")
     on_problem: Literal["stop", "skip"] = flag(
         "stop",
-        "What a picture that cannot be used does: nothing is finished around it (stop), or it is left out (skip).",
+        "At a picture that cannot be used: no dataset is made until it is mended (stop), or it is left out (skip).",
     )
     push_to_hub: str | None = flag(None, "Hub id, owner/name, of the dataset to upload to when all is done.")
     private: bool = flag(False, "A dataset that --push_to_hub makes is private.")

@@ -182,8 +182,8 @@ def coco_stuff(source: Path, split: str) -> list[Pair]:
 
 def voc(source: Path, split: str) -> list[Pair]:
     """VOC 2012. Its training split is the usual "trainaug": with the pictures of SBD that VOC does not validate on."""
-    root = _voc_root(source, 2012)
-    pictures = _folder([root], ["JPEGImages"], "[!.]*.jpg", "pictures of VOC 2012")
+    pictures = _voc_pictures(source, 2012)
+    root = pictures.parent
     own = _folder([root], ["SegmentationClass"], "[!.]*.png", "maps of VOC 2012")
     lists = root / "ImageSets" / "Segmentation"
 
@@ -218,8 +218,8 @@ def voc(source: Path, split: str) -> list[Pair]:
 
 def pascal_context(source: Path, split: str) -> list[Pair]:
     """Pascal Context's .mat files for the pictures of VOC 2010, split as VOC 2010 is."""
-    root = _voc_root(source, 2010)
-    pictures = _folder([root], ["JPEGImages"], "[!.]*.jpg", "pictures of VOC 2010")
+    pictures = _voc_pictures(source, 2010)
+    root = pictures.parent
     maps = _folder([source, root, root.parent, root.parent.parent], ["trainval"], "[!.]*.mat", "Pascal Context's maps")
     name = {"train": "train.txt", "validation": "val.txt"}[split]
     ids = _listed(_first_file(root / "ImageSets", [f"SegmentationContext/{name}", f"Main/{name}"]))
@@ -275,14 +275,9 @@ def coco_captions(source: Path, split: str) -> list[Captioned]:
     return [Captioned(image_id, captions[number]) for number, image_id in image_ids]
 
 
-def _voc_root(source: Path, year: int) -> Path:
-    """The folder with JPEGImages in it."""
-    names = [f"VOCdevkit/VOC{year}", f"VOC{year}", "."]
-    for name in names:
-        if (source / name / "JPEGImages").is_dir():
-            return source / name
-    looked_for = _words([f"{name}/JPEGImages".removeprefix("./") for name in names])
-    raise InputError(f"{source} has {looked_for}: the pictures of VOC {year} are expected there")
+def _voc_pictures(source: Path, year: int) -> Path:
+    names = [f"{parent}JPEGImages" for parent in (f"VOCdevkit/VOC{year}/", f"VOC{year}/", "")]
+    return _folder([source], names, "[!.]*.jpg", f"pictures of VOC {year}")
 
 
 def _pairs_of_folders(images: Path, labels: Path, values: Callable[[Path], np.ndarray], begin: str = "") -> list[Pair]:

@@ -11,6 +11,11 @@ from zs3.convert.archives import ARCHIVES
 from zs3.label_space import CLASSES_FOLDER, load_label_space
 from zs3.tables import markdown_table
 
+ABOUT_CAPTIONS = [
+    "Columns: image_id and captions, a list. The pictures are those of coco_stuff_171 with the same image_id; they",
+    "are not repeated here. Load it with `datasets.load_dataset(FOLDER)`.",
+]
+
 
 def card(result: dict) -> str:
     """README.md of the dataset: front matter for the Hub and `load_dataset`, then what it is."""
@@ -29,7 +34,7 @@ def card(result: dict) -> str:
         ),
         "",
         *(_departure(split, row) for split, row in splits.items() if not row["as_released"]),
-        *(_about_captions() if captions else _about_maps(result)),
+        *(ABOUT_CAPTIONS if captions else _about_maps(result)),
         f"\nLicences of the originals: {archive.licence}\n",
     ]
     return "\n".join(lines)
@@ -61,13 +66,6 @@ def _departure(split: str, row: dict) -> str:
     source = " and ".join(f"{number:,} {what}" for what, number in row["in_source"].items())
     here = f"{row['num_images']:,} are here"
     return f"**{split} differs from the release**: that has {release}, the copy {source}; {here}.\n"
-
-
-def _about_captions() -> list[str]:
-    return [
-        "Columns: image_id and captions, a list. The pictures are those of coco_stuff_171 with the same image_id; they",
-        "are not repeated here. Load it with `datasets.load_dataset(FOLDER)`.",
-    ]
 
 
 def _about_maps(result: dict) -> list[str]:

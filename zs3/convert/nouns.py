@@ -26,7 +26,6 @@ on the 30 captions that were written after it was chosen, 0.98. TextBlob's tagge
 Axes: C class name, N image.
 """
 
-import importlib
 import re
 import sys
 from collections import Counter
@@ -91,8 +90,6 @@ class Word(NamedTuple):
     noun: str | None  # the form in the list of names; None: it is no noun here
 
 
-Tagger = Callable[[str], list[Word]]
-
 # Words begin with a letter: numbers name nothing. Endings such as "'s" and punctuation are words of their own.
 WORDS = re.compile(r"['’]\w+|[^\W\d_]+(?:-[^\W\d_]+)*|[.,;:!?]")
 LEMMAS = {"leaves": "leaf"}  # LemmInflect's first choice is "leave"
@@ -104,17 +101,15 @@ PLURAL_NOUNS = {"fries", "glasses", "pants", "shorts", "sunglasses"}  # their si
 
 
 @cache
-def load_tagger() -> Tagger:
+def load_tagger() -> Callable[[str], list[Word]]:
     """Caption -> its words in order, punctuation among them."""
-    for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            mend = "pip install -c constraints.txt -e '.[nouns]'"
-            raise InputError(f"caption nouns need the package {package}: {mend}") from error
-    import HanTa
-    from HanTa.HanoverTagger import HanoverTagger
-
+    try:
+        import HanTa
+        import lemminflect  # noqa: F401
+        from HanTa.HanoverTagger import HanoverTagger
+    except ImportError as error:
+        mend = "pip install -c constraints.txt -e '.[nouns]'"
+        raise InputError(f"caption nouns need the package {error.name}: {mend}") from error
     hanta = HanoverTagger(str(Path(HanTa.__file__).parent / "morphmodel_en.pgz"))
 
     def tagger(caption: str) -> list[Word]:
@@ -253,17 +248,6 @@ def write_nouns(path: Path, image_ids: list[str], positions: list[np.ndarray]) -
     pyarrow.parquet.write_table(pyarrow.table({"image_id": image_ids, "nouns": column}), path)
 
 
-def write_folder(
-    folder: Path, class_names: list[str], positions: dict[str, dict[str, np.ndarray]], settings: dict
-) -> None:
-    """positions: split -> image_id -> the positions of its nouns among the class names."""
-    ignored = ignored_id(len(class_names))
-    write_json(folder / "classes.json", {"classes": class_names, "unseen": [], "ignore_label": ignored})
-    for split, found in positions.items():
-        write_nouns(folder / f"nouns-{split}.parquet", list(found), list(found.values()))
-    write_json(folder / "settings.json", settings)
-
-
 # ---- the command -------------------------------------------------------------------------------------------
 
 
@@ -309,7 +293,11 @@ def make_nouns(args: NounArgs) -> dict:
             "unseen_listed": [name for name, listed in zip(names, among(names, unseen), strict=True) if listed],
             "images_with": {name: frequency[name] for name in names},
         }
-        write_folder(partial, names, positions, settings)
+        ignored = ignored_id(len(names))
+        write_json(partial / "classes.json", {"classes": names, "unseen": [], "ignore_label": ignored})
+        for split, nouns in positions.items():
+            write_nouns(partial / f"nouns-{split}.parquet", list(nouns), list(nouns.values()))
+        write_json(partial / "settings.json", settings)
     return settings
 
 

@@ -480,25 +480,19 @@ def _train_command(folder: Path, steps: int, seed: int) -> None:
     if folder.exists():
         raise InputError(f"{folder} exists already: give another folder, or remove it first")
     with writing_folder(folder) as unfinished:
-        print(_fill(unfinished, steps, seed, folder.name))
-    print(f"the tiny CLIP and its card are in {folder}")
-
-
-def _fill(folder: Path, steps: int, seed: int, name: str) -> str:
-    """Trains into an empty folder, which will get the name `name`. Returns the tables of its card."""
-    start = time.monotonic()
-    model = train(folder, steps, seed)
-    minutes = (time.monotonic() - start) / 60
-    vision = model.config.vision_config
-    result = {
-        "command": f"zs3 tiny_clip train --output {name} --steps {steps} --seed {seed}",
-        "seed": seed, "steps": steps, "batch": BATCH, "minutes": minutes, "threads": torch.get_num_threads(),
-        "num_parameters": model.num_parameters(), "image_size": vision.image_size, "patch_size": vision.patch_size,
-        "projection_dim": model.config.projection_dim,
-    } | evaluate(model, world_tokenizer())  # fmt: skip
-    write_json(folder / "results.json", result)
-    write_card(folder)
-    return table(result)
+        start = time.monotonic()
+        model = train(unfinished, steps, seed)
+        minutes = (time.monotonic() - start) / 60
+        vision = model.config.vision_config
+        result = {
+            "command": f"zs3 tiny_clip train --output {folder.name} --steps {steps} --seed {seed}",
+            "seed": seed, "steps": steps, "batch": BATCH, "minutes": minutes, "threads": torch.get_num_threads(),
+            "num_parameters": model.num_parameters(), "image_size": vision.image_size, "patch_size": vision.patch_size,
+            "projection_dim": model.config.projection_dim,
+        } | evaluate(model, world_tokenizer())  # fmt: skip
+        write_json(unfinished / "results.json", result)
+        write_card(unfinished)
+    print(f"{table(result)}\nthe tiny CLIP and its card are in {folder}")
 
 
 def _evaluate_command(folder: Path) -> None:
