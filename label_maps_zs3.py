@@ -306,7 +306,8 @@ class _Race:
     """A competition of some classes at every pixel, and its result.
 
     members, favourites: (C,) bool. rank: 1, or 2 where the second best is wanted, too; 0 without members.
-    exact: near-ties are decided in float64, else they go to the lowest index: a group may win nowhere in the image.
+    exact: near-ties are decided in float64. Otherwise they go to the lowest index, which takes less time: a group may
+    win nowhere in the image.
     ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile; floor(x) is at most the score at x of the class of this
     rank. inf or NaN where there is no floor.
     label_map, score: (N, X), score None where it is not wanted.
@@ -480,7 +481,7 @@ def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race]) -> None:
 
 
 def _upsampled(tiles: _Tiles, tile: Tensor, classes: Tensor, scored: bool) -> _Part:
-    """tile (n,), classes (n, K). A query matters as its mask is uncertain; without scores, times its largest class."""
+    """tile (n,), classes (n, K). A query's stake: how uncertain its mask is, without scores times its largest class."""
     low, high, reach = tiles.low[tile], tiles.high[tile], tiles.reach[tile]  # (n, Q)
     excess = tiles.excess[classes]  # (n, K, Q)
     largest, radius = excess.amax(dim=1), (high - low) / 2  # (n, Q)

@@ -406,7 +406,7 @@ class _Grid(NamedTuple):
 
 
 class _Neighbours(NamedTuple):
-    """Of the sampling points of some images."""
+    """The four neighbours of each sampling point, and its distances from them, for some images."""
 
     rows: list[tuple[Tensor, int]]  # int32 (B * S * G, P), and what to add: upper left and right, lower left and right
     left: Tensor  # (B, S, G * P), the point's distance from the left column; the next three likewise

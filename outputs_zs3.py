@@ -28,7 +28,7 @@ class Zs3Output(ModelOutput):
     loss: scalar, where `labels` are given: the sum of weight x term (Eq. 8).
     loss_terms: dict of unweighted scalars class, mask, dice, rank, each summed over the decoder outputs.
     same_label_rate: scalar in [0, 1], how often a query's label is the class of its mask (last decoder output); NaN
-        without masks. It has a meaning where the ids in `labels` index the class axis.
+        without masks. It is meaningful only where the ids in `labels` index the class axis.
     mask_logits: (B, Q, h, w) of the last decoder output; sigmoid gives the proposals M.
     class_embeds: (B, Q, D), E^c, not normalised.
     class_logits: (B, Q, C), cosine / temperature.
@@ -146,7 +146,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def has_no_values(tensor: Tensor) -> bool:
-    """Whether a tensor's values cannot be read: it is "meta", or a graph or a torch.func transform is being made."""
+    """Whether a tensor's values cannot be read: it is "meta", or PyTorch makes a graph or a torch.func transform."""
     made = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return made or tensor.is_meta or isinstance(tensor, FakeTensor)
 

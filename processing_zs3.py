@@ -330,7 +330,7 @@ def resize_nearest(label_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 class Zs3Processor(ProcessorMixin):
-    """Images and class names to the inputs of Zs3ForSemanticSegmentation, and its outputs to label maps."""
+    """Makes the model's inputs from images and class names, and label maps from its outputs."""
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
@@ -476,14 +476,14 @@ class Zs3Processor(ProcessorMixin):
 def saved_processor(source: str, *, text: bool = True, revision: str = "main") -> Zs3Processor | Zs3ImageProcessor:
     """The processor of a checkpoint, a folder or a Hub id. text: the checkpoint has a text tower and a tokenizer."""
     image_processor = Zs3ImageProcessor.from_pretrained(source, revision=revision)
-    vars(image_processor).pop("auto_map", None)  # names code of the checkpoint, and would be saved again
+    vars(image_processor).pop("auto_map", None)  # it names code of the checkpoint, and would be saved again
     if not text:
         return image_processor
     return Zs3Processor(image_processor, saved_tokenizer(source, revision), saved_templates(source, revision))
 
 
 def saved_tokenizer(source: str, revision: str = "main") -> CLIPTokenizer:
-    """Without its files transformers would make one that knows no word, and say nothing."""
+    """The tokenizer of a checkpoint. Without its files transformers would make one without words, and not say so."""
     if not _saved(source, "tokenizer.json", revision):
         for name in ("vocab.json", "merges.txt"):
             if not _saved(source, name, revision):

@@ -209,7 +209,7 @@ def test_the_models_ensemble_is_crops_softmax_and_formula_one_proposal_at_a_time
     )
 
 
-def test_a_wrong_weight_a_missing_tower_and_an_unsaid_split_are_told(model):
+def test_a_wrong_weight_a_missing_tower_and_unknown_seen_classes_are_refused(model):
     images, mask_logits, valid_sizes = proposals()
     outputs = Zs3Output(mask_logits=mask_logits, valid_sizes=valid_sizes, class_logits=torch.zeros(2, 5, 2))
     text, is_seen = torch.eye(2, D), torch.tensor([True, False])

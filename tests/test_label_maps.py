@@ -394,13 +394,13 @@ def test_an_explanation_adds_up_to_the_winners_score(image_size):
     )
     valid = outputs.valid_sizes[1].tolist()
     for y, x in ((0, 0), (7, 11), (19, 30)):
-        told = explain(outputs, y, x, image=1, image_size=image_size)
+        found = explain(outputs, y, x, image=1, image_size=image_size)
         scores = literal_scores(outputs.class_probs[1], mask_logits[1], (28, 36), valid, image_size or tuple(valid))
-        assert told.label_id == scores[:, y, x].argmax()
-        assert told.score == pytest.approx(scores[:, y, x].max().item(), abs=1e-12)
-        assert told.contributions.shape == (6,) and told.contributions.sum().item() == pytest.approx(told.score)
-        expected = outputs.class_probs[1, :, told.label_id].double() * told.mask_probs
-        torch.testing.assert_close(told.contributions, expected)
+        assert found.label_id == scores[:, y, x].argmax()
+        assert found.score == pytest.approx(scores[:, y, x].max().item(), abs=1e-12)
+        assert found.contributions.shape == (6,) and found.contributions.sum().item() == pytest.approx(found.score)
+        expected = outputs.class_probs[1, :, found.label_id].double() * found.mask_probs
+        torch.testing.assert_close(found.contributions, expected)
     assert outputs.explain(0, 0, image=1).contributions.requires_grad is False
     for y, x in ((40, 0), (-1, 0), (0, 1000), (True, 0), (0, 1.0), (float("nan"), 0)):
         with pytest.raises(ValueError, match="^[xy] must be "):

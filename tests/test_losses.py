@@ -1155,11 +1155,11 @@ def test_a_loss_on_the_label_map_has_its_weight_and_leaves_out_padding(batch):
     term = outputs.loss_terms.pop("label_map")
     assert list(outputs.loss_terms) == list(without.loss_terms) and term > 0
     close(outputs.loss - without.loss, 17 * term.item(), rtol=1e-4)
-    batch["labels"][:] = -1  # every pixel may be of any label that is told
-    told = {"image_labels": torch.tensor([[1, 1, 0, 0, 0, 0]] * 2)}
-    assert model(**batch, **told).loss_terms["label_map"] > 0
+    batch["labels"][:] = -1  # every pixel may be of any present label
+    present = {"image_labels": torch.tensor([[1, 1, 0, 0, 0, 0]] * 2)}
+    assert model(**batch, **present).loss_terms["label_map"] > 0
     padding = torch.zeros(2, 64, 64, dtype=torch.int64)
-    assert model(**batch, **told, pixel_mask=padding).loss_terms["label_map"] == 0
+    assert model(**batch, **present, pixel_mask=padding).loss_terms["label_map"] == 0
 
 
 def test_terms_are_sums_over_the_decoder_outputs(batch):

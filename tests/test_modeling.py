@@ -513,7 +513,7 @@ def test_names_that_nothing_can_embed_are_refused_and_nothing_is_stored(tmp_path
     with pytest.raises(ValueError, match="no text tower.*pass text_embeds"):
         tiny_model(text=False).set_vocabulary(["cat"])
     model = tiny_model()
-    with pytest.raises(ValueError, match="comes from no checkpoint.*pass processor="):
+    with pytest.raises(ValueError, match="not loaded from a checkpoint.*pass processor="):
         model.set_vocabulary(["cat"])
     with pytest.raises(ValueError, match="not a Zs3ImageProcessor: pass processor="):
         model.set_vocabulary(["cat"], processor=Zs3ImageProcessor())
@@ -702,20 +702,20 @@ def test_hooks_for_gradients_of_the_inputs_all_go_away():
 def test_a_mask_of_a_class_that_is_said_to_be_absent_is_refused(matching):
     model, pixels = tiny_model(text=False, matching=matching), torch.randn(2, 3, 64, 32)
     labels = torch.stack([torch.zeros(64, 32, dtype=torch.int64), torch.full((64, 32), 2)])
-    told = torch.tensor([[1, 0, 0, -1], [1, 0, 0, -1]])
+    given = torch.tensor([[1, 0, 0, -1], [1, 0, 0, -1]])
     with pytest.raises(ValueError, match="class 2 has a mask in image 1, whose image_labels say it is absent"):
-        model(pixels, text_embeds=unit(4, 12), labels=labels, image_labels=told)
-    told[1, 2] = 1
-    assert model(pixels, text_embeds=unit(4, 12), labels=labels, image_labels=told).loss.isfinite()
+        model(pixels, text_embeds=unit(4, 12), labels=labels, image_labels=given)
+    given[1, 2] = 1
+    assert model(pixels, text_embeds=unit(4, 12), labels=labels, image_labels=given).loss.isfinite()
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.float32, torch.bool])
 def test_image_labels_may_be_of_any_kind_of_number(kind):
     model, labels = tiny_model(text=False), torch.zeros(1, 64, 32, dtype=torch.uint8)
     losses = []
-    for told in (torch.tensor([[1, 0, 1, 0]], dtype=torch.int8), torch.tensor([[1, 0, 1, 0]]).to(kind)):
+    for given in (torch.tensor([[1, 0, 1, 0]], dtype=torch.int8), torch.tensor([[1, 0, 1, 0]]).to(kind)):
         torch.manual_seed(0)
-        losses.append(model(torch.ones(1, 3, 64, 32), text_embeds=unit(4, 12), labels=labels, image_labels=told).loss)
+        losses.append(model(torch.ones(1, 3, 64, 32), text_embeds=unit(4, 12), labels=labels, image_labels=given).loss)
     assert losses[0] == losses[1]
 
 

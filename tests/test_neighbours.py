@@ -349,10 +349,10 @@ def test_the_trainer_evaluates_with_and_without_image_labels(options, tmp_path):
     model.set_vocabulary(list("abcde"), batch()["text_embeds"])
     images, labels = batch(labels=True)["pixel_values"], batch(labels=True)["labels"]
     samples = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
-    told = [{**sample, "image_labels": torch.tensor([1, 1, 1, 1, 0])} for sample in samples]
+    labelled = [{**sample, "image_labels": torch.tensor([1, 1, 1, 1, 0])} for sample in samples]
     fields = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "max_steps": 1, **options}
     arguments = TrainingArguments(str(tmp_path), label_names=["labels"], **fields)
-    for data in (samples, told):
+    for data in (samples, labelled):
         trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
         trainer.train()
         assert trainer.evaluate()["eval_loss"] > 0

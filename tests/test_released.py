@@ -81,8 +81,8 @@ def test_the_first_example_of_the_readme_works_in_a_copy_without_links(tmp_path)
 
 def test_its_card_has_the_numbers_of_the_result_file_of_these_weights():
     assert RESULT["checkpoint_sha256"] == weights_sha256(str(FOLDER)) and RESULT["num_images"] == 200
-    told = {entry.metric_type: entry.metric_value for entry in ModelCard.load(FOLDER / "README.md").data.eval_results}
-    assert told == {name: RESULT[name] for name in told} and {"miou_seen", "miou_unseen", "hiou"} <= set(told)
+    found = {entry.metric_type: entry.metric_value for entry in ModelCard.load(FOLDER / "README.md").data.eval_results}
+    assert found == {name: RESULT[name] for name in found} and {"miou_seen", "miou_unseen", "hiou"} <= set(found)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -244,7 +244,7 @@ def assign(
     mask_cost: (Q, M) of mask targets with ids (M,); except for "unpaired" it includes the cost of their labels.
     label_cost: (Q, L) of the present labels (L,).
     matching:
-        "unpaired": two assignments that know nothing of each other (sections 3.1, 3.2).
+        "unpaired": two independent assignments (sections 3.1, 3.2).
         "joint": a query takes its mask's id as its label; labels without a mask go to left-over queries by label_cost.
         "hybrid": the same in one assignment, where labels without a mask compete at class_weight * label_cost.
     """

@@ -109,7 +109,7 @@ class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
-    # Weights that this model may not have: a plain Mask2Former's heads, a baseline's background.
+    # Weights that are left out where this model has none: a plain Mask2Former's heads, a baseline's background.
     _keys_to_ignore_on_load_unexpected = [r"^class_predictor\.", r"^criterion\.", r"^background_embed$"]
 
     def _init_weights(self, module: nn.Module):
@@ -163,7 +163,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self.train()
 
     def train(self, mode: bool = True) -> "Zs3ForSemanticSegmentation":
-        """As in PyTorch, but the CLIP towers stay frozen: `from_pretrained` makes all weights trainable before."""
+        """As in PyTorch, but the CLIP towers stay frozen, also after `from_pretrained`."""
         super().train(mode)
         for tower in (self.text_model, self.vision_model):
             if tower is not None:
@@ -292,7 +292,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         """The processor beside the checkpoint that this model was loaded from, of this project's classes."""
         source = self.config.name_or_path
         if not source:
-            raise ValueError("this model comes from no checkpoint that a processor lies beside: pass processor=")
+            raise ValueError("this model was not loaded from a checkpoint with a processor: pass processor=")
         revision = getattr(self.config, "_commit_hash", None) or "main"
         try:
             return saved_processor(source, revision=revision)
@@ -373,7 +373,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             "hybrid", or a label_map_weight, the ids index the class axis.
         image_labels: (B, C), 1 present, 0 absent, -1 unknown. None: from `labels` (see `default_image_labels`).
         is_seen: (C,) bool, only for that default.
-        target_counts: (3,), where the batch is a part of the one that gives the gradient, see `count_targets`.
+        target_counts: (3,), see `count_targets`; for a batch that is a part of a larger one.
         output_hidden_states, output_attentions: also return these, see Zs3Output; transformers' own forward then runs.
             None takes the config's value.
         return_dict: False returns the values as a tuple, without those that are None. None takes the config's value.
@@ -556,12 +556,12 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         is_seen: Tensor | None = None,
         weight: float | None = None,
     ) -> Zs3Output:
-        """The outputs with other class probabilities: CLIP's view of the proposals is joined in (section 4.6).
+        """The outputs with class probabilities that join CLIP's view of the proposals with the model's (section 4.6).
 
         proposals: `embed_proposals(images, outputs.mask_logits, outputs.valid_sizes)`, of the same images.
         text_embeds, or input_ids and attention_mask: the same label list as in `forward`.
         owner: (S,) int64, where text_embeds has a row for each of S synonyms of C classes: see `best_synonyms`.
-        is_seen: (C,) bool; None, with the stored vocabulary: which of it the training saw masks of.
+        is_seen: (C,) bool; None: the seen classes of the stored vocabulary.
         weight: w; None: the config's clip_ensemble_weight.
         """
         if not hasattr(proposals, "embeds"):
@@ -597,7 +597,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         return view or "crops"
 
     def _is_seen(self, is_seen: Tensor | None, num_classes: int, stored: bool) -> Tensor:
-        """(C,) bool: as given, or which names of the stored vocabulary the training saw masks of."""
+        """(C,) bool: as given, or the seen classes of the stored vocabulary."""
         if is_seen is None:
             names, trained = self.config.class_names, self.config.seen_class_names
             if names is None or trained is None or not stored:

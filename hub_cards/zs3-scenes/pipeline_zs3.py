@@ -134,7 +134,7 @@ class Unreadable(Refused):
 
 @dataclass
 class Lost:
-    """In place of an image that cannot be read, and of its result. error: raised when the result is wanted."""
+    """Stands for an image that cannot be read, and for its result. error: raised when the result is wanted."""
 
     error: Exception
 
@@ -156,7 +156,7 @@ class Rows(Dataset):
 
 
 class Images(Dataset):
-    """Images in their order, in a form that transformers leaves alone. alone: the caller gave one image, no list."""
+    """Images in their order, in a form that transformers does not change. alone: the caller gave one image, no list."""
 
     def __init__(self, images: Iterable, alone: bool = False):
         self.images = images
@@ -203,7 +203,7 @@ class Results(IterableDataset):
         return len(self.images)
 
     def __iter__(self) -> "Results":
-        """From the first image on, as transformers' own. An iterator cannot begin again: it goes on."""
+        """Begins with the first image, as in transformers; where the images are an iterator, with its next one."""
         if self._made is None or not isinstance(self.images.images, Iterator):
             self._made = self.make(self.images)
         return self
@@ -306,7 +306,8 @@ class Zs3Pipeline(Pipeline):
         """The network's part alone: see the class, and Proposals."""
         options = {"window": window, "overlap": overlap, "timeout": timeout}
         options |= {"batch_size": batch_size, "num_workers": num_workers}
-        return self(images, propose=True, **options, **({} if ensemble is None else {"ensemble": ensemble}))
+        options |= {} if ensemble is None else {"ensemble": ensemble}
+        return self(images, propose=True, **options)
 
     def draw(self, image: ImageLike, result: dict | list[dict], **options) -> Image.Image:
         """The result over its image, with a legend: see `draw` of drawing_zs3."""

@@ -60,7 +60,7 @@ PROMPT_TEMPLATES = (
 ClassName = str | Sequence[str] | dict
 
 PROMPTS_AT_ONCE = 256  # in the text tower
-FORMAT = "1"  # to be changed with the meaning of encode_text or of the files
+FORMAT = "1"  # a new number is needed when encode_text or the files change their meaning
 DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
 KEY_BYTES = 16
 # The only files that TextCache may remove from its folder.
@@ -204,7 +204,7 @@ def check_text_embeds(text_embeds: Tensor, size: int) -> None:
     lengths = F.normalize(text_embeds.float(), dim=-1).norm(dim=-1)
     if has_no_values(lengths):
         return
-    lost = (~((lengths - 1).abs() < 0.01)).nonzero()[:, 0]  # "not": NaN is lost, too
+    lost = (~((lengths - 1).abs() < 0.01)).nonzero()[:, 0]  # with "not", since a comparison with NaN is False
     if len(lost):
         raise Refused(
             f"{len(lost)} of {len(lengths)} text vectors have no direction, row {int(lost[0])} first: zero, too large "
@@ -255,7 +255,7 @@ class TextCache:
         vars(self).update(state, _lock=threading.RLock())
 
     def check_readable(self, labels: Sequence[Label], processor: ProcessorMixin) -> None:
-        """As the processor's own. The same list is checked once."""
+        """The processor's own check. A list that passed it last is not checked again."""
         checked = tokenizer_fingerprint(processor.tokenizer), tuple(labels)  # a copy: the caller may change the list
         if checked != self._readable:
             processor.check_readable(labels)
