@@ -293,19 +293,6 @@ def test_images_that_cannot_be_paired_are_refused(two, tmp_path):
             compare(CompareArgs(two[0], path))
 
 
-def test_areas_of_another_evaluation_are_refused(two):
-    for name, text in (("b.json", Path(two[0]).read_text()), ("a.json", None)):
-        path = Path(two[0]).with_name(name)
-        images = images_path(path)
-        if text is None:
-            images.unlink()
-        else:
-            path.write_text(text)
-        words = "does not exist: .*evaluate again" if text is None else "was not written with .*evaluate again"
-        with pytest.raises(InputError, match=words):
-            compare(CompareArgs(str(path), str(path)))
-
-
 @pytest.mark.parametrize("text", ["", "[]", '{"miou": 0.5}', "\x80"])
 def test_what_is_no_result_file_is_refused(two, tmp_path, text):
     (tmp_path / "other.json").write_text(text)

@@ -147,16 +147,19 @@ def forget(run_folder: Path) -> None:
 def restamp(run_folder: Path, **record: object) -> None:
     for path in [run_folder / "stamp.json", *run_folder.glob("checkpoints/*/stamp.json")]:
         change_json(path, **record)
-    for state in run_folder.glob("checkpoints/*"):
-        (state / "manifest.json").unlink()
-        write_manifest(state)
+    certify(run_folder)
 
 
 def certified(run_folder: Path, weights: bytes) -> None:
-    state = run_folder / "checkpoints" / "step_00000004"
-    (state / "model.safetensors").write_bytes(weights)
-    (state / "manifest.json").unlink()
-    write_manifest(state)
+    (run_folder / "checkpoints" / "step_00000004" / "model.safetensors").write_bytes(weights)
+    certify(run_folder)
+
+
+def certify(run_folder: Path) -> None:
+    """Writes manifests that fit the files of the states."""
+    for state in run_folder.glob("checkpoints/*"):
+        (state / "manifest.json").unlink()
+        write_manifest(state)
 
 
 OF_A_RUN: dict[str, tuple[Callable[[Path], object], str]] = {

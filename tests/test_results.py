@@ -167,14 +167,6 @@ def test_the_protocol_says_what_changes_the_meaning_of_a_number(fields, told):
     assert told in protocol(changed(**fields))
 
 
-def test_a_file_that_is_no_result_is_one_line(tmp_path):
-    (tmp_path / "text.json").write_text("no json")
-    (tmp_path / "other.json").write_text("[1]")
-    for name, words in {"none": "cannot read", "text": "is no JSON", "other": "is no result file"}.items():
-        with pytest.raises(InputError, match=f"{words}"):
-            read_result(tmp_path / f"{name}.json")
-
-
 def test_a_bar_in_a_cell_ends_no_cell():
     assert markdown_table(["class", "IoU"], [["a | b", "1.0"]]) == [
         "| class | IoU |",

@@ -77,7 +77,7 @@ def refusing(thing: str) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:
         said = f"nothing is called {one_line(error)}" if isinstance(error, KeyError) else one_line(error)

@@ -36,7 +36,6 @@ from zs3.training.stamp import (
 )
 
 SHOWN = 8  # names in a line
-TOWER_FIELDS = {"text": "text_config", "image": "vision_config"}
 
 
 @dataclass
@@ -88,7 +87,8 @@ def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
         config = load_config(str(folder))
     if config is None:
         return None
-    towers = [name for name in ("text", "image") if getattr(config, TOWER_FIELDS[name]) is not None]
+    towers = {"text": config.text_config, "image": config.vision_config}
+    towers = [name for name, tower in towers.items() if tower is not None]
     found.say(
         "model",
         f"{config.backbone_config.model_type} backbone, {config.num_queries} queries, vectors of "

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
@@ -53,18 +53,6 @@ Amount = Annotated[float, rule("a number of 0 or more", lambda value: value >= 0
 
 class Damaged(InputError):
     """A file that is no JSON, as a full disk or a power cut leaves it."""
-
-
-class Wrong(NamedTuple):
-    """The first value of a file that is not of its type."""
-
-    field: str
-    value: object
-    words: str  # what it should be; "" of a key that is missing
-
-    def __str__(self) -> str:
-        should = f"is {shown_value(self.value)}, not {beginning(self.words, 40)}" if self.words else "is missing"
-        return f"{beginning(self.field, 40)} {should}".strip()
 
 
 def read_json(path: Path, kind: type[Content], what: str, mend: str, needed: Sequence[str] = ()) -> Content:
@@ -118,7 +106,7 @@ def check_content(content: object, kind: type, path: Path, what: str, mend: str)
         raise InputError(f"{shown(path)} is no {what}: it holds no mapping")
     wrong = first_wrong(content, kind)
     if wrong is not None:
-        raise refusal(path, str(wrong), mend)
+        raise refusal(path, wrong, mend)
 
 
 def check_needed(content: dict, needed: Sequence[str], path: Path, what: str) -> None:
@@ -139,29 +127,25 @@ def refusal(path: Path, words: str, mend: str) -> InputError:
 # ---- a value against its type --------------------------------------------------------------------------------
 
 
-def first_wrong(value: object, kind: Any) -> Wrong | None:
-    """The first part of the value that is not of its type, or None."""
+def first_wrong(value: object, kind: Any) -> str | None:
+    """The first part of the value that is not of its type, in words, or None."""
     try:
         _adapter(kind).validate_python(value, strict=True)  # strict: true is no number, and 2.0 no whole one
+        return None
     except ValidationError as error:
         faults = error.errors(include_url=False)
-        first = faults[0]
-        if first["type"] == "missing":
-            return Wrong(_field(value, first["loc"]), first["input"], "")
-        # Where several types are allowed, pydantic has a fault for each, with the type's name at the end of "loc".
-        alike = [one for one in faults if one["loc"][:-1] == first["loc"][:-1] and one["input"] is first["input"]]
-        return Wrong(_field(value, first["loc"]), first["input"], " or ".join(dict.fromkeys(map(_words, alike))))
-    return None
+    first = faults[0]
+    field = beginning(_field(value, first["loc"]), 40)
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    # Where several types are allowed, pydantic has a fault for each, with the type's name at the end of "loc".
+    alike = [one for one in faults if one["loc"][:-1] == first["loc"][:-1] and one["input"] is first["input"]]
+    expected = [WORDS.get(one["type"]) or one.get("ctx", {}).get("expected") or one["msg"] for one in alike]
+    words = beginning(" or ".join(dict.fromkeys(expected)), 40)
+    return f"{field} is {shown_value(first['input'])}, not {words}".strip()
 
 
-def _words(fault: Any) -> str:
-    """What a value should be, by one of pydantic's faults."""
-    return WORDS.get(fault["type"]) or fault.get("ctx", {}).get("expected") or fault["msg"]
-
-
-@cache
-def _adapter(kind: Any) -> TypeAdapter:
-    return TypeAdapter(kind)
+_adapter = cache(TypeAdapter)
 
 
 def _field(value: Any, location: tuple[str | int, ...]) -> str:

@@ -76,11 +76,10 @@ def check_same_images(results: Iterable[Path], data: Path, num_validation: int) 
     """Existing results, also of another machine, must be of as many images as the dataset has."""
     for path in filter(Path.exists, results):
         result = unless_damaged(read_result, path, ("split_images",))
-        count = num_validation if result is None else result["split_images"]
-        if count != num_validation:
+        if result is not None and result["split_images"] != num_validation:
             raise InputError(
-                f"{path} is of {count} validation images and {data} has {num_validation}: bring those images "
-                "back, or delete it to evaluate again"
+                f"{path} is of {result['split_images']} validation images and {data} has {num_validation}: bring those "
+                "images back, or delete it to evaluate again"
             )
 
 
@@ -93,18 +92,15 @@ def check_scripts(names: Iterable[str]) -> None:
 # ---- the command -------------------------------------------------------------------------------------------
 
 
-def draw_scenes(data: Path, num_train: int, num_validation: int) -> None:
-    """Draws the pictures of the benchmark, if they are missing."""
-    if not data.exists():
-        write_dataset(data, num_train, num_validation, seed=0)
-    counts = num_images(data)
-    if counts != (num_train, num_validation):
-        raise InputError(f"{data} holds {counts[0]} and {counts[1]} scenes: choose another --output_dir")
-
-
-def num_images(data: Path) -> tuple[int, int]:
-    """Of training and validation."""
-    return len(load_split(data, "train")), len(load_split(data, "validation"))
+def num_images(args: AblationArgs) -> tuple[int, int]:
+    """Of training and validation. Scenes are drawn if they are missing."""
+    wanted, is_drawn = (args.num_train, args.num_validation), args.dataset == SCENES
+    if is_drawn and not args.data.exists():
+        write_dataset(args.data, *wanted, seed=0)
+    counts = len(load_split(args.data, "train")), len(load_split(args.data, "validation"))
+    if is_drawn and counts != wanted:
+        raise InputError(f"{args.data} holds {counts[0]} and {counts[1]} scenes: choose another --output_dir")
+    return counts
 
 
 def main() -> None:
@@ -120,9 +116,7 @@ def make_all(args: AblationArgs) -> None:
     rows = [row for table in tables.values() for row in table.rows]
     check_scripts(trainings(rows))
     steps = {name: check_trained(runs, name) for runs in args.runs for name in trainings(rows)}
-    if args.dataset == SCENES:
-        draw_scenes(args.data, args.num_train, args.num_validation)
-    num_train, num_validation = num_images(args.data)
+    num_train, num_validation = num_images(args)
     results = {row: [runs.result(row) for runs in args.runs] for row in rows}
     paths = {path for of_row in results.values() for path in of_row}
     check_same_images(paths, args.data, num_validation)

@@ -1,6 +1,6 @@
 """The seen bias and the ensemble of an evaluation: a number or a file's answer, and how each was chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ def number_or_none(given: str) -> float | None:
         return None
 
 
+def chosen(given: str, best: Callable[..., Chosen], stamp: Result, image_ids: list[str]) -> Chosen:
+    """given: a number, or a file. best: reads the answer of such a file."""
+    value = number_or_none(given)
+    return best(Path(given), stamp, image_ids) if value is None else Chosen(value, BY_HAND)
+
+
 # ---- the bias ------------------------------------------------------------------------------------------------
 
 
@@ -37,10 +43,7 @@ def check_bias(given: str) -> None:
 
 def chosen_bias(given: str | None, stamp: Result, image_ids: list[str]) -> Chosen:
     """given: None, a number, or a result file, whose curve has a best bias."""
-    if given is None:
-        return Chosen(0.0, "none")
-    value = number_or_none(given)
-    return best_bias(Path(given), stamp, image_ids) if value is None else Chosen(value, BY_HAND)
+    return Chosen(0.0, "none") if given is None else chosen(given, best_bias, stamp, image_ids)
 
 
 def best_bias(path: Path, stamp: Result, image_ids: list[str]) -> Chosen:
@@ -86,7 +89,7 @@ def chosen_ensemble(
     model: PreTrainedModel, view: str | None, weight: str | None, stamp: Result, image_ids: list[str]
 ) -> Ensemble:
     """view, weight: as given; None: the checkpoint's own."""
-    given = None if weight is None else chosen_weight(weight, stamp, image_ids)
+    given = None if weight is None else chosen(weight, best_weight, stamp, image_ids)
     if given is not None and given.value is None:
         if view is None:
             return Ensemble("off", given)
@@ -98,12 +101,6 @@ def chosen_ensemble(
     if view == "off":
         return Ensemble(view, Chosen(None, "none"))
     return Ensemble(view, given or Chosen(model.config.clip_ensemble_weight, "the checkpoint's"))
-
-
-def chosen_weight(given: str, stamp: Result, image_ids: list[str]) -> Chosen:
-    """given: a number, or a file of zs3 ensemble_weight."""
-    weight = number_or_none(given)
-    return best_weight(Path(given), stamp, image_ids) if weight is None else Chosen(weight, BY_HAND)
 
 
 class WeightSettings(TypedDict, total=False):

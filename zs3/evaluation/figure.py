@@ -9,12 +9,12 @@ reads the areas of the images that eval.py wrote beside its result file.
 Axes: H W pixels, C classes, N images.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -43,6 +43,7 @@ from zs3.evaluation.results import EVALUATE_AGAIN, read_images, read_result
 from zs3.files import file_name
 from zs3.label_space import load_label_space
 from zs3.scores.bootstrap import SavedImages, images_path
+from zs3.scores.means import iou_of_areas, nanmean
 from zs3.typed_json import refusal
 
 IMAGE, TRUTH = "image", "ground truth (grey: unlabelled)"
@@ -156,12 +157,9 @@ def image_ious(images: SavedImages) -> dict[str, float]:
 
     Images without a labelled pixel are left out.
     """
-    intersection, truth, predicted = (area.toarray() for area in images.areas)  # (C, N) each
-    shown = truth > 0
-    iou = intersection / np.maximum(truth + predicted - intersection, 1)
-    count = shown.sum(axis=0)
-    mean = (iou * shown).sum(axis=0) / np.maximum(count, 1)
-    return {str(images.image_ids[place]): float(mean[place]) for place in np.flatnonzero(count)}
+    means = nanmean(iou_of_areas(*(area.toarray().T for area in images.areas), absent="truth"))  # (N,)
+    ious = zip(images.image_ids, means.tolist(), strict=True)
+    return {str(image_id): iou for image_id, iou in ious if not math.isnan(iou)}
 
 
 def indices_of(records: Split, image_ids: Sequence[str]) -> list[int]:

@@ -75,23 +75,21 @@ def load_images(path: Path) -> SavedImages:
 
 def _check_arrays(names: np.ndarray, ids: np.ndarray, image: np.ndarray, rows: np.ndarray) -> None:
     """Raises ValueError where these are not what `save_images` writes: class_names, image_ids, image and rows."""
-    for texts in (names, ids):
-        if texts.dtype.kind != "U" or texts.ndim != 1:
-            raise ValueError("names and ids are texts")
+    are_texts = all(texts.dtype.kind == "U" and texts.ndim == 1 for texts in (names, ids))
+    if not are_texts or image.dtype != np.int64 or rows.dtype != np.int64 or image.ndim != 1:
+        raise ValueError("arrays of other types")
+    if rows.shape != (len(image), 4):
+        raise ValueError("image and rows have a row for each class in an image")
     check_names(names.tolist())
-    for numbers, shape in ((image, (len(rows),)), (rows, (len(rows), 4))):
-        if numbers.dtype != np.int64 or numbers.shape != shape:
-            raise ValueError("image and rows hold a whole number for each class in an image")
-    place, (intersection, truth, predicted) = rows[:, 0], rows[:, 1:].T
-    for values, end in ((image, len(ids)), (place, len(names))):
-        if len(values) and not 0 <= values.min() <= values.max() < end:
-            raise ValueError("a row is of an image or a class that is not there")
-    if len(rows) and (intersection.min() < 0 or (intersection > np.minimum(truth, predicted)).any()):
-        raise ValueError("an intersection is at most as large as either of its areas")
-    if rows[:, 1:].sum(axis=0, dtype=np.float64).max() >= 2**53:
-        raise ValueError("more pixels than are counted exactly")
-    if len(np.unique(image * len(names) + place)) != len(rows):
-        raise ValueError("a class has at most one row in an image")
+    place, intersection, truth, predicted = rows.T
+    is_possible = (
+        ((image >= 0) & (image < len(ids)) & (place >= 0) & (place < len(names))).all()
+        and ((intersection >= 0) & (intersection <= truth) & (intersection <= predicted)).all()
+        and rows.sum(axis=0, dtype=np.float64).max() < 2**53  # more pixels are not counted exactly
+        and len(np.unique(image * len(names) + place)) == len(rows)  # a class has at most one row in an image
+    )
+    if not is_possible:
+        raise ValueError("areas that no images can have")
 
 
 def summed_areas(areas: ImageAreas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -31,7 +31,7 @@ class GeneralizedScores(NamedTuple):
 def headline_scores(iou: np.ndarray, is_seen: Sequence[bool] | Tensor | np.ndarray) -> dict[str, np.ndarray]:
     """iou (..., C) -> miou, miou_seen, miou_unseen and hiou, each (...)."""
     generalized = _generalized(iou, class_mask(is_seen, iou.shape[-1]))
-    return {"miou": _nanmean(iou), **dict(zip(GeneralizedScores._fields, generalized, strict=True))}
+    return {"miou": nanmean(iou), **dict(zip(GeneralizedScores._fields, generalized, strict=True))}
 
 
 def scores_of_areas(
@@ -89,7 +89,7 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
 
 def _generalized(iou: np.ndarray, is_seen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """iou (..., C) -> miou_seen, miou_unseen, hiou, each (...)."""
-    seen, unseen = _nanmean(iou[..., is_seen]), _nanmean(iou[..., ~is_seen])
+    seen, unseen = nanmean(iou[..., is_seen]), nanmean(iou[..., ~is_seen])
     total = seen + unseen
     return seen, unseen, np.where(total == 0, 0.0, 2 * ratio(seen * unseen, total))
 
@@ -114,7 +114,7 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.asarray(numerator) / np.where(denominator == 0, np.nan, denominator)
 
 
-def _nanmean(values: np.ndarray) -> np.ndarray:
+def nanmean(values: np.ndarray) -> np.ndarray:
     """(..., C) -> (...): the mean without NaN values; NaN if all are."""
     return ratio(np.nansum(values, axis=-1), np.count_nonzero(~np.isnan(values), axis=-1))
 
