@@ -200,6 +200,10 @@ def time_ratio(args: LabelCountArgs, above: tuple[Case, str], below: tuple[Case,
     return measuring.median_ratio(**measuring.take_turns(steps, args.rounds, limit=args.seconds))
 
 
+def apart(function: Callable, *args: object):
+    return measuring.in_fresh_process(function, *args, start="forkserver")
+
+
 def measure_all(args: LabelCountArgs, cases: list[Case]) -> list[dict]:
     """A row for each case and method, semantic_map's first, since the other label maps are compared with its."""
     methods = [OURS, SCORED, PEER, DENSE, CHUNKED]
@@ -207,7 +211,7 @@ def measure_all(args: LabelCountArgs, cases: list[Case]) -> list[dict]:
     for case, method in tqdm([(case, method) for case in cases for method in methods], desc="label stage"):
         row = {**case._asdict(), "method": method, "bytes_needed": bytes_needed(method, case, args.queries)}
         if row["bytes_needed"] <= 1e9 * args.memory_limit:
-            row |= measuring.in_fresh_process(measure, args, case, method)
+            row |= apart(measure, args, case, method)
             label_map = row.pop("label_map")
             if method == OURS:
                 exact = label_map
@@ -229,11 +233,11 @@ def goals_of(args: LabelCountArgs, kind: str, rows: list[dict]) -> list[dict]:
     wrong = sum(row["wrong_pixels"] for row in ours)
     few, many = min(args.labels), max(args.labels)
     turns = [(Case(kind, labels, args.size), OURS) for labels in (many, few)]
-    growth = measuring.in_fresh_process(time_ratio, args, *turns)
+    growth = apart(time_ratio, args, *turns)
     large = Case(kind, args.large_labels, args.large_size)
     faster = share = float("nan")
     if "seconds" in found[large, PEER]:
-        faster = measuring.in_fresh_process(time_ratio, args, (large, PEER), (large, OURS))
+        faster = apart(time_ratio, args, (large, PEER), (large, OURS))
         share = found[large, OURS]["peak_mib"] / found[large, PEER]["peak_mib"]
     peaks = [row["peak_mib"] * 2**20 / 1e9 for row in ours if row["size"] == args.size and row["labels"] <= 4000]
     peak = max(peaks, default=float("nan"))

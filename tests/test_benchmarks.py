@@ -41,7 +41,7 @@ def call(monkeypatch):
 
 @pytest.fixture
 def same_process(monkeypatch):
-    monkeypatch.setattr(measuring, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(measuring, "in_fresh_process", lambda function, *args, start="": function(*args))
 
 
 SMALL = {"batch_size": 2, "queries": 12, "outputs": 3, "size": 64, "class_names": 9, "points": 100, "rounds": 1}
@@ -68,13 +68,14 @@ def test_a_criterion_that_differs_is_no_comparison(call, monkeypatch, same_proce
 
 
 def test_peak_memory_is_what_is_held_at_once():
-    def step() -> None:
-        first = torch.zeros(2**18)  # 1 MiB
+    def step(values: int) -> None:
+        first = torch.ones(values)
         second = first + 1
         del first
         second * 2
 
-    assert measuring.allocated_peak(step, torch.device("cpu")) == pytest.approx(2, abs=0.01)
+    assert measuring.allocated_peak(lambda: step(2**18), measuring.CPU) == pytest.approx(2, abs=0.01)  # two of 1 MiB
+    assert measuring.resident_peak(lambda: step(2**23)) == pytest.approx(64, abs=4)
 
 
 def test_gradient_norms_are_those_of_each_term_alone():
@@ -168,18 +169,8 @@ def test_transformers_is_given_the_same_problem(kind):
 def test_a_measurement_in_a_process_of_its_own():
     case = label_count.Case("soft", 9, 64)
     args = label_count.LabelCountArgs(queries=12, rounds=1)
-    row = measuring.in_fresh_process(label_count.measure, args, case, label_count.DENSE)
+    row = label_count.apart(label_count.measure, args, case, label_count.DENSE)
     assert row["seconds"] > 0 and row["label_map"].shape == (64, 64)
-
-
-def test_resident_memory_is_what_is_held_at_once():
-    def step() -> None:
-        first = torch.ones(2**23)  # 32 MiB
-        second = first + 1
-        del first
-        second * 2
-
-    assert measuring.resident_peak(step) == pytest.approx(64, abs=4)
 
 
 @pytest.fixture(scope="module")
