@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 from scipy import stats
+from tiny import change_json
 
 import zs3.ablation.__main__ as command
 from configuration_zs3 import Zs3Config
@@ -328,7 +329,7 @@ def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_p
 
 def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkeypatch):
     path = run_folder(finished, 0, "pseudo") / "gzs3_off.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"miou_unseen": None}))
+    change_json(path, miou_unseen=None)
     call(monkeypatch, "table5", *flags(finished), "--seeds", 0)
     result = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]
     assert result["rows"][1]["scores"]["miou_unseen"] == {"mean": None, "interval": [None, None], "seeds": [None]}
@@ -422,7 +423,7 @@ def test_half_a_line_of_times_is_left_out(finished, capsys):
 
 def test_a_result_of_the_ovs_setting_is_no_row(finished, monkeypatch):
     path = run_folder(finished, 0, "none") / "gzs3_off.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"seen_unseen_confusion": None}))
+    change_json(path, seen_unseen_confusion=None)
     with pytest.raises(InputError, match="gzs3_off.json is no result .*, it lacks 'seen_unseen_confusion."):
         call(monkeypatch, "table5", *flags(finished))
 
@@ -472,7 +473,7 @@ def test_results_stand_where_they_are_moved(finished, monkeypatch, tmp_path):
 
 def test_results_of_other_images_are_no_row(finished, monkeypatch):
     path = run_folder(finished, 1, "none") / "gzs3_off.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"split_images": 2, "num_images": 2}))
+    change_json(path, split_images=2, num_images=2)
     with pytest.raises(InputError, match="none/gzs3_off.json is of 2 validation images and .*scenes has 1"):
         call(monkeypatch, "table5", *flags(finished))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CLASS_NAMES, save_checkpoint
+from tiny import CLASS_NAMES, change_json, save_checkpoint
 from tiny_run import flags, write_data
 
 import train
@@ -82,10 +82,6 @@ def test_what_an_older_version_left_is_whole(tmp_path, monkeypatch):
     text = said(Path("run"))
     assert "its command goes on after step 3" in text and "none: made by an older version" in text
     assert "another than that of this project" in said(Path("checkpoint"))
-
-
-def change_json(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def replace_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import change_json, tiny_model
 from transformers import AutoModel, AutoProcessor
 
 from eval import EvalArgs, evaluate, main
@@ -66,11 +66,6 @@ def make_checkpoint(folder: Path, **kwargs) -> Path:
     model.save_pretrained(folder)
     Zs3ImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}).save_pretrained(folder)
     return folder
-
-
-def change_config(checkpoint: Path, **fields: object) -> None:
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | fields))
 
 
 def loaded(checkpoint: Path) -> tuple:
@@ -177,7 +172,7 @@ def test_the_checkpoint_says_whether_to_ensemble(checkpoint, with_clip, data, tm
     with pytest.raises(InputError, match="no CLIP image tower"):
         asked(checkpoint, ensemble="crops")
     shutil.copytree(with_clip, tmp_path / "copy")
-    change_config(tmp_path / "copy", clip_ensemble_weight=None)
+    change_json(tmp_path / "copy" / "config.json", clip_ensemble_weight=None)
     assert asked(tmp_path / "copy") == ("off", None)
     assert asked(tmp_path / "copy", ensemble_weight="0.5") == ("crops", 0.5)
     with pytest.raises(InputError, match="says not to"):
@@ -190,7 +185,7 @@ def test_the_checkpoint_says_whether_to_ensemble(checkpoint, with_clip, data, tm
 
 def test_a_checkpoint_whose_config_asks_for_tuples_gets_the_same_scores(with_clip, data, tmp_path):
     shutil.copytree(with_clip, tmp_path / "copy")
-    change_config(tmp_path / "copy", return_dict=False)
+    change_json(tmp_path / "copy" / "config.json", return_dict=False)
     one, other = (evaluate(EvalArgs(model=str(model), dataset=str(data))) for model in (with_clip, tmp_path / "copy"))
     assert one["miou"] is not None and one["per_class"] == other["per_class"]
 
@@ -288,7 +283,7 @@ def test_a_bias_says_what_its_choice_knew(checkpoint, data, tmp_path):
     space = json.loads((data / "classes.json").read_text())
     shutil.copytree(checkpoint, tmp_path / "less")
     held = load_label_space("scenes").seen[:3]
-    change_config(tmp_path / "less", seen_class_names=load_label_space("scenes").seen[3:])
+    change_json(tmp_path / "less" / "config.json", seen_class_names=load_label_space("scenes").seen[3:])
     (tmp_path / "classes.json").write_text(json.dumps(space | {"unseen": [*held, *UNSEEN]}))
     less = {"model": str(tmp_path / "less"), "label_space": str(tmp_path / "classes.json"), "without": list(UNSEEN)}
     train = {"dataset": str(tmp_path / "scenes"), "split": "train"}
@@ -454,7 +449,7 @@ def test_pictures_are_drawn_evenly_over_the_split(checkpoint, data, tmp_path):
 
 def test_a_model_that_saw_unseen_masks_gets_no_zero_shot_number(checkpoint, data, tmp_path):
     model = shutil.copytree(checkpoint, tmp_path / "copy")
-    change_config(model, seen_class_names=CLASS_NAMES)
+    change_json(model / "config.json", seen_class_names=CLASS_NAMES)
     with pytest.raises(InputError, match="trained on masks of"):
         evaluate(EvalArgs(model=str(model), dataset=str(data)))
     result = evaluate(EvalArgs(model=str(model), dataset=str(data), setting="ovs", max_images=1))

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from archives import write_tree
 from conftest import Ended
-from tiny import save_checkpoint
+from tiny import change_json, save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
 import eval as evaluation
@@ -117,10 +117,9 @@ def test_a_member_that_is_there_is_not_evaluated_again(checkpoint, data_root, tm
     assert all(changed[name] != times[name] for name in times)
     shutil.copytree(checkpoint, tmp_path / "model")  # other weights, or the same with another temperature, are others
     words[1] = tmp_path / "model"
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
     suite(*words)
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("voc_*")}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"class_temperature": 0.5}))
+    change_json(tmp_path / "model" / "config.json", class_temperature=0.5)
     suite(*words)
     assert all(path.stat().st_mtime_ns != times[path.name] for path in tmp_path.glob("voc_*"))
 
@@ -136,9 +135,7 @@ def test_what_a_checkpoint_cannot_claim_has_its_reason(checkpoint, data_root, tm
 
 def test_the_row_of_table_2_has_three_scores(checkpoint, data_root, tmp_path, suite):
     shutil.copytree(checkpoint, tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    seen = load_label_space("voc_20").seen
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"seen_class_names": seen}))
+    change_json(tmp_path / "model" / "config.json", seen_class_names=load_label_space("voc_20").seen)
     words = ["--model", tmp_path / "model", "--suite", "gzs3", "--data_root", data_root, "--output", tmp_path / "out"]
     code, printed, _ = suite(*words)
     result = json.loads((tmp_path / "out" / "voc_20.json").read_text())

@@ -1,5 +1,6 @@
 """Tiny models and checkpoints that the tests share; made here, so that the suite needs no download."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -10,6 +11,10 @@ from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 
 CLASS_NAMES = ["sky", "grass", "red circle", "blue square"]
+
+
+def change_json(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def byte_tokenizer() -> CLIPTokenizer:

@@ -8,6 +8,7 @@ of the two models suggest, because an image that is hard for one model is mostly
 the areas of all images, which eval.py wrote beside each result (A_images.npz).
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,7 @@ def _row(a: float, b: float, drawn_a: np.ndarray, drawn_b: np.ndarray) -> dict:
 
 
 def report(result: dict) -> str:
-    """Markdown, percent; the classes from B's largest gain to its largest loss."""
+    """Markdown, percent; the classes from B's largest gain to its largest loss, then those without a difference."""
     lines = [
         f"{result['setting']} on {result['num_images']} images of {markdown(result['dataset'])} "
         f"({markdown(result['split'])}); percent, "
@@ -171,25 +172,20 @@ def report(result: dict) -> str:
         ["score", *head, "verdict"], ([title, *_cells(row), row["verdict"]] for title, row in rows.items())
     )
     unseen = set() if result["setting"] == "ovs" else set(result["unseen"])
-    gains = sorted(result["per_class"].items(), key=_smaller_gain)
+    rows = result["per_class"].items()
+    gains = sorted(rows, key=lambda item: math.inf if item[1]["difference"] is None else -item[1]["difference"])
     classes = ([markdown(name) + (" (unseen)" if name in unseen else ""), *_cells(row)] for name, row in gains)
     lines += ["", *markdown_table(["class", *head], classes), ""]
     lines.append(
-        f"The intervals of the {len(gains)} classes are not corrected for their number: without any difference"
+        f"The intervals of the {len(gains)} classes are not corrected for their number: without any difference "
+        "between A and B, about one in twenty would exclude 0 by chance."
     )
-    lines[-1] += " between A and B, about one in twenty would exclude 0 by chance."
     return "\n".join(lines) + "\n"
 
 
 def _source_lines(letter: str, source: dict) -> list[str]:
     name, protocol = markdown(f"{source['result']} ({source['model']})"), source["protocol"]
     return [f"- {letter}: {name}", *([f"  - {markdown(protocol)}"] if protocol else [])]
-
-
-def _smaller_gain(item: tuple[str, dict]) -> tuple[bool, float]:
-    """A key: largest gains first, classes without a difference last."""
-    difference = item[1]["difference"]
-    return difference is None, -(difference or 0)
 
 
 def _cells(row: dict) -> list[str]:
