@@ -129,16 +129,6 @@ def test_generalized_scores_by_hand(iou, expected):
         np.testing.assert_allclose(scores, expected, rtol=1e-6)
 
 
-def test_a_label_space_without_unseen_names_has_no_unseen_mean():
-    scores = generalized_scores(np.array([0.5, 1.0]), torch.tensor([True, True]))
-    assert scores.miou_seen == 0.75 and math.isnan(scores.miou_unseen) and math.isnan(scores.hiou)
-
-
-def test_mask_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="is_seen must be"):
-        generalized_scores(np.array([0.5, 1.0]), [True])
-
-
 def of_pixels(pairs, num_classes) -> tuple[float, float]:
     """Pixel accuracy, and frequency-weighted IoU as the mean over pixels of the IoU of their true class."""
     iou = iou_by_sets(pairs, num_classes)
@@ -220,10 +210,6 @@ def test_average_precision_equals_its_definition_ties_included(rows):
         assert backwards == found
     else:
         assert math.isnan(found)
-
-
-def test_scores_that_are_all_equal_are_worth_the_share_of_true_ones():
-    assert average_precision(np.ones(4, np.float32), np.array([True, False, False, False])) == 0.25
 
 
 # ---- the formulas of another library -----------------------------------------------------------------------
