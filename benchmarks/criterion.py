@@ -198,7 +198,7 @@ def main() -> None:
     text += f"{args.size}, {args.points} points, torch {facts['torch']}, {facts['machine']}.\n\n"
     text += measuring.table(TITLES, CELLS, rows)
     text += f"\nLargest relative difference of a term (class, mask, dice) at the same points: {worst:.1e}.\n"
-    measuring.publish(args.output, {**vars(args), **facts, "results": results}, text)
+    measuring.publish(args.output, {**facts, **vars(args), "results": results}, text)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def main() -> None:
     text += f"Bootstrap of {bootstrap['images']} images, {bootstrap['classes']} classes, {bootstrap['resamples']} "
     text += f"resamples, intervals of all scores and classes: {bootstrap['seconds']:.2f} seconds.\n"
     found = {"times": times, "memory": memory, "bootstrap": bootstrap}
-    measuring.publish(args.output, {**vars(args), **facts, **found}, text)
+    measuring.publish(args.output, {**facts, **vars(args), **found}, text)
 
 
 if __name__ == "__main__":

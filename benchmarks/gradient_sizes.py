@@ -89,7 +89,7 @@ def main() -> None:
     terms = ("class", "mask, focal", "mask, bce", "dice", "rank")
     rows = [[term, *(f"{column[term]:.2f}" for column in columns.values())] for term in terms]
     text = measuring.table_of(["weight x term", *columns], rows)
-    measuring.publish(args.output, {**vars(args), **measuring.head(), "recipe": RECIPE, "norms": columns}, text)
+    measuring.publish(args.output, {**measuring.head(), **vars(args), "recipe": RECIPE, "norms": columns}, text)
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def main() -> None:
     sampled = {row["labels"]: row["checked_pixels"] for row in ours if row["checked_pixels"] < row["size"] ** 2}
     sampled = "".join(f"; at {labels} labels {pixels} random ones" for labels, pixels in sampled.items())
     text += f"{goal_table(goals)}\nPixels checked in float64: all{sampled}.\n"
-    measuring.publish(args.output, {**vars(args), **facts, "rows": rows, "goals": goals}, text)
+    measuring.publish(args.output, {**facts, **vars(args), "rows": rows, "goals": goals}, text)
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def report(
     text += f"{args.gemm_size} x {args.gemm_size}: {rate:.3g} operations a second.\n\n{tables(by_network(rows))}"
     if args.profile is not None:
         write_text(Path(args.profile), operators)
-    measuring.publish(args.output, {**vars(args), **facts, "results": rows}, text)
+    measuring.publish(args.output, {**facts, **vars(args), "results": rows}, text)
 
 
 def all_tables(rows: list[dict]) -> str:

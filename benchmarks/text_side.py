@@ -147,7 +147,7 @@ def main() -> None:
     text = f"{len(labels)} labels, {len(prompts)} prompts of {lengths['mean_tokens']:.1f} tokens (longest "
     text += f"{lengths['longest']}; {kind}), text tower of {args.layers} layers, width {args.width}, "
     text += f"torch {head['torch']}, {head['machine']}.\n\n{table(seconds)}"
-    measuring.publish(args.output, {**vars(args), "tokenizer": kind, **lengths, **head, "seconds": seconds}, text)
+    measuring.publish(args.output, {**head, **vars(args), "tokenizer": kind, **lengths, "seconds": seconds}, text)
 
 
 if __name__ == "__main__":
