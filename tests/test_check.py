@@ -66,7 +66,7 @@ def test_rotated_photographs_are_noted_and_a_split_without_labels_is_a_problem(t
 
 def test_masks_of_0_and_255_are_a_problem_where_255_is_ignored(tmp_path, check):
     write_folder(tmp_path, {f"p{index}": random_sample(index, ids=(0, 255)) for index in range(3)})
-    said = "the 3 label maps hold nothing but 'sky' and the ignored id 255: was 255 the object?"
+    said = "the 3 label maps hold nothing but 'sky' and the ignored id 255: does 255 mean the object?"
     assert f"problem: {said}" in check(tmp_path, code=2).out
     (tmp_path / "train").rename(tmp_path / "validation")
     assert f"note: validation: {said}" in check(tmp_path, "--splits", "validation").out

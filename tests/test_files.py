@@ -387,8 +387,8 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(number, tmp_path
 @pytest.mark.parametrize(
     ("place", "kind", "words"),
     [
-        ("file/x.json", "file", "is a file, no folder"),
-        ("file/a/b", "folder", "is a file, no folder"),
+        ("file/x.json", "file", "is a file, not a folder"),
+        ("file/a/b", "folder", "is a file, not a folder"),
         ("folder", "file", "is a folder: choose a file"),
         ("file", "folder", "is a file: choose a folder"),
         ("n" * 300 + ".json", "file", "is longer than the 255 bytes"),

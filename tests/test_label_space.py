@@ -138,7 +138,7 @@ def test_a_folder_called_like_a_benchmark_keeps_its_own_classes(tmp_path, monkey
         (["co w", "co\u00a0w"], [], 255, "are one name"),
         (["a", "b"], ["b", "b"], 255, "unseen: names repeat"),
         (["a", "b"], ["c"], 255, "unseen holds 'c'"),
-        (["a", "Cow"], ["cow"], 255, "unseen holds 'cow', unknown to class_names: spell it 'Cow' in both"),
+        (["a", "Cow"], ["cow"], 255, "unseen holds 'cow', which class_names lacks: spell it 'Cow' in both"),
         (["a", "b"], [], 1, "outside ids 0 to 1"),
         (["a", "b"], [], "255", "must be an integer"),
         ([], [], 255, "empty"),

@@ -191,7 +191,7 @@ def test_images_whose_proposals_are_nowhere_score_nothing(arguments):
     args = replace(arguments, mask_threshold=0.999999, max_images=4)
     result = make_pseudo_labels(args)
     assert [list(row["scores"].values()) for row in rows_of(args)] == [[0.0] * len(UNSEEN)] * 4
-    assert result["images_without_proposals"] == 4 and "all scores are 0 and say nothing" in report(result)
+    assert result["images_without_proposals"] == 4 and "all scores are 0 and mean nothing" in report(result)
     assert "warning" not in report({**result, "images_without_proposals": 3})
 
 
@@ -358,7 +358,7 @@ def test_a_shard_knows_its_settings(arguments, tmp_path, capsys):
     for text in ("", "{", '{"checkpoint_sha256": 1}'):  # the shards stand for a damaged file
         (folder / "settings.json").write_text(text)
         make_pseudo_labels(arguments)
-        assert shards(arguments.output) == before and "written anew" in capsys.readouterr().out
+        assert shards(arguments.output) == before and "is written again" in capsys.readouterr().out
     (folder / "settings.json").write_text((Path(other.output) / "settings.json").read_text())
     with pytest.raises(InputError, match="made with other settings"):
         load_unseen_scores(folder, space, ids)

@@ -114,11 +114,11 @@ def plan(tmp_path):
         ),
         (
             {"batch_size": 6, "device_batch_size": 2, "backbone_norm": "batch", "processes": 3},
-            "norms     statistics of the backbone's batch norms are of 2 images, which a process takes at once",
+            "norms     statistics of the backbone's batch norms are of the 2 images that a process computes at once",
         ),
         (
             {"batch_size": 6, "backbone_norm": "sync", "processes": 3},
-            "norms     statistics of the backbone's batch norms are of 6 images, which all processes take at once",
+            "norms     statistics of the backbone's batch norms are of the 6 images that all processes compute at once",
         ),
         ({}, "device    cpu, one process"),
     ],
@@ -145,7 +145,7 @@ def test_pseudo_labels_are_counted_and_none_is_noted(plan, tmp_path):
 
 
 def test_fsdp_that_accelerate_left_out_is_noted(plan, monkeypatch):
-    note = "note      accelerate was asked for FSDP, which it has on GPUs only: it is not in force"
+    note = "note      accelerate was asked for FSDP, which works on GPUs only: it is not used here"
     assert note not in plan()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert note in plan()
@@ -235,7 +235,7 @@ ALL_UNSEEN = LabelSpace(SPACE.class_names, SPACE.class_names, 255)
         ([(0, 1)], ALL_UNSEEN, "all classes are unseen"),
         ([(255,), (255,)], SPACE, "the 2 label maps hold no class, so no seen class to train on"),
         ([(1, 255), (3,)], SPACE, "the 2 label maps hold nothing but 'cow', 'cat', so no seen class to train on"),
-        ([(0, 255), (255,)], SPACE, "maps hold nothing but 'sky' and the ignored id 255: was 255 the object"),
+        ([(0, 255), (255,)], SPACE, "maps hold nothing but 'sky' and the ignored id 255: does 255 mean the object"),
     ],
 )
 def test_data_without_anything_to_learn_are_refused_before_the_run(ids, space, words, tmp_path):

@@ -7,7 +7,7 @@ from importlib.util import spec_from_loader
 
 
 class OldCommand(InspectLoader):
-    """Runs commands by their old spelling, as `python -m zs3.check`, and says the new one, `zs3 check`."""
+    """Runs a command by its old spelling, `python -m zs3.check`, and prints the new one, `zs3 check`."""
 
     @classmethod
     def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
@@ -18,7 +18,7 @@ class OldCommand(InspectLoader):
         return spec_from_loader(name, cls()) if is_command else None
 
     def get_source(self, name: str) -> str:
-        if name in sys.modules:  # an import, which registers a module before it is run
+        if name in sys.modules:  # an import: it registers a module before it runs it
             raise ModuleNotFoundError(f"there is no module {name} any more: its command is `zs3 {name[4:]}`")
         return (
             f"from zs3.__main__ import run_old_command\n\nif __name__ == '__main__':\n    run_old_command({name!r})\n"

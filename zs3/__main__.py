@@ -3,7 +3,7 @@
     zs3                  # lists the commands
     zs3 NAME --help
 
-Each command is the `main` of one module, which alone is imported.
+Each command is the function `main` of one module. Only that module is imported.
 """
 
 import sys
@@ -15,14 +15,14 @@ from typing import NoReturn
 COMMANDS = (
     ("demo", "zs3.scenes.demo", "train, evaluate and try a tiny model on the embedded benchmark"),
     ("scenes", "zs3.scenes.__main__", "draw the embedded benchmark into a folder"),
-    ("convert", "zs3.convert.__main__", "make a dataset of an official archive"),
+    ("convert", "zs3.convert.__main__", "convert an official archive to a dataset"),
     ("check", "zs3.data.check", "read every picture and label map of a dataset, and list what cannot be used"),
-    ("nouns", "zs3.convert.nouns", "make class names and image labels of captions"),
+    ("nouns", "zs3.convert.nouns", "make class names and image labels from captions"),
     ("pseudo_labels", "zs3.pseudo_labels", "find the unseen classes in training pictures with CLIP"),
-    ("doctor", "zs3.doctor", "say what a run or a checkpoint is, and whether it is whole"),
+    ("doctor", "zs3.doctor", "describe a run or a checkpoint, and check that it is complete"),
     ("ensemble_weight", "zs3.evaluation.ensemble_weight", "choose the weight of the ensemble with CLIP"),
     ("compare", "zs3.evaluation.compare", "say whether one result is better than another"),
-    ("figure", "zs3.evaluation.figure", "draw images, truth and label maps side by side"),
+    ("figure", "zs3.evaluation.figure", "draw images, ground truth and predictions side by side"),
     ("ablation", "zs3.ablation.__main__", "train and evaluate a table of variants over seeds"),
     ("export", "zs3.release.export", "write the visual part of a checkpoint for torch.export or ONNX"),
     ("release", "zs3.release.__main__", "make a checkpoint ready for the Hub, and upload it"),
@@ -43,7 +43,7 @@ def overview() -> str:
             "On one process or several, from the repository:",
             "  accelerate launch train.py                 train",
             "  accelerate launch eval.py                  evaluate",
-            "  accelerate launch -m zs3.pseudo_labels     as zs3 pseudo_labels",
+            "  accelerate launch -m zs3.pseudo_labels     same as zs3 pseudo_labels",
         ]
     )
 
@@ -60,7 +60,7 @@ def main() -> None:
         sys.argv = [f"zs3 {name}", *sys.argv[2:]]
     else:
         command = partial(refuse, sys.argv[1])
-    from zs3.command_line import run  # after the check of --help, which should not wait for it
+    from zs3.command_line import run  # imported late, so that --help is fast
 
     run(command)
 
@@ -75,7 +75,7 @@ def refuse(name: str) -> NoReturn:
 
 
 def run_old_command(module: str) -> None:
-    """module: `zs3.NAME`, as it was called up to version 0.1.0."""
+    """Runs a command by its old name. module: `zs3.NAME`."""
     name = module.removeprefix("zs3.")
     print(f"note: python -m {module} is called zs3 {name} now", file=sys.stderr)
     sys.argv[1:1] = [name]

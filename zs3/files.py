@@ -1,7 +1,7 @@
-"""Files that commands write: their names, files and folders written whole, locks. (files_zs3 reads.)
+"""How commands write files: names, complete files and folders, locks. (`files_zs3` reads files.)
 
-A file or folder takes its name when it is whole and on the disk. A command locks the folder that it writes, as long as
-it runs. (Outputs are tried before the work: `command_line.flags.try_outputs`.)
+A file or folder gets its final name when it is complete and on the disk. A command locks its output folder while it
+runs. (`command_line.flags.try_outputs` tests the output places before the work.)
 """
 
 import errno
@@ -25,11 +25,11 @@ from files_zs3 import PARTIAL, whole
 from zs3.command_line import NO_SPACE, InputError, shown
 
 LOCK = "run.lock"
-DIGEST = re.compile(r"-[0-9a-f]{16}$")  # at the end of a name by `file_name`
-LEFT = re.compile(rf"{PARTIAL}|.+\.partial")  # half files of `whole`, or of older versions
-LONGEST_NAME = 120  # bytes of an id in a file's name; file systems take 255
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # of a file system without locks
-NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows keeps them for devices
+DIGEST = re.compile(r"-[0-9a-f]{16}$")  # the end of a name that `file_name` made from an unsuitable id
+LEFT = re.compile(rf"{PARTIAL}|.+\.partial")  # unfinished files of `whole` or of older versions
+LONGEST_NAME = 120  # bytes of an image id in a file name; file systems allow 255
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of a file system without locks
+NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # reserved for devices on Windows
 
 
 PACKAGE = Path(__file__).parent
@@ -44,13 +44,13 @@ def file_sha256(path: Path) -> str:
 
 
 def project_folder(name: str) -> Path:
-    """recipes/ or hub_cards/: of the repository, or of the installed package, which has a copy."""
+    """The folder recipes/ or hub_cards/ of the repository. An installed package has its own copy."""
     folder = PACKAGE.parent / name
     return folder if (PACKAGE.parent / "train.py").exists() else PACKAGE / name
 
 
 def check_here(file: str | Path) -> None:
-    """Refuses a command that runs a file of the repository, such as train.py, where the file is missing."""
+    """Raises InputError if `file`, a part of the repository such as train.py, is missing."""
     if not Path(file).exists():
         raise InputError(f"{file} is not here: start this command from the root of the repository")
 
@@ -59,9 +59,9 @@ def check_here(file: str | Path) -> None:
 
 
 def file_name(image_id: str, suffix: str) -> str:
-    """The name of a file that belongs to an image: the id itself, where every file system takes it as a name.
+    """A file name for an image: its id, if every file system accepts it as a name.
 
-    Of any other id: the letters that names may have, and a digest. Two ids never share a file.
+    Otherwise the name has the allowed letters of the id and a digest. Two ids never share a file.
     """
     letters = "".join(letter if letter.isprintable() and letter not in '/\\:*?"<>|' else "_" for letter in image_id)
     plain = (
@@ -81,7 +81,7 @@ def file_name(image_id: str, suffix: str) -> str:
 
 @contextmanager
 def naming(thing: str | Path) -> Iterator[None]:
-    """Adds the file's name to an error that lacks it, such as a full disk's: `command_line.run` shows it."""
+    """Adds the file name to an error without one, such as a full disk. `command_line.run` shows it."""
     try:
         yield
     except Exception as error:
@@ -92,7 +92,7 @@ def naming(thing: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """`whole`, with an InputError where the place cannot be written."""
+    """As `whole`, but raises InputError if the file cannot be written."""
     try:
         with naming(path), whole(path) as partial:
             yield partial
@@ -104,7 +104,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 def is_within(error: OSError, folder: Path) -> bool:
     """Whether an error comes from writing to a folder, and not from another file or from the network."""
-    if error.filename is None:  # of writing bytes
+    if error.filename is None:  # an error while bytes are written
         return error.errno is not None
     return os.path.abspath(error.filename).startswith(os.path.abspath(folder))
 
@@ -121,7 +121,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def json_text(result: dict[str, Any]) -> str:
-    """A number that is not finite becomes null, since JSON has no word for it."""
+    """The result as JSON. NaN and infinity become null, because JSON lacks them."""
     return json.dumps(finite_or_none(result), indent=2) + "\n"
 
 
@@ -130,7 +130,7 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 def write_report(path: Path, result: dict[str, Any], text: str) -> None:
-    """The result, and beside it the printed text as .md."""
+    """Writes the result as JSON, and the printed text beside it as .md."""
     write_json(path, result)
     write_text(path.with_suffix(".md"), text)
 
@@ -145,7 +145,7 @@ def finite_or_none(value: Any) -> Any:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file, on the disk. Half a line at the end, which a killed process may have left, is ended."""
+    """Appends a line and waits for the disk. An incomplete last line, left by a killed process, is ended first."""
     with naming(path), path.open("a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -156,7 +156,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def rename(partial: Path, final: Path) -> None:
-    """A folder takes its name when all of it is on the disk."""
+    """Renames a folder after all its files are on the disk."""
     for path in [*partial.rglob("*"), partial]:
         _to_disk(path)
     os.replace(partial, final)
@@ -173,10 +173,10 @@ def _to_disk(path: Path) -> None:
 
 @contextmanager
 def writing_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes its name at the end of the block.
+    """A new folder to fill. It gets its name at the end of the block.
 
-    The half folder of a killed process is removed. One process at a time fills it. A folder that already has the name
-    is not touched: look before.
+    Only one process at a time can fill it. The unfinished folder of a killed process is removed. The caller checks
+    first that no folder has this name.
     """
     partial, lock = folder.with_name(folder.name + ".partial"), folder.with_name(f".{folder.name}.lock")
     try:
@@ -196,17 +196,17 @@ def writing_folder(folder: Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            lock.unlink(missing_ok=True)  # a process that has opened it in the meantime finds that it is gone
+            lock.unlink(missing_ok=True)  # a process that opened it meanwhile notices that it is gone
 
 
 # ---- locks -------------------------------------------------------------------------------------------------
 
 
 def lock_folder(folder: Path) -> ExitStack:
-    """Locks the folder, which is made if it is missing.
+    """Locks the folder. A missing folder is made.
 
     The lock ends when the returned stack is closed or the process ends.
-    Half files that a killed process left there are removed.
+    Unfinished files of a killed process are removed.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{shown(folder)} is a file: choose a folder")
@@ -223,12 +223,12 @@ def lock_folder(folder: Path) -> ExitStack:
 
 
 def _lives(process: int) -> bool:
-    """Whether a process of this number runs here. (A half file of another machine may stay longer.)"""
+    """Whether a process with this number runs here. (An unfinished file of another machine may stay longer.)"""
     return process < 2**31 and psutil.pid_exists(process)
 
 
 def lock_file(path: Path, folder: Path) -> ExitStack:
-    """Closing it ends the lock. So does the end of the process, even if its children live on.
+    """Locks a file. Closing the result or ending the process ends the lock, even if child processes live on.
 
     folder: the folder that the lock protects. On a file system without locks nothing is locked.
     """

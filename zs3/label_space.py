@@ -1,8 +1,8 @@
 """Label spaces: the class name of each id of a label map, the unseen names, the ignored id.
 
 A label space comes from a `classes.json` with the keys "classes" (names in the order of their ids), "unseen"
-(names; [] if there are none) and "ignore_label". Those of the benchmarks are in `zs3/classes/`. There, "source_ids"
-is the value that each class has in the label files of the original archive, and "synonyms" a list of names for each.
+(names; [] if there are none) and "ignore_label". `zs3/classes/` has those of the benchmarks, with
+two more keys: "source_ids", the value of each class in the archive's label files, and "synonyms" of each class.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from zs3.command_line import InputError, looks_local, shown
 CLASSES_FOLDER = Path(__file__).parent / "classes"
 BENCHMARKS = tuple(sorted(file.stem for file in CLASSES_FOLDER.glob("*.json")))
 KEYS = ("classes", "unseen", "ignore_label")
-MAX_CLASSES = 10_000  # an evaluation counts every pair of classes: 0.8 GB for so many
+MAX_CLASSES = 10_000  # an evaluation counts every pair of classes, which takes 0.8 GB for this number
 
 
 @dataclass(frozen=True)
 class LabelSpace:
     """C class names in the order of their ids, 0 to C - 1.
 
-    unseen: the names whose masks training never shows.
+    unseen: the names of the classes without masks in training.
     ignore_index: the id of pixels without a label, outside 0 to C - 1.
     """
 
@@ -62,7 +62,7 @@ class LabelSpace:
         if strangers:
             (place,) = places(strangers[:1], self.class_names)
             mend = "add it" if place is None else f"spell it {shortened(self.class_names[place])} in both"
-            raise InputError(f"unseen holds {shortened(strangers[0])}, unknown to class_names: {mend}")
+            raise InputError(f"unseen holds {shortened(strangers[0])}, which class_names lacks: {mend}")
         last = len(self.class_names) - 1
         fits = is_number(self.ignore_index, whole=True) and abs(self.ignore_index) < 2**31
         if not fits or 0 <= self.ignore_index <= last:
@@ -77,7 +77,7 @@ class LabelSpace:
 
     @property
     def sha256(self) -> str:
-        """Of names, unseen names and ignored id. Results and scores record it."""
+        """Digest of class names, unseen names and ignored id. Results and scores record it."""
         content = json.dumps([self.class_names, self.unseen, self.ignore_index])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -89,7 +89,7 @@ class LabelSpace:
 
 
 class FoundIds:
-    """The ids that label maps hold, and whether a training can learn from them."""
+    """Collects the ids in label maps and says whether training can learn from them."""
 
     def __init__(self, label_space: LabelSpace):
         self.label_space = label_space
@@ -108,27 +108,28 @@ class FoundIds:
 
     @property
     def enough(self) -> bool:
-        """Whether the maps so far are enough to learn from, whatever the others hold."""
+        """Whether training can learn from the maps so far, so that no other map need be read."""
         return self.has_seen and self.ids != {0}
 
     def fault(self) -> str | None:
-        """Why a training can learn nothing, in one line. None: it can."""
+        """The reason why training cannot learn from the maps, in one line; None if it can."""
         names = [shortened(self.label_space.class_names[place], 30) for place in sorted(self.ids)[:3]]
         what = f"nothing but {', '.join(names)}{', ...' * (len(self.ids) > 3)}" if names else "no class"
         ignored = self.label_space.ignore_index
         if not self.has_seen:
             return (
-                f"the {self.num_maps} label maps hold {what}, so no seen class to train on: look at ids and label space"
+                f"the {self.num_maps} label maps hold {what}, so no seen class to train on: check ids and label space"
             )
         if self.ids == {0} and self.has_ignored and len(self.label_space.class_names) > 1:
-            return f"the {self.num_maps} label maps hold {what} and the ignored id {ignored}: was {ignored} the object?"
+            held = f"the {self.num_maps} label maps hold {what} and the ignored id {ignored}"
+            return f"{held}: does {ignored} mean the object?"
         return None
 
 
 def load_label_space(name_or_path: str | Path) -> LabelSpace:
-    """Reads a label space: from a folder with a classes.json, a benchmark (`BENCHMARKS`), a file, a Hub dataset.
+    """Reads a label space from a folder with classes.json, a benchmark name (`BENCHMARKS`), a file or a Hub dataset.
 
-    The first of these that exists is taken: a dataset's folder with the name of a benchmark keeps its own classes.
+    The first of these that exists is used, so a dataset folder with a benchmark's name keeps its own classes.
     """
     path, name = Path(name_or_path), str(name_or_path)
     if (path / "classes.json").is_file():
@@ -149,19 +150,19 @@ def load_label_space(name_or_path: str | Path) -> LabelSpace:
 
 
 def source_ids(benchmark: str) -> list[int]:
-    """C values, all different: each class's value in the label files of the benchmark's official archive."""
+    """The C values, all different, that the classes have in the label files of the benchmark's official archive."""
     return _content(CLASSES_FOLDER / f"{benchmark}.json")["source_ids"]
 
 
 def load_text_embeds(path: str | Path, num_classes: int, dim: int | None = None) -> Tensor:
-    """(C, D) float32, unit length: ready-made text vectors, a .npy with one row a class name, in the order of ids."""
+    """Text vectors from a .npy with one row per class name, in the order of ids. (C, D) float32, unit length."""
     try:
         with decoding():
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)  # mapping fails where the file is cut short
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)  # memory mapping fails if the file is cut short
     except Refused as error:
         raise InputError(f"cannot read text vectors {shown(path)} ({one_line(error, 80)}): save a .npy") from error
     if not isinstance(rows, np.ndarray):
-        raise InputError(f"{shown(path)} holds several arrays: text vectors are one .npy")
+        raise InputError(f"{shown(path)} holds several arrays: save text vectors as one array, .npy")
     if rows.ndim != 2 or len(rows) != num_classes or (dim is not None and rows.shape[1] != dim):
         expected = f"({num_classes}, {'D' if dim is None else dim})"
         raise InputError(f"{shown(path)} has shape {rows.shape}, expected {expected}: one row for each class name")
@@ -197,7 +198,7 @@ def _read_classes(path: Path) -> LabelSpace:
     try:
         return LabelSpace(content["classes"], content["unseen"], content["ignore_label"])
     except InputError as error:
-        # The keys of the file, not the fields of the class.
+        # The message names the file's keys, not the fields of the class.
         message = str(error).replace("class_names", "classes").replace("ignore_index", "ignore_label")
         raise InputError(f"{shown(path)}: {message}") from error
 
@@ -208,4 +209,4 @@ def _downloaded_classes(repo_id: str) -> Path:
     try:
         return Path(hf_hub_download(repo_id, "classes.json", repo_type="dataset"))
     except (OSError, ValueError) as error:
-        raise InputError(f"no folder {repo_id}, and no Hub dataset's classes.json: {one_line(error)}") from error
+        raise InputError(f"no folder {repo_id}, and no Hub dataset with classes.json: {one_line(error)}") from error

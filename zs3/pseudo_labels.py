@@ -3,16 +3,15 @@
     accelerate launch -m zs3.pseudo_labels --model runs/stage1/final --dataset DIR --output runs/pseudo_labels
     accelerate launch train.py ... --init_from runs/stage1/final --unseen_labels runs/pseudo_labels
 
-The stage-1 model proposes masks, its CLIP image tower sees the box around each (Eq. 9), and the best proposal gives
-an image's score of a name (Eq. 10). The folder gets `settings.json`, all that decides the scores; shards of
---shard_size images, `scores-00003-of-00047.parquet`, with columns image_id and scores; and `summary.json`. A threshold
-is applied when the scores are read (`zs3.data.image_labels`), so another threshold needs no new run.
+The stage-1 model proposes masks. Its CLIP image tower scores the box around each proposal (Eq. 9). An image's score of
+a name is that of the best proposal (Eq. 10). The output folder gets `settings.json`, everything that determines the
+scores; shards of --shard_size images, `scores-00003-of-00047.parquet`, with columns image_id and scores; and
+`summary.json`. A threshold is applied when the scores are read (`zs3.data.image_labels`), so another threshold needs no
+new run. A shard is always made in the same batches, so the number of processes changes no byte. A restart makes the
+missing shards only.
 
-A shard is always made in the same batches. The number of processes changes no byte, nor does a restart, which makes
-the shards that are missing.
-
-The leak rule: scores come from pictures and from the pixels of seen classes. Only `unseen_truth`, for the summary,
-reads the pixels of unseen classes.
+Leak rule: scores use pictures and the pixels of seen classes. Only `unseen_truth`, for the summary, reads the pixels of
+unseen classes.
 
 Axes: B image of a batch, N image, Q query, U unseen name, C name in the softmax, D embedding, H W input size, h w
 mask size.
@@ -77,7 +76,7 @@ from zs3.scores.means import average_precision
 from zs3.tables import percent
 from zs3.training.stopping import all_refuse
 
-THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 0.99, 0.999)  # of the summary, beside the model's own
+THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 0.99, 0.999)  # in the summary, besides the model's own
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -88,26 +87,26 @@ class PseudoLabelArgs(Arguments):
     model: str | None = flag(None, "Stage-1 checkpoint with a CLIP image tower: a folder or a Hub id.")
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
-    output: OutputFolder | None = flag(None, "Folder for the scores; the same command again goes on where it stopped.")
+    output: OutputFolder | None = flag(None, "Folder for the scores; the same command resumes a stopped run.")
     split: str = flag("train", "Split of the dataset to make pseudo labels for.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
-    text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
+    text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row per class.")
     max_images: Count | None = flag(None, "Score the first N images only.")
 
-    seen_names: bool = flag(False, "Seen names take part in the softmax of Eq. 9 too, so that they can win.")
+    seen_names: bool = flag(False, "Seen names compete with unseen names in the softmax of Eq. 9.")
     unannotated_share: Share = flag(
-        0.0, "Use only proposals with this share of their pixels or more on no seen class (unseen and void alike)."
+        0.0, "Use only proposals with at least this share of pixels outside seen classes (unseen class or ignored)."
     )
     fill: Literal["none", "mean"] = flag("none", "What CLIP sees outside a mask: the picture, or CLIP's mean colour.")
     mask_threshold: Annotated[float, Number(float, 0, 1, below=True)] = flag(
-        0.5, "A proposal is where its mask is above this."
+        0.5, "A pixel is in a proposal if its mask probability is above this."
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the CLIP image tower.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast type of the CLIP image tower.")
 
-    batch_size: Batch = flag(8, "Images at once.")
-    shard_size: Count = flag(256, "Images a shard.")
+    batch_size: Batch = flag(8, "Images in a batch.")
+    shard_size: Count = flag(256, "Images in a shard.")
     num_workers: Workers = flag(0, "Data loading processes of each process; 0 loads in the process itself.")
-    measure: bool = flag(True, "Compare with the image labels of unseen classes, where the label maps hold them.")
+    measure: bool = flag(True, "Measure the labels against the unseen classes in the label maps, if there are any.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset", "output")
@@ -119,8 +118,8 @@ class PseudoLabelArgs(Arguments):
 def unseen_scores(proposal_embeds: Tensor, text_embeds: Tensor, logit_scale: float = 100.0) -> Tensor:
     """Scores of the unseen names for one image (Eq. 9, 10): (U,) in [0, 1]; 0 without proposals.
 
-    proposal_embeds: (Q, D), CLIP's of the proposals. text_embeds: (U, D).
-    Reading: the softmax carries CLIP's own scale. With plain cosines even the better of two names is at most 0.88.
+    proposal_embeds: (Q, D), CLIP embeddings of the proposals. text_embeds: (U, D).
+    Reading: cosines are multiplied by CLIP's logit scale. Without it, the better of two names gets at most 0.88.
     """
     if len(proposal_embeds) == 0:
         return text_embeds.new_zeros(len(text_embeds), dtype=torch.float32)
@@ -129,12 +128,12 @@ def unseen_scores(proposal_embeds: Tensor, text_embeds: Tensor, logit_scale: flo
 
 
 def usable_proposals(mask_logits: Tensor, annotated: Tensor, mask_threshold: float, share: float) -> Tensor:
-    """(Q,) bool: the proposals that are somewhere, with at least this share of their pixels on unannotated ones.
+    """(Q,) bool: the proposals that are not empty and have at least `share` of their pixels outside `annotated`.
 
-    mask_logits: (Q, h, w). annotated: (H, W) bool, pixels of seen classes at the model's input, without padding.
+    mask_logits: (Q, h, w). annotated: (H, W) bool, pixels of seen classes, at the model's input size without padding.
     """
     usable = []
-    for part in mask_logits.split(CROPS_AT_ONCE):  # at the size of the input, all masks at once are big
+    for part in mask_logits.split(CROPS_AT_ONCE):  # all masks at the input size would need much memory
         masks = proposal_masks(part, tuple(annotated.shape), mask_threshold)
         area = masks.flatten(1).sum(1)
         usable.append((area > 0) & ((masks & ~annotated).flatten(1).sum(1) >= share * area))
@@ -142,7 +141,7 @@ def usable_proposals(mask_logits: Tensor, annotated: Tensor, mask_threshold: flo
 
 
 class Inputs(NamedTuple):
-    """A batch. annotated: B of (H, W) bool, see `usable_proposals`; the rest is the model's input."""
+    """A batch: the model's input, and `annotated`, B tensors (H, W) bool for `usable_proposals`."""
 
     pixel_values: Tensor
     pixel_mask: Tensor
@@ -150,7 +149,7 @@ class Inputs(NamedTuple):
 
 
 class ScoredImages(Dataset):
-    """Of each image the picture, and which pixels show a seen class, (H, W) bool."""
+    """Of each image: the picture, and the pixels of seen classes, (H, W) bool."""
 
     def __init__(self, records: Split, label_space: LabelSpace):
         self.records = records
@@ -180,7 +179,7 @@ def score_batch(
     mask_threshold: float,
     mixed_precision: str,
 ) -> Tensor:
-    """(B, C): scores of each image. text_embeds: (C, D). The others are the flags of these names."""
+    """(B, C) scores. text_embeds: (C, D). The last four arguments are the flags of the same names."""
     pixel_values = batch.pixel_values.to(model.device)
     proposals = model.propose(pixel_values, batch.pixel_mask.to(model.device))
     usable = None
@@ -203,7 +202,7 @@ def score_batch(
 
 
 def in_parts(indices: range, size: int) -> list[range]:
-    """In order, into parts of `size`; the last may be shorter."""
+    """Parts of `size` indices, in order; the last part may be shorter."""
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
@@ -223,7 +222,7 @@ def write_shard(path: Path, image_ids: list[str], scores: np.ndarray, unseen: li
 
 
 def check_source(config: PreTrainedConfig, label_space: LabelSpace) -> None:
-    """The model must know nothing of the unseen classes."""
+    """Refuses a model that learned from unseen classes, or that has no CLIP image tower."""
     if not label_space.unseen:
         raise InputError("the label space has no unseen class: there is nothing to make pseudo labels for")
     check_no_unseen_masks(config, label_space, "pseudo labels can come from it, take the stage-1 model")
@@ -233,7 +232,7 @@ def check_source(config: PreTrainedConfig, label_space: LabelSpace) -> None:
             "pseudo labels"
         )
     if config.vision_config is None:
-        raise InputError("the checkpoint has no CLIP image tower to see proposals: train stage 1 with --clip")
+        raise InputError("the checkpoint has no CLIP image tower to score proposals: train stage 1 with --clip")
 
 
 def resolved_settings(
@@ -245,9 +244,9 @@ def resolved_settings(
     prompts: list[str],
     text_embeds: Tensor,
 ) -> dict:
-    """What decides the scores, for settings.json. text_embeds: (C, D) of the names in the softmax.
+    """Everything that determines the scores, for settings.json. text_embeds: (C, D) of the names in the softmax.
 
-    The pictures are recorded as their ids and, in a folder, the sizes of their files: reading them all takes too long.
+    Pictures are recorded by id and, in a folder, by file size: reading all files takes too long.
     """
     own_code = {"trust_remote_code": True} if args.trust_remote_code else {}
     return own_code | {
@@ -265,7 +264,7 @@ def resolved_settings(
         "logit_scale": model.config.clip_logit_scale,
         "seen_names": args.seen_names,
         **crop_flags(args),
-        # Version 0.1.0 had flags for these two. They stay, so that its unfinished folders can go on.
+        # Version 0.1.0 had flags for these two. They stay, so that its unfinished folders can be resumed.
         "expansion": 1.0,
         "num_threads": 1,
         "batch_size": args.batch_size,
@@ -280,12 +279,12 @@ def crop_flags(args: PseudoLabelArgs) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The kind of device: its kernels decide the last digits."""
+    """The kind of device. Its kernels determine the last digits of a score."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
 
 
 def checkpoint_sha256(path: str) -> dict[str, str]:
-    """Of each file of a local checkpoint that decides its outputs. A checkpoint of the Hub has its commit."""
+    """Digests of the files that determine the outputs of a local checkpoint. A Hub checkpoint has its commit."""
     files = sorted(file for kind in ("*.safetensors", "*.json", "*.py") for file in Path(path).glob(kind))
     return {file.name: file_sha256(file) for file in files if not is_leftover(file.name)}
 
@@ -295,10 +294,10 @@ def sha256(content: bytes) -> str:
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """A folder holds one run: its settings are written at the start and must be the same when it goes on.
+    """Refuses a folder with shards of other settings. Otherwise writes settings.json.
 
-    A folder without a shard is free. Each shard names its settings: where all name these, settings.json may be missing
-    or damaged.
+    Each shard holds the digest of its settings. If all shards have the right digest, settings.json may be missing or
+    damaged.
     """
     path, known = folder / "settings.json", settings_digest(settings)
     shards = {shard: shard_digest(shard) for shard in sorted(folder.glob("scores-*.parquet"))}
@@ -311,7 +310,7 @@ def check_settings(folder: Path, settings: dict) -> None:
         except InputError as error:
             if not all_bound:
                 raise
-            print(f"warning: {error}; all shards were made with the settings of this command, which are written anew")
+            print(f"warning: {error}; all shards have the settings of this command, so settings.json is written again")
             before = settings
         changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
         if changed:
@@ -328,9 +327,9 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 
 def unseen_truth(records: Split, label_space: LabelSpace, count: int) -> np.ndarray | None:
-    """(N, U) bool: which unseen classes the label maps of the first `count` images hold, for the summary.
+    """(N, U) bool: the unseen classes in the label maps of the first `count` images, for the summary.
 
-    None where they hold no unseen class.
+    None if these maps hold no unseen class.
     """
     ids = [label_space.class_names.index(name) for name in label_space.unseen]
     truth = np.zeros((count, len(ids)), dtype=bool)
@@ -342,9 +341,9 @@ def unseen_truth(records: Split, label_space: LabelSpace, count: int) -> np.ndar
 
 
 def precision_and_recall(labels: np.ndarray, truth: np.ndarray) -> dict[str, dict[str, list[float] | float]]:
-    """Image-level precision and recall of labels (N, U) bool: of each name, over all (micro), mean of names (macro).
+    """Image-level precision and recall: of each name, over all names (micro), and the mean over names (macro).
 
-    NaN where nothing is labelled, or nothing true; names without a value are left out of the mean.
+    labels, truth: (N, U) bool. A precision without labels and a recall without truth are NaN; the mean skips them.
     """
     hits = (labels & truth).sum(0)
     measures = {}
@@ -360,9 +359,9 @@ def precision_and_recall(labels: np.ndarray, truth: np.ndarray) -> dict[str, dic
 
 
 def summary(scores: np.ndarray, truth: np.ndarray | None, unseen: list[str], own: float) -> dict:
-    """How many labels each threshold gives, and how good they are. Lists go along `unseen`.
+    """How many labels each threshold gives, and how good they are. Lists are in the order of `unseen`.
 
-    scores: (N, U). truth: (N, U) bool, or None: not known. own: the model's threshold.
+    scores: (N, U). truth: (N, U) bool, or None if unknown. own: the model's threshold.
     """
     thresholds = []
     for threshold in sorted({own, *THRESHOLDS}):
@@ -371,7 +370,7 @@ def summary(scores: np.ndarray, truth: np.ndarray | None, unseen: list[str], own
         thresholds.append({"threshold": threshold, "labels": labels.sum(0).tolist(), **measures})
     result = {
         "num_images": len(scores),
-        "images_without_proposals": int((~scores.any(axis=1)).sum()),  # a softmax is above 0 for each of its names
+        "images_without_proposals": int((~scores.any(axis=1)).sum()),  # with a proposal, every score is above 0
         "unseen": unseen,
         "pseudo_label_threshold": own,
         "thresholds": thresholds,
@@ -389,7 +388,7 @@ def report(result: dict) -> str:
     measured = "average_precision" in result
     lines = [f"labels of {len(result['unseen'])} unseen names in {result['num_images']} images"]
     if result["images_without_proposals"] == result["num_images"]:
-        lines.append("warning: CLIP was shown no proposal of any image, so all scores are 0 and say nothing")
+        lines.append("warning: CLIP got no proposal of any image, so all scores are 0 and mean nothing")
     lines.append("  threshold   labels" + "   P micro     R   P macro     R" * measured)
     for row in result["thresholds"]:
         line = f"  {row['threshold']:<9g} {sum(row['labels']):8d}"
@@ -419,15 +418,15 @@ def _percents(values: list[float]) -> str:
 
 @torch.inference_mode()
 def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
-    """The summary, as it is written to the output folder; None on processes other than the main one."""
+    """Makes the pseudo labels. Returns the content of summary.json, or None on all but the main process."""
     args.check()
-    # A process that is done waits for the others, who may be a whole shard behind.
+    # A finished process waits for the others, which may be a whole shard behind.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
     torch.set_num_threads(1)  # another number can change the last digits of a score
     label_space = load_label_space(args.label_space or args.dataset)
     records = load_split(args.dataset, args.split, label_space)
     if len(set(records.image_ids)) < len(records):
-        raise InputError(f"image_id repeats in split {args.split!r}: pseudo labels are told apart by it")
+        raise InputError(f"image_id repeats in split {args.split!r}: pseudo labels need a different one for each image")
     with accelerator.local_main_process_first():
         model, processor = load_checkpoint(args.model, args.trust_remote_code)
     check_source(model.config, label_space)
@@ -440,7 +439,7 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     score = partial(score_batch, **towers, **crop_flags(args))
 
     folder, image_ids = Path(args.output), records.image_ids[: args.max_images]
-    digest = [b""]  # of the main process's settings, for all: the device of another process may have another name
+    digest = [b""]  # all processes use the main one's: device names may differ
     with ExitStack() as held:
         with all_refuse(accelerator):
             if accelerator.is_main_process:
@@ -466,11 +465,11 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
 
 
 def own_shards(accelerator: Accelerator, folder: Path, count: int, shard_size: int) -> tuple[dict[Path, range], int]:
-    """The missing shards that this process makes, each with its images, and the number of images that need none."""
+    """The missing shards of this process with their image indices, and the number of images in finished shards."""
     parts = in_parts(range(count), shard_size)
     shards = {folder / shard_name(number, len(parts)): part for number, part in enumerate(parts)}
     missing = {path: part for path, part in shards.items() if not path.exists()}
-    accelerator.wait_for_everyone()  # nobody writes while another process still looks
+    accelerator.wait_for_everyone()  # no process writes while another one still looks for shards
     mine = dict(list(missing.items())[accelerator.process_index :: accelerator.num_processes])
     return mine, count - sum(map(len, missing.values()))
 

@@ -1,6 +1,6 @@
-"""The doors of the commands: recipes and flags in, one clear line when the input is bad.
+"""Command lines: recipes and flags are read, and bad input gives one clear line.
 
-`flags` says what a flag takes, `recipes` reads recipes, `refusals` refuses, `reading` puts them together.
+`flags` checks values, `recipes` reads recipe files, `refusals` prints errors, `reading` combines them.
 """
 
 # ruff: noqa: F401

@@ -1,4 +1,4 @@
-"""The flags of a command: a dataclass, whose fields are checked whenever they are set. Outputs are tried here, too."""
+"""The flags of a command: a dataclass that checks its fields whenever they are set. Outputs are tested here, too."""
 
 import os
 import stat
@@ -20,16 +20,16 @@ NOT_EMPTY = "not empty"
 Item = TypeVar("Item")
 Some = Annotated[list[Item], NOT_EMPTY]
 
-# Flags that name what a command makes; `try_outputs` tries the places before the work.
+# Flags that name an output. `try_outputs` tests the place before the work.
 OutputFile = Annotated[str, "file"]
 OutputFolder = Annotated[str, "folder"]
 
 Count = Annotated[int, Number(int, 1, INT32)]
 Whole = Annotated[int, Number(int, 0, INT32)]
 Batch = Annotated[int, Number(int, 1, 2**16)]
-Pictures = Annotated[int, Number(int, 1, 10**6)]  # validation scenes have the indices from there on
+Pictures = Annotated[int, Number(int, 1, 10**6)]  # the indices of validation scenes start there
 Pixels = Annotated[int, Number(int, 1, 2**16)]
-Side = Annotated[int, Number(int, 32, 2**14)]  # pixels of a picture that a model sees
+Side = Annotated[int, Number(int, 32, 2**14)]  # of a model's input, in pixels
 Seed = Annotated[int, Number(int, 0, 2**32 - 1)]  # NumPy takes no larger one
 Processes = Annotated[int, Number(int, 1, 1024)]
 Workers = Annotated[int, Number(int, 0, 1024)]  # 0: none beside the main process
@@ -50,14 +50,14 @@ def flag(default: Any, text: str) -> Any:
 class Arguments:
     """Base of the commands' arguments. A field's type is checked whenever the field is set, from Python too."""
 
-    first_words: ClassVar[tuple[str, ...]] = ()  # flags whose names may be left out where their values come first
+    first_words: ClassVar[tuple[str, ...]] = ()  # flags that need no name if their values come first
 
     def __setattr__(self, name: str, value: object) -> None:
         hints = type_hints(type(self))
         super().__setattr__(name, checked(name, value, hints[name]) if name in hints else value)
 
     def check(self) -> None:
-        """What the types cannot say: flags that are missing, or that do not go together. Raises InputError."""
+        """Raises InputError if a flag is missing, or if flags do not go together."""
 
 
 @cache
@@ -66,9 +66,9 @@ def type_hints(args_class: type) -> dict[str, Any]:
 
 
 def checked(name: str, value: object, hint: Any) -> Any:
-    """The value of a flag, with Python's own numbers in it. Raises InputError where it is not of the type."""
+    """The value of a flag, with Python's own numbers. Raises InputError if it is not of the type."""
     kind, parts = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):  # with None
+    if kind in (Union, UnionType):  # X | None
         return None if value is None else checked(name, value, parts[0])
     if kind is list and (isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim)):
         return [checked(name, one, parts[0]) for one in value]
@@ -84,7 +84,7 @@ def checked(name: str, value: object, hint: Any) -> Any:
 
 
 def _of_type(value: object, hint: Any) -> Any:
-    """Raises ValueError, which says what the value should be. A text may be given as a path or a number."""
+    """Raises ValueError with the expected kind of value. A path or a number is accepted as a text."""
     kind, parts = get_origin(hint), get_args(hint)
     if hint in ANY or kind is Annotated:
         return (ANY.get(hint) or parts[1]).of(value)
@@ -105,19 +105,19 @@ def _of_type(value: object, hint: Any) -> Any:
 
 
 def check_required(args: Arguments, *names: str) -> None:
-    """Flags without a default."""
+    """Raises InputError if one of these flags is missing."""
     for name in names:
         if getattr(args, name) is None:
             raise InputError(f"--{name} is missing")
 
 
 def is_given(args: Arguments, name: str) -> bool:
-    """Whether a flag has another value than its default, None or an empty list among them."""
+    """Whether the value of a flag is not the default, not None and not an empty list."""
     return getattr(args, name) not in (None, []) and getattr(args, name) != getattr(type(args), name, None)
 
 
 def refuse_together(args: Arguments, name: str, *others: str, why: str) -> None:
-    """Refuses the others where the flag is given. why: ends the message, as in "it brings the whole model"."""
+    """Refuses `others` beside the flag `name`. why: the end of the message, as "it brings the whole model"."""
     for other in others:
         if is_given(args, name) and is_given(args, other):
             raise InputError(f"--{other} does not go with --{name}: {why}")
@@ -147,9 +147,9 @@ BESIDE = (".md", ".csv", "_images.npz")  # what commands write beside a result f
 
 
 def try_outputs(args: Arguments) -> None:
-    """Tries the places of a command's outputs before its work, so that no pass ends where nothing can be written.
+    """Tests before the work that a command can write its outputs.
 
-    Outputs are the fields of the types OutputFile and OutputFolder. Nothing is left there. Raises InputError.
+    Outputs are the fields of the types OutputFile and OutputFolder. The test leaves no file. Raises InputError.
     """
     for name, hint in type_hints(type(args)).items():
         kinds = [kind for kind in (OutputFile, OutputFolder) if kind in (hint, *get_args(hint))]
@@ -158,12 +158,12 @@ def try_outputs(args: Arguments) -> None:
 
 
 def try_output(flag: str, given: str | Path, kind: str) -> None:
-    """kind: "file" or "folder"."""
+    """Raises InputError if the output cannot be written. kind: "file" or "folder"."""
     if not str(given):
         raise InputError(f"{flag} is empty: give a path")
     path = Path(given)
     what = f"{flag} {shown(path)}"
-    path = path if path.name else path.absolute()  # of "."
+    path = path if path.name else path.absolute()  # "." has no name
     if "\0" in str(path) or str(path) != str(path).encode("utf-8", "replace").decode():
         raise InputError(f"{what}: give a path in UTF-8 that names a {kind}")
     try:
@@ -177,7 +177,7 @@ def try_output(flag: str, given: str | Path, kind: str) -> None:
             missing.append(place.name)
             place = place.parent
         if not os.path.isdir(place):
-            raise InputError(f"{what}: {shown(place)} is a file, no folder: choose another place")
+            raise InputError(f"{what}: {shown(place)} is a file, not a folder: choose another place")
         _check_names(path, kind, place, missing, what)
         with TemporaryFile(dir=place) as trial:
             trial.write(b"\n")
@@ -200,15 +200,15 @@ def _check_kind(mode: int, kind: str, what: str) -> None:
 
 
 def _check_names(path: Path, kind: str, place: Path, missing: list[str], what: str) -> None:
-    """Of the output, of what lies beside it, and of its folders that are missing in `place`."""
+    """Checks the names of the output, of files beside it, and of the folders that are missing in `place`."""
     beside = [f"{path.name}.partial"] if kind == "folder" else [f"{path.stem}{end}" for end in BESIDE]
     for name in beside if kind == "file" else ():
         if os.path.isdir(path.with_name(name)):
-            raise InputError(f"{what}: {name}, which belongs beside it, is a folder: choose another place")
+            raise InputError(f"{what}: {name}, a file beside it, is a folder: choose another place")
     longest = os.pathconf(place, "PC_NAME_MAX")
     for name in (*missing, path.name, *beside):
         if len(os.fsencode(name)) > longest:
             raise InputError(f"{what}: {shortened(name, 30)} is longer than the {longest} bytes of a file's name")
-    # Half files have other names than the file: PARTIAL.
+    # 50 bytes for the longer name of an unfinished file, PARTIAL.
     if len(os.fsencode(path.absolute())) > os.pathconf(place, "PC_PATH_MAX") - 50:
         raise InputError(f"{what} is too long a path: choose another place")

@@ -1,7 +1,7 @@
-"""A command's arguments, of its recipe and its flags.
+"""Reads a command's arguments from its recipe and its flags.
 
-A recipe is a YAML file of the same flags written down, so one parser validates both: its entries are placed
-before those of the command line, which therefore win.
+A recipe is a YAML file of flags, so one parser checks both. Its entries come before those of the command line, which
+therefore win.
 """
 
 import argparse
@@ -23,27 +23,27 @@ from zs3.command_line.refusals import InputError, did_you_mean
 
 METAVARS = {int: "N", float: "X", bool: "{true,false}"}
 Args = TypeVar("Args", bound=Arguments)
-# A field in a docstring, `name: text` or, as transformers writes, ``name (`int`, ...):``; further lines of the text are
-# indented more. `a, b: text` is of two fields. The text is looked at only: it may itself hold fields, as a section's.
+# A field in a docstring: `name: text` or, as in transformers, ``name (`int`, ...):``. Further lines are indented more.
+# `a, b: text` describes two fields. The text is a lookahead, because the text of a section holds fields itself.
 ENTRY = re.compile(r"^( *)(\w+(?:, \w+)*)(?: \(.*\))?:(?=(.*(?:\n\1 +\S.*)*))", re.MULTILINE)
 
 
 def read_arguments(
     args_class: type[Args], argv: list[str] | None = None, config_class: type | None = None, check: bool = True
 ) -> tuple[Args, dict[str, Any]]:
-    """The run's arguments, and what recipe and flags say about the model's own configuration.
+    """The command's arguments, and the fields of the model configuration that recipe or flags give.
 
     args_class: a dataclass whose fields carry `metadata={"help": ...}`; each is a flag and a recipe key.
         It has no field named config.
     argv: without the program's name; None is the command line of this process.
-    config_class: a transformers configuration; each field that it (or a base below PreTrainedConfig)
-        annotates, and args_class does not have, is a flag and a recipe key too. Those given come back in the
-        dict, read as YAML (`--backbone_config "{hidden_size: 8}"` is a mapping). The configuration checks their types.
-    check: whether missing flags, and flags that do not go together, are refused (`Arguments.check`).
+    config_class: a transformers configuration. The fields that it or a base below PreTrainedConfig annotates, and
+        that args_class lacks, are flags and recipe keys too. The dict has the given ones, read as YAML
+        (`--backbone_config "{hidden_size: 8}"` is a mapping). The configuration checks their types.
+    check: whether to call `Arguments.check`, which refuses missing flags and flags that do not go together.
 
     `--config FILE` names the recipe. Unknown names, wrong values and outputs that cannot be written raise InputError.
     """
-    types = get_type_hints(args_class)  # without what Annotated says
+    types = get_type_hints(args_class)  # without Annotated
     names = [field.name for field in fields(args_class) if field.init]
     config_names = [name for name in model_fields(config_class) if name not in names]
     argv = _with_first_flags(sys.argv[1:] if argv is None else argv, args_class.first_words)
@@ -74,9 +74,9 @@ def read_arguments(
 
 class _Parser(HfArgumentParser):
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """What argparse would refuse, with the whole value in its message, is left to `checked`.
+        """Leaves the checks to `checked`, because messages of argparse hold the whole value.
 
-        --help shows one spelling of a flag, and no flag that turns another one off: `--flip false` does it, too.
+        --help shows one spelling of a flag, and no `--no_flip`: `--flip false` does the same.
         """
         if "choices" in options:
             options["metavar"] = f"{{{','.join(options.pop('choices'))}}}"
@@ -100,7 +100,7 @@ def _parser(args_class: type[Arguments], config_class: type | None, config_names
     parser = _Parser(
         args_class,
         allow_abbrev=False,
-        description=None if doc.startswith(f"{args_class.__name__}(") else doc,  # the signature, for want of a text
+        description=None if doc.startswith(f"{args_class.__name__}(") else doc,  # the dataclass's own docstring
         usage=usage,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=34),
     )
@@ -115,7 +115,7 @@ def _parser(args_class: type[Arguments], config_class: type | None, config_names
 
 
 def _typed(kind: Callable[[str], Any], text: str) -> Any:
-    """The text as a value of the flag's type. Where that cannot be, it stays a text, for `checked` to refuse."""
+    """The text as a value of the flag's type. A text that does not fit stays a text, and `checked` refuses it."""
     try:
         return kind(text)
     except (ValueError, argparse.ArgumentTypeError):
@@ -123,7 +123,7 @@ def _typed(kind: Callable[[str], Any], text: str) -> Any:
 
 
 def _with_first_flags(words: list[str], names: tuple[str, ...]) -> list[str]:
-    """The words of a command line, with the names of the flags that its first words are values of."""
+    """The words of a command line. Each leading value gets its flag before it."""
     words, place = list(words), 0
     for name in names:
         if len(words) > place and not words[place].startswith("-"):
@@ -133,9 +133,9 @@ def _with_first_flags(words: list[str], names: tuple[str, ...]) -> list[str]:
 
 
 def _known_flag(token: str, known: list[str], old_names: dict[str, str]) -> str:
-    """A flag in this project's spelling, with underscores, and by its name of today. Other arguments stay.
+    """A flag with underscores and by its present name. Other arguments are returned unchanged.
 
-    An unknown flag is refused here, before the parser complains of what its misspelling left out.
+    Unknown flags are refused here. The parser would complain about the missing flag instead of the misspelled one.
     """
     given, equals, value = token.partition("=")
     if not given.startswith("--"):
@@ -170,7 +170,7 @@ def _yaml_value(text: str) -> Any:
 
 
 def model_fields(config_class: type | None) -> list[str]:
-    """The flags of a model: what its configuration and the bases below PreTrainedConfig annotate, the bases' first."""
+    """The model flags: the annotated fields of the configuration and its bases below PreTrainedConfig, bases first."""
     found = {}
     for base in _configurations(config_class):
         found |= inspect.get_annotations(base)
@@ -185,7 +185,7 @@ def _configurations(config_class: type | None) -> list[type]:
 
 
 def field_texts(config_class: type | None) -> dict[str, str]:
-    """What the docstrings of a configuration and of its bases say of each field."""
+    """The description of each field in the docstrings of a configuration and its bases."""
     texts: dict[str, str] = {}
     known = set(model_fields(config_class))
     for base in _configurations(config_class):
@@ -196,7 +196,7 @@ def field_texts(config_class: type | None) -> dict[str, str]:
 
 
 def _check_inner_numbers(name: str, value: object) -> None:
-    """Refuses a NaN or an infinity within a model field, as in `backbone_config`: transformers does not look there."""
+    """Refuses NaN and infinity inside a model field such as `backbone_config`; transformers does not check there."""
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         if type(inner) in ANY:
             checked(name, inner, type(inner))

@@ -1,4 +1,4 @@
-"""Recipes: YAML files of a command's flags. Flags that were renamed are taken by their old names, too."""
+"""Recipes: YAML files of a command's flags. Renamed flags are accepted by their old names, too."""
 
 import re
 import sys
@@ -11,19 +11,18 @@ from configuration_zs3 import one_line, shortened
 from files_zs3 import read_text
 from zs3.command_line.refusals import InputError, did_you_mean
 
-# Flags that were renamed: of each class of arguments the old names, which recipes and commands may still have, and the
-# names now.
+# Renamed flags: class of arguments -> old name -> present name. Recipes and commands may still have the old names.
 OLD_NAMES = {
     "AblationArgs": {"benchmark": "dataset", "processes": "num_jobs", "result": "output"},
     "ConvertArgs": {"num_proc": "num_workers"},
     "NounArgs": {"num_proc": "num_workers"},
     "SceneArgs": {"train": "num_train", "validation": "num_validation"},
 }
-MOST_OF_A_YAML = 100_000  # values. One that is referred to several times counts each time
+MOST_OF_A_YAML = 100_000  # values; a value counts as often as the file refers to it
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 5e-5 as a string, because it has neither dot nor sign; a recipe means the number."""
+    """Reads 5e-5 as a number. YAML 1.1 reads it as a string, because it has no dot."""
 
 
 RecipeLoader.add_implicit_resolver(
@@ -35,14 +34,14 @@ _NULL = ("", "~", "null", "Null", "NULL")  # how YAML writes None
 
 
 def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
-    """Raises yaml.YAMLError where a text is no YAML, or has a number or a date that does not exist."""
-    if re.search(r"^\s*<<\s*:", text, re.MULTILINE):  # each of them may double the time
+    """Raises yaml.YAMLError if the text is no YAML, or has an impossible number or date."""
+    if re.search(r"^\s*<<\s*:", text, re.MULTILINE):  # each merge key may double the time
         raise yaml.YAMLError("it has a merge key, <<: write the fields out")
     try:
         content = yaml.load(text, loader)
     except yaml.YAMLError:
         raise
-    except Exception as error:  # of a wrong date, a tag without a value, 1,000 brackets: the library's own bugs
+    except Exception as error:  # bugs of the library: a wrong date, a tag without value, 1,000 brackets
         raise yaml.YAMLError(one_line(error)) from error
     if _count(content) > MOST_OF_A_YAML:
         raise yaml.YAMLError(f"it holds more than {MOST_OF_A_YAML:,} values")
@@ -50,7 +49,7 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
 
 
 def _count(content: Any) -> int:
-    """Values in a content, as far as MOST_OF_A_YAML."""
+    """The number of values in a content; counting stops above MOST_OF_A_YAML."""
     count, waiting = 0, [content]
     while waiting and count <= MOST_OF_A_YAML:
         value = waiting.pop()
@@ -65,7 +64,7 @@ def _count(content: Any) -> int:
 def read_recipe(
     path: str | None, command: str, types: dict[str, Any], names: list[str], config_names: list[str]
 ) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """The recipe's three parts: flags; None and [] by field, which no flag can say; model configuration."""
+    """A recipe in three parts: flags; fields that are None or [], which no flag can give; model configuration."""
     flags, empty, overrides = [], {}, {}
     if path is None:
         return flags, empty, overrides
@@ -90,7 +89,7 @@ def read_recipe(
 
 
 def _load_recipe(path: str, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The recipe's mapping twice: scalars as the strings written there, and as the values they stand for."""
+    """The recipe's mapping twice: with scalars as strings, as they are written, and as typed values."""
     try:
         text = read_text(path)
         as_written, as_typed = parse_yaml(text, yaml.BaseLoader), parse_yaml(text, RecipeLoader)
@@ -114,7 +113,7 @@ def _load_recipe(path: str, command: str) -> tuple[dict[str, Any], dict[str, Any
 
 
 def renamed(recipe: dict[str, Any], path: str | Path, command: str) -> dict[str, Any]:
-    """A recipe with the names of today. command: the class of its arguments, a key of OLD_NAMES."""
+    """A recipe with the present names. command: the class of its arguments, a key of OLD_NAMES."""
     names = OLD_NAMES.get(command, {})
     both = [old for old, name in names.items() if old in recipe and name in recipe]
     if both:

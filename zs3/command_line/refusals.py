@@ -13,27 +13,27 @@ from typing import Any, NoReturn
 from configuration_zs3 import Refused, one_line
 
 LONGEST_LINE = 200  # characters of a refusal
-SHORTEST_WORD = 40  # characters that are left of a long path or name where the line is too long
+SHORTEST_WORD = 40  # characters that are kept of a long path or name
 NO_SPACE = {
     errno.ENOSPC: "no space left on the disk for {}; free some and start again",
     errno.EDQUOT: "no space left in the disk quota for {}; free some and start again",
     errno.EFBIG: "a limit on the size of files is too low for {}; raise it (ulimit -f) and start again",
 }
-# Reasons of the system, not of this project, why a file cannot be read or written.
+# Reasons why the system cannot read or write a file: no bugs of this project.
 OF_THE_SYSTEM = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG),
     *(errno.EISDIR, errno.ENOTDIR, errno.EMFILE, errno.EBUSY),
 )
-# Characters that move a cursor, ring a bell or turn the direction of reading around.
+# Characters that move a cursor, ring a bell or reverse the reading direction.
 UNSHOWN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line of at most 200 characters, which names the thing and the mend.
+    """Bad input. The message is one line of at most 200 characters. It says what is wrong and what to do.
 
-    Long paths and names in it are shortened. The message of a DataLoader worker comes wrapped in a traceback.
+    Long paths and names are shortened. A message from a DataLoader worker arrives inside a traceback.
     """
 
     def __init__(self, message: object = ""):
@@ -56,12 +56,12 @@ def in_one_line(thing: str) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """A text in which characters that a terminal obeys, or does not show, are escapes. Line ends and tabs stay."""
+    """The text with escapes in place of control characters and invisible ones. Line ends and tabs stay."""
     return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def refusal_line(text: str) -> str:
-    """One line of at most 200 characters. Of a long word, such as a path, both ends are kept, then of the line."""
+    """One line of at most 200 characters. Long words, such as paths, lose their middle first, then the line."""
     words = printable(text).replace("\n", "\\n").split(" ")
     for place in sorted(range(len(words)), key=lambda place: len(words[place]), reverse=True):
         word, over = words[place], len(" ".join(words)) - LONGEST_LINE
@@ -73,7 +73,7 @@ def refusal_line(text: str) -> str:
 
 
 def shown(path: str | Path, length: int = 60) -> str:
-    """A path for a message. Of a long one, the end."""
+    """A path for a message. A long path is cut at its start."""
     text = printable(str(path))
     return text if len(text) <= length else f"...{text[3 - length :]}"
 
@@ -84,7 +84,7 @@ def did_you_mean(name: str, names: list[str], prefix: str = "") -> str:
 
 
 class _PrintableStream:
-    """A stream that writes `printable` text, and an escape for a letter that its encoding lacks."""
+    """A stream that writes `printable` text, with escapes for letters that its encoding lacks."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -104,7 +104,7 @@ class _PrintableStream:
 def run(main: Callable[[], None]) -> None:
     """Calls main. Bad input and a full disk become one line and exit code 2; Ctrl-C becomes exit code 130.
 
-    Any other exception is a bug, and keeps its traceback. What is printed is `printable`.
+    Any other exception is a bug and keeps its traceback. Printed text is made `printable`.
     """
     try:
         with redirect_stdout(_PrintableStream(sys.stdout)):

@@ -1,9 +1,9 @@
-"""Reads every picture and label map of a dataset, before a long run does, and lists all that cannot be used.
+"""Reads every picture and label map of a dataset before a long run, and lists those that cannot be used.
 
     zs3 check --dataset DIR --num_workers 8
 
-A dataset is a folder, parquet files or a Hub id (docs/data.md). Each problem is one line; the exit code is then 2. The
-table says how many pictures show each class, and its share of the labelled pixels.
+A dataset is a folder, parquet files or a Hub id (docs/data.md). Each problem is one line, and the exit code is then
+2. The table gives, for each class, the number of its images and its share of the labelled pixels.
 
 Axes: C class name.
 """
@@ -22,13 +22,13 @@ from zs3.data.records import Split, dataset_name, load_split
 from zs3.files import write_json
 from zs3.label_space import FoundIds, LabelSpace, load_label_space
 
-SHOWN = 20  # problems in the terminal
-PIXELS_AT_ONCE = 2**22  # in one count
+SHOWN = 20  # problems that are printed
+PIXELS_AT_ONCE = 2**22  # that one count takes
 
 
 @dataclass
 class CheckArgs(Arguments):
-    """Is every picture of a dataset fit to be trained and evaluated on?"""
+    """Checks that every picture of a dataset can be used for training and evaluation."""
 
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     splits: Some[str] = flag(["train", "validation"], "Splits to read.")
@@ -41,8 +41,8 @@ class CheckArgs(Arguments):
 
 
 class Read(NamedTuple):
-    """A record that was read. pixels: (C,) int64 of each class, or None: `problem` says why. turned: it has an EXIF
-    rotation. ignored: some of its pixels are ignored."""
+    """One record. pixels: (C,) int64, the count of each class, or None if there is a problem. turned: the picture has
+    an EXIF rotation. ignored: some pixels are ignored."""
 
     image_id: str
     pixels: np.ndarray | None
@@ -73,7 +73,7 @@ class Reading(Dataset):
 
 
 def read_split(records: Split, num_workers: int) -> dict:
-    """num_images, problems, image ids with an EXIF rotation, and of each class its pixels and its images."""
+    """Counts and problems of one split, image ids with an EXIF rotation, pixels and images of each class."""
     loader = DataLoader(Reading(records), batch_size=1, collate_fn=list, num_workers=num_workers)
     pixels = np.zeros(len(records.label_space.class_names), dtype=np.int64)
     images, problems, turned, unlabelled = pixels.copy(), [], [], 0
@@ -104,7 +104,7 @@ def read_split(records: Split, num_workers: int) -> dict:
 
 
 def report(splits: dict[str, dict], label_space: LabelSpace) -> str:
-    """A line for each class: images it is in, and percent of the labelled pixels, in each split."""
+    """A line for each class: its images and its percent of the labelled pixels, in each split."""
     lines, unseen = [], set(label_space.unseen)
     for split, found in splits.items():
         lines.append(f"{split}: {found['num_images']} images, {found['images_without_labels']} of them without a label")
@@ -136,7 +136,7 @@ def main() -> None:
     records = {split: load_split(args.dataset, split, label_space) for split in args.splits}
     splits = {split: read_split(part, args.num_workers) for split, part in records.items()}
     for split, found in splits.items():
-        if split == "train":  # nothing can be learned from it, while an evaluation may be of unseen classes alone
+        if split == "train":  # an evaluation, unlike training, may have unseen classes alone
             found["problems"] += found["notes"]
             found["notes"] = []
     print(report(splits, label_space))
