@@ -3,14 +3,14 @@
     accelerate launch eval.py --model runs/stage2/final --dataset DIR --setting gzs3 --output runs/stage2/gzs3.json
     accelerate launch eval.py --model runs/stage2/final --suite ovs5 --data_root data --output runs/stage2/ovs5
 
-Settings (section 3.1). gzs3: candidates and pixels of all classes. zs3: of the unseen classes alone. ovs: any label
-space, without a claim about seen and unseen classes. The checkpoint runs with this project's code; with its own where
---trust_remote_code is given.
+Settings (section 3.1). gzs3: candidates and pixels of all classes. zs3: those of the unseen classes alone. ovs: any
+label space, without a claim about seen and unseen classes. The checkpoint runs with this project's code. With
+--trust_remote_code it runs with the code that lies beside it.
 
 One pass over the images gives all of FILE.json: the scores, the seen/unseen curve over all biases, reliability and
 rejection (zs3/scores/calibration.py). Beside it lie FILE.md, FILE.csv (per class) and FILE_images.npz, which `zs3
 compare` needs. A suite is one model on several datasets, without adaptation. Its results and the row of the paper's
-table lie in the folder --output; a finished result is not repeated.
+table lie in the folder --output. A dataset that has a finished result is not evaluated again.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ from zs3.label_space import load_label_space
 def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool = False) -> Result | None:
     """The result, as it is written to args.output; None on processes other than the main one.
 
-    reuse: a finished result of the same evaluation in args.output is returned.
+    reuse: if args.output has the finished result of the same evaluation, it is returned.
     """
     args.check()
     accelerator = accelerator or Accelerator()
@@ -70,14 +70,14 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
             write_result(Path(args.output), result, report(result), counts.confusion)
         if args.curves is not None:
             draw_curves(result, Path(args.curves))
-    except InputError:  # the work of the pass is not lost where a file cannot be written
+    except InputError:  # a file cannot be written: the printed report keeps the numbers
         print(report(result))
         raise
     return result
 
 
 class Loaded(NamedTuple):
-    """Everything that an evaluation works on. image_ids: of the images that are evaluated, the first of the records."""
+    """The inputs of an evaluation. image_ids: the evaluated images, which are the first of the records."""
 
     records: Split
     image_ids: list[str]
@@ -101,7 +101,7 @@ def load(args: EvalArgs, accelerator: Accelerator) -> Loaded:
 
 
 def check_code(path: str, processor: ProcessorMixin) -> None:
-    """With --trust_remote_code the code comes with the checkpoint, and may be older than this evaluation."""
+    """Refuses code beside a checkpoint (--trust_remote_code) that is too old for this evaluation."""
     known = signature(processor.post_process_semantic_segmentation).parameters
     reads_labels = hasattr(processor, "check_readable") or not hasattr(processor, "tokenizer")
     if not {"return_scores", "is_seen"} <= known.keys() or not reads_labels:
@@ -109,7 +109,7 @@ def check_code(path: str, processor: ProcessorMixin) -> None:
 
 
 def stamp_of(args: EvalArgs, loaded: Loaded) -> Result:
-    """The keys of the result that are known before the pass. Equal stamps stand for equal numbers."""
+    """The keys of the result that are known before the pass. Evaluations with equal stamps give equal numbers."""
     label_space, config = loaded.records.label_space, loaded.model.config
     unseen = [name for name in loaded.candidates.names if name in label_space.unseen]
     files = (args.text_embeds, args.seen_bias, args.ensemble_weight)

@@ -38,7 +38,7 @@ from zs3.training.stopping import EXIT_CODE, Termination, agree, check_grad_norm
 
 
 def train(args: TrainArgs, overrides: dict) -> None:
-    """A whole run, or the rest of it. overrides: fields of Zs3Config."""
+    """Trains from the first step, or from the run's last checkpoint. overrides: fields of Zs3Config."""
     args.check()
     check_overrides(overrides)
     accelerator, parts = make_accelerator(args)
@@ -56,8 +56,8 @@ def train(args: TrainArgs, overrides: dict) -> None:
         ready = prepare(args, start, stamp, parts, accelerator)
         loop(args, start, ready, parts, accelerator)
         is_complete = save(args, start, ready, accelerator)
-        # The model goes before its process group. Otherwise freeing DDP's reducer can wait for ever for a thread of
-        # gloo that waits for Python's lock.
+        # The model is freed before its process group. Otherwise DDP's reducer may wait for a thread of gloo, which
+        # itself waits for Python's lock.
         del ready
         accelerator.free_memory()
         accelerator.end_training()
@@ -66,7 +66,7 @@ def train(args: TrainArgs, overrides: dict) -> None:
 
 
 class Ready(NamedTuple):
-    """All that the loop needs, at the step from which the run goes on."""
+    """What the loop needs, at the step from which the run continues."""
 
     model: nn.Module  # as accelerate has prepared it
     optimizer: Optimizer
@@ -75,7 +75,7 @@ class Ready(NamedTuple):
     checkpoints: RunCheckpoints
     is_resumed: bool
     batches: Iterator[dict]  # micro-batches of this process
-    log: MetricsLog | None  # of the main process
+    log: MetricsLog | None  # None: not the main process
 
 
 def prepare(args: TrainArgs, start: Start, stamp: dict, parts: BatchParts, accelerator: Accelerator) -> Ready:
@@ -91,11 +91,11 @@ def prepare(args: TrainArgs, start: Start, stamp: dict, parts: BatchParts, accel
         accelerator, folder / "checkpoints", model, scheduler, progress, kept=args.checkpoints_kept, stamp=stamp
     )
     if accelerator.is_fsdp2:
-        model.get_input_embeddings = lambda: None  # accelerate would shard them apart, and fail without a text tower
+        model.get_input_embeddings = lambda: None  # else accelerate shards them alone; no text tower: an error
     elif accelerator.num_processes > 1:
         straighten_gradients(model)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
-    set_seed((args.seed + 1 + accelerator.process_index) % 2**32)  # each process samples other points
+    set_seed((args.seed + 1 + accelerator.process_index) % 2**32)  # each process samples different points
 
     saved_by = checkpoints.resume()
     if saved_by is not None:
@@ -103,12 +103,12 @@ def prepare(args: TrainArgs, start: Start, stamp: dict, parts: BatchParts, accel
         if saved_by != accelerator.num_processes:
             go_on_after(saved_by, progress.step, accelerator, streaming=args.streaming, seed=args.seed)
     elif (folder / "metrics.jsonl").exists():
-        accelerator.print(f"note      no checkpoint in {checkpoints.folder} yet: from the beginning")
+        accelerator.print(f"note      no checkpoint in {checkpoints.folder} yet: training starts from the beginning")
     steps = range(progress.step, args.max_steps)
     options = {"num_workers": args.num_workers, "shuffle_buffer": args.shuffle_buffer}
     batches = make_loader(start.dataset, accelerator, parts, steps, **options)
     log = MetricsLog(folder / "metrics.jsonl", progress.step) if accelerator.is_main_process else None
-    # tensorboard then drops what a killed run wrote after its last checkpoint.
+    # With purge_step tensorboard drops the values that a killed run wrote after its last checkpoint.
     accelerator.init_trackers("zs3", init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
     return Ready(model, optimizer, scheduler, progress, checkpoints, saved_by is not None, batches, log)
 
@@ -116,7 +116,7 @@ def prepare(args: TrainArgs, start: Start, stamp: dict, parts: BatchParts, accel
 def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, backbone_multiplier: float
 ) -> list[dict]:
-    """Trainable parameters: the backbone learns slower, norms and embeddings do not decay (Mask2Former's rule)."""
+    """Trainable parameters. The backbone has a lower rate; norms and embeddings have no decay (as in Mask2Former)."""
     undecayed = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():
@@ -167,7 +167,7 @@ def loop(args: TrainArgs, start: Start, ready: Ready, parts: BatchParts, acceler
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
-            learning_rate = max(scheduler.get_last_lr())  # that of the backbone is smaller
+            learning_rate = max(scheduler.get_last_lr())  # the rate of the backbone is smaller
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
                 scheduler.step()
             progress.step += 1
@@ -196,20 +196,20 @@ def save(args: TrainArgs, start: Start, ready: Ready, accelerator: Accelerator) 
     folder, progress = Path(args.output_dir), ready.progress
     accelerator.wait_for_everyone()
     if progress.step < args.max_steps:
-        accelerator.print(f"SIGTERM: stopped after step {progress.step}, which is saved; the same command goes on")
+        accelerator.print(f"SIGTERM: stopped after step {progress.step}, which is saved; the same command resumes it")
         return False
     trained = whole_model(accelerator, ready.model)
     if accelerator.is_main_process:
         results = {
             "images_per_second": round(progress.step * args.batch_size / max(progress.seconds, 1e-9), 2),
             "num_processes": accelerator.num_processes,
-            "setting": args.supervision,  # the key of older files
+            "setting": args.supervision,  # the supervision; older files have this key
             "unseen_labels": args.unseen_labels,
             **ready.log.last,
         }
         write_json(folder / "all_results.json", results)
         save_final(trained, start.processor, folder / "final")  # comes last: it shows that the run is complete
-    sittings = ", all sittings together" if ready.is_resumed else ""
+    sittings = ", over all starts of the run" if ready.is_resumed else ""
     accelerator.print(f"trained in {progress.seconds:.0f} s{sittings}; the model is in {folder / 'final'}")
     return True
 

@@ -305,7 +305,7 @@ def test_a_folder_without_config_or_with_another_thing_in_its_place_is_refused(c
         (None, {"num_attention_heads": 0}, ""),
         (None, {"activation_function": "evil"}, "evil"),
         (None, {"class_names": 3}, "class_names"),
-        (None, {"class_names": ["sky"]}, "of another shape is vocabulary"),
+        (None, {"class_names": ["sky"]}, "the shape differs of vocabulary"),
         (None, {"seen_class_names": [1]}, "seen_class_names"),
         (None, {"id2label": "x"}, ""),
         (None, {"dtype": "evil"}, "evil"),
@@ -467,7 +467,7 @@ def test_weights_are_read_from_safetensors_and_nothing_else(checkpoint):
     whole = (checkpoint / "model.safetensors").read_bytes()
     for content in (b"", b"x" * 100, whole[: len(whole) // 2]):
         (checkpoint / "model.safetensors").write_bytes(content)
-        assert "is no whole file of weights" in refused(checkpoint) and "header" in refused(checkpoint)
+        assert "is no whole weight file" in refused(checkpoint) and "header" in refused(checkpoint)
     (checkpoint / "model.safetensors").unlink()
     assert "has no model.safetensors" in refused(checkpoint)
 
@@ -486,7 +486,7 @@ def without(word: str) -> Callable[[dict], None]:
         (without("a"), "cannot spell 'aa'"),
         (without("?</w>"), "cannot spell '?'"),
         (lambda content: content["model"]["vocab"].update({"b</w>": 64 + 256}), "cannot spell"),
-        (lambda content: content["model"]["vocab"].update(zebra=514), "knows a token 514"),
+        (lambda content: content["model"]["vocab"].update(zebra=514), "has token 514"),
         (lambda content: content["model"].update(vocab={}), "cannot be used"),
         (lambda content: content["model"].update(merges=["q zz"]), "tokenizer cannot be read"),
         (lambda content: content["model"].update(merges=3), "tokenizer cannot be read"),

@@ -80,8 +80,8 @@ def test_what_an_older_version_left_is_whole(tmp_path, monkeypatch):
     shutil.unpack_archive(FIXTURE, tmp_path)
     monkeypatch.chdir(tmp_path)
     text = said(Path("run"))
-    assert "its command goes on after step 3" in text and "none: made by an older version" in text
-    assert "another than that of this project" in said(Path("checkpoint"))
+    assert "its command resumes after step 3" in text and "none: made by an older version" in text
+    assert "not that of this project" in said(Path("checkpoint"))
 
 
 def replace_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
@@ -171,7 +171,7 @@ OF_A_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a stamp cut off": (lambda r: (r / "stamp.json").write_text("{"), "stamp.json is no JSON"),
     "a stamp changed by hand": (
         lambda r: change_json(r / "stamp.json", seen_class_names=["grass"]),
-        "stamp.json differs from the copy in step_00000004, which counts",
+        "stamp.json differs from the copy in step_00000004, which is used",
     ),
     "a damaged line of metrics": (
         lambda r: (r / "metrics.jsonl").write_text('oops\n{"step": 4, "loss": 1.0}\n'),
@@ -237,10 +237,10 @@ def test_text_vectors_that_have_changed_are_named(copy):
 @pytest.mark.parametrize(
     ("lost", "words"),
     [
-        (["final", "checkpoints/step_00000004/manifest.json"], "its command goes on after step 2"),
+        (["final", "checkpoints/step_00000004/manifest.json"], "its command resumes after step 2"),
         (["final", *(f"checkpoints/step_0000000{step}/manifest.json" for step in (2, 4))], "so its command refuses"),
         (["final", "checkpoints"], "so its command begins anew"),
-        (["stamp.json"], "that of step_00000004 counts; stamp.json is missing or damaged beside it"),
+        (["stamp.json"], "that of step_00000004 is used; stamp.json is missing or damaged beside it"),
     ],
 )
 def test_it_is_said_what_the_runs_command_does_next(lost, words, copy):

@@ -405,7 +405,7 @@ BAD_STARTS = {
     "vectors of another size": ({"text_embeds": "wide.npy"}, {}, None, "wide.npy has 99 columns"),
     "another architecture": ({"decoder_layers": 5}, {}, None, "start is of another architecture"),
     "unseen masks": ({}, {"seen_class_names": ["grass", "stone wall"]}, None, "masks of ['stone wall'], which are"),
-    "cut weights": ({}, {}, lambda start: os.truncate(start / WEIGHTS, 5000), f"start/{WEIGHTS} is no whole file"),
+    "cut weights": ({}, {}, lambda start: os.truncate(start / WEIGHTS, 5000), "is no whole weight file"),
     "not finite": ({}, {}, spoil, "class_projection.0.bias"),
 }
 
@@ -425,7 +425,7 @@ def test_a_bad_start_is_refused(kind, data, tmp_path, monkeypatch, capsys):
 def test_the_folder_of_a_run_is_no_start_but_what_it_ended_with(data, tmp_path, monkeypatch, capsys):
     (tmp_path / "stage1" / "final").mkdir(parents=True)
     line = refused(monkeypatch, capsys, plain_flags(data, tmp_path / "out", tmp_path / "stage1"))
-    assert line.endswith("/stage1 is the folder of a run: give the final/ in it")
+    assert line.endswith("/stage1 is the folder of a run: give its final/ instead")
 
 
 def plain_flags(data: Path, output_dir: Path, start: Path, **overrides) -> list[str]:
@@ -534,7 +534,7 @@ def test_a_folder_where_nothing_was_trained_takes_another_recipe(data, tmp_path,
     (tmp_path / "out" / "metrics.jsonl").touch()
     train_here(monkeypatch, flags(data, tmp_path / "out", max_steps=1))
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["max_steps"] == 1
-    assert "checkpoints yet: from the beginning" in capsys.readouterr().out
+    assert "checkpoints yet: training starts from the beginning" in capsys.readouterr().out
 
 
 def test_an_output_folder_that_is_a_file_is_refused(data, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,7 @@
-"""Checkpoints of the commands: examined, loaded, and asked which masks their training saw.
+"""Checkpoints for the commands: their files are checked, they are loaded, and leaks of unseen masks are refused.
 
-They are loaded with this project's classes. The code that lies beside a checkpoint runs only if a command has
---trust_remote_code: without it the Auto classes, which run that code, are not used.
+Loading uses this project's classes. Only with --trust_remote_code does it use transformers' Auto classes, which run the
+code that lies beside a checkpoint.
 """
 
 import hashlib
@@ -41,17 +41,17 @@ from zs3.typed_json import read_json
 
 
 class NoClaim(InputError):
-    """This checkpoint cannot have a zero-shot result here."""
+    """No zero-shot result can be claimed with this checkpoint on this label space."""
 
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
-# Settings of an image processor: it cannot work without the first; label maps do not follow the others.
+# Settings of an image processor. The first must be set. The others must not be set: label maps do not follow them.
 NEEDED = ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb", "size", "resample")
 NOT_OURS = ("do_center_crop", "data_format", "input_data_format", "return_tensors", "device")
-FLOATS = ("F16", "BF16", "F32", "F64")  # as the headers of safetensors files call them
+FLOATS = ("F16", "BF16", "F32", "F64")  # the names of types in safetensors headers
 LETTERS = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation})
 COUNTS = ("num_batches_tracked", "position_ids", "relative_position_index")  # buffers of type I64
 
@@ -61,7 +61,7 @@ LEAD_ELSEWHERE = {
     *("audio_tokenizer", "configuration_files", "fast_tokenizer_files", "gguf_file", "quantization_config"),
     "transformers_weights",
 }
-KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementation"}  # by name, or from a repository
+KERNELS = {"attn_implementation", "_attn_implementation", "experts_implementation"}  # a name, or a repository
 ADAPTER = "adapter_config.json"  # where peft is installed, transformers puts the adapter onto the model
 PARALLEL_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers it to WEIGHTS
 
@@ -87,10 +87,10 @@ def refusing(thing: str) -> Iterator[None]:
 def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
     """Refuses a checkpoint that is missing, of another model or damaged. Loads nothing and runs no code of it.
 
-    model_type: None: any that transformers has. Files are examined if they lie on this disk.
+    model_type: the expected type; None: any type that transformers has. Files are checked if they are on this disk.
     """
     if looks_local(path) and not Path(path).is_dir():
-        raise InputError(f"--{flag_name} {shown(path)}: no such folder (relative paths start where the command does)")
+        raise InputError(f"--{flag_name} {shown(path)}: no such folder (relative paths start at the current folder)")
     config = config_of(f"--{flag_name}", path)
     found = config.get("model_type")
     known = found == model_type if model_type is not None else isinstance(found, str) and found in CONFIG_MAPPING
@@ -113,10 +113,10 @@ def config_of(flag: str, path: str) -> dict:
     if Path(path).is_dir():
         file = Path(path, "config.json")
         if Path(path, "final").is_dir() and not file.is_file():
-            raise InputError(f"{flag} {path} is the folder of a run: give the final/ in it")
+            raise InputError(f"{flag} {path} is the folder of a run: give its final/ instead")
         if not file.is_file():
             raise InputError(
-                f"{flag} {shown(path)} is no checkpoint: it has no config.json, model.save_pretrained writes it"
+                f"{flag} {shown(path)} is no checkpoint: it has no config.json, which model.save_pretrained writes"
             )
         return read_settings(file)
     with refusing(f"{flag} {shown(path)} cannot be read"):
@@ -143,11 +143,11 @@ def entries(content: object) -> Iterator[tuple[str, object]]:
 def check_settings(file_name: str, content: dict) -> None:
     for key, value in entries(content):
         if key in LEAD_ELSEWHERE and value is not None or key in KERNELS and "/" in str(value):
-            raise InputError(f"{file_name} has {key}, which leads away from this checkpoint: take it out of the file")
+            raise InputError(f"{file_name} has {key}, which loads code or weights from elsewhere: remove it")
 
 
 def check_weights(folder: Path) -> None:
-    """Examines the headers of the files of weights, and nothing else of them."""
+    """Checks the headers of the weight files. The weights themselves are not read."""
     for path in folder.iterdir():
         if PARALLEL_SHARD.match(path.name) or path.name == ADAPTER:
             raise InputError(f"{shown(path)} would change the weights of {WEIGHTS}: move it away")
@@ -155,7 +155,7 @@ def check_weights(folder: Path) -> None:
         if path.name == INDEX:
             continue
         with (
-            refusing(f"{shown(path)} is no whole file of weights, copy it again"),
+            refusing(f"{shown(path)} is no whole weight file, copy it again"),
             safe_open(path, framework="pt") as tensors,
         ):
             kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
@@ -170,7 +170,7 @@ def check_weights(folder: Path) -> None:
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration alone; otherwise as `load_model`."""
+    """The configuration of a checkpoint, loaded as `load_model` loads the model."""
     with refusing(f"cannot load checkpoint {shown(path)}"):
         if trust_remote_code:
             return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -178,7 +178,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
 
 
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a checkpoint, in float32, evaluating. trust_remote_code: of the class beside the checkpoint."""
+    """The model of a checkpoint, in float32, in eval mode. trust_remote_code: run the code beside the checkpoint."""
     check_checkpoint("model", path, "zs3")
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     options |= {"dtype": torch.float32}
@@ -187,13 +187,13 @@ def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
             model, loading = AutoModel.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
         else:
             model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, **options)
-    for keys, trouble in (("missing_keys", "it lacks"), ("mismatched_keys", "of another shape is")):
+    for keys, trouble in (("missing_keys", "it lacks"), ("mismatched_keys", "the shape differs of")):
         lost = sorted(key if isinstance(key, str) else str(key[0]) for key in loading[keys])
         if lost:
             raise InputError(
                 f"checkpoint {shown(path)} is incomplete: {trouble} {lost[0]} ({len(lost)} weights in all)"
             )
-    if not Path(path).is_dir():  # it came from the Hub, perhaps only now
+    if not Path(path).is_dir():  # it may have been downloaded only now
         folder = local_folder(path)
         if folder is not None:
             check_weights(folder)
@@ -216,14 +216,14 @@ def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool 
     if config.text_config is not None:
         if not hasattr(processor, "tokenizer"):
             raise InputError(
-                f"{shown(path)} has a text tower, and no Zs3Processor: processor.save_pretrained writes it"
+                f"{shown(path)} has a text tower but no Zs3Processor, which processor.save_pretrained writes"
             )
         check_tokenizer(path, processor.tokenizer, config.text_config)
     return processor
 
 
 def load_tokenizer(path: str, text_config: PreTrainedConfig) -> CLIPTokenizer:
-    """The tokenizer of a checkpoint of this project or of CLIP. text_config: of its text tower."""
+    """The tokenizer of a checkpoint of this project or of CLIP. text_config: the configuration of its text tower."""
     with refusing(f"cannot load the tokenizer of {shown(path)}"):
         tokenizer = saved_tokenizer(path)
     check_tokenizer(path, tokenizer, text_config)
@@ -235,11 +235,11 @@ def load_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrai
     return model, load_processor(path, model.config, trust_remote_code)
 
 
-# ---- what was loaded ----------------------------------------------------------------------------------------
+# ---- checks after loading -----------------------------------------------------------------------------------
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Refuses weights that are no numbers. name: of the checkpoint, for the message."""
+    """Refuses NaN and infinite weights. name: the checkpoint, for the message."""
     state = model.state_dict()
     key = not_finite(state)
     if key is not None:
@@ -248,16 +248,16 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
-    """The first tensor with a NaN or an infinity. Of a tensor divided over processes this one's part is examined."""
+    """The name of the first tensor with NaN or infinite values. Of a sharded tensor, this process's part is checked."""
     for name, tensor in state.items():
         own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if own.is_floating_point() and own.numel() and not torch.stack(own.detach().aminmax()).isfinite().all():
-            return name  # of a NaN both the smallest and the largest value are NaN
+            return name  # aminmax of a tensor with a NaN is NaN
     return None
 
 
 def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
-    """The commands need more than the processor's own checks: all settings exist, and fit RGB images and label maps."""
+    """Refuses an image processor that lacks a setting, or does not fit RGB images and label maps."""
     fits = {
         **dict.fromkeys(NEEDED, lambda value: value is not None),
         **dict.fromkeys(NOT_OURS, lambda value: value is None or value is False),
@@ -272,19 +272,20 @@ def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
 
 
 def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrainedConfig) -> None:
-    """Refuses a tokenizer that cannot spell names, or whose tokens are no rows of the text tower."""
+    """Refuses a tokenizer that cannot spell names, or has tokens that the text tower does not have."""
     longest, most = tokenizer.model_max_length, text_config.max_position_embeddings
     if not is_number(longest) or longest < most:
         raise InputError(
             f"{shown(path)}: tokenizer_config.json cuts texts at {shortened(longest)} tokens, the tower at {most}: "
-            "take the tower's own"
+            "take the tower's own tokenizer"
         )
     largest, rows = max(tokenizer.get_vocab().values(), default=0), text_config.vocab_size
     if largest >= rows:
         raise InputError(
-            f"{shown(path)}: tokenizer.json knows a token {largest}, the text tower {rows}: take the tower's own"
+            f"{shown(path)}: tokenizer.json has token {largest}, but the text tower has {rows} tokens: take the "
+            "tower's own tokenizer"
         )
-    texts = [*LETTERS, *(2 * letter for letter in LETTERS)]  # within a word and at its end
+    texts = [*LETTERS, *(2 * letter for letter in LETTERS)]  # a letter within a word and at its end
     with refusing(f"{shown(path)}: tokenizer.json cannot be used"):
         spelled = [tuple(tokens) for tokens in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     for text, tokens in zip(texts, spelled, strict=True):
@@ -307,7 +308,8 @@ def class_vectors(
 ) -> tuple[Tensor, list[str]]:
     """(C, D) text vectors of class names, and the prompts that they come from.
 
-    text_embeds: a .npy file of vectors, for a checkpoint without a text tower. None: the text tower's, or the stored.
+    text_embeds: a .npy file of vectors, for a checkpoint without a text tower. None: vectors of the text tower; without
+        a tower, those of the checkpoint's vocabulary.
     cache: see `embed_labels`.
     """
     if text_embeds is not None:
@@ -331,11 +333,11 @@ def class_vectors(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """In safetensors: one file, or an index and its shards in the order of their names."""
+    """The weight files (safetensors): one file, or an index and then its shards, sorted by name."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise InputError(f"{folder} has no {WEIGHTS}: model.save_pretrained writes it; other formats are not read")
+        raise InputError(f"{folder} has no {WEIGHTS}, which model.save_pretrained writes; other formats are not read")
     weight_map = read_settings(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{folder / INDEX} is no index of weights: copy the whole checkpoint")
@@ -351,7 +353,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(path: str) -> str | None:
-    """Of the file of weights; of several files, of their hashes in a row. None: a Hub id that was not downloaded."""
+    """The digest of the weights; of shards, the digest of their digests. None: a Hub id that was not downloaded."""
     folder = local_folder(path)
     if folder is None:
         return None
@@ -360,13 +362,13 @@ def weights_sha256(path: str) -> str | None:
 
 
 def settings_sha256(path: str) -> str | None:
-    """Of the configuration, the processor and the tokenizer. None: see `weights_sha256`."""
+    """The digest of the configuration, the processor and the tokenizer. None: see `weights_sha256`."""
     folder = local_folder(path)
     return None if folder is None else files_sha256(folder / name for name in (*CONFIGS, *TOKENIZER))
 
 
 def code_sha256(path: str, trust_remote_code: bool = False) -> str | None:
-    """Of the code that a checkpoint runs with: this project's, or that beside it. None: see `weights_sha256`."""
+    """The digest of the code that runs: this project's, or the code beside a checkpoint. None: see `weights_sha256`."""
     if not trust_remote_code:
         return files_sha256(project_code())
     folder = local_folder(path)
@@ -392,7 +394,7 @@ def files_sha256(files: Iterable[Path]) -> str:
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder itself, or of a Hub id the folder that it was downloaded to."""
+    """The folder of a checkpoint; of a Hub id, the folder of its download. None: it was not downloaded."""
     if Path(path).is_dir():
         return Path(path)
     cached = [try_to_load_from_cache(path, name) for name in (WEIGHTS, INDEX)]
@@ -400,9 +402,9 @@ def local_folder(path: str) -> Path | None:
 
 
 def check_no_unseen_masks(config: PreTrainedConfig, label_space: LabelSpace, claim: str) -> None:
-    """The leak guard. claim: what is impossible otherwise, for the message."""
+    """The leak guard: refuses a checkpoint that was trained on unseen masks. claim: the refused claim, for messages."""
     if config.seen_class_names is None:
-        raise NoClaim(f"the checkpoint does not say which classes its training saw masks of: no {claim}")
+        raise NoClaim(f"the checkpoint does not say which classes its training masks show: no {claim}")
     leaked = shared(label_space.unseen, config.seen_class_names)
     if leaked:
         raise NoClaim(f"the checkpoint was trained on masks of {shortened(leaked)}, which are unseen here: no {claim}")

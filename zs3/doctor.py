@@ -3,8 +3,8 @@
     zs3 doctor runs/stage2
     zs3 doctor runs/stage2/final
 
-It changes nothing, and runs no code that lies beside a checkpoint. Each problem is one line, and any problem makes the
-exit code 2. In a run folder it checks the checkpoints, the stamp and the final model.
+It changes nothing, and it runs no code that lies beside a checkpoint. Each problem is printed on one line, and any
+problem makes the exit code 2. In a run folder it checks the checkpoints, the stamp and the final model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +67,7 @@ class Findings:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """A refusal within the block is a problem; the examination goes on after the block."""
+        """An InputError within the block becomes a problem. The examination continues after the block."""
         try:
             yield
         except InputError as error:
@@ -79,7 +79,7 @@ class Findings:
 
 
 def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
-    """Its configuration; None if that cannot be read."""
+    """Examines a checkpoint. Returns its configuration, or None if this cannot be read."""
     config = None
     with found.looking():
         check_checkpoint("model", str(folder), "zs3")
@@ -123,7 +123,7 @@ def say_record(found: Findings, record: SeenRecord) -> None:
 
 
 def names_line(names: Sequence[str]) -> str:
-    """Their number and the first of them."""
+    """The number of names, and the first SHOWN of them."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{len(names)} classes: {', '.join(names[:SHOWN])}{more}" if names else "no class"
 
@@ -150,7 +150,7 @@ def say_code(found: Findings, folder: Path) -> None:
     if not there:
         text = "none: only this project can load it"
     elif other:
-        text = f"another than that of this project ({', '.join(other[:3])}{', ...' * (len(other) > 3)})"
+        text = f"not that of this project ({', '.join(other[:3])}{', ...' * (len(other) > 3)})"
     elif missing:
         text = f"that of this project, without {', '.join(missing)}"
         found.problems.append(f"{shown(folder)} lacks {missing[0]}, without which only this project can load it")
@@ -167,7 +167,7 @@ def examine_run(folder: Path, found: Findings) -> None:
     with found.looking():
         recipe = parse_recipe(folder / "recipe.yaml")
     if not recipe and copy is not None:
-        found.say("recipe", f"the copy in {copy.parent.name} counts")
+        found.say("recipe", f"the copy in {copy.parent.name} is used")
         recipe = parse_recipe(copy)
     states = complete_checkpoints(folder / "checkpoints")
     faults = {path: damage(path) or unfit(path) for path in states}
@@ -204,12 +204,12 @@ def what_comes_next(final: Path, states: Sequence[Path], whole: Sequence[Path]) 
         return "it has a final model"
     if whole:
         newest = max(map(true_name, whole))
-        return f"its command goes on after step {int(newest.removeprefix('step_'))}"
+        return f"its command resumes after step {int(newest.removeprefix('step_'))}"
     return "no checkpoint is whole, so its command refuses" if states else "no checkpoint, so its command begins anew"
 
 
 def examine_stamp(folder: Path, whole: Sequence[Path], found: Findings) -> Stamp | None:
-    """The stamp of the run. The copy in the newest checkpoint counts more than the file beside the recipe."""
+    """The stamp of the run: the copy in the newest whole checkpoint, or else the file beside the recipe."""
     own, copy, copies = None, None, [path / STAMP for path in whole if (path / STAMP).exists()]
     if (folder / STAMP).exists():
         with found.looking():
@@ -221,10 +221,10 @@ def examine_stamp(folder: Path, whole: Sequence[Path], found: Findings) -> Stamp
     if own is None or copy is not None and own != copy:
         state = "differs from" if own is not None else "is missing or damaged beside"
         where = "damaged" if (folder / STAMP).exists() else "none: made by an older version; the next start writes one"
-        where = where if copy is None else f"that of {copies[-1].parent.name} counts; {STAMP} {state} it"
+        where = where if copy is None else f"that of {copies[-1].parent.name} is used; {STAMP} {state} it"
         found.say("stamp", where)
         if own is not None:
-            found.problems.append(f"{folder / STAMP} differs from the copy in {copies[-1].parent.name}, which counts")
+            found.problems.append(f"{folder / STAMP} differs from the copy in {copies[-1].parent.name}, which is used")
     if stamp is None:
         return None
     space = stamp["label_space"]
@@ -237,7 +237,7 @@ def examine_stamp(folder: Path, whole: Sequence[Path], found: Findings) -> Stamp
 
 
 def examine_data(stamp: Stamp, recipe: dict, found: Findings) -> None:
-    """Compares the dataset and the text vectors with the stamp, if they are on this machine, and nothing else."""
+    """Compares the dataset and the text vectors with the stamp, if they are on this disk. Nothing else is compared."""
     dataset, split, vectors = recipe.get("dataset"), recipe.get("split"), recipe.get("text_embeds")
     now: dict = {"label_space": stamp["label_space"]}
     with found.looking():

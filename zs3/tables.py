@@ -13,13 +13,13 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 
 def markdown(text: str) -> str:
-    """A name, a path or a sentence for a Markdown text. What would be markup, HTML or a line's end is escaped."""
+    """A name, a path or a sentence for Markdown. Markup and HTML are escaped, and line breaks become spaces."""
     one_line = " ".join(printable(text).split())
     return re.sub(r"[\\`*\[\]<>|&~$#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", one_line)
 
 
 def csv_text(text: str) -> str:
-    """A name for a CSV file. A spreadsheet would take some names for formulas: they get an apostrophe."""
+    """A name for a CSV file. A name that a spreadsheet would read as a formula gets an apostrophe."""
     text = printable(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 
@@ -29,6 +29,6 @@ def percent(score: float | None) -> str:
 
 
 def percent_range(interval: Sequence[float | None]) -> str:
-    """The two ends of an interval."""
+    """Both ends of an interval in percent."""
     low, high = interval
     return f"{percent(low)} to {percent(high)}"

@@ -52,7 +52,7 @@ Amount = Annotated[float, rule("a number of 0 or more", lambda value: value >= 0
 
 
 class Damaged(InputError):
-    """A file that is no JSON, as a full disk or a power cut leaves it."""
+    """A file that is no JSON. A full disk or a power cut can leave such a file."""
 
 
 def read_json(path: Path, kind: type[Content], what: str, mend: str, needed: Sequence[str] = ()) -> Content:
@@ -60,7 +60,7 @@ def read_json(path: Path, kind: type[Content], what: str, mend: str, needed: Seq
     text = _text(path, what)
     try:
         content = _parsed(text)
-    except (ValueError, RecursionError) as error:  # of too many brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: too many brackets
         raise Damaged(f"{shown(path)} is no JSON ({one_line(error, 50)}), so no {what}: {mend}") from error
     check_content(content, kind, path, what, mend)
     check_needed(content, needed, path, what)
@@ -70,8 +70,8 @@ def read_json(path: Path, kind: type[Content], what: str, mend: str, needed: Seq
 def read_json_lines(path: Path, kind: type[Content], what: str, mend: str) -> list[Content]:
     """The content of a file with a JSON value a line, each of them checked.
 
-    Half a line is what a killed process leaves, and a power cut leaves worse: what is no JSON is left out, and a line
-    says so, unless it is the end of the file.
+    A line that is no JSON is left out, with a warning. Half a line at the end of the file gets no warning, because a
+    killed process leaves one.
     """
     rows: list[Content] = []
     text = _text(path, what)
@@ -92,11 +92,11 @@ def read_json_lines(path: Path, kind: type[Content], what: str, mend: str) -> li
 
 
 def unless_damaged(read: Callable[..., Content], *given: Any) -> Content | None:
-    """The content that read(*given) reads. None, and a warning, of a damaged file: its command makes it again."""
+    """The result of read(*given). For a damaged file it is None, with a warning: the command makes the file again."""
     try:
         return read(*given)
     except Damaged as error:
-        print(f"warning: {error}; it counts as not there")
+        print(f"warning: {error}; it counts as missing")
         return None
 
 
@@ -130,7 +130,7 @@ def refusal(path: Path, words: str, mend: str) -> InputError:
 def first_wrong(value: object, kind: Any) -> str | None:
     """The first part of the value that is not of its type, in words, or None."""
     try:
-        _adapter(kind).validate_python(value, strict=True)  # strict: true is no number, and 2.0 no whole one
+        _adapter(kind).validate_python(value, strict=True)  # strict: true is no number, 2.0 no whole number
         return None
     except ValidationError as error:
         faults = error.errors(include_url=False)
