@@ -468,7 +468,7 @@ def test_a_mat_file_is_not_unpacked_beyond_the_largest_map(order, tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 5e7
     tracemalloc.stop()
     (tmp_path / "a.mat").write_bytes(content)
-    with pytest.raises(BadFile, match="bytes unpacked, no label map is") as refused:
+    with pytest.raises(BadFile, match="bytes unpacked, larger than any label map") as refused:
         context_values(tmp_path / "a.mat")
     assert refused.value.kind == "unreadable_map"
 
@@ -559,7 +559,7 @@ def test_exif_orientation_is_noted_and_a_map_of_the_turned_picture_refused(tmp_p
     assert (note["kind"], note["image_id"]) == ("exif_orientation", "ADE_train_00000001")
     turned, other = result["problems"]
     assert turned["kind"] == other["kind"] == "size_mismatch"
-    assert "drawn on the picture turned as its EXIF tag says" in turned["message"] and turned["image_id"][-1] == "2"
+    assert "the map fits the picture turned by its EXIF tag" in turned["message"] and turned["image_id"][-1] == "2"
     assert "EXIF" not in other["message"]
     assert "EXIF" in (tmp_path / "out" / "README.md").read_text()
     record = load_split(tmp_path / "out", "train")[1]

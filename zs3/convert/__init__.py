@@ -1,1 +1,1 @@
-"""Official archives and captions to datasets."""
+"""Makes datasets from official archives, and class names from captions."""

@@ -1,16 +1,15 @@
-"""Official archives -> a dataset of parquet shards, which `zs3.data.load_split` and `datasets.load_dataset` read.
+"""Converts an official archive to parquet shards, which `zs3.data.load_split` and `datasets.load_dataset` read.
 
     zs3 convert ade20k_150 --source ADEChallengeData2016 --output data/ade20k_150 --num_workers 8
 
-`zs3.convert.archives` has the names and layouts, docs/data.md describes them. Columns: image (the file's own bytes),
-label (a PNG of ids: 8 bits where the ignored id is 255, 16 where it is 65535), image_id, class_ids (the sorted ids in
-the label map, without the ignored one). coco_captions has image_id and captions alone: its pictures are those of
-coco_stuff_171.
+docs/data.md describes the archives of `zs3.convert.archives`. Columns: image (the bytes of the file), label (a PNG of
+ids: 8 bits if the ignored id is 255, 16 bits if it is 65535), image_id, class_ids (the sorted ids in the label map,
+without the ignored one). coco_captions has image_id and captions only; coco_stuff_171 has its pictures.
 
-Everything is checked on the way. A shard, `train-00003-of-00016.parquet`, is there whole or not at all, and waits with
-what was measured of it in `.progress/`: the same command again makes the shards that are missing, to the same bytes.
-When all are there, `classes.json`, the card and `conversion.json` are written, and the shards become `data/`: half a
-dataset is never loaded.
+All input is checked. Complete shards, such as `train-00003-of-00016.parquet`, and their measurements wait in
+`.progress/`. The same command makes the missing shards, always with the same bytes. After the last one, it writes
+`classes.json`, the card and `conversion.json`, and moves the shards to `data/`, so an incomplete dataset is never
+loaded.
 
 Axes: H W pixels.
 """
@@ -53,21 +52,21 @@ from zs3.label_space import CLASSES_FOLDER, is_hub_id
 
 @dataclass
 class ConvertArgs(Arguments):
-    """A benchmark's official archive becomes a dataset: zs3 convert NAME --source DIR --output DIR."""
+    """Converts a benchmark's official archive to a dataset: zs3 convert NAME --source DIR --output DIR."""
 
     first_words = ("name",)
 
     name: str | None = flag(None, f"The benchmark: {', '.join(ARCHIVES)}.")
-    source: str | None = flag(None, "Folder of the unpacked archive, or the one above.")
-    output: OutputFolder | None = flag(None, "Folder for the dataset; the same command again goes on where it stopped.")
+    source: str | None = flag(None, "Folder of the unpacked archive, or its parent folder.")
+    output: OutputFolder | None = flag(None, "Folder for the dataset; the same command resumes a stopped run.")
     splits: Some[str] = flag(list(SPLITS), "Splits to convert.")
     num_workers: Workers = flag(0, "Processes that read pictures; 0 reads in the main one.")
     on_problem: Literal["stop", "skip"] = flag(
         "stop",
-        "At a picture that cannot be used: no dataset is made until it is mended (stop), or it is left out (skip).",
+        "What to do about an unusable picture: make no dataset until it is mended (stop), or leave it out (skip).",
     )
     push_to_hub: str | None = flag(None, "Hub id, owner/name, of the dataset to upload to when all is done.")
-    private: bool = flag(False, "A dataset that --push_to_hub makes is private.")
+    private: bool = flag(False, "Make a new dataset of --push_to_hub private.")
 
     def check(self) -> None:
         check_required(self, "name")
@@ -79,7 +78,7 @@ class ConvertArgs(Arguments):
         if not set(self.splits) <= set(SPLITS):
             raise InputError(f"--splits takes {' and '.join(SPLITS)}, got {' '.join(self.splits)}")
         if not Path(self.source).is_dir():
-            raise InputError(f"--source {self.source} is no folder: give that of the unpacked archive")
+            raise InputError(f"--source {self.source} is no folder: give the folder of the unpacked archive")
         if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
             raise InputError(f"--push_to_hub {self.push_to_hub} is no Hub id of the form owner/name")
 
@@ -88,10 +87,10 @@ class ConvertArgs(Arguments):
 
 
 def list_items(name: str, source: Path, splits: list[str], skip: bool) -> dict[str, list[Pair | Captioned]]:
-    """The items of each split. An item whose id an earlier item has is marked.
+    """The items of each split. An item that repeats an earlier id is marked.
 
-    The training split is mixed, the others are in the order of the ids. A split whose size is not the release's is
-    refused. skip: it is not.
+    The training split is shuffled, others are in the order of their ids. A split of another size than in the release
+    raises InputError, unless skip is true.
     """
     items = {}
     for split in splits:
@@ -113,15 +112,15 @@ def list_items(name: str, source: Path, splits: list[str], skip: bool) -> dict[s
 
 
 def mixed(items: list[Pair | Captioned]) -> list[Pair | Captioned]:
-    """In the order of the digests of the image ids: every shard is then a fair sample of the split.
+    """The items in the order of their id digests, so that every shard is a fair sample of the split.
 
-    A stream shuffles no more than its buffer, and some archives are sorted by scene.
+    A stream shuffles only within its buffer, and some archives are sorted by scene.
     """
     return sorted(items, key=lambda item: hashlib.sha256(item.image_id.encode()).digest())
 
 
 def check_free(output: Path) -> None:
-    """A folder holds one conversion, and nothing else."""
+    """Refuses a folder that holds other files than a conversion."""
     if not output.is_dir() or (output / PROGRESS / "settings.json").exists():
         return
     others = [file.name for file in output.iterdir() if file.name != PROGRESS and not is_leftover(file.name)]
@@ -130,7 +129,7 @@ def check_free(output: Path) -> None:
 
 
 def check_settings(output: Path, name: str, source: str, splits: list[str]) -> None:
-    """The settings of a conversion are written at the start and must be the same when it goes on."""
+    """Writes the settings of a new conversion; refuses to resume one with other settings."""
     settings = {
         "name": name,
         "source": str(Path(source).resolve()),
@@ -143,20 +142,20 @@ def check_settings(output: Path, name: str, source: str, splits: list[str]) -> N
     if before is None:
         write_json(path, settings)
         return
-    whole = (output / "data").is_dir()  # no shard of another version will join it
+    whole = (output / "data").is_dir()  # finished: no shard of another version is added
     changed = [key for key in settings if before.get(key) != settings[key] and not (whole and key == "versions")]
     if changed:
         raise InputError(f"{output} was made with another {', '.join(changed)}: choose another --output, or delete it")
 
 
 def classes_text(name: str) -> str:
-    """The label space's file; captions have none."""
+    """The text of the label space's file; empty for captions."""
     path = CLASSES_FOLDER / f"{name}.json"
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def push(folder: str, name: str, repo_id: str, private: bool) -> None:
-    """Uploads the dataset. Shards that only an earlier upload had are deleted."""
+    """Uploads the dataset. Shards of an earlier upload are deleted from the Hub."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -182,7 +181,7 @@ def push(folder: str, name: str, repo_id: str, private: bool) -> None:
 
 
 def convert(args: ConvertArgs) -> dict:
-    """What was measured, as conversion.json holds it."""
+    """Converts an archive. Returns the content of conversion.json."""
     args.check()
     args = replace(args, splits=[split for split in SPLITS if split in args.splits])
     items = list_items(args.name, Path(args.source), args.splits, skip=args.on_problem == "skip")
@@ -193,7 +192,7 @@ def convert(args: ConvertArgs) -> dict:
 
 
 def convert_items(args: ConvertArgs, items: dict[str, list[Pair | Captioned]]) -> dict:
-    """As `convert`, of a folder that is locked for this process."""
+    """As `convert`, for a folder that this process has locked."""
     output, facts = Path(args.output), (args.name, Path(args.source).resolve().name, args.on_problem)
     whole, begun = output / "data", output / PROGRESS / "data"
     folder = whole if whole.is_dir() else begun
@@ -215,13 +214,13 @@ def convert_items(args: ConvertArgs, items: dict[str, list[Pair | Captioned]]) -
             "choose another --output, or delete it"
         )
 
-    measured = make_shards(args, folder, done)  # of a finished dataset, those that were lost
+    measured = make_shards(args, folder, done)  # the lost ones, if the dataset was finished
     check_problems(output, args.on_problem, measured)
     result = conversion(*facts, items, measured)
     write_about(output, result)
     if folder == begun:
         for file in {*begun.iterdir()} - {begun / shard.name for shard in shards}:
-            file.unlink()  # of a copy of the archive that had fewer pictures, or half a shard
+            file.unlink()  # a shard of an earlier copy of the archive, or an unfinished one
         rename(begun, whole)
     return result
 
@@ -238,7 +237,7 @@ def write_about(output: Path, result: dict, again: bool = True) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file holds a text; a JSON file, a mapping."""
+    """Whether a file holds a text, or, if its name ends in .json, a mapping."""
     try:
         return bool(read_text(path)) and (path.suffix != ".json" or bool(read_measures(path)))
     except (OSError, ValueError):
@@ -246,7 +245,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def make_shards(args: ConvertArgs, folder: Path, done: list[tuple[Shard, dict | None]]) -> list[tuple[Shard, dict]]:
-    """Makes the shards without measurements. Returns the measurements of all."""
+    """Makes the shards that have no measurements. Returns the measurements of all shards."""
     folder.mkdir(exist_ok=True)
     total = sum(len(shard.items) for shard, _ in done)
     remaining = [item for shard, measures in done if measures is None for item in shard.items]
@@ -266,14 +265,14 @@ def make_shards(args: ConvertArgs, folder: Path, done: list[tuple[Shard, dict | 
 
 
 def check_problems(output: Path, on_problem: str, measured: list[tuple[Shard, dict]]) -> None:
-    """With --on_problem stop, all problems are written down and the first few shown. A split needs a picture."""
+    """Raises InputError for problems with --on_problem stop, after writing all of them, and for an empty split."""
     path, problems = output / "problems.json", remarks(measured, "problems")
     if problems and on_problem == "stop":
         write_json(path, {"problems": problems})
         print(printable(f"problems    {tally(problems)}"), file=sys.stderr)
         raise InputError(
             f"{len(problems):,} problem{'s' * (len(problems) > 1)}, all in {path}: mend them and run the same command "
-            "again, which redoes only what is missing, or --on_problem skip"
+            "again, which makes missing shards only, or --on_problem skip"
         )
     path.unlink(missing_ok=True)
     for split in dict.fromkeys(shard.split for shard, _ in measured):

@@ -1,9 +1,8 @@
-"""The official archives of the benchmarks: which picture goes with which label file, and how a label file is read.
+"""The official archives of the benchmarks: pairs of picture and label file, and readers of label files.
 
-A layout takes the archive's folder and a split, and returns the pairs in it. Each pair has the function that reads its
-label file: a map (H, W) of the archive's own values, uint8 or uint16. `source_ids` in the benchmark's
-`zs3/classes/NAME.json` says which value is which class; `Archive.ignored` lists the values that stand for no class.
-`ARCHIVES` is the list of archives.
+A layout function takes the archive's folder and a split, and returns the pairs of that split. Each pair has the
+function that reads its label file: (H, W) values of the archive, uint8 or uint16. `source_ids` in
+`zs3/classes/NAME.json` maps values to classes; `Archive.ignored` lists the values of no class. `ARCHIVES` lists all.
 
 Axes: H W pixels.
 """
@@ -28,9 +27,9 @@ from zs3.command_line import InputError
 from zs3.data.stored import open_stored
 
 SPLITS = ("train", "validation")
-COMPRESSED = 15  # of the types of elements in MATLAB's files
+COMPRESSED = 15  # the type of a compressed element in MATLAB's files
 MOST_OF_A_MAT = 2 * MAX_PIXELS  # bytes of the largest map, in 16 bits
-_VOC_VALUES = 20  # the highest index of VOC's palette that is a class; 255 is void
+_VOC_VALUES = 20  # the highest class index in VOC's palette; 255 is ignored
 
 
 class BadFile(Exception):
@@ -58,10 +57,10 @@ class Captioned(NamedTuple):
 class Archive(NamedTuple):
     """A benchmark's archive.
 
-    items: (folder, split) -> its pairs or captions. A folder of another layout raises InputError.
-    counts: how many pictures a split of the release has, or may have, where its copies differ.
-    ignored: allowed values of label files that are no class.
-    licence: of the originals, in a sentence.
+    items: (folder, split) -> pairs or captions. Raises InputError for a folder of another layout.
+    counts: the number of pictures in each split of the release; several numbers if copies differ.
+    ignored: values of label files that are allowed but no class.
+    licence: a sentence on the licence of the originals.
     """
 
     title: str
@@ -76,11 +75,11 @@ class Archive(NamedTuple):
 
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[bytes]:
-    """A file's bytes, to be decoded in the block. what: "picture" or "map", for the BadFile."""
+    """The bytes of a file. The block decodes them; its errors become BadFile. what: "picture" or "map"."""
     if not path.exists():
         raise BadFile(f"missing_{what}", f"{path} is missing")
     try:
-        with decoding():  # scipy, too, raises many kinds of errors on a damaged file, its own bugs included
+        with decoding():  # scipy raises many kinds of errors on a damaged file, and has bugs
             check_regular(path)
             yield path.read_bytes()
     except Refused as error:
@@ -88,7 +87,7 @@ def reading(path: Path, what: str) -> Iterator[bytes]:
 
 
 def opened(path: Path, what: str) -> tuple[bytes, Image.Image]:
-    """A file's bytes, and the image in it, wholly decoded."""
+    """The bytes of a file, and its decoded image."""
     with reading(path, what) as content:
         image = open_stored(content, what)
         image.load()
@@ -101,7 +100,7 @@ def grey_values(path: Path) -> np.ndarray:
 
 
 def palette_values(path: Path) -> np.ndarray:
-    """The indices of VOC's palette PNGs. Maps of mode L hold indices, too: some copies of VOC store them so."""
+    """The indices in VOC's palette PNGs. Some copies of VOC store the indices in mode L, which is read too."""
     mend = "copy the original, whose pixels are indices"
     image = _of_mode(path, ("P", "L"), f"its palette was turned into colours; {mend}")
     values = np.asarray(image)
@@ -112,18 +111,18 @@ def palette_values(path: Path) -> np.ndarray:
 
 
 def object_values(path: Path) -> np.ndarray:
-    """Object ids of ADE20K's *_seg.png, written in red and green."""
+    """The object ids of ADE20K's *_seg.png, which red and green encode."""
     pixels = np.asarray(_of_mode(path, ("RGB",), "object ids are expected in red and green"))
     return pixels[..., 0] // 10 * np.uint16(256) + pixels[..., 1]
 
 
 def context_values(path: Path) -> np.ndarray:
-    """LabelMap of Pascal Context's .mat files."""
+    """The LabelMap in Pascal Context's .mat files."""
     return _from_mat(path, "LabelMap", lambda variable: variable)
 
 
 def boundaries_values(path: Path) -> np.ndarray:
-    """GTcls.Segmentation of the .mat files of SBD, the Semantic Boundaries Dataset."""
+    """GTcls.Segmentation in the .mat files of SBD, the Semantic Boundaries Dataset."""
     return _from_mat(path, "GTcls", lambda variable: variable["Segmentation"][0, 0])
 
 
@@ -148,9 +147,9 @@ def _from_mat(path: Path, name: str, part: Callable[[np.ndarray], np.ndarray]) -
 
 
 def check_inflated(content: bytes) -> None:
-    """Raises Refused where the variables of a MATLAB 5 file, unpacked, are larger than any label map.
+    """Raises Refused if the unpacked variables of a MATLAB 5 file are larger than any label map.
 
-    The file is a header of 128 bytes and elements: type and length, 4 bytes each, then the data, compressed by zlib.
+    The file has a header of 128 bytes and elements: type and length, 4 bytes each, then the data, compressed by zlib.
     """
     order = "big" if content[126:128] == b"MI" else "little"
     place, total = 128, 0
@@ -162,7 +161,7 @@ def check_inflated(content: bytes) -> None:
                 total += len(unpacker.decompress(packed, 2**20))
                 packed = unpacker.unconsumed_tail
         if total > MOST_OF_A_MAT:
-            raise Refused(f"it is more than {MOST_OF_A_MAT:,} bytes unpacked, no label map is: replace it")
+            raise Refused(f"it is more than {MOST_OF_A_MAT:,} bytes unpacked, larger than any label map: replace it")
         place += 8 + length
 
 
@@ -181,7 +180,7 @@ def coco_stuff(source: Path, split: str) -> list[Pair]:
 
 
 def voc(source: Path, split: str) -> list[Pair]:
-    """VOC 2012. Its training split is the usual "trainaug": with the pictures of SBD that VOC does not validate on."""
+    """VOC 2012. The training split is the usual "trainaug", with pictures of SBD outside VOC's validation split."""
     pictures = _voc_pictures(source, 2012)
     root = pictures.parent
     own = _folder([root], ["SegmentationClass"], "[!.]*.png", "maps of VOC 2012")
@@ -217,7 +216,7 @@ def voc(source: Path, split: str) -> list[Pair]:
 
 
 def pascal_context(source: Path, split: str) -> list[Pair]:
-    """Pascal Context's .mat files for the pictures of VOC 2010, split as VOC 2010 is."""
+    """Pascal Context's .mat files for the pictures of VOC 2010, with the splits of VOC 2010."""
     pictures = _voc_pictures(source, 2010)
     root = pictures.parent
     maps = _folder([source, root, root.parent, root.parent.parent], ["trainval"], "[!.]*.mat", "Pascal Context's maps")
@@ -258,7 +257,7 @@ def ade20k_full(source: Path, split: str) -> list[Pair]:
 
 
 def coco_captions(source: Path, split: str) -> list[Captioned]:
-    """The captions of COCO 2017, those of a picture in the order of their ids."""
+    """The captions of COCO 2017. Captions of one picture are in the order of their ids."""
     name = {"train": "captions_train2017.json", "validation": "captions_val2017.json"}[split]
     path = _first_file(source, [f"annotations/{name}", name])
     captions = defaultdict(list)
@@ -281,10 +280,10 @@ def _voc_pictures(source: Path, year: int) -> Path:
 
 
 def _pairs_of_folders(images: Path, labels: Path, values: Callable[[Path], np.ndarray], begin: str = "") -> list[Pair]:
-    """Pictures and maps of the same stem. A file without a partner makes a pair, too, whose other file is missing.
+    """Pairs of picture and map with the same stem. A file without a partner makes a pair with a missing file.
 
-    Other tools write maps of their own beside, such as 000000000139_labelTrainIds.png. These are left out: their names
-    begin with the name of a picture.
+    Maps of other tools, such as 000000000139_labelTrainIds.png, are left out: their names begin with the name of a
+    picture.
     """
     pictures, maps = _of_suffix(images, ".jpg", begin), _of_suffix(labels, ".png", begin)
     stems = pictures.keys() | {stem for stem in maps if pictures.keys().isdisjoint(_beginnings(stem))}
@@ -295,13 +294,13 @@ def _pairs_of_folders(images: Path, labels: Path, values: Callable[[Path], np.nd
 
 
 def _of_suffix(folder: Path, suffix: str, begin: str) -> dict[str, Path]:
-    """Stem -> file. Capitals in a suffix make no difference; where both exist, .jpg comes before .JPG."""
+    """Stem -> file. The case of the suffix does not matter; if both .jpg and .JPG exist, .jpg is taken."""
     files = (file for file in folder.iterdir() if file.name.startswith(begin) and not is_leftover(file.name))
     return {file.stem: file for file in sorted(files, reverse=True) if file.suffix.lower() == suffix}
 
 
 def _beginnings(stem: str) -> set[str]:
-    """The parts of a stem before each character that is no letter and no digit."""
+    """The beginnings of a stem, up to each character that is neither letter nor digit."""
     return {stem[: match.start()] for match in re.finditer(r"[\W_]", stem)}
 
 
@@ -314,7 +313,7 @@ def _folder(bases: Sequence[Path], names: Sequence[str], pattern: str, what: str
 
 
 def _first_folder(bases: Sequence[Path], names: Sequence[str], pattern: str) -> Path | None:
-    """The first of these folders with such a file in it."""
+    """The first of these folders that holds a file of the pattern; None if none does."""
     for base in bases:
         for name in names:
             if next((base / name).glob(pattern), None) is not None:
@@ -330,7 +329,7 @@ def _first_file(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _listed(path: Path) -> list[str]:
-    """The image ids of a list: the first word of each line, which may be the path of the picture."""
+    """The image ids in a list file: the stem of the first word of each line, which may be a path."""
     try:
         lines = lines_of(read_text(path))
     except (OSError, ValueError) as error:
@@ -353,7 +352,7 @@ _COCO = f"{_FLICKR}; the annotations of COCO and COCO-Stuff are under CC BY 4.0.
 _VOC = f"{_FLICKR}; the terms of the maps are on the pages of VOC and SBD."
 _CONTEXT = f"{_FLICKR}; the terms of the maps are on the pages of VOC and Pascal Context."
 _ADE = "The pictures are for non-commercial research and education alone; the annotations are under the BSD 3-clause."
-_CONTEXT_COUNTS = {"train": (4_998,), "validation": (5_105, 5_104)}  # a widely used list leaves one picture out
+_CONTEXT_COUNTS = {"train": (4_998,), "validation": (5_105, 5_104)}  # a widely used list lacks one picture
 
 ARCHIVES = {
     "coco_stuff_171": Archive(

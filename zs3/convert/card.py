@@ -1,4 +1,4 @@
-"""The card of a converted dataset: README.md with the front matter that the Hub and `load_dataset` read.
+"""The card of a converted dataset: README.md with front matter for the Hub and `load_dataset`.
 
 Every number in it comes from `conversion.json`.
 """
@@ -18,7 +18,7 @@ ABOUT_CAPTIONS = [
 
 
 def card(result: dict) -> str:
-    """README.md of the dataset: front matter for the Hub and `load_dataset`, then what it is."""
+    """README.md of the dataset: front matter, then a description."""
     archive, splits = ARCHIVES[result["name"]], result["splits"]
     captions = result["name"] == "coco_captions"
     counted = {"images": "num_images"} | ({"captions": "num_captions"} if captions else {})
@@ -41,10 +41,10 @@ def card(result: dict) -> str:
 
 
 def front_matter(result: dict) -> dict:
-    """The files of each split, and how many rows `load_dataset` has to find in them.
+    """The files of each split, and the number of rows that `load_dataset` must find in them.
 
-    `load_dataset` keeps a copy of each dataset, under the folder's name and this front matter. The digest of the shards
-    tells a dataset from another one, and from an earlier state of itself.
+    `load_dataset` caches datasets by folder name and front matter. The digest of the shards distinguishes datasets,
+    and states of one dataset.
     """
     splits = result["splits"]
     shards = [shard["sha256"] for row in splits.values() for shard in row["shards"]]
@@ -61,7 +61,7 @@ def front_matter(result: dict) -> dict:
 
 
 def _departure(split: str, row: dict) -> str:
-    """What a split lacks of the release."""
+    """A sentence on the difference between a split and its release."""
     release = " and ".join(f"{max(numbers):,} {what}" for what, numbers in row["in_release"].items())
     source = " and ".join(f"{number:,} {what}" for what, number in row["in_source"].items())
     here = f"{row['num_images']:,} are here"

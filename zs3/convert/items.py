@@ -1,4 +1,4 @@
-"""One picture of an archive as a row of the dataset, and all of them over processes.
+"""Converts a picture of an archive to a row of the dataset, and many pictures in processes.
 
 Not in `zs3/convert/__main__.py`: processes that are spawned cannot import that file's functions.
 """
@@ -24,8 +24,8 @@ from zs3.convert.archives import ARCHIVES, BadFile, Captioned, Pair, opened
 from zs3.data.stored import exif_orientation
 from zs3.label_space import CLASSES_FOLDER, load_label_space, source_ids
 
-PROGRESS = ".progress"  # in the output: settings, measurements, and the shards of an unfinished conversion
-OUTSIDE = -1  # in the table of ids: a value that the archive does not have
+PROGRESS = ".progress"  # folder in the output for settings, measurements and the shards of an unfinished conversion
+OUTSIDE = -1  # id of a value that the archive does not have
 
 
 # ---- one picture -------------------------------------------------------------------------------------------
@@ -36,8 +36,8 @@ class Converted(NamedTuple):
 
     row: dict | None
     problems: list[dict[str, str]]  # kind, image_id, message
-    notes: list[dict[str, str]]  # as problems, of things that are no fault
-    pixels: dict[int, int]  # id -> how many, the ignored id among them
+    notes: list[dict[str, str]]  # as problems, for things that are no fault
+    pixels: dict[int, int]  # id -> number of pixels, with the ignored id
 
 
 @functools.cache
@@ -102,9 +102,7 @@ def read_ids(pair: Pair, name: str) -> np.ndarray:
 def mismatch(pair: Pair, image: Image.Image, ids: np.ndarray) -> str:
     sizes = f"{pair.label} is {ids.shape[1]} x {ids.shape[0]} pixels, {pair.image} {image.width} x {image.height}"
     if exif_orientation(image) in range(5, 9) and ids.shape == image.size:
-        return (
-            f"{sizes}: the map was drawn on the picture turned as its EXIF tag says; save it turned and without the tag"
-        )
+        return f"{sizes}: the map fits the picture turned by its EXIF tag; save the turned picture without the tag"
     return sizes
 
 
@@ -113,7 +111,7 @@ def _remark(item: Pair | Captioned, kind: str, message: str) -> dict[str, str]:
 
 
 def convert_all(items: list[Pair | Captioned], name: str, num_workers: int) -> Iterator[Converted]:
-    """The converted items, in order. At most 8 items for each process are under way or wait."""
+    """The converted items, in order. At most 8 items per process are in work or waiting."""
     convert = functools.partial(convert_item, name=name)
     if num_workers == 0 or isinstance(next(iter(items), None), Captioned):
         yield from map(convert, items)
@@ -121,7 +119,7 @@ def convert_all(items: list[Pair | Captioned], name: str, num_workers: int) -> I
     spawn = multiprocessing.get_context("spawn")
     remaining = iter(items)
     with ProcessPoolExecutor(num_workers, spawn, _begin_process) as pool:
-        # Ctrl-C reaches every process of a terminal. The processes that start now never hear it.
+        # Ctrl-C reaches every process of a terminal. The processes that start here ignore it.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             waiting = deque((item, pool.submit(convert, item)) for item in islice(remaining, 8 * num_workers))
@@ -140,7 +138,7 @@ def convert_all(items: list[Pair | Captioned], name: str, num_workers: int) -> I
 
 
 def _begin_process() -> None:
-    """A process of the pool ends when the main process has ended, for whatever reason."""
+    """Makes a process of the pool end with the main process, whatever the reason."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

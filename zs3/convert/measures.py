@@ -1,4 +1,4 @@
-"""What a conversion measured: conversion.json, and its lines for the terminal."""
+"""The measurements of a conversion: conversion.json, and lines for the terminal."""
 
 from collections import Counter
 from importlib.metadata import version
@@ -7,11 +7,11 @@ from zs3.convert.archives import ARCHIVES, NUM_CAPTIONS, Captioned, Pair
 from zs3.convert.shards import Shard
 from zs3.label_space import CLASSES_FOLDER, LabelSpace, load_label_space
 
-SHOWN = 5  # problems in the terminal
+SHOWN = 5  # problems that are printed
 
 
 def counts(name: str, split: str, items: list[Pair | Captioned]) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """What was found and what the release has, or may have, by kind."""
+    """By kind: the number found, and the numbers that the release may have."""
     found = {"pictures": (len(items), ARCHIVES[name].counts[split])}
     if name == "coco_captions":
         found["captions"] = (sum(len(item.captions) for item in items), (NUM_CAPTIONS[split],))
@@ -25,9 +25,9 @@ def versions() -> dict[str, str]:
 def conversion(
     name: str, source: str, on_problem: str, items: dict[str, list[Pair | Captioned]], shards: list[tuple[Shard, dict]]
 ) -> dict:
-    """What was measured, for conversion.json.
+    """The content of conversion.json.
 
-    source: the archive's folder. items: of each split. shards: with the measurements of each.
+    source: the archive's folder. items: of each split. shards: all shards with their measurements.
     """
     label_space = None if name == "coco_captions" else load_label_space(CLASSES_FOLDER / f"{name}.json")
     splits = {}
@@ -47,14 +47,14 @@ def conversion(
 
 
 def remarks(shards: list[tuple[Shard, dict]], kind: str) -> list[dict[str, str]]:
-    """kind: "problems" or "notes"."""
+    """All remarks with their split. kind: "problems" or "notes"."""
     return [{"split": shard.split, **remark} for shard, measures in shards for remark in measures[kind]]
 
 
 def split_measures(
     known: dict[str, tuple[int, tuple[int, ...]]], shards: list[tuple[Shard, dict]], label_space: LabelSpace | None
 ) -> dict:
-    """Of one split. known: see `counts`. label_space: None of captions."""
+    """The measurements of one split. known: as from `counts`. label_space: None for captions."""
     total = {key: sum(measures[key] for _, measures in shards) for key in ("num_images", "bytes")}
     row = total | {
         "in_source": {what: found for what, (found, _) in known.items()},
@@ -100,7 +100,7 @@ def report(result: dict) -> str:
 
 
 def tally(remarks: list[dict[str, str]]) -> str:
-    """How many of each kind, and the first few."""
+    """The number of remarks of each kind, and the first few messages."""
     kinds = Counter(remark["kind"] for remark in remarks)
     lines = [", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())]
     lines += [f"  {remark['message']}" for remark in remarks[:SHOWN]]

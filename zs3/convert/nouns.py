@@ -1,27 +1,27 @@
-"""Caption nouns (section 4.5): words of captions as further class names, and as image labels.
+"""Caption nouns (section 4.5): nouns of captions become additional class names and image labels.
 
     pip install -c constraints.txt -e '.[nouns]'
     zs3 nouns --captions data/coco_captions --label_space coco_stuff_171 --output runs/nouns
 
 The folder gets `classes.json`, the class names: the seen names in the order of the label space, then the most
-frequent other nouns; `nouns-train.parquet`, for each image_id the positions of its nouns among them; and
-`settings.json`. A name's frequency is the number of images with a caption that says it.
+frequent other nouns; `nouns-train.parquet`, the indices of these names for each image_id; and `settings.json`. The
+frequency of a name is the number of images that have it in a caption.
 
-When does a caption say a name? Reading: the paper names neither a tagger nor a rule.
-- Words are compared lower-cased, by their lemma, and without spaces and hyphens: "skis" and "ski", "cell phones" and
-  "cellphone", "playing field" and "playingfield" are one each.
-- A name of several words counts wherever it is written, one of a single word only where it is a noun ("train", not
-  "is trained"). The longest name wins and uses its words up: a hot dog is no dog, a traffic light no light.
-- "-other" and "-stuff" add nothing: "door-stuff" is "door", "wall-other" is "wall". Other hyphens join two words, in
+Rules to find a name in a caption (Reading: the paper gives neither a tagger nor a rule):
+- Words are compared in lower case, by their lemma, without spaces and hyphens. So "skis" equals "ski", "cell phones"
+  equals "cellphone", "playing field" equals "playingfield".
+- A name of several words always counts. A name of one word counts only as a noun: "train", not "is trained". The
+  longest name takes its words: in "hot dog" there is no "dog", in "traffic light" no "light".
+- "-other" and "-stuff" are dropped: "door-stuff" is "door", "wall-other" is "wall". Any other hyphen joins two words in
   either order: "wall-brick" is "wall brick" or "brick wall".
-- Names with commas are lists of synonyms.
-Unseen names are found by the same rules, and by default never become class names. But neither "wall" nor "concrete" is
-"wall-concrete", and words that only mean the same as an unseen name ("cattle", "street") stay.
+- Commas separate synonyms.
+The same rules find unseen names, which by default never become class names. But "wall" and "concrete" are not
+"wall-concrete", and synonyms of an unseen name ("cattle", "street") stay.
 
-The tagger is HanTa, whose model lies inside its package (LGPL, which is why it is an extra); lemmas are
-LemmInflect's. On 100 captions like COCO's with marked nouns (tests/test_nouns.py) its precision and recall are 0.99;
-on the 30 captions that were written after it was chosen, 0.98. TextBlob's tagger has 0.94 and 0.94. HanTa reads about
-1,600 captions a second on one core: COCO's 591,753 training captions take 6 minutes.
+The tagger is HanTa, an extra because its license is LGPL; its model is part of the package. LemmInflect gives the
+lemmas. On 100 captions like COCO's with marked nouns (tests/test_nouns.py) HanTa has precision and recall 0.99; on the
+30 captions written after the choice, 0.98; TextBlob's tagger has 0.94 and 0.94. HanTa reads about 1,600 captions a
+second on one core: the 591,753 training captions of COCO take 6 minutes.
 
 Axes: C class name, N image.
 """
@@ -59,20 +59,20 @@ from zs3.data.tables import table_shards
 from zs3.files import write_json, writing_folder
 from zs3.label_space import LabelSpace, load_label_space
 
-IMAGES_AT_ONCE = 32  # that a loading process hands over
+IMAGES_AT_ONCE = 32  # in a batch of a loading process
 PACKAGES = ("HanTa", "lemminflect")
 
 
 @dataclass
 class NounArgs(Arguments):
-    """Nouns of captions as class names beside the seen ones."""
+    """Takes nouns of captions as class names besides the seen names."""
 
     captions: str | None = flag(None, "Folder with data/{split}-*.parquet: image_id and captions, a list of strings.")
-    label_space: str | None = flag(None, "Benchmark name or classes.json, whose seen names come first.")
+    label_space: str | None = flag(None, "Benchmark name or classes.json; its seen names come first.")
     output: OutputFolder | None = flag(None, "Folder for the result; it must not exist yet.")
-    splits: Some[str] = flag(["train"], "Splits whose captions are read.")
-    num_words: Count = flag(1047, "Class names in all, the seen ones among them.")
-    exclude_unseen: bool = flag(True, "Leave out nouns that are an unseen name.")
+    splits: Some[str] = flag(["train"], "Splits of the captions to read.")
+    num_words: Count = flag(1047, "Total number of class names, with the seen names.")
+    exclude_unseen: bool = flag(True, "Leave out nouns that equal an unseen name.")
     num_workers: Workers = flag(0, "Processes that read captions; 0 reads in the main one.")
 
     def check(self) -> None:
@@ -87,7 +87,7 @@ class NounArgs(Arguments):
 
 class Word(NamedTuple):
     text: str  # lower-cased
-    noun: str | None  # the form in the list of names; None: it is no noun here
+    noun: str | None  # its form in a list of names; None if it is no noun
 
 
 # Words begin with a letter: numbers name nothing. Endings such as "'s" and punctuation are words of their own.
@@ -96,13 +96,13 @@ LEMMAS = {"leaves": "leaf"}  # LemmInflect's first choice is "leave"
 SINGULAR_TAGS = {"NN0", "NN1"}
 # A proper noun (NP0) or an unclassified word (UNC) in lower case is a rare noun, of either number.
 NOUN_TAGS = {*SINGULAR_TAGS, "NN2", "NP0", "UNC"}
-UNKNOWN_TO_HANTA = {"moped", "ostrich", "ottoman", "remote", "sled", "tangerine"}  # nouns that it does not know
-PLURAL_NOUNS = {"fries", "glasses", "pants", "shorts", "sunglasses"}  # their singular is another thing
+UNKNOWN_TO_HANTA = {"moped", "ostrich", "ottoman", "remote", "sled", "tangerine"}  # nouns that HanTa does not know
+PLURAL_NOUNS = {"fries", "glasses", "pants", "shorts", "sunglasses"}  # the singular means another thing
 
 
 @cache
 def load_tagger() -> Callable[[str], list[Word]]:
-    """Caption -> its words in order, punctuation among them."""
+    """A function from a caption to its words and punctuation, in order."""
     try:
         import HanTa
         import lemminflect  # noqa: F401
@@ -121,7 +121,7 @@ def load_tagger() -> Callable[[str], list[Word]]:
 
 
 def _listed(text: str, tag: str) -> str | None:
-    """A noun as it is listed; None for another word. tag: HanTa's, which are those of the BNC."""
+    """A noun in its form for lists; None for other words. tag: of HanTa, a tag of the BNC."""
     if text in UNKNOWN_TO_HANTA or text in PLURAL_NOUNS and tag in NOUN_TAGS:
         return text
     if tag not in NOUN_TAGS or len(text) == 1 or not text[0].isalpha():
@@ -141,7 +141,7 @@ def noun_lemma(word: str) -> str:
 
 
 def spellings(name: str) -> list[str]:
-    """How a caption may write a class name, see the top of the file; never empty."""
+    """The spellings of a class name in captions, by the rules above; never empty."""
     found = []
     for synonym in normalize("NFC", name).lower().split(","):
         first, hyphen, last = synonym.strip().partition("-")
@@ -158,10 +158,10 @@ class NameFinder:
     """Finds class names and other nouns in tagged captions."""
 
     def __init__(self, class_names: Sequence[str]):
-        self.names = {}  # without spaces and hyphens -> the name
-        self.longest = 2  # words; two may be a name that is written in one
+        self.names = {}  # spelling without spaces and hyphens -> name
+        self.longest = 2  # words in the longest name; at least 2, because "cell phone" may be "cellphone"
         plain_first = sorted(class_names, key=lambda name: "-" in name)
-        for form in (str, noun_lemma):  # as written wins: "clothes" before the plural of "cloth"
+        for form in (str, noun_lemma):  # exact words come first: "clothes" is not the plural of "cloth"
             for name in plain_first:
                 for spelling in spellings(name):
                     words = WORDS.findall(spelling)
@@ -169,7 +169,7 @@ class NameFinder:
                     self.longest = max(self.longest, len(words))
 
     def __call__(self, words: list[Word]) -> set[str]:
-        """Class names, as the label space writes them, and nouns that are no class names."""
+        """The class names, in the spelling of the label space, and other nouns in the caption."""
         found, start = set(), 0
         while start < len(words):
             length, name = self._at(words[start : start + self.longest])
@@ -179,7 +179,7 @@ class NameFinder:
         return found
 
     def _at(self, words: list[Word]) -> tuple[int, str | None]:
-        """The longest name at the beginning, and how many words it takes; else the first word, if it is a noun."""
+        """The length in words and the longest name at the start; if there is none, the first word if it is a noun."""
         for length in range(len(words), 0, -1):
             part = [word.text for word in words[:length]]
             name = self.names.get(_solid(part)) or self.names.get(_solid(map(noun_lemma, part)))
@@ -193,7 +193,7 @@ def _solid(words: Iterable[str]) -> str:
 
 
 class CaptionWords(Dataset):
-    """Of each image: the class names and nouns that its captions say, in alphabetical order."""
+    """Of each image: the class names and nouns in its captions, in alphabetical order."""
 
     def __init__(self, captions: list[list[str]], class_names: list[str]):
         self.captions = captions
@@ -252,7 +252,7 @@ def write_nouns(path: Path, image_ids: list[str], positions: list[np.ndarray]) -
 
 
 def chosen_words(frequency: Counter[str], label_space: LabelSpace, num_words: int, exclude_unseen: bool) -> list[str]:
-    """The class names: every seen one, then other words by frequency, equal ones in alphabetical order."""
+    """The seen names, then other words by falling frequency. Equal frequencies: alphabetical order."""
     words = list(frequency)
     left_out = among(words, [*label_space.seen, *(label_space.unseen if exclude_unseen else [])])
     others = [word for word, out in zip(words, left_out, strict=True) if not out]
@@ -302,7 +302,7 @@ def make_nouns(args: NounArgs) -> dict:
 
 
 def read_splits(source: Path, names: list[str]) -> dict[str, dict[str, list[str]]]:
-    """split -> image_id -> its captions. An image is in one split."""
+    """split -> image_id -> captions. Raises InputError if an image is in two splits."""
     splits = {split: read_captions(source, split) for split in names}
     times = Counter(image_id for captions in splits.values() for image_id in captions)
     repeated = next((image_id for image_id in times if times[image_id] > 1), None)
@@ -314,8 +314,8 @@ def read_splits(source: Path, names: list[str]) -> dict[str, dict[str, list[str]
 def words_of(
     captions: list[list[str]], class_names: list[str], num_workers: int
 ) -> tuple[list[list[str]], Counter[str]]:
-    """Of each image its names and nouns, and the number of images for each word."""
-    load_tagger()  # before the processes start, which then share it
+    """The names and nouns of each image, and the number of images of each word."""
+    load_tagger()  # before the processes start, so that they share it
     loader = DataLoader(
         CaptionWords(captions, class_names),
         batch_size=IMAGES_AT_ONCE,
@@ -325,7 +325,7 @@ def words_of(
     found, frequency = [], Counter()
     with tqdm(total=len(captions), unit="image", mininterval=1) as bar:
         for batch in loader:
-            found += [[sys.intern(word) for word in words] for words in batch]  # one text in memory for all images
+            found += [[sys.intern(word) for word in words] for words in batch]  # all images share one text in memory
             bar.update(len(batch))
     for words in found:
         frequency.update(words)

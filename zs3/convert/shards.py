@@ -1,4 +1,4 @@
-"""The shards of a converted dataset: cut, written whole, and recognised later by the items they are made of."""
+"""The shards of a converted dataset: their items, how they are written, and how finished ones are recognised."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ class Shard(NamedTuple):
 
     @property
     def items_sha256(self) -> str:
-        """A digest of the captions, or of the image ids and the sizes and times of their files."""
+        """Digest of the captions, or of the image ids and the sizes and times of the files."""
         if isinstance(self.items[0], Pair):
             lines = [f"{item.image_id} {_stamp(item.image)} {_stamp(item.label)}" for item in self.items]
         else:
@@ -39,7 +39,7 @@ class Shard(NamedTuple):
 
 
 def shards_of(split: str, items: list[Pair | Captioned]) -> list[Shard]:
-    """The shards of a split: a multiple of 8, so that 2, 4 or 8 processes get equal shares of a stream."""
+    """The shards of a split. Their number is a multiple of 8, so that 2, 4 or 8 processes share a stream equally."""
     total = 8 * math.ceil(len(items) / 16000) if len(items) >= 8 else 1
     bounds = [number * len(items) // total for number in range(total + 1)]
     names = [f"{split}-{number:05d}-of-{total:05d}.parquet" for number in range(total)]
@@ -47,19 +47,19 @@ def shards_of(split: str, items: list[Pair | Captioned]) -> list[Shard]:
 
 
 def record(output: Path, shard: Shard) -> Path:
-    """Where the measurements of a shard lie."""
+    """The file for the measurements of a shard."""
     return output / PROGRESS / f"{shard.name}.json"
 
 
 def recorded(output: Path, shard: Shard) -> dict | None:
-    """The measurements of a shard, if they are of its items of today; else None."""
+    """The measurements of a shard; None if its items have changed since, or if there are none."""
     path = record(output, shard)
     measures = read_measures(path) if path.is_file() else None
     return measures if measures is not None and measures.get("items_sha256") == shard.items_sha256 else None
 
 
 def finished(output: Path, folder: Path, shard: Shard) -> dict | None:
-    """The measurements of a shard that is in the folder, and whole; else None."""
+    """The measurements of a shard if the folder holds it complete; else None."""
     path, measures = folder / shard.name, recorded(output, shard)
     if measures is None or not path.is_file() or path.stat().st_size != measures.get("bytes"):
         return None
@@ -73,16 +73,16 @@ def write_shard(
     source: Path,
     on_problem: Literal["stop", "skip"],
 ) -> dict:
-    """Writes one shard beside its place and renames it. Returns its measurements.
+    """Writes one shard. Returns its measurements.
 
-    source: the archive's folder; problems name their files within it.
-    on_problem: with "stop" a shard that has a problem is examined to its end and not written.
+    source: the archive's folder. Messages of problems give paths relative to it.
+    on_problem: with "stop", a shard with a problem is read to its end but not written.
     """
     import pyarrow.parquet
 
     measures = {"num_images": 0, "num_captions": 0, "all_ignored": 0, "problems": [], "notes": []}
     pixels, images, rows = Counter(), Counter(), []
-    # Pictures are compressed already, and gain nothing from dictionaries and statistics.
+    # Pictures are compressed already; dictionaries and statistics do not help.
     options = {"compression": "none", "use_dictionary": False, "write_statistics": ["image_id"]}
     with writing(path) as partial:
         with pyarrow.parquet.ParquetWriter(partial, schema, **options) as writer:
@@ -123,7 +123,7 @@ def _stamp(path: Path) -> str:
 
 
 def _of_source(remark: dict[str, str], source: Path) -> dict[str, str]:
-    """A remark with paths that begin in the source."""
+    """A remark with paths relative to the source."""
     return remark | {"message": remark["message"].replace(f"{source}{os.sep}", "")}
 
 
@@ -132,7 +132,7 @@ def _by_id(counts: Counter) -> dict[str, int]:
 
 
 def read_measures(path: Path) -> dict | None:
-    """The measurements in a file. None where it holds no mapping: a power cut leaves a file empty or in pieces."""
+    """The measurements in a file; None if it holds no mapping, as after a power cut."""
     try:
         content = json.loads(read_text(path))
     except (ValueError, RecursionError):
