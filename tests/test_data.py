@@ -156,7 +156,7 @@ def remove_two(folder):
 # A file of the split, what is done to it, and the words of the refusal
 BAD_FILES = [
     ("labels", remove_two, r"labels lacks the partner of 2 of 4 \(p0.png, p2.png\)"),
-    ("images/p0.jpg", Path.touch, "p0.jpg.*p0.png.*one name"),
+    ("images/p0.jpg", Path.touch, "p0.jpg.*p0.png.*the same name"),
     ("images/camera1", Path.mkdir, "images/camera1 is a folder: .* metadata.jsonl"),
     ("images/p1.png", lambda file: file.write_bytes(b"no picture"), "cannot read .*images/p1.png .*replace it"),
     ("images/p1.png", lambda file: os.truncate(file, 200), "cannot read .*images/p1.png .*replace it"),
@@ -164,7 +164,7 @@ BAD_FILES = [
     ("labels/p1.png", filled("L", (15, 16)), "labels/p1.png is 15 x 16 pixels, but .*images/p1.png is 16 x 16"),
     ("labels/p1.png", filled("L", value=5), "labels/p1.png holds id 5; ids are 0 to 4, and 255 for ignored"),
     ("labels/p1.png", filled("RGB"), "labels/p1.png has mode RGB"),
-    ("labels/p1.png", lambda file: write_grey_png(file, bits=4), "labels/p1.png .it has less than 8 bits a pixel"),
+    ("labels/p1.png", lambda file: write_grey_png(file, bits=4), "labels/p1.png .it has fewer than 8 bits a pixel"),
     *((f"images/x{suffix}", Path.touch, f"x{suffix} ends in none of .*.png") for suffix in (".heic", ".txt", "")),
     *((f"labels/x{suffix}", Path.touch, f"x{suffix} ends in none of .png") for suffix in (".bmp", ".gif", ".npy")),
 ]
@@ -492,7 +492,7 @@ def test_large_jpegs_are_decoded_at_a_size_that_will_do(tmp_path):
 
 
 def test_a_reader_without_a_picture_says_so(folder):
-    with pytest.raises(InputError, match="got no picture: take fewer processes or workers than shards"):
+    with pytest.raises(InputError, match="got no picture: use fewer processes or workers than shards"):
         next(streamed(folder, num_processes=5, process_index=4))  # of 4 pictures
 
 
@@ -530,7 +530,7 @@ def test_a_palette_may_have_less_than_8_bits_a_pixel(folder):
 
 
 def write_grey_png(path, bits):
-    """A black PNG, 16 x 16, of less than 8 bits a pixel, by the format's own description; Pillow writes none."""
+    """A black PNG, 16 x 16, of fewer than 8 bits a pixel, by the format's own description; Pillow writes none."""
     header = struct.pack(">IIBBBBB", 16, 16, bits, 0, 0, 0, 0)
     lines = bytes(16 * (1 + 16 * bits // 8))
     chunks = {b"IHDR": header, b"IDAT": zlib.compress(lines), b"IEND": b""}
@@ -583,7 +583,7 @@ def test_no_path_is_a_pattern(name, folder, tmp_path, datasets, load):
 @pytest.mark.parametrize("name", ["a::b", "$HOME"])
 def test_a_path_that_datasets_would_not_take_as_it_is_has_its_reason(name, folder, tmp_path, load):
     write_parquet(folder, tmp_path / "plain", shards=1).rename(tmp_path / name)
-    with pytest.raises(InputError, match="datasets takes .* in this path for more, rename the folder"):
+    with pytest.raises(InputError, match="datasets gives .* in this path a meaning, rename the folder"):
         load(tmp_path / name, "train")
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from processing_zs3 import nearest_pixels
 from zs3.command_line import Pixels, PositiveShare, Some, checked
 
-IGNORED = -1  # a pixel without a label, in the maps that training sees
+IGNORED = -1  # an ignored pixel in the label maps of training
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Augmentation:
     """Mask2Former's recipe for semantic segmentation. Lengths in pixels.
 
     short_edges: each sample draws one. None: 0.5 to 2.0 times crop_size, in steps of a tenth.
-    single_class_max_area: ten crops are tried; 1 takes the first.
+    single_class_max_area: at most ten crops are tried; with 1 the first crop is taken.
     """
 
     crop_size: int  # side of the square crop, and of the sample
@@ -57,7 +57,7 @@ def augment(
     label: (H, W) integers.
     size: from `Augmentation.draw_size`.
     relabel: applied to each crop of the map before anything else reads it. So a class that it removes has no influence
-        on the choice of the crop. It gives integers, and IGNORED where there is no label.
+        on the choice of the crop. It gives integers, and IGNORED for ignored pixels.
     """
     width, height = size
     rows = nearest_pixels(height, label.shape[0])
@@ -70,7 +70,7 @@ def augment(
             break
     scale_x, scale_y = image.width / width, image.height / height
     box = (x * scale_x, y * scale_y, min((x + w) * scale_x, image.width), min((y + h) * scale_y, image.height))
-    image = image.resize((w, h), Image.Resampling.BILINEAR, box=box)  # only the crop: cheaper than resizing the whole
+    image = image.resize((w, h), Image.Resampling.BILINEAR, box=box)  # resizes only the crop, which is cheaper
     if augmentation.color_jitter:
         image = _jittered(image, rng)
     if augmentation.flip and rng.random() < 0.5:
@@ -96,7 +96,7 @@ def _jittered(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         if saturation:
             factor = rng.uniform(0.5, 1.5)
             saturations = saturations.point([min(int(value * factor), 255) for value in range(256)])
-        if hue:  # 18 of OpenCV's units of 2 degrees; here a turn is 256
+        if hue:  # 36 degrees, which are 18 units of OpenCV; a turn is 256 here
             shift = round(rng.uniform(-36, 36) * 256 / 360)
             hues = hues.point([(value + shift) % 256 for value in range(256)])
         image = Image.merge("HSV", (hues, saturations, values)).convert("RGB")

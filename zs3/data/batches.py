@@ -1,4 +1,4 @@
-"""Which images a process reads for each step: how a batch is cut, from a table and from a stream."""
+"""The images that each process reads for each step, from a split by index or from a stream."""
 
 import itertools
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class BatchParts(NamedTuple):
 
 
 def cut_batch(batch_size: int, num_processes: int, device_batch_size: int | None = None) -> BatchParts:
-    """The fewest micro-batches of at most device_batch_size images each. None: one for each process."""
+    """The fewest micro-batches of at most device_batch_size images each. None: one micro-batch for each process."""
     share, rest = divmod(batch_size, num_processes)
     if rest or not share:
         sizes = [str(n * num_processes) for n in (share, share + 1) if n]
@@ -45,12 +45,12 @@ def cut_batch(batch_size: int, num_processes: int, device_batch_size: int | None
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The samples of one process, step after step: a DataLoader's `batch_sampler`.
 
-    All processes walk through one endless sequence: the permutations of all epochs, keyed by seed and epoch, one after
-    the other. Each step takes the next batch of this sequence. The batch is cut into its parts in order: process by
-    process, and within a process micro-batch by micro-batch. So the images of a step depend neither on the number of
-    processes nor on a restart. The DataLoader must not be cut again (no `accelerator.prepare`).
+    All processes use one endless sequence: the permutations of all epochs, one after the other. A permutation depends
+    on seed and epoch alone. Each step takes the next batch of this sequence. The batch is cut into its parts in order:
+    process by process, and within a process micro-batch by micro-batch. So the images of a step depend neither on the
+    number of processes nor on a restart. `accelerator.prepare` would cut the batches of the DataLoader a second time.
 
-    steps: those to make; a run that resumes at step 7 gives range(7, max_steps).
+    steps: the steps to make; a run that resumes at step 7 gives range(7, max_steps).
     """
 
     num_samples: int
@@ -82,16 +82,15 @@ class StreamedBatches(IterableDataset):
 
     Each process gets some of the shards, and each worker of its DataLoader some of these. A worker reads its shards
     again and again, each epoch in another order, and shuffles the rows in a buffer. So the images of a step depend on
-    the numbers of processes and workers, which they do not with `StepSampler`. A restart goes on with the same images.
-
+    the numbers of processes and workers, unlike with `StepSampler`. A restart continues with the same images.
     """
 
     dataset: SegmentationDataset  # of a StreamedSplit
     batch_size: int
-    buffer_size: int  # rows, not decoded, that a worker shuffles among
+    buffer_size: int  # undecoded rows in the shuffle buffer of a worker
     num_processes: int = 1
     process_index: int = 0
-    start: int = 0  # micro-batches of this process to leave out, a multiple of the number of workers
+    start: int = 0  # micro-batches of this process to skip, a multiple of the number of workers
 
     def loader(self, num_workers: int, start: int = 0, **options: Any) -> Iterator[dict[str, Any]]:
         """The micro-batches from any `start` on. There are never more workers than shards.
@@ -118,14 +117,14 @@ class StreamedBatches(IterableDataset):
             for row in read_rows(self._table(epoch)):
                 yield epoch, row
             if row is None:
-                raise InputError("a worker of the stream got no picture: take fewer processes or workers than shards")
+                raise InputError("a worker of the stream got no picture: use fewer processes or workers than shards")
 
     def _table(self, epoch: int) -> "datasets.IterableDataset":
-        """The rows of this process in an epoch. (Not by datasets' own set_epoch: all workers share that.)"""
+        """The rows of this process in an epoch. datasets' own set_epoch is not used, because all workers share it."""
         from datasets.distributed import split_dataset_by_node
 
         order = np.random.default_rng((self.dataset.seed, epoch))
-        # One shard at a time: the converter has mixed the rows of a training split.
+        # One shard at a time is enough: the converter has already shuffled the rows of a training split.
         options = {"buffer_size": self.buffer_size, "max_buffer_input_shards": 1}
         table = self.dataset.records.table.shuffle(generator=order, **options)
         return split_dataset_by_node(table, rank=self.process_index, world_size=self.num_processes)

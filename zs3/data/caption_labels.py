@@ -35,7 +35,7 @@ def load_caption_nouns(path: str | Path, label_space: LabelSpace) -> CaptionNoun
     if not files or not (folder / "settings.json").is_file():
         raise InputError(f"{folder} holds no caption nouns: give the --output of zs3 nouns")
     class_names = load_label_space(folder).class_names
-    what, mend = "settings file of zs3.nouns", "make the caption nouns again"
+    what, mend = "settings file of zs3 nouns", "make the caption nouns again"
     settings = read_json(folder / "settings.json", CaptionSettings, what, mend)
     try:
         tables = [pyarrow.parquet.read_table(file, columns=["image_id", "nouns"]) for file in files]
@@ -68,9 +68,9 @@ def dropped(labels: np.ndarray, rng: np.random.Generator, probability: float, dr
 
 
 class CaptionLabels:
-    """The `ImageLabels` of captions. The nouns are the class axis; a noun that is not in the captions is absent.
+    """The `ImageLabels` of captions. The class axis is the nouns; a noun that is not in an image's captions is absent.
 
-    image_ids: the training images, which must all have captions. None, for a stream: each is looked up when it is read.
+    image_ids: the training images, which must all have captions. None, for a stream: each is checked when it is read.
     """
 
     def __init__(

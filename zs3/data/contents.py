@@ -11,7 +11,7 @@ from files_zs3 import check_regular
 from zs3.command_line import InputError, shown
 
 HUB_CARD = ("README.md", ".gitattributes")  # files of a Hub dataset that can change while its data stay the same
-ENDS = 1000  # at most so many files of a split are read, each at its end
+ENDS = 1000  # the largest number of files that are read, each only at its end
 END_BYTES = 2**16
 
 Row = dict[str, Any]  # "image" and "label": a path, or {"bytes": ..., "path": ...}; "image_id"
@@ -20,12 +20,12 @@ Row = dict[str, Any]  # "image" and "label": a path, or {"bytes": ..., "path": .
 def contents_of(
     image_ids: list[str] | None, rows: list[Row] | None, shards: Sequence[Path] | str
 ) -> dict[str, int | str]:
-    """The fingerprint of a split. A fact that is not known has no key.
+    """The fingerprint of a split. An unknown fact has no key.
 
-    It has the sizes of all files and the last bytes of up to ENDS files. A JPEG has pixels there, a PNG checksums, a
-    table its footer.
+    It has the sizes of all files and the last bytes of up to ENDS files. At its end a JPEG has pixels, a PNG checksums,
+    and a table its footer.
 
-    image_ids: None for a table that is streamed. rows: of a folder. shards: of a table, see `table_files`.
+    image_ids: None for a streamed table. rows: None for a table. shards: of a table, see `table_files`.
     """
     found: dict[str, int | str] = {}
     if image_ids is not None:
@@ -49,7 +49,7 @@ def contents_of(
 def hub_files(repo_id: str) -> list[tuple[str, str]] | None:
     """Names and hashes of a Hub dataset's files, without its card. None: the Hub does not answer.
 
-    It has not been tried against the Hub itself.
+    It is not tested with the Hub itself.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # httpx's error: its module depends on the version
@@ -75,7 +75,7 @@ def size_of(file: Path) -> int:
 
 
 def _ends_sha256(files: Sequence[Path]) -> str:
-    """Of the last bytes of up to ENDS files, spread evenly over all."""
+    """The digest of the last bytes of up to ENDS files, spread evenly over all."""
     digest = hashlib.sha256()
     for file in files[:: max(math.ceil(len(files) / ENDS), 1)]:
         with file.open("rb") as content:

@@ -1,7 +1,7 @@
 """Image labels: which classes are in a picture as a whole. Training gets them beside the masks of the seen classes.
 
 Inductive training has no image labels of unseen classes. Transductive training has them from the ground truth, or from
-the scores of `zs3 pseudo_labels` (section 3.4). Those of captions are in `zs3.data.caption_labels` (section 4.5).
+the scores of `zs3 pseudo_labels` (section 3.4). `zs3.data.caption_labels` has image labels from captions (section 4.5).
 
 Axes: C names on the class axis of the run, N images, U unseen names.
 """
@@ -33,7 +33,7 @@ SETTINGS_KEY = b"zs3_settings_sha256"  # metadata of a shard of scores
 
 
 def training_space(label_space: LabelSpace, supervision: Supervision) -> LabelSpace:
-    """The label space as training knows it: in supervised training no class is unseen."""
+    """The label space of the training. In supervised training no class is unseen."""
     if supervision == "supervised":
         return LabelSpace(label_space.class_names, [], label_space.ignore_index)
     return label_space
@@ -55,7 +55,7 @@ class ImageLabels(Protocol):
 
 
 class NoUnseenLabels:
-    """The class axis has the seen names alone: training would only push down names that are never positive."""
+    """Inductive: the class axis has only seen names, because a name that is never present would only be pushed down."""
 
     def __init__(self, label_space: LabelSpace):
         self.class_names = label_space.seen
@@ -78,15 +78,15 @@ class GroundTruthLabels:
 
 
 class Positives(NamedTuple):
-    labels: int  # that are positive
-    images: int  # that have one
+    labels: int  # number of positive labels
+    images: int  # number of images with a positive label
     all_images: int
 
 
 class PseudoLabels:
     """Section 3.4: the scores of a folder, made into labels by a threshold (`pseudo_labels`).
 
-    image_ids: the training images, which must all have scores. None, for a stream: each is looked up when it is read.
+    image_ids: the training images, which must all have scores. None, for a stream: each is checked when it is read.
 
     `positives` counts the training images; for a stream, all images that have scores.
     """
@@ -139,17 +139,17 @@ class PseudoLabelSettings(TypedDict, total=False):
 
 def pseudo_label_settings(folder: Path) -> PseudoLabelSettings:
     """The checked content of a folder's settings.json."""
-    what = "settings file of zs3.pseudo_labels"
+    what = "settings file of zs3 pseudo_labels"
     return read_json(folder / "settings.json", PseudoLabelSettings, what, "make the pseudo labels anew")
 
 
 def settings_digest(settings: Mapping[str, Any]) -> bytes:
-    """The digest by which a shard names the settings that made it."""
+    """The digest of the settings of `zs3 pseudo_labels`. Each shard stores it."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest().encode()
 
 
 def shard_digest(file: Path) -> bytes | None:
-    """The digest in a shard. None: the shard is damaged, or of an older version."""
+    """The digest of the settings that a shard stores. None: the shard is damaged, or of an older version."""
     import pyarrow
     import pyarrow.parquet
 
@@ -184,7 +184,7 @@ def read_scores(path: str | Path, label_space: LabelSpace) -> tuple[dict[str, in
         row_of.update(zip(ids, range(len(row_of), len(row_of) + len(ids)), strict=True))
         scores.append(part)
         if len(row_of) != sum(map(len, scores)):
-            raise InputError(f"{file} has an image_id that was there before: an image has one row")
+            raise InputError(f"{file} repeats an image_id: make the pseudo labels anew, with one row an image")
     return row_of, np.concatenate(scores)
 
 
@@ -216,7 +216,7 @@ def _score_files(path: Path) -> list[Path]:
     if found != [path / shard_name(index, total) for index in range(total)]:
         raise InputError(
             f"{path} holds {len(found)} shards, but not the {total} of one run: "
-            "start zs3 pseudo_labels again, or delete those of another run"
+            "start zs3 pseudo_labels again, or delete the shards of another run"
         )
     return found
 
@@ -250,9 +250,9 @@ def _read_scores(file: Path, unseen: list[str]) -> tuple[list[str], np.ndarray]:
 
 
 def check_scored_pictures(path: Path, records: Split) -> None:
-    """Refuses the scores of another dataset whose pictures have the same ids."""
+    """Refuses scores of another dataset with the same image ids, by the file sizes of the pictures."""
     made_of = pseudo_label_settings(path) if (path / "settings.json").is_file() else {}
     known, count = made_of.get("picture_sizes_sha256"), made_of.get("num_images", 0)
     own = records.picture_sizes_sha256(count)
     if None not in (known, own) and known != own:
-        raise InputError(f"{path} was made of other pictures of the same names: make the pseudo labels of this dataset")
+        raise InputError(f"{path} was made from other pictures of the same names: make pseudo labels of this dataset")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, repr=False)
 class Split(Sequence[Record]):
-    """The records of one split by index. A record is read when it is asked for."""
+    """The records of one split by index. A record is read only when it is indexed."""
 
     rows: Sequence[Row]
     image_ids: list[str]
@@ -54,11 +54,11 @@ class Split(Sequence[Record]):
         return (read_ids(row, image_id, self.label_space) for row, image_id in rows)
 
     def contents(self) -> dict[str, int | str]:
-        """What the split is made of; see `contents_of`."""
+        """The fingerprint of the split; see `contents_of`."""
         return contents_of(self.image_ids, self.rows if isinstance(self.rows, list) else None, self.shards)
 
     def picture_sizes_sha256(self, count: int) -> str | None:
-        """Of the file sizes of the first pictures. None for a table, which has no picture files."""
+        """The digest of the file sizes of the first pictures. None for a table, which has no picture files."""
         if not isinstance(self.rows, list):
             return None
         return sizes_sha256([row["image"] for row in self.rows[:count]])
@@ -70,28 +70,28 @@ class StreamedSplit:
 
     table: "datasets.IterableDataset"  # rows as `Row`, with pictures that are not decoded
     label_space: LabelSpace
-    rows: list[Row] | None = None  # of a folder, which knows them beforehand
+    rows: list[Row] | None = None  # of a folder; None: a table
     shards: Sequence[Path] | str = ()  # as in a Split
 
     def __iter__(self) -> Iterator[Record]:
         return (self.stored(row).record() for row in read_rows(self.table))
 
     def ids(self) -> Iterator[tuple[np.ndarray, bool]]:
-        """As `Split.ids`."""
+        """See `Split.ids`."""
         return (read_ids(row, image_id_of(row["image_id"]), self.label_space) for row in read_rows(self.table))
 
     def stored(self, row: Row) -> StoredRecord:
         return read_stored(row, image_id_of(row["image_id"]), self.label_space)
 
     def contents(self) -> dict[str, int | str]:
-        """What the split is made of; see `contents_of`."""
+        """The fingerprint of the split; see `contents_of`."""
         image_ids = None if self.rows is None else [row["image_id"] for row in self.rows]
         return contents_of(image_ids, self.rows, self.shards)
 
 
 def read_rows(table: "datasets.IterableDataset") -> Iterator[Row]:
-    """The rows of a stream. A damaged shard, or one that cannot be reached, is an InputError."""
-    with whole_table("cannot read on in the stream"):
+    """The rows of a stream. Raises InputError at a shard that is damaged or cannot be reached."""
+    with whole_table("cannot read the rest of the stream"):
         yield from table
 
 
@@ -101,7 +101,7 @@ def load_split(dataset: str | Path, split: str, label_space: LabelSpace | None =
     dataset: a folder with `{split}/images` and `{split}/labels` (png, with the names of their pictures), or with
         `{split}/metadata.jsonl`; or a folder with `data/{split}-*.parquet`, or a Hub id, both with the columns image,
         label, image_id.
-    label_space: the names of the ids in the label maps. None: the dataset's own classes.json.
+    label_space: the class names of the ids in the label maps. None: the dataset's own classes.json.
     """
     label_space = label_space or load_label_space(dataset)
     if (Path(dataset) / split).is_dir():
@@ -122,7 +122,7 @@ def stream_split(dataset: str | Path, split: str, label_space: LabelSpace | None
 
     label_space = label_space or load_label_space(dataset)
     if (Path(dataset) / split).is_dir():
-        rows = folder_rows(Path(dataset) / split)  # datasets gives each reader a part of this list, row by row
+        rows = folder_rows(Path(dataset) / split)  # datasets divides this list over its readers
         table = datasets.IterableDataset.from_generator(_each, gen_kwargs={"rows": rows})
         return StreamedSplit(table, label_space, rows)
     return StreamedSplit(open_table(dataset, split, streaming=True), label_space, shards=table_files(dataset, split))

@@ -1,11 +1,11 @@
 """Training samples: a record's picture, with the masks and image labels that the training may see.
 
 `SegmentationDataset` augments picture and label map together. It first rewrites each crop of the map to the class axis
-of the run. This removes the unseen classes, so that nothing after it can see them. The image labels of a sample are the
-seen classes of its crop, and for all other names those of the run's source of image labels.
+of the run. This removes the unseen classes, so that no later step can see them. In a sample's image labels the seen
+classes of its crop are present. The run's source of image labels decides about all other names.
 
 The leak rule: the places of unseen classes never leave `SegmentationDataset`, not even through the choice of the crop.
-In transductive training it leaves that a class is in the picture, no more.
+Transductive training gets only their image labels.
 
 Axes: H W pixels, C names on the class axis of the run, S side of the crop.
 """
@@ -53,7 +53,7 @@ def to_image_labels(mask_labels: np.ndarray, of_picture: np.ndarray) -> np.ndarr
     """The model's `image_labels` (C,) int8: 1 present, 0 absent, -1 unknown.
 
     mask_labels: (H, W) of the crop. A name with a mask there is present.
-    of_picture: (C,) int8, the image labels of the whole picture. They count for all other names.
+    of_picture: (C,) int8, the image labels of the whole picture, for all other names.
     """
     present = np.bincount(mask_labels[mask_labels != IGNORED], minlength=len(of_picture)) > 0
     return np.where(present, 1, of_picture).astype(np.int8)
@@ -69,7 +69,7 @@ class SegmentationDataset(Dataset):
     `class_names` are the names on the class axis.
     """
 
-    records: Split | StreamedSplit  # the second has no index: `StreamedBatches` reads it
+    records: Split | StreamedSplit  # a StreamedSplit has no index: `StreamedBatches` reads it
     label_space: LabelSpace
     augmentation: Augmentation
     image_mean: Sequence[float]  # (3,) of RGB in [0, 1]
@@ -95,7 +95,7 @@ class SegmentationDataset(Dataset):
     def sample(self, stored: StoredRecord, epoch: int) -> Sample:
         """pixel_values (3, S, S) float32 normalised, pixel_mask and labels (S, S) int64, image_labels (C,) int8,
         image_id."""
-        # By the id: a sample does not depend on the order in which pictures are read, nor on their source.
+        # The key is made of the id, so that a sample does not depend on the reading order or the source of pictures.
         key = int.from_bytes(hashlib.sha256(stored.image_id.encode()).digest()[:8])
         rng, words = np.random.default_rng((self.seed, epoch, key)).spawn(2)
         of_picture = self.image_labels(stored.image_id, stored.ids, words)
@@ -114,7 +114,7 @@ class SegmentationDataset(Dataset):
 
     def padded(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
         """A crop and its map on a square of crop_size: pixel_values (3, S, S) normalised, pixel_mask and labels (S, S).
-        Right of the picture and below it they are the mean colour, 0 and IGNORED."""
+        The padding, right and below, is the mean colour, 0 and IGNORED."""
         size, inside = self.augmentation.crop_size, np.s_[: image.height, : image.width]
         pixel_values, pixel_mask = torch.zeros(3, size, size), torch.zeros(size, size, dtype=torch.int64)
         labels = torch.full((size, size), IGNORED)

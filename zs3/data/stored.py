@@ -29,21 +29,21 @@ class StoredRecord(NamedTuple):
 
     name: str  # of the picture, for messages
     image: Image.Image
-    label: np.ndarray  # (H, W), with the bits a pixel of its file
+    label: np.ndarray  # (H, W), with the integer type of its file
     ids: np.ndarray  # the class ids in the label map
     image_id: str
 
     def decoded(self, size: tuple[int, int] | None = None) -> Image.Image:
         """The picture in RGB.
 
-        size: a smaller width and height that is enough. A JPEG is decoded at a half, quarter or eighth of its size, but
-            no smaller than this. That costs less time and memory.
+        size: the width and height that are needed, to save time and memory. A JPEG is then decoded at a half, quarter
+            or eighth of its size, but no smaller than this.
         """
         with readable(self.name):
             if size is not None:
                 self.image.draft("RGB", size)
             self.image.load()
-            return self.image if self.image.mode == "RGB" else self.image.convert("RGB")  # which would copy it
+            return self.image if self.image.mode == "RGB" else self.image.convert("RGB")  # a copy
 
     @property
     def is_turned(self) -> bool:
@@ -107,8 +107,8 @@ def _opened(source: Path | Row | None, what: Literal["picture", "map"], image_id
 def open_stored(source: str | Path | bytes, what: Literal["picture", "map"]) -> Image.Image:
     """A dataset's picture or label map, not decoded yet. Raises Refused with the reason.
 
-    Decoding it gives the values that were written, or an error. For this the checksums of a PNG are tested, and depths
-    that Pillow would stretch or cut are refused.
+    Decoding it gives the written values, or an error. For this the checksums of a PNG are tested, and bit depths that
+    Pillow would change are refused.
     """
     if not isinstance(source, bytes):
         check_regular(source)
@@ -119,14 +119,14 @@ def open_stored(source: str | Path | bytes, what: Literal["picture", "map"]) -> 
     depth = str(image.tile[0].args) if image.tile else ""  # a PNG has its raw mode here, such as "RGB;16B"
     if what == "picture" and (is_deep(image) or image.format == "PNG" and ";16" in depth):
         raise Refused("it has more than 8 bits a channel: save it with 8")
-    if what == "map" and image.tile and image.tile[0].args in ("L;2", "L;4"):  # Pillow fills 8 bits with them
-        raise Refused("it has less than 8 bits a pixel: save it with 8")
+    if what == "map" and image.tile and image.tile[0].args in ("L;2", "L;4"):  # Pillow would scale them to 8 bits
+        raise Refused("it has fewer than 8 bits a pixel: save it with 8")
     return image
 
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """A file that a decoder refuses within the block becomes an InputError with the file's name."""
+    """Within the block, the refusal of a decoder becomes an InputError with the file's name."""
     try:
         with decoding():
             yield

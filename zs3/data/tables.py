@@ -41,7 +41,7 @@ def folder_rows(folder: Path) -> list[Row]:
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Stem -> file. Files that a system leaves are skipped; any other file that does not fit is refused."""
+    """Stem -> file. Leftover files of an operating system are skipped; any other file that does not fit is refused."""
     if not folder.is_dir():
         raise InputError(f"folder {folder} is missing: a split holds images and labels, or a metadata.jsonl")
     found: dict[str, Path] = {}
@@ -55,7 +55,7 @@ def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
                 f"{file} ends in none of {', '.join(suffixes)}: convert it, or move it and its partner away"
             )
         if file.stem in found:
-            raise InputError(f"{found[file.stem]} and {file.name} have one name: rename one of them")
+            raise InputError(f"{found[file.stem]} and {file.name} have the same name: rename one of them")
         found[file.stem] = file
     return found
 
@@ -122,7 +122,7 @@ def open_table(dataset: str | Path, split: str, streaming: bool) -> "datasets.Da
         shards = _with_rows(table_shards(Path(dataset), split))
         if not shards:
             raise InputError(f"split {split!r} of {dataset} has no row: name another split, or another dataset")
-        # The cache knows a table by this name too, so that a replaced shard with the same path and time is read again.
+        # This name is part of the cache's key, so that a replaced shard with the same path and time is read again.
         source, options = "parquet", {"name": _identity(shards), "split": "rows"}
         options["data_files"] = {"rows": [glob.escape(str(shard.absolute())) for shard in shards]}
     elif is_hub_id(str(dataset)):
@@ -155,7 +155,7 @@ def _with_rows(shards: list[Path]) -> list[Path]:
 
     kept = []
     for shard in shards:
-        size_of(shard)  # refuses a pipe, for which the next line would wait without an end
+        size_of(shard)  # refuses a pipe, on which the next line would wait for ever
         try:
             empty = pyarrow.parquet.read_metadata(shard).num_rows == 0
         except (OSError, ValueError):
@@ -165,7 +165,7 @@ def _with_rows(shards: list[Path]) -> list[Path]:
 
 
 def _identity(files: Sequence[Path]) -> str:
-    """A digest of names, sizes and times. Each change of a file moves its ctime, which nobody can reset."""
+    """A digest of names, sizes and times. Each change of a file changes its ctime, which nobody can reset."""
     found = [(file.name, file.stat()) for file in files]
     facts = [(name, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in found]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
@@ -198,7 +198,7 @@ def table_shards(folder: Path, split: str) -> list[Path]:
         raise InputError(f"{shown(beside[0])} is no shard {split}-*.parquet and would be left out: rename or move it")
     place = str(shards[0].absolute())
     if "::" in place or os.path.expandvars(place) != place:
-        raise InputError(f"{shown(shards[0])}: datasets takes '::' or '$' in this path for more, rename the folder")
+        raise InputError(f"{shown(shards[0])}: datasets gives '::' or '$' in this path a meaning, rename the folder")
     totals = sorted({total for _, total in numbered})
     whole = [(number, len(shards)) for number in range(len(shards))]
     if numbered and sorted(numbered) != whole:
