@@ -200,7 +200,7 @@ def test_counts_that_are_missing_or_of_something_else_are_one_line(data, with_te
         ({"calibration": {"seen_bias": -0.1}}, "--seen_bias"),
     ):
         result.write_text(json.dumps({**told, **more}))
-        refused(f"gzs3.json is of other maps than are drawn: evaluate again without {flag}")
+        refused(f"gzs3.json is of other label maps than the figure: evaluate again without {flag}")
     plain = {"setting": "gzs3", "without": [], "calibration": {"seen_bias": 0.0}}
     result.write_text(json.dumps({**told, **plain}))
     refused("no image 'elsewhere'")

@@ -296,7 +296,7 @@ def test_a_field_of_a_wrong_type_changes_nothing_or_is_one_line(old, tmp_path, m
         ("confidence_intervals", {"miou": [0.5, None]}, "confidence_intervals.miou is a list, not [low, high]"),
         ("confidence_intervals", {"miou": [0.1, 0.2, 0.3]}, "confidence_intervals.miou is a list, not [low, high]"),
         ("setting", "gzs4", "setting is 'gzs4', not 'gzs3', 'zs3' or 'ovs'"),
-        ("per_class", {"sky": 0.5}, "per_class and per_class_intervals have other names"),
+        ("per_class", {"sky": 0.5}, "per_class and per_class_intervals have different names"),
         ("seen", ["sky"], "'blue heart' of per_class is neither in seen nor in unseen"),
         ("unseen", ["Sky "], "names repeat: 'sky' and 'Sky ' are one name"),
         ("seen", ["a\nb"], "a name must be one line"),
@@ -304,7 +304,7 @@ def test_a_field_of_a_wrong_type_changes_nothing_or_is_one_line(old, tmp_path, m
         ("split_images", 2, "num_images is more than split_images"),
         ("clip_ensemble_weight", None, "do not agree on whether there is an ensemble"),
         ("clip_ensemble", "off", "do not agree on whether there is an ensemble"),
-        ("calibration", {"seen_bias": 0.5, "seen_bias_chosen": "none"}, "a seen_bias, and says that none was chosen"),
+        ("calibration", {"seen_bias": 0.5, "seen_bias_chosen": "none"}, "a seen_bias, but says that none was chosen"),
     ],
 )
 def test_what_a_result_cannot_be_is_told(old, tmp_path, field, value, words):

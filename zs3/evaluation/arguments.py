@@ -43,28 +43,28 @@ class EvalArgs(Arguments):
         "Candidates: all classes (gzs3), the unseen alone (zs3), or any label space, without a zero-shot claim (ovs).",
     )
     without: list[str] = flag([], "Names that are no candidates; their pixels count for rejection only.")
-    output: str | None = flag(None, "Result file (JSON); of a suite, a folder.")
+    output: str | None = flag(None, "Result file (JSON); for a suite, a folder.")
     text_embeds: str | None = flag(
         None,
-        "Text vectors for a checkpoint without text tower: a .npy, one row a class; of a suite, a folder of NAME.npy.",
+        "Text vectors for a checkpoint without text tower: a .npy, one row a class; for a suite, a folder of NAME.npy.",
     )
     ensemble: Literal["off", "crops", "single_pass"] | None = flag(
         None,
-        "Join CLIP's view of the proposals (section 4.6), from crops of them or from one pass over the image; default: "
-        "crops where the checkpoint has an image tower and a weight.",
+        "Combine with CLIP's scores of proposals (section 4.6), from crops or from one pass over the image; default: "
+        "crops, if the checkpoint has an image tower and a weight.",
     )
     ensemble_weight: str | None = flag(
         None, "w of the ensemble: a number, or a file of zs3 ensemble_weight; default: the checkpoint's own weight."
     )
     seen_bias: str | None = flag(
-        None, "Subtract this from the scores of seen classes: a number, or a result file, for the best of its curve."
+        None, "Bias to subtract from the scores of seen classes: a number, or a result file with the best of its curve."
     )
     calibration: bool = flag(True, "Measure the seen/unseen curve, reliability and rejection in the same pass.")
     max_wrong: Annotated[float, Number(float, TINY, 1, below=True)] = flag(
         0.1, "Share of an image's pixels that may get a wrong label, for the rejection threshold."
     )
     absent: Literal["union", "truth"] = flag(
-        "union", "A class is left out of means where truth and prediction (union) or truth alone lack it."
+        "union", "A class is left out of means if truth and prediction (union) or the truth alone lack it."
     )
     pictures: OutputFolder | None = flag(None, "Folder for pictures: image, truth, prediction.")
     num_pictures: Whole = flag(8, "How many pictures to draw, spread evenly over the split.")
@@ -73,7 +73,7 @@ class EvalArgs(Arguments):
     )
     max_images: Count | None = flag(None, "Evaluate the first N images only.")
     num_workers: Workers = flag(2, "Processes that read images ahead; 0 reads them in the main one.")
-    seed: Seed = flag(0, "Of the bootstrap.")
+    seed: Seed = flag(0, "Seed of the bootstrap.")
 
     def check(self) -> None:
         check_required(self, "model")
@@ -94,7 +94,7 @@ class EvalArgs(Arguments):
             check_replaceable(Path(self.output), read_result)
         elif self.output is not None:
             if os.path.exists(self.output) and not os.path.isdir(self.output):
-                raise InputError(f"--output {self.output} is a file: of a suite it is a folder")
+                raise InputError(f"--output {self.output} is a file: a suite needs a folder")
             try_output("--output", self.output, "folder")
         if self.ensemble == "off" and self.ensemble_weight is not None:
             raise InputError("--ensemble_weight goes with an ensemble, and --ensemble is off")
@@ -106,7 +106,7 @@ class EvalArgs(Arguments):
 
 NOT_OF_THE_RESULT = {
     *("output", "pictures", "num_pictures", "curves", "num_workers", "suite", "data_root", "members"),
-    "trust_remote_code",  # code_sha256 says which code it was
+    "trust_remote_code",  # code_sha256 identifies the code
 }
 
 
@@ -116,6 +116,6 @@ def deciding_flags(args: EvalArgs) -> dict:
 
 
 def same_flags(older: dict, newer: dict) -> bool:
-    """Whether the flags of two results ask for the same numbers. An older version had one more, of a view "lazy"."""
+    """Whether the flags of two results give the same numbers. An older version had a flag more, for the view "lazy"."""
     gone = {"ensemble_tolerance": 0.0}
     return {name: value for name, value in older.items() if (name, value) not in gone.items()} == newer

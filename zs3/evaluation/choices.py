@@ -1,4 +1,4 @@
-"""The seen bias and the ensemble of an evaluation: a number or a file's answer, and how each was chosen."""
+"""The seen bias and the ensemble weight of an evaluation, from a number or a file, and how each was chosen."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ TUNED = "TUNED ON THE TEST IMAGES"
 
 
 def number_or_none(given: str) -> float | None:
-    """A flag takes a number or the name of a file; None: a file."""
+    """The number that a flag gives. None: it gives the name of a file."""
     try:
         return float(given)
     except ValueError:
@@ -42,7 +42,7 @@ def check_bias(given: str) -> None:
 
 
 def chosen_bias(given: str | None, stamp: Result, image_ids: list[str]) -> Chosen:
-    """given: None, a number, or a result file, whose curve has a best bias."""
+    """given: None, a number, or a result file with a curve that has a best bias."""
     return Chosen(0.0, "none") if given is None else chosen(given, best_bias, stamp, image_ids)
 
 
@@ -118,7 +118,7 @@ class WeightAnswer(TypedDict, total=False):
     dataset: str
     image_ids: list[str]
     weights: dict[str, dict[str, float | None]]
-    clip_ensemble_weight: Any  # best_weight has its own words for it
+    clip_ensemble_weight: Any  # best_weight checks it
 
 
 def read_answer(path: Path, needed: Sequence[str] = ()) -> WeightAnswer:

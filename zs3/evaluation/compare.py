@@ -2,10 +2,10 @@
 
     zs3 compare A.json B.json --output runs/compare.json
 
-Both models were evaluated on the same images, so the images are resampled in pairs: each of the 1000 resamples draws
-the same images for both, and the interval is that of the difference of their scores. It is narrower than the intervals
-of the two models suggest, because an image that is hard for one model is mostly hard for the other. The command reads
-the areas of all images, which eval.py wrote beside each result (A_images.npz).
+Both models were evaluated on the same images, so each of the 1000 resamples draws the same images for both. The
+interval is that of the difference of their scores. It is narrower than the intervals of the two models suggest, because
+an image that is hard for one model is mostly hard for the other. The command reads the areas of all images, which
+eval.py wrote beside each result (A_images.npz).
 """
 
 import math
@@ -48,9 +48,9 @@ class CompareArgs(Arguments):
     first_words = ("a", "b")
 
     a: str | None = flag(None, "Result file of eval.py. The two files may be given without their flags.")
-    b: str | None = flag(None, "Another one; differences are B - A.")
+    b: str | None = flag(None, "Result file to compare with A; differences are B - A.")
     output: OutputFile | None = flag(None, "Result file (JSON); the printed tables go beside it as .md.")
-    seed: Seed = flag(0, "Of the bootstrap.")
+    seed: Seed = flag(0, "Seed of the bootstrap.")
 
     def check(self) -> None:
         if self.a is None or self.b is None:
@@ -108,7 +108,7 @@ def check_comparable(a: Evaluated, b: Evaluated) -> None:
 
 
 def verdict(low: float | None, high: float | None, num_images: int) -> str:
-    """What the interval of B - A says. Of few images there is no verdict: their percentile bootstrap is too narrow."""
+    """The verdict of the interval of B - A. Few images get none, because their percentile bootstrap is too narrow."""
     if num_images < FEW:
         return f"no verdict: {num_images} images are too few"
     if low is not None and low > 0:

@@ -1,4 +1,4 @@
-"""What one pass over the images counts; the counts of several processes merge into those of one."""
+"""The counts of one pass over the images. The counts of several processes merge into one."""
 
 from dataclasses import dataclass
 
@@ -40,8 +40,8 @@ class PassCounts:
 def new_counts(
     names: list[str], is_seen: Tensor, ignored: int, setting: str, seen_bias: float, calibration: bool
 ) -> PassCounts:
-    """A curve needs seen and unseen candidates. Confidences are those of the winner without a bias: where a bias may
-    change the winner, they are not counted. ignored: the id of pixels without a label."""
+    """A curve needs seen and unseen candidates. Confidences are those of the winner without a bias, so they are not
+    counted with a bias. ignored: the id of ignored pixels."""
     has_curve = calibration and setting == "gzs3" and 0 < int(is_seen.sum()) < len(names)
     has_confidences = calibration and seen_bias == 0
     return PassCounts(

@@ -17,7 +17,7 @@ from zs3.scores.means import SCORES, GeneralizedScores
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Shape, size in points and words. Each lies within the next, so that none hides another of the same place.
+# Shape, size in points, legend. Each is smaller than the next, so that all are visible at one place.
 MARKERS = {"best": ("*", 7, "best hIoU"), "unbiased": ("o", 9, "no bias"), "chosen": ("D", 11, "chosen bias")}
 SHADED = "shaded: reached or exceeded at some bias"
 FAINT = "0.6"  # matplotlib's greys
@@ -32,7 +32,7 @@ def check_matplotlib(flag: str) -> None:
 
 
 def draw_curves(result: Result, folder: Path) -> None:
-    """PNGs of the curves of a result, as far as it has them."""
+    """Draws PNGs of the curves that a result has."""
     curve, bias = result["seen_unseen_curve"], result["calibration"]["seen_bias"]
     if curve is not None and curve["area"] is not None:
         chosen = {"gamma": bias, **{name: result[name] for name in GeneralizedScores._fields}} if bias else None
@@ -42,7 +42,7 @@ def draw_curves(result: Result, folder: Path) -> None:
 
 
 def seen_unseen_figure(title: str, curve: CurveResult, chosen: CurvePoint | None = None) -> "Figure":
-    """The curve with its marked points; chosen: one point more. Some bias reaches or exceeds each shaded point."""
+    """The curve with its marked points. Some bias reaches or exceeds each shaded point. chosen: one more point."""
     figure = _figure(5.2, 5.75)
     axes = figure.subplots()
     rows = [dict(zip(curve["points"], row, strict=True)) for row in zip(*curve["points"].values(), strict=True)]
@@ -80,12 +80,12 @@ def _legend_entry(title: str, area: float, marked: dict[str, CurvePoint]) -> str
 
 
 def as_text(title: str) -> str:
-    """For matplotlib, which would take text between dollar signs for a formula."""
+    """Escapes dollar signs, because matplotlib reads text between them as a formula."""
     return printable(title).replace("$", r"\$")
 
 
 def _percents(points: list[dict]) -> tuple[list[float], list[float]]:
-    """x and y: unseen and seen."""
+    """x: mIoU of unseen classes, y: of seen classes; in percent."""
     return tuple([100 * point[name] for point in points] for name in ("miou_unseen", "miou_seen"))
 
 
@@ -108,7 +108,7 @@ def reliability_figure(reliability: ReliabilityResult) -> "Figure":
 
 
 def scores_figure(tables: dict[str, dict[str, dict]]) -> "Figure":
-    """A panel for each table and score: every seed a dot, their mean a bar, the paper's a diamond where there is one.
+    """A panel for each table and score: a dot for each seed, a bar for their mean, a diamond for the paper's score.
 
     tables: by the titles of table and row, a row of `zs3.ablation.report.summarise`.
     """
@@ -142,13 +142,13 @@ def scores_figure(tables: dict[str, dict[str, dict]]) -> "Figure":
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """Inches. Without pyplot: no window, no state that outlives the figure."""
+    """width, height: inches. pyplot is not used, because it opens windows and keeps state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """A PNG."""
+    """Writes a PNG."""
     with writing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)

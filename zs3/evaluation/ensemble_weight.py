@@ -2,11 +2,11 @@
 
     zs3 ensemble_weight --model runs/stage2/final --dataset DIR --unseen_labels runs/pseudo_labels
 
-Label maps of training pictures are compared with the labels that training may use. Seen classes: IoU on annotated
-pixels. Unseen classes: F1 of "the picture shows it", of the label map against the image labels (pseudo or ground
-truth). The score is the harmonic mean of the two means. The answer is "do not ensemble" unless a weight is better in
-nearly all bootstrap resamples of the pictures: CLIP has to look at every proposal, and a model that knows the unseen
-classes better than CLIP gets worse by it.
+Label maps of training pictures are compared with the labels that training may use. The measure of seen classes is IoU
+on annotated pixels. The measure of unseen classes is F1 of their presence in pictures: label map against image labels
+(pseudo or ground truth). The score is the harmonic mean of the two means. The answer is "do not ensemble" unless a
+weight is better in nearly all bootstrap resamples of the pictures: CLIP costs time for every proposal, and it harms a
+model that knows the unseen classes better than CLIP.
 
 --output writes the answer to a file for `eval.py --ensemble_weight FILE`; --write writes it into the checkpoint.
 
@@ -62,20 +62,20 @@ class WeightArgs(Arguments):
     model: str | None = flag(None, "Checkpoint with an image tower: a folder or a Hub id.")
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
-    split: str = flag("train", "Split to choose on; not the one to report on.")
+    split: str = flag("train", "Split to choose the weight on; not the split of reported results.")
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     unseen_labels: str | None = flag(
         None,
-        "Image labels of unseen classes: a folder of zs3 pseudo_labels; or 'ground_truth', for a model whose "
-        "training had them.",
+        "Image labels of unseen classes: a folder of zs3 pseudo_labels; or 'ground_truth', for a model "
+        "trained with them.",
     )
     weights: Some[Share] = flag([0.5, 0.6, 0.7, 0.8, 0.9], "Weights to compare with no ensemble.")
     num_images: Count = flag(300, "Number of pictures, spread evenly over the split.")
-    min_share: Share = flag(0.01, "Smallest share of a label map's pixels with which a picture shows a class.")
+    min_share: Share = flag(0.01, "Smallest share of a label map's pixels for a class to be present.")
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row a class.")
     output: OutputFile | None = flag(None, "Result file (JSON).")
     write: bool = flag(False, "Write the answer into the checkpoint's config.json, for evaluation and pipeline.")
-    seed: Seed = flag(0, "Of the bootstrap.")
+    seed: Seed = flag(0, "Seed of the bootstrap.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset", "unseen_labels")
@@ -94,7 +94,7 @@ def weight_settings(args: WeightArgs) -> dict:
 
 
 class WeightCounts:
-    """What is counted of each picture under one weight.
+    """The counts of each picture with one weight.
 
     areas: N x (3, S) pixels: intersection, truth and prediction of seen classes, on annotated pixels.
     shown: N x (3, U) 0 or 1: hits, false alarms and misses of unseen classes.
@@ -119,7 +119,7 @@ class WeightCounts:
         self.shown.append(np.stack([found & present, found & ~present, ~found & present]))
 
     def scores(self, drawn: np.ndarray) -> np.ndarray:
-        """(R, 3): mIoU(S), mean F1(U) and their harmonic mean, of R resamples: drawn (R, N), how often each picture."""
+        """(R, 3): mIoU(S), mean F1(U) and their harmonic mean, of R resamples. drawn: (R, N), the count of each."""
         both, truth, predicted = np.einsum("rn,nkc->krc", drawn, np.stack(self.areas))
         hits, alarms, misses = np.einsum("rn,nkc->krc", drawn, np.stack(self.shown).astype(np.int64))
         seen = _mean_ratio(both, truth + predicted - both)
@@ -191,11 +191,11 @@ def check_allowed(config: PreTrainedConfig, label_space: LabelSpace, model: str,
 def unseen_labels_of(
     unseen_labels: str, label_space: LabelSpace, image_ids: list[str], threshold: float
 ) -> np.ndarray | None:
-    """(all of the split, U) bool: which unseen classes each picture shows; None: the label maps say it."""
+    """(all of the split, U) bool: the unseen classes in each picture; None: they are read from the label maps."""
     if unseen_labels == "ground_truth":
         return None
     scores = load_unseen_scores(unseen_labels, label_space, image_ids)
-    order = np.argsort(places(label_space.unseen, label_space.class_names))  # from the order of the file to the ids'
+    order = np.argsort(places(label_space.unseen, label_space.class_names))  # from the file's order to that of the ids
     return pseudo_labels(scores, threshold)[:, order] == 1
 
 
@@ -207,7 +207,7 @@ def label_maps(
     is_seen: Tensor,
     weights: Sequence[str | float],
 ) -> dict[str | float, np.ndarray]:
-    """(H, W) by weight. The network and CLIP see the image once."""
+    """The label map (H, W) for each weight. The network and CLIP run once."""
     inputs = processor(images=image).to(model.device)
     outputs = model(**inputs, text_embeds=text_embeds, return_dict=True)
     images = processor.to_rgb(inputs["pixel_values"])
@@ -223,7 +223,7 @@ def label_maps(
 
 
 def decide(counts: dict[str | float, WeightCounts], num_images: int, seed: int) -> dict:
-    """The scores of every weight, in how many resamples each beats no ensemble, and the weight to take, or None."""
+    """The scores of each weight, its share of resamples that are better than OFF, and the chosen weight or None."""
     whole = np.ones((1, num_images), dtype=np.int64)
     shares = np.full(num_images, 1 / num_images)
     drawn = np.random.default_rng(seed).multinomial(num_images, shares, size=RESAMPLES)

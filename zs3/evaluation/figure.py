@@ -3,8 +3,8 @@
     zs3 figure --dataset DIR --models A B --titles baseline ours --output figures --images ID ID
     zs3 figure --dataset DIR --models A B --titles baseline ours --output figures --worst 8 --result B.json
 
-One PNG an image. Each model gives every pixel one of all classes, with the ensemble that its checkpoint has. `--worst`
-reads the areas of the images that eval.py wrote beside its result file.
+It writes one PNG for each image. All classes are candidates, and each model uses the ensemble of its checkpoint.
+`--worst` reads the areas of the images, which eval.py wrote beside its result file.
 
 Axes: H W pixels, C classes, N images.
 """
@@ -140,7 +140,7 @@ def worst_images(records: Split, split: str, result: Path, count: int) -> list[i
 
 
 def check_same_maps(content: Result, result: Path) -> None:
-    """The maps that are drawn have every class as a candidate and no bias. The result must be of the same maps."""
+    """Refuses a result of other label maps. Those of the figure have every class as a candidate, and no bias."""
     other = {
         "--setting zs3": content.get("setting") == "zs3",
         "--without": content.get("without"),
@@ -148,7 +148,7 @@ def check_same_maps(content: Result, result: Path) -> None:
     }
     for flag_given, given in other.items():
         if given:
-            what = f"--result {shown(result)} is of other maps than are drawn"
+            what = f"--result {shown(result)} is of other label maps than the figure"
             raise InputError(f"{what}: evaluate again without {flag_given}")
 
 

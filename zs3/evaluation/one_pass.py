@@ -55,7 +55,7 @@ class Candidates(NamedTuple):
     """The class axis of an evaluation, C names; is_seen and is_trained: (C,) bool.
 
     place: (ids + 1,) int64, the place of each id of a label map on the axis: OUTSIDER where the class is no candidate.
-        The last entry is for pixels without a label.
+        The last entry is for ignored pixels.
     """
 
     names: list[str]
@@ -66,7 +66,7 @@ class Candidates(NamedTuple):
 
     @property
     def ignored(self) -> int:
-        """An own id for pixels without a label: the dataset's id for them may be the place of a candidate."""
+        """The id of ignored pixels on this axis. The dataset's own ignored id may be the place of a candidate."""
         return len(self.place) - 1
 
     def label_map(self, label: np.ndarray, ignore_index: int) -> np.ndarray:
@@ -84,7 +84,7 @@ def candidates_of(label_space: LabelSpace, setting: str, without: list[str], con
         chosen &= ~label_space.is_seen
     index = torch.nonzero(chosen).squeeze(1)
     if len(index) == 0:
-        raise InputError(f"no candidate is left: --setting {setting} asks for names that the label space does not have")
+        raise InputError(f"no candidate is left: --setting {setting} and --without exclude all names")
     place = np.full(len(names) + 1, OUTSIDER)
     place[-1] = len(names)
     place[index.numpy()] = np.arange(len(index))
@@ -94,10 +94,10 @@ def candidates_of(label_space: LabelSpace, setting: str, without: list[str], con
 
 
 def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str) -> None:
-    """A zero-shot result needs a model that saw no mask of an unseen class."""
+    """Refuses a claim for a model that saw masks of unseen classes, or (gzs3) lacks masks of seen classes."""
     if setting == "ovs":
         return
-    check_no_unseen_masks(config, label_space, f"{setting} result can be claimed, --setting ovs is open to it")
+    check_no_unseen_masks(config, label_space, f"{setting} result can be claimed, use --setting ovs")
     missing = unshared(label_space.seen, config.seen_class_names)
     if missing and setting == "gzs3":
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -110,7 +110,7 @@ def check_claim(config: PreTrainedConfig, label_space: LabelSpace, setting: str)
 
 
 class Item(NamedTuple):
-    """An image as the pass meets it. label: (H, W) int64 on the class axis, see Candidates.label_map."""
+    """One image of the pass. label: (H, W) int64 on the class axis, see Candidates.label_map."""
 
     index: int
     image: Image.Image
@@ -135,7 +135,7 @@ class Images(Dataset):
 
 
 def unchanged(item: Item) -> Item:
-    """In place of collation, which would make tensors of arrays."""
+    """Replaces collation, which would make tensors of arrays."""
     return item
 
 
@@ -153,7 +153,7 @@ class Pictures:
         panels = {"image": item.image, "truth (grey: not counted)": truth, "prediction": prediction.cpu()}
         try:
             draw_comparison(panels, candidates.names, self.folder / file_name(item.image_id, ".png"))
-        except InputError as error:  # the scores of the pass are worth more than its pictures
+        except InputError as error:  # the pass goes on without pictures
             print(f"warning: {error}; no more pictures are drawn")
             self.indices = set()
 

@@ -32,7 +32,7 @@ MARGIN = 8
 def draw_comparison(
     panels: Mapping[str, Image.Image | np.ndarray | Tensor], class_names: Sequence[str], path: Path
 ) -> None:
-    """Write a PNG of panels side by side, each under its title.
+    """Writes a PNG of panels side by side, each under its title.
 
     panels: an RGB image, or a label map (H, W) of indices into class_names; any other number is drawn as grey stripes.
     The legend lists the classes that occur in any of the maps.
@@ -70,7 +70,7 @@ def _panel(panel: Image.Image | np.ndarray, colours: np.ndarray) -> Image.Image:
 
 
 def stack(paths: Sequence[Path], path: Path) -> None:
-    """One PNG of several, one below the other."""
+    """Writes one PNG with several, one below the other."""
     pictures = [open_image(source) for source in paths]
     canvas = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), BACKGROUND)
     y = 0
@@ -81,6 +81,6 @@ def stack(paths: Sequence[Path], path: Path) -> None:
 
 
 def save_picture(canvas: Image.Image, path: Path) -> None:
-    """A PNG."""
+    """Writes a PNG."""
     with writing(path) as partial:
         canvas.save(partial, format="PNG", optimize=True)

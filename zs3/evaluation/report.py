@@ -17,14 +17,14 @@ IMAGE_LABELS = {  # of unseen classes in training, by `unseen_labels`
 
 
 def candidates_in_words(result: Result) -> str:
-    """How many candidates there were, in the words of the setting."""
+    """The number of candidates, in the words of the setting."""
     seen, unseen = len(result["seen"]), len(result["unseen"])
     words = {"gzs3": f"{seen} seen and {unseen} unseen names", "zs3": f"{unseen} unseen names"}
     return words.get(result["setting"], f"{seen + unseen} names")
 
 
 def protocol(result: Result) -> str:
-    """What a number of this result means, in a sentence."""
+    """The conditions of this result's numbers, in a sentence."""
     calibration, parts = result["calibration"], [f"{result['setting']}, {candidates_in_words(result)}"]
     if result["without"]:
         parts.append(f"without {', '.join(result['without'])}")
@@ -118,7 +118,7 @@ def _rejection(rejection: RejectionResult) -> Iterable[str]:
         yield f"- {images} images are too few, or too wrong, for a threshold with at most {alpha} % wrong labels"
     else:
         wrong, accepted = percent(found["wrong_share"]), percent(found["accepted_share"])
-        threshold = math.ceil(1e5 * found["threshold"]) / 1e5  # rounded down it would accept more
+        threshold = math.ceil(1e5 * found["threshold"]) / 1e5  # rounded up, because a lower one accepts more
         yield (
             f"- labels with a confidence below {threshold:.5f} rejected: at most {alpha} % of the labelled pixels of a "
             f"new image are wrong, on average (chosen on {images} images); on the {others} others {wrong} % were, "

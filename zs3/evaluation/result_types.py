@@ -1,4 +1,4 @@
-"""What a result file of an evaluation holds, key by key. It is made, written and read in zs3/evaluation/results.py."""
+"""The keys of a result file of an evaluation, with their types. zs3/evaluation/results.py writes and reads the file."""
 
 from typing import Annotated, Literal, NamedTuple, Required
 
@@ -38,7 +38,7 @@ class CalibrationChoices(TypedDict, total=False):
 
 
 class CurveScores(TypedDict, total=False):
-    """At one bias. None: the mean has no class."""
+    """The scores at one bias. None: the mean has no class."""
 
     miou: Share | None
     miou_seen: Required[Share | None]
@@ -121,7 +121,7 @@ class ConfusedNames(TypedDict, total=False):
 class Result(TypedDict, total=False):
     """The content of a result file, in its order. None: not measured, or not defined in this setting.
 
-    Older files have three keys more, of the view "lazy": ensemble_tolerance, proposals_shown_to_clip, undecided_share.
+    Older files have three more keys, for the view "lazy": ensemble_tolerance, proposals_shown_to_clip, undecided_share.
     """
 
     protocol: str
@@ -133,7 +133,7 @@ class Result(TypedDict, total=False):
     split_images: Count
     label_space: str
     label_space_sha256: str
-    checkpoint_sha256: str | None  # None: of a Hub id that was not downloaded; so the next two
+    checkpoint_sha256: str | None  # None, also in the next two: a Hub id that was not downloaded
     settings_sha256: str | None
     code_sha256: str | None
     given_sha256: dict[str, str]
@@ -147,7 +147,7 @@ class Result(TypedDict, total=False):
     settings: dict[str, bool | float | str | list[str] | None]  # flags of eval.py
     versions: dict[str, str]
     prompts: list[str]
-    clip_ensemble: Literal["off", "crops", "lazy", "single_pass"]  # lazy: in older files alone
+    clip_ensemble: Literal["off", "crops", "lazy", "single_pass"]  # lazy: only in older files
     clip_ensemble_weight: Share | None
     calibration: CalibrationChoices
     num_images: Count

@@ -1,7 +1,7 @@
 """Result files of an evaluation: made, written and read here.
 
-FILE.json holds a `Result`: scores in [0, 1], and what a reader needs to know of the evaluation. Beside it lie FILE.md
-for people, FILE.csv with a line a class, and FILE_images.npz with the areas of every image, which `zs3 compare` needs.
+FILE.json holds a `Result`: scores in [0, 1], and the conditions of the evaluation. Beside it lie FILE.md for people,
+FILE.csv with a line for each class, and FILE_images.npz with the areas of every image, which `zs3 compare` needs.
 """
 
 import csv
@@ -36,7 +36,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "numpy", "zs3")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that may change the numbers."""
+    """The versions of Python and of the packages that may change the numbers."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
@@ -87,7 +87,7 @@ def scores_of(counts: PassCounts, absent: str, seed: int, max_wrong: float) -> R
 
 
 def write_result(path: Path, result: Result, report: str, confusion: ConfusionMatrix) -> None:
-    """The JSON comes last: where it is, the files beside it are."""
+    """The JSON is written last: if it exists, the files beside it exist too."""
     confusion.save_images(images_path(path), list(result["per_class"]))
     write_text(path.with_suffix(".csv"), class_table(result, confusion))
     write_text(path.with_suffix(".md"), report)
@@ -111,7 +111,7 @@ def class_table(result: Result, confusion: ConfusionMatrix) -> str:
 
 
 def read_result(path: Path, needed: Sequence[str] = ()) -> Result:
-    """A result file of eval.py, checked. needed: keys that the caller cannot do without, beside per_class."""
+    """A result file of eval.py, checked. needed: keys that must be there, beside per_class."""
     result = read_json(path, Result, RESULT_FILE, EVALUATE_AGAIN, ("per_class",))
     contradiction = next(contradictions(result), None)
     if contradiction is not None:
@@ -133,7 +133,7 @@ def check_replaceable(path: Path, read: Callable[[Path], object]) -> None:
 
 
 def contradictions(result: Result) -> Iterable[str]:
-    """What cannot be true of a result, in words. Only the keys that are there are compared."""
+    """The contradictions between keys of a result, in words. A missing key is not compared."""
     names, candidates = list(result["per_class"]), [*result.get("seen", []), *result.get("unseen", [])]
     for several in (names, candidates):
         try:
@@ -142,10 +142,10 @@ def contradictions(result: Result) -> Iterable[str]:
             yield str(error)
     intervals = result.get("per_class_intervals", dict.fromkeys(names))
     if list(intervals) != names:
-        yield "per_class and per_class_intervals have other names"
+        yield "per_class and per_class_intervals have different names"
     lost = [name for name, iou in result["per_class"].items() if iou is None and any(intervals.get(name) or ())]
     if lost:
-        yield f"per_class has no number of {shortened(lost[0])}, and per_class_intervals has"
+        yield f"per_class has no number for {shortened(lost[0])}, but per_class_intervals has"
     if "seen" in result and "unseen" in result:
         strangers = sorted({*names} - {*candidates})
         if strangers:
@@ -160,7 +160,7 @@ def contradictions(result: Result) -> Iterable[str]:
         yield "clip_ensemble and clip_ensemble_weight do not agree on whether there is an ensemble"
     calibration = result.get("calibration", {})
     if calibration.get("seen_bias_chosen") == "none" and calibration.get("seen_bias", 0) != 0:
-        yield "calibration has a seen_bias, and says that none was chosen"
+        yield "calibration has a seen_bias, but says that none was chosen"
     yield from _contradictions_of_curve(result.get("seen_unseen_curve") or {})
 
 
@@ -178,7 +178,7 @@ def _contradictions_of_curve(curve: CurveResult) -> Iterable[str]:
 
 
 def read_images(path: Path, result: Result) -> SavedImages:
-    """The areas beside a result file. Its numbers must follow from them."""
+    """The areas beside a result file. Refuses areas that give other numbers than the result."""
     beside = images_path(path)
     saved = load_images(beside)
     iou = iou_of_areas(*summed_areas(saved.areas), result.get("absent", "union"))

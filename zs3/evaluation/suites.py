@@ -25,8 +25,8 @@ from zs3.typed_json import check_needed, unless_damaged
 
 
 class Suite(NamedTuple):
-    """members: by benchmark, the paper's word for it. on_request: members that are evaluated only if --members names
-    them. scores: of each member, in the row."""
+    """members: benchmark -> its name in the paper. on_request: members that are evaluated only if --members names
+    them. scores: the columns of each member."""
 
     title: str
     setting: Literal["gzs3", "ovs"]
@@ -63,7 +63,7 @@ NEEDED = ("model", "num_images", "protocol", *SCORES, *(f"confidence_intervals.{
 
 
 def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:
-    """The members named, or all that lie under root, in the order of the table."""
+    """The members in `names`, or else all in root but those on request; in the order of the table."""
     for name in names:
         if name not in suite.members:
             raise InputError(f"--members takes some of {', '.join(suite.members)}, got {name!r}")
@@ -72,7 +72,9 @@ def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:
     present = [name for name in suite.members if (root / name).is_dir()]
     chosen = [name for name in present if (name in names if names else name not in suite.on_request)]
     if not chosen:
-        raise InputError(f"--data_root {root} has none of the folders {', '.join(suite.members)}: make them")
+        raise InputError(
+            f"--data_root {root} has none of the folders {', '.join(suite.members)}: `zs3 convert` makes them"
+        )
     return chosen
 
 
@@ -105,7 +107,7 @@ def _explained(suite: Suite, root: Path, name: str, result: Result | None, reaso
 def run_suite(args: EvalArgs, evaluate: Callable[..., Result | None], accelerator: Accelerator) -> str | None:
     """Evaluates every member into a file of the folder args.output; a finished one is not repeated. Returns the table.
 
-    Where this checkpoint can have no zero-shot result on a member, the reason stands in its place.
+    If no zero-shot result can be claimed on a member, the reason stands in its place.
     """
     args.check()
     suite, root, folder = SUITES[args.suite], Path(args.data_root), Path(args.output)
@@ -146,7 +148,7 @@ def member_args(args: EvalArgs, setting: str, name: str) -> EvalArgs:
 
 
 def finished(path: Path, stamp: Result) -> Result | None:
-    """The result there, if it is of the same checkpoint, data, flags and versions."""
+    """The result in the file, if it has the same checkpoint, data, flags and versions; else None."""
     result = unless_damaged(read_result, path) if path.exists() else None
     if result is None or not same_flags(result.get("settings", {}), stamp["settings"]):
         return None
