@@ -1,1 +1,1 @@
-"""Label maps to numbers: confusion, means, intervals, calibration."""
+"""Scores of label maps: confusion, means, intervals, calibration."""

@@ -1,4 +1,4 @@
-"""Intervals of scores by bootstrap: images are drawn again, with replacement, and each draw has its scores."""
+"""Intervals of scores by bootstrap: images are resampled with replacement, and each resample has its scores."""
 
 import zipfile
 from pathlib import Path
@@ -17,7 +17,7 @@ MOST_OF_AREAS = 2**29  # bytes, unpacked; a class in an image takes 40
 
 
 class ImageAreas(NamedTuple):
-    """The areas of every class in every image, of which IoU is made: (C, N) int64 each, in pixels, sparse."""
+    """The areas of every class in every image, which give its IoU: (C, N) int64 each, in pixels, sparse."""
 
     intersection: csr_array
     truth: csr_array
@@ -25,7 +25,7 @@ class ImageAreas(NamedTuple):
 
 
 class SavedImages(NamedTuple):
-    """What `save_images` wrote."""
+    """The content of a file of `save_images`."""
 
     class_names: list[str]  # C
     image_ids: list[str | None]  # N
@@ -56,7 +56,7 @@ def images_path(result: Path) -> Path:
 
 
 def load_images(path: Path) -> SavedImages:
-    """What `save_images` wrote there."""
+    """Reads a file of `save_images`. Raises InputError if it is missing or damaged."""
     if not path.exists():
         raise InputError(f"{shown(path)} does not exist: eval.py writes it beside its --output; evaluate again")
     try:
@@ -74,7 +74,7 @@ def load_images(path: Path) -> SavedImages:
 
 
 def _check_arrays(names: np.ndarray, ids: np.ndarray, image: np.ndarray, rows: np.ndarray) -> None:
-    """Raises ValueError where these are not what `save_images` writes: class_names, image_ids, image and rows."""
+    """Raises ValueError if `save_images` cannot have written these: class_names, image_ids, image and rows."""
     are_texts = all(texts.dtype.kind == "U" and texts.ndim == 1 for texts in (names, ids))
     if not are_texts or image.dtype != np.int64 or rows.dtype != np.int64 or image.ndim != 1:
         raise ValueError("arrays of other types")
@@ -100,7 +100,7 @@ def summed_areas(areas: ImageAreas) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 def resampled_areas(areas: ImageAreas, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """intersection, truth, predicted over the images of each resample, which draws N images with replacement: (R, C).
 
-    The same seed draws the same images of N, whatever their areas: so two models can be compared in pairs.
+    The drawn images depend only on N and the seed, so that two models can be compared on the same images.
     """
     num_classes, num_images = areas.truth.shape
     totals = np.zeros((3, resamples, num_classes), dtype=np.int64)
@@ -114,7 +114,7 @@ def resampled_areas(areas: ImageAreas, resamples: int, seed: int) -> tuple[np.nd
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The quantiles between which LEVEL of the values lie, as many above as below; NaN values are left out."""
+    """The central interval that holds LEVEL of the values, by quantiles. NaN values are left out."""
     values = values[~np.isnan(values)]
     if not len(values):
         return float("nan"), float("nan")
@@ -125,7 +125,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 def runs(prediction: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Two flat maps (P,) as runs of equal neighbours: prediction, label and pixels of each, int64.
 
-    Objects are wider than a pixel, so that all further work is on a few percent of the pixels.
+    Objects are wider than a pixel, so there are few runs: a few percent of the number of pixels.
     """
     first = np.ones(label.size, dtype=bool)
     np.not_equal(label[1:], label[:-1], out=first[1:])
@@ -142,7 +142,7 @@ def summed(place: np.ndarray, pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def joined_rows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of all images, and the place of the image of each: see `image_areas`."""
+    """The rows of all images, and for each row the place of its image: see `image_areas`."""
     image = np.repeat(np.arange(len(images)), np.array([len(rows) for rows in images], dtype=np.int64))
     return np.concatenate([np.empty((0, 4), dtype=np.int64), *images]), image
 

@@ -1,7 +1,7 @@
-"""Calibration: the seen/unseen curve, how far confidences can be trusted, and where to answer "none of these".
+"""Calibration: the seen/unseen curve, the reliability of confidences, and the rejection of pixels of other classes.
 
-Three counters, fed image by image with the results of `semantic_map`. Their memory does not grow with the number of
-images. They add up whole numbers only, so that parts of a dataset merge into exactly the whole, in any order.
+Three counters get the results of `semantic_map`, image by image. Their memory does not grow with the number of images.
+They add only whole numbers, so that the counts of parts add up exactly to those of the whole, in any order.
 
 SeenBiasCurve: mIoU(S), mIoU(U) and hIoU for every bias gamma off the scores of seen classes, from one pass.
 Reliability: accuracy by confidence, and the expected calibration error.
@@ -24,10 +24,10 @@ from zs3.command_line import InputError
 from zs3.files import finite_or_none
 from zs3.scores.means import Absent, check_ids, headline_scores, iou_of_areas
 
-# Gaps between the best seen and the best unseen score are of any order of magnitude: about 1 where the model is sure,
-# some thousandths where it can hardly separate hundreds of classes. So 32 gammas to each doubling: neighbours differ by
-# 1.6 to 3.1 %. From 2^-12, below which a bias decides next to nothing, to 8: Eq. 4 sums over queries, and more than a
-# few never cover one pixel. All are exact in float32.
+# The gap between the best seen and the best unseen score has any order of magnitude: about 1 if the model is sure, some
+# thousandths if it can hardly separate hundreds of classes. So there are 32 gammas to each doubling, and neighbours
+# differ by 1.6 to 3.1 %. The smallest is 2^-12: a smaller bias changes almost nothing. The largest is 8: Eq. 4 sums
+# over queries, and only a few of them cover one pixel. All are exact in float32.
 _SIZES = np.ldexp(1 + np.arange(32) / 32, np.arange(-12, 3)[:, None]).ravel()
 GAMMAS = np.concatenate([[-np.inf], -_SIZES[::-1], [0], _SIZES, [np.inf]])  # (G,), ascending
 UNBIASED = len(_SIZES) + 1  # the place of 0
@@ -42,7 +42,7 @@ OUTSIDER = -1  # in a label map: the true class is none of the candidates
 
 
 class Counter:
-    """Counts in arrays: those of several parts of a dataset add up to those of the whole."""
+    """Counts in arrays. The counts of several parts of a dataset add up to those of the whole."""
 
     ignore_index: int
 
@@ -53,7 +53,7 @@ class Counter:
                 counts += getattr(other, name)
 
     def labelled(self, label: Tensor | np.ndarray, found: SemanticMap) -> tuple[Tensor, Tensor]:
-        """Labels (P,) int64 of the labelled pixels, on the device of the maps, and which these are, (H, W) bool."""
+        """The labels (P,) int64 of the labelled pixels, and their mask (H, W) bool; on the device of the maps."""
         label, size = torch.as_tensor(label, device=found.label_map.device).long(), found.label_map.shape
         if label.shape != size:
             raise ValueError(f"prediction has shape {tuple(size)}, but the label map {tuple(label.shape)}")
@@ -62,12 +62,12 @@ class Counter:
 
 
 class SeenBiasCurve(Counter):
-    """Intersections and areas of every class for all GAMMAS (Chao et al. 2016), subtracted from the seen scores.
+    """Intersections and areas of every class, with each of GAMMAS subtracted from the seen scores (Chao et al. 2016).
 
     The best seen class, the best unseen class and the gap between their scores decide a pixel's class at any gamma.
-    Below, a pixel's switch is the number of GAMMAS with which its seen class wins.
+    The switch of a pixel is the number of GAMMAS at which its seen class wins.
 
-    predicted, intersection: (C, G + 1) int64, pixels by the class in question and their switch. truth: (C,) int64.
+    predicted, intersection: (C, G + 1) int64, pixels by class and switch. truth: (C,) int64, pixels.
     """
 
     def __init__(self, is_seen: Sequence[bool] | Tensor | np.ndarray, ignore_index: int):
@@ -96,7 +96,7 @@ class SeenBiasCurve(Counter):
 
     @property
     def has_both(self) -> bool:
-        """Whether some pixel has a seen class, and some an unseen class. Otherwise the curve means nothing."""
+        """Whether seen and unseen classes both have pixels. Otherwise the curve means nothing."""
         return bool(self.truth[self.is_seen].any() and self.truth[~self.is_seen].any())
 
     def iou(self, absent: Absent = "union") -> np.ndarray:
@@ -116,10 +116,10 @@ class SeenBiasCurve(Counter):
         points: lists of equal length: gamma, ascending, miou_seen, miou_unseen, hiou and miou. They have one in `every`
             of the finite GAMMAS, and 0 and the best. All other keys are computed from all GAMMAS.
         seen_only, unseen_only: the same scores at gamma = -inf and inf. unbiased: at 0. best: at the gamma with the
-            largest hiou, of equal ones the smallest bias.
-        area: of all points x = mIoU(U), y = mIoU(S) that some gamma reaches or exceeds in both. It is summed in steps,
-            without a claim between two gammas. Chao et al. 2016 take the area under the curve of accuracies (AUSUC),
-            which only falls. A curve of IoUs also turns back, since too large a bias lowers both.
+            largest hiou; of equal ones, at the smallest bias.
+        area: of all points x = mIoU(U), y = mIoU(S) that some gamma reaches or exceeds in both. It is a sum of steps,
+            without interpolation between two gammas. Chao et al. 2016 take the area under the curve of accuracies
+            (AUSUC), which only falls. A curve of IoUs also turns back, since too large a bias lowers both.
         """
         columns = {"gamma": GAMMAS, **headline_scores(self.iou(absent), self.is_seen)}
         rows = [dict(zip(columns, row, strict=True)) for row in np.stack(list(columns.values()), axis=1).tolist()]
@@ -147,11 +147,11 @@ def best_point(points: list[dict]) -> dict | None:
 
 
 def _switch(gap: Tensor, seen_first: Tensor, seen_wins: Tensor) -> Tensor:
-    """(P,) int64: with how many GAMMAS the seen class wins.
+    """(P,) int64: the number of GAMMAS at which the seen class wins.
 
     gap: (P,) float64, the best seen score minus the best unseen one. seen_first: (P,) bool, whether the seen index is
-    the lower one, which wins where gamma equals the gap. seen_wins: (P,) bool, whether the seen class wins at 0, which
-    was decided more exactly than by the gap.
+    the lower one. The lower one wins if gamma equals the gap. seen_wins: (P,) bool, whether the seen class wins at 0.
+    This is more exact than the gap.
     """
     gammas = torch.as_tensor(GAMMAS, device=gap.device)
     switch = torch.bucketize(gap, gammas)  # the gammas below the gap
@@ -168,7 +168,7 @@ def _attained_area(points: list[tuple[float, float]]) -> float:
 class Reliability(Counter):
     """Confidence against accuracy, by BINS equal bins of confidence: (0, 1/15], (1/15, 2/15], ..., the first with 0.
 
-    count, correct: (BINS,) int64, pixels. confidence: (BINS,) int64, their sum, each rounded to 1 / UNIT.
+    count, correct: (BINS,) int64, pixels. confidence: (BINS,) int64, the sum in units of 1 / UNIT, each one rounded.
     """
 
     def __init__(self, ignore_index: int):
@@ -182,7 +182,7 @@ class Reliability(Counter):
         place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
         self.count += _counts(place, BINS)
         self.correct += _counts(place.masked_select(found.label_map.masked_select(labelled) == label), BINS)
-        # Whole numbers whose sum stays below 2^53 for images of up to 2^29 pixels are added without rounding.
+        # The sums are exact: they are whole numbers, below 2^53 for images of up to 2^29 pixels.
         sums = torch.bincount(place, weights=(confidence * UNIT).round(), minlength=BINS)
         self.confidence += sums.long().cpu().numpy()
 
@@ -205,15 +205,15 @@ class Reliability(Counter):
 
 
 class Rejection(Counter):
-    """ "None of these" where the confidence is below a threshold, as the pipeline's `background="reject"` does it.
+    """ "None of these" if the confidence is below a threshold, as in the pipeline with `background="reject"`.
 
-    Thresholds are t / LEVELS, t = 0 to LEVELS; a pixel is accepted where its confidence is the threshold or more.
-    Images are halved by a hash of their ids: one half to choose a threshold with, the other to check it on.
+    Thresholds are t / LEVELS, t = 0 to LEVELS. A pixel is accepted if its confidence is the threshold or more.
+    A hash of their ids divides the images into two halves: one to choose a threshold on, one to check it on.
 
     insiders, outsiders: (T,) int64, pixels of the candidates and of other classes, by the level of their confidence.
-    images: (2,) int64, calibration and check half. accepted: (2, T) int64, sums over the images of a half of the share
-    of an image's labelled pixels that threshold t accepts. wrong: the same of pixels with a wrong label. Each share is
-    rounded up to a multiple of 1 / UNIT: sums are exact, and the guarantee holds.
+    images: (2,) int64, number in the calibration half and in the check half. accepted: (2, T) int64, the share of
+    labelled pixels that threshold t accepts, summed over the images of a half. wrong: the same for pixels with a wrong
+    label. Each share is rounded up to a multiple of 1 / UNIT: sums are exact, and the guarantee holds.
     """
 
     def __init__(self, ignore_index: int):
@@ -242,7 +242,7 @@ class Rejection(Counter):
     def result(self, alpha: float = 0.1) -> dict:
         """How well the confidence separates outsiders, and the threshold for a share of wrong labels of at most alpha.
 
-        auroc: how often an insider has more confidence than an outsider, over all pairs of pixels; ties count half.
+        auroc: the share of pairs of pixels in which the insider has more confidence than the outsider; ties count half.
         threshold_at_95: the largest threshold that accepts at least 95 % of the insiders; fpr_at_95: the share of the
             outsiders that it accepts. None without insiders or without outsiders.
         conformal: see `conformal_threshold`; wrong_share and accepted_share are means over the images of the check
@@ -288,7 +288,7 @@ def conformal_threshold(wrong: np.ndarray, images: int, alpha: float) -> int | N
     of an image's labelled pixels that are accepted and wrong: it never grows with t, and is at most 1.
     Then the share of wrong labels of a new image is at most alpha, on average over images and over the choice of the
     calibration images, if all are exchangeable (drawn alike and independently; frames of one video are not). None: no t
-    reaches it, as with less than 1 / alpha - 1 images; then everything is rejected.
+    reaches it, for example with fewer than 1 / alpha - 1 images. Then everything is rejected.
     """
     (safe,) = np.nonzero((wrong / UNIT + 1) / (images + 1) <= alpha)
     return int(safe[0]) if len(safe) else None

@@ -30,7 +30,7 @@ class ConfusedPair(NamedTuple):
 
 
 class AreaShares(NamedTuple):
-    """Where the labelled pixels of a group of classes went: shares in [0, 1] that sum to 1; NaN without any pixel."""
+    """The shares of a group's labelled pixels by their predicted name: in [0, 1], with sum 1; NaN without any pixel."""
 
     right: float
     wrong_seen: float  # got the name of another class, a seen one
@@ -134,7 +134,7 @@ class ConfusionMatrix:
         ]
 
     def seen_unseen_confusion(self, is_seen: Sequence[bool] | Tensor | np.ndarray) -> SeenUnseenConfusion:
-        """Which names the areas of the seen and of the unseen classes got. is_seen: (C,) bool."""
+        """The shares of the seen and of the unseen area by their predicted names. is_seen: (C,) bool."""
         is_seen = class_mask(is_seen, self.num_classes)
         right = np.diagonal(self.counts)
         wrong_seen, wrong_unseen = (

@@ -17,7 +17,7 @@ SCORES = {
     "miou": "mIoU",
     "pixel_accuracy": "pixel accuracy",
     "frequency_weighted_iou": "frequency-weighted IoU",
-}  # by the name in result files, the printed name
+}  # name in result files -> printed name
 
 
 class GeneralizedScores(NamedTuple):
@@ -76,7 +76,7 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> float:
     """Area under the precision-recall curve in steps, in [0, 1]; NaN where nothing is true.
 
     scores: (N,). truth: (N,) bool. Equal scores enter together, so their order makes no difference. Each distinct score
-    adds its gain of recall, times the precision of all that score as much or more.
+    adds its gain of recall, times the precision of all entries with this score or a higher one.
     """
     if not np.any(truth):
         return float("nan")
@@ -109,7 +109,7 @@ def iou_of_areas(intersection: np.ndarray, truth: np.ndarray, predicted: np.ndar
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """NaN, without a warning, where the denominator is 0."""
+    """The quotient; NaN, without a warning, where the denominator is 0."""
     denominator = np.asarray(denominator, dtype=np.float64)
     return np.asarray(numerator) / np.where(denominator == 0, np.nan, denominator)
 
@@ -127,7 +127,7 @@ def integers(values: Tensor | np.ndarray, name: str) -> np.ndarray:
 
 
 def check_ids(label: Tensor | np.ndarray, num_classes: int, ignore_index: int) -> None:
-    """label: the ids of labelled pixels."""
+    """Raises InputError for an id outside 0 to C - 1. label: the ids of labelled pixels."""
     if len(label) and not 0 <= label.min() <= label.max() < num_classes:
         raise InputError(
             f"label map holds ids from {label.min()} to {label.max()} besides the ignored {ignore_index}; "
