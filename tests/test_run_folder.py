@@ -363,7 +363,7 @@ def test_of_a_damaged_recipe_the_newest_checkpoints_copy_counts(content, straigh
     recipe = read_recipe(folder / "recipe.yaml")
     (folder / "recipe.yaml").write_bytes(content)
     assert read_recipe(folder / "recipe.yaml") == recipe
-    assert "the copy in step_00000012 counts" in capsys.readouterr().out
+    assert "the copy in step_00000012 is used" in capsys.readouterr().out
     check_recipe(folder / "recipe.yaml", recipe)
     assert yaml.safe_load((folder / "recipe.yaml").read_text()) == recipe
 
@@ -390,7 +390,7 @@ def begun(tmp_path) -> Callable[[dict], Path]:
 def test_a_recipe_that_is_none_is_one_line_beside_checkpoints(content, begun):
     path = begun({})
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(InputError, match="recipe.yaml .*: put back what the run began with"):
+    with pytest.raises(InputError, match="recipe.yaml .*: restore the run's own recipe"):
         check_recipe(path, {"max_steps": 3})
     assert path.exists() == (content is not None)
 
@@ -424,7 +424,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(straight, stopped):
     assert ended(start(command, folder / "log")) == 0
     log = (folder / "log").read_text()
     assert "step_00000012 is damaged (the contents of optimizer.bin have changed)" in log and "at step 9" in log
-    assert "s, all sittings together; the model" in log
+    assert "s, over all starts of the run; the model" in log
     assert re.search(r"trained in \d+ s; the model", (straight / "log").read_text())
     assert equal(weights(folder), weights(straight)) and logged(folder) == logged(straight)
 
@@ -538,8 +538,8 @@ def read_lines(path: Path) -> list[list[str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_stream_is_not_dealt_out_to_another_number_of_processes():
-    with pytest.raises(InputError, match="saved by 2: resume it with as many, not 1"):
+def test_a_stream_is_not_resumed_with_another_number_of_processes():
+    with pytest.raises(InputError, match="2 processes saved this run: resume it with 2, not 1"):
         go_on_after(2, 7, Accelerator(cpu=True), streaming=True, seed=0)
 
 
@@ -595,7 +595,7 @@ def test_a_run_may_go_on_with_other_flags_where_its_weights_do_not_hang_on_them(
         check_recipe(path, {**before, **now})
         assert yaml.safe_load(path.read_text()) == {**before, **now}
     else:
-        words = f"has {refused} {before[refused]!r}, this command {now[refused]!r}: give it that, or"
+        words = f"has {refused} {before[refused]!r}, this command {now[refused]!r}: give the run's, or"
         with pytest.raises(InputError, match=words):
             check_recipe(path, {**before, **now})
         assert yaml.safe_load(path.read_text()) == before
@@ -607,7 +607,7 @@ def test_a_run_may_be_moved_and_its_paths_written_in_another_way(begun, tmp_path
     path = begun({"output_dir": "runs/before/", "dataset": "data/scenes", "max_steps": 3})
     for dataset in ("data/scenes/", "./data/scenes", str(tmp_path / "data" / "scenes")):
         check_recipe(path, {"output_dir": str(tmp_path / "run"), "dataset": dataset, "max_steps": 3})
-    with pytest.raises(InputError, match="this command 'data': give it that, or choose another --output_dir"):
+    with pytest.raises(InputError, match="this command 'data': give the run's, or choose another --output_dir"):
         check_recipe(path, {"output_dir": "run", "dataset": "data", "max_steps": 3})
 
 

@@ -239,7 +239,7 @@ CASES = {
     "another record of the start": (
         "start",
         edited("start/config.json", seen_class_names=[]),
-        "another record of what was seen in start",
+        "another record of seen classes in start",
     ),
     "other prompts of the start": (
         "start",
@@ -255,7 +255,7 @@ def test_a_run_does_not_go_on_where(case, refusal):
     name, change, words = CASES[case]
     change()
     line = refusal(name)
-    assert words in line and "restore what this run began with, or choose another --output_dir" in line
+    assert words in line and "restore the run's first inputs, or choose another --output_dir" in line
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -49,12 +49,12 @@ class TrainArgs(Arguments):
     label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
     streaming: bool = flag(False, "Read shard after shard, from the disk or the Hub, without a copy in the cache.")
     shuffle_buffer: Count = flag(
-        1000, "Pictures that each worker of a stream shuffles among, not decoded (1000 of COCO are 0.2 GB)."
+        1000, "Pictures in the shuffle buffer of each worker of a stream, not decoded (1000 of COCO are 0.2 GB)."
     )
     unseen_labels: str = flag(
         "none",
         "Labels of unseen classes. 'none': their names are not on the class axis (inductive). 'ground_truth', or a "
-        "folder of pseudo labels (the --output of zs3.pseudo_labels): image labels, no masks (transductive). 'masks': "
+        "folder of pseudo labels (the --output of zs3 pseudo_labels): image labels, no masks (transductive). 'masks': "
         "masks too (supervised, no zero-shot training).",
     )
     pseudo_label_unknown_above: Share | None = flag(
@@ -62,19 +62,19 @@ class TrainArgs(Arguments):
         "Pseudo labels with a score above this and below --pseudo_label_threshold are unknown; default: absent.",
     )
     caption_nouns: str | None = flag(
-        None, "Further class names and their image labels, from captions: the --output of zs3.nouns (section 4.5)."
+        None, "More class names and their image labels, from captions: the --output of zs3 nouns (section 4.5)."
     )
     dropped_words: Literal["unknown", "negative"] = flag(
-        "unknown", "Image label of a caption's word that is dropped (--word_drop_probability)."
+        "unknown", "Image label of a dropped word of a caption (--word_drop_probability)."
     )
 
     init_from: str | None = flag(None, "Checkpoint of this project to start from (stage 2).")
     init_parts: Literal["all", "backbone"] = flag(
-        "all", "Part of --init_from to use: the whole model, or its backbone alone; its CLIP towers in both cases."
+        "all", "Part of --init_from to use: the whole model, or its backbone alone. Its CLIP towers are always used."
     )
     mask2former: str | None = flag(None, "Mask2Former checkpoint to start from (Hub id or folder).")
     backbone: str | None = flag(None, "ImageNet backbone to start from (Hub id or folder).")
-    clip: str | None = flag(None, "CLIP checkpoint for text and image tower (Hub id or folder).")
+    clip: str | None = flag(None, "CLIP checkpoint for the text and image towers (Hub id or folder).")
     text_embeds: str | None = flag(None, "Ready-made text vectors instead of a text tower: a .npy, one row a class.")
     prompt_templates: list[str] | None = flag(
         None, "Prompts with {} for the name; '{}' alone means no prompt. Default: --init_from's own, or ViLD's 14."
@@ -83,20 +83,20 @@ class TrainArgs(Arguments):
     max_steps: Count = flag(50_000, "Optimizer steps (section 4.3: 50K COCO-Stuff, 5K VOC).")
     batch_size: Batch = flag(8, "Images of a step, over all processes (section 4.3).")
     device_batch_size: Batch | None = flag(
-        None, "The most images that a process takes at once. It takes a larger share of the batch in equal parts."
+        None, "Largest number of images that a process computes at once. A larger share is cut into equal parts."
     )
     learning_rate: Amount = flag(5e-5, "AdamW's initial rate (section 4.3).")
     weight_decay: Amount = flag(1e-4, "AdamW's weight decay (section 4.3); 0 on norms and embeddings.")
     backbone_multiplier: Amount = flag(0.1, "Learning rate factor of the backbone (section 4.3).")
     max_grad_norm: Positive = flag(0.01, "Gradient clipping, L2 over the whole model (Mask2Former's).")
     lr_schedule: Literal["multistep", "poly"] = flag(
-        "multistep", "'multistep' (section 4.3) or 'poly' (power 0.9, the ancestors')."
+        "multistep", "'multistep' (section 4.3) or 'poly' (power 0.9, as in earlier work)."
     )
     lr_milestones: list[Whole] = flag([5_000, 80_000], "Steps at which multistep divides the rate by 10.")
     backbone_norm: Literal["frozen", "batch", "sync"] = flag(
         "frozen",
         "Batch norms of the backbone: 'frozen' (Mask2Former's), or with the statistics of one process's images "
-        "('batch') or of all images ('sync', GPUs only). A backbone from scratch needs one of the last two.",
+        "('batch') or of all images ('sync', GPUs only). A backbone of random weights needs 'batch' or 'sync'.",
     )
     activation_checkpointing: bool = flag(False, "Less memory, more time: activations are computed twice.")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast of the forward pass; fp16 on a GPU only.")
@@ -163,7 +163,7 @@ def check_overrides(overrides: dict) -> None:
 
 
 def resolved_recipe(flags: dict, config: Zs3Config) -> dict:
-    """All flags of the run, those of the model included. As a file they can be given to --config again.
+    """All flags of the run, those of the model included. A file of them can be given to --config.
 
     flags: the fields of TrainArgs.
     """

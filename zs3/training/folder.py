@@ -1,7 +1,7 @@
 """The output folder of a run: recipe, stamp, metrics and final model. (Its checkpoints: `zs3.training.resume`.)
 
-A file or folder is written under another name, brought to the disk, and renamed. So what has its own name is whole, and
-a run may be killed at any moment.
+A file or folder is written under a temporary name, synced to the disk, and renamed. So a file with its final name is
+whole, and a run may be killed at any moment.
 """
 
 import json
@@ -44,10 +44,10 @@ from zs3.training.stopping import all_refuse
 
 
 def claim_folder(flags: dict, start: Start, accelerator: Accelerator) -> tuple[ExitStack, dict]:
-    """Makes the output folder this run's, or refuses. The model's config gets the record of all starts of the run.
+    """Locks the output folder for this run, or refuses it. The model's config gets the record of all starts of the run.
 
-    All processes call it together. Returns a lock and the run's stamp. The folder belongs to this run until the lock is
-    closed. Only the main process holds it.
+    All processes call it together. Returns the lock and the run's stamp. Only the main process holds the lock. It
+    releases the folder when it closes the lock.
 
     flags: of train.py.
     """
@@ -76,22 +76,22 @@ def _claim(flags: dict, start: Start) -> tuple[ExitStack, dict]:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run has left a checkpoint or a final model. If not, its folder is free."""
+    """Whether the folder has a checkpoint or a final model. If not, any run may use it."""
     return bool(complete_checkpoints(folder / "checkpoints")) or (folder / "final").exists()
 
 
 def check_places(folder: Path) -> None:
-    """Refuses a file in the place of a folder, and the reverse. Some are written only after a long time."""
+    """Refuses a file where the run writes a folder, and the reverse. Otherwise the run would fail much later."""
     for name in ("checkpoints", "final", "trackers"):
         if (folder / name).exists() and not (folder / name).is_dir():
-            raise InputError(f"{folder / name} is a file, where the run has a folder: move it away")
+            raise InputError(f"{folder / name} is a file, but the run needs a folder there: move it away")
     for name in (RECIPE, STAMP, "metrics.jsonl", "all_results.json"):
         if (folder / name).is_dir():
-            raise InputError(f"{folder / name} is a folder, where the run has a file: move it away")
+            raise InputError(f"{folder / name} is a folder, but the run needs a file there: move it away")
 
 
 def check_final(folder: Path) -> None:
-    """Refuses a final model that cannot be read. Of the weights it reads the headers, which know a file's length."""
+    """Refuses a final model that cannot be read. It reads the headers of the weights, which give the file's length."""
     if not folder.exists():
         return
     try:
@@ -104,7 +104,7 @@ def check_final(folder: Path) -> None:
                     pass
     except Exception as error:  # see `refusing`
         raise InputError(
-            f"{folder} is damaged ({one_line(error)}): delete it, and the same command makes it of the last checkpoint"
+            f"{folder} is damaged ({one_line(error)}): delete it, and the same command makes it again"
         ) from error
 
 
@@ -114,7 +114,7 @@ def check_final(folder: Path) -> None:
 def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None:
     """Writes the recipe of a new run. When a run resumes, all flags but those of `may_change` must be the same.
 
-    defaults: for flags that the recipe of an older version does not have.
+    defaults: the values of flags that the recipe of an older version does not have.
     """
     if has_begun(path.parent):
         written = read_recipe(path)
@@ -126,17 +126,17 @@ def check_recipe(path: Path, recipe: dict, defaults: dict | None = None) -> None
             name, others = changed[0], f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             old, new = (shortened(values.get(name), BRIEF) for values in (before, recipe))
             raise InputError(
-                f"the run has {name} {old}, this command {new}{others}: give it that, or choose another --output_dir"
+                f"the run has {name} {old}, this command {new}{others}: give the run's, or choose another --output_dir"
             )
     write_text(path, yaml.safe_dump(recipe, sort_keys=False))
 
 
 def may_change(recipe: dict) -> set[str]:
-    """The flags that a later start of a run may change. The weights do not depend on them, but for rounding."""
+    """The flags that a later start of a run may change. Apart from rounding, the weights do not depend on them."""
     free = {"output_dir", "logging_steps", "checkpointing_steps", "checkpoints_kept", "trackers"}
     if not recipe.get("streaming"):  # the order of a stream depends on its workers
         free.add("num_workers")
-        if recipe.get("backbone_norm") not in ("batch", "sync"):  # their statistics are of the images taken at once
+        if recipe.get("backbone_norm") not in ("batch", "sync"):  # they average over the images computed at once
             free.add("device_batch_size")
     return free
 
@@ -149,14 +149,14 @@ def differ(before: object, now: object) -> bool:
 
 
 def read_recipe(path: Path) -> dict:
-    """The recipe with which a run began, with the names of today. If it is damaged, the newest checkpoint's copy."""
+    """The recipe of a run, with today's flag names. If it is damaged, the copy in the newest checkpoint is read."""
     try:
         return parse_recipe(path)
     except InputError:
         copies = whole_copies(path.parent / "checkpoints", RECIPE)
         if not copies:
             raise
-        print(f"warning: {path} is missing or damaged: the copy in {copies[0].parent.name} counts")
+        print(f"warning: {path} is missing or damaged: the copy in {copies[0].parent.name} is used")
         return parse_recipe(copies[0])
 
 
@@ -164,9 +164,9 @@ def parse_recipe(path: Path) -> dict:
     try:
         recipe = parse_yaml(read_text(path))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read: put back what the run began with") from error
+        raise InputError(f"{path} cannot be read: restore the run's own recipe") from error
     if not recipe or not isinstance(recipe, dict) or not all(isinstance(name, str) for name in recipe):
-        raise InputError(f"{path} is no recipe: put back what the run began with")
+        raise InputError(f"{path} is no recipe: restore the run's own recipe")
     return renamed(recipe, path, "TrainArgs")
 
 
@@ -174,9 +174,9 @@ def parse_recipe(path: Path) -> dict:
 
 
 def check_stamp(folder: Path, stamp: dict, flags: Mapping[str, Any], unseen: list[str]) -> dict:
-    """The stamp to keep: its record is joined with those of all starts before. Refuses a run that began otherwise.
+    """The stamp to write. Its record is joined with the records of all earlier starts. Refuses changed inputs.
 
-    flags: of train.py. unseen: the names whose masks training never shows.
+    flags: of train.py. unseen: the names of the classes that are unseen in this start.
     """
     if not has_begun(folder):
         return stamp
@@ -184,9 +184,9 @@ def check_stamp(folder: Path, stamp: dict, flags: Mapping[str, Any], unseen: lis
     if before:
         change = change_since(before[0], stamp, flags)
         if change is not None:
-            raise InputError(f"{change}: restore what this run began with, or choose another --output_dir")
+            raise InputError(f"{change}: restore the run's first inputs, or choose another --output_dir")
     else:
-        print(f"warning: the run in {folder} has no {STAMP}: whether its data have changed could not be checked")
+        print(f"warning: the run in {folder} has no {STAMP}: changes of its data cannot be found")
     records = [*map(record_in, before), record_in(stamp)]
     if (folder / "final" / "config.json").is_file():
         records.append(record_of(Zs3Config.from_pretrained(folder / "final")))
@@ -209,7 +209,7 @@ def kept_stamps(folder: Path) -> list[dict]:
                 raise
             print(f"warning: {folder / STAMP} is damaged, so the newest checkpoint's copy is used")
     if len(found) > 1 and found[0] != found[-1]:
-        print(f"warning: {STAMP} differs from the newest checkpoint's copy, which counts; both records are joined")
+        print(f"warning: {STAMP} differs from the newest checkpoint's copy, which is used; both records are joined")
     return found
 
 
@@ -232,7 +232,7 @@ def save_final(model: Zs3ForSemanticSegmentation, processor: ProcessorMixin | Zs
 def read_metrics(path: Path) -> tuple[list[dict], int]:
     """The lines of a metrics.jsonl in order, and the number of damaged lines.
 
-    A last line that is only half written does not count as damaged: a killed run leaves one.
+    A half-written last line does not count as damaged, because a killed run leaves one.
     """
     text = path.read_bytes().decode("utf-8-sig", "replace") if path.exists() else ""
     rows = [_values(line) for line in lines_of(text)]

@@ -24,7 +24,7 @@ from zs3.label_space import FoundIds, LabelSpace
 from zs3.training.arguments import TrainArgs
 from zs3.training.stopping import outlive_first_sigterm
 
-MOST_LOOKED_AT = 100  # label maps
+MOST_LOOKED_AT = 100  # label maps, by `check_learnable`
 
 
 def make_dataset(
@@ -63,10 +63,10 @@ def make_image_labels(
 
 
 def check_learnable(records: Split | StreamedSplit, label_space: LabelSpace) -> None:
-    """Refuses data from which nothing can be learned. Mostly the first label map shows that something can.
+    """Refuses data without a seen class. Mostly the first label map has one, and no other is read.
 
-    If the first MOST_LOOKED_AT maps have no seen class, the maps of a split are read until one has. Of a stream no more
-    maps are read.
+    If the first MOST_LOOKED_AT maps have none, a split is read on until a map has a seen class. A stream is read no
+    further.
     """
     if not label_space.seen:
         raise InputError("all classes are unseen, so no mask may be trained on: leave some out of the unseen names")
@@ -79,7 +79,7 @@ def check_learnable(records: Split | StreamedSplit, label_space: LabelSpace) -> 
     fault = found.fault()
     if fault is not None and streamed and found.num_maps >= MOST_LOOKED_AT:
         print(f"warning: {fault}")
-    elif fault is not None:  # all maps have been looked at
+    elif fault is not None:  # all maps were read
         raise InputError(fault)
 
 
@@ -92,13 +92,13 @@ def make_loader(
     num_workers: int,
     shuffle_buffer: int,
 ) -> Iterator[dict]:
-    """The micro-batches of this process for these steps. accelerate must not cut them again (no `prepare`).
+    """The micro-batches of this process for these steps. accelerate's `prepare` would cut them a second time.
 
-    shuffle_buffer: pictures, of a stream alone.
+    shuffle_buffer: number of pictures; only a stream uses it.
     """
     options = {
         "pin_memory": accelerator.device.type == "cuda",
-        "generator": torch.Generator(),  # its own, or starting the loader would change the state that a resume restores
+        "generator": torch.Generator(),  # the loader must not change the global state that a resume restores
         "worker_init_fn": outlive_first_sigterm,
     }
     process = accelerator.process_index

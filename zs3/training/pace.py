@@ -1,4 +1,4 @@
-"""What a run measures of its steps: means of the losses, time and memory. From them it forecasts its end."""
+"""Measurements of a run's steps: mean losses, time and memory. They give a forecast of the time left."""
 
 import sys
 import time
@@ -40,7 +40,7 @@ class Pace:
         self.accelerator = accelerator
         self.started = time.perf_counter()
         self.waited = 0.0  # seconds, for batches
-        self.last_asked = (self.started, 0.0)  # the time of the last `data_wait`, and `waited` at that time
+        self.last_asked = (self.started, 0.0)  # time and `waited` at the last `data_wait`
         self.steps = 0
 
     @property
@@ -48,7 +48,7 @@ class Pace:
         return time.perf_counter() - self.started
 
     def timed(self, batches: Iterable[dict]) -> Iterator[dict]:
-        """The batches. It measures how long the caller waits for them."""
+        """Yields the batches and measures how long the caller waits for them."""
         batches = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -61,7 +61,7 @@ class Pace:
     def data_wait(self) -> float:
         """The share of the time since the last call, in [0, 1], in which training waited for data.
 
-        It is that of the slowest process. All processes call it together.
+        It is the largest share of all processes, which call it together.
         """
         (then, waited), now = self.last_asked, time.perf_counter()
         self.last_asked = (now, self.waited)
@@ -88,19 +88,19 @@ class Pace:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the tensors on a CUDA device; on the CPU, of the whole process."""
+    """The peak in bytes: of the tensors on a CUDA device; on the CPU, of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
-    import resource  # not there on Windows
+    import resource  # Windows does not have it
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def duration(seconds: float) -> str:
-    """A time to read: "40 s", "12 min", "3 h 12 min"."""
+    """A time as text: "40 s", "12 min", "3 h 12 min"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)

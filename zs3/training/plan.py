@@ -1,4 +1,4 @@
-"""What a run says about itself before its first step."""
+"""The description that a run prints before its first step."""
 
 import os
 import textwrap
@@ -20,7 +20,7 @@ def describe(args: TrainArgs, start: Start, parts: BatchParts, accelerator: Acce
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     count = "streamed" if args.streaming else f"{len(dataset)} images"
-    nouns = f", {len(dataset.class_names)} names with nouns of {args.caption_nouns}" if args.caption_nouns else ""
+    nouns = f", {len(dataset.class_names)} names with the nouns of {args.caption_nouns}" if args.caption_nouns else ""
     text = f"text tower of {args.init_from or args.clip}"
     if args.text_embeds is not None:
         text = f"text vectors of {args.text_embeds}"
@@ -28,8 +28,8 @@ def describe(args: TrainArgs, start: Start, parts: BatchParts, accelerator: Acce
     precision = "float32" if args.mixed_precision == "no" else f"{args.mixed_precision} autocast, losses in float32"
     norms = {
         "frozen": "frozen",
-        "batch": f"of {parts.images} images, which a process takes at once",
-        "sync": f"of {parts.processes * parts.images} images, which all processes take at once",
+        "batch": f"of the {parts.images} images that a process computes at once",
+        "sync": f"of the {parts.processes * parts.images} images that all processes compute at once",
     }
     twice = ", activations computed twice" if args.activation_checkpointing else ""
     trackers = f", also to {', '.join(args.trackers)} (trackers)" if args.trackers else ""
@@ -52,14 +52,14 @@ def describe(args: TrainArgs, start: Start, parts: BatchParts, accelerator: Acce
         f"norms     statistics of the backbone's batch norms are {norms[args.backbone_norm]}",
         f"device    {device_text(accelerator)}",
         f"output    {args.output_dir}: checkpoints every {args.checkpointing_steps} steps (the last "
-        f"{args.checkpoints_kept} stay),",
+        f"{args.checkpoints_kept} are kept),",
         f"          metrics.jsonl every {args.logging_steps}{trackers}, final at the end, then all_results.json",
     ]
     return "\n".join([*lines, *(f"note      {note}" for note in notes(args, start, parts, accelerator))])
 
 
 def names_lines(names: list[str]) -> list[str]:
-    """Indented lines of names. No name is broken."""
+    """Indented lines of names. No name is split over two lines."""
     whole = ", ".join(name.replace(" ", "\N{NO-BREAK SPACE}") for name in names)
     lines = textwrap.wrap(whole, width=110, break_on_hyphens=False)
     return [" " * 10 + line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
@@ -81,7 +81,7 @@ def pseudo_label_lines(start: Start) -> list[str]:
 
 
 def weights_text(init_from: str | None, init_parts: str, mask2former: str | None, backbone: str | None) -> str:
-    """Where the weights come from."""
+    """The source of the weights."""
     if init_from is not None and init_parts == "backbone":
         return f"backbone of {init_from} (--init_from, --init_parts backbone)"
     if init_from is not None:
@@ -134,14 +134,14 @@ def notes(args: TrainArgs, start: Start, parts: BatchParts, accelerator: Acceler
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launched_with not in ("no", args.mixed_precision):
         yield (
-            f"accelerate was given mixed precision {launched_with}, which does not count here: the flag "
-            "--mixed_precision behind train.py does"
+            f"accelerate was given mixed precision {launched_with}, which has no effect here: give the flag "
+            "--mixed_precision to train.py"
         )
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
-        yield "accelerate was asked for FSDP, which it has on GPUs only: it is not in force"
+        yield "accelerate was asked for FSDP, which works on GPUs only: it is not used here"
     late = [step for step in args.lr_milestones if step >= args.max_steps]
     if args.lr_schedule == "multistep" and late:
-        yield f"learning rate steps {late} lie beyond the end and are ignored"
+        yield f"learning rate steps {late} lie beyond the last step and are ignored"
     from_scratch = args.init_from is None and args.mask2former is None and args.backbone is None
     if from_scratch and args.backbone_norm == "frozen":
         yield "the backbone starts from random weights: it learns better with --backbone_norm batch"

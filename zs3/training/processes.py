@@ -1,4 +1,4 @@
-"""How a run is spread over processes and devices, and how its model is put together again."""
+"""How a run is spread over processes and devices, and how the parts of its model are gathered."""
 
 import math
 from pathlib import Path
@@ -21,10 +21,10 @@ from zs3.training.arguments import TrainArgs
 
 
 def make_accelerator(args: TrainArgs) -> tuple[Accelerator, BatchParts]:
-    """The processes and devices of the run. What is impossible is refused here, before anything is loaded."""
+    """The processes and devices of the run. Impossible flags are refused here, before anything is loaded."""
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # no process may end by a refusal below while another one is still joining
+        torch.distributed.barrier()  # a refusal below must not end a process before all have joined
         if torch.distributed.get_world_size() != state.num_processes:
             raise InputError(
                 f"{torch.distributed.get_world_size()} processes were started, and accelerate sees no GPU for them: on "
@@ -67,9 +67,9 @@ def check_norms(backbone_norm: str, crop_size: int, parts: BatchParts) -> None:
 
 
 def straighten_gradients(model: nn.Module) -> None:
-    """Gives gradients the strides of their weights: DDP warns where they differ.
+    """Gives gradients the strides of their weights, because DDP warns if they differ.
 
-    They differ for 1 x 1 convolutions of channels-last maps, in strides that no element depends on.
+    They differ for 1 x 1 convolutions of channels-last maps, but only in strides of axes of length 1.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.weight.requires_grad:
@@ -77,14 +77,14 @@ def straighten_gradients(model: nn.Module) -> None:
 
 
 def go_on_after(saved_by: int, step: int, accelerator: Accelerator, *, streaming: bool, seed: int) -> None:
-    """Lets another number of processes than saved_by go on from a step, or refuses it. A note says what changes."""
+    """Resumes with another number of processes than saved_by, or refuses it. A note says what changes."""
     here = accelerator.num_processes
     if streaming:
         raise InputError(
-            f"a stream's shards are dealt out to processes, and this run was saved by {saved_by}: resume it with as "
-            f"many, not {here}, or it would meet some pictures twice and miss others"
+            f"processes share the shards of a stream, and {saved_by} processes saved this run: resume it with "
+            f"{saved_by}, not {here}, or it would read some pictures twice and miss others"
         )
-    # New random numbers: neither those that the other processes have used, nor those from the beginning of the run.
+    # New random numbers: neither those of the processes that saved, nor those from the beginning of the run.
     set_seed((seed + 1 + accelerator.process_index + here * step) % 2**32)
     accelerator.print(
         f"note      saved by {saved_by} processes, resumed by {here}: each step keeps its augmented images, "

@@ -3,10 +3,10 @@
 A checkpoint gets its name `step_*` when it is whole, so a run may be killed at any moment. Later damage, such as a
 truncated file or a flipped bit, shows in its manifest. The run then goes on from the checkpoint before it.
 
-Weights are read from safetensors, but for FSDP's checkpoints, which are torch's sharded files. The other files are
-pickles: the states of optimizer, scaler and random numbers are accelerate's, and progress.bin has the schedule and the
-counts. All of them are read with torch's `weights_only`, which runs no code of the file. Nothing is given to
-accelerate's `register_for_checkpointing`, because that would be read without it.
+Weights are safetensors; under FSDP they are torch's sharded files. The other files are pickles: accelerate writes the
+states of optimizer, scaler and random numbers, and progress.bin has the schedule and the counts. All pickles are read
+with torch's `weights_only`, which runs no code of the file. accelerate's `register_for_checkpointing` is not used,
+because accelerate reads such objects without `weights_only`.
 """
 
 import json
@@ -38,9 +38,9 @@ from zs3.training.stamp import STAMP, TOWER_WEIGHTS
 from zs3.training.stopping import agree, all_refuse
 
 MANIFEST = "manifest.json"
-LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP, RECIPE)  # a manifest lists those that are there
+LISTED = ("progress.bin", WEIGHTS, "optimizer.bin", STAMP, RECIPE)  # a manifest lists those that exist
 PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_sha256": str, "scheduler": dict}
-# torch.save says one of these when the disk is full. The system's own reason is lost.
+# If the disk is full, torch.save's error has one of these words, and the system's own reason is lost.
 TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter")
 
 
@@ -54,14 +54,14 @@ class Progress:
 
 @dataclass(eq=False)
 class RunCheckpoints:
-    """The checkpoints of a run: folders `step_*` with all that it needs to go on, but for the frozen CLIP towers."""
+    """The checkpoints of a run: folders `step_*` with all that a resume needs, except the frozen CLIP towers."""
 
     accelerator: Accelerator
-    folder: Path  # that all processes can read, those on other machines too
-    model: Zs3ForSemanticSegmentation  # not prepared yet
+    folder: Path  # all processes can read it, also those on other machines
+    model: Zs3ForSemanticSegmentation  # before accelerate prepares it
     scheduler: LRScheduler
     progress: Progress
-    kept: int  # older checkpoints than this many are deleted
+    kept: int  # number of checkpoints; older ones are deleted
     stamp: dict  # of the run; each checkpoint has a copy
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class RunCheckpoints:
 
     def save(self) -> None:
         """All processes call it together. Older checkpoints are deleted only when the new one is complete."""
-        name = not_finite(self.model.state_dict())  # the loss shows a bad step only in the next one
+        name = not_finite(self.model.state_dict())  # the loss shows it only in the next step
         mend = "not saved; take a lower --learning_rate, and another --output_dir"
         fault = None if name is None else f"{name} is not finite after step {self.progress.step}: {mend}"
         agree(self.accelerator, False, fault)
@@ -82,12 +82,12 @@ class RunCheckpoints:
             with naming(partial):
                 self._write(partial)
         except Exception as error:
-            if self.accelerator.is_main_process:  # others may be writing there
+            if self.accelerator.is_main_process:  # other processes may still write there
                 shutil.rmtree(partial, ignore_errors=True)  # makes room on a full disk
             if any(words in str(error) for words in TORCH_CANNOT_WRITE):
                 raise InputError(
                     f"cannot write {partial}: no space left on the disk, or a limit (ulimit -f) is too low; the "
-                    "checkpoint before is whole, make room and start again"
+                    "previous checkpoint is whole, make room and start again"
                 ) from error
             raise
         self.accelerator.wait_for_everyone()
@@ -114,7 +114,7 @@ class RunCheckpoints:
             write_manifest(folder)
 
     def resume(self) -> int | None:
-        """Loads the newest whole checkpoint. Returns the number of processes that saved it; None: there is none."""
+        """Loads the newest whole checkpoint. Returns the number of processes that saved it, or None without one."""
         found: list = [None]  # the main process finds it for all
         with all_refuse(self.accelerator):
             if self.accelerator.is_main_process:
@@ -138,7 +138,7 @@ class RunCheckpoints:
         return state["num_processes"]
 
     def _newest_whole(self) -> Path | None:
-        """The newest whole checkpoint. Damaged ones after it get another name, half-written ones are deleted."""
+        """The newest whole checkpoint. Newer damaged ones get another name, half-written ones are deleted."""
         for partial in filter(Path.is_dir, self.folder.glob("*.partial")):
             shutil.rmtree(partial)
         give_true_names(self.folder)
@@ -163,13 +163,13 @@ class RunCheckpoints:
         return path
 
     def _leave_towers_out(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        """accelerate's hook before it writes weights. Sharded ones (FSDP) it has already written, with the towers."""
+        """A hook that accelerate calls before it writes weights. FSDP's are already written, with the towers."""
         if weights:
             state = self.model.state_dict()
             weights[:] = [{name: tensor for name, tensor in state.items() if not name.startswith(TOWER_WEIGHTS)}]
 
     def _load_weights(self, models: list[nn.Module], folder: str) -> None:
-        """accelerate's hook before it reads weights. FSDP's are not in `models`: accelerate reads them itself."""
+        """A hook that accelerate calls before it reads weights. FSDP's are not in `models`: accelerate reads them."""
         if models:
             models.clear()
             missing, unexpected = load_model(self.model, Path(folder) / "model.safetensors", strict=False)
@@ -205,8 +205,8 @@ def read_progress(folder: Path) -> dict:
 def unfit(folder: Path, state: Mapping[str, Tensor] | None = None) -> str | None:
     """Why a run cannot resume from an undamaged checkpoint, or None.
 
-    state: of the run's model; the weights must have the same types. FSDP's sharded weights are checked before the next
-    save instead.
+    state: the state dict of the run's model; the weights must have its types. FSDP's sharded weights are checked only
+    before the next save.
     """
     try:
         read_progress(folder)
@@ -221,7 +221,7 @@ def unfit(folder: Path, state: Mapping[str, Tensor] | None = None) -> str | None
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the size and hash of every file of a folder into one more file."""
+    """Writes the size and hash of every file of a folder into its MANIFEST."""
     manifest = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.rglob("*"))
@@ -231,9 +231,9 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path, only: str | None = None) -> str | None:
-    """What differs from a checkpoint's manifest, or None.
+    """The first difference from a checkpoint's manifest, in words, or None.
 
-    only: one file to look at; None: all.
+    only: the one file to check; None: all files.
     """
     try:
         manifest = json.loads(read_text(folder / MANIFEST))
@@ -260,9 +260,9 @@ def true_name(folder: Path) -> str:
 
 
 def give_true_names(folder: Path) -> None:
-    """Renames checkpoints that have the name of another one, and says so."""
+    """Renames checkpoints that have the name of another step, with a warning."""
     for path in complete_checkpoints(folder):
-        with suppress(InputError):  # a damaged one: `_newest_whole` says so
+        with suppress(InputError):  # a damaged one: `_newest_whole` warns of it
             if damage(path, "progress.bin") is None and true_name(path) != path.name:
                 path.replace(path.with_suffix(".misnamed"))
     for aside in sorted(folder.glob("step_*.misnamed")):  # a killed start may have left some

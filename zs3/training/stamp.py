@@ -33,7 +33,7 @@ CHANGES = {
     "towers_sha256": "other CLIP towers",
     "text_embeds_sha256": "other text vectors in {text_embeds}",
     "prompts_sha256": "other prompts, or another tokenizer",
-    "layout": "the data were {before}, are {now} now",
+    "layout": "the data were {before} and are {now} now",
     "num_images": "{before} pictures then, {now} now",
     "image_ids_sha256": "pictures of other names in {dataset}",
     "picture_sizes_sha256": "other pictures in {dataset}",
@@ -47,12 +47,12 @@ CHANGES = {
     "caption_nouns_sha256": "other caption nouns in {caption_nouns}",
     "pseudo_labels_sha256": "other pseudo labels in {unseen_labels}",
     "init_from_sha256": "other weights in {init_from}",
-    "init_from_record": "another record of what was seen in {init_from}",
+    "init_from_record": "another record of seen classes in {init_from}",
     "mask2former_sha256": "other weights in {mask2former}",
     "backbone_sha256": "other weights in {backbone}",
 }
 STARTS = ("init_from", "mask2former", "backbone")
-MEND = "put it back"  # for a damaged stamp
+MEND = "restore the file"  # of a damaged stamp
 BRIEF = 45  # characters of a name in a message with two names
 
 
@@ -76,7 +76,7 @@ class Stamp(TypedDict, total=False):
 
 
 class SeenRecord(NamedTuple):
-    """What a model has seen in its training: two fields of Zs3Config. None: not known."""
+    """The masks and image labels of all training of a model: two fields of Zs3Config. None: unknown."""
 
     seen_class_names: list[str] | None
     unseen_labels: str | None
@@ -91,7 +91,7 @@ def record_in(stamp: dict[str, Any]) -> SeenRecord:
 
 
 def joined(records: Iterable[SeenRecord]) -> SeenRecord:
-    """Every name of the records once, and their strongest image labels. What one record does not know is not known."""
+    """Every name of the records once, and the strongest of their image labels. One unknown record makes it unknown."""
     names, labels = zip(*records, strict=True)
     if None in names:
         return SeenRecord(None, None)
@@ -100,7 +100,7 @@ def joined(records: Iterable[SeenRecord]) -> SeenRecord:
 
 
 def check_not_unseen(seen: SeenRecord, unseen: Sequence[str]) -> None:
-    """The leak guard: a class whose masks one start of a run has seen cannot be unseen in another start."""
+    """The leak guard: a class is not unseen if any start of the run has seen its masks."""
     for name, place in zip(unseen, places(unseen, seen.seen_class_names), strict=True):
         if place is not None:
             raise InputError(
@@ -119,7 +119,7 @@ def make_stamp(
     start: SeenRecord | None,
     model: Zs3ForSemanticSegmentation,
 ) -> dict[str, Any]:
-    """The inputs of a run at its start. What is not known, such as the weights of a Hub id, has no key.
+    """The inputs of a run at its start. An unknown input, such as the weights of a Hub id, has no key.
 
     flags: of train.py.
     prompts: the tokens for the text tower. None: --text_embeds gives the vectors.

@@ -27,8 +27,8 @@ SOURCES = {"init_from": "zs3", "mask2former": "mask2former", "backbone": None, "
 class Start:
     """All that a run starts from, loaded and checked."""
 
-    whole_space: LabelSpace  # as the dataset has it
-    label_space: LabelSpace  # as training knows it
+    whole_space: LabelSpace  # of the dataset
+    label_space: LabelSpace  # of the training, see `training_space`
     model: Zs3ForSemanticSegmentation
     processor: Zs3Processor | Zs3ImageProcessor
     dataset: SegmentationDataset
@@ -74,7 +74,7 @@ def make_start(args: TrainArgs, overrides: dict, accelerator: Accelerator) -> St
 def make_model(sources: dict[str, str], overrides: dict, text_dim: int | None) -> Zs3ForSemanticSegmentation:
     """A whole checkpoint (init_from), or a model joined from parts.
 
-    sources: the paths of those of SOURCES that are given. text_dim: of text vectors that come from outside.
+    sources: the path for each flag of SOURCES that is given. text_dim: columns of --text_embeds, or None.
     """
     for name, path in sources.items():
         check_checkpoint(name, path, SOURCES[name])
@@ -91,7 +91,7 @@ def make_model(sources: dict[str, str], overrides: dict, text_dim: int | None) -
 
 
 def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
-    """A checkpoint of this project with changed fields. All its weights must fit, but for a background embedding."""
+    """A checkpoint of this project with changed fields. All weights must fit, except a background embedding."""
     config = Zs3Config(**{**load_config(path).to_dict(), **overrides})
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, config=config, dtype=torch.float32, **options)
@@ -130,7 +130,7 @@ def record_supervision(
     init_from: str | None = None,
     mask2former: str | None = None,
 ) -> None:
-    """Writes into the model's config what it has seen in all its training, so that no claim goes beyond it.
+    """Writes the seen classes and the image labels of all training of the model into its config.
 
     Refuses a start that has seen masks of unseen classes.
     """
@@ -140,7 +140,7 @@ def record_supervision(
             f"{init_from} was trained on masks of {shortened(leaked)}, which are unseen here: take another start"
         )
     before = record_of(config) if init_from is not None else SeenRecord([], "none")
-    if mask2former is not None:  # from elsewhere: nobody here knows which masks it has seen
+    if mask2former is not None:  # the masks of its training are unknown
         before = SeenRecord(None, None)
     now = SeenRecord(label_space.seen, unseen_labels)
     config.seen_class_names, config.unseen_labels = joined([before, now])
@@ -153,7 +153,7 @@ def make_processor(
     init_from: str | None,
     prompt_templates: list[str] | None,
 ) -> Zs3Processor | Zs3ImageProcessor:
-    """The processor that is saved with the model. It takes texts too if the model has a text tower."""
+    """The processor that is saved with the model. It reads texts too if the model has a text tower."""
     if model.text_model is None:
         return image_processor
     source = clip or init_from
@@ -164,14 +164,14 @@ def make_processor(
 
 
 def choose_what_learns(model: Zs3ForSemanticSegmentation, backbone_norm: str) -> None:
-    """Sets up the backbone's batch norms, and freezes what no loss depends on, because DDP would wait for it."""
+    """Sets up the backbone's batch norms. Freezes weights without a gradient, because DDP would wait for one."""
     pixels = model.model.pixel_level_module
     if backbone_norm == "frozen":
         model.freeze_backbone_norms()
     elif backbone_norm == "sync":
         pixels.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(pixels.encoder)
     if hasattr(pixels.encoder, "swin"):
-        pixels.encoder.swin.layernorm.requires_grad_(False)  # a Swin backbone gives its stages, not its last output
+        pixels.encoder.swin.layernorm.requires_grad_(False)  # only the stages of a Swin backbone are used
 
 
 def text_vectors(
@@ -181,7 +181,7 @@ def text_vectors(
     class_names: list[str],
     given: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """(C, D), those of --text_embeds (given) or of the model's text tower; and the tokens that the tower was given."""
+    """(C, D) text vectors: `given` by --text_embeds, or of the text tower; and the tokens for the tower, or None."""
     prompts = None
     if given is not None:
         if model.text_model is not None:

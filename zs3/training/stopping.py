@@ -1,6 +1,6 @@
-"""How a run ends before its last step: by SIGTERM, after it has saved, or by a number that is not finite.
+"""How a run ends before its last step: after SIGTERM, when it has saved, or because a number is not finite.
 
-Often only one of several processes meets the reason. `agree` stops all of them at the same step. `all_refuse` ends all
+Often only one of several processes has the reason. `agree` stops all of them at the same step. `all_refuse` ends all
 of them when the main process refuses something before the first step.
 """
 
@@ -21,7 +21,7 @@ EXIT_CODE = 128 + signal.SIGTERM  # a shell's exit code for a process that SIGTE
 
 
 class Termination:
-    """Within the block a first SIGTERM is only noted. A second one ends the process at once."""
+    """Within the block the first SIGTERM only sets `received`. The second one ends the process at once."""
 
     def __enter__(self) -> "Termination":
         self.received = False
@@ -40,7 +40,7 @@ def outlive_first_sigterm(worker: int) -> None:
     """A DataLoader's `worker_init_fn`: a worker ignores its first SIGTERM, and a second one ends it.
 
     torchrun and batch systems send SIGTERM to the workers too, and the run still needs them to finish its step.
-    DataLoader sends the second one to workers that are left over.
+    DataLoader sends the second one to workers that still run at the end.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
@@ -70,7 +70,7 @@ def agree(accelerator: Accelerator, terminated: bool, fault: str | None) -> bool
         faults = gather_object(faults) if faulty else []
     found = list(dict.fromkeys(text for text in faults if text is not None))
     if found:
-        # All say the same: the first process to end stops the others, maybe before they have said anything.
+        # All raise the same error: the first process that ends stops the others, maybe before they print theirs.
         raise InputError("; ".join(found))
     return terminated
 
@@ -78,7 +78,7 @@ def agree(accelerator: Accelerator, terminated: bool, fault: str | None) -> bool
 def loss_fault(loss: torch.Tensor, step: int, image_ids: list[str]) -> str | None:
     if bool(torch.isfinite(loss)):
         return None
-    return f"the loss is {float(loss.detach())} at step {step}, images {shortened(image_ids)}: stopped"
+    return f"the loss is {float(loss.detach())} at step {step}, images {shortened(image_ids)}: lower --learning_rate"
 
 
 def check_grad_norm(accelerator: Accelerator, grad_norm: float, step: int, image_ids: list[str]) -> None:
@@ -87,5 +87,5 @@ def check_grad_norm(accelerator: Accelerator, grad_norm: float, step: int, image
         image_ids = gather_object(image_ids)
         raise InputError(
             f"the gradients' norm is {grad_norm} at step {step} although the loss is finite, "
-            f"images {shortened(image_ids)}: stopped"
+            f"images {shortened(image_ids)}: lower --learning_rate"
         )
