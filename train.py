@@ -168,7 +168,7 @@ def loop(args: TrainArgs, start: Start, ready: Ready, parts: BatchParts, acceler
             if not accelerator.sync_gradients:
                 continue
             learning_rate = max(scheduler.get_last_lr())  # the rate of the backbone is smaller
-            if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow
+            if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step if its gradients overflow
                 scheduler.step()
             progress.step += 1
             progress.seconds = seconds_before + pace.seconds

@@ -141,7 +141,7 @@ def examine_names(found: Findings, folder: Path, config: Zs3Config) -> None:
 
 
 def say_code(found: Findings, folder: Path) -> None:
-    """Which code lies beside the weights. It is not run."""
+    """Reports the code that lies beside the weights. It is not run."""
     own = {path.name: path.read_bytes() for path in project_code()}
     there = {path.name: path.read_bytes() for path in folder.glob("*.py") if not is_leftover(path.name)}
     other = sorted(name for name in there if there[name] != own.get(name))
@@ -199,7 +199,7 @@ def examine_run(folder: Path, found: Findings) -> None:
 
 
 def what_comes_next(final: Path, states: Sequence[Path], whole: Sequence[Path]) -> str:
-    """What the run's own command does next."""
+    """The next action of the run's own command, in words."""
     if final.exists():
         return "it has a final model"
     if whole:

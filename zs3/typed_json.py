@@ -149,7 +149,7 @@ _adapter = cache(TypeAdapter)
 
 
 def _field(value: Any, location: tuple[str | int, ...]) -> str:
-    """Where in the value a part is, as "per_class.sky" or "points.gamma[2]", without pydantic's names of types."""
+    """The place of a part in the value, as "per_class.sky" or "points.gamma[2]", without pydantic's names of types."""
     field = ""
     for part in location:
         if isinstance(value, dict) and part in value:
