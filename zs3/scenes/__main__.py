@@ -13,10 +13,10 @@ from zs3.scenes.dataset import write_dataset
 class SceneArgs(Arguments):
     """Draws the embedded benchmark `scenes`."""
 
-    output: OutputFolder | None = flag(None, "Folder to make; it must not exist.")
+    output: OutputFolder | None = flag(None, "New folder for the scenes; it must not exist.")
     num_train: Pictures = flag(3000, "Training pictures.")
     num_validation: Pictures = flag(200, "Validation pictures.")
-    seed: Seed = flag(0, "Of the pictures.")
+    seed: Seed = flag(0, "Random seed of the pictures.")
 
     def check(self) -> None:
         check_required(self, "output")

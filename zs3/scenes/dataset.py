@@ -1,6 +1,6 @@
-"""The folder of the embedded benchmark that train.py and eval.py read.
+"""Writes the embedded benchmark as a folder that train.py and eval.py read.
 
-Not in `render.py`: the drawing processes import that file, and would need seconds to import transformers with this one.
+Not in `render.py`: the drawing processes import that file, and this one also imports transformers, which takes seconds.
 """
 
 import multiprocessing
@@ -34,9 +34,9 @@ def _write_all(folder: Path, jobs: list[tuple[str, int, int]], seed: int) -> Non
 def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed: int) -> None:
     """Writes {train,validation}/{images,labels}/00000.png ... and classes.json.
 
-    Labels are dense, unseen classes included: the reader takes them out of training. The folder gets its name
-    when it is complete. Large sets are drawn by several processes, which import the main script again: call this
-    below `if __name__ == "__main__":`.
+    Labels are dense and include unseen classes, which the reader removes in training. The folder gets its name when it
+    is complete. Several processes draw a large set. They import the main script again, so call this below
+    `if __name__ == "__main__":`.
     """
     folder = Path(folder)
     if folder.exists():

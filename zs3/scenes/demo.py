@@ -1,10 +1,9 @@
-"""The demo: two stages of training on the embedded benchmark, two evaluations, a picture with labels of your own.
+"""The demo: two training stages on the embedded benchmark, two evaluations, a picture with other labels.
 
     zs3 demo [--output_dir runs/demo]
 
-It trains and evaluates through the public commands, each a process of its own, and can be interrupted and started
-again. Stage 2 learns from ground-truth image labels of the unseen classes (Table 5's third row), and from no unseen
-mask.
+Each public command for training and evaluation runs as a process. The demo can be interrupted and started again. Stage
+2 learns from ground-truth image labels of unseen classes (Table 5, row 3), not from their masks.
 """
 
 import os
@@ -55,32 +54,32 @@ OWN_LABELS = [
 class DemoArgs(Arguments):
     """Sizes of the demo; the defaults take about 7 minutes on 2 CPU cores, with half of the recipes' steps."""
 
-    output_dir: OutputFolder = flag("runs/demo", "Folder for everything the demo makes.")
+    output_dir: OutputFolder = flag("runs/demo", "Folder for all results of the demo.")
     num_train: Pictures = flag(3000, "Training scenes.")
     num_validation: Pictures = flag(200, "Validation scenes.")
     stage1_steps: Count = flag(600, "Optimizer steps; the recipe has 1400.")
     stage2_steps: Count = flag(250, "Optimizer steps; the recipe has 500.")
     num_processes: Processes | None = flag(None, "Training processes; default: 2 on CPU, 1 on a GPU.")
-    num_pictures: Pictures = flag(6, "Validation scenes that are drawn.")
+    num_pictures: Pictures = flag(6, "Validation scenes in the pictures.")
 
     def check(self) -> None:
         check_here("train.py")
 
 
 def cpu_cores() -> int:
-    """Cores that this process may use; fewer than the machine has, in a container."""
+    """The number of cores that this process may use; in a container, fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launcher(num_processes: int) -> list[str]:
-    """`accelerate launch`, without the settings of the user's machine."""
+    """The command `accelerate launch`, without the user's own settings of accelerate."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
     command += ["--dynamo_backend", "no", "--num_processes", str(num_processes)]
-    return command + ["--multi_gpu"] * (num_processes > 1)  # the launcher's word for several processes, CPU ones too
+    return command + ["--multi_gpu"] * (num_processes > 1)  # means several processes, on CPUs too
 
 
 def launch(script: str, num_processes: int, *flags: object) -> None:
-    """`accelerate launch script flags`; an error of the command ends the demo."""
+    """Runs `accelerate launch script flags`. Raises InputError if the command fails."""
     command = [*launcher(num_processes), script, *map(str, flags)]
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")
     if not torch.cuda.is_available():
@@ -97,7 +96,7 @@ def train_stage(recipe: str, data: Path, output_dir: Path, processes: int, steps
 
 
 def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
-    """The pipeline with a label list of its own, on the first validation scene; returns the labels found."""
+    """Draws the first validation scene with the labels OWN_LABELS. Returns the labels found."""
     image, _, _ = load_split(data, "validation")[0]
     network, processor = load_checkpoint(str(model))
     segment = Zs3Pipeline(model=network, processor=processor, image_processor=processor.image_processor)
@@ -107,7 +106,7 @@ def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
 
 
 def write_page(folder: Path, results: dict[str, Result], pictures: list[Path], found: list[str]) -> str:
-    """runs/demo/report.md, from the result files; returns its table."""
+    """Writes report.md from the results. Returns its table."""
     rows = []
     for title, result in results.items():
         low, high = result["confidence_intervals"]["hiou"]
@@ -143,7 +142,7 @@ def main() -> None:
 
 
 def demonstrate(args: DemoArgs, folder: Path) -> None:
-    """The six steps, into a folder that is locked for this process."""
+    """The six steps. This process has locked the folder."""
     data, stage1, stage2 = folder / "scenes", folder / "stage1", folder / "stage2"
     processes = args.num_processes or (1 if torch.cuda.is_available() else min(2, cpu_cores()))
 

@@ -1,10 +1,10 @@
 """The embedded benchmark `scenes`: coloured and patterned shapes in front of textured stuff, drawn by rule.
 
-A scene is 2-3 bands of stuff (grass, sky, ...), 2-5 things ("red circle": an attribute and a shape) and now and
-then a distractor, a thing outside the 20 names whose pixels are ignored. Things of an unseen class stand mostly
-beside related seen ones (`THEMES`), and each attribute and shape of an unseen thing occurs in a seen one.
-Map: the vocabulary; outlines of shapes; textures of stuff; painting a thing; `compose` puts a picture together
-from names; `render_scene` picks the names. `zs3.scenes.dataset` makes the folder that train.py reads.
+A scene has 2-3 bands of stuff (grass, sky, ...), 2-5 things ("red circle": an attribute and a shape) and, in half of
+the scenes, a distractor: a thing outside the 20 names, with ignored pixels. Unseen things are mostly beside related
+seen things (`THEMES`). Each attribute and shape of an unseen thing also occurs in a seen one.
+Map: the vocabulary; outlines of shapes; textures of stuff; painting a thing; `compose` draws a picture from names;
+`render_scene` picks the names. `zs3.scenes.dataset` makes the folder that train.py reads.
 Every picture depends on its (seed, index) alone. Coordinates are pixels, x to the right and y down.
 Axes: H W picture, h w the part of it that a thing can touch, P corner of an outline.
 """
@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 96  # pixels, both sides of a picture
 IGNORE_INDEX = 255  # label of distractors
-ATLAS = 256  # pixels, both sides of a texture; scenes cut their pieces from it
+ATLAS = 256  # pixels, both sides of a texture; scenes use pieces of it
 
 
 # ------------------------------------------------------------------------------------------------ vocabulary
@@ -78,8 +78,8 @@ THEMES = (
         "blue circle",
     ),
 )
-UNSEEN_SHARE = 0.3  # of the things of a scene: its theme's unseen thing
-OTHER_SHARE = 0.15  # of the things of a scene: any thing at all; the rest are its theme's seen things
+UNSEEN_SHARE = 0.3  # share of things that are the theme's unseen thing
+OTHER_SHARE = 0.15  # share of things of any class; the rest are the theme's seen things
 
 
 class Region(NamedTuple):
@@ -121,7 +121,7 @@ def _moon() -> np.ndarray:
 
 
 ARM = 0.36  # half the width of a cross's arms
-# Corners (P, 2) x, y in about [-1, 1], of the outer border and of a hole.
+# Corners (P, 2), x and y in about [-1, 1]: the outer border and, if there is one, a hole.
 OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "circle": (_circle(),),
     "square": (0.9 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),),
@@ -153,7 +153,7 @@ def _tint(value: np.ndarray, dark: tuple[int, int, int], light: tuple[int, int, 
 
 
 def _bricks(rng: np.random.Generator, height: int, width: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of blocks: a random shade in [-1, 1] for each block, and where the joints are."""
+    """Rows of blocks: (ATLAS, ATLAS) random shade of each block in [-1, 1], and bool joints."""
     y, x = np.mgrid[:ATLAS, :ATLAS]
     row = y // height
     x = x + (row * shift * width).astype(int)
@@ -239,13 +239,13 @@ def _metal_wall(rng: np.random.Generator) -> np.ndarray:
     return _tint(ridges, (72, 80, 92), (186, 196, 206))
 
 
-# The stuff classes first; the rest is known to the tiny CLIP only.
+# The stuff classes come first. Only the tiny CLIP knows the others.
 TEXTURES: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "grass": _grass, "sky": _sky, "sand": _sand, "water": _water, "brick wall": _brick_wall,
     "wood floor": _wood_floor, "stone wall": _stone_wall, "snow": _snow, "lava": _lava,
     "night sky": _night_sky, "tile floor": _tile_floor, "metal wall": _metal_wall,
 }  # fmt: skip
-# The names of all that can be drawn: the world that the tiny CLIP learns.
+# The names of everything that can be drawn; the tiny CLIP learns them all.
 WORLD_NAMES = [*TEXTURES, *(f"{attribute} {shape}" for attribute in ATTRIBUTES for shape in OUTLINES)]
 
 
@@ -260,7 +260,7 @@ def paint_stuff(rng: np.random.Generator, name: str) -> np.ndarray:
     scale, angle = rng.uniform(0.75, 1.3), math.radians(rng.uniform(-5, 5))
     flip = rng.choice((-1, 1))
     a, b = scale * math.cos(angle), scale * math.sin(angle)
-    x, y = rng.uniform(66, ATLAS - 66, 2)  # the middle of the piece; its corners stay in the atlas
+    x, y = rng.uniform(66, ATLAS - 66, 2)  # the middle of the piece; its corners are inside the atlas
     middle = SIZE / 2
     to_atlas = (flip * a, -b, x - (flip * a - b) * middle, flip * b, a, y - (flip * b + a) * middle)
     piece = _atlas(name).transform((SIZE, SIZE), Image.Transform.AFFINE, to_atlas, Image.Resampling.BILINEAR)
@@ -288,7 +288,7 @@ def _window(radius: float, x: float, y: float) -> _Window:
 
 
 def _outline_masks(rng: np.random.Generator, shape: str, radius: float, window: _Window) -> list[Image.Image]:
-    """Coverage of the body and of its dark rim, each an antialiased (h, w) "L" picture."""
+    """Coverage of the body and of its dark rim, two antialiased (h, w) pictures of mode L."""
     fine = 4  # drawn 4 times larger, then reduced
     angle = math.radians(rng.uniform(-12, 12))
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
@@ -306,7 +306,7 @@ def _outline_masks(rng: np.random.Generator, shape: str, radius: float, window: 
 
 def _pattern(rng: np.random.Generator, attribute: str, radius: float, window: _Window) -> np.ndarray:
     """(h, w) bool: the dark part of a patterned thing."""
-    period = rng.uniform(5.5, 7.5) * max(1.0, radius / 14)  # pixels; a small thing still shows it at stride 2
+    period = rng.uniform(5.5, 7.5) * max(1.0, radius / 14)  # pixels; still visible on a small thing at stride 2
     angle = math.radians(rng.uniform(-12, 12))
     if attribute == "striped":
         angle += rng.integers(4) * math.pi / 4
@@ -325,7 +325,7 @@ def paint_thing(
 ) -> np.ndarray:
     """Draws a thing and its shadow into `image` (96, 96, 3) float32, in place.
 
-    Returns the pixels that are now its own, (96, 96) bool. radius in pixels; (x, y) is its middle.
+    Returns the pixels of the thing, (96, 96) bool. radius: in pixels. (x, y): the middle of the thing.
     """
     attribute, shape = name.split()
     window = _window(radius, x, y)
@@ -354,7 +354,7 @@ def paint_thing(
 
 
 def stuff_index(rng: np.random.Generator, num_bands: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Which band each pixel belongs to, (96, 96) int, and the rows y0, y1 each band was given."""
+    """The band of each pixel, (96, 96) int, and the rows y0 to y1 of each band."""
     x = np.arange(SIZE)
     index = np.zeros((SIZE, SIZE), dtype=int)
     rows = [(0, SIZE)]
@@ -376,7 +376,7 @@ def _hidden_share(box: tuple[float, ...], front: tuple[float, ...]) -> float:
 
 
 def _free_place(rng: np.random.Generator, boxes: list[tuple[float, ...]]) -> tuple[float, float, float]:
-    """Radius and middle of a new thing that hides at most a part of each earlier one."""
+    """Radius and middle of a new thing. It hides at most 35 % of the box of each earlier thing."""
     radius = 9 * (20 / 9) ** rng.uniform()
     while True:
         x, y = rng.uniform(0.5 * radius, SIZE - 0.5 * radius, 2)
@@ -387,7 +387,7 @@ def _free_place(rng: np.random.Generator, boxes: list[tuple[float, ...]]) -> tup
 
 
 def light(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Lamp colour and direction, brightness and sensor noise; float in, uint8 out."""
+    """The image with random light colour, direction and brightness, and sensor noise; float in, uint8 out."""
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     slope, direction = rng.uniform(0, 0.18), rng.uniform(0, 2 * math.pi)
     across, down = np.float32(slope * math.cos(direction)), np.float32(slope * math.sin(direction))
@@ -399,13 +399,13 @@ def light(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def compose(rng: np.random.Generator, stuff: list[str], things: list[str]) -> Scene:
-    """Draws the bands of `stuff` from top to bottom, then `things` one over another. Names are of WORLD_NAMES."""
+    """Draws the bands of `stuff` from top to bottom, then `things` from back to front. Names are in WORLD_NAMES."""
     band, rows = stuff_index(rng, len(stuff))
     image = np.empty((SIZE, SIZE, 3), dtype=np.float32)
     for number, name in enumerate(stuff):
         np.copyto(image, paint_stuff(rng, name), where=(band == number)[..., None])
     regions = [Region(name, (0, y0, SIZE, y1)) for name, (y0, y1) in zip(stuff, rows, strict=True)]
-    owner = band  # (96, 96) which region each pixel shows
+    owner = band  # (96, 96) index of the region of each pixel
     boxes: list[tuple[float, ...]] = []
     for name in things:
         radius, x, y = _free_place(rng, boxes)
@@ -420,7 +420,7 @@ def compose(rng: np.random.Generator, stuff: list[str], things: list[str]) -> Sc
 
 
 def render_scene(seed: int, index: int) -> Scene:
-    """The benchmark's picture number `index` (>= 0) of `seed` (>= 0): always the same one."""
+    """Picture number `index` (>= 0) of `seed` (>= 0): the same in every call."""
     rng = np.random.default_rng((seed, index))
     theme = THEMES[rng.integers(len(THEMES))]
     stuff = theme.bands[rng.integers(len(theme.bands))]
@@ -445,4 +445,5 @@ def write_scene(job: tuple[str, int, int], *, folder: Path, seed: int) -> None:
     split, number, index = job
     scene = render_scene(seed, index)
     Image.fromarray(scene.image).save(folder / split / "images" / f"{number:05d}.png")
-    Image.fromarray(scene.label).save(folder / split / "labels" / f"{number:05d}.png")  # 8 bits, 255: as save_map's
+    # 8 bits with the ignored id 255, as save_map writes it
+    Image.fromarray(scene.label).save(folder / split / "labels" / f"{number:05d}.png")

@@ -3,9 +3,9 @@
     zs3 tiny_clip train --output DIR [--steps 2400] [--seed 0]
     zs3 tiny_clip evaluate --model DIR
 
-A small CLIPModel of transformers, trained as CLIP was: on pictures and captions, without label maps. The captions name
-all that can be drawn (`WORLD_NAMES`, with the 20 classes), as the captions of the web name the classes of any
-benchmark. The pictures are crops around things and stuff, and product photos on a plain background.
+A small CLIPModel of transformers, trained like CLIP on pictures and captions, without label maps. The captions hold all
+names that can be drawn (`WORLD_NAMES`, with the 20 classes), just as web captions hold the classes of any benchmark.
+The pictures are crops around things and stuff, and product photos on a plain background.
 Map: captions and tokenizer; crops; model; the loss and the loop; accuracy on held-out crops; the model card.
 Axes: B picture, N name, T template, L token, D embedding.
 """
@@ -39,17 +39,17 @@ from zs3.files import write_json, write_text, writing_folder
 from zs3.scenes import render
 from zs3.tables import markdown_table
 
-CROP = 48  # pixels, both sides of what the image tower sees
+CROP = 48  # pixels, both sides of the input of the image tower
 BATCH = 128  # crops of one step
 POOL = 32_000  # crops drawn at a time ...
-POOL_STEPS = 1200  # ... and used for so many steps
+POOL_STEPS = 1200  # ... and used for this number of steps
 PEAK_RATE = 1e-3  # learning rate after the warm-up
 WARMUP = 200  # steps
 SAVE_EVERY = 500  # steps
 MARGIN = 0.4  # largest margin of a training crop, as a share of the box's side, on each side
-TRAIN_SCENES = 2**31  # + seed: scenes which no data set of a common seed contains
+TRAIN_SCENES = 2**31  # added to the seed: datasets of usual seeds lack these scenes
 HELD_OUT_SCENES = 2**33  # the seed of the scenes for evaluation
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP's, of RGB in [0, 1]
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, for RGB in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
 MEAN_COLOUR = np.array([round(255 * value) for value in MEAN], dtype=np.uint8)
 
@@ -57,7 +57,7 @@ THING_NAMES = render.WORLD_NAMES[len(render.TEXTURES) :]
 
 # ------------------------------------------------------------------------------------------------ captions
 
-# Captions of training pictures. The templates of the class vectors are among them.
+# Captions of training pictures, with the templates of the class vectors.
 CAPTIONS = [
     *PROMPT_TEMPLATES, "{}", "a {}", "the {}", "a picture of a {}.", "an image of a {}.", "a close-up of a {}.",
     "a cropped photo of a {}.", "a drawing of a {}.", "a photo of the {}.", "a photo of one {}.",
@@ -67,7 +67,7 @@ CAPTIONS = [
 
 
 def learn_merges(words: set[str]) -> list[tuple[str, str]]:
-    """Byte pair encoding until each of the lower-case ASCII words is one token; of equal counts, by the alphabet."""
+    """Byte pair merges until each lower-case ASCII word is one token. Equal counts: the last pair in the alphabet."""
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in sorted(words)]
     merges = []
     while any(len(word) > 1 for word in pieces):
@@ -87,7 +87,7 @@ def world_tokenizer() -> CLIPTokenizer:
     merges = learn_merges(set(re.findall("[a-z]+", text)))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys(a + b for a, b in merges)]
-    # End of text has the last id, as in CLIP, so that both ways of pooling which transformers has agree.
+    # End of text has the last id, as in CLIP, so that both ways of pooling in transformers agree.
     vocabulary = {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
@@ -111,14 +111,14 @@ def cut_out(
 
 
 def widened(box: tuple[int, int, int, int], margin: float) -> tuple[float, ...]:
-    """The box with `margin` x its side added on each side, as far as the picture goes."""
+    """The box with `margin` x its side added on each side, cut at the border of the picture."""
     x0, y0, x1, y1 = box
     dx, dy = margin * (x1 - x0), margin * (y1 - y0)
     return max(x0 - dx, 0), max(y0 - dy, 0), min(x1 + dx, render.SIZE), min(y1 + dy, render.SIZE)
 
 
 def _training_cut(rng: np.random.Generator, image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """A crop of a random margin, with sides that miss the box a little, resized in one of the usual ways."""
+    """A crop with a random margin and small random errors of its sides, resized by a random method."""
     x0, y0, x1, y1 = widened(box, rng.uniform(0, MARGIN))
     slip = rng.uniform(-0.06, 0.06, 4) * (x1 - x0, y1 - y0, x1 - x0, y1 - y0)
     moved = np.clip(np.array((x0, y0, x1, y1)) + slip, 0, render.SIZE)
@@ -127,7 +127,7 @@ def _training_cut(rng: np.random.Generator, image: np.ndarray, box: tuple[int, i
 
 
 def _part_of_stuff(rng: np.random.Generator, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """The whole band, or as often a piece of its width."""
+    """The whole band or, with probability 0.5, a part of its width."""
     if rng.uniform() < 0.5:
         return box
     width = int(rng.uniform(0.25, 0.8) * render.SIZE)
@@ -136,16 +136,16 @@ def _part_of_stuff(rng: np.random.Generator, box: tuple[int, int, int, int]) -> 
 
 
 def _world_scene(rng: np.random.Generator) -> render.Scene:
-    """A scene of any names of the world."""
+    """A scene with random names of the world."""
     stuff = rng.choice(list(render.TEXTURES), rng.integers(2, 4), replace=False)
     things = rng.choice(THING_NAMES, rng.integers(3, 6))
     return render.compose(rng, stuff.tolist(), things.tolist())
 
 
 def _product_photo(rng: np.random.Generator, name: str) -> np.ndarray:
-    """(48, 48, 3) uint8: one thing, or a piece of one stuff, alone on the mean colour or on any plain colour.
+    """(48, 48, 3) uint8: one thing, or a piece of one stuff, alone on the mean colour or on another plain colour.
 
-    Silhouettes of other things may be missing from it, as if they had stood in front.
+    The shapes of up to two other things may be cut out of it, as if these hid a part.
     """
     is_stuff = name in render.TEXTURES
     image = render.paint_stuff(rng, name if is_stuff else render.STUFF[rng.integers(len(render.STUFF))]).copy()
@@ -162,7 +162,7 @@ def _product_photo(rng: np.random.Generator, name: str) -> np.ndarray:
     for other, place in zip(others, places, strict=False):
         shown &= ~render.paint_thing(rng, image, other, *place)
     if shown.sum() < 60:
-        shown[:] = True  # too little is left: the whole picture
+        shown[:] = True  # too little is visible: show the whole picture
     backdrop = MEAN_COLOUR if rng.uniform() < 0.7 else rng.integers(0, 256, 3)
     image = np.where(shown[..., None], render.light(rng, image), backdrop).astype(np.uint8)
     rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
@@ -170,7 +170,7 @@ def _product_photo(rng: np.random.Generator, name: str) -> np.ndarray:
 
 
 def draw_crops(seed: int, number: int, count: int) -> Crops:
-    """Pool `number` of training crops: from scenes of the benchmark's themes, of any names, and product photos."""
+    """Pool `number` of training crops: of themed scenes, of scenes with random names, and product photos."""
     rng = np.random.default_rng((seed, number, 1))
     pixels, names = np.empty((count, CROP, CROP, 3), dtype=np.uint8), []
     while len(names) < count:
@@ -183,7 +183,7 @@ def draw_crops(seed: int, number: int, count: int) -> Crops:
         themed = kind < 0.75
         scene = render.render_scene(TRAIN_SCENES + seed, int(rng.integers(2**31))) if themed else _world_scene(rng)
         num_stuff = sum(region.name in render.TEXTURES for region in scene.regions)
-        skipped = set(rng.permutation(num_stuff)[1:].tolist())  # one band of each scene is enough: things are harder
+        skipped = set(rng.permutation(num_stuff)[1:].tolist())  # one band per scene is enough: things are harder
         for position, region in enumerate(scene.regions):
             if position in skipped or len(names) == count:
                 continue
@@ -199,10 +199,10 @@ def _held_out_scene(index: int) -> render.Scene:
 
 
 def held_out_crops(margin: float, per_class: int, *, masked: bool = False) -> Crops:
-    """`per_class` crops of each of the 20 classes, around the boxes of benchmark scenes that no training saw.
+    """`per_class` crops of each of the 20 classes, around boxes in benchmark scenes outside the training.
 
-    masked: pixels outside the region's class get the mean colour, as a mask proposal is shown to CLIP. A region of
-    which fewer than 30 pixels show is passed over. `name` indexes CLASS_NAMES.
+    masked: pixels outside the region's class get the mean colour, like a masked proposal for CLIP. Regions with fewer
+    than 30 visible pixels are left out. `name` indexes CLASS_NAMES.
     """
     pixels: dict[int, list[np.ndarray]] = {number: [] for number in range(len(render.CLASS_NAMES))}
     index = 0
@@ -224,7 +224,7 @@ def held_out_crops(margin: float, per_class: int, *, masked: bool = False) -> Cr
 
 
 def pixel_values(pixels: np.ndarray) -> Tensor:
-    """(B, 48, 48, 3) uint8 -> (B, 3, 48, 48) float32, normalised as CLIP's image processor does."""
+    """(B, 48, 48, 3) uint8 -> (B, 3, 48, 48) float32, normalised as in CLIP's image processor."""
     image = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
     return (image - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
@@ -240,9 +240,9 @@ def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
             "max_position_embeddings": 77, "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}  # fmt: skip
     vision = {"num_hidden_layers": 4, "intermediate_size": 512, "image_size": CROP, "patch_size": 6}
     config = CLIPConfig(text_config=text | tower, vision_config=vision | tower, projection_dim=64)
-    config._attn_implementation = "eager"  # on a CPU in bfloat16, faster than the fused kernel's backward
+    config._attn_implementation = "eager"  # on a CPU in bfloat16 its backward is faster than that of the fused kernel
     model = CLIPModel(config)
-    # Patches start with a sense of place: sines and cosines of row and column instead of small random numbers.
+    # Position embeddings start as sines and cosines of row and column instead of small random numbers.
     side = CROP // vision["patch_size"]
     frequency = 10000 ** (-torch.arange(32) / 32)
     angle = torch.arange(side)[:, None] * frequency  # (side, 32)
@@ -259,7 +259,7 @@ def unit(vectors: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def class_text_embeds(model: CLIPModel, tokenizer: CLIPTokenizer, names: list[str]) -> Tensor:
-    """(N, D) unit length: the mean over the 14 templates of unit vectors, made unit again."""
+    """(N, D): the mean of the unit vectors of the 14 templates, normalised to unit length."""
     captions = [template.format(name) for name in names for template in PROMPT_TEMPLATES]
     tokens = tokenizer(captions, padding=True, return_tensors="pt")
     embeds = unit(model.get_text_features(**tokens).pooler_output)  # (N*T, D)
@@ -277,10 +277,10 @@ def image_embeds(model: CLIPModel, pixels: np.ndarray) -> Tensor:
 
 
 def contrastive_loss(image: Tensor, text: Tensor, target: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP's two-way cross-entropy for a batch in which a name can have several pictures.
+    """CLIP's two-way cross-entropy for a batch with one or more pictures per name.
 
-    image (B, D) and text (N, D) are of unit length; target (B,) int64 is the text of each picture, and every text
-    has one. Pictures choose among the N texts; a text shares its weight evenly among its pictures.
+    image (B, D) and text (N, D) have unit length. target (B,) int64 is the index of each picture's text; every text has
+    a picture. A picture has one true text. A text has equal target probability on all its pictures.
     """
     logits = logit_scale * image @ text.T  # (B, N)
     share = F.one_hot(target, len(text)).float()
@@ -296,7 +296,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _batches(rng: np.random.Generator, steps: int, seed: int) -> Iterator[Crops]:
-    """BATCH crops for each step, without a repeat until the pool is used up. `name` indexes WORLD_NAMES."""
+    """BATCH crops for each step. No crop repeats before the pool is used up. `name` indexes WORLD_NAMES."""
     for step in range(steps):
         if step % POOL_STEPS == 0:
             pool, order = draw_crops(seed, step // POOL_STEPS, min(POOL, steps * BATCH)), np.empty(0, dtype=int)
@@ -305,12 +305,12 @@ def _batches(rng: np.random.Generator, steps: int, seed: int) -> Iterator[Crops]
         chosen, order = order[:BATCH], order[BATCH:]
         pixels = pool.pixels[chosen]
         if rng.uniform() < 0.5:
-            pixels = pixels[:, :, ::-1].copy()  # mirrored; no name tells left from right
+            pixels = pixels[:, :, ::-1].copy()  # mirrored: no name depends on left and right
         yield Crops(pixels, pool.name[chosen])
 
 
 def _optimizer(model: CLIPModel, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW that lets biases, norms and the logit scale go without decay; warm-up, then a cosine down to 0."""
+    """AdamW without weight decay for biases, norms and the logit scale; warm-up, then a cosine decay to 0."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -319,7 +319,7 @@ def _optimizer(model: CLIPModel, steps: int) -> tuple[torch.optim.Optimizer, tor
 
 
 def train(folder: Path, steps: int, seed: int) -> CLIPModel:
-    """Trains a new CLIP; `folder` gets the model so far every SAVE_EVERY steps."""
+    """Trains a new CLIP, and saves it in `folder` every SAVE_EVERY steps."""
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 0, 2))
     tokenizer = world_tokenizer()
@@ -353,7 +353,7 @@ def train(folder: Path, steps: int, seed: int) -> CLIPModel:
 
 
 def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Weights, tokenizer and what an image processor has to know."""
+    """Writes weights, tokenizer and the settings of the image processor."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     size = {"height": CROP, "width": CROP}
@@ -369,12 +369,12 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def _correct(model: CLIPModel, text: Tensor, crops: Crops) -> np.ndarray:
-    """(B,) bool: is the nearest of the 20 class vectors the right one?"""
+    """(B,) bool: whether the nearest of the 20 class vectors is the true one."""
     return (image_embeds(model, crops.pixels) @ text.T).argmax(dim=1).numpy() == crops.name
 
 
 def accuracies(correct: np.ndarray, name: np.ndarray) -> dict[str, float]:
-    """Shares of right answers, in [0, 1]; every class has equally many crops."""
+    """Accuracy by group of classes, in [0, 1]. Every class has the same number of crops."""
     num_stuff = len(render.STUFF)
     unseen = np.isin(name, [render.CLASS_NAMES.index(unseen) for unseen in render.UNSEEN])
     groups = {"all": name >= 0, "seen": ~unseen, "unseen": unseen, "things": name >= num_stuff,
@@ -383,7 +383,7 @@ def accuracies(correct: np.ndarray, name: np.ndarray) -> dict[str, float]:
 
 
 def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer, per_class: int = 50) -> dict:
-    """Accuracy over the 20 names of held-out crops, and how far apart the vectors of like names are."""
+    """Accuracy on held-out crops with 20 names, and cosines between text vectors of similar names."""
     model.eval()
     text = class_text_embeds(model, tokenizer, render.CLASS_NAMES)
     kinds = {f"box, margin {margin}": (margin, False) for margin in (0.0, 0.1, 0.2, 0.3)}
@@ -463,10 +463,10 @@ class TinyClipArgs(Arguments):
 
     first_words = ("command",)
 
-    command: Literal["train", "evaluate"] | None = flag(None, "What to do. The flag's name may be left out.")
-    output: OutputFolder | None = flag(None, "Folder that `train` makes; it must not exist.")
+    command: Literal["train", "evaluate"] | None = flag(None, "What to do; the flag --command may be left out.")
+    output: OutputFolder | None = flag(None, "New folder for `train`; it must not exist.")
     steps: Count = flag(2400, "Steps of the training.")
-    seed: Seed = flag(0, "Of weights and crops.")
+    seed: Seed = flag(0, "Random seed of weights and crops.")
     model: str | None = flag(None, "Folder that `evaluate` reads.")
 
     def check(self) -> None:
