@@ -1,1 +1,1 @@
-"""Ablations: tables of trainings as jobs, run and reported."""
+"""Ablations: runs the trainings of a table as jobs, and reports them."""

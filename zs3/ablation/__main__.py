@@ -1,17 +1,17 @@
-"""The paper's ablations in miniature: trainings over seeds, evaluations, one table of means, intervals and verdicts.
+"""The paper's ablations in miniature: trainings over seeds, and tables of means, intervals and verdicts.
 
     zs3 ablation table5 table6 --seeds 0 1 2 3 4 --num_jobs 2 --output docs/results/scenes_tables.json
 
-A table is data (zs3/ablation/tables.py): trainings (`TRAININGS`), the ensembles of their evaluations (`ENSEMBLES`), the
-pairs to compare, and the numbers of the paper. The command runs what is missing through the project's own commands,
-each a process of one thread. It goes on with what was stopped and repeats nothing that exists. Then it writes the
-tables (zs3/ablation/report.py) as JSON and Markdown. A result counts also where its weights are gone: seeds can run on
-several machines and be brought together without final/ and checkpoints/. The files:
+zs3/ablation/tables.py defines a table: trainings, ensembles of their evaluations, pairs to compare, and the numbers of
+the paper. The command runs missing trainings and evaluations as commands of the project, each a process of one thread.
+It resumes stopped jobs and repeats no finished job. Then it writes the tables (zs3/ablation/report.py) as JSON and
+Markdown. A result counts even if its weights are gone, so seeds can run on several machines, and their folders can be
+merged without final/ and checkpoints/. The files:
 
-    OUTPUT_DIR/scenes                      the pictures, the same for all seeds; another dataset stays in its folder
+    OUTPUT_DIR/scenes                      the pictures, the same for all seeds (with --dataset scenes)
     OUTPUT_DIR/seed0/stage1, none, ...     one training each: final/, train.log, gzs3_off.json, gzs3_crops.json, ...,
-                                           ensemble_weight.json where that is chosen
-    OUTPUT_DIR/seed0/pseudo_labels         of that seed's stage-1 model
+                                           ensemble_weight.json if the weight is chosen
+    OUTPUT_DIR/seed0/pseudo_labels         made with the stage-1 model of the seed
     OUTPUT_DIR/times.jsonl                 the seconds of each job, and the machine
 """
 
@@ -36,7 +36,7 @@ from zs3.typed_json import unless_damaged
 
 
 def check_trained(runs: SeedRuns, name: str) -> int:
-    """The steps of this training. If its model or its results exist, they must have been made with today's flags."""
+    """The steps of this training. Raises InputError if its model or results were made with other flags."""
     training, overrides = read_training(*runs.training_flags(name))
     folder = runs.folder / name
     if has_ended(folder) and (folder / "recipe.yaml").exists():
@@ -55,8 +55,7 @@ def check_trained(runs: SeedRuns, name: str) -> int:
 
 
 def check_nothing_is_trained_anew(runs: SeedRuns, planned: list[Job]) -> None:
-    """A lost model is not trained again where results, or models that started from it, exist: the new one would be
-    another."""
+    """Refuses to train a lost model again if results or models made from it exist: the new model would differ."""
     names, root = [job.name for job in planned if job.name.startswith(runs.named(""))], runs.folder.parent
     for name in TRAININGS:
         if runs.named(name) not in names:
@@ -73,7 +72,7 @@ def check_nothing_is_trained_anew(runs: SeedRuns, planned: list[Job]) -> None:
 
 
 def check_same_images(results: Iterable[Path], data: Path, num_validation: int) -> None:
-    """Existing results, also of another machine, must be of as many images as the dataset has."""
+    """Raises InputError if an existing result has another number of images than the dataset."""
     for path in filter(Path.exists, results):
         result = unless_damaged(read_result, path, ("split_images",))
         if result is not None and result["split_images"] != num_validation:
@@ -84,7 +83,7 @@ def check_same_images(results: Iterable[Path], data: Path, num_validation: int) 
 
 
 def check_scripts(names: Iterable[str]) -> None:
-    """A training may run a module that is no part of the package."""
+    """Raises InputError if a module that a training runs is missing; it may lie outside the package."""
     for module in {TRAININGS[name].scripts for name in names} - {None}:
         check_here(Path(*module.split(".")).with_suffix(".py"))
 
@@ -93,7 +92,7 @@ def check_scripts(names: Iterable[str]) -> None:
 
 
 def num_images(args: AblationArgs) -> tuple[int, int]:
-    """Of training and validation. Scenes are drawn if they are missing."""
+    """The numbers of training and validation images. Missing scenes are drawn."""
     wanted, is_drawn = (args.num_train, args.num_validation), args.dataset == SCENES
     if is_drawn and not args.data.exists():
         write_dataset(args.data, *wanted, seed=0)
@@ -105,13 +104,13 @@ def num_images(args: AblationArgs) -> tuple[int, int]:
 
 def main() -> None:
     args, _ = read_arguments(AblationArgs)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that ends the jobs, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # this exit ends the jobs, too
     with lock_folder(Path(args.output_dir)):
         make_all(args)
 
 
 def make_all(args: AblationArgs) -> None:
-    """Runs what is missing and writes the tables. No other process writes into the folder."""
+    """Runs the missing jobs and writes the tables. This process has locked the folder."""
     tables = {name: args.known_tables[name] for name in args.table}
     rows = [row for table in tables.values() for row in table.rows]
     check_scripts(trainings(rows))

@@ -1,4 +1,4 @@
-"""The jobs of an ablation: its trainings, pseudo labels, weights and evaluations as commands."""
+"""The jobs of an ablation: commands for trainings, pseudo labels, ensemble weights and evaluations."""
 
 import sys
 from collections.abc import Callable
@@ -34,36 +34,34 @@ from zs3.training.arguments import TrainArgs
 from zs3.typed_json import unless_damaged
 
 SCENES = "scenes"
-# Flags that may be paths. (In older results the weight of the ensemble is a number.)
+# Flags that may be paths. (In older results ensemble_weight is a number.)
 PLACES = ("output_dir", "dataset", "init_from", "unseen_labels", "text_embeds", "model", "ensemble_weight")
 
 
 @dataclass
 class AblationArgs(Arguments):
-    """Which tables, and the data, recipes and sizes to make them with."""
+    """Trains, evaluates and reports tables of variants."""
 
     first_words = ("table",)
 
-    table: Some[str] = flag(["table5", "table6"], "Names of tables; --table may be left out where they come first.")
-    dataset: str = flag(SCENES, "'scenes', which are drawn, or the folder of a dataset.")
+    table: Some[str] = flag(["table5", "table6"], "Names of tables; --table may be left out if they come first.")
+    dataset: str = flag(SCENES, "'scenes', which the command draws, or the folder of a dataset.")
     stage1: str = flag("recipes/scenes_stage1.yaml", "Recipe of stage 1.")
-    stage2: str = flag("recipes/scenes_stage2_ground_truth.yaml", "Recipe of stage 2; trainings add flags to it.")
-    backbone: str | None = flag(None, "Backbone that stage 1 starts from, as of train.py.")
-    text_embeds: str | None = flag(
-        None, "Ready-made text vectors, as of train.py; then rows that need a CLIP are left out."
-    )
+    stage2: str = flag("recipes/scenes_stage2_ground_truth.yaml", "Recipe of stage 2; each training adds its flags.")
+    backbone: str | None = flag(None, "Backbone at the start of stage 1, as in train.py.")
+    text_embeds: str | None = flag(None, "Text vectors, as in train.py; the tables then have no rows that need a CLIP.")
     scripts: str | None = flag(
-        None, "Module that runs in place of train.py and eval.py, by its words `train` and `eval`."
+        None, "Module to run in place of train.py and eval.py, with the first argument `train` or `eval`."
     )
-    seeds: Some[Seed] = flag([0, 1, 2], "All trainings and evaluations are run once for each seed.")
-    num_jobs: Processes = flag(1, "Jobs side by side, each a process of one thread.")
-    output_dir: OutputFolder = flag("runs/ablation", "Folder for everything but the tables.")
+    seeds: Some[Seed] = flag([0, 1, 2], "Seeds; each repeats all trainings and evaluations.")
+    num_jobs: Processes = flag(1, "Jobs to run at once, each a process of one thread.")
+    output_dir: OutputFolder = flag("runs/ablation", "Folder for everything except the tables.")
     num_train: Pictures = flag(3000, "Training scenes.")
     num_validation: Pictures = flag(200, "Validation scenes.")
     stage1_steps: Count | None = flag(None, "Default: the recipe's.")
     stage2_steps: Count | None = flag(None, "Default: the recipe's.")
     output: OutputFile | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")
-    picture: OutputFile | None = flag(None, "Draw all scores over seeds into this PNG (needs matplotlib).")
+    picture: OutputFile | None = flag(None, "PNG to draw the scores of all seeds into (needs matplotlib).")
 
     def check(self) -> None:
         check_here("train.py")
@@ -100,18 +98,17 @@ class AblationArgs(Arguments):
 
 @dataclass(frozen=True)
 class Job:
-    """One command. The same command again goes on where it was stopped."""
+    """One command. Started again, it resumes a stopped run."""
 
     name: str
     command: list[str]
     log: Path
     is_done: Callable[[], bool]
-    after: list[str]  # names of the jobs that must be done before
+    after: list[str]  # names of the jobs that must end before
 
 
 def trainings(rows: list[Row]) -> list[str]:
-    """The trainings of these rows, those that they start from, and stage 1 where pseudo labels are needed, in the order
-    of TRAININGS."""
+    """The trainings that these rows need, in the order of TRAININGS: with starts, and stage 1 for pseudo labels."""
     used = {row.training for row in rows}
     used |= {start for name in used if (start := TRAININGS[name].start) is not None}
     used |= {"stage1" for row in rows if row.needs_pseudo_labels}
@@ -119,7 +116,7 @@ def trainings(rows: list[Row]) -> list[str]:
 
 
 def make_jobs(runs: list["SeedRuns"], rows: list[Row]) -> list[Job]:
-    """All jobs behind these rows, done or not. A seed's jobs come before the next seed's: tables can be seen early."""
+    """All jobs for these rows, done or not. They are in the order of seeds, so that a first seed is ready early."""
     return [job for of_seed in runs for job in of_seed.jobs(rows)]
 
 
@@ -196,7 +193,7 @@ class SeedRuns:
         folder, model = self.folder / "pseudo_labels", self.folder / "stage1" / "final"
 
         def is_done() -> bool:
-            """The summary is there, and the scores are of this checkpoint."""
+            """Whether the summary exists, and this checkpoint made the scores."""
             if not (folder / "summary.json").exists() or not model.exists():
                 return False
             made_with = unless_damaged(pseudo_label_settings, folder) or {}
@@ -212,7 +209,7 @@ class SeedRuns:
         )
 
     def ensemble_weight_job(self, row: Row) -> Job:
-        """The choice of the ensemble's weight with the labels that training may use."""
+        """The job that chooses the ensemble's weight, from labels that training may use."""
         path = self.folder / row.training / "ensemble_weight.json"
         model = path.parent / "final"
         labels = str(self.folder / "pseudo_labels") if row.needs_pseudo_labels else "ground_truth"
@@ -221,7 +218,7 @@ class SeedRuns:
         asked, _ = read_arguments(WeightArgs, flags, check=False)
 
         def is_done() -> bool:
-            """The answer is there, with these flags, and of the checkpoint, if that still exists."""
+            """Whether the answer exists, with these flags, and of the checkpoint, if that still exists."""
             answer = unless_damaged(read_answer, path) if path.exists() else None
             return (
                 answer is not None
@@ -248,8 +245,8 @@ class SeedRuns:
         asked, _ = read_arguments(EvalArgs, flags, check=False)
 
         def is_done() -> bool:
-            """The result is there, with these flags, on all images, and of the checkpoint and the chosen weight, if
-            they still exist."""
+            """Whether the result exists, with these flags, on all images, and of the checkpoint and the chosen weight,
+            if these still exist."""
             needed = ("checkpoint_sha256", "num_images", "split_images", "settings")
             result = unless_damaged(read_result, path, needed) if path.exists() else None
             if result is None:
@@ -273,10 +270,10 @@ class SeedRuns:
 
 
 def read_training(*flags: str) -> tuple[TrainArgs, dict[str, Any]]:
-    """The TrainArgs and the fields of Zs3Config that these flags of train.py give."""
+    """The TrainArgs and the Zs3Config fields from these flags of train.py."""
     return read_arguments(TrainArgs, list(flags), Zs3Config, check=False)
 
 
 def by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the last parts of paths only: the same file elsewhere, or spelled another way, is the same."""
+    """Settings with only the last part of each path, so that a moved folder does not matter."""
     return {name: Path(str(value)).name if name in PLACES and value else value for name, value in settings.items()}

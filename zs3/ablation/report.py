@@ -1,4 +1,4 @@
-"""The tables of an ablation: means and intervals over seeds, paired differences, verdicts, areas with wrong names.
+"""The report of an ablation: means and intervals over seeds, paired differences, verdicts, shares of errors.
 
 Scores and shares of areas are in percent.
 """
@@ -20,9 +20,9 @@ from zs3.tables import markdown, markdown_table
 from zs3.typed_json import read_json_lines
 
 LEVEL = 0.95  # of the intervals over seeds
-END = 4  # lines of a log at either end
-LINE = dict[str, float | None]  # of metrics.jsonl
-AREAS = (  # title; the classes whose labelled area is the whole; the wrong name
+END = 4  # number of lines at each end of a log
+LINE = dict[str, float | None]  # a line of metrics.jsonl
+AREAS = (  # title, classes of the ground truth (100 %), kind of the wrong name
     ("seen area with an unseen name", "of_seen", "wrong_unseen"),
     ("unseen area with a seen name", "of_unseen", "wrong_seen"),
     ("unseen area with another unseen name", "of_unseen", "wrong_unseen"),
@@ -36,7 +36,7 @@ NEEDED = (
 
 
 def t_interval(values: list[float]) -> tuple[float, float]:
-    """The interval of the mean at LEVEL, by Student's t with n - 1 degrees of freedom; NaN for fewer than 2 values."""
+    """The interval of the mean at LEVEL (Student's t, n - 1 degrees of freedom); NaN for fewer than 2 values."""
     if len(values) < 2:
         return math.nan, math.nan
     half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
@@ -48,7 +48,7 @@ def over_seeds(values: list[float]) -> dict:
 
 
 def verdict(interval: list[float], paper: float | None) -> str:
-    """paper: the difference of the paper, if it has one; only its sign counts."""
+    """The verdict on an interval of differences. paper: the paper's difference or None; only its sign counts."""
     low, high = interval
     if math.isnan(low):
         return "no interval"
@@ -60,14 +60,14 @@ def verdict(interval: list[float], paper: float | None) -> str:
 
 
 def percents(shares: Iterable[float | None]) -> dict:
-    """`over_seeds` in percent; NaN where there is no such score or class."""
+    """`over_seeds` in percent; None becomes NaN."""
     return over_seeds([math.nan if share is None else 100 * share for share in shares])
 
 
 def logged_by(results: list[Path]) -> dict[str, dict]:
-    """The losses and same_label_rate at both ends of training; NaN where a line of the log has none.
+    """The losses and same_label_rate at both ends of training; NaN if the log lacks one.
 
-    Losses are without weights and summed over the decoder's outputs. results: each in the folder of its training.
+    Losses are unweighted and summed over the decoder's outputs. results: each in the folder of its training.
     """
     paths = [path.parent / "metrics.jsonl" for path in results]
     logs = [read_json_lines(path, LINE, "log of train.py", "train again") if path.exists() else [] for path in paths]
@@ -83,7 +83,7 @@ def logged_by(results: list[Path]) -> dict[str, dict]:
 
 
 def summary_of_row(row: Row, paths: list[Path], paper: GeneralizedScores | None) -> dict:
-    """paths: of the row's result files, one a seed. Scores and areas are in percent."""
+    """The numbers of a row; scores and areas in percent. paths: the row's result files, one per seed."""
     results = [read_result(path, NEEDED) for path in paths]
     curves = [result.get("seen_unseen_curve") for result in results]
     shares = [result["seen_unseen_confusion"] for result in results]
@@ -95,7 +95,7 @@ def summary_of_row(row: Row, paths: list[Path], paper: GeneralizedScores | None)
         "ensemble_weights": [result["clip_ensemble_weight"] for result in results] if row.is_chosen else None,
         "scores": {name: percents(result[name] for result in results) for name in GeneralizedScores._fields},
         "paper": None if paper is None else paper._asdict(),
-        "curve": {  # no bias towards seen names changes these
+        "curve": {  # a bias towards seen names does not change these
             "mIoU(S), seen names alone": percents(curve and curve["seen_only"]["miou_seen"] for curve in curves),
             "area under the seen/unseen curve": percents(curve and curve["area"] for curve in curves),
         },
@@ -108,7 +108,7 @@ def summary_of_row(row: Row, paths: list[Path], paper: GeneralizedScores | None)
 
 
 def summarise(table: Table, paths: dict[Row, list[Path]]) -> dict:
-    """paths: of a row's result files, one a seed."""
+    """The rows and differences of a table. paths: the result files of each row, one per seed."""
     rows = {row: summary_of_row(row, paths[row], table.paper.get(row)) for row in table.rows}
     differences = []
     for difference in table.differences:
@@ -144,14 +144,14 @@ def each_seed(score: dict, sign: str = "") -> str:
 
 
 def draw(result: dict, path: Path) -> None:
-    """A picture of all tables: the scores of every seed, their means, those of the paper."""
+    """Draws all tables into a PNG: the scores of every seed, their means and the paper's scores."""
     tables = result["tables"].values()
     rows = {table["title"]: {row["title"]: row for row in table["rows"]} for table in tables}
     save_figure(scores_figure(rows), path)
 
 
 def table_text(table: dict) -> str:
-    """Markdown of one of `summarise`."""
+    """The Markdown of one table from `summarise`."""
     rows, differences = [], []
     for row in table["rows"]:
         cells = [row["title"], IMAGE_LABELS[row["told"]]]
@@ -183,7 +183,7 @@ def weights_text(table: dict) -> list[str]:
 
 
 def areas_text(table: dict) -> list[str]:
-    """Scores that a favour for seen names does not change, areas with a wrong name, and each unseen class."""
+    """A table of scores that no bias changes, areas with a wrong name, and IoU of each unseen class."""
     classes = list(table["rows"][0]["unseen_classes"])
     rows = []
     for row in table["rows"]:
@@ -198,7 +198,7 @@ def areas_text(table: dict) -> list[str]:
 
 
 def logged_text(table: dict) -> list[str]:
-    """What training logged: which terms fall, and whether the two matchings become different."""
+    """A table of logged losses and same_label_rate, to see which fall and whether the two matchings differ."""
     logged = {row["training"]: row["logged"] for row in table["rows"]}
     names = list(dict.fromkeys(name for ends in logged.values() for name in ends))
     rows = [
@@ -218,7 +218,7 @@ def both_ends(ends: dict[str, dict]) -> str:
 
 
 def steps_text(steps: dict[str, int]) -> str:
-    """Where a training starts from another: the steps of both."""
+    """The steps of each training; if it starts from another one, the steps of both."""
     parts = []
     for name, count in steps.items():
         start = TRAININGS[name].start
@@ -227,7 +227,7 @@ def steps_text(steps: dict[str, int]) -> str:
 
 
 def made_on(result: dict) -> str:
-    """Time by machine, where it is known, and versions."""
+    """The time by machine, if known, and the versions of packages."""
     versions = ", ".join(f"{name} {' and '.join(numbers)}" for name, numbers in result["versions"].items())
     text = f"Versions of the evaluations: {versions}."
     if result["seconds"] is None:
@@ -237,7 +237,7 @@ def made_on(result: dict) -> str:
 
 
 def report(result: dict) -> str:
-    """The Markdown file."""
+    """The text of the Markdown file."""
     seeds, level = ", ".join(map(str, result["seeds"])), f"{100 * result['level']:.0f} %"
     images = "scenes" if result["synthetic"] else "images"
     kind = "synthetic, drawn by this project" if result["synthetic"] else "a folder"

@@ -1,4 +1,4 @@
-"""Runs the jobs of an ablation side by side, each after the jobs that it needs."""
+"""Runs the jobs of an ablation in parallel, each after the jobs that it needs."""
 
 import json
 import os
@@ -24,7 +24,7 @@ POLL_SECONDS = 0.1
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether a model or results of this training exist."""
+    """Whether this training has a model or results."""
     return (folder / "final").exists() or any(folder.glob("gzs3_*.json"))
 
 
@@ -38,9 +38,9 @@ class Running(NamedTuple):
 
 
 def jobs_to_run(jobs: list[Job]) -> list[Job]:
-    """The evaluations that are not done, and the jobs that they need and that are not done.
+    """The unfinished evaluations, and the unfinished jobs that they need.
 
-    jobs: in an order in which each stands after the jobs that it waits for.
+    jobs: each one after the jobs that it waits for.
     """
     wanted = {job.name for job in jobs} - {name for job in jobs for name in job.after}
     planned = []
@@ -52,10 +52,10 @@ def jobs_to_run(jobs: list[Job]) -> list[Job]:
 
 
 def run_jobs(jobs: list[Job], num_jobs: int, times: Path) -> None:
-    """Runs what is not done, at most `num_jobs` at once, in the order given, each job after those that it waits for.
+    """Runs the unfinished jobs in order, at most `num_jobs` at once, each after the jobs that it waits for.
 
-    A job that fails ends the others. They go on from their last checkpoint when the same command is given again.
-    times: JSON lines. The seconds of every job are added, also if it was stopped.
+    A failed job ends the others. The same command resumes them from their last checkpoint.
+    times: JSON lines. Each job, also a stopped one, adds a line with its seconds.
     """
     waiting = {job.name: job for job in jobs}
     running: dict[str, Running] = {}
@@ -105,7 +105,7 @@ class Timed(TypedDict):
 
 
 def seconds_by_machine(jobs: list[Job], times: Path) -> dict[str, float] | None:
-    """The time of these jobs, with all their starts; None if a training has no time. Equal lines count once: files may
+    """The total time of these jobs by machine; None if a training has no time. Equal lines count once: two files may
     have been joined twice."""
     rows = read_json_lines(times, Timed, "list of the times of jobs", "delete the line") if times.exists() else []
     rows = {json.dumps(row): row for row in rows}.values()
@@ -119,7 +119,7 @@ def seconds_by_machine(jobs: list[Job], times: Path) -> dict[str, float] | None:
 
 
 def versions_of(results: Iterable[Path]) -> dict[str, list[str]]:
-    """By package, the versions that the evaluations ran with."""
+    """Package -> its versions in the evaluations."""
     found = defaultdict(set)
     for path in results:
         for name, number in read_result(path, ("versions",))["versions"].items():
@@ -128,7 +128,7 @@ def versions_of(results: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def start(job: Job) -> subprocess.Popen:
-    """The log is locked as long as the job runs, even if this command is killed: no job runs twice at once."""
+    """Starts a job. Its log is locked while it runs, even if this command is killed, so it never runs twice at once."""
     import fcntl  # not there on Windows
 
     environment = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
@@ -137,7 +137,7 @@ def start(job: Job) -> subprocess.Popen:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process inherits the open file, and the lock with it
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process inherits the open file and its lock
         except BlockingIOError as error:
             raise InputError(f"{job.name} is running already, it writes {job.log}: let it end, or end it") from error
         return subprocess.Popen(job.command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -1,6 +1,6 @@
 """The tables of `zs3 ablation` as data.
 
-`TRAININGS`, the ensembles of their evaluations (`ENSEMBLES`), the pairs to compare, and the numbers of the paper.
+Trainings (`TRAININGS`), ensembles of their evaluations (`ENSEMBLES`), pairs to compare, numbers of the paper.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,18 +9,18 @@ from typing import NamedTuple
 from configuration_zs3 import Zs3Config
 from zs3.scores.means import GeneralizedScores
 
-ENSEMBLE_WEIGHT = Zs3Config.clip_ensemble_weight  # the paper's for COCO-Stuff; the recipes' models have none
+ENSEMBLE_WEIGHT = Zs3Config.clip_ensemble_weight  # the paper's for COCO-Stuff; models of the recipes have none
 
 # ---- trainings ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Training:
-    """Flags of train.py beside the recipe of its stage.
+    """A training: the recipe of its stage, with these flags of train.py.
 
-    unseen_labels: image labels of unseen classes: none, ground_truth, or pseudo, made with stage 1 of the same seed.
-    start: the training whose model it starts from; None: it has the recipe of stage 1.
-    whole: it has the steps of both stages in one. scripts: as --scripts of `zs3 ablation`.
+    unseen_labels: image labels of unseen classes: none, ground_truth, or pseudo (from stage 1 of the same seed).
+    start: the training that gives the initial model; None: none, and the recipe is that of stage 1.
+    whole: one stage with the steps of both stages. scripts: as --scripts of `zs3 ablation`.
     """
 
     title: str
@@ -33,11 +33,11 @@ class Training:
 
 BARE = ("--prompt_templates", "{}")
 LABEL_MAP = ("--label_map_weight", "2")
-BEST = (*LABEL_MAP, "--matching", "hybrid")  # that of recipes/scenes_stage2_best.yaml
+BEST = (*LABEL_MAP, "--matching", "hybrid")  # as in recipes/scenes_stage2_best.yaml
 CE = ("--class_loss", "cross_entropy", "--rank_weight", "0")
 CE_KL = ("--rank_weight", "0")
 FIRST = {"unseen_labels": "none", "start": None}
-CLOSED_SET = "benchmarks.closed_set"  # trains transformers' own Mask2Former; it is no part of the package
+CLOSED_SET = "benchmarks.closed_set"  # trains transformers' Mask2Former; not in the package
 TRAININGS = {
     "stage1": Training("stage 1 alone", **FIRST),
     "stage1_bare": Training("stage 1 alone, no prompts", BARE, **FIRST),
@@ -52,7 +52,7 @@ TRAININGS = {
     "bare_ce_kl": Training("CE, KL, no prompts", (*CE_KL, *BARE), start="stage1_bare"),
     "bare_ce_kl_rank": Training("CE, KL, ranking, no prompts", BARE, start="stage1_bare"),
     "closed": Training("closed: CE and background, joint matching", (*CE, "--matching", "joint"), unseen_labels="none"),
-    # beyond the paper: one choice of stage 2 changed
+    # beyond the paper: stage 2 with one change
     "unpaired": Training("unpaired matching", ("--matching", "unpaired")),
     "joint": Training("joint matching", ("--matching", "joint")),
     "hybrid": Training("hybrid matching", ("--matching", "hybrid")),
@@ -79,7 +79,7 @@ TRAININGS = {
 
 
 class EnsembleFlags(NamedTuple):
-    """The ensemble of an evaluation as flags of eval.py. chosen: its weight is that of `zs3 ensemble_weight`."""
+    """The ensemble of an evaluation, as flags of eval.py. chosen: `zs3 ensemble_weight` chooses its weight."""
 
     title: str
     flags: tuple[str, ...] = ()
@@ -114,12 +114,12 @@ class Row(NamedTuple):
 
     @property
     def is_chosen(self) -> bool:
-        """Whether the weight of the ensemble is that of `zs3 ensemble_weight`."""
+        """Whether `zs3 ensemble_weight` chooses the weight of the ensemble."""
         return ENSEMBLES[self.ensemble].chosen
 
     @property
     def needs_pseudo_labels(self) -> bool:
-        """To train, or to choose the weight of the ensemble where training did not have the true labels."""
+        """Whether pseudo labels are needed: for training, or to choose the weight if training had no true labels."""
         labels = TRAININGS[self.training].unseen_labels
         return labels == "pseudo" or (self.is_chosen and labels != "ground_truth")
 
@@ -129,7 +129,7 @@ class Difference(NamedTuple):
 
     row: Row
     minus: Row
-    paper: GeneralizedScores | None = None  # the paper's difference, in percentage points, where it has one
+    paper: GeneralizedScores | None = None  # the paper's difference, in percentage points, or None
 
     @property
     def title(self) -> str:
@@ -142,21 +142,21 @@ class Table:
     note: str
     rows: list[Row]
     differences: list[Difference]
-    paper: dict[Row, GeneralizedScores] = field(default_factory=dict)  # where the paper has such a row; percent
+    paper: dict[Row, GeneralizedScores] = field(default_factory=dict)  # the paper's scores of its rows, in percent
 
 
 def gain(before: GeneralizedScores, after: GeneralizedScores) -> GeneralizedScores:
     return GeneralizedScores(*(a - b for a, b in zip(after, before, strict=True)))
 
 
-# Tables 4 to 6 of the paper, COCO-Stuff, percent. Table 5's pseudo labels are Table 4's model with the ensemble on.
+# Tables 4 to 6 of the paper, COCO-Stuff, percent. Table 5's row of pseudo labels is Table 4's with the ensemble.
 PSEUDO_ENSEMBLE_OFF = GeneralizedScores(37.2, 35.5, 36.4)
 TABLE5 = {
     "none": GeneralizedScores(40.1, 25.3, 31.0),
     "pseudo": GeneralizedScores(38.6, 42.0, 40.2),
     "ground_truth": GeneralizedScores(39.0, 52.2, 44.7),
 }
-TABLE6 = {  # without prompts; with them the last row is ground_truth of TABLE5
+TABLE6 = {  # without prompts; the last row with prompts is ground_truth of TABLE5
     "ce": GeneralizedScores(36.7, 35.2, 35.9),
     "ce_kl": GeneralizedScores(31.8, 38.9, 35.0),
     "ce_kl_rank": GeneralizedScores(38.4, 50.1, 43.5),
@@ -164,13 +164,13 @@ TABLE6 = {  # without prompts; with them the last row is ground_truth of TABLE5
 
 
 def make_tables(clip: bool, matching: str) -> dict[str, Table]:
-    """clip: False where text vectors are ready made. Then there are no names without prompts, no pseudo labels and no
+    """All tables. clip: False if text vectors are given; then no row has names without prompts, pseudo labels or an
     ensemble. matching: of the recipe of stage 2."""
     tables = {"table4": table4(), "table5": table5(), "table6": table6(clip), **beyond_the_paper(matching)}
     tables |= {"ensemble_weight": ensemble_weight(), "best": best(clip), "parts": parts(), "comparison": comparison()}
     if clip:
         return tables
-    del tables["comparison"]  # most of what is compared there has a CLIP
+    del tables["comparison"]  # most rows of this table need a CLIP
     reduced = {name: without_clip(table) for name, table in tables.items()}
     return {name: table for name, table in reduced.items() if table.differences}
 
