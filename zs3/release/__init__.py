@@ -1,1 +1,1 @@
-"""A checkpoint to a folder for the Hub."""
+"""Prepares a checkpoint for the Hub."""

@@ -1,11 +1,11 @@
-"""A checkpoint made ready for the Hub: a flat folder of its weights, code, processor and a card; uploaded if asked.
+"""Prepares a checkpoint for the Hub: a flat folder with weights, code, processor and card, and uploads it.
 
     zs3 release --model runs/stage2/final --results runs/stage2/gzs3.json --repo_id owner/name
     zs3 release --model runs/stage2/final --results runs/stage2/gzs3.json --repo_id owner/name --push --tag v1
 
-Without --push it is a dry run: the folder is made, tried and listed, nothing is uploaded. The card is a template of
-hub_cards/ with the scores of the result files (zs3/release/card.py). The code is this project's; with
---trust_remote_code, the code beside the checkpoint. Before the folder gets its name, a stranger tries it: a process
+Without --push it is a dry run: the folder is made, tested and listed, but not uploaded. The card is a template of
+hub_cards/ with the scores of the result files (zs3/release/card.py). The code is this project's or, with
+--trust_remote_code, the code beside the checkpoint. Before the folder gets its name, a "stranger" tests it: a process
 that cannot import the project loads the model with that code and segments a picture (zs3/release/stranger.py).
 """
 
@@ -60,7 +60,7 @@ from zs3.release.card import example_labels, model_card, recipes_of
 from zs3.scores.means import SCORES
 
 HUB_CARDS = project_folder("hub_cards")
-OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates with the name of their label space
+OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates that are named after their label space
 NEEDED = (
     *("setting", "dataset", "split", "split_sha256", "split_images", "num_images", "label_space_sha256"),
     *("checkpoint_sha256", "settings_sha256", "seen", "unseen", "without", "absent", "prompts", "calibration"),
@@ -74,28 +74,28 @@ OWN_CLASSES = {
     *(pipeline["impl"] for pipeline in CUSTOM_PIPELINES.values()),
     *("processing_zs3.Zs3ImageProcessor", "processing_zs3.Zs3Processor"),
 }
-NOT_THE_STRANGERS = ("HF_", "HUGGINGFACE_", "PYTHON", "TRANSFORMERS_")  # variables of the environment
+NOT_THE_STRANGERS = ("HF_", "HUGGINGFACE_", "PYTHON", "TRANSFORMERS_")  # prefixes of environment variables to remove
 SEAL = "\n<!-- Made by zs3 release. sha256 of this folder: "
 
 
 @dataclass
 class ReleaseArgs(Arguments):
-    """A checkpoint to a folder for the Hub, and with --push to the Hub."""
+    """Makes a folder for the Hub from a checkpoint; --push uploads it."""
 
     model: str | None = flag(None, "Folder of the checkpoint.")
     trust_remote_code: bool = flag(
         False, "Release and run the code that lies beside the checkpoint, in place of this project's."
     )
-    results: list[str] = flag([], "Result files of eval.py for this checkpoint; without one the card has no scores.")
+    results: list[str] = flag([], "Result files of eval.py for this checkpoint; without them the card has no scores.")
     repo_id: str | None = flag(None, "Hub id, owner/name, of the repository.")
     card: str | None = flag(
         None,
         "Template of hub_cards/, or a .md file of your own with {{ card_data }} in its front matter and {{ results }} "
-        "below; default: the template for the masks that training saw.",
+        "below; default: the template for the classes with masks in training.",
     )
-    output: OutputFolder | None = flag(None, "Folder to make; default: runs/release/NAME.")
+    output: OutputFolder | None = flag(None, "New folder; default: runs/release/NAME.")
     push: bool = flag(False, "Upload the folder; without it this is a dry run.")
-    tag: str | None = flag(None, "Tag of the uploaded version, as v1.")
+    tag: str | None = flag(None, "Tag of the uploaded version, such as v1.")
 
     def check(self) -> None:
         check_required(self, "model", "repo_id")
@@ -111,9 +111,9 @@ class ReleaseArgs(Arguments):
 
 
 def release_files(model: Path, code: Iterable[Path] | None = None) -> list[Path]:
-    """Configuration, weights and processor of the checkpoint, and code: all that a stranger needs.
+    """The files to release: configuration, weights and processor of the checkpoint, and code.
 
-    code: the modules; None: the checkpoint's own.
+    code: the modules; None: those of the checkpoint.
     """
     named = [model / name for name in (*CONFIGS, *TOKENIZER) if (model / name).is_file()]
     if not {"processor_config.json", "preprocessor_config.json"} & {path.name for path in named}:
@@ -122,7 +122,7 @@ def release_files(model: Path, code: Iterable[Path] | None = None) -> list[Path]
 
 
 def project_code_of(model: Path) -> set[Path]:
-    """This project's modules. They must have all classes that the checkpoint's configurations name."""
+    """This project's modules. Raises InputError if they lack a class that the checkpoint's configurations name."""
     for reference, name in named_classes(model):
         if reference not in OWN_CLASSES:
             raise InputError(f"{model / name} names {reference}, which this project does not have: save it anew")
@@ -130,7 +130,7 @@ def project_code_of(model: Path) -> set[Path]:
 
 
 def code_files(model: Path) -> set[Path]:
-    """The modules that the configurations name, and the modules that these import."""
+    """The modules that the configurations name, and their imports."""
     try:
         return with_imports({model / f"{reference.rpartition('.')[0]}.py" for reference, _ in named_classes(model)})
     except FileNotFoundError as error:
@@ -139,7 +139,7 @@ def code_files(model: Path) -> set[Path]:
 
 
 def named_classes(model: Path) -> list[tuple[str, str]]:
-    """Each "module.Class" that a checkpoint's configurations name, and the file that names it."""
+    """Each "module.Class" in the configurations of a checkpoint, with the name of the configuration file."""
     found = []
     for name in CONFIGS:
         for reference in class_references(read_settings(model / name)) if (model / name).is_file() else ():
@@ -154,7 +154,7 @@ def named_classes(model: Path) -> list[tuple[str, str]]:
 
 
 def class_references(settings: dict) -> Iterator[object]:
-    """The "module.Class" of every auto_map and custom pipeline, at any depth. Of a wrong entry: what stands there."""
+    """The "module.Class" of every auto_map and custom pipeline, at any depth. Wrong entries are returned unchanged."""
     for key, value in entries(settings):
         if key == "auto_map":
             for reference in value.values() if isinstance(value, dict) else [value]:
@@ -165,7 +165,7 @@ def class_references(settings: dict) -> Iterator[object]:
 
 
 def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[Result]:
-    """Result files of eval.py. All must be of the checkpoint with these hashes of weights and of configuration."""
+    """Reads result files of eval.py. They must have these hashes of weights and of configuration."""
     results: list[Result] = []
     for file in map(Path, paths):
         result, path = read_result(file, NEEDED), shown(file)
@@ -185,7 +185,7 @@ def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[Resul
 
 
 def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequence[Result]) -> Path:
-    """card: as given; None: the template for the masks that training saw. What it says of its data must be true."""
+    """The template. card: the flag; None: the template for the classes with masks in training. It must fit them."""
     names = sorted(path.stem for path in HUB_CARDS.glob("*.md") if path.stem != "README")
     if card is not None and card.endswith(".md"):
         path = Path(card)
@@ -211,7 +211,7 @@ def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequenc
 
 
 def check_unchanged(folder: Path) -> None:
-    """Only a folder that `make_folder` made, and that nobody changed, is replaced."""
+    """Raises InputError unless the folder is missing, empty, or made by `make_folder` and not changed since."""
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not (is_empty or is_sealed(folder)):
         raise InputError(
@@ -220,14 +220,14 @@ def check_unchanged(folder: Path) -> None:
 
 
 def make_folder(files: Sequence[Path], card: str, folder: Path, labels: Sequence[str]) -> str:
-    """Copies the files, writes the card and tries both before the folder gets its name. Returns the stranger's answer.
+    """Copies the files, writes the card and tests the folder before it gets its name. Returns the stranger's answer.
 
-    An older folder of this name is replaced: see `check_unchanged`.
+    An older folder of this name is replaced; call `check_unchanged` first.
     """
     old = folder.with_name(folder.name + ".old")
     try:
         with writing_folder(folder) as partial:
-            shutil.rmtree(old, ignore_errors=True)  # of a run that was stopped
+            shutil.rmtree(old, ignore_errors=True)  # left by a stopped run
             for path in files:
                 with naming(folder / path.name):
                     shutil.copyfile(path, partial / path.name)
@@ -243,7 +243,7 @@ def make_folder(files: Sequence[Path], card: str, folder: Path, labels: Sequence
 
 
 def contents_sha256(folder: Path, card: str) -> str:
-    """Of the names and contents of all files; of the README, the card as given."""
+    """Digest of the names and contents of all files, with `card` in place of the README."""
     digest = hashlib.sha256(card.encode())
     files = (path for path in folder.rglob("*") if path.is_file() and not is_leftover(path.name))
     for path in sorted({*files} - {folder / "README.md"}):
@@ -252,7 +252,7 @@ def contents_sha256(folder: Path, card: str) -> str:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether `make_folder` made the folder and nobody changed it."""
+    """Whether `make_folder` made the folder, and it was not changed since."""
     try:
         card, _, seal = read_text(folder / "README.md").rpartition(SEAL)
     except (OSError, ValueError):
@@ -261,7 +261,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def visited(folder: Path, labels: Sequence[str]) -> str:
-    """The answer of a stranger who loads the folder: offline, in an empty working folder, with own caches."""
+    """The answer of the stranger who loads the folder offline, in an empty working folder, with empty caches."""
     with tempfile.TemporaryDirectory(prefix="zs3_stranger_") as home:
         place = Path(home, "elsewhere")
         place.mkdir()
@@ -277,7 +277,7 @@ def visited(folder: Path, labels: Sequence[str]) -> str:
 
 
 def listing(folder: Path) -> str:
-    """Every file with its size in bytes, and the sum."""
+    """A line for each file with its size in bytes, and the sum."""
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     lines = [f"{size:15,}  {name}" for name, size in sizes.items()]
     return "\n".join([*lines, f"{sum(sizes.values()):15,}  bytes in {len(sizes)} files"])
@@ -287,7 +287,7 @@ def listing(folder: Path) -> str:
 
 
 def push(folder: Path, repo_id: str, tag: str | None) -> None:
-    """Uploads the folder as one commit. Older weights and code on the Hub that it does not have are deleted there."""
+    """Uploads the folder as one commit. Weights, code and JSON files that it lacks are deleted on the Hub."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 

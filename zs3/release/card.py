@@ -1,9 +1,9 @@
 """The card of a released checkpoint: a template of hub_cards/, filled from the checkpoint and from result files.
 
-Every score in the card, in its tables and in its model-index, comes from a result file of eval.py.
+Every score in the tables and in the model-index of a card comes from a result file of eval.py.
 
-A template is Markdown for Jinja; `model_card` fills its slots. `{{ card_data }}` belongs into its front matter: the Hub
-reads it by machine. The other fields of the front matter are the template's own.
+A template is Markdown for Jinja, and `model_card` fills its slots. `{{ card_data }}` belongs in the front matter, which
+the Hub reads. The template gives the other fields of the front matter.
 """
 
 import json
@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2.meta  # of torch's own dependencies
+import jinja2.meta  # a dependency of torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
@@ -29,7 +29,7 @@ from zs3.tables import markdown, markdown_table, percent
 from zs3.training.folder import read_recipe
 from zs3.typed_json import check_content
 
-IMAGE_LABELS = {  # of unseen names in training
+IMAGE_LABELS = {  # of unseen classes in training
     "none": "none; training did not know these names",
     "pseudo": "pseudo labels, which CLIP guessed for every training image; never a mask",
     "captions": "their names in captions of the training images; never a mask",
@@ -76,8 +76,8 @@ def model_card(
 ) -> str:
     """README.md of the checkpoint's Hub repository.
 
-    config: the checkpoint's. recipes: of its training's stages, the first one first, as train.py leaves them.
-    results: of eval.py, all of this checkpoint. code_sha256: of the code in the repository.
+    config: of the checkpoint. recipes: of its training stages in order, as train.py writes them.
+    results: of eval.py for this checkpoint. code_sha256: of the code in the repository.
     """
     name = repo_id.split("/")[-1]
     data = ModelCardData(
@@ -107,7 +107,7 @@ def model_card(
 
 
 def check_slots(template: Path) -> None:
-    """A template without these slots would hide the scores from people or from the Hub."""
+    """Raises InputError if a template lacks the slots that show scores to readers and to the Hub."""
     asked = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(read_text(template)))
     missing = [f"{{{{ {name} }}}}" for name in NEEDED_SLOTS if name not in asked]
     if missing:
@@ -121,7 +121,7 @@ def check_slots(template: Path) -> None:
 
 
 def status(config: PreTrainedConfig, recipes: Sequence[dict], results: Sequence[Result]) -> str:
-    """What a reader must know first. Empty if there are results."""
+    """A sentence on a missing training or evaluation. Empty if there are results."""
     if results:
         return ""
     if config.seen_class_names is None and not recipes:
@@ -140,16 +140,16 @@ result = segment("picture.jpg", candidate_labels={labels}, output="map")  # {{"s
 
 
 def example_labels(config: PreTrainedConfig) -> list[str]:
-    """Two labels that the checkpoint can be asked for."""
+    """Two labels that the checkpoint can segment."""
     return (config.class_names or config.seen_class_names or ["sky", "grass"])[:2]
 
 
 def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: Sequence[Result]) -> str:
-    """What the training saw, and which names can be asked for."""
+    """A list: classes with masks in training, unseen names, image labels, possible labels."""
     seen = config.seen_class_names
     if label_space is not None:
         unseen = label_space.unseen
-    else:  # a result made without some names lacks these
+    else:  # a result with --without lacks some names
         names = [name for result in results if result["setting"] != "ovs" for name in result["unseen"]]
         unseen = once(names)
     if config.text_config is not None:
@@ -168,7 +168,7 @@ def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: 
 
 
 class Recipe(TypedDict, total=False):
-    """The content of recipe.yaml, as far as a card reads it."""
+    """The fields of recipe.yaml that a card reads."""
 
     init_from: str | None
     mask2former: str | None
@@ -177,7 +177,7 @@ class Recipe(TypedDict, total=False):
 
 
 def recipes_of(model: Path) -> list[dict]:
-    """The recipes of the trainings that led to RUN/final, the first one first, as far as they are found."""
+    """The recipes of the trainings that led to RUN/final, in order; without those that are not found."""
     found: list[dict] = []
     folder: Path | None = model.resolve()
     while folder is not None and folder.name == "final" and (folder.parent / "recipe.yaml").is_file():
@@ -205,7 +205,7 @@ def runs(recipes: Sequence[dict]) -> str:
     for stage, recipe in enumerate(recipes, start=1):
         flags = {name: recipe[name] for name in RECIPE_FIELDS if name in recipe}
         if flags.get("unseen_labels") not in (None, "none", "ground_truth", "masks"):
-            flags["unseen_labels"] = "pseudo labels"  # of a folder
+            flags["unseen_labels"] = "pseudo labels"  # the flag is a folder
         text = markdown(", ".join(f"{name} {value}" for name, value in flags.items()))
         lines.append(f"- Run {stage} of {len(recipes)}: {text}.")
     if recipes[0].get("init_from"):
@@ -255,11 +255,11 @@ def images(result: Result) -> str:
 
 
 def deviations(result: Result) -> list[str]:
-    """Choices that change the scores of a row against the plain setting."""
+    """The choices of a row that change scores compared with the plain setting."""
     without, calibration = result["without"], result["calibration"]
     choices = [f"without {', '.join(map(repr, without))}"] if without else []
     if calibration["seen_bias_chosen"] != "none":
-        how = re.sub(r" \(.*\)", "", calibration["seen_bias_chosen"])  # the names stand in the protocol of the row
+        how = re.sub(r" \(.*\)", "", calibration["seen_bias_chosen"])  # the protocol of the row has the names
         choices.append(f"bias {calibration['seen_bias']:.3g} ({how})")
     return choices
 
@@ -270,7 +270,7 @@ def ensemble(result: Result) -> str:
 
 
 def tables(results: Sequence[Result], checkpoint_sha256: str, code_sha256: str | None = None) -> str:
-    """Scores with their intervals, the protocol of each row, and IoUs of single classes; percent."""
+    """Tables of scores with intervals, the protocol of each row, and IoUs of single classes; percent."""
     settings = dict.fromkeys(result["setting"] for result in results)
     text = "; ".join(f"{setting}: {SETTINGS[setting]}" for setting in settings)
     text += ". " + " ".join(exceptions(results))
@@ -297,7 +297,7 @@ def tables(results: Sequence[Result], checkpoint_sha256: str, code_sha256: str |
 
 
 def exceptions(results: Sequence[Result]) -> list[str]:
-    """Sentences that explain the words of `deviations` and `images`."""
+    """The sentences that explain the words of `deviations` and `images`."""
     biased = any(result["calibration"]["seen_bias"] for result in results)
     needed = {
         "Names after `without` are not given, and their pixels do not count.": any(r["without"] for r in results),
@@ -308,14 +308,14 @@ def exceptions(results: Sequence[Result]) -> list[str]:
 
 
 def score(value: float | None, interval: list[float | None]) -> str:
-    """As 38.6 [37.9, 39.2]."""
+    """A score and its interval in percent, as "38.6 [37.9, 39.2]"."""
     low, high = interval
     return percent(value) + ("" if low is None else f" [{percent(low)}, {percent(high)}]")
 
 
 def origin(result: Result) -> str:
-    """How a row was measured."""
-    prompts = result["prompts"] or []  # none where the vectors were given
+    """The protocol of a row."""
+    prompts = result["prompts"] or []  # none if text vectors were given
     first = printable(prompts[0]).replace("`", "'") if prompts else ""
     parts = [
         f"label space sha256 `{result['label_space_sha256']}`",
@@ -327,7 +327,7 @@ def origin(result: Result) -> str:
 
 
 def per_class(result: Result) -> str:
-    """IoUs of all classes in a line. The ovs setting has no unseen classes."""
+    """The IoUs of all classes in one line, unseen ones in bold. The ovs setting has no unseen classes."""
     bold = [] if result["setting"] == "ovs" else result["unseen"]
     texts = {
         name: f"{markdown(name)} {score(iou, result['per_class_intervals'][name])}"

@@ -1,11 +1,11 @@
-"""The visual part of a checkpoint as one file (torch.export or ONNX): pixels and any label vectors in, proposals out.
+"""Exports the visual part of a checkpoint (torch.export or ONNX): from pixels and text vectors to proposals.
 
     zs3 export --model runs/demo/stage2/final --output zs3.pt2
     zs3 export --model runs/demo/stage2/final --output zs3.onnx
 
-Inputs: pixel_values (B, 3, H, W), normalised, H and W from 33 on; text_embeds (C, D), of any label list, from the
-model's `encode_text` or `vocabulary`. Outputs: class_probs (B, Q, C) and mask_logits (B, Q, h, w), of Eq. 4. B, H, W
-and C are free at run time; the file needs neither this project nor transformers.
+Inputs: pixel_values (B, 3, H, W), normalised, H and W at least 33; text_embeds (C, D) of any label list, from the
+model's `encode_text` or `vocabulary`. Outputs: class_probs (B, Q, C) and mask_logits (B, Q, h, w) of Eq. 4. B, H, W and
+C are free at run time. The file needs neither this project nor transformers.
 """
 
 import importlib.util
@@ -32,12 +32,12 @@ from zs3.files import naming
 
 INPUTS, OUTPUTS = ["pixel_values", "text_embeds"], ["class_probs", "mask_logits"]
 SIZES = {"pixel_values": {0: "batch", 2: "height", 3: "width"}, "text_embeds": {0: "num_classes"}}  # free at run time
-FEWEST_TILES, MOST_TILES = 2, 1024  # of 32 pixels along a side: where a feature map may have one row, code branches
+FEWEST_TILES, MOST_TILES = 2, 1024  # of 32 pixels along a side; feature maps of one row take other branches
 SIDE = {"min": (FEWEST_TILES - 1) * SIZE_DIVISOR + 1, "max": MOST_TILES * SIZE_DIVISOR}  # pixels
 
 
 class VisualPart(nn.Module):
-    """`model(pixel_values, text_embeds=text_embeds)` as a function of tensors alone, made for tracing."""
+    """`model(pixel_values, text_embeds=text_embeds)` as a function of tensors only, for tracing."""
 
     def __init__(self, model: Zs3ForSemanticSegmentation):
         super().__init__()
@@ -47,11 +47,11 @@ class VisualPart(nn.Module):
     def forward(self, pixel_values: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """pixel_values (B, 3, H, W), text_embeds (C, D) -> class_probs (B, Q, C), mask_logits (B, Q, h, w).
 
-        The image is padded by zeros to multiples of 32, as the model does; h and w are a quarter of that.
+        The image is padded by zeros to multiples of 32, as in the model; h and w are a quarter of the padded size.
         """
         height, width = pixel_values.shape[2:]
         pixel_values = F.pad(pixel_values, (0, _padded(width) - width, 0, _padded(height) - height))
-        with FreeSizes():  # transformers' own forward: every operator of it has a counterpart in ONNX
+        with FreeSizes():  # transformers' forward: ONNX has all its operators
             outputs = self.model.model(pixel_values, output_hidden_states=True, return_dict=True)
         class_embeds = self.model.class_projection(outputs.transformer_decoder_intermediate_states[-1].transpose(0, 1))
         class_probs = class_probabilities(**self.model.classify(class_embeds, text_embeds))
@@ -61,10 +61,9 @@ class VisualPart(nn.Module):
 def _padded(side: int) -> int:
     """The next multiple of 32.
 
-    The number of tiles becomes a value of its own, and all sizes are multiples of it. So the formulas of the tracer
-    stay short, and tracing and loading fast.
+    The tracer gets the number of tiles as a new value. Its formulas of sizes stay short, and tracing and loading fast.
     """
-    tiles = 1 + (side - 1) // SIZE_DIVISOR  # not by a negative number: ONNX would round its quotient up
+    tiles = 1 + (side - 1) // SIZE_DIVISOR  # without negative numbers, whose quotient ONNX would round up
     tiles = torch.full((), tiles, dtype=torch.int64).item()
     for fact in (tiles >= FEWEST_TILES, tiles <= MOST_TILES, tiles * SIZE_DIVISOR >= side):
         torch._check(fact)
@@ -72,9 +71,9 @@ def _padded(side: int) -> int:
 
 
 class FreeSizes(TorchFunctionMode):
-    """While tracing, sizes stay free where transformers' Mask2Former hands them to torch.tensor and torch.linspace.
+    """Keeps sizes free that transformers' Mask2Former passes to torch.tensor and torch.linspace while it is traced.
 
-    Those take no symbols: they would turn the traced size into a constant of the program.
+    These functions take no symbols: they would make the traced size a constant of the program.
     """
 
     def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
@@ -94,19 +93,19 @@ def _holds_symbol(value: object) -> bool:
 
 
 def _as_tensor(value: list | tuple | int | torch.SymInt) -> Tensor:
-    """Nested lists of sizes -> int64."""
+    """Nested lists of sizes -> int64 tensor."""
     if isinstance(value, list | tuple):
         return torch.stack([_as_tensor(item) for item in value])
     return torch.full((), value, dtype=torch.int64)
 
 
 def export_visual(model: Zs3ForSemanticSegmentation) -> ExportedProgram:
-    """VisualPart, traced with the sizes of SIZES free. Runs on the model's device, in its precision."""
+    """VisualPart, traced with the free sizes SIZES, on the model's device and in its precision."""
     if model.training:
         raise InputError("a model in training mode cannot be exported: call model.eval() first")
     if model.config.backbone_config.model_type == "swin":
         raise InputError("a Swin backbone cannot be exported: its windows depend on the size of the image")
-    # Sizes that differ and are no multiples of 32, so that the tracer cannot take one for another.
+    # Different sizes, no multiples of 32, so that the tracer cannot confuse them.
     pixel_values = torch.zeros(2, 3, 150, 90, dtype=model.dtype, device=model.device)
     text_embeds = torch.zeros(4, model.config.projection_dim, device=model.device)
     limits = {"height": SIDE, "width": SIDE}
@@ -120,7 +119,7 @@ def export_visual(model: Zs3ForSemanticSegmentation) -> ExportedProgram:
 
 
 def save(program: ExportedProgram, path: Path) -> None:
-    """Writes .pt2 or .onnx, by the suffix. It is made in a folder beside and then moved: it is whole or not there."""
+    """Writes .pt2 or .onnx, by the suffix. The file is moved from a temporary folder when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path), tempfile.TemporaryDirectory(prefix=".export.", dir=path.parent) as folder:
         partial = Path(folder) / path.name
@@ -136,7 +135,7 @@ def _onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     for name in ("torch.onnx", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)  # their warnings are for their own developers
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's exporter, to PyTorch
+        warnings.simplefilter("ignore", FutureWarning)  # a warning for PyTorch's developers
         return torch.onnx.export(
             program, dynamo=True, input_names=INPUTS, output_names=OUTPUTS, dynamic_shapes=SIZES, verbose=False
         )
@@ -144,7 +143,7 @@ def _onnx(program: ExportedProgram) -> torch.onnx.ONNXProgram:
 
 @dataclass
 class ExportArgs(Arguments):
-    """One checkpoint to one file."""
+    """Exports the visual part of a checkpoint to one file."""
 
     model: str | None = flag(None, "Checkpoint: a folder or a Hub id.")
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")

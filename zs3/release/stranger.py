@@ -1,15 +1,15 @@
-"""A user who has transformers and not this project: loads a released folder and segments a picture.
+"""Acts as a user with transformers but without this project: loads a released folder and segments a picture.
 
     python -I stranger.py FOLDER LABEL LABEL
 
-`zs3 release` runs it in a process of its own. It imports nothing of the project, and blocks such imports of others.
+`zs3 release` runs it as a process. It imports nothing from the project, and blocks such imports in other modules.
 """
 
 import sys
 
 
 class NotInstalled:
-    """Hides the project's modules, however it is installed."""
+    """Hides the project's modules, even if the project is installed."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
@@ -19,7 +19,7 @@ class NotInstalled:
 
 
 def visit(folder: str, labels: list[str]) -> str:
-    """A line about the model, if everything worked."""
+    """Loads and uses the model. Returns a line about it; raises an error if anything fails."""
     from PIL import Image
     from transformers import AutoModel, AutoProcessor, pipeline
 
