@@ -1,7 +1,7 @@
 # make demo: train, evaluate and try a tiny model on the embedded benchmark (about 7 minutes on 2 cores).
-#            DEMO="--stage1_steps 20 ..." passes flags to it.
-# make test: lint and the test suite, offline.
-# make hub_cards: copies the Hub half beside the released weights. Needed after each change of a *_zs3.py; a test says so.
+#            DEMO="--stage1_steps 20 ..." passes flags to the demo.
+# make test: lint, and the test suite offline.
+# make hub_cards: copies *_zs3.py beside the released weights. Run it after each change of them; a test checks this.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
