@@ -15,6 +15,7 @@ from transformers import SwinConfig
 
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import InputError, run
+from zs3.release import export
 from zs3.release.export import export_visual, main, save
 
 SIZES = ((1, 64, 96, 4), (3, 100, 33, 1), (2, 150, 90, 7), (1, 160, 128, 40))  # B, H, W, C; traced: 2, 150, 90, 4
@@ -127,7 +128,7 @@ class Doubled(nn.Module):
 def small(monkeypatch) -> None:
     """A program that is exported in no time in place of the visual part."""
     program = torch.export.export(Doubled(), (torch.ones(2),))
-    monkeypatch.setattr("zs3.release.export.export_visual", lambda model: program)
+    monkeypatch.setattr(export, "export_visual", lambda model: program)
 
 
 def command(monkeypatch, *arguments: object) -> None:
