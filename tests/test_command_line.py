@@ -18,6 +18,7 @@ from transformers import Mask2FormerConfig
 
 from configuration_zs3 import Number, one_line
 from zs3.command_line import (
+    GONE,
     OLD_NAMES,
     Arguments,
     InputError,
@@ -213,6 +214,20 @@ def test_an_old_name_is_one_of_its_own_command_alone():
     fields_of = {one.__name__: {field.name for field in fields(one)} for one in commands()}
     for command, names in OLD_NAMES.items():
         assert fields_of[command].issuperset(names.values()) and fields_of[command].isdisjoint(names)
+    assert all(fields_of[command].isdisjoint(names) for command, names in GONE.items())
+
+
+def test_a_flag_that_was_removed_is_refused_by_name(recipe):
+    eval_args = import_module("zs3.evaluation.arguments").EvalArgs
+    with pytest.raises(InputError, match="^the flag --ensemble_tolerance was removed; leave it out$"):
+        read_arguments(eval_args, ["--ensemble-tolerance", "0.0"])
+    with pytest.raises(InputError, match="recipe.yaml: the field ensemble_tolerance was removed; leave it out$"):
+        read_arguments(eval_args, recipe("ensemble_tolerance: 0.0"))
+
+
+def test_an_empty_text_is_refused_by_its_flag():
+    with pytest.raises(InputError, match="^--dataset must be a text that is not empty, got ''$"):
+        read_arguments(Args, ["--dataset", ""])
 
 
 # ---- first words, and flags that depend on each other --------------------------------------------------------

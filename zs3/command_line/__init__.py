@@ -32,5 +32,5 @@ from zs3.command_line.flags import (
     try_output,
 )
 from zs3.command_line.reading import model_fields, read_arguments
-from zs3.command_line.recipes import OLD_NAMES, parse_yaml, renamed
+from zs3.command_line.recipes import GONE, OLD_NAMES, parse_yaml, renamed
 from zs3.command_line.refusals import NO_SPACE, InputError, did_you_mean, in_one_line, printable, run, shown

@@ -96,6 +96,8 @@ def _of_type(value: object, hint: Any) -> Any:
         raise ValueError("true or false")
     if hint is str and not (isinstance(value, str | os.PathLike) or is_number(value)):
         raise ValueError("a text")
+    if hint is str and value == "":
+        raise ValueError("a text that is not empty")
     if hint is str:
         return os.fsdecode(value) if isinstance(value, os.PathLike) else str(value)
     return bool(value) if hint is bool else value

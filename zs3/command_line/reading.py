@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, PreTrainedConfig
 
 from configuration_zs3 import beginning, shortened
 from zs3.command_line.flags import ANY, Arguments, checked, try_outputs
-from zs3.command_line.recipes import OLD_NAMES, RecipeLoader, parse_yaml, read_recipe, say_renamed
+from zs3.command_line.recipes import GONE, OLD_NAMES, RecipeLoader, parse_yaml, read_recipe, say_renamed
 from zs3.command_line.refusals import InputError, did_you_mean
 
 METAVARS = {int: "N", float: "X", bool: "{true,false}"}
@@ -47,8 +47,8 @@ def read_arguments(
     names = [field.name for field in fields(args_class) if field.init]
     config_names = [name for name in model_fields(config_class) if name not in names]
     argv = _with_first_flags(sys.argv[1:] if argv is None else argv, args_class.first_words)
-    known, old_names = [*names, *config_names, "config", "help"], OLD_NAMES.get(args_class.__name__, {})
-    argv = [_known_flag(token, known, old_names) for token in argv]
+    known = [*names, *config_names, "config", "help"]
+    argv = [_known_flag(token, known, args_class.__name__) for token in argv]
 
     parser = _parser(args_class, config_class, config_names)
     flags, empty, overrides = read_recipe(_recipe_path(argv), args_class.__name__, types, names, config_names)
@@ -132,15 +132,19 @@ def _with_first_flags(words: list[str], names: tuple[str, ...]) -> list[str]:
     return words
 
 
-def _known_flag(token: str, known: list[str], old_names: dict[str, str]) -> str:
+def _known_flag(token: str, known: list[str], command: str) -> str:
     """A flag with underscores and by its present name. Other arguments are returned unchanged.
+
+    command: the class of its arguments, a key of OLD_NAMES.
 
     Unknown flags are refused here. The parser would complain about the missing flag instead of the misspelled one.
     """
     given, equals, value = token.partition("=")
     if not given.startswith("--"):
         return token
-    name = given[2:].replace("-", "_")
+    name, old_names = given[2:].replace("-", "_"), OLD_NAMES.get(command, {})
+    if name in GONE.get(command, ()):
+        raise InputError(f"the flag --{name} was removed; leave it out")
     old = name if name in old_names else name.removeprefix("no_")  # a switch that is turned off
     if old in old_names:
         say_renamed(old, old_names[old])

@@ -18,6 +18,11 @@ OLD_NAMES = {
     "NounArgs": {"num_proc": "num_workers"},
     "SceneArgs": {"train": "num_train", "validation": "num_validation"},
 }
+GONE = {  # flags that were removed
+    "EvalArgs": ("ensemble_tolerance",),
+    "NounArgs": ("tagger",),
+    "PseudoLabelArgs": ("expansion", "num_threads", "threshold_sweep"),
+}
 MOST_OF_A_YAML = 100_000  # values; a value counts as often as the file refers to it
 
 
@@ -115,6 +120,9 @@ def _load_recipe(path: str, command: str) -> tuple[dict[str, Any], dict[str, Any
 def renamed(recipe: dict[str, Any], path: str | Path, command: str) -> dict[str, Any]:
     """A recipe with the present names. command: the class of its arguments, a key of OLD_NAMES."""
     names = OLD_NAMES.get(command, {})
+    for name in GONE.get(command, ()):
+        if name in recipe:
+            raise InputError(f"{path}: the field {name} was removed; leave it out")
     both = [old for old, name in names.items() if old in recipe and name in recipe]
     if both:
         raise InputError(f"{path} has {both[0]!r} and {names[both[0]]!r}, which are one flag: leave out the first")

@@ -307,7 +307,9 @@ def _beginnings(stem: str) -> set[str]:
 def _folder(bases: Sequence[Path], names: Sequence[str], pattern: str, what: str) -> Path:
     folder = _first_folder(bases, names, pattern)
     if folder is None:
-        looked_for = _words([_shown(base / name / pattern, bases[0]) for base in bases for name in names])
+        looked_for = _words(
+            [_shown(base / name / pattern.removeprefix("[!.]"), bases[0]) for base in bases for name in names]
+        )
         raise InputError(f"{bases[0]} has {looked_for}: the {what} are expected there")
     return folder
 

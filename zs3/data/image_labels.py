@@ -203,7 +203,7 @@ def _score_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         close = get_close_matches(str(path), ("none", "ground_truth", "masks"), n=1)
-        if close:
+        if close and close[0] != str(path):
             raise InputError(f"pseudo labels {path} do not exist: did you mean {close[0]}?")
         raise InputError(
             f"pseudo labels {path} do not exist: unseen_labels is 'none', 'ground_truth', 'masks', or a "
