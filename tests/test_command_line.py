@@ -225,6 +225,20 @@ def test_a_flag_that_was_removed_is_refused_by_name(recipe):
         read_arguments(eval_args, recipe("ensemble_tolerance: 0.0"))
 
 
+@pytest.mark.parametrize(
+    ("module", "args_class", "name"),
+    [
+        ("zs3.training.arguments", "TrainArgs", "output_dir"),
+        ("zs3.pseudo_labels", "PseudoLabelArgs", "output"),
+        ("zs3.evaluation.figure", "FigureArgs", "output"),
+    ],
+)
+def test_the_folder_of_the_dataset_is_no_output(module, args_class, name, tmp_path):
+    words = ["--dataset", str(tmp_path), f"--{name}", f"{tmp_path}/x/.."]
+    with pytest.raises(InputError, match=rf"^--{name} .* is the folder of --dataset: choose another one$"):
+        read_arguments(getattr(import_module(module), args_class), words, check=False)
+
+
 def test_an_empty_text_is_refused_by_its_flag():
     with pytest.raises(InputError, match="^--dataset must be a text that is not empty, got ''$"):
         read_arguments(Args, ["--dataset", ""])

@@ -151,12 +151,18 @@ BESIDE = (".md", ".csv", "_images.npz")  # what commands write beside a result f
 def try_outputs(args: Arguments) -> None:
     """Tests before the work that a command can write its outputs.
 
-    Outputs are the fields of the types OutputFile and OutputFolder. The test leaves no file. Raises InputError.
+    Outputs are the fields of the types OutputFile and OutputFolder. The folder of --dataset is no output folder. The
+    test leaves no file. Raises InputError.
     """
+    dataset = getattr(args, "dataset", None)
     for name, hint in type_hints(type(args)).items():
         kinds = [kind for kind in (OutputFile, OutputFolder) if kind in (hint, *get_args(hint))]
         if kinds and getattr(args, name) is not None:
             try_output(f"--{name}", getattr(args, name), kinds[0].__metadata__[0])
+            if dataset and os.path.isdir(dataset) and Path(getattr(args, name)).resolve() == Path(dataset).resolve():
+                raise InputError(
+                    f"--{name} {shown(getattr(args, name))} is the folder of --dataset: choose another one"
+                )
 
 
 def try_output(flag: str, given: str | Path, kind: str) -> None:
