@@ -33,7 +33,7 @@ from zs3.evaluation.arguments import EvalArgs, deciding_flags
 from zs3.evaluation.choices import chosen_bias, chosen_ensemble
 from zs3.evaluation.counts import PassCounts, new_counts
 from zs3.evaluation.curves import draw_curves
-from zs3.evaluation.one_pass import Candidates, Images, Pictures, Predictor, candidates_of, check_claim, count_images
+from zs3.evaluation.one_pass import Candidates, Drawings, Items, Predictor, candidates_of, check_claim, count_images
 from zs3.evaluation.report import report
 from zs3.evaluation.result_types import Ensemble, Result
 from zs3.evaluation.results import result_of, versions, write_result
@@ -157,14 +157,14 @@ def count_all(
         candidates.names, candidates.is_seen, candidates.ignored, args.setting, seen_bias, args.calibration
     )
     mine = range(accelerator.process_index, num_images, accelerator.num_processes)
-    images = Images(loaded.records, mine, candidates, loaded.processor)
-    pictures = None
+    items = Items(loaded.records, mine, candidates, loaded.processor)
+    drawings = None
     if args.pictures is not None:
         spread = np.linspace(0, num_images - 1, min(args.num_pictures, num_images)).astype(int)
-        pictures = Pictures(Path(args.pictures), {*spread.tolist()})
+        drawings = Drawings(Path(args.pictures), {*spread.tolist()})
     title, quiet = printable(dataset_name(args.dataset)), not accelerator.is_local_main_process
-    with tqdm(total=len(images), desc=title, unit="image", mininterval=1, disable=quiet) as bar:
-        count_images(counts, images, predictor, seen_bias, args.num_workers, pictures, bar)
+    with tqdm(total=len(items), desc=title, unit="image", mininterval=1, disable=quiet) as bar:
+        count_images(counts, items, predictor, seen_bias, args.num_workers, drawings, bar)
     total, *others = gather_object([counts])
     if not accelerator.is_main_process:
         return None

@@ -11,11 +11,12 @@ class OldCommand(InspectLoader):
 
     @classmethod
     def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package, _, command = name.partition(".")
+        if package != "zs3":  # Python asks for every module that it does not find
+            return None
         from zs3.__main__ import COMMANDS
 
-        package, _, command = name.partition(".")
-        is_command = package == "zs3" and command in {known for known, *_ in COMMANDS}
-        return spec_from_loader(name, cls()) if is_command else None
+        return spec_from_loader(name, cls()) if command in {known for known, *_ in COMMANDS} else None
 
     def get_source(self, name: str) -> str:
         if name in sys.modules:  # an import: it registers a module before it runs it

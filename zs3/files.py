@@ -24,15 +24,13 @@ from configuration_zs3 import one_line
 from files_zs3 import PARTIAL, whole
 from zs3.command_line import NO_SPACE, InputError, shown
 
+PACKAGE = Path(__file__).parent
 LOCK = "run.lock"
 DIGEST = re.compile(r"-[0-9a-f]{16}$")  # the end of a name that `file_name` made from an unsuitable id
 LEFT = re.compile(rf"{PARTIAL}|.+\.partial")  # unfinished files of `whole` or of older versions
 LONGEST_NAME = 120  # bytes of an image id in a file name; file systems allow 255
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors of a file system without locks
 NO_NAMES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # reserved for devices on Windows
-
-
-PACKAGE = Path(__file__).parent
 
 
 def file_sha256(path: Path) -> str:

@@ -157,12 +157,11 @@ def try_outputs(args: Arguments) -> None:
     dataset = getattr(args, "dataset", None)
     for name, hint in type_hints(type(args)).items():
         kinds = [kind for kind in (OutputFile, OutputFolder) if kind in (hint, *get_args(hint))]
-        if kinds and getattr(args, name) is not None:
-            try_output(f"--{name}", getattr(args, name), kinds[0].__metadata__[0])
-            if dataset and os.path.isdir(dataset) and Path(getattr(args, name)).resolve() == Path(dataset).resolve():
-                raise InputError(
-                    f"--{name} {shown(getattr(args, name))} is the folder of --dataset: choose another one"
-                )
+        output = getattr(args, name) if kinds else None
+        if output is not None:
+            try_output(f"--{name}", output, kinds[0].__metadata__[0])
+            if dataset and os.path.isdir(dataset) and Path(output).resolve() == Path(dataset).resolve():
+                raise InputError(f"--{name} {shown(output)} is the folder of --dataset: choose another one")
 
 
 def try_output(flag: str, given: str | Path, kind: str) -> None:

@@ -119,8 +119,8 @@ class Item(NamedTuple):
     inputs: BatchFeature
 
 
-class Images(Dataset):
-    """Some of a split's images."""
+class Items(Dataset):
+    """Some images of a split, as items of the pass."""
 
     def __init__(self, records: Split, indices: range, candidates: Candidates, processor: ProcessorMixin):
         self.records, self.indices, self.candidates, self.processor = records, indices, candidates, processor
@@ -140,7 +140,7 @@ def unchanged(item: Item) -> Item:
 
 
 @dataclass
-class Pictures:
+class Drawings:
     """Pictures of some images: image, truth and prediction. indices: of those images in the split."""
 
     folder: Path
@@ -161,24 +161,24 @@ class Pictures:
 @torch.inference_mode()
 def count_images(
     counts: PassCounts,
-    images: Images,
+    items: Items,
     predictor: Predictor,
     seen_bias: float,
     num_workers: int,
-    pictures: Pictures | None,
+    drawings: Drawings | None,
     bar: tqdm,
 ) -> None:
     """Counts this process's images. bar: shows the progress."""
-    candidates, options = images.candidates, {"return_scores": counts.reliability is not None}
+    candidates, options = items.candidates, {"return_scores": counts.reliability is not None}
     if counts.curve is not None or seen_bias:
         options["is_seen"] = candidates.is_seen
-    workers = min(num_workers, len(images))
-    for item in DataLoader(images, batch_size=None, num_workers=workers, collate_fn=unchanged):
+    workers = min(num_workers, len(items))
+    for item in DataLoader(items, batch_size=None, num_workers=workers, collate_fn=unchanged):
         with in_one_line(f"image {shortened(item.image_id)}"):
             outputs = predictor(item.inputs.to(predictor.text_embeds.device))
         (found,) = predictor.processor.post_process_semantic_segmentation(outputs, [item.label.shape], **options)
         prediction = found if isinstance(found, Tensor) else found.with_seen_bias(seen_bias)
         counts.update(found, prediction, torch.from_numpy(item.label).to(prediction.device), item.image_id)
-        if pictures is not None:
-            pictures.draw(item, prediction, candidates)
+        if drawings is not None:
+            drawings.draw(item, prediction, candidates)
         bar.update()
