@@ -1,13 +1,13 @@
-"""CLIP's view of the proposals: a loop over crops beside batched crops and one pass for all.
+"""Three ways to show the proposals to CLIP are compared: a loop over crops, batched crops, and one pass for all.
 
     python -m benchmarks.clip_views --model CHECKPOINT --dataset runs/scenes --output docs/results/clip_views.json
 
-Cost: a tower of the size of CLIP ViT-B/16 (random weights) embeds the proposals of one image. None of them is empty.
-The loop is the way of earlier work. It skips empty proposals, and cuts out, resizes and embeds the others one by one.
+Cost: an image tower of CLIP ViT-B/16's size, with random weights, embeds the proposals of one image. No proposal is
+empty. The loop is the way of earlier work: it crops, resizes and embeds one proposal after the other.
 
-Trained: a checkpoint of the embedded benchmark with its tiny CLIP sees the validation scenes. For each view the table
-has the scores, the seconds, and the share of the pixels whose label is not that of batched crops. "At ViT-B/16's cost"
-the large tower embeds every crop too, for its time alone.
+Trained: a checkpoint of the embedded benchmark segments the validation scenes with its tiny CLIP. For each way the
+table shows the scores, the seconds, and the share of pixels whose label differs from that of batched crops. For the
+columns "at ViT-B/16's cost" the large tower embeds every crop too. Only its time is used.
 """
 
 import statistics
@@ -34,7 +34,7 @@ from zs3.tables import percent
 
 OFF = "no ensemble"
 LOOP, CROPS, SINGLE = "loop over crops", "batched crops", "single pass"
-SAME = 1e-4  # embeddings of loop and batch differ by no more
+SAME = 1e-4  # largest difference allowed between the embeddings of loop and batch
 
 
 @dataclass
@@ -45,10 +45,10 @@ class ClipViewsArgs(measuring.BenchmarkArguments):
     dataset: str | None = flag(None, "The benchmark's folder.")
     images: Count = flag(200, "Validation scenes.")
     weight: Share = flag(0.8, "w of the ensemble.")
-    proposals: Count = flag(100, "Proposals of the image for the cost.")
+    proposals: Count = flag(100, "Proposals of the image in the cost measurement.")
     size: Pixels = flag(640, "Side of that image, pixels.")
-    rounds: Count = flag(3, "Rounds of the cost; the first is not counted.")
-    large_images: Count = flag(20, "Of the scenes, those looked at with the large tower too.")
+    rounds: Count = flag(3, "Rounds of the cost measurement; the first is not counted.")
+    large_images: Count = flag(20, "Number of these scenes that the large tower sees too.")
     layers: Count = flag(12, "Layers of the large tower.")
 
     def check(self) -> None:
@@ -58,7 +58,7 @@ class ClipViewsArgs(measuring.BenchmarkArguments):
 def crop_loop(
     tower: CLIPVisionModelWithProjection, image: Tensor, mask_logits: Tensor, size: tuple[int, int], masked: bool = True
 ) -> ProposalEmbeds:
-    """One proposal after the other: image (3, H, W) in [0, 1], mask_logits (Q, h, w); empty masks are skipped.
+    """Embeds one proposal after the other and skips empty masks. image: (3, H, W) in [0, 1]; mask_logits: (Q, h, w).
 
     masked: pixels outside the mask get the mean colour.
     """
@@ -81,13 +81,13 @@ def crop_loop(
 
 
 def large_tower(layers: int) -> CLIPVisionModelWithProjection:
-    """The size of CLIP ViT-B/16's, random weights."""
+    """An image tower of CLIP ViT-B/16's size with random weights."""
     config = CLIPVisionConfig(patch_size=16, num_hidden_layers=layers, projection_dim=512)
     return CLIPVisionModelWithProjection(config).eval()
 
 
 def draw_image(args: ClipViewsArgs) -> tuple[Tensor, Tensor]:
-    """(3, S, S) noise and mask logits (Q, S/4, S/4): smooth blobs over 2 to 50 % of the image, none of them empty."""
+    """A noise image (3, S, S) and mask logits (Q, S/4, S/4). Each mask is smooth and covers 2 to 50 % of the image."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, args.proposals, 5, 5, generator=generator)
     masks = F.interpolate(coarse, size=[args.size // 4] * 2, mode="bicubic", align_corners=False)[0]
@@ -97,7 +97,7 @@ def draw_image(args: ClipViewsArgs) -> tuple[Tensor, Tensor]:
 
 
 def batched(tower: CLIPVisionModelWithProjection, image: Tensor, masks: Tensor) -> Tensor:
-    """(N, D) of crops, in batches of 64."""
+    """The embeddings (N, D) of the crops, computed in batches of 64."""
     crops = [crop_proposals(image, part, tower.config.image_size) for part in masks.split(64)]
     return F.normalize(torch.cat([tower(part).image_embeds for part in crops]), dim=-1)
 
@@ -124,7 +124,7 @@ def measure_cost(args: ClipViewsArgs) -> list[dict]:
 
 
 def looks(model, outputs: Zs3Output, images: Tensor, options: dict) -> dict[str, Callable]:
-    """The ensembles to be timed for one image, the loop first. options: of `model.ensemble`."""
+    """For each way the call that is timed on one image, the loop first. options: arguments of `model.ensemble`."""
     masks = outputs.mask_logits, outputs.valid_sizes
 
     def loop() -> Zs3Output:
@@ -139,7 +139,7 @@ def looks(model, outputs: Zs3Output, images: Tensor, options: dict) -> dict[str,
 
 
 def measure_trained(args: ClipViewsArgs) -> tuple[list[dict], dict]:
-    """Every view on the validation scenes: a row each, and what is true of all of them."""
+    """A row for each way on the validation scenes, and the numbers of images and queries."""
     model, processor = load_checkpoint(args.model)
     if model.vision_model is None:
         raise InputError(f"{args.model} has no CLIP image tower")

@@ -1,12 +1,12 @@
-"""transformers' own Mask2Former on the seen classes alone: the result without zero-shot segmentation.
+"""Trains and evaluates transformers' own Mask2Former on the seen classes only, without zero-shot segmentation.
 
     python -m benchmarks.closed_set train --config recipes/scenes_stage1.yaml --dataset DIR --output_dir FOLDER
     python -m benchmarks.closed_set eval --model FOLDER/final --dataset DIR --output FOLDER/gzs3_off.json
 
 Network, losses and post-processing are those of transformers. Data, augmentation, optimizer and schedule are those of
-train.py. The model has no name for an unseen class, so its mIoU(U) is 0 by construction. It trains in one process, from
-random weights. A run that has stopped starts again. Flags are those of train.py and eval.py. Flags about names,
-matching and losses of zs3 have no effect. All other flags that this script does not use are refused.
+train.py. The model has no unseen class, so its mIoU(U) is 0 by construction. It trains in one process, from random
+weights. A stopped run cannot resume: it starts from the first step. The flags are those of train.py and eval.py. Flags
+about class names, matching and losses of zs3 have no effect. Every other flag that this script does not use is refused.
 """
 
 import sys
@@ -48,13 +48,13 @@ TRAIN_FLAGS = {
     *("dataset", "split", "label_space", "output_dir", "seed", "max_steps", "batch_size", "num_workers"),
     *("learning_rate", "backbone_multiplier", "weight_decay", "max_grad_norm", "lr_schedule", "lr_milestones"),
     *("crop_size", "short_edges", "flip", "color_jitter", "single_class_max_area", "max_size", "test_short_edge"),
-    *("clip", "text_embeds", "prompt_templates", "logging_steps", "checkpointing_steps"),  # without an effect
+    *("clip", "text_embeds", "prompt_templates", "logging_steps", "checkpointing_steps"),  # accepted without effect
 }
 EVAL_FLAGS = {"model", "dataset", "split", "label_space", "output", "absent", "num_workers"}
 
 
 def check_obeyed(args: TrainArgs | EvalArgs, obeyed: set[str]) -> None:
-    """Refuses a flag that is not obeyed, unless its value is what this script does anyhow."""
+    """Refuses a flag that this script does not use, unless its value is what the script does anyway."""
     anyhow = {name: [value] for name, value in asdict(type(args)()).items()}
     anyhow |= {"backbone_norm": ["batch"], "ensemble": [None, "off"]}
     for name, value in asdict(args).items():
@@ -63,7 +63,7 @@ def check_obeyed(args: TrainArgs | EvalArgs, obeyed: set[str]) -> None:
 
 
 def make_model(overrides: dict, class_names: list[str]) -> Mask2FormerForUniversalSegmentation:
-    """A model of random weights. overrides: fields of Zs3Config; those of Mask2FormerConfig among them are used."""
+    """A model with random weights. overrides: fields of Zs3Config; only fields of Mask2FormerConfig are used."""
     known = {name: value for name, value in overrides.items() if name in Mask2FormerConfig.__dataclass_fields__}
     if isinstance(known.get("backbone_config"), dict):
         known["backbone_config"] = AutoConfig.for_model(**known["backbone_config"])

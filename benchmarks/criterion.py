@@ -1,11 +1,11 @@
-"""This project's criterion beside transformers' Mask2FormerLoss: equal terms, time and memory of a step, in one run.
+"""This project's criterion, compared with transformers' Mask2FormerLoss: equal terms, time and memory of a step.
 
     python -m benchmarks.criterion --output docs/results/criterion.json
 
-A step is the loss of all decoder outputs and its gradient. Predictions are random smooth masks, labels are Voronoi
-cells. transformers gets its binary masks ready-made; this project starts from the label map. Each number of classes has
-a process of its own, in which the criteria take turns. Time is the median over rounds, a ratio the median of the
-rounds' ratios. Memory is the peak of what a step allocates beyond its inputs and their gradients.
+A step computes the loss of all decoder outputs and its gradient. Predictions are random smooth masks; labels are
+Voronoi cells. transformers gets ready-made binary masks; this project starts from the label map. Each number of classes
+is measured in its own process, where the criteria take turns. A time is the median over the rounds; a ratio is the
+median of the rounds' ratios. Memory is the peak that a step allocates in addition to its inputs and their gradients.
 """
 
 from collections.abc import Callable
@@ -43,8 +43,8 @@ class CriterionArgs(measuring.DeviceArguments):
     batch_size: Count = flag(4, "Images in the batch.")
     queries: Count = flag(100, "Queries.")
     outputs: Count = flag(10, "Decoder outputs.")
-    size: Side = flag(512, "Side of the label maps, pixels; masks have a quarter of it.")
-    class_names: Count = flag(171, "Names on the class axis.")
+    size: Side = flag(512, "Side of the label maps, pixels; the side of a mask is a quarter of it.")
+    class_names: Count = flag(171, "Number of class names.")
     classes: Some[Count] = flag([8, 40], "Classes in each image.")
     points: Count = flag(12544, "Points of the mask losses.")
 
@@ -58,7 +58,7 @@ def check_classes(most: int, class_names: int) -> None:
 
 
 class Predictions(NamedTuple):
-    """Leaves, with gradients that are there before a step: one tensor a decoder output."""
+    """Leaf tensors, one for each decoder output. Their gradients are allocated before a step."""
 
     mask_logits: list[Tensor]  # (B, Q, h, w)
     similarity: list[Tensor]  # (B, Q, C)
@@ -80,7 +80,7 @@ def make_predictions(args: CriterionArgs, device: torch.device) -> Predictions:
 
 
 def make_labels(images: int, size: int, class_names: int, classes: int, device: torch.device) -> Tensor:
-    """Label maps (B, H, W) of three Voronoi cells a class. Each image has so many classes."""
+    """Label maps (B, H, W) with three Voronoi cells for each class. Each image has exactly `classes` classes."""
     axis = torch.arange(size, device=device)
     pixels = torch.cartesian_prod(axis, axis).float()
     maps = []
@@ -94,7 +94,7 @@ def make_labels(images: int, size: int, class_names: int, classes: int, device: 
 
 
 def binary_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """For each image its masks (M, H, W) and their classes (M,), as transformers has them.
+    """The masks (M, H, W) and their classes (M,) of each image, in the form that transformers uses.
 
     labels: (B, H, W). An ignored pixel, -1, is in no mask.
     """
@@ -115,9 +115,9 @@ def peer_terms(
 
 
 def largest_difference(ours: Callable[[], dict], theirs: Callable[[], dict], config: Zs3Config, device) -> float:
-    """Between the terms of both at the same random points, relative.
+    """The largest relative difference between the terms of both criteria at the same random points.
 
-    The points keep half a mask pixel from the border: beyond it transformers mixes in zeros, this project does not.
+    Every point is at least half a mask pixel from the border. Nearer to it, only transformers mixes in zeros.
     """
     points = config.train_num_points
     candidates, uncertain = int(config.oversample_ratio * points), int(config.importance_sample_ratio * points)
@@ -131,11 +131,11 @@ def largest_difference(ours: Callable[[], dict], theirs: Callable[[], dict], con
 
     with patch("torch.rand", rand), torch.no_grad():
         left, right = ours(), theirs()
-    return float(torch.stack([(left[name] / right[name] - 1).abs() for name in TERMS]).max())  # a NaN stays one
+    return float(torch.stack([(left[name] / right[name] - 1).abs() for name in TERMS]).max())  # max keeps a NaN
 
 
 def copies_to_host(step: Callable[[], None]) -> int:
-    """Device-to-host copies of a step on CUDA; each one waits for the device."""
+    """The number of device-to-host copies in a step on CUDA. Each copy waits for the device."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
@@ -148,7 +148,7 @@ def weighted(terms: dict[str, Tensor], config: Zs3Config) -> Tensor:
 
 
 def compare(args: CriterionArgs, classes: int, device: torch.device) -> dict:
-    """All criteria on the same tensors."""
+    """Compares all criteria on the same tensors."""
     torch.manual_seed(0)
     predictions = make_predictions(args, device)
     labels = make_labels(args.batch_size, args.size, args.class_names, classes, device)

@@ -1,18 +1,18 @@
-"""What the evaluator costs beside the model that it evaluates: time of an image, memory over images, the bootstrap.
+"""The cost of the evaluator, compared with the model that it evaluates: time, memory over images, the bootstrap.
 
     python -m benchmarks.evaluator --output docs/results/evaluator.json
 
-Time: `ConfusionMatrix.update` and one inference (a ResNet-50 model with random weights, batch 1, and its label map)
-take turns. A share is the median of the rounds' shares. Label maps are objects (Voronoi cells with frayed edges; the
-prediction has other cells) or noise, the worst case. Predictions are on the device, truths are int64 arrays in memory.
-With counters: SeenBiasCurve, Reliability and Rejection beside the confusion matrix. With scores: the counters, and the
-extra time of the label map with scores that they need.
+Time: `ConfusionMatrix.update` takes turns with one inference: a ResNet-50 model with random weights, batch 1, and its
+label map. A share is the median of the rounds' shares. Label maps show objects (Voronoi cells with frayed edges, other
+cells in the prediction) or noise, the worst case. Predictions are on the device; truths are int64 arrays on the CPU.
+"with counters" adds SeenBiasCurve, Reliability and Rejection to the confusion matrix. "and scores" adds the extra time
+of a label map with scores, which these counters need.
 
-Memory: what is resident, and what Python and NumPy hold, after so many images, in a process of its own. The other way
-keeps all label maps until the end, as the script of evaluate's mean_iou does. Its least memory is measured, which is
-two int64 arrays an image, and not that script.
+Memory: the resident memory, and the memory that Python and NumPy hold, after a number of images, in a fresh process.
+The other way keeps all label maps until the end, as the mean_iou script of the library `evaluate` does. That script is
+not run. The least memory of this way is measured: two int64 arrays for each image.
 
-Bootstrap: intervals of all scores and all classes over synthetic areas.
+Bootstrap: the time of the intervals of all scores and all classes, over synthetic areas.
 """
 
 import statistics
@@ -43,11 +43,11 @@ PLAIN, SCORED = "label map", "label map with scores"
 QUERIES = 100
 OURS, KEPT = "ConfusionMatrix", "all label maps kept"
 IGNORE = 65535
-PRESENT = 12  # classes of a truth, and of a prediction
+PRESENT = 12  # classes in a truth, and in a prediction
 Classes = Annotated[int, Number(int, PRESENT, 10_000)]
-CELLS = 40  # of a truth; a prediction has twice as many
-FRAY = 1.0  # pixels by which the edges of objects are frayed
-GOAL = 0.05  # of the time of an inference
+CELLS = 40  # Voronoi cells in a truth; a prediction has twice as many
+FRAY = 1.0  # standard deviation of the noise at the edges of objects, pixels
+GOAL = 0.05  # largest share of an inference's time
 
 
 @dataclass
@@ -55,14 +55,14 @@ class EvaluatorArgs(measuring.DeviceArguments):
     """Sizes of the measurements."""
 
     classes: Some[Classes] = flag([171, 847], "Numbers of classes.")
-    height: Side = flag(480, "Of the label maps, pixels.")
-    width: Side = flag(640, "Of the label maps, pixels.")
+    height: Side = flag(480, "Height of the label maps, pixels.")
+    width: Side = flag(640, "Width of the label maps, pixels.")
     maps: Count = flag(8, "Pairs of label maps that a round counts.")
-    images: Some[Count] = flag([100, 1000], "Numbers of images after which memory is read, rising.")
+    images: Some[Count] = flag([100, 1000], "Numbers of images after which memory is read, in rising order.")
     kept_images: Count = flag(100, "Images whose label maps are kept, for comparison.")
     bootstrap_images: Count = flag(5000, "Images of the bootstrap.")
-    bootstrap_classes: Classes = flag(171, "Its classes.")
-    resamples: Count = flag(1000, "Its resamples.")
+    bootstrap_classes: Classes = flag(171, "Classes of the bootstrap.")
+    resamples: Count = flag(1000, "Resamples of the bootstrap.")
 
     def check(self) -> None:
         if self.images != sorted(set(self.images)):
@@ -88,7 +88,7 @@ def _cells(ids: np.ndarray, cells: int, size: tuple[int, int], rng: np.random.Ge
 
 
 def compare_time(size: tuple[int, int], maps: int, rounds: int, num_classes: int, device: torch.device) -> list[dict]:
-    """A row for each kind of label maps, beside the same inference."""
+    """A row for each kind of label map. All kinds are compared with the same inference."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     model = make_zs3("resnet50").eval().to(device)
@@ -121,7 +121,7 @@ def count_all(pairs: list[tuple[Tensor, np.ndarray]], num_classes: int) -> None:
 
 
 def calibrating(found: SemanticMap, label: np.ndarray, is_seen: Tensor) -> Callable[[], None]:
-    """Counts one image with all counters."""
+    """A function that counts one image with all counters."""
     curve, reliability, rejection = SeenBiasCurve(is_seen.cpu(), IGNORE), Reliability(IGNORE), Rejection(IGNORE)
 
     def count() -> None:
@@ -135,7 +135,7 @@ def calibrating(found: SemanticMap, label: np.ndarray, is_seen: Tensor) -> Calla
 
 
 def time_rows(seconds: dict[str, list[float]], maps: int, num_classes: int) -> list[dict]:
-    """seconds: of each step, by round."""
+    """A row for each kind of label map. seconds: the times of each step, one for each round."""
     extra = [scored - plain for scored, plain in zip(seconds[SCORED], seconds[PLAIN], strict=True)]
     each = {kind: [value / maps for value in seconds[kind]] for kind in (OBJECTS, NOISE)}
     each[COUNTED] = seconds[COUNTED]
@@ -150,22 +150,22 @@ def time_rows(seconds: dict[str, list[float]], maps: int, num_classes: int) -> l
 
 
 def memory_over_images(size: tuple[int, int], maps: int, way: str, num_classes: int, images: list[int]) -> list[dict]:
-    """A row after each number of images."""
+    """A row for each number in `images`: the memory after this number of images."""
     rng = np.random.default_rng(0)
     pairs = [draw_pair(OBJECTS, num_classes, size, rng) for _ in range(maps)]
-    ConfusionMatrix(num_classes, IGNORE).update(*pairs[0])  # what is loaded once
+    ConfusionMatrix(num_classes, IGNORE).update(*pairs[0])  # allocates what only the first call allocates
     tracemalloc.start()
     before = measuring.resident_mib()
     confusion, kept, rows = ConfusionMatrix(num_classes, IGNORE), [], []
     for count in range(1, images[-1] + 1):
         shift = rng.integers(0, size)
         prediction, label = pairs[count % len(pairs)]
-        prediction = np.roll(prediction.numpy(), shift, axis=(0, 1))  # another one for every image
+        prediction = np.roll(prediction.numpy(), shift, axis=(0, 1))  # a different prediction for every image
         if way == OURS:
             confusion.update(prediction, label, f"{count:012d}")
         else:
             kept.append((prediction, label.copy()))
-        del prediction  # its memory is not what is held
+        del prediction  # the loop's own reference must not count as held memory
         if count in images:
             rows.append({"way": way, "classes": num_classes, "images": count})
             rows[-1]["resident_mib"] = measuring.resident_mib() - before
@@ -176,7 +176,7 @@ def memory_over_images(size: tuple[int, int], maps: int, way: str, num_classes: 
 
 
 def time_bootstrap(images: int, num_classes: int, resamples: int) -> dict[str, float]:
-    """Intervals of all scores and classes, seconds."""
+    """The seconds that the intervals of all scores and classes take."""
     rng = np.random.default_rng(0)
     confusion = ConfusionMatrix(num_classes, IGNORE)
     for _ in range(images):

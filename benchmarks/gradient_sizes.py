@@ -1,12 +1,13 @@
-"""The size of each term's gradient in Eq. 8, at three points of a training on the embedded benchmark.
+"""The gradient norm of each term of Eq. 8, at three points of a training run on the embedded benchmark.
 
     zs3 scenes --output runs/scenes
     accelerate launch train.py --config recipes/scenes_stage1.yaml --dataset runs/scenes --output_dir runs/stage1
     python -m benchmarks.gradient_sizes --dataset runs/scenes --init_from runs/stage1/final \
         --output docs/results/gradient_sizes.json
 
-Each number is the L2 norm, over all trained parameters, of the gradient of weight x term (summed over the decoder
-outputs), the mean over batches. Weights and losses are stage 2's recipe; the mask term is given with both mask losses.
+Each number is an L2 norm over all trained parameters: that of the gradient of weight x term. It is averaged over
+batches. A term is summed over the decoder outputs. Weights and losses are those of stage 2's recipe. The mask term is
+measured with both mask losses.
 """
 
 from dataclasses import dataclass
@@ -34,11 +35,11 @@ RECIPE = "scenes_stage2_ground_truth.yaml"
 class GradientArgs(measuring.BenchmarkArguments):
     """Where to start and how long to train."""
 
-    dataset: str | None = flag(None, "Folder made by zs3.scenes.")
+    dataset: str | None = flag(None, "Folder made by `zs3 scenes`.")
     init_from: str | None = flag(None, "Checkpoint of stage 1, from which stage 2 starts.")
-    output_dir: str = flag("runs/gradient_sizes", "Folder of the training between the measurements.")
+    output_dir: str = flag("runs/gradient_sizes", "Output folder of the training run between the measurements.")
     steps: Count = flag(200, "Steps of stage 2 before the last measurement.")
-    batches: Count = flag(8, "Batches a measurement.")
+    batches: Count = flag(8, "Batches in each measurement.")
 
     def check(self) -> None:
         check_required(self, "dataset", "init_from")

@@ -1,15 +1,16 @@
-"""Time and memory of the label stage (class probabilities and mask logits to a label map) as the labels become more.
+"""Time and memory of the label stage, which turns class probabilities and mask logits into a label map.
 
     python -m benchmarks.label_count --output docs/results/label_count.json
 
-Five ways: transformers' Mask2Former post-processing, dense einsum, a running maximum over chunks of classes, and
-`semantic_map`, without and with scores. transformers resizes masks to 384 x 384 first, so its label map is another one.
-The run fails where the score of a class of semantic_map, in float64, is more than 1e-6 below the best.
+The number of labels grows. Five ways are compared: transformers' Mask2Former post-processing, dense einsum, a running
+maximum over chunks of classes, and `semantic_map` without and with scores. transformers first resizes masks to
+384 x 384, so its label map differs. The run fails if semantic_map chooses a class whose float64 score is more than 1e-6
+below the best score.
 
-Inputs are synthetic (`trained_proposals`, `soft_proposals`). Every measurement has a process of its own, on the same
-tensors: a small call, then a full one whose memory is measured, then those that are timed. Memory is the peak of
-resident memory beyond what was resident before (VmHWM of Linux). So it counts all allocators, libraries and results.
-Ratios in the goals are of calls that take turns in one process.
+Inputs are synthetic (`trained_proposals`, `soft_proposals`). Every measurement runs in its own process on the same
+tensors: first a small call, then a full call for the memory, then the timed calls. Memory is the peak of resident
+memory (VmHWM of Linux) less the resident memory before. It includes all allocators, libraries and results. For the
+ratios in the goals, calls take turns in one process.
 """
 
 import statistics
@@ -32,10 +33,10 @@ from zs3.command_line import Amount, Count, InputError, Positive, Side, Some, fl
 
 PEER, DENSE, CHUNKED = "transformers' Mask2Former post-processing", "dense einsum", "running maximum over chunks"
 OURS, SCORED = "semantic_map", "semantic_map with scores"
-PEER_SIDE = 384  # transformers resizes all masks to this first
+PEER_SIDE = 384  # transformers first resizes all masks to this side
 CHUNK = 64  # classes at once in the running maximum
-CONFIDENT = 14  # queries with an object in the proposals that look trained
-EQUAL = 1e-6  # a class this close to the best, in float64, is not wrong
+CONFIDENT = 14  # queries with an object in trained_proposals
+EQUAL = 1e-6  # a class is right if its float64 score is at most this far below the best
 WARM_UP = (150, 64)  # labels and size of the call before the measured ones
 
 
@@ -44,30 +45,30 @@ class LabelCountArgs(measuring.BenchmarkArguments):
     """Sizes of the comparison."""
 
     labels: Some[Count] = flag([150, 847, 4000, 20000], "Numbers of labels.")
-    size: Side = flag(640, "Side of their label maps, pixels; masks have a quarter of it.")
+    size: Side = flag(640, "Side of the label maps, pixels; the side of a mask is a quarter of it.")
     large_labels: Count = flag(847, "Labels of the larger image.")
-    large_size: Side = flag(1024, "Its side, pixels.")
+    large_size: Side = flag(1024, "Side of the larger image, pixels.")
     queries: Annotated[int, Number(int, 2, INT32)] = flag(100, "Queries.")
-    rounds: Count = flag(7, "Timed calls of a method, and rounds of those that take turns.")
-    seconds: Amount = flag(8.0, "No further call or round after so long, but one at least.")
-    memory_limit: Positive = flag(12.0, "GB; a method that would need more is not started.")
-    checked: Count = flag(2 * 10**9, "Scores (labels x pixels) that float64 checks; a random sample of more.")
+    rounds: Count = flag(7, "Timed calls of each method; rounds where two methods take turns.")
+    seconds: Amount = flag(8.0, "No call or round starts after this time; at least one is measured.")
+    memory_limit: Positive = flag(12.0, "A method that would need more GB is not started.")
+    checked: Count = flag(2 * 10**9, "Scores (labels x pixels) checked in float64; a random sample if there are more.")
 
     def check(self) -> None:
         most = max(*self.labels, self.large_labels)
         if self.checked < most:
-            raise InputError(f"--checked must be {most} or more, the labels of a pixel, got {self.checked}")
+            raise InputError(f"--checked must be at least {most}, the number of labels, got {self.checked}")
 
 
 class Proposals(NamedTuple):
-    """What a model says of one image."""
+    """The outputs of a model for one image."""
 
     class_probs: Tensor  # (1, Q, C)
     mask_logits: Tensor  # (1, Q, h, w)
 
 
 class Case(NamedTuple):
-    """One problem."""
+    """One input of the comparison."""
 
     kind: str
     labels: int
@@ -75,10 +76,10 @@ class Case(NamedTuple):
 
 
 def trained_proposals(labels: int, size: int, queries: int) -> Proposals:
-    """As of a trained model: few queries with an object each, the others undecided.
+    """Proposals like a trained model's: a few queries have one object each, the others are undecided.
 
-    The objects' masks are Voronoi cells, logits about +-12 that change sign over a few mask pixels; one class has 0.6
-    to 0.95 of the probability. The other class probabilities are uniform but for a tenth, their masks faint and soft.
+    The objects' masks are Voronoi cells. Their logits are about +-12 and change sign within a few mask pixels. One
+    class has 0.6 to 0.95 of the probability. The other queries have nearly uniform classes and faint, smooth masks.
     """
     side, objects = size // 4, min(CONFIDENT, queries - 1)
     axis = torch.arange(side) + 0.5
@@ -96,9 +97,9 @@ def trained_proposals(labels: int, size: int, queries: int) -> Proposals:
 
 
 def soft_proposals(labels: int, size: int, queries: int) -> Proposals:
-    """Hard for bounds: every query counts at about half of all pixels, smooth masks with logits about +-2.
+    """Proposals that are hard for bounds: every mask is smooth, has logits about +-2 and covers half of the pixels.
 
-    Half of each query's class probability lies on up to eight classes, half is spread unevenly over all.
+    Half of each query's class probability lies on up to eight classes. The other half is spread unevenly over all.
     """
     masks = 2 * _smooth(queries, 8, size // 4)
     class_probs = (2 * torch.randn(queries, labels)).softmax(-1) / 2
@@ -114,13 +115,13 @@ KINDS = {"like a trained model's": trained_proposals, "soft": soft_proposals}
 
 
 def draw_proposals(case: Case, queries: int) -> Proposals:
-    """The same in every process."""
+    """The same proposals in every process."""
     torch.manual_seed(0)
     return KINDS[case.kind](case.labels, case.size, queries)
 
 
 def running_maximum(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Eq. 4 and its argmax without C x H x W: (B, H, W)."""
+    """The argmax of Eq. 4, (B, H, W), without a tensor of C x H x W."""
     masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False).sigmoid_()
     best = masks.new_full((len(masks), *size), -torch.inf)
     label_map = torch.zeros(best.shape, dtype=torch.int64)
@@ -133,10 +134,10 @@ def running_maximum(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, i
 
 
 def label_stage(method: str, proposals: Proposals, side: int) -> Callable[[], Tensor]:
-    """The call to be measured; its result is (H, W)."""
+    """The call that is measured. It returns a label map (H, W)."""
     size = (side, side)
     if method == PEER:
-        logits = F.pad(proposals.class_probs.log(), (0, 1), value=-1e4)  # softmax, less the last, is class_probs
+        logits = F.pad(proposals.class_probs.log(), (0, 1), value=-1e4)  # softmax gives class_probs, then a 0
         outputs = SimpleNamespace(class_queries_logits=logits, masks_queries_logits=proposals.mask_logits)
         processor = Mask2FormerImageProcessorPil()
         return lambda: processor.post_process_semantic_segmentation(outputs, target_sizes=[size])[0]
@@ -150,7 +151,7 @@ def label_stage(method: str, proposals: Proposals, side: int) -> Callable[[], Te
 
 
 def bytes_needed(method: str, case: Case, queries: int) -> int:
-    """By the largest tensors that a method holds at once, float32: scores, mask logits and probabilities."""
+    """Bytes of the largest float32 tensors that a method holds at once: scores, mask logits, mask probabilities."""
     pixels = case.size**2
     scores = {PEER: case.labels * (PEER_SIDE**2 + pixels), DENSE: case.labels * pixels, CHUNKED: CHUNK * pixels}
     masks = {PEER: PEER_SIDE**2, DENSE: pixels, CHUNKED: pixels}
@@ -158,7 +159,7 @@ def bytes_needed(method: str, case: Case, queries: int) -> int:
 
 
 def measure(args: LabelCountArgs, case: Case, method: str) -> dict:
-    """One method in this process: seconds, calls timed, peak_mib, label_map; for OURS the check too."""
+    """Measures one method in this process: seconds, calls, peak_mib, label_map. OURS is checked too."""
     warm_up = Case(case.kind, *WARM_UP)
     label_stage(method, draw_proposals(warm_up, args.queries), warm_up.size)()
     proposals = draw_proposals(case, args.queries)
@@ -175,9 +176,9 @@ def measure(args: LabelCountArgs, case: Case, method: str) -> dict:
 
 
 def check(label_map: Tensor, proposals: Proposals, most: int) -> dict[str, int]:
-    """How many of the checked pixels have a class whose float64 score is not the best to EQUAL.
+    """How many checked pixels have a class whose float64 score is more than EQUAL below the best.
 
-    most: pixels to check, at random where there are more.
+    most: largest number of pixels to check; a random sample if there are more.
     """
     pixels = torch.randperm(label_map.numel())[:most]
     logits = F.interpolate(proposals.mask_logits.double(), label_map.shape, mode="bilinear", align_corners=False)
@@ -192,7 +193,7 @@ def check(label_map: Tensor, proposals: Proposals, most: int) -> dict[str, int]:
 
 
 def time_ratio(args: LabelCountArgs, above: tuple[Case, str], below: tuple[Case, str]) -> float:
-    """The time of one method and case by that of another. They take turns."""
+    """The time of one method and case, divided by that of another. The two take turns."""
     steps = {
         turn: label_stage(method, draw_proposals(case, args.queries), case.size)
         for turn, (case, method) in {"above": above, "below": below}.items()
@@ -205,7 +206,7 @@ def apart(function: Callable, *args: object):
 
 
 def measure_all(args: LabelCountArgs, cases: list[Case]) -> list[dict]:
-    """A row for each case and method, semantic_map's first, since the other label maps are compared with its."""
+    """A row for each case and method. semantic_map comes first: the other label maps are compared with its map."""
     methods = [OURS, SCORED, PEER, DENSE, CHUNKED]
     rows = []
     for case, method in tqdm([(case, method) for case in cases for method in methods], desc="label stage"):
@@ -224,7 +225,7 @@ def measure_all(args: LabelCountArgs, cases: list[Case]) -> list[dict]:
 
 
 def goals_of(args: LabelCountArgs, kind: str, rows: list[dict]) -> list[dict]:
-    """The goals of semantic_map's label map alone, for one kind of inputs. It measures the ratios of times.
+    """The goals of semantic_map without scores, for one kind of input. The ratios of times are measured here.
 
     A row has name, met and figure. A figure that was not measured is NaN.
     """
@@ -272,7 +273,7 @@ def table(rows: list[dict]) -> str:
 
 
 def goal_table(goals: dict[str, list[dict]]) -> str:
-    """Markdown: a column for each kind of inputs."""
+    """A Markdown table with a column for each kind of input."""
     lines = [
         [same[0]["name"], *(f"{goal['figure']:.3g} ({'met' if goal['met'] else 'missed'})" for goal in same)]
         for same in zip(*goals.values(), strict=True)

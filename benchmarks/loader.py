@@ -1,13 +1,13 @@
-"""The speed and memory of the training loader, beside the speed of the model and of the usual order of work.
+"""Speed and memory of the training loader, compared with the speed of the model and of the usual order of work.
 
     python -m benchmarks.loader --output docs/results/loader.json
     python -m benchmarks.loader --dataset DIR --label_space coco_stuff_171 --device cuda --batch_size 8
 
-One process (one core) or several workers make the samples, map-style or from a stream. The usual order of work is to
-decode a whole picture, resize it whole, and crop then. The model is Mask2Former with a ResNet-50 of random weights. One
-training step with all losses is measured on the device. Without --dataset the pictures are synthetic: JPEGs of
-640 x 480 and of 3200 x 2400 pixels in parquet, noise with the spectrum of photographs. Memory is the PSS of a fresh
-process and its workers (spawned, not forked), after half of the samples and after all.
+One process (one core) or several workers make the samples, from a map-style dataset or a stream. The usual order of
+work is to decode the whole picture, to resize it, and then to crop it. The model is Mask2Former with a ResNet-50 and
+random weights. Its training step with all losses is measured on the device. Without --dataset the pictures are
+synthetic: noise with the spectrum of photographs, as JPEGs of 640 x 480 and 3200 x 2400 pixels in parquet files. Memory
+is the PSS of a fresh process (spawned, not forked) and its workers, after half of the samples and after all samples.
 """
 
 import io
@@ -46,24 +46,24 @@ class LoaderBenchArgs(measuring.BenchmarkArguments):
     """Sizes of the comparison."""
 
     dataset: str | None = flag(None, "Dataset to load; default: synthetic pictures.")
-    split: str = flag("train", "Its split.")
+    split: str = flag("train", "Split of the dataset.")
     label_space: str = flag("coco_stuff_171", "Benchmark name or classes.json.")
     crop_size: Pixels = flag(640, "Side of the crop, pixels.")
-    short_edges: Some[Pixels] = flag([64 * x for x in range(5, 16)], "Short edges; zsseg's of COCO-Stuff.")
-    num_images: Count = flag(128, "Synthetic pictures of the first size; an eighth as many of the second.")
-    sizes: list[Pixels] = flag([640, 480, 3200, 2400], "Width and height of the synthetic pictures, twice.")
+    short_edges: Some[Pixels] = flag([64 * x for x in range(5, 16)], "Short edges; default: zsseg's for COCO-Stuff.")
+    num_images: Count = flag(128, "Synthetic pictures of the first size; the second size gets an eighth of it.")
+    sizes: list[Pixels] = flag([640, 480, 3200, 2400], "Width and height of the first size, then of the second.")
     samples: Count = flag(256, "Samples of each measurement of speed.")
     memory_samples: Count = flag(400, "Samples of each measurement of memory.")
     num_workers: Some[Workers] = flag([2], "Numbers of workers.")
-    batch_size: Count = flag(1, "Of the model's step.")
+    batch_size: Count = flag(1, "Batch size of the model's step.")
     steps: Count = flag(2, "Steps of the model, after one that is not counted.")
-    device: Literal["cpu", "cuda"] = flag("cpu", "Of the model.")
-    seed: Seed = flag(0, "Of pictures, weights and draws.")
+    device: Literal["cpu", "cuda"] = flag("cpu", "Device of the model.")
+    seed: Seed = flag(0, "Seed of pictures, weights and random draws.")
 
     def check(self) -> None:
         measuring.device_named(self.device)
         if len(self.sizes) != 4:
-            raise InputError("--sizes takes four numbers: width and height, twice")
+            raise InputError("--sizes takes four numbers: width and height of the first size, then of the second")
 
 
 def noise_picture(rng: np.random.Generator, width: int, height: int) -> bytes:
@@ -107,7 +107,7 @@ def write_pictures(folder: Path, split: str, space: LabelSpace, size: tuple[int,
 
 
 class WholeFirst(SegmentationDataset):
-    """The same samples in the usual order: the picture is decoded whole, resized whole, and then cropped."""
+    """The same samples in the usual order of work: decode the whole picture, resize it, then crop it."""
 
     def sample(self, stored: StoredRecord, epoch: int) -> dict:
         whole, size = stored.decoded(), self.augmentation.draw_size(stored.image.size, np.random.default_rng(epoch))
@@ -130,7 +130,7 @@ def make_dataset(args: LoaderBenchArgs, folder: str, streaming: bool, kind: type
 
 
 def batches_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int, samples: int) -> Iterator[dict]:
-    """Micro-batches of one sample, so that all loaders are measured alike."""
+    """Micro-batches of one sample, so that all loaders do the same work."""
     dataset = make_dataset(args, folder, streaming)
     if streaming:
         return itertools.islice(StreamedBatches(dataset, 1, 64).loader(workers), samples)
@@ -152,13 +152,13 @@ def whole_first(args: LoaderBenchArgs, folder: str) -> Iterator[dict]:
 
 
 def memory_mib() -> float:
-    """Of this process and its children. Shared memory is counted once."""
+    """The memory of this process and its children. Shared memory is counted once."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return sum(process.memory_full_info().pss for process in processes) / 2**20
 
 
 def memory_of(args: LoaderBenchArgs, folder: str, streaming: bool, workers: int) -> dict[str, float]:
-    """MiB after half of the samples and after all. Call it in a fresh process."""
+    """The memory after half of the samples and after all samples. Call it in a fresh process."""
     torch.set_num_threads(1)
     found = {}
     for number, _ in enumerate(batches_of(args, folder, streaming, workers, args.memory_samples), start=1):

@@ -1,6 +1,6 @@
-"""What the measurements share: their flags, steps that take turns, peaks of memory, fresh processes, tables, results.
+"""Shared code of the benchmarks: flags, steps that take turns, memory peaks, fresh processes, tables, result files.
 
-The scripts beside this file import it; it is no command. Each of them says in its first lines how it is started.
+The other scripts of this folder import this module. It is not a command. The first lines of a script say how to run it.
 """
 
 import ctypes
@@ -29,36 +29,36 @@ CPU = torch.device("cpu")
 
 @dataclass
 class BenchmarkArguments(Arguments):
-    """The flag of every measurement."""
+    """The flag that every benchmark has."""
 
-    output: OutputFile | None = flag(None, "Result file; the printed tables go beside it as .md.")
+    output: OutputFile | None = flag(None, "Result file; the printed tables are written beside it as .md.")
 
 
 @dataclass
 class DeviceArguments(BenchmarkArguments):
-    """The flags of a measurement of steps on a device."""
+    """The flags of a benchmark that measures steps on a device."""
 
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto': CUDA where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "'cpu', 'cuda', or 'auto' (CUDA if it is available).")
     rounds: Count = flag(7, "Rounds; the first is not counted.")
 
 
 def device_named(name: str) -> torch.device:
-    """'auto' is CUDA where there is one."""
+    """The device that --device names; 'auto' is CUDA if it is available."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but torch sees no CUDA device here")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def script() -> str:
-    """The module that was started."""
+    """The name of the module that was started."""
     return f"benchmarks.{Path(sys.argv[0]).stem}"
 
 
 def in_fresh_process(function: Callable, *args: object, start: str = "spawn"):
-    """The memory that one measurement leaves to the C library changes the times of the next.
+    """Calls the function in a new process: memory that an earlier measurement left behind would change its times.
 
-    start: "forkserver" saves seconds a process. Each is forked from one that has imported the script and computed
-    nothing, so they share memory.
+    start: "forkserver" saves seconds for each process. It forks a process that has imported the script and computed
+    nothing, so the processes share memory.
     """
     context = get_context(start)
     if start == "forkserver":
@@ -77,7 +77,7 @@ def check_close(difference: float, most: float, what: str) -> None:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Returns when the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -91,7 +91,7 @@ def seconds_of(step: Callable[[], object], device: torch.device = CPU) -> float:
 
 
 def timed(function: Callable) -> tuple[float, object]:
-    """Seconds of one call, and what it returned."""
+    """The seconds of one call, and its result."""
     results = []
     return seconds_of(lambda: results.append(function())), results[0]
 
@@ -99,9 +99,9 @@ def timed(function: Callable) -> tuple[float, object]:
 def take_turns(
     steps: dict[str, Callable[[], object]], rounds: int, device: torch.device = CPU, limit: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds of each step in each round. All steps take turns in a round; the first round is not counted.
+    """Seconds of each step in each round. A round runs every step once; the first round is not counted.
 
-    limit: no further round starts after so many seconds, but one is counted at least.
+    limit: no round starts after this many seconds, but at least one round is counted.
     """
     seconds = {name: [] for name in steps}
     for number in tqdm(range(rounds + 1), desc="rounds"):
@@ -120,7 +120,7 @@ def median_ratio(above: list[float], below: list[float]) -> float:
 def compared(
     steps: dict[str, Callable[[], object]], seconds: dict[str, list[float]], peer: str, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Each step beside the peer: seconds, times_faster, peak_mib, peak_share. seconds: by step and round."""
+    """Figures of each step; times_faster and peak_share compare it with the peer. seconds: by step and round."""
     peaks = {name: allocated_peak(step, device) for name, step in steps.items()}
     return {
         name: {
@@ -137,7 +137,7 @@ def compared(
 
 
 def allocated_peak(step: Callable[[], object], device: torch.device) -> float:
-    """The most memory that torch holds at once in a step beyond what it held before, MiB."""
+    """The peak of the memory that torch holds in a step, less the memory that it held before, MiB."""
     if device.type == "cuda":
         wait_for(device)
         torch.cuda.reset_peak_memory_stats()
@@ -155,16 +155,16 @@ def allocated_peak(step: Callable[[], object], device: torch.device) -> float:
 
 
 def resident_mib(name: str = "VmRSS") -> float:
-    """Resident memory of this process, after what was freed is given back; Linux. VmHWM: its peak."""
+    """Resident memory of this process, MiB; Linux. Freed memory is returned first. name: "VmHWM" gives the peak."""
     ctypes.CDLL(None).malloc_trim(0)
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def resident_peak(step: Callable[[], object]) -> float:
-    """The most memory that is resident during a step beyond what was resident before, MiB; Linux."""
-    before = resident_mib()  # freed memory, were it kept, would hide what the step takes of it
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+    """The peak of the resident memory in a step, less the resident memory before, MiB; Linux."""
+    before = resident_mib()  # returns freed memory: a step that reuses it would look too small
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the resident memory of now
     step()
     return resident_mib("VmHWM") - before
 
@@ -177,13 +177,13 @@ def machine_name(device: torch.device = CPU) -> str:
 
 
 def head(device: torch.device = CPU) -> dict[str, str]:
-    """Of a result: the command, the machine, the version of torch."""
+    """The first fields of a result: the command, the machine, the version of torch."""
     command = shlex.join(["python", "-m", script(), *sys.argv[1:]])
     return {"command": command, "machine": machine_name(device), "torch": torch.__version__}
 
 
 def table(titles: str, cells: str, rows: list[dict]) -> str:
-    """Markdown. titles: "backbone | seconds", cells: "{backbone} | {seconds:.3f}". A value that a row lacks is "-"."""
+    """A Markdown table. titles: "backbone | seconds", cells: "{backbone} | {seconds:.3f}". A missing value is "-"."""
 
     def cell(form: str, row: dict) -> str:
         try:
@@ -195,12 +195,12 @@ def table(titles: str, cells: str, rows: list[dict]) -> str:
 
 
 def table_of(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown. The rows have their texts already."""
+    """A Markdown table of rows whose cells are texts."""
     return "\n".join(markdown_table(titles, rows)) + "\n"
 
 
 def publish(output: str | None, result: dict, text: str) -> None:
-    """Prints the text, and writes both where an output is asked for."""
+    """Prints the text. If an output is given, writes the result and the text there."""
     print(text, end="")
     if output is not None:
         write_report(Path(output), result, text)

@@ -1,16 +1,16 @@
-"""The network's forward beside transformers' Mask2Former at the same weights, and beside what the operations allow.
+"""The network's forward pass, compared with transformers' Mask2Former at the same weights, and with a floor.
 
     python -m benchmarks.network --output docs/results/network.json
     python -m benchmarks.network --device cuda --dtype bfloat16 --backbones resnet50 --sizes 512 --modes eager
 
-Both networks are in eval mode. "compiled" is torch.compile of all but the class heads. Weights are random, those of
-batch norms too. Mask logits must equal those of transformers' eager network to 1e-4 of the largest: of eager networks
-in float64, of compiled ones in float32. Each backbone, size and mode has a process of its own, in which the networks
-and a large matrix product take turns. Time is the median over rounds, a ratio the median of the rounds' ratios. Memory
-is the peak of what a forward allocates beyond the weights.
+Both networks are in eval mode. All weights are random, also in batch norms. "compiled" means torch.compile of
+everything except the class heads. Mask logits must equal those of transformers' eager network to 1e-4 of the largest
+logit; eager networks are compared in float64, compiled ones in float32. Each backbone, size and mode is measured in its
+own process, where the networks and a large matrix product take turns. A time is the median over the rounds; a ratio is
+the median of the rounds' ratios. Memory is the peak that a forward pass allocates in addition to the weights.
 
-The floor is the time that the convolutions and matrix products (attention included) of a forward would take at the rate
-of the large matrix product's best round.
+The floor is the time that the convolutions and matrix products of a forward pass (attention included) would need at the
+speed of the large matrix product in its best round.
 """
 
 import itertools
@@ -39,14 +39,14 @@ from zs3.command_line import Count, InputError, OutputFile, Pixels, Some, flag, 
 from zs3.files import write_text
 
 PEER, OURS, GEMM = "transformers' Mask2Former", "zs3", "matrix product"
-EQUAL = 1e-4  # of the largest mask logit
+EQUAL = 1e-4  # largest difference allowed, as a share of the largest mask logit
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 BACKBONES = {
     "resnet50": lambda: ResNetConfig(out_features=STAGES),
-    # Swin-T. It has no stochastic depth, so that outputs can be compared in training.
+    # Swin-T without stochastic depth, so that outputs can be compared in training mode.
     "swin_tiny": lambda: SwinConfig(drop_path_rate=0.0, out_features=STAGES),
 }
-ARCHITECTURE: dict[str, int] = {}  # what differs from Mask2Former's own
+ARCHITECTURE: dict[str, int] = {}  # fields that differ from Mask2Former's defaults
 PARTS, REST = ("backbone", "deformable encoder", "rest of the pixel decoder", "transformer decoder"), "rest"
 
 
@@ -54,14 +54,14 @@ PARTS, REST = ("backbone", "deformable encoder", "rest of the pixel decoder", "t
 class NetworkArgs(measuring.DeviceArguments):
     """Sizes of the comparison."""
 
-    backbones: Some[str] = flag(list(BACKBONES), f"Backbones, of {', '.join(BACKBONES)}.")
+    backbones: Some[str] = flag(list(BACKBONES), f"Backbones, from {', '.join(BACKBONES)}.")
     sizes: Some[Pixels] = flag([512, 640], "Sides of the images, pixels.")
-    modes: Some[str] = flag(["eager", "compiled"], "'eager', 'compiled'.")
+    modes: Some[str] = flag(["eager", "compiled"], "Modes: 'eager', 'compiled'.")
     batch_size: Count = flag(1, "Images at once.")
-    class_names: Count = flag(171, "Names on the class axis.")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "'bfloat16': the forwards run under autocast in it.")
-    gemm_size: Count = flag(2048, "Side of the matrices whose product gives the machine's rate; 8192 suits a GPU.")
-    profile: OutputFile | None = flag(None, "Text file for the operators that took longest.")
+    class_names: Count = flag(171, "Number of class names.")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "With 'bfloat16' the forward passes run under autocast.")
+    gemm_size: Count = flag(2048, "Side of the matrices in the large matrix product; 8192 suits a GPU.")
+    profile: OutputFile | None = flag(None, "Text file for the slowest operators.")
 
     def check(self) -> None:
         check_choices("backbones", self.backbones, list(BACKBONES))
@@ -78,8 +78,8 @@ def check_choices(name: str, given: list[str], known: list[str]) -> None:
 
 
 def make_zs3(backbone: str, **losses: object) -> Zs3ForSemanticSegmentation:
-    """Random weights: batch norms and attention that do something, sampling points that lie between pixels, not on
-    them, where a gradient has two values."""
+    """A model whose random weights give batch norms and attention an effect. Its sampling points lie between pixels,
+    because on a pixel the gradient has two values."""
     config = Zs3Config(
         backbone_config=BACKBONES[backbone](), **ARCHITECTURE, **losses, text_config=None, vision_config=None
     )
@@ -100,7 +100,7 @@ def make_zs3(backbone: str, **losses: object) -> Zs3ForSemanticSegmentation:
 def make_peer(
     backbone: str, class_names: int, weights: Zs3ForSemanticSegmentation, **losses: object
 ) -> Mask2FormerForUniversalSegmentation:
-    """transformers' network with the weights of this project's; its class head is its own."""
+    """transformers' network with the weights of this project's network, except in the class head."""
     config = Mask2FormerConfig(backbone_config=BACKBONES[backbone](), **ARCHITECTURE, **losses, num_labels=class_names)
     model = Mask2FormerForUniversalSegmentation(config)
     model.model.load_state_dict(weights.model.state_dict())
@@ -108,20 +108,20 @@ def make_peer(
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, of the largest size; NaN where either has one."""
+    """The largest difference, as a share of the largest absolute value of `theirs`; NaN if either has a NaN."""
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
 
 def operations(step: Callable[[], object]) -> int:
-    """Floating-point operations of the convolutions and matrix products of a step, two a multiplication."""
-    # Fused attention on the CPU is no operation that the counter knows; taken apart, its products are counted.
+    """Floating-point operations of a step's convolutions and matrix products, two for each multiply-add."""
+    # The counter does not know fused attention on the CPU. SDPBackend.MATH splits it into products that it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
 def compile_network(model: nn.Module) -> None:
-    """All but transformers' class heads, and this project's comparison with the text vectors."""
+    """Compiles everything except transformers' class heads and this project's comparison with text vectors."""
     if isinstance(model, Zs3ForSemanticSegmentation):
         model._proposals = torch.compile(model._proposals)
     else:
@@ -129,14 +129,14 @@ def compile_network(model: nn.Module) -> None:
 
 
 def graph_breaks(step: Callable[[], object]) -> int:
-    """Of the compiled networks in a step that compiles them."""
+    """The number of graph breaks in a step that compiles its network."""
     counters["graph_break"].clear()
     step()
     return sum(counters["graph_break"].values())
 
 
 def parts_of(model: nn.Module) -> dict[str, tuple[object, str]]:
-    """What is called for each part of a network: an object and the name of its method or function."""
+    """The function that computes each part of a network: the object that has it, and its name."""
     if isinstance(model, Zs3ForSemanticSegmentation):
         names = ("backbone_features", "encoder_layer", "pixel_decoder", "transformer_decoder")
         return {part: (network_zs3, name) for part, name in zip(PARTS, names, strict=True)}
@@ -148,7 +148,7 @@ def parts_of(model: nn.Module) -> dict[str, tuple[object, str]]:
 def seconds_of_parts(
     parts: dict[str, tuple[object, str]], step: Callable[[], object], rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Mean seconds of a step by part, without the parts inside it."""
+    """The mean seconds of each part in a step. The time of a part excludes the parts inside it."""
     seconds = dict.fromkeys([*parts, REST], 0.0)
     running, since = [REST], 0.0
 
@@ -181,7 +181,7 @@ def seconds_of_parts(
 
 
 def operator_table(step: Callable[[], object], device: torch.device) -> str:
-    """The operators of a step that took longest."""
+    """A table of the slowest operators in a step."""
     with profile() as profiler:
         step()
     kind = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -189,7 +189,7 @@ def operator_table(step: Callable[[], object], device: torch.device) -> str:
 
 
 def difference_in_float64(ours: nn.Module, peer: nn.Module, pixel_values: Tensor, text_embeds: Tensor) -> float:
-    """Of the mask logits. In float32 rounding alone may move a pixel into the mask that attention is held to."""
+    """The difference of the mask logits. In float32, rounding alone can change the attention mask of a pixel."""
     ours.double(), peer.double()
     theirs = peer(pixel_values.double()).masks_queries_logits
     difference = relative_difference(ours(pixel_values.double(), text_embeds=text_embeds).mask_logits, theirs)
@@ -198,9 +198,9 @@ def difference_in_float64(ours: nn.Module, peer: nn.Module, pixel_values: Tensor
 
 
 def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torch.device) -> dict:
-    """Both networks at the same weights and images."""
+    """Compares both networks at the same weights and on the same images."""
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 for everyone, the matrix product included
+    torch.backends.cudnn.allow_tf32 = False  # full float32 in all networks and in the matrix product
     ours = make_zs3(backbone).eval().to(device)
     peer = make_peer(backbone, args.class_names, ours).eval().to(device)
     pixel_values = torch.randn(args.batch_size, 3, size, size, device=device)
@@ -211,7 +211,7 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
         steps = {PEER: lambda: peer(pixel_values), OURS: lambda: ours(pixel_values, text_embeds=text_embeds)}
         if mode == "eager":
             row["largest_difference"] = difference_in_float64(ours, peer, pixel_values, text_embeds)
-        counted = operations(steps[OURS])  # counting does not see into compiled code
+        counted = operations(steps[OURS])  # the counter cannot see inside compiled code
         if mode == "compiled":
             expected = steps[PEER]().masks_queries_logits
             for model in (ours, peer):
@@ -233,7 +233,7 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
 def measure_all(
     args: NetworkArgs, steps: dict[str, Callable[[], object]], operations: int, device: torch.device
 ) -> dict:
-    """Times of all steps and of the matrix product in turns, memory of the steps. operations: of the floor."""
+    """Times of the steps and of a matrix product that take turns; memory of the steps. operations: for the floor."""
     matrix = torch.randn(args.gemm_size, args.gemm_size, device=device, dtype=getattr(torch, args.dtype))
     seconds = measuring.take_turns({**steps, GEMM: lambda: matrix @ matrix}, args.rounds, device)
     rate = 2 * args.gemm_size**3 / min(seconds[GEMM])
@@ -251,12 +251,12 @@ CELLS += "{times_the_floor:.2f} | {peak_mib:.0f} | {peak_share:.2f} | {breaks} |
 
 
 def by_network(rows: list[dict]) -> list[dict]:
-    """A row for each network of each row, for a table."""
+    """The rows of a table: one for each network of each result."""
     return [{**row, "network": name, **figures} for row in rows for name, figures in row["networks"].items()]
 
 
 def parts_table(rows: list[dict]) -> str:
-    """Markdown: where the time of one eager forward goes."""
+    """A Markdown table of the time of each part in one eager forward pass."""
     parts = list(rows[0]["parts"])
     lines = []
     for row in rows:
@@ -267,7 +267,7 @@ def parts_table(rows: list[dict]) -> str:
 
 
 def pop_operators(rows: list[dict]) -> str:
-    """The operator tables of all rows, taken out of them: a text file of their own."""
+    """Removes the operator tables from all rows and returns them as one text."""
     texts = []
     for row in rows:
         title = ", ".join(str(value) for value in row.values() if isinstance(value, str | int))
@@ -278,7 +278,7 @@ def pop_operators(rows: list[dict]) -> str:
 def report(
     args: NetworkArgs, rows: list[dict], device: torch.device, title: str, tables: Callable[[list[dict]], str]
 ) -> None:
-    """Prints and writes what `args` ask for."""
+    """Prints the tables and writes the files that `args` name."""
     operators, facts = pop_operators(rows), measuring.head(device)
     rate = max(row["operations_per_second"] for row in rows)
     text = f"{title}, {args.dtype}, torch {facts['torch']}, {facts['machine']}; matrix product of "

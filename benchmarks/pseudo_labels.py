@@ -1,10 +1,10 @@
-"""Throughput of pseudo labels: a loop over crops beside `zs3.pseudo_labels` with one process and with two.
+"""Throughput of pseudo labels: a loop over crops, compared with `zs3.pseudo_labels` in one process and in two.
 
     python -m benchmarks.pseudo_labels --model CHECKPOINT --dataset DIR --output docs/results/pseudo_labels.json
 
-The loop scores one proposal after the other, as the ancestors do, in this process with one thread. Its scores must be
-those of the command. The command runs as users start it, by `accelerate launch`, each process with one thread. The time
-of a run with few images is taken off that of a run with many, so that starting and ending do not count.
+The loop scores one proposal after the other, as earlier work does, in this process with one thread. Its scores must
+equal those of the command. `accelerate launch` starts the command, as for users; each process has one thread. The time
+of a run with few images is subtracted from that of a run with many, so that start and end do not count.
 """
 
 import os
@@ -26,7 +26,7 @@ from zs3.data.records import load_split
 from zs3.pseudo_labels import unseen_scores
 from zs3.scenes.demo import launcher
 
-SAME = 1e-3  # a score of the loop and one of the command differ by no more
+SAME = 1e-3  # largest difference allowed between the scores of loop and command
 LOOP = "loop over crops, 1 thread"
 
 
@@ -35,11 +35,11 @@ class PseudoLabelBenchArgs(measuring.BenchmarkArguments):
     """Sizes of the comparison."""
 
     model: str | None = flag(None, "Stage-1 checkpoint with an image tower.")
-    dataset: str | None = flag(None, "Folder of its data.")
-    few: Count = flag(64, "Images of the short run; of the loop too.")
+    dataset: str | None = flag(None, "Folder of the dataset.")
+    few: Count = flag(64, "Images of the short run and of the loop.")
     many: Count = flag(1088, "Images of the long run.")
-    shard_size: Count = flag(32, "Images a shard.")
-    num_processes: Some[Processes] = flag([1, 2], "Numbers of processes; the others are compared with the first.")
+    shard_size: Count = flag(32, "Images in each shard.")
+    num_processes: Some[Processes] = flag([1, 2], "Numbers of processes; all are compared with the first.")
 
     def check(self) -> None:
         check_required(self, "model", "dataset")
@@ -48,18 +48,18 @@ class PseudoLabelBenchArgs(measuring.BenchmarkArguments):
 
 
 def command_seconds(flags: list[str], processes: int) -> float:
-    """Of the whole command with these flags, one thread a process."""
+    """The seconds of the whole command with these flags. Each process has one thread."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", TOKENIZERS_PARALLELISM="false")
     command = [*launcher(processes), "-m", "zs3.pseudo_labels", *flags]
     seconds, ended = measuring.timed(lambda: subprocess.run(command, env=environment, stdout=subprocess.DEVNULL))
     if ended.returncode != 0:
-        raise InputError("zs3.pseudo_labels failed, its error is above")
+        raise InputError("zs3.pseudo_labels failed; its error is above")
     return seconds
 
 
 @torch.inference_mode()
 def loop(model: str, dataset: str, count: int) -> tuple[float, np.ndarray]:
-    """Images a second, and the scores (N, U) of the first images, `count` of them."""
+    """Images a second, and the scores (N, U) of the first `count` images."""
     model, processor = load_checkpoint(model)
     records = load_split(dataset, "train")
     text_embeds, _ = class_vectors(model, processor, records.label_space.unseen, None)
@@ -98,7 +98,7 @@ def measure(args: PseudoLabelBenchArgs) -> list[dict]:
             rows.append({"way": name, "images_per_second": (args.many - args.few) / (seconds[1] - seconds[0])})
             written.add(tuple(file.read_bytes() for file in sorted(outputs[1].glob("*.parquet"))))
     if len(written) > 1:
-        raise ValueError("the numbers of processes gave different bytes, which is a defect")
+        raise ValueError("different numbers of processes wrote different bytes, which is a defect")
     for row in rows:
         row["times_faster_than_loop"] = row["images_per_second"] / rate
         row["times_faster_than_first"] = row["images_per_second"] / rows[1]["images_per_second"]

@@ -1,13 +1,13 @@
-"""Text vectors of a long label list: padding to 77 beside padding to the longest, the first call beside the second.
+"""The time to embed a long label list: padding to 77 or to the longest prompt, and the first call or later calls.
 
     python -m benchmarks.text_side --output docs/results/text_side.json
 
 The labels are those of ADE20K-847. The encoder has the size of CLIP ViT-B/16's text tower (63 million parameters) and
-random weights. The tokenizer makes one token of every word, digit and mark: 9.5 tokens a prompt with the first
-template, where CLIP's own makes 9.9. `--tokenizer` takes CLIP's own, as OpenAI published it.
+random weights. The tokenizer makes one token from every word, digit and punctuation mark. With the first template a
+prompt has 9.5 tokens on average; CLIP's tokenizer makes 9.9. `--tokenizer` loads CLIP's tokenizer from OpenAI's file.
 
-Both ways of padding go through `encode_text`. The calls after them go through a TextCache in a new folder. Its first
-call embeds all labels, later calls find the vectors. "Weights hashed anew" is such a call in a new process.
+Padding to 77 calls `encode_text` directly. All other calls use a TextCache in a new folder. Its first call embeds all
+labels; later calls find the vectors. "weights hashed anew" is a later call as a new process would make it.
 """
 
 import gzip
@@ -36,7 +36,7 @@ from zs3.scenes.tiny_clip import learn_merges
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY = 49408  # of CLIP's tokenizer; its last two tokens are START and END
-WORD = r"[^\W\d_]+|\d|[^\w\s]+"  # a word, a digit, or marks
+WORD = r"[^\W\d_]+|\d|[^\w\s]+"  # a word, a digit, or punctuation marks
 PADDED, FIRST = "all prompts padded to {}", "first call"
 
 
@@ -44,12 +44,12 @@ PADDED, FIRST = "all prompts padded to {}", "first call"
 class TextArgs(measuring.BenchmarkArguments):
     """Sizes of the comparison."""
 
-    labels: Count = flag(847, "Labels, the first of ADE20K-847.")
-    templates: Count = flag(1, "Prompt templates a label.")
+    labels: Count = flag(847, "Number of labels, from the start of ADE20K-847.")
+    templates: Count = flag(1, "Prompt templates for each label.")
     layers: Count = flag(12, "Layers of the text tower.")
-    width: Count = flag(512, "Its width; its heads have 64 channels.")
+    width: Count = flag(512, "Width of the text tower; its heads have 64 channels.")
     rounds: Count = flag(20, "Calls that find their vectors in memory or on disk; the time is their median.")
-    tokenizer: str | None = flag(None, f"Folder with OpenAI's {MERGES_FILE}; without it, one token a word.")
+    tokenizer: str | None = flag(None, f"Folder with OpenAI's {MERGES_FILE}; default: each word is one token.")
 
 
 def clip_merges(folder: str) -> list[tuple[str, ...]]:
@@ -71,7 +71,7 @@ def make_tokenizer(merges: list[tuple[str, ...]]) -> CLIPTokenizer:
 
 
 def text_model(args: TextArgs) -> Zs3ForSemanticSegmentation:
-    """Random weights; the part that sees is as small as it can be."""
+    """A model with random weights. Its image part is as small as possible."""
     text = {"hidden_size": args.width, "intermediate_size": 4 * args.width, "num_hidden_layers": args.layers}
     text |= {"num_attention_heads": max(1, args.width // 64), "vocab_size": VOCABULARY, "eos_token_id": VOCABULARY - 1}
     layers = {"layer_type": "basic", "depths": [1] * 4, "hidden_sizes": [8] * 4, "embedding_size": 8}
@@ -83,18 +83,18 @@ def text_model(args: TextArgs) -> Zs3ForSemanticSegmentation:
 
 
 def padded_ids(labels: list[Label], tokenizer: CLIPTokenizer) -> Tensor:
-    """(C, T, 77): what follows a prompt's end counts as text, so nothing is cut; in a causal encoder it has no say."""
+    """Token ids (C, T, 77). Padding counts as text, so it is not cut. A causal encoder gives the same vectors."""
     prompts = [prompt for label in labels for prompt in label.prompts]
     ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     return ids.reshape(len(labels), -1, ids.shape[1])
 
 
 def compare(args: TextArgs, labels: list[Label], processor: Zs3Processor, folder: str) -> dict[str, float]:
-    """Seconds of each way to the same vectors."""
+    """The seconds of each way to get the same vectors."""
     torch.manual_seed(0)
     model = text_model(args)
     cache = TextCache(folder)
-    model.encode_text(**processor.tokenize(labels[:1]))  # what libraries do once a process
+    model.encode_text(**processor.tokenize(labels[:1]))  # libraries do some work only in the first call
     seconds = {}
     name = PADDED.format(processor.tokenizer.model_max_length)
     seconds[name], expected = measuring.timed(lambda: model.encode_text(padded_ids(labels, processor.tokenizer)))
@@ -110,7 +110,7 @@ def compare(args: TextArgs, labels: list[Label], processor: Zs3Processor, folder
         "again, from disk": lambda: TextCache(folder).embed(labels, model, processor),
         "again, from disk, weights hashed anew": in_new_process,
     }
-    with patch.object(model, "encode_text", None):  # must not be needed
+    with patch.object(model, "encode_text", None):  # later calls must not need it
         for name, function in again.items():
             if not torch.equal(function(), first):
                 raise InputError(f"{name}: not the vectors of the first call")
@@ -131,7 +131,7 @@ def main() -> None:
     args, _ = read_arguments(TextArgs)
     names = load_label_space("ade20k_847").class_names
     if args.labels > len(names) or args.templates > len(PROMPT_TEMPLATES):
-        raise InputError(f"there are {len(names)} --labels and {len(PROMPT_TEMPLATES)} --templates")
+        raise InputError(f"--labels is at most {len(names)}, and --templates is at most {len(PROMPT_TEMPLATES)}")
     if args.width >= 64 and args.width % (args.width // 64):
         raise InputError(f"--width must be a multiple of 64, got {args.width}")
     labels = read_labels(names[: args.labels], PROMPT_TEMPLATES[: args.templates])

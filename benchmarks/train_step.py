@@ -1,17 +1,19 @@
-"""A whole training step beside transformers' Mask2Former with its own losses, at the same weights.
+"""A whole training step, compared with transformers' Mask2Former and its own losses at the same weights.
 
     python -m benchmarks.train_step --output docs/results/train_step.json
     python -m benchmarks.train_step --device cuda --dtype bfloat16 --batch_size 8
 
-A step is forward, loss of all decoder outputs, backward, clipping, and AdamW. Labels are Voronoi cells; transformers
-gets its binary masks ready-made. This project runs with Mask2Former's losses and with Eq. 8's. The backbone's batch
-norms are "frozen" (neither their statistics nor their weights change) or "live". "compiled" is torch.compile of all but
-the class heads and the losses. First, in float64, the mask logits and the gradient of a random sum of them must equal
-those of transformers. In float32 that gradient of a random ResNet changes by 1 % where its input changes by 1e-7.
-`benchmarks.criterion` shows that the losses are equal.
+A step is forward pass, loss of all decoder outputs, backward pass, gradient clipping and AdamW. Labels are Voronoi
+cells; transformers gets ready-made binary masks. This project runs with Mask2Former's losses and with those of Eq. 8.
+The backbone's batch norms are "frozen" (neither their statistics nor their weights change) or "live". "compiled" means
+torch.compile of everything except the class heads and the losses.
 
-Processes, times and the floor are those of `benchmarks.network`. The floor is that of the step with Mask2Former's
-losses, backward included. Peak memory is what a step holds beyond weights and AdamW's state.
+First the networks are compared in float64. The mask logits, and the gradient of a random weighted sum of them, must
+equal those of transformers. In float32 that would fail: a change of 1e-7 in the input of a random ResNet changes this
+gradient by 1 %. `benchmarks.criterion` shows that the losses are equal.
+
+Processes, times and the floor are as in `benchmarks.network`. The floor counts the step with Mask2Former's losses,
+backward pass included. Peak memory does not include the weights and AdamW's state.
 """
 
 import itertools
@@ -29,8 +31,8 @@ from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import Count, Pixels, Some, flag, read_arguments, run
 
 EQ8 = "zs3, Eq. 8"
-EQUAL_GRADIENTS = 1e-3  # of the gradient's norm
-CLIP, LEARNING_RATE, WEIGHT_DECAY = 0.01, 5e-5, 1e-4  # section 4.3
+EQUAL_GRADIENTS = 1e-3  # largest difference allowed, as a share of the gradient's norm
+CLIP, LEARNING_RATE, WEIGHT_DECAY = 0.01, 5e-5, 1e-4  # section 4.3 of the paper
 
 
 @dataclass
@@ -38,8 +40,8 @@ class TrainStepArgs(network.NetworkArgs):
     """Sizes of the comparison."""
 
     sizes: Some[Pixels] = flag([512], "Sides of the images, pixels.")
-    norms: Some[str] = flag(["frozen", "live"], "Batch norms of a backbone that has some: 'frozen', 'live'.")
-    modes: Some[str] = flag(["eager"], "'eager', 'compiled'.")
+    norms: Some[str] = flag(["frozen", "live"], "Modes of the backbone's batch norms, if it has any: 'frozen', 'live'.")
+    modes: Some[str] = flag(["eager"], "Modes: 'eager', 'compiled'.")
     batch_size: Count = flag(2, "Images in the batch.")
     classes: Count = flag(8, "Classes in each image.")
     points: Count = flag(12544, "Points of the mask losses.")
@@ -52,17 +54,17 @@ class TrainStepArgs(network.NetworkArgs):
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """In training, no batch norm of the backbone learns or moves its statistics."""
+    """Fixes the weights and statistics of the backbone's batch norms in training."""
     if isinstance(model, Zs3ForSemanticSegmentation):
         model.freeze_backbone_norms()
     else:
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):  # there are none elsewhere
+            if isinstance(module, nn.BatchNorm2d):  # only the backbone has batch norms
                 module.eval().requires_grad_(False)
 
 
 def logits_and_gradient(model: nn.Module, pixel_values: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask logits, and the gradient of a random sum of them by all that the networks share, one vector; in float64."""
+    """Mask logits, and the gradient (one vector) of their random weighted sum for all shared weights; in float64."""
     outputs = model.double()(pixel_values.double(), **inputs)
     logits = outputs["masks_queries_logits" if "masks_queries_logits" in outputs else "mask_logits"]
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
@@ -74,7 +76,7 @@ def logits_and_gradient(model: nn.Module, pixel_values: Tensor, **inputs: Tensor
 
 
 def held_mib(model: nn.Module) -> float:
-    """What stays between steps: weights, statistics, and AdamW's two values for every weight that learns."""
+    """The memory that stays between steps: weights, statistics, and AdamW's two values for every trained weight."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += 2 * [p for p in model.parameters() if p.requires_grad]
     return sum(tensor.nbytes for tensor in tensors) / 2**20
@@ -83,7 +85,7 @@ def held_mib(model: nn.Module) -> float:
 def make_steps(
     args: TrainStepArgs, models: dict[str, nn.Module], pixel_values: Tensor, text_embeds: Tensor, labels: Tensor
 ) -> dict[str, Callable[[], None]]:
-    """A training step of each."""
+    """A training step of each model."""
     masks, ids = binary_masks(labels)
     dtype = getattr(torch, args.dtype)
 
@@ -106,9 +108,9 @@ def make_steps(
 
 
 def compare(args: TrainStepArgs, backbone: str, size: int, norms: str, mode: str, device: torch.device) -> dict:
-    """All networks on the same batch."""
+    """Compares all networks on the same batch."""
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 for everyone, the matrix product included
+    torch.backends.cudnn.allow_tf32 = False  # full float32 in all networks and in the matrix product
     same = make_zs3(backbone, train_num_points=args.points, **SAME_LOSSES)
     eq8 = make_zs3(backbone, train_num_points=args.points)
     eq8.model.load_state_dict(same.model.state_dict())
@@ -122,7 +124,7 @@ def compare(args: TrainStepArgs, backbone: str, size: int, norms: str, mode: str
     text_embeds = F.normalize(torch.randn(args.class_names, same.config.projection_dim, device=device), dim=-1)
     labels = make_labels(args.batch_size, size, args.class_names, args.classes, device)
 
-    what = f"{backbone}, {size}, {norms}, {mode}: of zs3 and transformers, the"
+    what = f"{backbone}, {size}, {norms}, {mode}: zs3's and transformers'"
     expected = logits_and_gradient(models[PEER], pixel_values)
     found = logits_and_gradient(same, pixel_values, text_embeds=text_embeds)
     difference = network.relative_difference(found[0], expected[0])
@@ -134,7 +136,7 @@ def compare(args: TrainStepArgs, backbone: str, size: int, norms: str, mode: str
     row |= {"largest_difference": difference, "gradient_difference": gradient_difference}
 
     steps = make_steps(args, models, pixel_values, text_embeds, labels)
-    counted = network.operations(steps[SAME])  # counting does not see into compiled code
+    counted = network.operations(steps[SAME])  # the counter cannot see inside compiled code
     if mode == "compiled":
         for model in models.values():
             network.compile_network(model)

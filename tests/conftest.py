@@ -1,6 +1,6 @@
-"""The suite runs offline, keeps its copies of remote code and its text vectors to itself, and uses one thread: on tiny
-models more threads gain nothing, and cost much where other work shares the cores. Set before torch and transformers are
-imported."""
+"""Settings of the tests, made before torch and transformers are imported. The tests run offline. They keep copies of
+remote code and text vectors in a temporary folder. They use one thread: with tiny models more threads are not faster,
+and they slow down other work on the same cores."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ def pytest_unconfigure() -> None:
 
 
 class Ended(NamedTuple):
-    """A command that has ended. code: its exit code; the rest: what it printed."""
+    """The result of a command: its exit code, and the texts that it printed to stdout and stderr."""
 
     code: int
     out: str
@@ -31,7 +31,7 @@ class Ended(NamedTuple):
 
     @property
     def refusal(self) -> str:
-        """The line with which it refused."""
+        """The last line of stderr, which must be an error message."""
         line = (self.err.strip().splitlines() or [""])[-1]
         assert self.code == 2 and line.startswith("error: "), self
         return line

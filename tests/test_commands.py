@@ -1,4 +1,4 @@
-"""The command `zs3`: its list, each command's --help, and the spellings of version 0.1.0."""
+"""The command `zs3`: the list of commands, the --help of each, and the spellings of version 0.1.0."""
 
 import re
 import runpy
@@ -69,10 +69,10 @@ def test_the_package_is_the_command(tmp_path):
 
 
 def run_module(name: str, monkeypatch) -> None:
-    """`python -m zs3.NAME --help`, in this process."""
+    """Runs `python -m zs3.NAME --help` in this process."""
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     module = f"zs3.{name}.__main__" if (ROOT / "zs3" / name).is_dir() else f"zs3.{name}"
-    monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns of a module that is imported already
+    monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns if the module is already imported
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"zs3.{name}", run_name="__main__", alter_sys=True)
     assert ended.value.code == 0
@@ -101,7 +101,7 @@ def test_an_old_module_cannot_be_imported_and_the_message_names_its_command():
 
 
 def test_every_flag_of_training_has_its_help(call):
-    """Of the model's own fields and of Mask2Former's, from the docstrings of their configurations."""
+    """The help of a field of the model comes from the docstring of Zs3Config or of Mask2FormerConfig."""
     shown = call(lambda: read_arguments(TrainArgs, ["--help"], Zs3Config)).out
     flags = re.split(r"^  --", shown, flags=re.MULTILINE)[1:]
     words = {flag.split()[0]: len(flag.split()) for flag in flags}

@@ -1,6 +1,6 @@
-"""The house: imports run one way, between files and between wings, and no function is longer than a screen.
+"""Imports run one way, between files and between wings (the folders of zs3/). No function is longer than a screen.
 
-Read from the code's own import statements, those within functions included.
+The tests read the import statements of the code, also those inside functions.
 """
 
 import ast
@@ -19,7 +19,7 @@ def module_of(file: Path, root: Path) -> str:
 
 
 def imported(file: Path, modules: set[str], root: Path) -> Iterator[str]:
-    """The modules of the repository that a file imports; `from zs3.data import check` is one of zs3.data.check."""
+    """The modules of the repository that a file imports. `from zs3.data import check` imports zs3.data.check."""
     package = file.relative_to(root).parent.parts
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -39,7 +39,7 @@ def arrows(files: list[Path], root: Path) -> dict[str, set[str]]:
 
 
 def between_wings(graph: dict[str, set[str]], wings: set[str]) -> dict[str, set[str]]:
-    """The same arrows with each wing as one room."""
+    """The same imports, but each wing counts as one module."""
 
     def room(module: str) -> str:
         return next((wing for wing in wings if module == wing or module.startswith(f"{wing}.")), module)
@@ -51,7 +51,7 @@ def between_wings(graph: dict[str, set[str]], wings: set[str]) -> dict[str, set[
 
 
 def circle(graph: dict[str, set[str]]) -> list[str] | None:
-    """The rooms of a circle, in order, or None: files without arrows are taken away until none is left."""
+    """The modules of one import cycle, in order, or None. Modules that import no other module are removed first."""
     graph = {name: set(others) for name, others in graph.items()}
     while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
         for name in leaves:
@@ -71,7 +71,7 @@ def test_imports_between_files_run_one_way():
 
 
 def test_imports_between_wings_run_one_way():
-    """A package's own __init__.py is the wing's face: it may import another wing, as zs3.evaluation does."""
+    """The __init__.py of a wing belongs to the wing. It may import another wing, as zs3.evaluation does."""
     wings = {f"zs3.{folder.name}" for folder in (ROOT / "zs3").iterdir() if any(folder.glob("*.py"))}
     assert {"zs3.data", "zs3.training", "zs3.evaluation"} <= wings
     assert circle(between_wings(arrows(FILES, ROOT), wings)) is None

@@ -1,4 +1,4 @@
-"""What is installed: versions within the bounds, extras that go together, and a wheel that needs no repository."""
+"""Installation: the tested versions fit the bounds, all extras fit together, a wheel works without the repository."""
 
 import os
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OWN = [line for extra in PROJECT["optional-dependencies"].values() for line in extra if line.startswith("zs3[")]
 EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line in extra if line not in OWN]
-PAGE = "gradio>=6.31"  # of a page on the user's machine, which is planned; older ones bound other packages
+PAGE = "gradio>=6.31"  # for a planned page on the user's machine; older versions restrict other packages
 TESTED = re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -31,8 +31,8 @@ def test_the_tested_versions_lie_within_the_bounds():
 
 
 def test_all_extras_and_the_packages_of_a_page_resolve_together(tmp_path):
-    """pip reads the metadata of what it would install, and installs nothing. With the tested versions it finds those
-    that are installed, PyTorch's, too."""
+    """pip reads the metadata of the packages that it would install, and installs nothing. The constraints are the
+    tested versions, so pip also finds the installed packages, such as PyTorch."""
     assert all(set(Requirement(line).extras) <= set(PROJECT["optional-dependencies"]) for line in OWN)
     (tmp_path / "all.txt").write_text("\n".join([*PROJECT["dependencies"], *EXTRAS, PAGE]))
     ended = pip("-r", tmp_path / "all.txt", "-c", ROOT / "constraints.txt")
@@ -53,7 +53,7 @@ def pip(*arguments: str | Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The folder into which a wheel of the project was unpacked. Built of a copy, as a build leaves files behind."""
+    """The folder of an unpacked wheel of the project. The wheel is built from a copy: a build leaves files behind."""
     folder = tmp_path_factory.mktemp("wheel")
     source, target = folder / "source", folder / "installed"
     source.mkdir()
@@ -70,7 +70,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 def run_installed(code: str, installed: Path, place: Path) -> subprocess.CompletedProcess:
-    """Runs code outside the repository, with the installed project before that of the repository."""
+    """Runs code outside the repository. It imports the installed project, not the repository."""
     environment = dict(os.environ, PYTHONPATH=str(installed))
     return subprocess.run([sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True)
 
@@ -107,7 +107,7 @@ def test_a_wheel_works_outside_the_repository(installed, tmp_path):
 
 
 def test_all_packages_are_named():
-    """A folder of zs3/ with modules that pyproject.toml forgets is in no wheel."""
+    """A wheel lacks every folder of zs3/ that pyproject.toml does not name."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     folders = {f"zs3.{file.parent.name}" for file in ROOT.glob("zs3/*/__init__.py")}
     assert {*setuptools["packages"]} == {"zs3", *folders, *setuptools["package-dir"]}

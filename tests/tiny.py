@@ -1,4 +1,4 @@
-"""Tiny models and checkpoints that the tests share; made here, so that the suite needs no download."""
+"""Tiny models and checkpoints that the tests share. They are made here, so that the tests need no download."""
 
 import json
 from pathlib import Path
@@ -76,7 +76,7 @@ def tiny_config(text: bool = True, vision: bool = False, **overrides) -> Zs3Conf
 
 
 def tiny_model(seed: int = 0, **kwargs) -> Zs3ForSemanticSegmentation:
-    """Random weights, scaled so that queries differ, masks are decided and label maps hold more than one class."""
+    """A model with random weights. They are scaled so that queries differ and label maps have several classes."""
     torch.manual_seed(seed)
     model = Zs3ForSemanticSegmentation(tiny_config(**kwargs)).eval()
     module = model.model.transformer_module
@@ -88,7 +88,7 @@ def tiny_model(seed: int = 0, **kwargs) -> Zs3ForSemanticSegmentation:
 
 
 def save_checkpoint(folder: Path, **kwargs) -> Zs3ForSemanticSegmentation:
-    """A whole checkpoint: weights, config, processor and code, with CLASS_NAMES as its vocabulary."""
+    """Saves a whole checkpoint: weights, config, processor and code. CLASS_NAMES is its vocabulary."""
     model = tiny_model(**kwargs)
     image_processor = Zs3ImageProcessor(size={"shortest_edge": 48, "longest_edge": 96})
     processor = Zs3Processor(image_processor, byte_tokenizer()) if model.text_model is not None else image_processor

@@ -1,4 +1,4 @@
-"""The smallest training run: its recipe, its data, its command line."""
+"""The smallest training run: its recipe, its data and its flags."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ RECIPE = {
 
 
 def write_data(folder: Path) -> Path:
-    """A dataset, its text vectors and the recipe in one folder."""
+    """Writes a dataset, its text vectors and the recipe into one folder. Returns the folder of the dataset."""
     write_dataset(folder / "scenes", num_train=6, num_validation=3, seed=0)
     rng = np.random.default_rng(0)
     np.save(folder / "text.npy", rng.normal(size=(len(CLASS_NAMES), 12)).astype(np.float32))
