@@ -1,14 +1,16 @@
 """The embedded benchmark `scenes`: coloured and patterned shapes in front of textured stuff, drawn by rule.
 
-A scene has 2-3 bands of stuff (grass, sky, ...), 2-5 things ("red circle": an attribute and a shape) and, in half of
-the scenes, a distractor: a thing outside the 20 names, with ignored pixels. Unseen things are mostly beside related
-seen things (`THEMES`). Each attribute and shape of an unseen thing also occurs in a seen one.
+A scene has 2-3 bands of stuff (grass, sky, ...) and 3-6 things ("red circle": an attribute and a shape). Most things of
+a scene belong to its theme. Some bands and things are distractors: no class, so their pixels are ignored.
+The world has 102 names. 24 are the classes (zs3/classes/scenes.json, with 12 class splits), 12 are distractors. The
+other 66 are never drawn in a scene; they are candidate names in the label space `scenes_90`.
 Map: the vocabulary; outlines of shapes; textures of stuff; painting a thing; `compose` draws a picture from names;
 `render_scene` picks the names. `zs3.scenes.dataset` makes the folder that train.py reads.
 Every picture depends on its (seed, index) alone. Coordinates are pixels, x to the right and y down.
 Axes: H W picture, h w the part of it that a thing can touch, P corner of an outline.
 """
 
+import json
 import math
 from collections.abc import Callable
 from functools import cache
@@ -18,8 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SIZE = 96  # pixels, both sides of a picture
-IGNORE_INDEX = 255  # label of distractors
+SIZE = 128  # pixels, both sides of a picture
 ATLAS = 256  # pixels, both sides of a texture; scenes use pieces of it
 
 
@@ -38,48 +39,51 @@ COLOURS = {
 PATTERNS = ("striped", "dotted", "checkered")  # dark on light
 ATTRIBUTES = (*COLOURS, *PATTERNS)
 
-STUFF = ["grass", "sky", "sand", "water", "brick wall", "wood floor", "stone wall"]
-THINGS = [
-    "red circle", "red star", "green cross", "yellow triangle", "yellow star", "blue heart", "blue square",
-    "striped square", "striped circle", "red square", "yellow heart", "striped star", "blue circle",
+_CLASSES = json.loads((Path(__file__).parents[1] / "classes" / "scenes.json").read_text(encoding="utf-8"))
+CLASS_NAMES: list[str] = _CLASSES["classes"]  # 8 stuff, then 16 things
+THINGS: list[str] = _CLASSES["things"]
+STUFF = CLASS_NAMES[: -len(THINGS)]
+UNSEEN: list[str] = _CLASSES["unseen"]  # of split 0
+IGNORE_INDEX: int = _CLASSES["ignore_label"]  # label of distractors
+# Some share a word with a class, some do not.
+DISTRACTOR_STUFF = ["lava", "metal wall"]
+DISTRACTOR_THINGS = [
+    "orange ring", "purple moon", "white arrow", "checkered moon", "orange arrow",
+    "red ring", "blue moon", "orange star", "white heart", "purple square",
 ]  # fmt: skip
-CLASS_NAMES = STUFF + THINGS
-UNSEEN = ["stone wall", "red square", "yellow heart", "striped star", "blue circle"]
-# Neither the attribute nor the shape of a distractor occurs in a class.
-DISTRACTORS = [f"{attribute} {shape}" for attribute in ("orange", "purple", "white", "dotted", "checkered")
-               for shape in ("ring", "moon")]  # fmt: skip
+DISTRACTORS = DISTRACTOR_STUFF + DISTRACTOR_THINGS
 
 
 class Theme(NamedTuple):
     bands: tuple[tuple[str, ...], ...]  # possible stacks of stuff, from top to bottom
-    seen: tuple[str, ...]
-    unseen: str
+    things: tuple[str, ...]
 
 
 THEMES = (
     Theme(
         (("sky", "grass"), ("sky", "grass", "water"), ("sky", "water", "grass")),
-        ("red circle", "red star", "green cross"),
-        "red square",
+        ("red circle", "red star", "green cross", "yellow heart", "green circle", "blue square"),
     ),
     Theme(
         (("sky", "water", "sand"), ("water", "sand"), ("sky", "sand", "water")),
-        ("yellow triangle", "yellow star", "blue heart"),
-        "yellow heart",
+        ("yellow triangle", "yellow star", "blue heart", "dotted cross", "red square", "green triangle"),
     ),
     Theme(
         (("brick wall", "wood floor"), ("sky", "brick wall", "sand"), ("brick wall", "grass")),
-        ("striped square", "striped circle", "red star"),
-        "striped star",
+        ("striped square", "striped star", "red star", "red square", "blue circle", "dotted triangle"),
     ),
     Theme(
         (("sky", "stone wall", "grass"), ("stone wall", "wood floor"), ("stone wall", "sand")),
-        ("blue square", "blue heart", "green cross"),
-        "blue circle",
+        ("blue square", "blue circle", "green triangle", "dotted cross", "yellow heart", "striped square"),
+    ),
+    Theme(
+        (("sky", "snow"), ("stone wall", "snow"), ("brick wall", "snow", "wood floor"), ("snow", "water")),
+        ("dotted triangle", "green circle", "striped star", "red circle", "blue heart", "yellow triangle"),
     ),
 )
-UNSEEN_SHARE = 0.3  # share of things that are the theme's unseen thing
-OTHER_SHARE = 0.15  # share of things of any class; the rest are the theme's seen things
+THEME_SHARE = 0.7  # share of things that are of the theme; the rest are any of THINGS
+DISTRACTOR_BAND = 0.55  # share of scenes with a band that is a distractor
+DISTRACTOR_COUNTS = (0.25, 0.5, 0.25)  # shares of scenes with 0, 1, 2 things that are distractors
 
 
 class Region(NamedTuple):
@@ -88,9 +92,10 @@ class Region(NamedTuple):
 
 
 class Scene(NamedTuple):
-    image: np.ndarray  # (96, 96, 3) uint8 RGB
-    label: np.ndarray  # (96, 96) uint8, an index of CLASS_NAMES or IGNORE_INDEX
+    image: np.ndarray  # (128, 128, 3) uint8 RGB
+    label: np.ndarray  # (128, 128) uint8, an index of CLASS_NAMES or IGNORE_INDEX
     regions: list[Region]  # stuff from top to bottom, then things from back to front
+    owner: np.ndarray  # (128, 128) int, the index of each pixel's region
 
 
 # ------------------------------------------------------------------------------------------------ shapes
@@ -120,7 +125,7 @@ def _moon() -> np.ndarray:
     return np.concatenate([outer, inner]) + (0.15, 0)
 
 
-ARM = 0.36  # half the width of a cross's arms
+ARM = 0.36  # half the width of a cross's arms, and of an arrow's shaft
 # Corners (P, 2), x and y in about [-1, 1]: the outer border and, if there is one, a hole.
 OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "circle": (_circle(),),
@@ -134,6 +139,7 @@ OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "heart": (_heart(),),
     "ring": (_circle(1.05), _circle(0.58)),
     "moon": (_moon(),),
+    "arrow": (np.array([(0, -1.1), (1, 0), (ARM, 0), (ARM, 1.05), (-ARM, 1.05), (-ARM, 0), (-1, 0)]),),
 }  # fmt: skip
 
 
@@ -239,13 +245,12 @@ def _metal_wall(rng: np.random.Generator) -> np.ndarray:
     return _tint(ridges, (72, 80, 92), (186, 196, 206))
 
 
-# The stuff classes come first. Only the tiny CLIP knows the others.
 TEXTURES: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "grass": _grass, "sky": _sky, "sand": _sand, "water": _water, "brick wall": _brick_wall,
-    "wood floor": _wood_floor, "stone wall": _stone_wall, "snow": _snow, "lava": _lava,
-    "night sky": _night_sky, "tile floor": _tile_floor, "metal wall": _metal_wall,
+    "wood floor": _wood_floor, "stone wall": _stone_wall, "snow": _snow, "lava": _lava, "night sky": _night_sky,
+    "tile floor": _tile_floor, "metal wall": _metal_wall,
 }  # fmt: skip
-# The names of everything that can be drawn; the tiny CLIP learns them all.
+# The names of everything that can be drawn.
 WORLD_NAMES = [*TEXTURES, *(f"{attribute} {shape}" for attribute in ATTRIBUTES for shape in OUTLINES)]
 
 
@@ -256,15 +261,15 @@ def _atlas(name: str) -> Image.Image:
 
 
 def paint_stuff(rng: np.random.Generator, name: str) -> np.ndarray:
-    """(96, 96, 3) float32 in [0, 255]: a piece of the texture, at a random place, scale, tilt and tint."""
-    scale, angle = rng.uniform(0.75, 1.3), math.radians(rng.uniform(-5, 5))
+    """(128, 128, 3) float32 in [0, 255]: a piece of the texture, at a random place, scale, tilt and tint."""
+    scale, angle = rng.uniform(0.6, 1.05), math.radians(rng.uniform(-8, 8))
     flip = rng.choice((-1, 1))
     a, b = scale * math.cos(angle), scale * math.sin(angle)
-    x, y = rng.uniform(66, ATLAS - 66, 2)  # the middle of the piece; its corners are inside the atlas
+    x, y = rng.uniform(80, ATLAS - 80, 2)  # the middle of the piece; its corners are inside the atlas
     middle = SIZE / 2
     to_atlas = (flip * a, -b, x - (flip * a - b) * middle, flip * b, a, y - (flip * b + a) * middle)
     piece = _atlas(name).transform((SIZE, SIZE), Image.Transform.AFFINE, to_atlas, Image.Resampling.BILINEAR)
-    return np.asarray(piece, dtype=np.float32) * rng.uniform(0.93, 1.07, 3).astype(np.float32)
+    return np.asarray(piece, dtype=np.float32) * rng.uniform(0.9, 1.1, 3).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------------ things
@@ -280,7 +285,7 @@ class _Window(NamedTuple):
 
 
 def _window(radius: float, x: float, y: float) -> _Window:
-    reach = 1.35 * radius + 4
+    reach = 1.35 * radius + 5
     rows = slice(max(math.floor(y - reach), 0), min(math.ceil(y + reach), SIZE))
     columns = slice(max(math.floor(x - reach), 0), min(math.ceil(x + reach), SIZE))
     dy, dx = np.mgrid[rows, columns].astype(np.float32)
@@ -300,13 +305,13 @@ def _outline_masks(rng: np.random.Generator, shape: str, radius: float, window: 
         points = ((outline * (stretch, 1 / stretch)) @ turn * radius + middle) * fine
         corners = [tuple(point) for point in points.tolist()]
         ImageDraw.Draw(body).polygon(corners, fill=fill)
-        ImageDraw.Draw(rim).line([*corners, corners[0]], fill=255, width=round(1.6 * fine))
+        ImageDraw.Draw(rim).line([*corners, corners[0]], fill=255, width=round(2 * fine))
     return [body.reduce(fine), rim.reduce(fine)]
 
 
 def _pattern(rng: np.random.Generator, attribute: str, radius: float, window: _Window) -> np.ndarray:
     """(h, w) bool: the dark part of a patterned thing."""
-    period = rng.uniform(5.5, 7.5) * max(1.0, radius / 14)  # pixels; still visible on a small thing at stride 2
+    period = rng.uniform(7, 9.5) * max(1.0, radius / 18)  # pixels; still visible on a small thing at stride 2
     angle = math.radians(rng.uniform(-12, 12))
     if attribute == "striped":
         angle += rng.integers(4) * math.pi / 4
@@ -323,16 +328,16 @@ def _pattern(rng: np.random.Generator, attribute: str, radius: float, window: _W
 def paint_thing(
     rng: np.random.Generator, image: np.ndarray, name: str, radius: float, x: float, y: float
 ) -> np.ndarray:
-    """Draws a thing and its shadow into `image` (96, 96, 3) float32, in place.
+    """Draws a thing and its shadow into `image` (128, 128, 3) float32, in place.
 
-    Returns the pixels of the thing, (96, 96) bool. radius: in pixels. (x, y): the middle of the thing.
+    Returns the pixels of the thing, (128, 128) bool. radius: in pixels. (x, y): the middle of the thing.
     """
     attribute, shape = name.split()
     window = _window(radius, x, y)
     target = image[window.rows, window.columns]  # (h, w, 3), a view
     body, rim = _outline_masks(rng, shape, radius, window)
-    moved = (1, 0, -1, 0, 1, -2)  # one pixel to the right, two down
-    shadow = body.filter(ImageFilter.BoxBlur(1.5)).transform(body.size, Image.Transform.AFFINE, moved)
+    moved = (1, 0, -1, 0, 1, -3)  # one pixel to the right, three down
+    shadow = body.filter(ImageFilter.BoxBlur(2)).transform(body.size, Image.Transform.AFFINE, moved)
     target *= 1 - (0.35 / 255) * np.asarray(shadow, dtype=np.float32)[..., None]
     light, direction = rng.uniform(0, 0.22) / radius, rng.uniform(0, 2 * math.pi)
     across, down = np.float32(light * math.cos(direction)), np.float32(light * math.sin(direction))
@@ -354,14 +359,15 @@ def paint_thing(
 
 
 def stuff_index(rng: np.random.Generator, num_bands: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The band of each pixel, (96, 96) int, and the rows y0 to y1 of each band."""
+    """The band of each pixel, (128, 128) int, and the rows y0 to y1 of each band."""
     x = np.arange(SIZE)
     index = np.zeros((SIZE, SIZE), dtype=int)
     rows = [(0, SIZE)]
     for band in range(1, num_bands):
         level = SIZE * (band / num_bands + rng.uniform(-0.11, 0.11))
-        wave = rng.uniform(0, 3) * np.sin(2 * math.pi * x / rng.uniform(40, 90) + rng.uniform(0, 2 * math.pi))
-        border = level + rng.uniform(-0.08, 0.08) * (x - SIZE / 2) + wave
+        slope = rng.uniform(-0.15, 0.15)
+        wave = rng.uniform(0, 7) * np.sin(2 * math.pi * x / rng.uniform(30, 120) + rng.uniform(0, 2 * math.pi))
+        border = level + slope * (x - SIZE / 2) + wave
         index += np.arange(SIZE)[:, None] >= border
         rows[-1] = (rows[-1][0], math.ceil(border.max()))
         rows.append((math.floor(border.min()), SIZE))
@@ -377,13 +383,13 @@ def _hidden_share(box: tuple[float, ...], front: tuple[float, ...]) -> float:
 
 def _free_place(rng: np.random.Generator, boxes: list[tuple[float, ...]]) -> tuple[float, float, float]:
     """Radius and middle of a new thing. It hides at most 35 % of the box of each earlier thing."""
-    radius = 9 * (20 / 9) ** rng.uniform()
+    radius = 12 * (28 / 12) ** rng.uniform()
     while True:
         x, y = rng.uniform(0.5 * radius, SIZE - 0.5 * radius, 2)
         box = (x - radius, y - radius, x + radius, y + radius)
         if max((_hidden_share(earlier, box) for earlier in boxes), default=0) <= 0.35:
             return radius, x, y
-        radius = max(0.95 * radius, 7)
+        radius = max(0.95 * radius, 10)
 
 
 def light(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
@@ -405,7 +411,7 @@ def compose(rng: np.random.Generator, stuff: list[str], things: list[str]) -> Sc
     for number, name in enumerate(stuff):
         np.copyto(image, paint_stuff(rng, name), where=(band == number)[..., None])
     regions = [Region(name, (0, y0, SIZE, y1)) for name, (y0, y1) in zip(stuff, rows, strict=True)]
-    owner = band  # (96, 96) index of the region of each pixel
+    owner = band  # (128, 128) index of the region of each pixel
     boxes: list[tuple[float, ...]] = []
     for name in things:
         radius, x, y = _free_place(rng, boxes)
@@ -416,26 +422,21 @@ def compose(rng: np.random.Generator, stuff: list[str], things: list[str]) -> Sc
         box = (int(in_columns[0]), int(in_rows[0]), int(in_columns[-1]) + 1, int(in_rows[-1]) + 1)
         regions.append(Region(name, box))
     ids = [CLASS_NAMES.index(name) if name in CLASS_NAMES else IGNORE_INDEX for name, _ in regions]
-    return Scene(light(rng, image), np.array(ids, dtype=np.uint8)[owner], regions)
+    return Scene(light(rng, image), np.array(ids, dtype=np.uint8)[owner], regions, owner)
 
 
 def render_scene(seed: int, index: int) -> Scene:
     """Picture number `index` (>= 0) of `seed` (>= 0): the same in every call."""
     rng = np.random.default_rng((seed, index))
     theme = THEMES[rng.integers(len(THEMES))]
-    stuff = theme.bands[rng.integers(len(theme.bands))]
-    things = []
-    for _ in range(rng.integers(2, 6)):
-        kind = rng.uniform()
-        if kind < UNSEEN_SHARE:
-            things.append(theme.unseen)
-        elif kind < UNSEEN_SHARE + OTHER_SHARE:
-            things.append(THINGS[rng.integers(len(THINGS))])
-        else:
-            things.append(theme.seen[rng.integers(len(theme.seen))])
-    if rng.uniform() < 0.5:
-        things.insert(rng.integers(len(things) + 1), DISTRACTORS[rng.integers(len(DISTRACTORS))])
-    return compose(rng, list(stuff), things)
+    stuff = list(theme.bands[rng.integers(len(theme.bands))])
+    if rng.uniform() < DISTRACTOR_BAND:
+        stuff[rng.integers(len(stuff))] = str(rng.choice(DISTRACTOR_STUFF))
+    count = rng.integers(3, 7)
+    things = [str(rng.choice(theme.things if rng.uniform() < THEME_SHARE else THINGS)) for _ in range(count)]
+    for _ in range(rng.choice(len(DISTRACTOR_COUNTS), p=DISTRACTOR_COUNTS)):
+        things.insert(rng.integers(len(things) + 1), str(rng.choice(DISTRACTOR_THINGS)))
+    return compose(rng, stuff, things)
 
 
 # ------------------------------------------------------------------------------------------------ the folder
