@@ -34,7 +34,7 @@ from configuration_zs3 import Refused, Zs3Config
 from eval import evaluate
 from zs3.command_line import InputError, read_arguments
 from zs3.convert import items
-from zs3.convert.__main__ import ConvertArgs, convert, main
+from zs3.convert.__main__ import ConvertArgs, classes_sha256, convert, main
 from zs3.convert.archives import ARCHIVES, NUM_CAPTIONS, BadFile, Pair, check_inflated, context_values, grey_values
 from zs3.convert.items import convert_all
 from zs3.convert.shards import shards_of
@@ -666,6 +666,18 @@ def test_another_source_benchmark_or_split_in_the_same_folder_is_refused(tmp_pat
         with pytest.raises(InputError, match=f"was made with another {changed}"):
             convert(ConvertArgs(**(vars(arguments(tmp_path, "ade20k_150")) | options)))
     assert files_of(tmp_path / "out") == before
+
+
+def test_conversions_of_versions_without_things_go_on():
+    """The digests are those of the files of commit c01fe31."""
+    older = {
+        "ade20k_150": "f72d76faad60d20d38bb9c75de63938813bb98db147bbb990dbb034bc6217183",
+        "ade20k_847": "b95b6f92bb178218c4f64505e6f8628713be9af90c16858f275c027c95938926",
+        "coco_stuff_171": "57ed4135344fb84d9989d0023e0885e159ad24595d04845562f76cfd71781082",
+        "voc_20": "f434430a3b56ddebdb4747857bc3e1f74c5ce4862316312ab2fbdcca2e484185",
+        "coco_captions": hashlib.sha256(b"").hexdigest(),
+    }
+    assert {name: classes_sha256(name) for name in older} == older
 
 
 def test_shards_of_files_that_changed_are_made_again(tmp_path, monkeypatch):

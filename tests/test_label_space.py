@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from zs3.command_line import InputError
-from zs3.label_space import BENCHMARKS, CLASSES_FOLDER, LabelSpace, load_label_space, load_text_embeds, source_ids
+from zs3.label_space import (
+    BENCHMARKS,
+    CLASSES_FOLDER,
+    LabelSpace,
+    benchmark_spaces,
+    load_label_space,
+    load_text_embeds,
+    source_ids,
+)
 
 SIZES = {
     "ade20k_150": (150, 0, 255),
@@ -15,10 +23,13 @@ SIZES = {
     "coco_stuff_171": (171, 15, 255),
     "pascal_context_459": (459, 0, 65535),
     "pascal_context_59": (59, 0, 255),
-    "scenes": (20, 5, 255),
+    "scenes": (24, 8, 255),
+    "scenes_90": (90, 8, 255),
     "voc_20": (20, 5, 255),
     "voc_21": (21, 5, 255),
 }
+THINGS = {"ade20k_150": 100, "coco_stuff_171": 80, "scenes": 16, "scenes_90": 80, "voc_20": 20}  # the others: unknown
+SYNTHETIC = ("scenes", "scenes_90")  # without an archive
 SHARED = Path(__file__).parents[2] / "shared" / "classes"
 
 
@@ -26,6 +37,27 @@ SHARED = Path(__file__).parents[2] / "shared" / "classes"
 def test_benchmarks_have_the_published_numbers_of_classes(name):
     space = load_label_space(name)
     assert (len(space.class_names), len(space.unseen), space.ignore_index) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_benchmarks_have_the_published_numbers_of_things(name):
+    things = load_label_space(name).things
+    assert (None if things is None else len(things)) == THINGS.get(name)
+    if name in THINGS and name not in SYNTHETIC:
+        assert json.loads((CLASSES_FOLDER / f"{name}.json").read_text())["things_source"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/classes is not here")
+def test_the_things_of_coco_stuff_are_those_of_the_published_list():
+    theirs, space = json.loads((SHARED / "coco_stuff_171.json").read_text()), load_label_space("coco_stuff_171")
+    assert [name in space.things for name in space.class_names] == [kind == 1 for kind in theirs["isthing"]]
+
+
+def test_the_stuff_of_ade20k_is_at_the_published_ids():
+    """detectron2's and Mask2Former's ADE20K_150_CATEGORIES, those with isthing 0."""
+    stuff = {*range(7), 9, 11, 13, 16, 17, 21, 25, 26, 28, 29, 34, 40, 46, 48, 51, 52, 54, 59, 60, 61, 63, 68, 77, 79}
+    stuff |= {84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145}
+    assert np.flatnonzero(~load_label_space("ade20k_150").is_thing.numpy()).tolist() == sorted(stuff)
 
 
 def test_voc_holds_its_names_in_the_order_of_its_ids():
@@ -64,7 +96,7 @@ def test_the_59_of_pascal_context_are_among_the_459():
     assert {name: other for name, other in renamed.items() if other != name} == {"diningtable": "table"}
 
 
-@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "scenes"])  # which has no archive
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name not in SYNTHETIC])
 def test_every_class_has_one_value_in_the_archive_and_its_synonyms(name):
     content = json.loads((CLASSES_FOLDER / f"{name}.json").read_text())
     assert content.keys() >= {"name", "source", "source_commit", "source_ids", "source_ids_meaning", "notes"}
@@ -124,6 +156,93 @@ def test_a_folder_called_like_a_benchmark_keeps_its_own_classes(tmp_path, monkey
     content = {"classes": ["background", "cow"], "unseen": [], "ignore_label": 255}
     (tmp_path / "voc_20" / "classes.json").write_text(json.dumps(content))
     assert load_label_space("voc_20").class_names == ["background", "cow"]
+
+
+def test_things_are_names_of_classes_and_are_not_part_of_the_digest():
+    plain, space = LabelSpace(["a", "b", "c"], ["b"]), LabelSpace(["a", "b", "c"], ["b"], things=("c", "a"))
+    assert plain.things is plain.is_thing is None
+    assert space.things == ["c", "a"] and space.is_thing.tolist() == [True, False, True]
+    assert LabelSpace(["a"], [], things=[]).is_thing.tolist() == [False]
+    assert space.sha256 == plain.sha256
+    for things, message in (
+        (["d"], "things holds 'd', which class_names lacks: add it"),
+        (["B"], "things holds 'B', which class_names lacks: spell it 'b' in both"),
+        (["a", "A"], "things: names repeat: 'a' and 'A' are one name"),
+        ("ab", "things must be a list of names"),
+        ({"a": True}, "things must be a list of names"),
+    ):
+        with pytest.raises(InputError, match=message):
+            LabelSpace(["a", "b", "c"], ["b"], things=things)
+
+
+# ---- class splits ------------------------------------------------------------------------------------------
+
+CONTENT = {"classes": ["a", "b", "c"], "unseen": ["b"], "ignore_label": 255}
+
+
+def write(folder: Path, **more: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "classes.json").write_text(json.dumps({**CONTENT, **more}))
+    return folder
+
+
+def test_a_number_behind_a_colon_selects_the_unseen_names_of_a_split(tmp_path):
+    folder = write(tmp_path / "set", splits=[["c"], ["a", "b"], []], things=["a"])
+    assert load_label_space(folder) == LabelSpace(["a", "b", "c"], ["b"], 255, ["a"])
+    for number, unseen in enumerate((["c"], ["a", "b"], [])):
+        for path in (folder, folder / "classes.json"):
+            assert load_label_space(f"{path}:{number}") == LabelSpace(["a", "b", "c"], unseen, 255, ["a"])
+
+
+def test_every_split_of_a_benchmark_has_a_digest_of_its_own():
+    spaces = benchmark_spaces("scenes")
+    assert [load_label_space("scenes"), *(load_label_space(f"scenes:{number}") for number in range(12))] == spaces
+    assert len({space.sha256 for space in spaces[1:]}) == 12
+    assert benchmark_spaces("voc_20") == [load_label_space("voc_20")]
+
+
+def test_a_folder_or_file_whose_name_has_a_colon_is_used_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "scenes:3")
+    write(tmp_path / "set", splits=[["c"]])
+    (tmp_path / "set:0").write_text(json.dumps({**CONTENT, "unseen": ["a"]}))
+    assert load_label_space("scenes:3").class_names == ["a", "b", "c"]
+    assert load_label_space("set:0").unseen == ["a"]
+    assert len(load_label_space("scenes:2").class_names) == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scenes:", "scenes.json has no split '': its splits are 0 to 11"),
+        ("scenes:x", "scenes.json has no split 'x': its splits are 0 to 11"),
+        ("scenes:12", "scenes.json has no split '12': its splits are 0 to 11"),
+        ("scenes:-1", "has no split '-1'"),
+        ("scenes:03", "has no split '03'"),
+        ("scenes:\u0663", "has no split"),  # a digit three, but not of ASCII
+        ("scenes:" + "1" * 200, "has no split"),
+        ("voc_20:0", "voc_20.json has no splits: leave out ':0'"),
+        ("scens:3", "label space 'scens:3' is no known name, and no such file exists; did you mean scenes"),
+        (":3", "label space ':3' is no known name"),
+    ],
+)
+def test_a_split_that_does_not_exist_is_refused_in_a_line(name, message):
+    with pytest.raises(InputError, match=message) as refusal:
+        load_label_space(name)
+    assert len(str(refusal.value)) <= 200 and "\n" not in str(refusal.value)
+
+
+def test_splits_of_a_wrong_form_are_refused(tmp_path):
+    for splits in (None, [], {"0": ["a"]}, "a"):
+        with pytest.raises(InputError, match="has no splits: leave out ':0'"):
+            load_label_space(f"{write(tmp_path / 'set', splits=splits)}:0")
+    for split, message in ((["d"], "unseen holds 'd', which classes lacks"), ("a", "unseen must be a list of names")):
+        folder = write(tmp_path / "set", splits=[[], split])
+        with pytest.raises(InputError, match=f"classes.json, split 1: {message}"):
+            load_label_space(f"{folder}:1")
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,14 @@ from zs3.label_space import LabelSpace, load_label_space
 from zs3.pseudo_labels import write_shard
 from zs3.scenes.render import CLASS_NAMES, UNSEEN
 from zs3.training.arguments import TrainArgs
-from zs3.training.stamp import SeenRecord, check_not_unseen, joined, label_space_change, read_stamp
+from zs3.training.stamp import (
+    SeenRecord,
+    check_not_unseen,
+    joined,
+    label_space_change,
+    read_stamp,
+    stamped_space,
+)
 
 IMAGE_IDS = [f"{index:05d}" for index in range(6)]
 SEEN = [name for name in CLASS_NAMES if name not in UNSEEN]
@@ -213,7 +220,7 @@ CASES = {
     "a seen class is unseen": ("folder", classes(unseen=[*UNSEEN, "sand"]), "'sand' was seen, is unseen now"),
     "an unseen class is seen": ("folder", classes(unseen=UNSEEN[1:]), f"{UNSEEN[0]!r} was unseen, is seen now"),
     "it is so in a stream": ("stream", classes(unseen=[*UNSEEN, "sand"]), "'sand' was seen, is unseen now"),
-    "it is so beside a text tower": ("start", classes(unseen=[*UNSEEN, "water"]), "'water' was seen, is unseen"),
+    "it is so beside a text tower": ("start", classes(unseen=[*UNSEEN, "snow"]), "'snow' was seen, is unseen"),
     "two names are swapped": ("folder", classes(classes=swapped), "id 0 was 'grass', is 'sky' now"),
     "a name is another": ("folder", classes(classes=["lawn", *CLASS_NAMES[1:]]), "'grass' was seen, is no class now"),
     "a name is spelled otherwise": ("folder", classes(classes=["Grass", *CLASS_NAMES[1:]]), "'grass', is 'Grass' now"),
@@ -350,6 +357,18 @@ def test_the_change_of_a_label_space_is_short_whatever_the_names_are():
     one, other = ({"class_names": n, "unseen": [], "ignore_index": 255} for n in (names, names[::-1]))
     assert len(label_space_change(one, other)) < 120
     assert label_space_change(one, one) is None
+
+
+def test_a_stamp_does_not_depend_on_which_classes_are_things():
+    plain, space = (LabelSpace(["a", "b"], ["b"], 255, things) for things in (None, ["a"]))
+    fields = {"class_names": ["a", "b"], "unseen": ["b"], "ignore_index": 255}
+    assert stamped_space(plain) == stamped_space(space) == fields
+
+
+def test_a_run_goes_on_where_only_things_were_added(here, monkeypatch, capsys):
+    classes(things=["sky"])()
+    train_here(monkeypatch, "folder")
+    assert "resumed" in capsys.readouterr().out and Path("runs/folder/final").is_dir()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -9,7 +9,7 @@ problem makes the exit code 2. In a run folder it checks the checkpoints, the st
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from configuration_zs3 import Zs3Config, check_names, is_number, shared, unshared
@@ -32,6 +32,7 @@ from zs3.training.stamp import (
     read_stamp,
     record_in,
     record_of,
+    stamped_space,
     vectors_sha256,
 )
 
@@ -244,7 +245,7 @@ def examine_data(stamp: Stamp, recipe: dict, found: Findings) -> None:
         if isinstance(dataset, str) and isinstance(split, str) and Path(dataset).is_dir():
             space = load_label_space(recipe.get("label_space") or dataset)
             read = stream_split if recipe.get("streaming") else load_split
-            now = {"label_space": asdict(space), **read(dataset, split, space).contents()}
+            now = {"label_space": stamped_space(space), **read(dataset, split, space).contents()}
         if isinstance(vectors, str) and Path(vectors).is_file():
             load_text_embeds(vectors, len(stamp["label_space"]["class_names"]))
             now["text_embeds_sha256"] = vectors_sha256(vectors)

@@ -1,8 +1,10 @@
 """Label spaces: the class name of each id of a label map, the unseen names, the ignored id.
 
 A label space comes from a `classes.json` with the keys "classes" (names in the order of their ids), "unseen"
-(names; [] if there are none) and "ignore_label". `zs3/classes/` has those of the benchmarks, with
-two more keys: "source_ids", the value of each class in the archive's label files, and "synonyms" of each class.
+(names; [] if there are none) and "ignore_label". Two keys are optional: "things", the names of the classes that are
+things (all others are stuff), and "splits", a list of other lists of unseen names. `zs3/classes/` has the files of the
+benchmarks, with two more keys: "source_ids", the value of each class in the archive's label files, and "synonyms" of
+each class.
 """
 
 import hashlib
@@ -35,34 +37,26 @@ class LabelSpace:
 
     unseen: the names of the classes without masks in training.
     ignore_index: the id of pixels without a label, outside 0 to C - 1.
+    things: the names of the classes that are things; all others are stuff. None: not known.
     """
 
     class_names: list[str]
     unseen: list[str]
     ignore_index: int = 255
+    things: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for field in ("class_names", "unseen"):
-            names = getattr(self, field)
-            if not isinstance(names, list | tuple):
-                raise InputError(f"{field} must be a list of names, not {shortened(names)}")
-            try:
-                check_names(names)
-            except ValueError as error:
-                raise InputError(f"{field}: {error}") from error
-            object.__setattr__(self, field, list(names))
+        given = ("class_names", "unseen") if self.things is None else ("class_names", "unseen", "things")
+        for field in given:
+            object.__setattr__(self, field, _checked_names(field, getattr(self, field)))
         if not self.class_names:
             raise InputError("class_names is empty: a label space needs at least one name")
         if len(self.class_names) > MAX_CLASSES:
             raise InputError(
                 f"class_names holds {len(self.class_names):,} names: a label space has {MAX_CLASSES:,} or less"
             )
-        known = set(self.class_names)
-        strangers = [name for name in self.unseen if name not in known]
-        if strangers:
-            (place,) = places(strangers[:1], self.class_names)
-            mend = "add it" if place is None else f"spell it {shortened(self.class_names[place])} in both"
-            raise InputError(f"unseen holds {shortened(strangers[0])}, which class_names lacks: {mend}")
+        for field in given[1:]:
+            _check_known(field, getattr(self, field), self.class_names)
         last = len(self.class_names) - 1
         fits = is_number(self.ignore_index, whole=True) and abs(self.ignore_index) < 2**31
         if not fits or 0 <= self.ignore_index <= last:
@@ -76,8 +70,14 @@ class LabelSpace:
         return torch.tensor([name not in unseen for name in self.class_names])
 
     @property
+    def is_thing(self) -> Tensor | None:
+        """(C,) bool tensor. None: not known."""
+        things = set(self.things or [])
+        return None if self.things is None else torch.tensor([name in things for name in self.class_names])
+
+    @property
     def sha256(self) -> str:
-        """Digest of class names, unseen names and ignored id. Results and scores record it."""
+        """Digest of class names, unseen names and ignored id. Results and scores record it. `things` is not in it."""
         content = json.dumps([self.class_names, self.unseen, self.ignore_index])
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -86,6 +86,26 @@ class LabelSpace:
         """The names that are not unseen, in the order of their ids."""
         unseen = set(self.unseen)
         return [name for name in self.class_names if name not in unseen]
+
+
+def _checked_names(field: str, names: object) -> list[str]:
+    if not isinstance(names, list | tuple):
+        raise InputError(f"{field} must be a list of names, not {shortened(names)}")
+    try:
+        check_names(names)
+    except ValueError as error:
+        raise InputError(f"{field}: {error}") from error
+    return list(names)
+
+
+def _check_known(field: str, names: list[str], class_names: list[str]) -> None:
+    """Raises InputError for a name that is no class name."""
+    known = set(class_names)
+    strangers = [name for name in names if name not in known]
+    if strangers:
+        (place,) = places(strangers[:1], class_names)
+        mend = "add it" if place is None else f"spell it {shortened(class_names[place])} in both"
+        raise InputError(f"{field} holds {shortened(strangers[0])}, which class_names lacks: {mend}")
 
 
 class FoundIds:
@@ -129,15 +149,18 @@ class FoundIds:
 def load_label_space(name_or_path: str | Path) -> LabelSpace:
     """Reads a label space from a folder with classes.json, a benchmark name (`BENCHMARKS`), a file or a Hub dataset.
 
-    The first of these that exists is used, so a dataset folder with a benchmark's name keeps its own classes.
+    The first of these that exists is used, so a dataset folder with a benchmark's name keeps its own classes. A colon
+    and a number behind a folder, benchmark or file select one of its splits: the unseen names of "scenes:3" are those
+    of split 3. The splits are counted from 0. A folder or file whose name has a colon is used as it is.
     """
     path, name = Path(name_or_path), str(name_or_path)
-    if (path / "classes.json").is_file():
-        return _read_classes(path / "classes.json")
-    if name in BENCHMARKS:
-        return _read_classes(CLASSES_FOLDER / f"{name}.json")
-    if path.is_file():
-        return _read_classes(path)
+    file = _classes_file(name)
+    if file is not None:
+        return _read_classes(file)
+    whole, _, split = name.rpartition(":")
+    file = _classes_file(whole) if whole else None
+    if file is not None:
+        return _read_classes(file, split)
     if path.is_dir():
         raise InputError(f"{path / 'classes.json'} is missing: write it with the keys {', '.join(KEYS)}")
     if looks_local(name):
@@ -147,6 +170,13 @@ def load_label_space(name_or_path: str | Path) -> LabelSpace:
     closest = get_close_matches(name, BENCHMARKS, n=1)
     hint = f"did you mean {closest[0]}?" if closest else f"the names are {', '.join(BENCHMARKS)}"
     raise InputError(f"label space {name!r} is no known name, and no such file exists; {hint}")
+
+
+def benchmark_spaces(benchmark: str) -> list[LabelSpace]:
+    """The label spaces of a benchmark: with the unseen names of its "unseen", then with those of each of its splits."""
+    file = CLASSES_FOLDER / f"{benchmark}.json"
+    numbers = range(len(_content(file).get("splits", [])))
+    return [_read_classes(file), *(_read_classes(file, str(number)) for number in numbers)]
 
 
 def source_ids(benchmark: str) -> list[int]:
@@ -193,14 +223,37 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_classes(path: Path) -> LabelSpace:
+def _classes_file(name: str) -> Path | None:
+    """The file of a folder with classes.json, of a benchmark, or of a path; None if there is none on this disk."""
+    path = Path(name)
+    if (path / "classes.json").is_file():
+        return path / "classes.json"
+    if name in BENCHMARKS:
+        return CLASSES_FOLDER / f"{name}.json"
+    return path if path.is_file() else None
+
+
+def _read_classes(path: Path, split: str | None = None) -> LabelSpace:
+    """split: the number of a split, which gives the unseen names. None: "unseen" gives them."""
     content = _content(path)
+    unseen = content["unseen"] if split is None else _split(path, content.get("splits"), split)
     try:
-        return LabelSpace(content["classes"], content["unseen"], content["ignore_label"])
+        return LabelSpace(content["classes"], unseen, content["ignore_label"], content.get("things"))
     except InputError as error:
         # The message names the file's keys, not the fields of the class.
         message = str(error).replace("class_names", "classes").replace("ignore_index", "ignore_label")
-        raise InputError(f"{shown(path)}: {message}") from error
+        where = shown(path) if split is None else f"{shown(path)}, split {split}"
+        raise InputError(f"{where}: {message}") from error
+
+
+def _split(path: Path, splits: object, number: str) -> object:
+    """The entry of "splits" with this number."""
+    if not isinstance(splits, list) or not splits:
+        raise InputError(f"{shown(path)} has no splits: leave out {shortened(':' + number)}")
+    numbers = [str(known) for known in range(len(splits))]
+    if number not in numbers:
+        raise InputError(f"{shown(path)} has no split {shortened(number)}: its splits are 0 to {numbers[-1]}")
+    return splits[int(number)]
 
 
 def _downloaded_classes(repo_id: str) -> Path:

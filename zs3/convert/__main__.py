@@ -16,6 +16,7 @@ Axes: H W pixels.
 
 import difflib
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -134,7 +135,7 @@ def check_settings(output: Path, name: str, source: str, splits: list[str]) -> N
         "name": name,
         "source": str(Path(source).resolve()),
         "splits": splits,
-        "classes_sha256": hashlib.sha256(classes_text(name).encode()).hexdigest(),
+        "classes_sha256": classes_sha256(name),
         "versions": versions(),
     }
     path = output / PROGRESS / "settings.json"
@@ -152,6 +153,16 @@ def classes_text(name: str) -> str:
     """The text of the label space's file; empty for captions."""
     path = CLASSES_FOLDER / f"{name}.json"
     return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def classes_sha256(name: str) -> str:
+    """The digest of the label space's file without the keys on things: older versions had none of them, and their
+    conversions go on."""
+    text = classes_text(name)
+    if text:
+        content = {key: value for key, value in json.loads(text).items() if key not in ("things", "things_source")}
+        text = json.dumps(content, indent=1) + "\n"  # the form of these files
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def push(folder: str, name: str, repo_id: str, private: bool) -> None:

@@ -8,7 +8,6 @@ seen. Every zero-shot claim depends on this record, so it never shrinks. `zs3.tr
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Required, get_args
 
@@ -57,7 +56,7 @@ BRIEF = 45  # characters of a name in a message with two names
 
 
 class Space(TypedDict):
-    """The fields of a LabelSpace."""
+    """The fields of a LabelSpace that training depends on."""
 
     class_names: list[str]
     unseen: list[str]
@@ -126,7 +125,7 @@ def make_stamp(
     start: the record of --init_from.
     model: its config has the record of this start.
     """
-    found = {"label_space": asdict(label_space), **records.contents()}
+    found = {"label_space": stamped_space(label_space), **records.contents()}
     if prompts is None:
         found["text_embeds_sha256"] = vectors_sha256(flags["text_embeds"])
     else:
@@ -145,6 +144,10 @@ def make_stamp(
     if start is not None:
         found["init_from_record"] = list(start)
     return {**found, "towers_sha256": towers_sha256(model), **record_of(model.config)._asdict()}
+
+
+def stamped_space(label_space: LabelSpace) -> Space:
+    return Space(**{name: getattr(label_space, name) for name in Space.__annotations__})
 
 
 def vectors_sha256(path: str) -> str:
