@@ -31,7 +31,7 @@ from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from text_zs3 import PROMPT_TEMPLATES, Label, TextCache, read_labels
 from zs3.command_line import Count, InputError, flag, read_arguments, run
 from zs3.label_space import load_label_space
-from zs3.scenes.tiny_clip import learn_merges
+from zs3.scenes.captions import learn_merges
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"

@@ -18,7 +18,7 @@ from zs3.training.arguments import TrainArgs
 
 ROOT = Path(__file__).parents[1]
 NAMES = [name for name, *_ in COMMANDS]
-OLD = ["check", "compare", "demo", "doctor", "ensemble_weight", "export", "figure", "nouns", "tiny_clip"]
+OLD = ["check", "compare", "demo", "doctor", "ensemble_weight", "export", "figure", "nouns"]
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,7 @@ def test_a_wheel_works_outside_the_repository(installed, tmp_path):
     ended = run_installed(SEVERAL.format(commands=commands), installed, tmp_path)
     shown, refused = ended.stdout, [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert ended.returncode == 0, ended.stderr
-    assert "tiny_clip" in shown and "usage: zs3 release " in shown
+    assert "tiny_encoders" in shown and "usage: zs3 release " in shown
     assert sorted(path.name for path in (tmp_path / "x" / "train" / "images").iterdir()) == ["00000.png", "00001.png"]
     assert refused == 2 * ["error: train.py is not here: start this command from the root of the repository"]
     places = [line.split() for line in shown.splitlines() if line.startswith("/")]

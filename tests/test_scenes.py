@@ -11,10 +11,11 @@ from PIL import Image
 
 from zs3.__main__ import main
 from zs3.command_line import InputError
-from zs3.label_space import CLASSES_FOLDER
+from zs3.label_space import load_label_space
 from zs3.scenes import render
-from zs3.scenes.dataset import write_dataset
-from zs3.scenes.render import CLASS_NAMES, IGNORE_INDEX, UNSEEN, render_scene
+from zs3.scenes.crops import HELD_OUT_SCENES, TRAIN_SCENES
+from zs3.scenes.dataset import TEST_SCENES, scene_files, write_dataset
+from zs3.scenes.render import CLASS_NAMES, IGNORE_INDEX, STUFF, UNSEEN, render_scene
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,27 +29,61 @@ def test_a_seed_and_an_index_name_one_picture():
     first, again, other = render_scene(0, 5), render_scene(0, 5), render_scene(1, 5)
     assert np.array_equal(first.image, again.image) and np.array_equal(first.label, again.label)
     assert not np.array_equal(first.image, other.image)
-    assert first.image.shape == (96, 96, 3) and first.image.dtype == np.uint8
-    assert first.label.shape == (96, 96) and first.label.dtype == np.uint8
+    assert first.image.shape == (128, 128, 3) and first.image.dtype == np.uint8
+    assert first.label.shape == (128, 128) and first.label.dtype == np.uint8
 
 
-def test_five_of_twenty_classes_are_unseen_and_made_of_seen_words():
-    assert len(CLASS_NAMES) == len(set(CLASS_NAMES)) == 20 and len(UNSEEN) == 5
-    stuff, things = CLASS_NAMES[:7], CLASS_NAMES[7:]
-    assert len(set(stuff) & set(UNSEEN)) == 1
-    seen_words = {word for name in set(things) - set(UNSEEN) for word in name.split()}
-    assert {word for name in set(things) & set(UNSEEN) for word in name.split()} <= seen_words
+def test_the_regions_own_the_pixels_that_the_labels_name(some_scenes):
+    for scene in some_scenes[:60]:
+        names = np.array([region.name for region in scene.regions])[scene.owner]
+        for number, name in enumerate(CLASS_NAMES):
+            assert np.array_equal(scene.label == number, names == name)
 
 
-def test_no_word_of_a_distractor_is_a_word_of_a_class():
-    words = {word for name in CLASS_NAMES for word in name.split()}
-    assert words.isdisjoint(word for name in render.DISTRACTORS for word in name.split())
+SPLITS = [load_label_space(f"scenes:{number}").unseen for number in range(12)]
+
+
+def test_twelve_class_splits_are_balanced_and_different():
+    assert UNSEEN == SPLITS[0] == load_label_space("scenes").unseen
+    assert len({frozenset(unseen) for unseen in SPLITS}) == 12
+    times = [sum(name in unseen for unseen in SPLITS) for name in CLASS_NAMES]
+    assert set(times[:8]) == {3} and set(times[8:]) <= {4, 5}
+
+
+@pytest.mark.parametrize("unseen", SPLITS)
+def test_a_split_has_eight_unseen_classes_made_of_seen_words(unseen):
+    assert len(CLASS_NAMES) == len(set(CLASS_NAMES)) == 24 and len(unseen) == 8
+    stuff, things = CLASS_NAMES[:8], CLASS_NAMES[8:]
+    assert stuff == render.STUFF and things == render.THINGS
+    assert len(set(stuff) & set(unseen)) == 2
+    seen_words = {word for name in set(things) - set(unseen) for word in name.split()}
+    assert {word for name in set(things) & set(unseen) for word in name.split()} <= seen_words
+
+
+def test_the_wide_space_holds_all_names_but_those_of_distractors():
+    wide = load_label_space("scenes_90")
+    assert wide.class_names[:24] == CLASS_NAMES and len(wide.class_names) == 90
+    assert set(wide.class_names) == set(render.WORLD_NAMES) - set(render.DISTRACTORS)
+    assert set(wide.things) == {name for name in wide.class_names if name not in render.TEXTURES}
+    assert [load_label_space(f"scenes_90:{number}").unseen for number in range(12)] == SPLITS
+
+
+def test_no_scene_shows_a_name_beside_the_classes_and_the_distractors(some_scenes):
+    drawn = {region.name for scene in some_scenes for region in scene.regions}
+    assert drawn == {*CLASS_NAMES, *render.DISTRACTORS}
+
+
+@pytest.mark.parametrize("unseen", SPLITS)
+def test_an_ignored_pixel_is_unseen_in_sixty_percent_or_less(unseen, some_scenes):
+    labels = np.stack([scene.label for scene in some_scenes])
+    hidden = np.isin(labels, [CLASS_NAMES.index(name) for name in unseen]).sum()
+    assert 0.4 < hidden / (hidden + (labels == IGNORE_INDEX).sum()) <= 0.6
 
 
 def test_labels_lie_on_what_the_picture_shows(some_scenes):
     for colour, channel in (("red", 0), ("green", 1), ("blue", 2)):
         ids = [number for number, name in enumerate(CLASS_NAMES) if name.startswith(colour)]
-        pixels = np.concatenate([image[np.isin(label, ids)] for image, label, _ in some_scenes]).astype(int)
+        pixels = np.concatenate([scene.image[np.isin(scene.label, ids)] for scene in some_scenes]).astype(int)
         others = np.delete(pixels, channel, axis=1)
         assert (pixels[:, channel] > others.max(axis=1)).mean() > 0.98
 
@@ -56,13 +91,13 @@ def test_labels_lie_on_what_the_picture_shows(some_scenes):
 def test_distractors_are_ignored_and_nothing_else_is(some_scenes):
     with_distractor = [any(region.name not in CLASS_NAMES for region in scene.regions) for scene in some_scenes]
     has_ignored = [bool((scene.label == IGNORE_INDEX).any()) for scene in some_scenes]
-    assert 0.3 < np.mean(with_distractor) < 0.7
+    assert 0.8 < np.mean(with_distractor) < 0.95
     assert sum(ignored and not drawn for ignored, drawn in zip(has_ignored, with_distractor, strict=True)) == 0
     assert sum(has_ignored) > 0.95 * sum(with_distractor)  # a later thing may hide one
 
 
 def test_every_labelled_pixel_lies_in_a_box_of_its_class(some_scenes):
-    for _, label, regions in some_scenes[:60]:
+    for _, label, regions, _ in some_scenes[:60]:
         for number in np.setdiff1d(np.unique(label), [IGNORE_INDEX]):
             inside = np.zeros_like(label, dtype=bool)
             for name, (x0, y0, x1, y1) in regions:
@@ -70,40 +105,40 @@ def test_every_labelled_pixel_lies_in_a_box_of_its_class(some_scenes):
             assert inside[label == number].all()
 
 
-def test_a_scene_has_two_or_three_stuffs_and_two_to_five_things(some_scenes):
+def test_a_scene_has_two_or_three_bands_and_three_to_eight_things(some_scenes):
     for scene in some_scenes:
-        stuff = [region for region in scene.regions if region.name in render.STUFF]
-        things = [region for region in scene.regions if region.name in render.THINGS]
-        assert 2 <= len(stuff) <= 3 and 2 <= len(things) <= 5
+        bands = [region for region in scene.regions if region.name in render.TEXTURES]
+        assert 2 <= len(bands) <= 3 and 3 <= len(scene.regions) - len(bands) <= 8
 
 
 def test_every_class_is_common_and_an_unseen_label_is_in_most_pictures(some_scenes):
-    present = np.stack([np.isin(np.arange(20), scene.label) for scene in some_scenes])
-    assert present.mean(axis=0).min() > 0.05
-    unseen = [CLASS_NAMES.index(name) for name in UNSEEN]
-    assert 0.6 < present[:, unseen].any(axis=1).mean() < 0.95
+    present = np.stack([np.isin(np.arange(24), scene.label) for scene in some_scenes])
+    assert present.mean(axis=0).min() > 0.1
+    for unseen in SPLITS:
+        assert 0.7 < present[:, [CLASS_NAMES.index(name) for name in unseen]].any(axis=1).mean() < 0.98
 
 
-def test_an_unseen_thing_stands_beside_its_relatives(some_scenes):
-    present = np.stack([np.isin(np.arange(20), scene.label) for scene in some_scenes])
-    relatives = {"red square": "red circle", "yellow heart": "yellow star", "striped star": "striped square",
-                 "blue circle": "stone wall"}  # fmt: skip
-    for name, relative in relatives.items():
-        has = present[:, CLASS_NAMES.index(name)]
-        with_relative = present[:, CLASS_NAMES.index(relative)]
-        assert with_relative[has].mean() > 2 * with_relative[~has].mean()
+def test_things_stand_mostly_with_the_stuff_of_their_themes(some_scenes):
+    for theme in render.THEMES:
+        bands = {name for stack in theme.bands for name in stack}
+        shares = {True: [], False: []}  # by whether all stuff is of the theme
+        for scene in some_scenes:
+            names = [region.name for region in scene.regions]
+            things = [name in theme.things for name in names if name in render.THINGS]
+            shares[bands >= {*names} & {*STUFF}].append(np.mean(things))
+        assert np.mean(shares[True]) > 1.2 * np.mean(shares[False])
 
 
 def test_things_survive_a_stride_of_four(some_scenes):
-    cells = [(label == number)[::4, ::4].sum() for _, label, _ in some_scenes
-             for number in np.unique(label) if 7 <= number < 20]  # fmt: skip
+    cells = [(scene.label == number)[::4, ::4].sum() for scene in some_scenes
+             for number in np.unique(scene.label) if 8 <= number < 24]  # fmt: skip
     assert np.mean(np.array(cells) >= 6) > 0.95
 
 
 def test_no_two_shapes_look_alike():
     def silhouette(shape: str, seed: int) -> np.ndarray:
-        canvas = np.zeros((96, 96, 3), dtype=np.float32)
-        return render.paint_thing(np.random.default_rng(seed), canvas, f"red {shape}", 24, 48, 48)
+        canvas = np.zeros((128, 128, 3), dtype=np.float32)
+        return render.paint_thing(np.random.default_rng(seed), canvas, f"red {shape}", 32, 64, 64)
 
     for seed in range(5):
         masks = [silhouette(shape, seed) for shape in render.OUTLINES]
@@ -112,29 +147,34 @@ def test_no_two_shapes_look_alike():
 
 
 def test_a_folder_holds_what_render_scene_draws(tmp_path):
-    write_dataset(tmp_path / "set", num_train=5, num_validation=3, seed=7)
+    write_dataset(tmp_path / "set", num_train=5, num_validation=3, seed=7, num_test=2, label_space="scenes:3")
     files = sorted(str(path.relative_to(tmp_path / "set")) for path in tmp_path.rglob("*") if path.is_file())
-    train = [f"train/{kind}/{number:05d}.png" for kind in ("images", "labels") for number in range(5)]
-    validation = [f"validation/{kind}/{number:05d}.png" for kind in ("images", "labels") for number in range(3)]
-    assert files == ["classes.json", *train, *validation]
-    picture, label = (Image.open(tmp_path / "set" / "train" / kind / "00004.png") for kind in ("images", "labels"))
-    assert picture.mode == "RGB" and label.mode == "L"
-    scene = render_scene(7, 4)
-    assert np.array_equal(picture, scene.image) and np.array_equal(label, scene.label)
+    sizes = {"test": 2, "train": 5, "validation": 3}
+    expected = [
+        f"{split}/{kind}/{number:05d}.png"
+        for split, count in sizes.items()
+        for kind in ("images", "labels")
+        for number in range(count)
+    ]
+    assert files == ["classes.json", *expected]
+    for split, scene in {"train": render_scene(7, 4), "test": render_scene(TEST_SCENES + 7, 1)}.items():
+        name = f"{sizes[split] - 1:05d}.png"
+        picture, label = (Image.open(tmp_path / "set" / split / kind / name) for kind in ("images", "labels"))
+        assert picture.mode == "RGB" and label.mode == "L"
+        assert np.array_equal(picture, scene.image) and np.array_equal(label, scene.label)
+    assert load_label_space(tmp_path / "set") == load_label_space("scenes:3")
     classes = json.loads((tmp_path / "set" / "classes.json").read_text())
-    assert classes == {"name": "scenes", "classes": CLASS_NAMES, "unseen": UNSEEN, "ignore_label": 255}
+    assert (classes["name"], classes["unseen"]) == ("scenes:3", SPLITS[3])
 
 
-def test_validation_scenes_do_not_depend_on_the_number_of_training_scenes_and_are_none_of_them(tmp_path):
-    write_dataset(tmp_path / "few", num_train=2, num_validation=2, seed=0)
-    write_dataset(tmp_path / "more", num_train=6, num_validation=2, seed=0)
-    few, more = (
-        [(tmp_path / name / "validation" / "images" / f"{n:05d}.png").read_bytes() for n in range(2)]
-        for name in ("few", "more")
-    )
-    assert few == more
-    train = {path.read_bytes() for path in (tmp_path / "more" / "train" / "images").iterdir()}
-    assert train.isdisjoint(more)
+def test_no_split_has_a_scene_of_another_or_depends_on_its_size():
+    few, more = scene_files(2, 2, 2, seed=0), scene_files(6, 5, 4, seed=0)
+    assert set(few) < set(more)
+    highest = 2**32 - 1  # of --seed
+    scenes = [(file.seed, file.index) for seed in (0, 1, highest) for file in scene_files(10, 10, 10, seed)]
+    assert len(set(scenes)) == len(scenes)
+    held_out = {HELD_OUT_SCENES, *(TRAIN_SCENES + seed for seed in (0, 1))}
+    assert held_out.isdisjoint(seed for seed, _ in scenes)
 
 
 def test_several_processes_of_the_command_draw_the_same_pictures(tmp_path):
@@ -149,12 +189,6 @@ def test_a_drawing_process_loads_neither_torch_nor_transformers():
     """A process that is spawned imports the main module and the one that draws."""
     code = "import sys, zs3.__main__, zs3.scenes.render; assert not {'torch', 'transformers'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_the_classes_of_the_package_are_those_that_are_drawn():
-    content = json.loads((CLASSES_FOLDER / "scenes.json").read_text(encoding="utf-8"))
-    assert content["classes"] == CLASS_NAMES
-    assert (content["unseen"], content["ignore_label"]) == (UNSEEN, IGNORE_INDEX)
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
@@ -190,6 +224,9 @@ def test_a_stopped_run_leaves_no_folder_of_that_name(tmp_path, monkeypatch):
         (["--seed", str(2**32)], "--seed"),
         (["--num_train", "x" * 9999], "--num_train"),
         (["--num_validation", str(10**6 + 1)], "--num_validation"),
+        (["--num_test", "-1"], "--num_test"),
+        (["--label_space", "voc_20"], "scenes or scenes_90"),
+        (["--label_space", "scenes:12"], "scenes"),
     ],
 )
 def test_bad_input_of_the_command_is_one_line_and_exit_code_2(flags, word, tmp_path, call):

@@ -26,7 +26,7 @@ COMMANDS = (
     ("ablation", "zs3.ablation.__main__", "train and evaluate a table of variants over seeds"),
     ("export", "zs3.release.export", "write the visual part of a checkpoint for torch.export or ONNX"),
     ("release", "zs3.release.__main__", "make a checkpoint ready for the Hub, and upload it"),
-    ("tiny_clip", "zs3.scenes.tiny_clip", "train the CLIP of the embedded benchmark"),
+    ("tiny_encoders", "zs3.scenes.tiny_encoders", "train the encoders of the embedded benchmark"),
 )
 
 

@@ -12,41 +12,54 @@ from tqdm import tqdm
 
 from zs3.command_line import InputError
 from zs3.files import write_json, writing_folder
-from zs3.scenes.render import CLASS_NAMES, IGNORE_INDEX, UNSEEN, write_scene
+from zs3.label_space import load_label_space
+from zs3.scenes.render import SceneFile, write_scene
 
 FIRST_VALIDATION = 10**6  # training indices count from 0, validation indices from here
+TEST_SCENES = 2**34  # added to the seed of a dataset: its test split has a seed that no other scene has
+SPACES = ("scenes", "scenes_90")  # label spaces whose ids are in the label maps
 
 
-def _write_all(folder: Path, jobs: list[tuple[str, int, int]], seed: int) -> None:
-    write = partial(write_scene, folder=folder, seed=seed)
+def scene_files(num_train: int, num_validation: int, num_test: int, seed: int) -> list[SceneFile]:
+    """All pictures of a dataset. The splits share no scene."""
+    files = [SceneFile("train", number, seed, number) for number in range(num_train)]
+    files += [SceneFile("validation", number, seed, FIRST_VALIDATION + number) for number in range(num_validation)]
+    return files + [SceneFile("test", number, TEST_SCENES + seed, number) for number in range(num_test)]
+
+
+def _write_all(folder: Path, files: list[SceneFile]) -> None:
+    write = partial(write_scene, folder)
     processes = min(os.cpu_count() or 1, 8)
-    with tqdm(total=len(jobs), desc="drawing scenes", unit="scene") as progress:
-        if processes == 1 or len(jobs) < 500:  # a new process takes about as long to start as 300 scenes
-            for job in jobs:
-                write(job)
+    with tqdm(total=len(files), desc="drawing scenes", unit="scene") as progress:
+        if processes == 1 or len(files) < 500:  # a new process takes about as long to start as 300 scenes
+            for file in files:
+                write(file)
                 progress.update()
             return
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            for _ in pool.imap_unordered(write, jobs, chunksize=20):
+            for _ in pool.imap_unordered(write, files, chunksize=20):
                 progress.update()
 
 
-def write_dataset(folder: str | Path, num_train: int, num_validation: int, seed: int) -> None:
-    """Writes {train,validation}/{images,labels}/00000.png ... and classes.json.
+def write_dataset(
+    folder: str | Path, num_train: int, num_validation: int, seed: int, num_test: int = 0, label_space: str = "scenes"
+) -> None:
+    """Writes {train,validation,test}/{images,labels}/00000.png ... and classes.json.
 
-    Labels are dense and include unseen classes, which the reader removes in training. The folder gets its name when it
-    is complete. Several processes draw a large set. They import the main script again, so call this below
-    `if __name__ == "__main__":`.
+    label_space: of classes.json, one of SPACES, with the number of a class split: "scenes:3". Pictures and label maps
+        are the same for all of them. Labels are dense and include unseen classes, which the reader removes in training.
+    The folder gets its name when it is complete. Several processes draw a large set. They import the main script again,
+    so call this below `if __name__ == "__main__":`.
     """
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder} exists already: give another folder, or remove it first")
-    jobs = [("train", number, number) for number in range(num_train)]
-    jobs += [("validation", number, FIRST_VALIDATION + number) for number in range(num_validation)]
+    space = load_label_space(label_space)
+    files = scene_files(num_train, num_validation, num_test, seed)
     with writing_folder(folder) as unfinished:
-        for split in ("train", "validation"):
+        for split in dict.fromkeys(file.split for file in files):
             for kind in ("images", "labels"):
                 (unfinished / split / kind).mkdir(parents=True)
-        _write_all(unfinished, jobs, seed)
-        classes = {"name": "scenes", "classes": CLASS_NAMES, "unseen": UNSEEN, "ignore_label": IGNORE_INDEX}
-        write_json(unfinished / "classes.json", classes)
+        _write_all(unfinished, files)
+        classes = {"name": label_space, "classes": space.class_names, "things": space.things, "unseen": space.unseen}
+        write_json(unfinished / "classes.json", {**classes, "ignore_label": space.ignore_index})

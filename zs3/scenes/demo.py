@@ -116,7 +116,7 @@ def write_page(folder: Path, results: dict[str, Result], pictures: list[Path], f
     images = "\n\n".join(f"![{path.stem}]({path.relative_to(folder)})" for path in pictures)
     text = f"""# Demo report
 
-Synthetic benchmark `scenes`, validation split, one seed. Generalised zero-shot setting: all 20 names are candidates.
+Synthetic benchmark `scenes`, validation split, one seed. Generalised zero-shot setting: all 24 names are candidates.
 Stage 2 had ground-truth image labels: which unseen classes each training image shows, not where.
 
 {scores}

@@ -442,9 +442,17 @@ def render_scene(seed: int, index: int) -> Scene:
 # ------------------------------------------------------------------------------------------------ the folder
 
 
-def write_scene(job: tuple[str, int, int], *, folder: Path, seed: int) -> None:
-    split, number, index = job
-    scene = render_scene(seed, index)
-    Image.fromarray(scene.image).save(folder / split / "images" / f"{number:05d}.png")
+class SceneFile(NamedTuple):
+    """A picture of a dataset: its split, its number there, and the scene."""
+
+    split: str
+    number: int
+    seed: int
+    index: int
+
+
+def write_scene(folder: Path, file: SceneFile) -> None:
+    scene = render_scene(file.seed, file.index)
+    Image.fromarray(scene.image).save(folder / file.split / "images" / f"{file.number:05d}.png")
     # 8 bits with the ignored id 255, as save_map writes it
-    Image.fromarray(scene.label).save(folder / split / "labels" / f"{number:05d}.png")
+    Image.fromarray(scene.label).save(folder / file.split / "labels" / f"{file.number:05d}.png")

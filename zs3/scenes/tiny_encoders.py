@@ -1,0 +1,255 @@
+"""Trains and measures the tiny encoders of the embedded benchmark: two CLIPs and a TIPSv2.
+
+    zs3 tiny_encoders train --family clip --output DIR [--without scenes:0] [--steps 4000] [--seed 0]
+    zs3 tiny_encoders train --family tipsv2 --output DIR
+    zs3 tiny_encoders evaluate --model DIR [--proposals runs/stage1/final]
+
+`train` writes weights, tokenizer, results.json and the card. `evaluate` measures again and writes results.json and the
+card again; with --proposals it also names the proposals of a trained checkpoint. `zs3/scenes_clip` is the CLIP of the
+recipes, `zs3/scenes_clip_unseen` never had a caption of an unseen name, `zs3/scenes_tipsv2` has patch tokens that are
+aligned with text.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, CLIPModel, CLIPTokenizer, Tipsv2Model
+from transformers.models.tipsv2.tokenization_tipsv2 import Tipsv2Tokenizer
+
+from configuration_zs3 import one_line
+from files_zs3 import read_text
+from zs3.checkpoints import weights_sha256
+from zs3.command_line import Arguments, Count, InputError, OutputFolder, Seed, check_required, flag, read_arguments
+from zs3.command_line.flags import is_given
+from zs3.files import write_json, write_text, writing_folder
+from zs3.label_space import load_label_space
+from zs3.scenes import render, tiny_clip, tiny_tipsv2
+from zs3.scenes.encoder_accuracy import (
+    PER_CLASS,
+    Scores,
+    class_text_embeds,
+    clip_accuracy,
+    clip_namings,
+    proposal_accuracy,
+    text_cosines,
+    tipsv2_accuracy,
+    tipsv2_namings,
+)
+from zs3.tables import markdown_table
+
+GROUPS = ("all", "seen", "unseen", "things", "stuff")
+
+
+@dataclass
+class EncoderArgs(Arguments):
+    """Trains or measures a tiny encoder of the scenes benchmark."""
+
+    first_words = ("command",)
+
+    command: Literal["train", "evaluate"] | None = flag(None, "What to do; the flag --command may be left out.")
+    family: Literal["clip", "tipsv2"] = flag("clip", "Model to train.")
+    output: OutputFolder | None = flag(None, "New folder for `train`; it must not exist.")
+    without: str | None = flag(None, "Label space, e.g. scenes:0, whose unseen names get no caption; clip alone.")
+    steps: Count = flag(4000, "Steps of the training.")
+    seed: Seed = flag(0, "Random seed of weights and pictures.")
+    model: str | None = flag(None, "Folder that `evaluate` reads, and writes its results and card into.")
+    proposals: str | None = flag(None, "Checkpoint whose proposals `evaluate` names, too.")
+
+    def check(self) -> None:
+        check_required(self, "command", "output" if self.command == "train" else "model")
+        training = ("family", "output", "without", "steps", "seed")
+        for name in ("model", "proposals") if self.command == "train" else training:
+            if is_given(self, name):
+                raise InputError(f"`{self.command}` takes no --{name}: leave it out")
+        if self.without is not None and self.family != "clip":
+            raise InputError(f"--without is for --family clip, not {self.family}: leave it out")
+        hidden_names(self.without)  # refuses an unknown label space before the training
+
+
+def hidden_names(without: str | None) -> frozenset[str]:
+    return frozenset() if without is None else frozenset(load_label_space(without).unseen)
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def load(folder: Path) -> tuple[CLIPModel | Tipsv2Model, CLIPTokenizer | Tipsv2Tokenizer]:
+    """A folder that `train` made. Raises InputError for another."""
+    try:
+        family = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        if family == "clip":
+            return CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
+        if family == "tipsv2":  # transformers knows the tokenizer by this name alone
+            return Tipsv2Model.from_pretrained(folder).eval(), Tipsv2Tokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {folder} ({one_line(error, 80)}): give a folder that `train` made") from error
+    raise InputError(f"{folder} holds a {family}: give a folder that `train` made")
+
+
+def measure(folder: Path, proposals: str | None = None) -> dict[str, Any]:
+    """Accuracies in [0, 1] among the 24 class names, and cosines of text vectors."""
+    model, tokenizer = load(folder)
+    text = class_text_embeds(model, tokenizer, render.CLASS_NAMES)
+    is_clip = model.config.model_type == "clip"
+    with torch.inference_mode():
+        scores, by_name = (clip_accuracy if is_clip else tipsv2_accuracy)(model, text)
+    result = {"regions_per_class": PER_CLASS, "accuracy": scores, "by_name": by_name}
+    if proposals is not None:
+        namings = clip_namings(model, folder) if is_clip else tipsv2_namings(model)
+        found, shares = proposal_accuracy(proposals, namings, text)
+        source = {"name": Path(proposals).parent.name, "sha256": weights_sha256(proposals)}
+        result["proposals"] = {"checkpoint": source, "share_by_purity": shares, "accuracy": found}
+    return result | {"text_cosine": text_cosines(model, tokenizer)}
+
+
+def halve(folder: Path) -> None:
+    """Saves the weights as float16. The configuration keeps float32, so transformers loads them as float32."""
+    path = folder / "model.safetensors"
+    save_file({name: value.half() for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------ the card
+
+
+def score_table(scores: Scores) -> list[str]:
+    rows = [[kind, *("-" if row[g] is None else f"{row[g]:.3f}" for g in GROUPS)] for kind, row in scores.items()]
+    return markdown_table(["picture", *GROUPS], rows)
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The result of `measure` as Markdown tables."""
+    lines = [*score_table(result["accuracy"]), ""]
+    if "proposals" in result:
+        shares = ", ".join(f"{share:.0%} at {least}" for least, share in result["proposals"]["share_by_purity"].items())
+        lines += [PROPOSALS.format(name=result["proposals"]["checkpoint"]["name"], shares=shares)]
+        lines += [*score_table(result["proposals"]["accuracy"]), ""]
+    names = [[name, f"{share:.2f}"] for name, share in result["by_name"].items()]
+    lines += [*markdown_table(["class name", "accuracy"], names), ""]
+    cosines = [[pair, f"{cosine:.2f}"] for pair, cosine in result["text_cosine"].items()]
+    return "\n".join([*lines, *markdown_table(["text vectors of", "cosine"], cosines)])
+
+
+PROPOSALS = """On proposals of a trained segmenter ("{name}"), in 200 further held-out scenes. The right name of a
+proposal is the class of most of its pixels; its purity is the share of these pixels. Share of the proposals, by least
+purity: {shares}.
+"""
+CARD = """---
+library_name: transformers
+license: apache-2.0
+pipeline_tag: zero-shot-image-classification
+tags: [{family}, synthetic]
+---
+# A tiny {title} for the embedded benchmark `scenes`
+
+transformers' `{kind}` with {num_parameters:,} parameters: {image_size} x {image_size} pixels in patches of
+{patch_size}, a text tower of its own small vocabulary, a joint space of {dim} numbers. The weights are stored as
+float16.
+
+It is synthetic and knows one world only: coloured and patterned shapes on drawn textures, {num_names} names in all.
+A real photograph, or a word outside that world, means nothing to it. It exists so that zero-shot segmentation can be
+trained, tested and shown on any computer, offline.
+
+{how}
+{names} Made by
+
+    {command}
+
+with seed {seed}, {steps:,} steps, in {minutes:.0f} minutes on {threads} CPU thread(s).
+
+## Accuracy
+Which of the 24 class names is meant? {regions_per_class} regions of each class from scenes that training did not see;
+a class vector is the mean over the 14 ViLD templates. Seen and unseen are those of the class split `scenes:0`. {rows}
+
+{tables}
+"""
+HOW = {
+    "clip": """Trained from nothing on captions and crops of `zs3.scenes`. The crops are boxes around drawn objects and
+textures, whole or in part; rough cut-outs with the mean colour around them, as a segmenter's proposals look; and
+product photos: one object alone on a plain backdrop. No label map of the benchmark took part, but the cut-outs are made
+from the drawn shapes.""",
+    "tipsv2": """Trained from nothing on captions and whole pictures of `zs3.scenes` with the boxes of the captions, and
+on crops for the class token. No mask took part: a patch token must fit one of the names whose boxes touch it. So its
+patch tokens can be averaged over a mask.""",
+}
+ROWS = {
+    "clip": """Margins are
+shares of the box's side, on each side; in "mask" rows the pixels outside the class are filled with the mean colour.""",
+    "tipsv2": """"box": the
+mean of the patch tokens in the box; "mask": in the visible part of the region. By name: on masks.""",
+}
+
+
+def write_card(folder: Path, result: dict[str, Any]) -> None:
+    family = result["family"]
+    words = {"how": HOW[family], "rows": ROWS[family], "tables": tables(result), "num_names": len(render.WORLD_NAMES)}
+    words |= {"title": {"clip": "CLIP", "tipsv2": "TIPSv2"}[family]}
+    words |= {"kind": {"clip": "CLIPModel", "tipsv2": "Tipsv2Model"}[family]}
+    hidden = result["hidden_names"]
+    words["names"] = (
+        "The captions hold all names of the world, as web captions hold the classes of any benchmark."
+        if not hidden
+        else f"No caption holds these {len(hidden)} names, the unseen ones of a class split: {', '.join(hidden)}."
+    )
+    write_text(folder / "README.md", CARD.format(**result, **words))
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def train(args: EncoderArgs) -> None:
+    folder, hidden = Path(args.output), hidden_names(args.without)
+    if folder.exists():
+        raise InputError(f"{folder} exists already: give another folder, or remove it first")
+    with writing_folder(folder) as unfinished:
+        start = time.monotonic()
+        if args.family == "clip":
+            model = tiny_clip.train(unfinished, args.steps, args.seed, hidden)
+        else:
+            model = tiny_tipsv2.train(unfinished, args.steps, args.seed)
+        result = facts(args, model, (time.monotonic() - start) / 60)
+        halve(unfinished)
+        result |= measure(unfinished)
+        write_json(unfinished / "results.json", result)
+        write_card(unfinished, result)
+    print(f"{tables(result)}\nthe encoder and its card are in {folder}")
+
+
+def facts(args: EncoderArgs, model: CLIPModel | Tipsv2Model, minutes: float) -> dict[str, Any]:
+    """What the card says of the training."""
+    command = f"zs3 tiny_encoders train --family {args.family} --output {Path(args.output).name}"
+    command += f" --without {args.without}" * (args.without is not None)
+    vision = model.config.vision_config
+    return {
+        "command": f"{command} --steps {args.steps} --seed {args.seed}",
+        "family": args.family, "hidden_names": sorted(hidden_names(args.without)), "seed": args.seed,
+        "steps": args.steps, "minutes": minutes, "threads": torch.get_num_threads(),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "image_size": vision.image_size, "patch_size": vision.patch_size,
+        "dim": getattr(model.config, "projection_dim", None) or vision.hidden_size,
+    }  # fmt: skip
+
+
+def evaluate(folder: Path, proposals: str | None) -> None:
+    path = folder / "results.json"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: give a folder that `train` made")
+    before = json.loads(read_text(path))
+    found = measure(folder, proposals)
+    kept = {name: before[name] for name in ("proposals",) if name in before and name not in found}
+    result = {name: value for name, value in before.items() if name not in (*found, *kept)} | found | kept
+    write_json(path, result)
+    write_card(folder, result)
+    print(f"{tables(result)}\nthe results and the card are in {folder}")
+
+
+def main() -> None:
+    args, _ = read_arguments(EncoderArgs)
+    if args.command == "train":
+        train(args)
+    else:
+        evaluate(Path(args.model), args.proposals)
