@@ -35,7 +35,7 @@ class WorldArgs(measuring.BenchmarkArguments):
     dataset: str | None = flag(None, "Folder made by `zs3 scenes`.")
     split: str = flag("train", "Split whose label maps are counted.")
     sheet: OutputFile | None = flag(None, "PNG to draw the first pictures into.")
-    pictures: Annotated[int, Number(int, 1, 1000)] = flag(48, "Pictures of the contact sheet.")
+    pictures: Annotated[int, Number(int, 1, 1000)] = flag(24, "Pictures of the contact sheet.")
 
     def check(self) -> None:
         check_required(self, "dataset")
@@ -122,8 +122,8 @@ def text_of(result: dict, split: str) -> str:
     titles += ["unseen classes a picture", "pictures with one", "with none"]
     return f"""# The embedded benchmark `scenes`: what its pictures show
 
-Synthetic. {result["pictures"]:,} pictures of the split `{split}`, with {result["classes_per_picture"]:.1f} classes each
-on average. Shares are percent. Made by `{result["command"]}`.
+Synthetic. Shares are percent. The split `{split}` has {result["pictures"]:,} pictures, with
+{result["classes_per_picture"]:.1f} classes a picture on average. Made by `{result["command"]}`.
 
 ## Classes
 {measuring.table_of(["class", "kind", "pictures", "pixels"], classes)}

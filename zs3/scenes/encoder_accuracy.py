@@ -115,7 +115,7 @@ def tipsv2_accuracy(model: Tipsv2Model, text: Tensor) -> tuple[Scores, dict[str,
                 chosen.append(place)
         if not chosen:
             continue
-        tokens = tiny_tipsv2.patch_tokens(model, tiny_tipsv2.enlarged(scene.image[None]))[0]
+        tokens = tiny_tipsv2.patch_tokens(model, tiny_tipsv2.pixel_values(scene.image[None]))[0]
         names += [render.CLASS_NAMES.index(scene.regions[place].name) for place in chosen]
         boxes = torch.zeros(len(chosen), render.SIZE, render.SIZE)
         for box, place in zip(boxes, chosen, strict=True):
@@ -179,7 +179,7 @@ def clip_namings(model: CLIPModel, folder: Path) -> dict[str, Naming]:
 
 def tipsv2_namings(model: Tipsv2Model) -> dict[str, Naming]:
     def embeds(found: Proposals) -> Tensor:
-        tokens = tiny_tipsv2.patch_tokens(model, tiny_tipsv2.enlarged(found.image[None]))[0]
+        tokens = tiny_tipsv2.patch_tokens(model, tiny_tipsv2.pixel_values(found.image[None]))[0]
         masks = F.interpolate(found.mask_logits, size=found.size, mode="bilinear", align_corners=False)
         return mask_means(tokens, masks[0].sigmoid())
 

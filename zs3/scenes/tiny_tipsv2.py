@@ -6,9 +6,12 @@ between captions and the class token of a crop; and one for each patch token.
 
 A box does not say which of its tokens show the thing. The loss of a token asks only that its name be one of the names
 whose boxes touch it: -log of the sum of their probabilities. A token in the corner of a thing's box shows what tokens
-show that lie in no such box, and so gets the name of the stuff. The mean of a box has two weights. One is a prior,
-largest in the middle of the box, and 0 below the boxes in front. The other is the token's probability of the box's name
-among the names that touch it, as in a step of expectation maximisation.
+show that lie in no such box, and so gets the name of the stuff.
+
+There are two rounds. In the first, the mean of a box has a prior: it is largest in the middle of the box, and 0 below
+the boxes in front. In the second, it is also weighted by each token's probability of the box's name among the names
+that touch it, as in expectation maximisation. With these weights from the start, the tokens of things took the names of
+the stuff around them.
 
 Axes: B scene, R region, T patch token, N name, D embedding, L token of a text.
 """
@@ -20,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Tipsv2Config, Tipsv2Model
@@ -40,16 +42,15 @@ from zs3.scenes.contrastive import (
 )
 from zs3.scenes.crops import Crops, training_scene
 
-SIDE = 160  # pixels, both sides of the input, to which scenes are enlarged
-PATCH = 8  # pixels of the input, both sides
-GRID = SIDE // PATCH  # patches along a side
-CELL = render.SIZE / GRID  # pixels of a scene, both sides of a patch
+PATCH = 8  # pixels, both sides
+GRID = render.SIZE // PATCH  # patches along a side
 SCENES = 16  # of one step
 CROPS = 48  # of one step, for the class token
 POOL = 6_000  # scenes drawn at a time ...
 POOL_STEPS = 1000  # ... and used for this number of steps
 PRIOR = 0.6  # standard deviation of the prior in a box, in half sides of the box
 FIRST_SCALE = 14.0  # of cosines, CLIP's
+SECOND_ROUND = 0.4  # share of the steps
 SAVE_EVERY = 500  # steps
 
 
@@ -67,8 +68,8 @@ class Boxes(NamedTuple):
 
 def _overlap(low: float, high: float) -> np.ndarray:
     """(GRID,) the share of each patch between two pixels, along one side."""
-    start = np.arange(GRID) * CELL
-    return np.clip(np.minimum(high, start + CELL) - np.maximum(low, start), 0, CELL) / CELL
+    start = np.arange(GRID) * PATCH
+    return np.clip(np.minimum(high, start + PATCH) - np.maximum(low, start), 0, PATCH) / PATCH
 
 
 def covered(box: tuple[int, int, int, int]) -> np.ndarray:
@@ -80,7 +81,7 @@ def covered(box: tuple[int, int, int, int]) -> np.ndarray:
 def _prior(box: tuple[int, int, int, int], is_stuff: bool) -> np.ndarray:
     """(T,) float: 1 in the middle of the box, less toward its sides; along a band of stuff, only down differs."""
     x0, y0, x1, y1 = box
-    middle = (np.arange(GRID) + 0.5) * CELL
+    middle = (np.arange(GRID) + 0.5) * PATCH
     down = (2 * middle - y0 - y1) / (y1 - y0)
     across = 0 * middle if is_stuff else (2 * middle - x0 - x1) / (x1 - x0)
     return np.exp(-(down[:, None] ** 2 + across**2) / (2 * PRIOR**2)).ravel()
@@ -125,17 +126,12 @@ def pixel_values(pixels: np.ndarray) -> Tensor:
     return torch.tensor(pixels).permute(0, 3, 1, 2).float() / 255
 
 
-def enlarged(pixels: np.ndarray) -> Tensor:
-    """Whole scenes (B, 128, 128, 3) uint8 -> (B, 3, SIDE, SIDE) float32 in [0, 1]."""
-    return F.interpolate(pixel_values(pixels), size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-
-
 def new_model(tokenizer: Tipsv2Tokenizer) -> Tipsv2Model:
     """An untrained TIPSv2 of 1.2 M parameters."""
     tower = {"hidden_size": 128, "num_attention_heads": 4}
     text = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, "intermediate_size": 256,
             "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
-    vision = {"num_hidden_layers": 4, "mlp_ratio": 4, "image_size": SIDE, "patch_size": PATCH}
+    vision = {"num_hidden_layers": 4, "mlp_ratio": 4, "image_size": render.SIZE, "patch_size": PATCH}
     config = Tipsv2Config(text_config=text | tower, vision_config=vision | tower)
     config._attn_implementation = "eager"  # on a CPU in bfloat16 its backward is faster than that of the fused kernel
     model = Tipsv2Model(config)
@@ -164,14 +160,8 @@ def possible_names(scene: Tensor, target: Tensor, touched: Tensor, num_scenes: i
 
 
 def token_loss(logits: Tensor, is_possible: Tensor) -> Tensor:
-    """-log of the probability of the possible names of a token; logits, is_possible: (B, T, N).
-
-    The mean over tokens that several names touch, plus the mean over the others: these are many, and easy.
-    """
-    losses = logits.logsumexp(dim=-1) - logits.masked_fill(~is_possible, -torch.inf).logsumexp(dim=-1)
-    is_hard = is_possible.sum(dim=-1) > 1
-    means = (losses.masked_fill(~part, 0).sum() / part.sum().clamp(min=1) for part in (is_hard, ~is_hard))
-    return sum(means)
+    """The mean over tokens of -log of the probability of their possible names; logits, is_possible: (B, T, N)."""
+    return (logits.logsumexp(dim=-1) - logits.masked_fill(~is_possible, -torch.inf).logsumexp(dim=-1)).mean()
 
 
 def own_shares(logits: Tensor, is_possible: Tensor, scene: Tensor, target: Tensor) -> Tensor:
@@ -188,10 +178,12 @@ class Batch(NamedTuple):
     crops: Crops
 
 
-def batch_loss(model: Tipsv2Model, batch: Batch, captions: dict[str, Tensor], target: Tensor, scale: Tensor) -> Tensor:
+def batch_loss(
+    model: Tipsv2Model, batch: Batch, captions: dict[str, Tensor], target: Tensor, scale: Tensor, by_own_shares: bool
+) -> Tensor:
     """captions: tokens and mask of N captions. target: (R + CROPS,) int64, the caption of each box and each crop."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = patch_tokens(model, enlarged(batch.images)).float()  # (B, T, D)
+        found = patch_tokens(model, pixel_values(batch.images)).float()  # (B, T, D)
         alone = model.get_image_features(pixel_values(batch.crops.pixels)).pooler_output
         text = model.get_text_features(**captions).pooler_output
     text, scene = unit(text), torch.from_numpy(batch.boxes.scene)
@@ -199,7 +191,9 @@ def batch_loss(model: Tipsv2Model, batch: Batch, captions: dict[str, Tensor], ta
     logits = scale * unit(found) @ text.T  # (B, T, N)
     touched = torch.from_numpy(batch.boxes.touched.copy())
     possible = possible_names(scene, of_boxes, touched, len(found), len(text))
-    weight = torch.from_numpy(batch.boxes.weight) * own_shares(logits, possible, scene, of_boxes)
+    weight = torch.from_numpy(batch.boxes.weight)
+    if by_own_shares:
+        weight = weight * own_shares(logits, possible, scene, of_boxes)
     shown = weight.sum(dim=1) > 1e-3
     pooled = (weight[:, None] @ found[scene])[:, 0]  # (R, D)
     seen = torch.cat([unit(pooled[shown]), unit(alone)])
@@ -210,10 +204,21 @@ def batch_loss(model: Tipsv2Model, batch: Batch, captions: dict[str, Tensor], ta
 def train(folder: Path, steps: int, seed: int) -> Tipsv2Model:
     """Trains a new TIPSv2, and saves it in `folder` every SAVE_EVERY steps."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng((seed, 0, 4))
     tokenizer = tipsv2_tokenizer()
     model = new_model(tokenizer)
     model.register_parameter("log_scale", nn.Parameter(torch.tensor(math.log(FIRST_SCALE))))
+    second = round(SECOND_ROUND * steps)
+    train_round(model, tokenizer, folder, steps - second, seed, by_own_shares=False)
+    train_round(model, tokenizer, folder, second, seed + 1, by_own_shares=True)
+    del model.log_scale
+    return model
+
+
+def train_round(
+    model: Tipsv2Model, tokenizer: Tipsv2Tokenizer, folder: Path, steps: int, seed: int, by_own_shares: bool
+) -> None:
+    """One round, with its own warm-up and decay of the learning rate."""
+    rng = np.random.default_rng((seed, 0, 4))
     optimizer, schedule = make_optimizer(model, steps)
     texts = [caption.format(name) for name in render.WORLD_NAMES for caption in CAPTIONS]
     tokens = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"].unflatten(0, (-1, len(CAPTIONS)))
@@ -221,10 +226,10 @@ def train(folder: Path, steps: int, seed: int) -> Tipsv2Model:
     progress = tqdm(batches, total=steps, desc="training the tiny TIPSv2", unit="step", smoothing=0.05)
     for step, ((images, boxes), crops) in enumerate(progress, start=1):
         names, target = np.unique(np.concatenate([boxes.name, crops.name]), return_inverse=True)
-        ids = a_caption_each(rng, tokens, names)
+        ids, batch = a_caption_each(rng, tokens, names), Batch(images, boxes, crops)
         captions = {"input_ids": ids, "attention_mask": ids != tokenizer.pad_token_id}
         scale = model.log_scale.exp()
-        loss = batch_loss(model, Batch(images, boxes, crops), captions, torch.from_numpy(target), scale)
+        loss = batch_loss(model, batch, captions, torch.from_numpy(target), scale, by_own_shares)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -235,8 +240,6 @@ def train(folder: Path, steps: int, seed: int) -> Tipsv2Model:
             progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale.item():.1f}")
         if step % SAVE_EVERY == 0 or step == steps:
             save(model, tokenizer, folder)
-    del model.log_scale
-    return model
 
 
 def save(model: Tipsv2Model, tokenizer: Tipsv2Tokenizer, folder: Path) -> None:
@@ -245,7 +248,7 @@ def save(model: Tipsv2Model, tokenizer: Tipsv2Tokenizer, folder: Path) -> None:
     weights = {name: value for name, value in model.state_dict().items() if name != "log_scale"}
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
-    size = {"height": SIDE, "width": SIDE}
+    size = {"height": render.SIZE, "width": render.SIZE}
     preprocessor = {
         "image_processor_type": "Tipsv2ImageProcessor", "do_resize": True, "size": size, "resample": 2,
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": False, "do_convert_rgb": True,
