@@ -170,6 +170,8 @@ class Zs3Config(Mask2FormerConfig):
         class_loss: "background_aware" (Eq. 5), or "cross_entropy" with a learned background embedding (Eq. 1-2).
         matched_weight: lambda of Eq. 5; unmatched queries get 1 - lambda.
         kl: "p_u" is KL(p || U) as printed in Eq. 5, "u_p" is KL(U || p).
+        class_norm: "groups" takes the means over matched and over unmatched queries in Eq. 5; "queries" their sum, as
+            in Eq. 1, over the number of matched ones.
         no_object_weight: weight of unmatched queries in class_loss "cross_entropy" (Mask2Former's).
         class_weight: weight of the class loss, alpha of Eq. 8, and of the class cost in matching.
         mask_weight: weight of the focal or cross-entropy loss of masks, beta of Eq. 8, and of its cost in matching.
@@ -220,6 +222,7 @@ class Zs3Config(Mask2FormerConfig):
     class_loss: Literal["background_aware", "cross_entropy"] = "background_aware"
     matched_weight: float | int = 0.6
     kl: Literal["p_u", "u_p"] = "p_u"
+    class_norm: Literal["groups", "queries"] = "groups"
     class_weight: float | int = 2.0
     mask_weight: float | int = 5.0
     dice_weight: float | int = 5.0
@@ -261,6 +264,11 @@ class Zs3Config(Mask2FormerConfig):
             if isinstance(getattr(self, name), dict):
                 setattr(self, name, self.sub_configs[name](**getattr(self, name)))
         super().__post_init__(**kwargs)
+
+    def validate_class_norm(self):
+        """Called by `strict`."""
+        if self.class_loss == "cross_entropy" and self.class_norm == "queries":
+            raise Refused("class_norm 'queries' does not go with class_loss 'cross_entropy': give 'groups'")
 
     def validate_strides(self):
         """Called by `strict`."""

@@ -388,6 +388,7 @@ def class_loss(
     matched_weight: float,
     *,
     kl: str = "p_u",
+    class_norm: str = "groups",
     num_matched: Tensor | None = None,
     num_unmatched: Tensor | None = None,
 ) -> Tensor:
@@ -395,9 +396,12 @@ def class_loss(
 
     similarity: (..., Q, C) cosine in [-1, 1]; target: (..., Q) class index or UNMATCHED.
     kl: "p_u" is KL(p || U) as printed, "u_p" is KL(U || p).
-    num_matched, num_unmatched: divide the sums over each group; default: its number of queries in `target`.
-    Reading: Eq. 5 does not say sum or mean. It is the mean over each group here: in a common sum, 92 unmatched queries
-    would count far more than 8 matched ones.
+    class_norm: "groups" takes the mean over each group. "queries" takes the sum over all queries, as Eq. 1 prints it,
+        divided by the number of matched ones, or of images if there are more of these.
+    num_matched, num_unmatched: the numbers of queries in each group; default: those in `target`.
+    Reading: Eq. 5 does not say sum or mean. In a sum, 92 unmatched queries count far more than 8 matched ones. The sum
+    is divided because alpha and beta are Mask2Former's weights (section 4.3): there, sums over masks are divided by
+    their number. So with both values the cross-entropy has the same dose; only that of the KL differs.
     """
     log_probs = (at_least_float32(similarity) / temperature).log_softmax(-1)
     matched = target != UNMATCHED
@@ -408,14 +412,20 @@ def class_loss(
         divergence = -log_probs.mean(-1) - math.log(log_probs.shape[-1])
     else:
         raise ValueError(f"kl must be 'p_u' or 'u_p', got {kl!r}")
+    num_matched = matched.sum() if num_matched is None else num_matched
+    num_unmatched = (~matched).sum() if num_unmatched is None else num_unmatched
+    if class_norm == "queries":
+        num_images = (num_matched + num_unmatched) / target.shape[-1]
+        num_matched = num_unmatched = torch.maximum(num_matched, num_images)
+    elif class_norm != "groups":
+        raise ValueError(f"class_norm must be 'groups' or 'queries', got {class_norm!r}")
     return matched_weight * _mean_where(matched, cross_entropy, num_matched) + (1 - matched_weight) * _mean_where(
         ~matched, divergence, num_unmatched
     )
 
 
-def _mean_where(where: Tensor, values: Tensor, count: Tensor | None) -> Tensor:
-    """The sum of the values at `where` over their number, or over `count`; 0 where there are none."""
-    count = where.sum() if count is None else count
+def _mean_where(where: Tensor, values: Tensor, count: Tensor) -> Tensor:
+    """The sum of the values at `where`, over `count`; 0 where there are none."""
     return values.masked_fill(~where, 0).sum() / count.clamp(min=TINY)
 
 
@@ -548,7 +558,7 @@ def zs3_losses(
         numbers["unmatched_weight"] = config.no_object_weight
         of_classes = background_class_loss(cosine, background, query_labels, config.class_temperature, **numbers)
     else:
-        numbers |= {"matched_weight": config.matched_weight, "kl": config.kl}
+        numbers |= {"matched_weight": config.matched_weight, "kl": config.kl, "class_norm": config.class_norm}
         of_classes = class_loss(cosine, query_labels, config.class_temperature, **numbers)
     positive, negative = targets.image_labels == 1, targets.image_labels == 0
     of_ranking = ranking_loss(config.rank_scale * cosine, positive, negative, norm=config.rank_norm)

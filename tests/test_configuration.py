@@ -27,6 +27,7 @@ def test_defaults_are_the_papers():
         "num_queries": 100,
         "class_loss": "background_aware",
         "kl": "p_u",
+        "class_norm": "groups",
         "rank_norm": "positives",
         "mask_loss": "focal",
         "matching": "unpaired",
@@ -54,6 +55,7 @@ def test_defaults_are_the_papers():
         ("class_names", "sky"),
         ("seen_class_names", [1, 2]),
         ("kl", "reverse"),  # wrong choice
+        ("class_norm", "query"),
         ("class_loss", "focal"),
         ("mask_loss", "dice"),
         ("matching", "paired"),
@@ -164,6 +166,26 @@ def test_a_mistake_in_a_saved_file_is_refused_by_name(tmp_path):
 )
 def test_integers_are_numbers(field):
     assert getattr(Zs3Config(**{field: 1}), field) == 1
+
+
+def test_the_norm_of_the_class_loss_is_saved_and_older_files_have_the_default(tmp_path):
+    tiny_config(class_norm="queries").save_pretrained(tmp_path)
+    saved = Zs3Config.from_pretrained(tmp_path)
+    assert saved.class_norm == "queries"
+    with pytest.raises(ValueError, match="class_norm 'queries' does not go with"):  # as a start of train.py
+        Zs3Config(**{**saved.to_dict(), "class_loss": "cross_entropy"})
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    del fields["class_norm"]
+    file.write_text(json.dumps(fields))
+    assert Zs3Config.from_pretrained(tmp_path).class_norm == "groups"
+
+
+def test_a_sum_over_queries_is_refused_for_the_baseline():
+    line = "^class_norm 'queries' does not go with class_loss 'cross_entropy': give 'groups'$"
+    with pytest.raises(ValueError, match=line):
+        Zs3Config(class_loss="cross_entropy", class_norm="queries")
+    assert Zs3Config(class_loss="cross_entropy", class_norm="groups").class_norm == "groups"
 
 
 def test_every_field_survives_json(tmp_path):

@@ -1,7 +1,9 @@
 """Matching and losses: each equation against loops, permutations, transformers' own code, or numbers worked by hand."""
 
 import math
+import re
 from itertools import permutations
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -69,7 +71,9 @@ def close(actual: Tensor, expected: float | Tensor, **tolerances):
 # ----------------------------------------------------------------------------------------- class loss, Eq. 1-2, 5
 
 
-def loop_class_loss(similarity: Tensor, target: Tensor, temperature: float, matched_weight: float, kl: str) -> float:
+def loop_class_loss(
+    similarity: Tensor, target: Tensor, temperature: float, matched_weight: float, kl: str, class_norm: str
+) -> float:
     cross_entropies, divergences = [], []
     classes = similarity.shape[-1]
     for image_scores, image_target in zip(similarity.tolist(), target.tolist(), strict=True):
@@ -81,6 +85,10 @@ def loop_class_loss(similarity: Tensor, target: Tensor, temperature: float, matc
                 divergences.append(sum(p * math.log(p * classes) for p in probs if p > 0))
             else:
                 divergences.append(sum(math.log(1 / classes / p) / classes for p in probs))
+    if class_norm == "queries":
+        weighted = [matched_weight * value for value in cross_entropies]
+        weighted += [(1 - matched_weight) * value for value in divergences]
+        return sum(weighted) / max(len(cross_entropies), len(target))
     mean = [sum(values) / max(len(values), 1) for values in (cross_entropies, divergences)]
     return matched_weight * mean[0] + (1 - matched_weight) * mean[1]
 
@@ -109,12 +117,31 @@ def random_target(batch: int, queries: int, classes: int) -> Tensor:
 
 
 @settings(deadline=None, max_examples=60)
-@given(**SHAPES, seed=st.integers(0, 2**16), kl=st.sampled_from(["p_u", "u_p"]), temperature=st.floats(0.01, 1.0))
-def test_class_loss_is_equation_5_in_loops(batch, queries, classes, seed, kl, temperature):
+@given(
+    **SHAPES,
+    seed=st.integers(0, 2**16),
+    kl=st.sampled_from(["p_u", "u_p"]),
+    class_norm=st.sampled_from(["groups", "queries"]),
+    temperature=st.floats(0.01, 1.0),
+)
+def test_class_loss_is_equation_5_in_loops(batch, queries, classes, seed, kl, class_norm, temperature):
     torch.manual_seed(seed)
     similarity, target = random_similarity(batch, queries, classes).double(), random_target(batch, queries, classes)
-    loss = class_loss(similarity, target, temperature, 0.7, kl=kl)
-    close(loss, loop_class_loss(similarity, target, temperature, 0.7, kl), rtol=1e-9, atol=1e-9)
+    loss = class_loss(similarity, target, temperature, 0.7, kl=kl, class_norm=class_norm)
+    expected = loop_class_loss(similarity, target, temperature, 0.7, kl, class_norm)
+    close(loss, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_sum_over_queries_is_a_change_of_two_weights():
+    """Of 100 queries, 8 have a label: the KL's weight is multiplied by 92 / 8, that of the cross-entropy stays."""
+    similarity = random_similarity(3, 100, 171).double()
+    target = torch.full((3, 100), UNMATCHED)
+    for row in target:
+        row[torch.randperm(100)[:8]] = torch.randperm(171)[:8]
+    of_queries = 2 * class_loss(similarity, target, 0.01, 0.6, class_norm="queries")
+    share = 0.6 / (0.6 + 0.4 * 92 / 8)
+    close(of_queries, 2 * 0.6 / share * class_loss(similarity, target, 0.01, share), rtol=1e-9)
+    close(of_queries, 10.4 * class_loss(similarity, target, 0.01, 0.1154), rtol=1e-3)  # rounded
 
 
 @settings(deadline=None, max_examples=60)
@@ -128,12 +155,13 @@ def test_background_class_loss_is_a_weighted_cross_entropy_in_loops(batch, queri
     close(loss, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("class_norm", ["groups", "queries"])
 @pytest.mark.parametrize("kl", ["p_u", "u_p"])
-def test_all_weight_on_the_matched_is_plain_cross_entropy(kl):
+def test_all_weight_on_the_matched_is_plain_cross_entropy(kl, class_norm):
     similarity = random_similarity(2, 5, 7)
     target = torch.tensor([[3, -1, -1, 0, 6], [-1, 2, 4, -1, -1]])
     expected = F.cross_entropy(similarity.flatten(0, 1) / 0.05, target.flatten(), ignore_index=UNMATCHED)
-    close(class_loss(similarity, target, 0.05, matched_weight=1.0, kl=kl), expected)
+    close(class_loss(similarity, target, 0.05, matched_weight=1.0, kl=kl, class_norm=class_norm), expected)
 
 
 def test_counts_of_a_larger_batch_divide_in_place_of_its_own():
@@ -141,13 +169,26 @@ def test_counts_of_a_larger_batch_divide_in_place_of_its_own():
     similarity, background = random_similarity(4, 5, 7), random_similarity(4, 5)
     target = torch.tensor([[3, -1, -1, 0, 6], [-1, 2, 4, -1, -1], [-1, -1, -1, -1, 5], [-1, -1, -1, -1, -1]])
     counts = {"num_matched": torch.tensor(6 / 2), "num_unmatched": torch.tensor(14 / 2)}
-    halves = [class_loss(similarity[part], target[part], 0.1, 0.6, **counts) for part in (slice(2), slice(2, 4))]
-    close(sum(halves), 2 * class_loss(similarity, target, 0.1, 0.6))
     halves = [
         background_class_loss(similarity[part], background[part], target[part], 0.1, **counts)
         for part in (slice(2), slice(2, 4))
     ]
     close(sum(halves), 2 * background_class_loss(similarity, background, target, 0.1))
+
+
+@pytest.mark.parametrize("class_norm", ["groups", "queries"])
+@pytest.mark.parametrize("matched", [[3, 2, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [5, 5, 5, 5]])
+def test_parts_of_any_size_add_up_to_the_class_loss_of_the_batch(matched, class_norm):
+    """Images with these numbers of labels, in parts of one and of three; each part has half of the counts."""
+    similarity, target = random_similarity(4, 5, 7), torch.full((4, 5), UNMATCHED)
+    for row, count in zip(target, matched, strict=True):
+        row[:count] = torch.randperm(7)[:count]
+    counts = {"num_matched": torch.tensor(sum(matched) / 2), "num_unmatched": torch.tensor((20 - sum(matched)) / 2)}
+    parts = [
+        class_loss(similarity[part], target[part], 0.1, 0.6, class_norm=class_norm, **counts)
+        for part in (slice(1), slice(1, 4))
+    ]
+    close(sum(parts), 2 * class_loss(similarity, target, 0.1, 0.6, class_norm=class_norm))
 
 
 def test_class_loss_of_three_to_one_odds():
@@ -157,23 +198,31 @@ def test_class_loss_of_three_to_one_odds():
     other = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     close(class_loss(similarity, target, 0.01, 0.6), 0.6 * math.log(4 / 3) + 0.4 * printed)
     close(class_loss(similarity, target, 0.01, 0.6, kl="u_p"), 0.6 * math.log(4 / 3) + 0.4 * other)
+    thrice = similarity.repeat(1, 3, 1), torch.tensor([[0, UNMATCHED, UNMATCHED, 0, UNMATCHED, UNMATCHED]])
+    close(class_loss(*thrice, 0.01, 0.6), 0.6 * math.log(4 / 3) + 0.4 * printed)
+    close(class_loss(*thrice, 0.01, 0.6, class_norm="queries"), 0.6 * math.log(4 / 3) + 2 * 0.4 * printed)
 
 
-def test_uniform_predictions_cost_nothing_on_unmatched_queries():
-    loss = class_loss(torch.zeros(2, 5, 7), torch.full((2, 5), UNMATCHED), temperature=0.01, matched_weight=0.6)
+@pytest.mark.parametrize("class_norm", ["groups", "queries"])
+def test_uniform_predictions_cost_nothing_on_unmatched_queries(class_norm):
+    nobody = torch.full((2, 5), UNMATCHED)
+    loss = class_loss(torch.zeros(2, 5, 7), nobody, temperature=0.01, matched_weight=0.6, class_norm=class_norm)
     torch.testing.assert_close(loss, torch.tensor(0.0))
 
 
-def test_a_group_without_queries_adds_nothing():
+@pytest.mark.parametrize("class_norm", ["groups", "queries"])
+def test_a_group_without_queries_adds_nothing(class_norm):
     similarity = random_similarity(1, 3, 4)
     nobody, everybody = torch.full((1, 3), UNMATCHED), torch.tensor([[0, 1, 2]])
-    assert class_loss(similarity, nobody, 0.1, matched_weight=1.0) == 0
-    assert class_loss(similarity, everybody, 0.1, matched_weight=0.0) == 0
+    assert class_loss(similarity, nobody, 0.1, matched_weight=1.0, class_norm=class_norm) == 0
+    assert class_loss(similarity, everybody, 0.1, matched_weight=0.0, class_norm=class_norm) == 0
+    assert class_loss(similarity[:0], nobody[:0], 0.1, matched_weight=0.6, class_norm=class_norm) == 0
 
 
-def test_class_loss_refuses_an_unknown_kl():
-    with pytest.raises(ValueError, match="reverse"):
-        class_loss(random_similarity(1, 2, 3), torch.full((1, 2), UNMATCHED), 0.1, 0.6, kl="reverse")
+def test_class_loss_refuses_an_unknown_choice():
+    for choice in ({"kl": "reverse"}, {"class_norm": "images"}):
+        with pytest.raises(ValueError, match=" must be .* got '(reverse|images)'"):
+            class_loss(random_similarity(1, 2, 3), torch.full((1, 2), UNMATCHED), 0.1, 0.6, **choice)
 
 
 def test_kl_to_uniform_is_the_sum_over_classes():
@@ -267,6 +316,43 @@ def test_ranking_loss_refuses_an_unknown_norm():
         ranking_loss(random_similarity(1, 2, 3), torch.zeros(1, 3).bool(), torch.zeros(1, 3).bool(), norm="mean")
 
 
+# ------------------------------------------------------------------------------------- doses, docs/method.md
+
+
+def kl_dose(class_norm: str, queries: int, present: int) -> float:
+    """The weight of the mean KL over that of the mean cross-entropy where `present` queries have labels."""
+    scores, target = torch.tensor([1.0, 0.0]), torch.zeros(1, queries, dtype=torch.int64)
+    target[:, present:] = UNMATCHED
+    parts = [class_loss(scores.expand(1, queries, 2), target, 1, share, class_norm=class_norm) for share in (0, 1)]
+    share, log_probs = Zs3Config().matched_weight, scores.log_softmax(0)
+    of_kl, of_cross_entropy = parts[0] / kl_to_uniform(log_probs), parts[1] / -log_probs[0]
+    return float((1 - share) * of_kl / (share * of_cross_entropy))
+
+
+def ranking_pull(names: int, present: int, gap: float) -> float:
+    """The size of Eq. 6's gradient on the score of a positive label, whose score is higher than others by the gap."""
+    positive = torch.arange(names)[None] < present
+    scores = (gap * positive.float())[:, None].requires_grad_()  # of one query
+    ranking_loss(scores, positive, ~positive).backward()
+    return -float(scores.grad[0, 0, 0])
+
+
+def test_the_doses_of_the_method_are_those_of_the_losses():
+    page = (Path(__file__).parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| .*: (\d+) names, (\d+) present, Q = (\d+) \| (.*) \|$", page, re.MULTILINE)
+    rows = [(*map(int, sizes), cells) for *sizes, cells in found]
+    for names, present, queries, cells in rows:
+        doses = [f"{kl_dose(norm, queries, present):.2f}" for norm in ("groups", "queries")]
+        doses += [f"{ranking_pull(names, present, gap):.1f}" for gap in (0, 0.1)]
+        assert cells == " | ".join(doses)
+    large, small = rows
+    ratio, config = kl_dose("queries", large[2], large[1]), Zs3Config()
+    share, weight = 1 / (1 + ratio), config.class_weight * config.matched_weight * (1 + ratio)
+    for told in (f"matched_weight: {share:.4f}", f"class_weight: {weight:.1f}", f"ratio of {ratio:.2f}"):
+        assert told in page
+    assert f"rank_weight: {ranking_pull(*large[:2], 0) / ranking_pull(*small[:2], 0):.0f}" in page
+
+
 # ------------------------------------------------------------------------------------------------- mask losses
 
 
@@ -323,7 +409,11 @@ def test_gradients_of_the_class_and_ranking_losses_are_differences(kl):
     background = random_similarity(2, 4).double().requires_grad_()
     target = torch.tensor([[3, -1, -1, 0], [-1, -1, -1, -1]])
     image_labels = torch.tensor([[1, 0, 0, 1, -1], [0, 0, 0, 0, 0]])
-    assert torch.autograd.gradcheck(lambda s: class_loss(s, target, 0.2, 0.6, kl=kl), similarity)
+    for class_norm in ("groups", "queries"):
+        for some in (target, target[1:], target.clamp(min=0)):  # few, none and all are matched
+            switches = {"kl": kl, "class_norm": class_norm}
+            inputs = similarity[: len(some)]
+            assert torch.autograd.gradcheck(lambda s, t=some, k=switches: class_loss(s, t, 0.2, 0.6, **k), inputs)
     assert torch.autograd.gradcheck(lambda s, b: background_class_loss(s, b, target, 0.2), (similarity, background))
     assert torch.autograd.gradcheck(lambda s: ranking_loss(s, image_labels == 1, image_labels == 0), similarity)
 
@@ -699,7 +789,8 @@ def literal_terms(
                 terms["dice"] += losses["dice"]
         temperature = config.class_temperature
         if config.class_loss == "background_aware":
-            loss = loop_class_loss(cosine, targets, temperature, config.matched_weight, config.kl)
+            switches = config.matched_weight, config.kl, config.class_norm
+            loss = loop_class_loss(cosine, targets, temperature, *switches)
         else:
             loss = loop_background_class_loss(cosine, back, targets, temperature, config.no_object_weight)
         terms["class"] += loss
@@ -723,6 +814,7 @@ def literal_terms(
         {
             "class_loss": st.sampled_from(["background_aware", "cross_entropy"]),
             "kl": st.sampled_from(["p_u", "u_p"]),
+            "class_norm": st.sampled_from(["groups", "queries"]),
             "rank_norm": st.sampled_from(["positives", "pairs"]),
             "rank_scale": st.sampled_from([1.0, 10.0]),
             "mask_loss": st.sampled_from(["focal", "bce"]),
@@ -742,6 +834,7 @@ def literal_terms(
     ),
 )
 def test_every_switch_is_what_loops_over_explicit_masks_give(seed, queries, gone, points_at_once, switches):
+    assume(switches["class_loss"] == "background_aware" or switches["class_norm"] == "groups")  # others are refused
     config = tiny_config(text=False, class_temperature=0.1, train_num_points=20, **switches)
     torch.manual_seed(seed)
     mask_logits = [3 * torch.randn(2, queries, 6, 8) for _ in range(2)]
@@ -777,15 +870,18 @@ def random_case(config: Zs3Config, ids=(-1, 0, 3, 5)) -> tuple[list[Tensor], lis
     return mask_logits, similarity, random_labels(2, (16, 16), ids), image_labels, config
 
 
+CLASS_LOSSES = [{}, {"class_norm": "queries"}, {"class_loss": "cross_entropy"}]
+
+
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("kind", ["background_aware", "cross_entropy"])
+@pytest.mark.parametrize("kind", CLASS_LOSSES)
 def test_gradients_of_the_whole_criterion_are_differences(kind, seed):
     torch.manual_seed(seed)
     mask_logits, similarity, labels, image_labels, config = random_case(
-        tiny_config(text=False, class_loss=kind, class_temperature=0.3, train_num_points=30)
+        tiny_config(text=False, **kind, class_temperature=0.3, train_num_points=30)
     )
     inputs = [torch.randn(2, 6, 4, 4), random_similarity(2, 6, 7), random_similarity(2, 6)]
-    inputs = [tensor.double().requires_grad_() for tensor in inputs[: 3 if kind == "cross_entropy" else 2]]
+    inputs = [tensor.double().requires_grad_() for tensor in inputs[: 3 if "class_loss" in kind else 2]]
 
     def terms(logits: Tensor, cosine: Tensor, background: Tensor | None = None) -> tuple[Tensor, ...]:
         torch.manual_seed(1)
@@ -867,7 +963,7 @@ ONE_OF_TWO = torch.stack([torch.zeros(16, 16, dtype=torch.int64), NOTHING[0]])
 
 
 @pytest.mark.parametrize("matching", ["unpaired", "joint", "hybrid"])
-@pytest.mark.parametrize("kind", ["background_aware", "cross_entropy"])
+@pytest.mark.parametrize("kind", CLASS_LOSSES)
 @pytest.mark.parametrize(
     ("labels", "present", "absent"),
     [
@@ -882,14 +978,15 @@ ONE_OF_TWO = torch.stack([torch.zeros(16, 16, dtype=torch.int64), NOTHING[0]])
     ],
 )
 def test_loss_and_gradients_are_finite(matching, kind, labels, present, absent):
-    config = tiny_config(text=False, matching=matching, class_loss=kind)
+    config = tiny_config(text=False, matching=matching, **kind)
     image_labels = torch.full((2, 8), -1, dtype=torch.int8)
     image_labels[:, list(absent)], image_labels[:, list(present)] = 0, 1
     logits = (20 * torch.randn(2, 5, 8, 8)).requires_grad_()
     similarity = random_similarity(2, 5, 8).requires_grad_()
-    background = random_similarity(2, 5).requires_grad_() if kind == "cross_entropy" else None
+    background = random_similarity(2, 5).requires_grad_() if "class_loss" in kind else None
     losses = criterion([logits], [similarity], labels, image_labels, config, [background])
     assert set(losses.terms) == {"class", "mask", "dice", "rank"}
+    assert losses.terms["class"] < 1e3  # not divided by nearly nothing
     sum(losses.terms.values()).backward()
     for value in (*losses.terms.values(), logits.grad, similarity.grad):
         assert torch.isfinite(value).all()
@@ -954,6 +1051,7 @@ RANK_CASES = {
     "one mask": {"rank_weight": 0.5},
     "baseline": {"class_loss": "cross_entropy", "matching": "joint", "mask_loss": "bce"},
     "hybrid": {"matching": "hybrid", "kl": "u_p"},
+    "sum over queries": {"class_norm": "queries"},
 }
 
 
@@ -1029,6 +1127,7 @@ def test_class_and_ranking_losses_are_summed_in_float32_under_autocast():
     negative[:, 20:] = ~positive[:, 20:]
     losses = {
         "class": lambda s, b: class_loss(s, target, 0.01, 0.6),
+        "queries": lambda s, b: class_loss(s, target, 0.01, 0.6, class_norm="queries"),
         "background": lambda s, b: background_class_loss(s, b, target, 0.01),
         "rank": lambda s, b: ranking_loss(s, positive, negative),
     }

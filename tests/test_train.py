@@ -349,6 +349,8 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
         ({"lr_milestones": -1}, "--lr_milestones must be 0 or more, got -1"),
         ({"seen_class_names": "[]"}, "seen_class_names is written by the training itself"),
         ({"class_loss": "hinge"}, "class_loss must be one of"),
+        ({"class_norm": "querys"}, "configuration: class_norm must be one of 'groups', 'queries', got 'querys'"),
+        ({"class_norm": "queries", "class_loss": "cross_entropy"}, "class_norm 'queries' does not go with class_loss"),
         ({"class_weight": ".nan"}, "class_weight must be a finite number, got nan"),
         ({"class_weight": ".INF"}, "class_weight must be a finite number, got inf"),
         ({"matched_weight": "1.5"}, "matched_weight must be at most 1, got 1.5"),
@@ -507,12 +509,13 @@ def test_a_tracker_gets_what_metrics_jsonl_gets_and_goes_on_at_its_step(data, tm
 
 
 def test_the_resolved_recipe_is_a_recipe(data, tmp_path, monkeypatch):
-    train_here(monkeypatch, flags(data, tmp_path / "first", max_steps=1, kl="u_p"))
+    train_here(monkeypatch, flags(data, tmp_path / "first", max_steps=1, kl="u_p", class_norm="queries"))
     again = ["--config", str(tmp_path / "first" / "recipe.yaml"), "--output_dir", str(tmp_path / "second")]
     train_here(monkeypatch, again)
     first, second = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert json.loads((tmp_path / "second" / "final" / "config.json").read_text())["kl"] == "u_p"
+    saved = json.loads((tmp_path / "second" / "final" / "config.json").read_text())
+    assert (saved["kl"], saved["class_norm"]) == ("u_p", "queries")
 
 
 def test_the_image_processor_ignores_what_the_data_ignores(data, tmp_path, monkeypatch):
