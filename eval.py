@@ -112,6 +112,9 @@ def stamp_of(args: EvalArgs, loaded: Loaded) -> Result:
     """The keys of the result that are known before the pass. Evaluations with equal stamps give equal numbers."""
     label_space, config = loaded.records.label_space, loaded.model.config
     unseen = [name for name in loaded.candidates.names if name in label_space.unseen]
+    things = label_space.things
+    if things is not None:
+        things = [name for name in loaded.candidates.names if name in things]
     files = (args.text_embeds, args.seen_bias, args.ensemble_weight)
     return {
         "setting": args.setting,
@@ -128,9 +131,13 @@ def stamp_of(args: EvalArgs, loaded: Loaded) -> Result:
         "given_sha256": {name: file_sha256(Path(name)) for name in files if name is not None and Path(name).is_file()},
         "seen": [name for name in loaded.candidates.names if name not in unseen],
         "unseen": unseen,
+        "things": things,
         "without": args.without,
         "trained_on_masks_of": config.seen_class_names,
         "unseen_labels_in_training": config.unseen_labels,
+        # Older code beside a checkpoint (--trust_remote_code) does not know these two.
+        "image_label_precision": getattr(config, "image_label_precision", None),
+        "image_label_recall": getattr(config, "image_label_recall", None),
         "absent": args.absent,
         "seed": args.seed,
         "settings": deciding_flags(args),

@@ -27,7 +27,7 @@ from zs3.command_line import read_arguments, run
 from zs3.data.batches import BatchParts
 from zs3.files import write_json
 from zs3.training.arguments import TrainArgs, check_overrides
-from zs3.training.folder import MetricsLog, claim_folder, save_final
+from zs3.training.folder import MetricsLog, claim_folder, label_quality, save_final
 from zs3.training.loader import make_loader, with_counts
 from zs3.training.pace import Pace, StepMean
 from zs3.training.plan import describe
@@ -152,6 +152,7 @@ def loop(args: TrainArgs, start: Start, ready: Ready, parts: BatchParts, acceler
         for batch in with_counts(pace.timed(ready.batches), parts.micro_batches, config):
             image_ids = batch.pop("image_ids")
             step_ids += image_ids
+            progress.label_counts += batch.pop("label_counts")
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(model):
                 with accelerator.autocast():
@@ -199,15 +200,18 @@ def save(args: TrainArgs, start: Start, ready: Ready, accelerator: Accelerator) 
         accelerator.print(f"SIGTERM: stopped after step {progress.step}, which is saved; the same command resumes it")
         return False
     trained = whole_model(accelerator, ready.model)
+    measured = label_quality(progress.all_label_counts())
     if accelerator.is_main_process:
         results = {
             "images_per_second": round(progress.step * args.batch_size / max(progress.seconds, 1e-9), 2),
             "num_processes": accelerator.num_processes,
             "setting": args.supervision,  # the supervision; older files have this key
             "unseen_labels": args.unseen_labels,
+            **measured,
             **ready.log.last,
         }
         write_json(folder / "all_results.json", results)
+        trained.config.update({name: value for name, value in measured.items() if value is not None})
         save_final(trained, start.processor, folder / "final")  # comes last: it shows that the run is complete
     sittings = ", over all starts of the run" if ready.is_resumed else ""
     accelerator.print(f"trained in {progress.seconds:.0f} s{sittings}; the model is in {folder / 'final'}")

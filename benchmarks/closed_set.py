@@ -118,7 +118,7 @@ def evaluate(args: EvalArgs) -> dict:
     names = [model.config.id2label[index] for index in range(len(model.config.id2label))]
     ids = torch.tensor([label_space.class_names.index(name) for name in names])
     records = load_split(args.dataset, args.split, label_space)
-    confusion = ConfusionMatrix(len(label_space.class_names), label_space.ignore_index)
+    confusion = ConfusionMatrix(len(label_space.class_names), label_space.ignore_index)  # without intervals
     theirs = Mask2FormerImageProcessorPil()
     for image, label, image_id in tqdm(records, total=len(records), unit="image", mininterval=1):
         inputs = processor(images=image)
@@ -139,7 +139,7 @@ def evaluate(args: EvalArgs) -> dict:
         "seen_unseen_confusion": {group: shares._asdict() for group, shares in confused.items()},
         "num_images": len(confusion.images),
         "split_images": len(records),
-        **confusion.scores(is_seen, args.absent),
+        **confusion.scores(is_seen, args.absent, label_space.is_thing),
         "per_class": dict(zip(label_space.class_names, confusion.iou(args.absent).tolist(), strict=True)),
     }
 

@@ -70,7 +70,7 @@ def main() -> None:
     sampler = StepSampler(len(start.dataset), cut_batch(train_args.batch_size, 1), range(args.batches), seed=1)
     batches = list(DataLoader(start.dataset, batch_sampler=sampler, collate_fn=collate))
     for batch in batches:
-        del batch["image_ids"]
+        del batch["image_ids"], batch["label_counts"]
 
     torch.manual_seed(0)
     models = {

@@ -84,6 +84,7 @@ def measure(args: PseudoLabelBenchArgs) -> list[dict]:
     rows = [{"way": LOOP, "images_per_second": rate}]
     records, written = load_split(args.dataset, "train"), set()
     same = ["--model", args.model, "--dataset", args.dataset, "--shard_size", str(args.shard_size), "--no_measure"]
+    same += ["--unannotated_share", "0"]  # all proposals, as the loop
     with tempfile.TemporaryDirectory() as folder:
         for processes in args.num_processes:
             name = f"zs3.pseudo_labels, {processes} process" + "es" * (processes > 1)

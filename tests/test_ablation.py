@@ -223,11 +223,11 @@ def test_both_tables_of_a_finished_ablation_without_running_anything(finished, m
     text = (tmp_path / "tables.md").read_text()
     assert text in capsys.readouterr().out
     assert result["command"].startswith("zs3 ablation table4 table5 --output_dir")
-    assert result["steps"] == {"stage1": 1400, "none": 500, "pseudo": 500, "ground_truth": 500}
+    assert result["steps"] == {"stage1": 2000, "none": 500, "pseudo": 500, "ground_truth": 500}
     assert len(result["tables"]["table4"]["rows"]) == 12 and len(result["tables"]["table5"]["rows"]) == 3
     assert (
         "synthetic" in text
-        and "stage 1 alone 1400; stage 2, no image labels 1400 + 500" in text
+        and "stage 1 alone 2000; stage 2, no image labels 2000 + 500" in text
         and "Versions of the evaluations: torch 2.11.0+cu130 and 2.13.0, numpy 2.4.6." in text
     )
     assert result["seconds"] is None and "job-hours" not in text

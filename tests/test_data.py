@@ -323,6 +323,7 @@ def test_loader_gives_the_same_batches_with_and_without_workers(folder):
             "labels": (3, 12, 12),
             "image_labels": (3, 5),
             "pixel_mask": (3, 12, 12),
+            "label_counts": (3,),
         }
         assert one["image_ids"] == other["image_ids"] and len(one["image_ids"]) == 3
         assert one["pixel_mask"].all()

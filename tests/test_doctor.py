@@ -58,13 +58,13 @@ CHECKPOINT_SAYS = (
 )
 RUN_SAYS = (
     "it has a final model",
-    "label space of 20 classes, 5 of them unseen",
+    "label space of 24 classes, 8 of them unseen",
     "6 pictures; sha256 of image_ids ",
     "compared with the stamp; not compared: towers_sha256",
     "step_00000002, whole",
     "step_00000004, whole",
     "the last of step 4",
-    "masks of 15 classes",
+    "masks of 16 classes",
     "no image labels of unseen classes",
 )
 

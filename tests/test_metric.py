@@ -55,6 +55,10 @@ def test_it_loads_offline_from_any_folder_and_counts_as_the_confusion_matrix(tmp
     expected |= {"pixel_accuracy": right.sum() / pixels.sum()}
     expected |= {"frequency_weighted_iou": np.nansum(pixels / pixels.sum() * iou)}
     np.testing.assert_allclose(scores.pop("per_class"), iou, equal_nan=True)
+    seen = ConfusionMatrix(CLASSES, IGNORE)  # of the pixels of seen classes alone
+    for prediction, reference in zip(predictions, references, strict=True):
+        seen.update(prediction, np.where(np.isin(reference, np.flatnonzero(IS_SEEN)), reference, IGNORE))
+    expected |= {"miou_seen_on_seen_pixels": np.nanmean(seen.iou()[np.asarray(IS_SEEN)])}
     assert np.isnan(iou[5]) and iou[4] == 0 and scores == pytest.approx(expected)
 
 
@@ -65,7 +69,7 @@ def test_scores_are_those_of_pixels_counted_by_hand(make_metric):
     )
     np.testing.assert_equal(scores.pop("per_class"), [1 / 2, 1 / 3, np.nan])
     hiou = 2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3)
-    expected = {"miou": 5 / 12, "miou_seen": 1 / 2, "miou_unseen": 1 / 3, "hiou": hiou}
+    expected = {"miou": 5 / 12, "miou_seen": 1 / 2, "miou_unseen": 1 / 3, "hiou": hiou, "miou_seen_on_seen_pixels": 1}
     expected |= {"pixel_accuracy": 2 / 4, "frequency_weighted_iou": 1 / 4 * 1 / 2 + 3 / 4 * 1 / 3}
     assert scores == pytest.approx(expected)
 
@@ -104,6 +108,9 @@ def test_without_seen_classes_named_their_means_are_left_out(make_metric):
     predictions, references = draw_maps(2)
     scores = make_metric(is_seen=None).compute(predictions=predictions, references=references)
     assert list(scores) == ["miou", "pixel_accuracy", "frequency_weighted_iou", "per_class"]
+    of_things = make_metric(is_seen=None, is_thing=IS_SEEN).compute(predictions=predictions, references=references)
+    assert of_things["miou_things"] == pytest.approx(np.nanmean(np.array(scores["per_class"])[np.asarray(IS_SEEN)]))
+    assert of_things["miou_stuff"] == pytest.approx(np.nanmean(np.array(scores["per_class"])[~np.asarray(IS_SEEN)]))
 
 
 def test_no_map_is_kept_in_memory_or_on_the_disk(make_metric, tmp_path):

@@ -20,6 +20,7 @@ from PIL import Image
 from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
 
+from modeling_zs3 import Zs3ForSemanticSegmentation
 from zs3.command_line import InputError
 from zs3.data.image_labels import (
     check_scored_pictures,
@@ -137,7 +138,8 @@ def scores_by_hand(args: PseudoLabelArgs) -> list[list[float]]:
     softmax_over = range(len(CLASS_NAMES)) if args.seen_names else columns
     rows = []
     for image, label, _ in load_split(args.dataset, "train"):
-        small = np.asarray(image.resize((48, 48), Image.Resampling.BILINEAR)) / 255  # 96 x 96, short edge 48
+        small = np.asarray(image.resize((48, 48), Image.Resampling.BILINEAR)) / 255  # a square, short edge 48
+        scale = len(label) / 48
         rgb = torch.from_numpy(small).permute(2, 0, 1).float()
         with torch.inference_mode():
             proposals = model.propose(**processor(images=image))
@@ -145,7 +147,8 @@ def scores_by_hand(args: PseudoLabelArgs) -> list[list[float]]:
         best = [0.0] * len(UNSEEN)
         for mask in masks:
             places = mask.nonzero().tolist()
-            hidden = [label[2 * y + 1, 2 * x + 1] not in SEEN_IDS for y, x in places]
+            middles = [(int((y + 0.5) * scale), int((x + 0.5) * scale)) for y, x in places]
+            hidden = [label[place] not in SEEN_IDS for place in middles]
             if not places or sum(hidden) < args.unannotated_share * len(places):
                 continue
             mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -166,7 +169,7 @@ def scores_by_hand(args: PseudoLabelArgs) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"unannotated_share": 0.5}, {"unannotated_share": 0.1, "seen_names": True}, {"fill": "mean"}]
+    "options", [{}, {"unannotated_share": 0.0}, {"unannotated_share": 0.1, "seen_names": True}, {"fill": "mean"}]
 )
 def test_a_run_stores_the_scores_made_by_hand(arguments, data, options):
     args = replace(arguments, **options)
@@ -176,8 +179,34 @@ def test_a_run_stores_the_scores_made_by_hand(arguments, data, options):
     assert all(list(row["scores"]) == UNSEEN for row in rows)
     expected = scores_by_hand(args)
     np.testing.assert_allclose([list(row["scores"].values()) for row in rows], expected, atol=2e-3)
-    if options.get("unannotated_share"):
+    if args.unannotated_share == 0.5:
         assert 0 < sum(row == [0.0] * len(UNSEEN) for row in expected) < NUM_IMAGES, "too easy: all or nothing filtered"
+
+
+@pytest.mark.parametrize("share", [0.5, 1e-9, 0.0])
+def test_a_fully_annotated_image_gets_no_label_and_is_not_shown_to_the_network(
+    arguments, data, tmp_path, monkeypatch, share
+):
+    """Of the first batch all images, of the second batch the second image have only pixels of seen classes."""
+    other = shutil.copytree(data, tmp_path / "scenes")
+    whole = ["00000", "00001", "00002", "00004"]
+    for image_id in whole:
+        path = other / "train" / "labels" / f"{image_id}.png"
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), SEEN_IDS[0])).save(path)
+    shown, propose = [], Zs3ForSemanticSegmentation.propose
+
+    def counted(self, pixel_values, *args, **kwargs):
+        shown.append(len(pixel_values))
+        return propose(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(Zs3ForSemanticSegmentation, "propose", counted)
+    args = replace(arguments, dataset=str(other), unannotated_share=share, shard_size=NUM_IMAGES)
+    make_pseudo_labels(args)
+    assert shown == ([3, 3, 3, 2] if share == 0 else [2, 3, 2])
+    rows = [list(row["scores"].values()) for row in rows_of(args)]
+    np.testing.assert_allclose(rows, scores_by_hand(args), atol=2e-3)
+    unscored = [f"{index:05d}" for index, row in enumerate(rows) if not any(row)]
+    assert ({*whole} <= {*unscored}) == (share > 0) and len(unscored) < NUM_IMAGES
 
 
 def test_the_other_options_change_the_scores(arguments, tmp_path):
@@ -226,7 +255,7 @@ def test_two_processes_write_the_bytes_of_one(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     assert shards(tmp_path / "two") == expected
     assert "7/7" in done.stderr  # the share of the main process: shards 0 and 2, of 4 and 3 images
-    assert (tmp_path / "two" / "summary.json").exists() and "labels of 5 unseen names" in done.stdout
+    assert (tmp_path / "two" / "summary.json").exists() and f"labels of {len(UNSEEN)} unseen names" in done.stdout
 
 
 def test_a_killed_run_goes_on_to_the_bytes_of_an_uninterrupted_one(arguments, tmp_path, capsys):
@@ -324,6 +353,7 @@ def test_a_folder_of_other_settings_is_refused_by_the_field(arguments, stage1, d
         "shard_size": {"shard_size": 2},
         "num_images, image_ids_sha256": {"max_images": 3},
         "seen_names": {"seen_names": True},
+        "unannotated_share": {"unannotated_share": 0.0},
         "checkpoint_sha256": {"model": with_config(stage1, tmp_path, pseudo_label_threshold=0.9)},
     }
     for fields, change in others.items():
@@ -437,6 +467,21 @@ def test_the_summary_counts_labels_and_compares_with_the_label_maps(arguments, d
     assert sum(result["thresholds"][0]["labels"]) > 0, "too easy: no label at all"
     text = report(result)
     assert all(name in text for name in UNSEEN) and "AP" in text
+
+
+def test_the_last_line_has_precision_and_recall_at_the_models_threshold():
+    """Eight images, two names: 5 labels reach 0.9, 4 of them are right, and 6 classes are there."""
+    truth, scores = np.zeros((8, 2), bool), np.full((8, 2), 0.2, np.float32)
+    truth[:4, 0], truth[6:, 1] = True, True
+    for row, column in ((0, 0), (1, 0), (2, 0), (5, 0), (7, 1)):
+        scores[row, column] = 0.93
+    result = summary(scores, truth, ["cow", "cat"], 0.92)
+    (own,) = [row for row in result["thresholds"] if row["threshold"] == 0.92]
+    assert (own["precision"]["micro"], own["recall"]["micro"]) == (4 / 5, 4 / 6)
+    *_, head, _, _, _, last = report(result).splitlines()
+    assert head == "at 0.92, name by name" and " ".join(last.split()) == "5 6 80.0 66.7 - all names together"
+    last = report(summary(scores, None, ["cow", "cat"], 0.92)).splitlines()[-1]
+    assert " ".join(last.split()) == "5 all names together"
 
 
 def test_without_unseen_classes_in_the_label_maps_labels_are_only_counted(arguments, data, tmp_path):

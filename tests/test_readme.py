@@ -134,7 +134,7 @@ def test_the_demo_the_python_and_the_export_work(workplace):
     lines = [*blocks("python", "README"), *blocks("python", "pipeline"), "print('====')", training]
     printed, of_training = execute([sys.executable, "-c", "\n".join(lines)], workplace).split("====\n")
     (found,) = re.findall(r"^\{'.*'\}$", printed, re.MULTILINE)  # by the checkpoint in the repository
-    assert set(re.findall(r"'(.*?)'", found)) == {"sky", "grass", "red circle", "red square"}
+    assert set(re.findall(r"'(.*?)'", found)) == {"sky", "water", "yellow star", "red square"}
     assert re.search(r"\(128, 128\) \['sky', 'grass'", printed) and "[128, 128]" in printed
     assert "words that repeat: 1" in printed and printed.splitlines()[-1] in ("sky", "grass", "water", "red square")
     assert (workplace / "overlay.png").exists() and (workplace / "runs/demo/overlay.png").exists()

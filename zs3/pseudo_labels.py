@@ -3,8 +3,10 @@
     accelerate launch -m zs3.pseudo_labels --model runs/stage1/final --dataset DIR --output runs/pseudo_labels
     accelerate launch train.py ... --init_from runs/stage1/final --unseen_labels runs/pseudo_labels
 
-The stage-1 model proposes masks. Its CLIP image tower scores the box around each proposal (Eq. 9). An image's score of
-a name is that of the best proposal (Eq. 10). The output folder gets `settings.json`, everything that determines the
+The stage-1 model proposes masks. Its CLIP image tower scores the box around each proposal that lies on unannotated
+pixels (Eq. 9). An image's score of a name is that of the best proposal (Eq. 10), or 0 without one. A pixel is
+unannotated if it belongs to no seen class: in training, ignored pixels and pixels of unseen classes are the same. The
+output folder gets `settings.json`, everything that determines the
 scores; shards of --shard_size images, `scores-00003-of-00047.parquet`, with columns image_id and scores; and
 `summary.json`. A threshold is applied when the scores are read (`zs3.data.image_labels`), so another threshold needs no
 new run. A shard is always made in the same batches, so the number of processes changes no byte. A restart makes the
@@ -18,6 +20,7 @@ mask size.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,6 +64,7 @@ from zs3.command_line import (
 from zs3.data.augmentation import IGNORED
 from zs3.data.image_labels import (
     SETTINGS_KEY,
+    count_labels,
     load_unseen_scores,
     pseudo_label_settings,
     pseudo_labels,
@@ -72,7 +76,7 @@ from zs3.data.records import Split, dataset_name, load_split
 from zs3.data.samples import mask_positions, to_mask_labels
 from zs3.files import file_sha256, lock_folder, write_json, writing
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.scores.means import average_precision
+from zs3.scores.means import average_precision, nanmean
 from zs3.tables import percent
 from zs3.training.stopping import all_refuse
 
@@ -95,7 +99,9 @@ class PseudoLabelArgs(Arguments):
 
     seen_names: bool = flag(False, "Seen names compete with unseen names in the softmax of Eq. 9.")
     unannotated_share: Share = flag(
-        0.0, "Use only proposals with at least this share of pixels outside seen classes (unseen class or ignored)."
+        0.5,
+        "Use only proposals with at least this share of unannotated pixels, which are those outside seen classes; 0: "
+        "all proposals of all images.",
     )
     fill: Literal["none", "mean"] = flag("none", "What CLIP sees outside a mask: the picture, or CLIP's mean colour.")
     mask_threshold: Annotated[float, Number(float, 0, 1, below=True)] = flag(
@@ -147,6 +153,9 @@ class Inputs(NamedTuple):
     pixel_mask: Tensor
     annotated: list[Tensor]
 
+    def only(self, rows: list[int]) -> "Inputs":
+        return Inputs(self.pixel_values[rows], self.pixel_mask[rows], [self.annotated[row] for row in rows])
+
 
 class ScoredImages(Dataset):
     """Of each image: the picture, and the pixels of seen classes, (H, W) bool."""
@@ -180,6 +189,14 @@ def score_batch(
     mixed_precision: str,
 ) -> Tensor:
     """(B, C) scores. text_embeds: (C, D). The last four arguments are the flags of the same names."""
+    scores = torch.zeros(len(batch.annotated), len(text_embeds), device=model.device)
+    if unannotated_share > 0:  # a fully annotated image has no usable proposal, so its scores stay 0
+        rows = [row for row, annotated in enumerate(batch.annotated) if not annotated.all()]
+    else:
+        rows = list(range(len(scores)))
+    if not rows:
+        return scores
+    batch = batch.only(rows)
     pixel_values = batch.pixel_values.to(model.device)
     proposals = model.propose(pixel_values, batch.pixel_mask.to(model.device))
     usable = None
@@ -198,7 +215,8 @@ def score_batch(
             chosen=usable,
         )
     pairs, scale = zip(views.embeds, views.shown, strict=True), model.config.clip_logit_scale
-    return torch.stack([unseen_scores(embeds[shown], text_embeds, scale) for embeds, shown in pairs])
+    scores[rows] = torch.stack([unseen_scores(embeds[shown], text_embeds, scale) for embeds, shown in pairs])
+    return scores
 
 
 def in_parts(indices: range, size: int) -> list[range]:
@@ -345,17 +363,15 @@ def precision_and_recall(labels: np.ndarray, truth: np.ndarray) -> dict[str, dic
 
     labels, truth: (N, U) bool. A precision without labels and a recall without truth are NaN; the mean skips them.
     """
-    hits = (labels & truth).sum(0)
-    measures = {}
-    for name, of in (("precision", labels.sum(0)), ("recall", truth.sum(0))):
-        per_class = np.divide(hits, of, out=np.full(len(of), np.nan), where=of > 0)
-        known = per_class[of > 0]
-        measures[name] = {
-            "per_class": per_class.tolist(),
-            "micro": float(hits.sum() / of.sum()) if len(known) else float("nan"),
-            "macro": float(known.mean()) if len(known) else float("nan"),
-        }
-    return measures
+    by_name, total = count_labels(labels, truth, axis=0), count_labels(labels, truth)
+    return {
+        "precision": _measures(by_name.precision, total.precision),
+        "recall": _measures(by_name.recall, total.recall),
+    }
+
+
+def _measures(per_class: np.ndarray, micro: np.ndarray) -> dict[str, list[float] | float]:
+    return {"per_class": per_class.tolist(), "micro": float(micro), "macro": float(nanmean(per_class))}
 
 
 def summary(scores: np.ndarray, truth: np.ndarray | None, unseen: list[str], own: float) -> dict:
@@ -370,7 +386,7 @@ def summary(scores: np.ndarray, truth: np.ndarray | None, unseen: list[str], own
         thresholds.append({"threshold": threshold, "labels": labels.sum(0).tolist(), **measures})
     result = {
         "num_images": len(scores),
-        "images_without_proposals": int((~scores.any(axis=1)).sum()),  # with a proposal, every score is above 0
+        "images_without_proposals": int((~scores.any(axis=1)).sum()),  # a usable proposal has no score of 0
         "unseen": unseen,
         "pseudo_label_threshold": own,
         "thresholds": thresholds,
@@ -388,7 +404,10 @@ def report(result: dict) -> str:
     measured = "average_precision" in result
     lines = [f"labels of {len(result['unseen'])} unseen names in {result['num_images']} images"]
     if result["images_without_proposals"] == result["num_images"]:
-        lines.append("warning: CLIP got no proposal of any image, so all scores are 0 and mean nothing")
+        lines.append(
+            "warning: CLIP got no proposal of any image, so all scores are 0 and mean nothing; with "
+            "--unannotated_share 0 it gets all of them"
+        )
     lines.append("  threshold   labels" + "   P micro     R   P macro     R" * measured)
     for row in result["thresholds"]:
         line = f"  {row['threshold']:<9g} {sum(row['labels']):8d}"
@@ -406,7 +425,11 @@ def report(result: dict) -> str:
             values.append(result["average_precision"]["per_class"][index])
             line += f"  {result['images_with_class'][index]:8d} {_percents(values)}"
         lines.append(f"{line}   {name}")
-    return "\n".join(lines)
+    line = f"  {sum(own['labels']):18d}"
+    if measured:
+        values = [own["precision"]["micro"], own["recall"]["micro"], math.nan]
+        line += f"  {sum(result['images_with_class']):8d} {_percents(values)}"
+    return "\n".join([*lines, f"{line}   all names together"])
 
 
 def _percents(values: list[float]) -> str:

@@ -138,6 +138,7 @@ RANGES = {
     **dict.fromkeys(("class_temperature", "rank_scale", "clip_logit_scale"), (TINY, HUGE)),
     **dict.fromkeys(("matched_weight", "importance_sample_ratio", "clip_ensemble_weight"), (0, 1)),
     **dict.fromkeys(("word_drop_probability", "dropout"), (0, 1)),
+    **dict.fromkeys(("image_label_precision", "image_label_recall"), (0, 1)),
     "pseudo_label_threshold": (TINY, 1),
     **dict.fromkeys(("class_weight", "mask_weight", "dice_weight", "rank_weight"), (0, HUGE)),
     **dict.fromkeys(("label_map_weight", "no_object_weight", "init_std", "init_xavier_std"), (0, HUGE)),
@@ -205,6 +206,9 @@ class Zs3Config(Mask2FormerConfig):
         seen_class_names: S, all classes whose masks any stage of the training saw; None: not known.
         unseen_labels: the strongest image labels of unseen classes that any stage got: "none", "pseudo", "captions" or
             "ground_truth"; None: not known.
+        image_label_precision: precision of the image labels of unseen classes in the last stage that had some: the
+            share of them whose class is in the image's label map, in [0, 1]; None: not known, or no stage had some.
+        image_label_recall: recall of the same: the share of the classes in these label maps that had a label.
         class_names: the vocabulary that `set_vocabulary` stores in the checkpoint, or None.
     """
 
@@ -249,6 +253,8 @@ class Zs3Config(Mask2FormerConfig):
 
     seen_class_names: list[str] | None = None
     unseen_labels: UnseenLabels | None = None
+    image_label_precision: float | int | None = None
+    image_label_recall: float | int | None = None
     class_names: list[str] | None = None
 
     def __post_init__(self, **kwargs):

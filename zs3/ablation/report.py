@@ -15,7 +15,7 @@ from zs3.command_line import printable
 from zs3.evaluation.curves import save_figure, scores_figure
 from zs3.evaluation.report import IMAGE_LABELS
 from zs3.evaluation.results import read_result
-from zs3.scores.means import SCORES, GeneralizedScores
+from zs3.scores.means import ADDED_SCORES, SCORES, GeneralizedScores
 from zs3.tables import markdown, markdown_table
 from zs3.typed_json import read_json_lines
 
@@ -94,6 +94,11 @@ def summary_of_row(row: Row, paths: list[Path], paper: GeneralizedScores | None)
         "ensemble": row.ensemble,
         "ensemble_weights": [result["clip_ensemble_weight"] for result in results] if row.is_chosen else None,
         "scores": {name: percents(result[name] for result in results) for name in GeneralizedScores._fields},
+        "added_scores": {
+            name: percents(result[name] for result in results)
+            for name in ADDED_SCORES
+            if all(result.get(name) is not None for result in results)
+        },
         "paper": None if paper is None else paper._asdict(),
         "curve": {  # a bias towards seen names does not change these
             "mIoU(S), seen names alone": percents(curve and curve["seen_only"]["miou_seen"] for curve in curves),
@@ -153,9 +158,12 @@ def draw(result: dict, path: Path) -> None:
 def table_text(table: dict) -> str:
     """The Markdown of one table from `summarise`."""
     rows, differences = [], []
+    # Results of older versions lack the added scores, and so do the tables that were made of them.
+    added = [name for name in ADDED_SCORES if any(name in row.get("added_scores", {}) for row in table["rows"])]
     for row in table["rows"]:
         cells = [row["title"], IMAGE_LABELS[row["told"]]]
         cells += [f"{plus_minus(row['scores'][name])} ({each_seed(row['scores'][name])})" for name in SCORE_TITLES]
+        cells += [plus_minus(row["added_scores"][name]) if name in row["added_scores"] else "" for name in added]
         cells.append(" / ".join(f"{row['paper'][name]:.1f}" for name in SCORE_TITLES) if row["paper"] else "")
         rows.append(cells)
     for difference in table["differences"]:
@@ -165,7 +173,8 @@ def table_text(table: dict) -> str:
             cells += [each_seed(score, "+"), "" if score["paper"] is None else f"{score['paper']:+.1f}"]
             differences.append([*cells, score["verdict"]])
     text = [f"## {table['title']}", "", table["note"], ""]
-    text += markdown_table(["training", "image labels of unseen classes", *SCORE_TITLES.values(), "the paper's"], rows)
+    head = ["training", "image labels of unseen classes", *SCORE_TITLES.values(), *(SCORES[name] for name in added)]
+    text += markdown_table([*head, "the paper's"], rows)
     text += weights_text(table)
     head = ["difference", "score", "mean", "ratio", "every seed", "the paper's", "verdict"]
     text += ["", *markdown_table(head, differences), "", *areas_text(table), "", *logged_text(table), ""]

@@ -133,9 +133,10 @@ class StreamedBatches(IterableDataset):
 def collate(samples: list[Sample]) -> dict[str, Any]:
     """Samples -> the model's batch: pixel_values (B,3,S,S), pixel_mask (B,S,S), labels (B,S,S), image_labels (B,C).
 
-    `image_ids`, a list of B, is for messages.
+    Two more are not for the model: `image_ids`, a list of B for messages, and `label_counts` (3,), see `LabelCounts`.
     """
     names = ("pixel_values", "pixel_mask", "labels", "image_labels")
     batch = {name: torch.stack([s[name] for s in samples]) for name in names}
     batch["image_ids"] = [sample["image_id"] for sample in samples]
+    batch["label_counts"] = torch.stack([sample["label_counts"] for sample in samples]).sum(dim=0)
     return batch

@@ -2,6 +2,7 @@
 
 Inductive training has no image labels of unseen classes. Transductive training has them from the ground truth, or from
 the scores of `zs3 pseudo_labels` (section 3.4). `zs3.data.caption_labels` has image labels from captions (section 4.5).
+`count_labels` compares image labels with the label maps. This is a measurement only.
 
 Axes: C names on the class axis of the run, N images, U unseen names.
 """
@@ -21,7 +22,8 @@ from configuration_zs3 import Zs3Config, one_line, places, shortened, unshared
 from zs3.command_line import InputError, shown
 from zs3.data.records import Split
 from zs3.label_space import LabelSpace
-from zs3.typed_json import Count, read_json
+from zs3.scores.means import ratio
+from zs3.typed_json import Count, Share, read_json
 
 # What training gets of the unseen classes.
 # "inductive": nothing. Their names are not on the class axis.
@@ -126,6 +128,35 @@ def pseudo_labels(scores: np.ndarray, threshold: float, unknown_above: float | N
     return labels
 
 
+# ---- how good image labels are ------------------------------------------------------------------------------
+
+
+class LabelCounts(NamedTuple):
+    """Numbers of pairs of an image and an unseen name: over all pairs, or one number for each name."""
+
+    hits: np.ndarray  # pairs with a label whose class is in the label map
+    labelled: np.ndarray  # pairs with a label
+    present: np.ndarray  # pairs whose class is in the label map
+
+    @property
+    def precision(self) -> np.ndarray:
+        """In [0, 1]; NaN without labels."""
+        return ratio(self.hits, self.labelled)
+
+    @property
+    def recall(self) -> np.ndarray:
+        """In [0, 1]; NaN if no class is present."""
+        return ratio(self.hits, self.present)
+
+
+def count_labels(labelled: np.ndarray, present: np.ndarray, axis: int | None = None) -> LabelCounts:
+    """labelled, present: bool arrays of one shape, such as (N, U). axis: summed over; None: over all.
+
+    An unknown label does not count as a label.
+    """
+    return LabelCounts(*(pairs.sum(axis) for pairs in (labelled & present, labelled, present)))
+
+
 # ---- the scores of `zs3 pseudo_labels` ----------------------------------------------------------------------
 
 
@@ -135,6 +166,7 @@ class PseudoLabelSettings(TypedDict, total=False):
     checkpoint_sha256: dict[str, str]
     num_images: Count
     picture_sizes_sha256: str | None
+    unannotated_share: Share
 
 
 def pseudo_label_settings(folder: Path) -> PseudoLabelSettings:

@@ -5,9 +5,10 @@ of the run. This removes the unseen classes, so that no later step can see them.
 classes of its crop are present. The run's source of image labels decides about all other names.
 
 The leak rule: the places of unseen classes never leave `SegmentationDataset`, not even through the choice of the crop.
-Transductive training gets only their image labels.
+Transductive training gets only their image labels. A sample's `label_counts` compare these with the label map. They are
+a measurement for the results of the run; train.py takes them out of each batch before the model gets it.
 
-Axes: H W pixels, C names on the class axis of the run, S side of the crop.
+Axes: H W pixels, C names on the class axis of the run, U unseen names among them, S side of the crop.
 """
 
 import hashlib
@@ -21,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from configuration_zs3 import places
+from configuration_zs3 import places, shared
 from zs3.data.augmentation import IGNORED, Augmentation, augment
-from zs3.data.image_labels import ImageLabels, NoUnseenLabels
+from zs3.data.image_labels import ImageLabels, NoUnseenLabels, count_labels
 from zs3.data.records import Split, StreamedSplit
 from zs3.data.stored import StoredRecord
 from zs3.label_space import LabelSpace
@@ -83,6 +84,9 @@ class SegmentationDataset(Dataset):
         self.image_labels = self.image_labels or NoUnseenLabels(self.label_space)
         self.class_names = self.image_labels.class_names
         self.positions = mask_positions(self.label_space, self.class_names)
+        unseen = shared(self.label_space.unseen, self.class_names)
+        self.unseen_ids = np.array(places(unseen, self.label_space.class_names), dtype=np.int64)  # (U,)
+        self.unseen_places = np.array(places(unseen, self.class_names), dtype=np.int64)  # (U,) on the class axis
 
     def __len__(self) -> int:
         return len(self.records)
@@ -94,17 +98,19 @@ class SegmentationDataset(Dataset):
 
     def sample(self, stored: StoredRecord, epoch: int) -> Sample:
         """pixel_values (3, S, S) float32 normalised, pixel_mask and labels (S, S) int64, image_labels (C,) int8,
-        image_id."""
+        label_counts (3,) int64 as in `LabelCounts`, image_id."""
         # The key is made of the id, so that a sample does not depend on the reading order or the source of pictures.
         key = int.from_bytes(hashlib.sha256(stored.image_id.encode()).digest()[:8])
         rng, words = np.random.default_rng((self.seed, epoch, key)).spawn(2)
         of_picture = self.image_labels(stored.image_id, stored.ids, words)
+        counts = count_labels(of_picture[self.unseen_places] == 1, np.isin(self.unseen_ids, stored.ids))
         size = self.augmentation.draw_size(stored.image.size, rng)
         image = stored.decoded(size)
         image, label = augment(image, stored.label, size, rng, self.augmentation, self._mask_labels)
         return {
             **self.padded(image, label),
             "image_labels": torch.from_numpy(to_image_labels(label, of_picture)),
+            "label_counts": torch.tensor(counts),
             "image_id": stored.image_id,
         }
 

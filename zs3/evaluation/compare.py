@@ -22,7 +22,7 @@ from zs3.evaluation.result_types import Result
 from zs3.evaluation.results import EVALUATE_AGAIN, read_images, read_result
 from zs3.files import finite_or_none, write_report
 from zs3.scores.bootstrap import ImageAreas, images_path, interval, resampled_areas, summed_areas
-from zs3.scores.means import SCORES, GeneralizedScores, iou_of_areas, scores_of_areas
+from zs3.scores.means import OF_SEEN_AND_UNSEEN, SCORES, iou_of_areas, scores_of_areas
 from zs3.tables import markdown, markdown_table, percent
 from zs3.typed_json import refusal
 
@@ -82,7 +82,7 @@ def load_evaluated(path: Path) -> Evaluated:
     if repeated:
         raise InputError(f"{beside} holds image {shortened(repeated[0])} twice: give every image an id of its own")
     order = sorted(range(len(image_ids)), key=image_ids.__getitem__)
-    return Evaluated(path, result, [image_ids[at] for at in order], ImageAreas(*(area[:, order] for area in areas)))
+    return Evaluated(path, result, [image_ids[at] for at in order], areas.of_images(order))
 
 
 def check_comparable(a: Evaluated, b: Evaluated) -> None:
@@ -125,9 +125,9 @@ def compare(args: CompareArgs) -> dict:
     is_seen = np.array([name not in a.result["unseen"] for name in names])
     areas = [summed_areas(one.areas) for one in (a, b)]
     areas += [resampled_areas(one.areas, RESAMPLES, args.seed) for one in (a, b)]
-    scores = [scores_of_areas(*own, is_seen, absent) for own in areas]
-    iou = [iou_of_areas(*own, absent) for own in areas]
-    left_out = GeneralizedScores._fields if a.result["setting"] == "ovs" else ()  # it has no seen and unseen classes
+    scores = [scores_of_areas(own, is_seen, absent, which_are_things(a, b)) for own in areas]
+    iou = [iou_of_areas(own, absent) for own in areas]
+    left_out = OF_SEEN_AND_UNSEEN if a.result["setting"] == "ovs" else ()
     rows = {name: _row(*(own[name] for own in scores)) for name in SCORES if name not in left_out}
     return {
         "a": _source(a),
@@ -140,10 +140,18 @@ def compare(args: CompareArgs) -> dict:
         "scores": {
             name: row | {"verdict": verdict(*row["interval"], len(a.image_ids))}
             for name, row in rows.items()
-            if row["difference"] is not None  # a setting without seen or unseen classes has no such score
+            if row["difference"] is not None  # not defined in this setting, or not known of one of the two
         },
         "per_class": {name: _row(*(own[..., at] for own in iou)) for at, name in enumerate(names)},
     }
+
+
+def which_are_things(a: Evaluated, b: Evaluated) -> np.ndarray | None:
+    """(C,) bool. None: no result says it, or they contradict each other. Files of older versions do not say it."""
+    known = [one.result["things"] for one in (a, b) if one.result.get("things") is not None]
+    if not known or set(known[0]) != set(known[-1]):
+        return None
+    return np.array([name in known[0] for name in a.result["per_class"]])
 
 
 def _source(one: Evaluated) -> dict:

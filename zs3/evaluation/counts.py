@@ -47,7 +47,7 @@ def new_counts(
     return PassCounts(
         names,
         is_seen,
-        ConfusionMatrix(len(names), ignored),
+        ConfusionMatrix(len(names), ignored, is_seen),
         SeenBiasCurve(is_seen, ignored) if has_curve else None,
         Reliability(ignored) if has_confidences else None,
         Rejection(ignored) if has_confidences else None,

@@ -43,7 +43,7 @@ from zs3.evaluation.results import EVALUATE_AGAIN, read_images, read_result
 from zs3.files import file_name
 from zs3.label_space import load_label_space
 from zs3.scores.bootstrap import SavedImages, images_path
-from zs3.scores.means import iou_of_areas, nanmean
+from zs3.scores.means import Areas, iou_of_areas, nanmean
 from zs3.typed_json import refusal
 
 IMAGE, TRUTH = "image", "ground truth (grey: unlabelled)"
@@ -157,7 +157,8 @@ def image_ious(images: SavedImages) -> dict[str, float]:
 
     Images without a labelled pixel are left out.
     """
-    means = nanmean(iou_of_areas(*(area.toarray().T for area in images.areas), absent="truth"))  # (N,)
+    areas = Areas(*(area.toarray().T for area in images.areas.counted))  # (N, C) each
+    means = nanmean(iou_of_areas(areas, absent="truth"))  # (N,)
     ious = zip(images.image_ids, means.tolist(), strict=True)
     return {str(image_id): iou for image_id, iou in ious if not math.isnan(iou)}
 

@@ -59,7 +59,7 @@ def report(result: Result) -> str:
     scores = [
         [title, percent(result[name]), percent_range(result["confidence_intervals"][name])]
         for name, title in SCORES.items()
-        if result[name] is not None
+        if result.get(name) is not None
     ]
     pairs = [
         [markdown(pair["truth"]), markdown(pair["predicted"]), str(pair["pixels"]), percent(pair["share"])]
@@ -84,8 +84,18 @@ def report(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
+def quality_in_words(precision: float | None, recall: float | None) -> str:
+    """The quality of a training's image labels of unseen classes, in words; empty if it is not known."""
+    if precision is None and recall is None:
+        return ""
+    return f"precision {percent(precision)} %, recall {percent(recall)} %"
+
+
 def _sentences(result: Result) -> Iterable[str]:
     """The measures beside the scores, a line each."""
+    quality = quality_in_words(result.get("image_label_precision"), result.get("image_label_recall"))
+    if quality and result["setting"] != "ovs":
+        yield f"- image labels of unseen classes in training: {quality}"
     if result["seen_unseen_confusion"] is not None:
         shares = {name: percent(share) for name, share in result["seen_unseen_confusion"]["of_unseen"].items()}
         yield (

@@ -139,9 +139,12 @@ class Result(TypedDict, total=False):
     given_sha256: dict[str, str]
     seen: list[str]
     unseen: list[str]
+    things: list[str] | None  # None: not known; older files lack it
     without: list[str]
     trained_on_masks_of: list[str] | None
     unseen_labels_in_training: Literal["none", "pseudo", "captions", "ground_truth"] | None
+    image_label_precision: Share | None  # of these labels, see `Zs3Config`; older files lack both
+    image_label_recall: Share | None
     absent: Absent
     seed: Count
     settings: dict[str, bool | float | str | list[str] | None]  # flags of eval.py
@@ -155,6 +158,9 @@ class Result(TypedDict, total=False):
     miou_seen: Share | None
     miou_unseen: Share | None
     hiou: Share | None
+    miou_seen_on_seen_pixels: Share | None  # older files lack this and the next two
+    miou_things: Share | None
+    miou_stuff: Share | None
     pixel_accuracy: Share | None
     frequency_weighted_iou: Share | None
     confidence_intervals: dict[str, Interval]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configuration_zs3 import check_names, shared, shortened
+from configuration_zs3 import among, check_names, shared, shortened
 from zs3.command_line import InputError, shown
 from zs3.evaluation.counts import PassCounts
 from zs3.evaluation.report import protocol
@@ -23,7 +23,7 @@ from zs3.files import finite_or_none, write_json, write_text
 from zs3.scores.bootstrap import SavedImages, images_path, load_images, summed_areas
 from zs3.scores.calibration import best_point
 from zs3.scores.confusion import ConfusionMatrix
-from zs3.scores.means import GeneralizedScores, class_areas, iou_of_areas
+from zs3.scores.means import OF_SEEN_AND_UNSEEN, class_areas, iou_of_areas, scores_of_areas
 from zs3.tables import csv_text
 from zs3.typed_json import Damaged, check_needed, read_json, refusal
 
@@ -53,22 +53,24 @@ def result_of(
             "seen_bias_chosen": bias.how,
             "ensemble_weight_chosen": ensemble.weight.how,
         },
-        **scores_of(counts, stamp["absent"], stamp["seed"], max_wrong),
+        **scores_of(counts, stamp, max_wrong),
     }
     if stamp["setting"] == "ovs":  # it makes no difference between seen and unseen classes
-        result |= dict.fromkeys([*GeneralizedScores._fields, "seen_unseen_confusion"])
-        result["confidence_intervals"] |= {name: [None, None] for name in GeneralizedScores._fields}
+        result |= dict.fromkeys([*OF_SEEN_AND_UNSEEN, "seen_unseen_confusion"])
+        result["confidence_intervals"] |= {name: [None, None] for name in OF_SEEN_AND_UNSEEN}
     return finite_or_none({"protocol": protocol(result), **result})
 
 
-def scores_of(counts: PassCounts, absent: str, seed: int, max_wrong: float) -> Result:
+def scores_of(counts: PassCounts, stamp: Result, max_wrong: float) -> Result:
     """Shares in [0, 1]; NaN where a mean has no class."""
     confusion, names, is_seen, curve = counts.confusion, counts.names, counts.is_seen.numpy(), counts.curve
-    bootstrap = confusion.bootstrap(is_seen, absent=absent, seed=seed)
+    things, absent = stamp["things"], stamp["absent"]
+    is_thing = None if things is None else np.array([name in things for name in names])
+    bootstrap = confusion.bootstrap(is_seen, is_thing=is_thing, absent=absent, seed=stamp["seed"])
     groups = confusion.seen_unseen_confusion(is_seen)._asdict()
     return {
         "num_images": len(confusion.images),
-        **confusion.scores(is_seen, absent),
+        **confusion.scores(is_seen, absent, is_thing),
         "confidence_intervals": {name: list(ends) for name, ends in bootstrap.intervals().items()},
         "per_class": dict(zip(names, confusion.iou(absent).tolist(), strict=True)),
         "per_class_intervals": dict(zip(names, bootstrap.class_intervals().tolist(), strict=True)),
@@ -95,15 +97,17 @@ def write_result(path: Path, result: Result, report: str, confusion: ConfusionMa
 
 
 def class_table(result: Result, confusion: ConfusionMatrix) -> str:
-    """CSV, one line a class: IoU in [0, 1] with its interval, areas in pixels."""
+    """CSV, one line a class: IoU in [0, 1] with its interval, areas in pixels, thing or stuff where this is known."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", "kind", "iou", "low", "high", "intersection", "truth", "predicted"])
-    areas = np.stack(class_areas(confusion.counts), axis=1)
+    writer.writerow(["class", "kind", "iou", "low", "high", "intersection", "truth", "predicted", "thing_or_stuff"])
+    areas = np.stack(class_areas(confusion.counts)[:3], axis=1)
+    things = result["things"]
     for (name, iou), own in zip(result["per_class"].items(), areas.tolist(), strict=True):
         kind = "unseen" if name in result["unseen"] else "seen"
         kind = None if result["setting"] == "ovs" else kind
-        writer.writerow([csv_text(name), kind, iou, *result["per_class_intervals"][name], *own])
+        matter = ("stuff", "thing")[name in things] if things is not None else None
+        writer.writerow([csv_text(name), kind, iou, *result["per_class_intervals"][name], *own, matter])
     return text.getvalue()
 
 
@@ -150,6 +154,9 @@ def contradictions(result: Result) -> Iterable[str]:
         strangers = sorted({*names} - {*candidates})
         if strangers:
             yield f"{shortened(strangers[0])} of per_class is neither in seen nor in unseen"
+    strangers = sorted({*(result.get("things") or [])} - {*names})
+    if strangers:
+        yield f"{shortened(strangers[0])} of things is not in per_class"
     without = result.get("without", [])
     both = shared(without, names)
     if both:
@@ -181,12 +188,17 @@ def read_images(path: Path, result: Result) -> SavedImages:
     """The areas beside a result file. Refuses areas that give other numbers than the result."""
     beside = images_path(path)
     saved = load_images(beside)
-    iou = iou_of_areas(*summed_areas(saved.areas), result.get("absent", "union"))
+    areas, absent = summed_areas(saved.areas), result.get("absent", "union")
     alike = result.get("num_images", len(saved.image_ids)) == len(saved.image_ids)
     if result["per_class"]:
         own = np.array(list(result["per_class"].values()), dtype=np.float64)
         alike = alike and list(result["per_class"]) == saved.class_names
-        alike = alike and np.allclose(iou, own, rtol=0, atol=1e-9, equal_nan=True)
+        alike = alike and np.allclose(iou_of_areas(areas, absent), own, rtol=0, atol=1e-9, equal_nan=True)
+    told = result.get("miou_seen_on_seen_pixels")
+    if alike and told is not None and areas.predicted_on_seen is not None:
+        is_seen = np.array(among(saved.class_names, result.get("seen")), dtype=bool)
+        scores = scores_of_areas(areas, is_seen, absent)
+        alike = abs(scores["miou_seen_on_seen_pixels"] - told) <= 1e-9
     if not alike:
         raise InputError(f"{shown(beside)} was not written with {shown(path)}: the numbers differ; evaluate again")
     return saved

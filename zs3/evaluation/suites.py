@@ -59,7 +59,8 @@ SUITES = {
 }
 
 # The keys of a result that a row needs.
-NEEDED = ("model", "num_images", "protocol", *SCORES, *(f"confidence_intervals.{name}" for name in SCORES))
+COLUMNS = sorted({score for suite in SUITES.values() for score in suite.scores})
+NEEDED = ("model", "num_images", "protocol", *COLUMNS, *(f"confidence_intervals.{name}" for name in COLUMNS))
 
 
 def chosen_members(suite: Suite, root: Path, names: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zs3.command_line import InputError
 from zs3.scores.confusion import ConfusionMatrix
-from zs3.scores.means import Absent, GeneralizedScores, class_mask
+from zs3.scores.means import OF_SEEN_AND_UNSEEN, Absent, class_mask
 
 LabelMap = Tensor | np.ndarray
 
@@ -33,14 +33,16 @@ class SegmentationScores(evaluate.Metric):
         ignore_index: int = 255,
         is_seen: Sequence[bool] | None = None,
         absent: Absent = "union",
+        is_thing: Sequence[bool] | None = None,
         **settings: object,
     ):
         """num_classes, ignore_index, absent: as in ConfusionMatrix. is_seen: (C,); None: no seen and unseen means.
-        settings: evaluate's own, such as cache_dir."""
+        is_thing: (C,); None: no means of things and stuff. settings: evaluate's own, such as cache_dir."""
         super().__init__(**settings)
         if self.num_process > 1:
             raise InputError("this metric counts in one process: merge the ConfusionMatrix of several instead")
         self.is_seen = None if is_seen is None else class_mask(is_seen, num_classes)
+        self.is_thing = None if is_thing is None else class_mask(is_thing, num_classes, "is_thing")
         self.absent = absent
         self.confusion = ConfusionMatrix(num_classes, ignore_index)
         self.confusion.iou(absent)  # an unknown rule is refused before the evaluation, not after it
@@ -85,8 +87,9 @@ class SegmentationScores(evaluate.Metric):
         confusion = self.confusion
         self.confusion = ConfusionMatrix(confusion.num_classes, confusion.ignore_index)
         every = np.ones(confusion.num_classes, dtype=bool)
-        scores = confusion.scores(every if self.is_seen is None else self.is_seen, self.absent)
-        left_out = GeneralizedScores._fields if self.is_seen is None else ()
+        scores = confusion.scores(every if self.is_seen is None else self.is_seen, self.absent, self.is_thing)
+        left_out = [*(OF_SEEN_AND_UNSEEN if self.is_seen is None else ())]
+        left_out += ["miou_things", "miou_stuff"] if self.is_thing is None else []
         return {
             **{name: score for name, score in scores.items() if name not in left_out},
             "per_class": confusion.iou(self.absent).tolist(),

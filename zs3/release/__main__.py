@@ -22,7 +22,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from configuration_zs3 import among, beginning, one_line, shortened
+from configuration_zs3 import beginning, one_line, shortened
 from files_zs3 import is_leftover, read_text
 from modeling_zs3 import AUTO_MAP, CUSTOM_PIPELINES
 from zs3.checkpoints import (
@@ -55,19 +55,20 @@ from zs3.command_line import (
 from zs3.evaluation.result_types import Result
 from zs3.evaluation.results import read_result
 from zs3.files import file_sha256, naming, project_folder, write_text, writing_folder
-from zs3.label_space import is_hub_id, load_label_space
-from zs3.release.card import example_labels, model_card, recipes_of
-from zs3.scores.means import SCORES
+from zs3.label_space import is_hub_id
+from zs3.release.card import example_labels, model_card, recipes_of, space_with_seen
+from zs3.scores.means import ADDED_SCORES, SCORES
 
 HUB_CARDS = project_folder("hub_cards")
 OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates that are named after their label space
+FIRST_SCORES = [name for name in SCORES if name not in ADDED_SCORES]  # those that all result files have
 NEEDED = (
     *("setting", "dataset", "split", "split_sha256", "split_images", "num_images", "label_space_sha256"),
     *("checkpoint_sha256", "settings_sha256", "seen", "unseen", "without", "absent", "prompts", "calibration"),
     *("clip_ensemble", "clip_ensemble_weight", "protocol", "versions"),
     *("calibration.seen_bias", "calibration.seen_bias_chosen"),
-    *(*SCORES, "confidence_intervals", "per_class_intervals"),
-    *(f"confidence_intervals.{name}" for name in SCORES),
+    *(*FIRST_SCORES, "confidence_intervals", "per_class_intervals"),
+    *(f"confidence_intervals.{name}" for name in FIRST_SCORES),
 )
 OWN_CLASSES = {
     *AUTO_MAP.values(),
@@ -191,8 +192,7 @@ def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequenc
         path = Path(card)
     else:
         trained = config.seen_class_names or []
-        spaces = {name: load_label_space(name).seen for name in OF_BENCHMARKS}
-        fitting = [name for name, seen in spaces.items() if all(among(seen, trained)) and all(among(trained, seen))]
+        fitting = [name for name in OF_BENCHMARKS if space_with_seen(name, trained) is not None]
         fitting += ["ovs"] if "coco_stuff_171" in fitting else []
         elsewhere = bool(results) and all(result["setting"] == "ovs" for result in results)
         chosen = card or next(iter(fitting[:: -1 if elsewhere else 1]), "")

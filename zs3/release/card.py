@@ -17,13 +17,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 from typing_extensions import TypedDict
 
-from configuration_zs3 import once, one_line
+from configuration_zs3 import among, once, one_line
 from files_zs3 import read_text
 from zs3.command_line import InputError, printable, shown
 from zs3.convert.archives import ARCHIVES
-from zs3.evaluation.report import candidates_in_words
+from zs3.evaluation.report import candidates_in_words, quality_in_words
 from zs3.evaluation.result_types import Result
-from zs3.label_space import BENCHMARKS, LabelSpace, is_hub_id, load_label_space
+from zs3.label_space import BENCHMARKS, LabelSpace, benchmark_spaces, is_hub_id
 from zs3.scores.means import SCORES
 from zs3.tables import markdown, markdown_table, percent
 from zs3.training.folder import read_recipe
@@ -87,7 +87,7 @@ def model_card(
         model_name=name if results else None,
         eval_results=[entry for result in results for entry in model_index(result)] or None,
     )
-    label_space = load_label_space(template.stem) if template.stem in BENCHMARKS else None
+    label_space = space_with_seen(template.stem, config.seen_class_names) if template.stem in BENCHMARKS else None
     filled = {
         "name": name,
         "status": status(config, recipes, results),
@@ -118,6 +118,17 @@ def check_slots(template: Path) -> None:
 
 
 # ---- the checkpoint ----------------------------------------------------------------------------------------
+
+
+def space_with_seen(benchmark: str, seen: Sequence[str] | None) -> LabelSpace | None:
+    """The label space of a benchmark, with the split of its classes that has these seen classes; None: no split has.
+
+    seen None: not known; then it is the benchmark's own split.
+    """
+    spaces = benchmark_spaces(benchmark)
+    if seen is None:
+        return spaces[0]
+    return next((space for space in spaces if all(among(space.seen, seen)) and all(among(seen, space.seen))), None)
 
 
 def status(config: PreTrainedConfig, recipes: Sequence[dict], results: Sequence[Result]) -> str:
@@ -156,12 +167,14 @@ def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: 
         names = "any names: the text tower is part of the checkpoint"
     else:
         names = f"the {len(config.class_names or [])} names stored in the checkpoint; it has no text tower"
+    quality = quality_in_words(config.image_label_precision, config.image_label_recall)
+    quality = f"; {quality}" if quality else ""
     lines = [
         f"- **Masks of {len(seen)} classes** were seen in training: {markdown(', '.join(seen))}."
         if seen is not None
         else "- **Which masks were seen in training** is not known: no zero-shot claim can be made.",
         f"- **Unseen names** of the benchmark ({len(unseen)}): {markdown(', '.join(unseen))}." if unseen else "",
-        f"- **Image labels of unseen names**: {IMAGE_LABELS[config.unseen_labels]}.",
+        f"- **Image labels of unseen names**: {IMAGE_LABELS[config.unseen_labels]}{quality}.",
         f"- **Names that can be asked for**: {names}.",
     ]
     return "\n".join(line for line in lines if line)
@@ -236,13 +249,14 @@ def model_index(result: Result) -> list[EvalResult]:
             metric_args={**protocol, "interval_95": result["confidence_intervals"][name]},
         )
         for name, title in SCORES.items()
-        if result[name] is not None
+        if result.get(name) is not None
     ]
 
 
 def data_name(result: Result) -> str:
-    synthetic = result["label_space_sha256"] == load_label_space("scenes").sha256
-    return f"{result['dataset']} (synthetic)" if synthetic else result["dataset"]
+    drawn = [name for name in BENCHMARKS if name not in ARCHIVES]  # without an archive
+    synthetic = {space.sha256 for name in drawn for space in benchmark_spaces(name)}
+    return f"{result['dataset']} (synthetic)" if result["label_space_sha256"] in synthetic else result["dataset"]
 
 
 def is_partial(result: Result) -> bool:
@@ -274,13 +288,13 @@ def tables(results: Sequence[Result], checkpoint_sha256: str, code_sha256: str |
     settings = dict.fromkeys(result["setting"] for result in results)
     text = "; ".join(f"{setting}: {SETTINGS[setting]}" for setting in settings)
     text += ". " + " ".join(exceptions(results))
-    titles = {name: title for name, title in SCORES.items() if any(r[name] is not None for r in results)}
+    titles = {name: title for name, title in SCORES.items() if any(r.get(name) is not None for r in results)}
     rows = []
     for row, result in enumerate(results, start=1):
         data = markdown(f"{data_name(result)}, {result['split']}, {images(result)}")
         setting = markdown(", ".join([result["setting"], *deviations(result)]))
         intervals = result["confidence_intervals"]
-        scores = [score(result[name], intervals[name]) for name in titles]
+        scores = [score(result.get(name), intervals.get(name, [None, None])) for name in titles]
         rows.append([str(row), data, setting, ensemble(result), *scores])
     lines = [f"Percent; in brackets 95 % intervals (bootstrap over images). {text.strip()}\n"]
     lines += markdown_table(["", "data", "setting", "ensemble with CLIP", *titles.values()], rows)

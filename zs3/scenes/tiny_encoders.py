@@ -81,7 +81,7 @@ def hidden_names(without: str | None) -> frozenset[str]:
 def load(folder: Path) -> tuple[CLIPModel | Tipsv2Model, CLIPTokenizer | Tipsv2Tokenizer]:
     """A folder that `train` made. Raises InputError for another."""
     try:
-        family = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        family = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
         if family == "clip":
             return CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
         if family == "tipsv2":  # transformers knows the tokenizer by this name alone

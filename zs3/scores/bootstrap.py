@@ -1,6 +1,7 @@
 """Intervals of scores by bootstrap: images are resampled with replacement, and each resample has its scores."""
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,18 +11,28 @@ from scipy.sparse import csr_array
 from configuration_zs3 import Refused, check_names
 from files_zs3 import decoding
 from zs3.command_line import InputError, shown
+from zs3.scores.means import Areas
 
 RESAMPLES_AT_ONCE = 100  # bounds the memory of a bootstrap: that many x N counts
 LEVEL = 0.95  # of the intervals
-MOST_OF_AREAS = 2**29  # bytes, unpacked; a class in an image takes 40
+MOST_OF_AREAS = 2**29  # bytes, unpacked; a class in an image takes 48
 
 
 class ImageAreas(NamedTuple):
-    """The areas of every class in every image, which give its IoU: (C, N) int64 each, in pixels, sparse."""
+    """The `Areas` of every class in every image: (C, N) int64 each, in pixels, sparse."""
 
     intersection: csr_array
     truth: csr_array
     predicted: csr_array
+    predicted_on_seen: csr_array | None = None
+
+    def of_images(self, order: Sequence[int]) -> "ImageAreas":
+        """The areas of the images at these places, in this order."""
+        return ImageAreas(*(area[:, order] for area in self.counted))
+
+    @property
+    def counted(self) -> list[csr_array]:
+        return [area for area in self if area is not None]
 
 
 class SavedImages(NamedTuple):
@@ -78,13 +89,14 @@ def _check_arrays(names: np.ndarray, ids: np.ndarray, image: np.ndarray, rows: n
     are_texts = all(texts.dtype.kind == "U" and texts.ndim == 1 for texts in (names, ids))
     if not are_texts or image.dtype != np.int64 or rows.dtype != np.int64 or image.ndim != 1:
         raise ValueError("arrays of other types")
-    if rows.shape != (len(image), 4):
+    if rows.shape not in ((len(image), 4), (len(image), 5)):
         raise ValueError("image and rows have a row for each class in an image")
     check_names(names.tolist())
-    place, intersection, truth, predicted = rows.T
+    place, intersection, truth, predicted, on_seen = rows.T if rows.shape[1] == 5 else (*rows.T, rows[:, 3])
     is_possible = (
         ((image >= 0) & (image < len(ids)) & (place >= 0) & (place < len(names))).all()
         and ((intersection >= 0) & (intersection <= truth) & (intersection <= predicted)).all()
+        and ((on_seen >= 0) & (on_seen <= predicted)).all()
         and rows.sum(axis=0, dtype=np.float64).max() < 2**53  # more pixels are not counted exactly
         and len(np.unique(image * len(names) + place)) == len(rows)  # a class has at most one row in an image
     )
@@ -92,25 +104,25 @@ def _check_arrays(names: np.ndarray, ids: np.ndarray, image: np.ndarray, rows: n
         raise ValueError("areas that no images can have")
 
 
-def summed_areas(areas: ImageAreas) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """intersection, truth, predicted over all of the images, each (C,) in pixels."""
-    return tuple(area.sum(axis=1) for area in areas)
+def summed_areas(areas: ImageAreas) -> Areas:
+    """The areas over all of the images, each (C,)."""
+    return Areas(*(area.sum(axis=1) for area in areas.counted))
 
 
-def resampled_areas(areas: ImageAreas, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """intersection, truth, predicted over the images of each resample, which draws N images with replacement: (R, C).
+def resampled_areas(areas: ImageAreas, resamples: int, seed: int) -> Areas:
+    """The areas over the images of each resample, which draws N images with replacement: (R, C) each.
 
     The drawn images depend only on N and the seed, so that two models can be compared on the same images.
     """
     num_classes, num_images = areas.truth.shape
-    totals = np.zeros((3, resamples, num_classes), dtype=np.int64)
+    totals = np.zeros((len(areas.counted), resamples, num_classes), dtype=np.int64)
     rng = np.random.default_rng(seed)
     for start in range(0, resamples if num_images else 0, RESAMPLES_AT_ONCE):
         part = totals[:, start : start + RESAMPLES_AT_ONCE]
         drawn = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=part.shape[1])  # (R, N)
-        for own, area in zip(part, areas, strict=True):
+        for own, area in zip(part, areas.counted, strict=True):
             own[:] = (area @ drawn.T).T
-    return tuple(totals)
+    return Areas(*totals)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -144,10 +156,11 @@ def summed(place: np.ndarray, pixels: np.ndarray, size: int) -> np.ndarray:
 def joined_rows(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The rows of all images, and for each row the place of its image: see `image_areas`."""
     image = np.repeat(np.arange(len(images)), np.array([len(rows) for rows in images], dtype=np.int64))
-    return np.concatenate([np.empty((0, 4), dtype=np.int64), *images]), image
+    columns = images[0].shape[1] if images else 4
+    return np.concatenate([np.empty((0, columns), dtype=np.int64), *images]), image
 
 
 def image_areas(rows: np.ndarray, image: np.ndarray, num_classes: int, num_images: int) -> ImageAreas:
-    """rows: (K, 4) class, intersection, truth, predicted; image: (K,) the place of the image of each row."""
-    shape = (num_classes, num_images)
-    return ImageAreas(*(csr_array((rows[:, column], (rows[:, 0], image)), shape=shape) for column in (1, 2, 3)))
+    """rows: see `ConfusionMatrix.images`; image: (K,) the place of the image of each row."""
+    place, *columns = rows.T
+    return ImageAreas(*(csr_array((own, (place, image)), shape=(num_classes, num_images)) for own in columns))

@@ -22,7 +22,7 @@ from torch import Tensor
 from label_maps_zs3 import SemanticMap
 from zs3.command_line import InputError
 from zs3.files import finite_or_none
-from zs3.scores.means import Absent, check_ids, headline_scores, iou_of_areas
+from zs3.scores.means import Absent, Areas, check_ids, headline_scores, iou_of_areas
 
 # The gap between the best seen and the best unseen score has any order of magnitude: about 1 if the model is sure, some
 # thousandths if it can hardly separate hundreds of classes. So there are 32 gammas to each doubling, and neighbours
@@ -102,7 +102,7 @@ class SeenBiasCurve(Counter):
     def iou(self, absent: Absent = "union") -> np.ndarray:
         """(G, C) in [0, 1], NaN for the classes that are left out of means: see ConfusionMatrix.iou."""
         intersection, predicted = (self._with_bias(counts) for counts in (self.intersection, self.predicted))
-        return iou_of_areas(intersection, self.truth, predicted, absent)
+        return iou_of_areas(Areas(intersection, self.truth, predicted), absent)
 
     def _with_bias(self, counts: np.ndarray) -> np.ndarray:
         """(C, G + 1) by switch -> (G, C) pixels at each gamma. A seen class keeps pixels that have not switched."""

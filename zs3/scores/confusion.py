@@ -50,13 +50,17 @@ class ConfusionMatrix:
 
     counts: (C, C + 1) int64, [truth, prediction]; the last column counts rejected pixels.
     images: for each image a row (class, intersection, truth, predicted) for each of its classes, (K, 4) int64 in
-        pixels. The intervals need them.
+        pixels. The intervals need them. With `is_seen` a row has a fifth number, predicted_on_seen (see `Areas`).
     image_ids: the id of each image, or None.
+    is_seen: (C,) bool, for the intervals of mIoU(S) on seen pixels; None: there are none.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int):
+    def __init__(
+        self, num_classes: int, ignore_index: int, is_seen: Sequence[bool] | Tensor | np.ndarray | None = None
+    ):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
+        self.is_seen = None if is_seen is None else class_mask(is_seen, num_classes)
         self.counts = np.zeros((num_classes, num_classes + 1), dtype=np.int64)
         self.images: list[np.ndarray] = []
         self.image_ids: list[str | None] = []
@@ -92,18 +96,18 @@ class ConfusionMatrix:
         column = np.where(prediction == REJECTED, self.num_classes, prediction)
         # No dense (C, C + 1) matrix an image: at 847 classes it has more entries than the image has pixels.
         np.add.at(self.counts.reshape(-1), label * (self.num_classes + 1) + column, pixels)
-        right = label == prediction
-        intersection, truth, predicted = (
-            summed(place, own, self.num_classes)
-            for place, own in ((label[right], pixels[right]), (label, pixels), (column, pixels))
-        )
-        (present,) = np.nonzero(truth + predicted)
-        self.images.append(np.stack([present, intersection[present], truth[present], predicted[present]], axis=1))
+        counted = [(label, label == prediction), (label, slice(None)), (column, slice(None))]
+        if self.is_seen is not None:
+            counted.append((column, self.is_seen[label]))
+        areas = [summed(place[where], pixels[where], self.num_classes) for place, where in counted]
+        (present,) = np.nonzero(areas[1] + areas[2])
+        self.images.append(np.stack([present, *(area[present] for area in areas)], axis=1))
         self.image_ids.append(image_id)
 
     def merge(self, other: "ConfusionMatrix") -> None:
         """Adds the counts of another part of the dataset."""
-        if (self.num_classes, self.ignore_index) != (other.num_classes, other.ignore_index):
+        same_seen = np.array_equal(self.is_seen, other.is_seen)
+        if (self.num_classes, self.ignore_index) != (other.num_classes, other.ignore_index) or not same_seen:
             raise ValueError("confusion matrices of two label spaces cannot be merged")
         self.counts += other.counts
         self.images += other.images
@@ -115,11 +119,17 @@ class ConfusionMatrix:
         absent: "union": a class is left out if both truth and prediction lack it; a class that is only predicted counts
             as 0. "truth": a class is left out if the truth lacks it.
         """
-        return iou_of_areas(*class_areas(self.counts), absent)
+        return iou_of_areas(class_areas(self.counts), absent)
 
-    def scores(self, is_seen: Sequence[bool] | Tensor | np.ndarray, absent: Absent = "union") -> dict[str, float]:
-        """The scores of `scores_of_areas` over all images. is_seen: (C,) bool."""
-        scores = scores_of_areas(*class_areas(self.counts), is_seen, absent)
+    def scores(
+        self,
+        is_seen: Sequence[bool] | Tensor | np.ndarray,
+        absent: Absent = "union",
+        is_thing: Sequence[bool] | Tensor | np.ndarray | None = None,
+    ) -> dict[str, float]:
+        """The scores of `scores_of_areas` over all images."""
+        is_seen = class_mask(is_seen, self.num_classes)
+        scores = scores_of_areas(class_areas(self.counts, is_seen), is_seen, absent, is_thing)
         return {name: float(score) for name, score in scores.items()}
 
     def worst_pairs(self, count: int) -> list[ConfusedPair]:
@@ -148,14 +158,23 @@ class ConfusionMatrix:
         self,
         is_seen: Sequence[bool] | Tensor | np.ndarray,
         *,
+        is_thing: Sequence[bool] | Tensor | np.ndarray | None = None,
         absent: Absent = "union",
         resamples: int = 1000,
         seed: int = 0,
     ) -> Bootstrap:
-        """Scores and IoU in resamples of the images. The order of the images makes no difference."""
-        order = sorted(range(len(self.images)), key=lambda index: self.images[index].tobytes())
+        """Scores and IoU in resamples of the images. The order of the images makes no difference.
+
+        mIoU(S) on seen pixels is NaN for another is_seen than that of this matrix: the images lack its areas.
+        """
+        # First without the fifth column, so that the resamples are those of older versions, which lack it.
+        order = sorted(
+            range(len(self.images)), key=lambda at: (self.images[at][:, :4].tobytes(), self.images[at].tobytes())
+        )
         areas = resampled_areas(self.image_areas(order), resamples, seed)
-        return Bootstrap(scores_of_areas(*areas, is_seen, absent), iou_of_areas(*areas, absent))
+        if not np.array_equal(self.is_seen, class_mask(is_seen, self.num_classes)):
+            areas = areas._replace(predicted_on_seen=None)
+        return Bootstrap(scores_of_areas(areas, is_seen, absent, is_thing), iou_of_areas(areas, absent))
 
     def image_areas(self, order: Sequence[int]) -> ImageAreas:
         """The areas of the images at these places of `images`, in this order."""

@@ -1,4 +1,4 @@
-"""IoU of areas, and its means over seen and unseen classes."""
+"""IoU of areas, and its means over groups of classes: seen and unseen, things and stuff."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -15,9 +15,13 @@ SCORES = {
     "miou_unseen": "mIoU(U)",
     "hiou": "hIoU",
     "miou": "mIoU",
+    "miou_seen_on_seen_pixels": "mIoU(S) on seen pixels",
+    "miou_things": "mIoU of things",
+    "miou_stuff": "mIoU of stuff",
     "pixel_accuracy": "pixel accuracy",
     "frequency_weighted_iou": "frequency-weighted IoU",
 }  # name in result files -> printed name
+ADDED_SCORES = ("miou_seen_on_seen_pixels", "miou_things", "miou_stuff")  # older result files lack them
 
 
 class GeneralizedScores(NamedTuple):
@@ -28,6 +32,21 @@ class GeneralizedScores(NamedTuple):
     hiou: float
 
 
+OF_SEEN_AND_UNSEEN = (*GeneralizedScores._fields, "miou_seen_on_seen_pixels")  # not defined in the setting ovs
+
+
+class Areas(NamedTuple):
+    """Areas of the classes in pixels, each (..., C).
+
+    predicted_on_seen: the part of `predicted` on pixels whose true class is a seen one. None: not counted.
+    """
+
+    intersection: np.ndarray
+    truth: np.ndarray
+    predicted: np.ndarray
+    predicted_on_seen: np.ndarray | None = None
+
+
 def headline_scores(iou: np.ndarray, is_seen: Sequence[bool] | Tensor | np.ndarray) -> dict[str, np.ndarray]:
     """iou (..., C) -> miou, miou_seen, miou_unseen and hiou, each (...)."""
     generalized = _generalized(iou, class_mask(is_seen, iou.shape[-1]))
@@ -35,29 +54,39 @@ def headline_scores(iou: np.ndarray, is_seen: Sequence[bool] | Tensor | np.ndarr
 
 
 def scores_of_areas(
-    intersection: np.ndarray,
-    truth: np.ndarray,
-    predicted: np.ndarray,
+    areas: Areas,
     is_seen: Sequence[bool] | Tensor | np.ndarray,
     absent: Absent,
+    is_thing: Sequence[bool] | Tensor | np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Areas (..., C) in pixels -> the scores named in SCORES, each (...) in [0, 1]; NaN without a labelled pixel.
+    """The scores named in SCORES, each (...) in [0, 1]; NaN without a labelled pixel, or where an input is None.
 
-    Pixel accuracy is the share of the labelled pixels that got their true class. Frequency-weighted IoU weights each
-    class by its labelled pixels. A class that the truth lacks has weight 0, so both rules for absent classes agree.
+    mIoU(S) on seen pixels leaves out all pixels of unseen classes: a seen name there is no error. Pixel accuracy is the
+    share of the labelled pixels that got their true class. Frequency-weighted IoU weights each class by its labelled
+    pixels. A class that the truth lacks has weight 0, so both rules for absent classes agree.
+
+    is_seen, is_thing: (C,) bool; is_thing None: not known.
     """
-    iou, pixels = iou_of_areas(intersection, truth, predicted, absent), truth.sum(axis=-1)
-    return headline_scores(iou, is_seen) | {
-        "pixel_accuracy": ratio(intersection.sum(axis=-1), pixels),
-        "frequency_weighted_iou": ratio(np.nansum(truth * iou, axis=-1), pixels),
+    iou, pixels = iou_of_areas(areas, absent), areas.truth.sum(axis=-1)
+    is_seen = class_mask(is_seen, iou.shape[-1])
+    scores = headline_scores(iou, is_seen) | dict.fromkeys(ADDED_SCORES, np.full(pixels.shape, np.nan))
+    if areas.predicted_on_seen is not None:
+        on_seen = iou_of_areas(areas._replace(predicted=areas.predicted_on_seen), absent)
+        scores["miou_seen_on_seen_pixels"] = nanmean(on_seen[..., is_seen])
+    if is_thing is not None:
+        is_thing = class_mask(is_thing, iou.shape[-1], "is_thing")
+        scores |= {"miou_things": nanmean(iou[..., is_thing]), "miou_stuff": nanmean(iou[..., ~is_thing])}
+    return scores | {
+        "pixel_accuracy": ratio(areas.intersection.sum(axis=-1), pixels),
+        "frequency_weighted_iou": ratio(np.nansum(areas.truth * iou, axis=-1), pixels),
     }
 
 
-def class_mask(is_seen: Sequence[bool] | Tensor | np.ndarray, num_classes: int) -> np.ndarray:
-    """is_seen as (C,) bool; anything else is refused."""
-    mask = np.asarray(_on_cpu(is_seen))
+def class_mask(is_member: Sequence[bool] | Tensor | np.ndarray, num_classes: int, name: str = "is_seen") -> np.ndarray:
+    """is_member as (C,) bool; anything else is refused. name: of this argument, for the message."""
+    mask = np.asarray(_on_cpu(is_member))
     if mask.shape != (num_classes,) or mask.dtype != np.bool_:
-        raise ValueError(f"is_seen must be ({num_classes},) bool, not {mask.shape} {mask.dtype}")
+        raise ValueError(f"{name} must be ({num_classes},) bool, not {mask.shape} {mask.dtype}")
     return mask
 
 
@@ -94,12 +123,15 @@ def _generalized(iou: np.ndarray, is_seen: np.ndarray) -> tuple[np.ndarray, np.n
     return seen, unseen, np.where(total == 0, 0.0, 2 * ratio(seen * unseen, total))
 
 
-def class_areas(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """counts (C, C + 1) -> intersection, truth, predicted, each (C,) in pixels."""
-    return np.diagonal(counts), counts.sum(axis=1), counts[:, :-1].sum(axis=0)
+def class_areas(counts: np.ndarray, is_seen: np.ndarray | None = None) -> Areas:
+    """counts: (C, C + 1). is_seen: (C,) bool; None: predicted_on_seen is not counted."""
+    on_seen = None if is_seen is None else counts[is_seen, :-1].sum(axis=0)
+    return Areas(np.diagonal(counts), counts.sum(axis=1), counts[:, :-1].sum(axis=0), on_seen)
 
 
-def iou_of_areas(intersection: np.ndarray, truth: np.ndarray, predicted: np.ndarray, absent: Absent) -> np.ndarray:
+def iou_of_areas(areas: Areas, absent: Absent) -> np.ndarray:
+    """(..., C) in [0, 1]; NaN for the classes that the rule `absent` leaves out."""
+    intersection, truth, predicted, _ = areas
     iou = ratio(intersection, truth + predicted - intersection)
     if absent == "union":
         return iou

@@ -35,7 +35,7 @@ from zs3.data.image_labels import Supervision
 
 RECIPE = "recipe.yaml"  # in the output folder: all flags of the run
 # Fields of Zs3Config that training itself writes, beside `unseen_labels`, which is a flag of TrainArgs.
-WRITTEN = ("class_names", "seen_class_names")
+WRITTEN = ("class_names", "seen_class_names", "image_label_precision", "image_label_recall")
 TOWERS = ("text_config", "vision_config")  # fields of Zs3Config that come from a checkpoint; null leaves one out
 
 

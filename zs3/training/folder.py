@@ -16,6 +16,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
+from torch import Tensor
 from transformers import ProcessorMixin
 
 from configuration_zs3 import Zs3Config, one_line, shortened
@@ -24,6 +25,7 @@ from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor
 from zs3.checkpoints import load_config, not_finite, weight_files
 from zs3.command_line import InputError, parse_yaml, renamed
+from zs3.data.image_labels import LabelCounts
 from zs3.files import append_line, finite_or_none, lock_folder, naming, rename, write_json, write_text
 from zs3.training.arguments import RECIPE, recipe_defaults, resolved_recipe
 from zs3.training.loader import check_learnable
@@ -214,6 +216,17 @@ def kept_stamps(folder: Path) -> list[dict]:
 
 
 # ---- results -----------------------------------------------------------------------------------------------
+
+
+def label_quality(counts: Tensor) -> dict[str, float | None]:
+    """Precision and recall of a training's image labels of unseen classes, as fields of Zs3Config.
+
+    None: the training had no such labels, its label maps have no unseen class, or an older version began the run.
+    counts: (3,) as in `LabelCounts`.
+    """
+    found = LabelCounts(*counts.numpy())
+    measured = {"image_label_precision": float(found.precision), "image_label_recall": float(found.recall)}
+    return finite_or_none(measured) if found.present else dict.fromkeys(measured)
 
 
 def save_final(model: Zs3ForSemanticSegmentation, processor: ProcessorMixin | Zs3ImageProcessor, folder: Path) -> None:

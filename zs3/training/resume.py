@@ -10,18 +10,19 @@ because accelerate reads such objects without `weights_only`.
 """
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
@@ -44,12 +45,21 @@ PROGRESS = {"step": int, "seconds": int | float, "num_processes": int, "towers_s
 TORCH_CANNOT_WRITE = ("iostream error", "inline_container", "PytorchStreamWriter")
 
 
+def same_counts(count: float) -> Tensor:
+    return torch.full((3,), count, dtype=torch.float64)
+
+
 @dataclass
 class Progress:
-    """The optimizer steps that a run has made, and the seconds that they took."""
+    """The optimizer steps that a run has made, the seconds that they took, and counts of its image labels."""
 
     step: int = 0
     seconds: float = 0.0
+    label_counts: Tensor = field(default_factory=lambda: same_counts(0))  # (3,), this process's part; NaN: unknown
+
+    def all_label_counts(self) -> Tensor:
+        """(3,): see `zs3.data.image_labels.LabelCounts`. All processes call it together."""
+        return torch.tensor(gather_object([self.label_counts.tolist()]), dtype=torch.float64).sum(dim=0)
 
 
 @dataclass(eq=False)
@@ -99,9 +109,11 @@ class RunCheckpoints:
 
     def _write(self, folder: Path) -> None:
         self.accelerator.save_state(str(folder))
+        label_counts = self.progress.all_label_counts()
         if self.accelerator.is_main_process:
             state = {
                 **asdict(self.progress),
+                "label_counts": label_counts,
                 "num_processes": self.accelerator.num_processes,
                 "towers_sha256": self.stamp["towers_sha256"],
                 "scheduler": self.scheduler.state_dict(),
@@ -135,6 +147,8 @@ class RunCheckpoints:
         self.accelerator.step = 0
         self.scheduler.load_state_dict(state["scheduler"])
         self.progress.step, self.progress.seconds = state["step"], state["seconds"]
+        if self.accelerator.is_main_process:  # it takes the counts of all; an older checkpoint has none
+            self.progress.label_counts = state.get("label_counts", same_counts(math.nan))
         return state["num_processes"]
 
     def _newest_whole(self) -> Path | None:

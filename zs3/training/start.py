@@ -132,7 +132,8 @@ def record_supervision(
 ) -> None:
     """Writes the seen classes and the image labels of all training of the model into its config.
 
-    Refuses a start that has seen masks of unseen classes.
+    Refuses a start that has seen masks of unseen classes. If this training has image labels of unseen classes, their
+    precision and recall are unknown until it ends.
     """
     leaked = shared(label_space.unseen, config.seen_class_names)
     if leaked:
@@ -144,6 +145,8 @@ def record_supervision(
         before = SeenRecord(None, None)
     now = SeenRecord(label_space.seen, unseen_labels)
     config.seen_class_names, config.unseen_labels = joined([before, now])
+    if unseen_labels != "none":
+        config.image_label_precision = config.image_label_recall = None
 
 
 def make_processor(
