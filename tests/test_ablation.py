@@ -189,6 +189,7 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
         run_folder(args, seed, "pseudo_labels").mkdir()
         (run_folder(args, seed, "pseudo_labels") / "summary.json").write_text("{}")
         made_by = {"checkpoint_sha256": {"model.safetensors": hashlib.sha256(f"{seed} stage1".encode()).hexdigest()}}
+        made_by |= {"unannotated_share": 0.5}
         (run_folder(args, seed, "pseudo_labels") / "settings.json").write_text(json.dumps(made_by))
     return args
 
@@ -327,6 +328,27 @@ def test_the_diagnosis_is_what_results_and_logs_say(finished, monkeypatch, tmp_p
     assert list(tables[table["title"]]) == titles and tables[table["title"]]["stage 2"]["training"] == "ground_truth"
 
 
+def test_scores_of_groups_are_columns_where_every_result_of_a_row_has_them(finished, monkeypatch):
+    name = "miou_seen_on_seen_pixels"
+    for row in ("none", "pseudo"):
+        for seed in (0, 1, 2) if row == "none" else (0, 1):  # the other one is of an older version
+            path = run_folder(finished, seed, row) / "gzs3_off.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {name: 0.6 + 0.01 * seed, "miou_stuff": None}))
+    call(monkeypatch, "table5", *flags(finished), "--seeds", 0, 1, 2)
+    table = json.loads(Path(finished.output_dir, "tables.json").read_text())["tables"]["table5"]
+    assert [list(row["added_scores"]) for row in table["rows"]] == [[name], [], []]
+    assert table["rows"][0]["added_scores"][name]["seeds"] == pytest.approx([60, 61, 62])
+    lines = Path(finished.output_dir, "tables.md").read_text().splitlines()
+    assert any(line.endswith("| mIoU(U) | hIoU | mIoU(S) on seen pixels | the paper's |") for line in lines)
+    assert any(line.startswith("| stage 2, no image labels |") and " | 61.0 ± 2.5 | " in line for line in lines)
+
+
+def test_tables_of_older_versions_are_told_without_them():
+    result = json.loads((ROOT / "docs" / "results" / "first_edition" / "scenes_tables.json").read_text())
+    text = report.report(result)
+    assert "| mIoU(S) | mIoU(U) | hIoU | the paper's |" in text and "on seen pixels" not in text
+
+
 def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkeypatch):
     path = run_folder(finished, 0, "pseudo") / "gzs3_off.json"
     change_json(path, miou_unseen=None)
@@ -384,6 +406,7 @@ def test_a_file_with_a_field_of_a_wrong_type_is_one_line(finished, monkeypatch):
         ("none/ensemble_weight.json", {"checkpoint_sha256": 1}),
         ("pseudo_labels/settings.json", {"checkpoint_sha256": "0123"}),
         ("pseudo_labels/settings.json", {"checkpoint_sha256": {"model.safetensors": 1}}),
+        ("pseudo_labels/settings.json", {"unannotated_share": "0.5"}),
     ):
         path = Path(finished.output_dir, "seed0", file)
         before = path.read_text()
@@ -514,13 +537,15 @@ def test_nor_is_a_stage_1_that_others_started_from(finished, monkeypatch):
         call(monkeypatch, "table5", "table4", *flags(finished))
 
 
-def test_pseudo_labels_of_another_stage_1_are_made_again(finished):
+def test_pseudo_labels_of_another_stage_1_or_another_choice_of_proposals_are_made_again(finished):
     shutil.rmtree(run_folder(finished, 0, "pseudo"))
     results = ["seed0/pseudo", *(f"seed0/pseudo/gzs3_{view}" for view in ("off", "crops", "single_pass"))]
     assert planned(finished) == results
     made_with = run_folder(finished, 0, "pseudo_labels") / "settings.json"
-    made_with.write_text(json.dumps({"checkpoint_sha256": {"model.safetensors": "another"}}))
-    assert planned(finished) == ["seed0/pseudo_labels", *results]
+    before = json.loads(made_with.read_text())
+    for change in ({"checkpoint_sha256": {"model.safetensors": "another"}}, {"unannotated_share": 0.0}):
+        made_with.write_text(json.dumps(before | change))
+        assert planned(finished) == ["seed0/pseudo_labels", *results]
 
 
 def test_the_weight_is_chosen_anew_for_another_checkpoint_or_by_other_labels(finished):

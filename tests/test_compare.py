@@ -31,9 +31,9 @@ def draw_images(seed: int, right: float) -> list[tuple[np.ndarray, np.ndarray]]:
     return pairs
 
 
-def write_result(path: Path, pairs, ids=IDS, names=NAMES, **fields: object) -> str:
-    """The files of one evaluation, with the fields that a comparison reads."""
-    confusion = ConfusionMatrix(len(names), IGNORE)
+def write_result(path: Path, pairs, ids=IDS, names=NAMES, is_seen=None, **fields: object) -> str:
+    """The files of one evaluation, with the fields that a comparison reads. Older versions had no is_seen."""
+    confusion = ConfusionMatrix(len(names), IGNORE, is_seen)
     for (prediction, label), image_id in zip(pairs, ids, strict=True):
         confusion.update(prediction, label, image_id)
     result = {
@@ -113,6 +113,45 @@ def test_differences_and_intervals_equal_a_paired_bootstrap_written_as_loops(two
     np.testing.assert_allclose([row["difference"] for row in rows], scores_of(b) - scores_of(a))
     np.testing.assert_allclose([row["interval"] for row in rows], intervals, atol=0.015)  # two random draws
     assert np.ptp(intervals, axis=1).min() > 0.1
+
+
+def iou_of_loops(pixels: list[tuple[int, int]], index: int) -> float:
+    """pixels: (prediction, truth)."""
+    both = sum(prediction == truth == index for prediction, truth in pixels)
+    return both / sum(index in pair for pair in pixels)
+
+
+def groups_of_loops(pairs) -> dict[str, float]:
+    """Of sky and grass on their own pixels; of cow and sky, the things; of the others."""
+    pixels = [pair for maps in pairs for pair in zip(*(own.ravel().tolist() for own in maps), strict=True)]
+    pixels = [pair for pair in pixels if pair[1] != IGNORE]
+    on_seen = [pair for pair in pixels if pair[1] in (0, 1)]
+    return {
+        "miou_seen_on_seen_pixels": np.mean([iou_of_loops(on_seen, index) for index in (0, 1)]),
+        "miou_things": np.mean([iou_of_loops(pixels, index) for index in (0, 2)]),
+        "miou_stuff": np.mean([iou_of_loops(pixels, index) for index in (1, 3)]),
+    }
+
+
+def test_groups_are_compared_where_both_results_have_their_areas(tmp_path):
+    """An older result has neither the areas on seen pixels nor the names of the things."""
+    images = draw_images(*A), draw_images(*B)
+    new = {"is_seen": [True, True, False, False], "things": ["cow", "sky"]}
+    a, b = (write_result(tmp_path / f"{name}.json", own, **new) for name, own in zip("ab", images, strict=True))
+    found = compare(CompareArgs(a, b))["scores"]
+    assert list(found) == [*SCORES[:4], *groups_of_loops(images[0]), *OF_PIXELS]
+    for letter, own in zip("ab", images, strict=True):
+        for name, value in groups_of_loops(own).items():
+            assert found[name][letter] == pytest.approx(value)
+            low, high = found[name]["interval"]
+            assert low < found[name]["difference"] < high
+    older = write_result(tmp_path / "older.json", images[1])
+    for files in ((a, older), (older, a)):
+        assert list(compare(CompareArgs(*files))["scores"]) == [*SCORES[:4], "miou_things", "miou_stuff", *OF_PIXELS]
+    other = write_result(tmp_path / "other.json", images[1], **new | {"things": ["cow"]})
+    assert list(compare(CompareArgs(a, other))["scores"]) == [*SCORES[:4], "miou_seen_on_seen_pixels", *OF_PIXELS]
+    ovs = [write_result(tmp_path / f"ovs{at}.json", own, setting="ovs", **new) for at, own in enumerate(images)]
+    assert list(compare(CompareArgs(*ovs))["scores"]) == ["miou", "miou_things", "miou_stuff", *OF_PIXELS]
 
 
 def test_the_same_file_twice_differs_by_exactly_nothing(two):

@@ -429,6 +429,14 @@ def test_a_result_is_of_its_declared_type_and_reads_as_it_was(with_clip, data, t
     result = evaluate(EvalArgs(model=str(with_clip), dataset=str(data), max_images=2, output=str(path), **options))
     assert first_wrong(result, Result) is None and list(result) == list(Result.__annotations__)
     assert read_result(path) == result and read_images(path, result).image_ids == ["00000", "00001"]
+    assert result["things"] == [name for name in load_label_space("scenes").things if name in result["per_class"]]
+    has_seen = options.get("setting", "gzs3") == "gzs3"
+    assert (result["miou_seen_on_seen_pixels"] is not None) == has_seen
+    assert (result["confidence_intervals"]["miou_seen_on_seen_pixels"] != [None, None]) == has_seen
+    for name, are_things in (("miou_things", True), ("miou_stuff", False)):
+        told = [iou for own, iou in result["per_class"].items() if (own in result["things"]) == are_things]
+        assert result[name] == pytest.approx(np.mean([iou for iou in told if iou is not None]))
+        assert None not in result["confidence_intervals"][name]
 
 
 def test_two_processes_give_the_result_of_one(checkpoint, data, tmp_path):

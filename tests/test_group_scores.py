@@ -1,5 +1,6 @@
 """Scores of groups of classes: seen classes on seen pixels, things, stuff. Against loops over pixels."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from zs3.command_line import InputError
 from zs3.evaluation.results import read_images, read_result, write_result
 from zs3.scores.bootstrap import load_images, resampled_areas
 from zs3.scores.confusion import ConfusionMatrix
@@ -131,6 +133,16 @@ def test_a_result_of_an_older_version_is_read_without_them(tmp_path):
     assert not {*GROUPS, "things", "image_label_precision"} & {*result}
 
 
+@pytest.mark.parametrize("change", [-1, 10_000])
+def test_areas_on_seen_pixels_that_no_images_can_have_are_refused(tmp_path, change):
+    counted(maps(4)).save_images(tmp_path / "whole.npz", list("abcde"))
+    content = dict(np.load(tmp_path / "whole.npz"))
+    content["rows"][0, 4] = change
+    np.savez(tmp_path / "images.npz", **content)
+    with pytest.raises(InputError, match="images.npz is no file of image areas, or is broken"):
+        load_images(tmp_path / "images.npz")
+
+
 def test_written_areas_agree_with_the_result_that_they_belong_to(tmp_path):
     confusion = counted(maps(9))
     names = list("abcde")
@@ -148,6 +160,17 @@ def test_written_areas_agree_with_the_result_that_they_belong_to(tmp_path):
     write_result(tmp_path / "r.json", result, "report", confusion)
     assert json.loads((tmp_path / "r.json").read_text())["num_images"] == 4
     assert len(read_images(tmp_path / "r.json", result).areas.counted) == 4
+    with (tmp_path / "r.csv").open(newline="") as file:
+        found = {row["class"]: row["thing_or_stuff"] for row in csv.DictReader(file)}
+    assert found == {"a": "stuff", "b": "stuff", "c": "thing", "d": "thing", "e": "thing"}
+    right = {
+        "seen": ["a", "c", "d"],
+        "miou_seen_on_seen_pixels": by_loops(maps(9), "union")["miou_seen_on_seen_pixels"],
+    }
+    read_images(tmp_path / "r.json", result | right)
+    for wrong in (right | {"miou_seen_on_seen_pixels": 0.5}, right | {"seen": ["a", "c"]}):
+        with pytest.raises(InputError, match="was not written with"):
+            read_images(tmp_path / "r.json", result | wrong)
 
 
 def test_a_tensor_says_which_classes_are_things():

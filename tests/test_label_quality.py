@@ -15,14 +15,19 @@ from test_run_folder import ended, equal, kill_at, record_images, start, start_t
 from tiny import save_checkpoint, tiny_config
 from tiny_run import flags, write_data
 
+from configuration_zs3 import Zs3Config
+from eval import evaluate
 from zs3.convert.nouns import write_nouns
 from zs3.data.augmentation import Augmentation
 from zs3.data.caption_labels import CaptionLabels, CaptionNouns
 from zs3.data.image_labels import GroundTruthLabels, ImageLabels, LabelCounts, count_labels, training_space
 from zs3.data.records import Split, load_split
 from zs3.data.samples import SegmentationDataset
+from zs3.evaluation.arguments import EvalArgs
+from zs3.evaluation.results import read_result
 from zs3.label_space import LabelSpace
 from zs3.pseudo_labels import write_shard
+from zs3.release.card import training
 from zs3.scenes.render import CLASS_NAMES, UNSEEN
 from zs3.training.folder import label_quality
 from zs3.training.resume import complete_checkpoints, write_manifest
@@ -231,6 +236,20 @@ def test_the_classes_in_the_label_maps_change_the_measurement_and_nothing_else(d
     unknown = trained(command(void, tmp_path / "void_run"), tmp_path / "log")
     assert results_of(unknown) == recorded_in(unknown) == [None, None]
     assert equal(weights(run), weights(straight)) and equal(weights(unknown), weights(straight))
+
+
+def test_an_evaluation_and_a_model_card_tell_the_quality_of_the_training_labels(data, straight, tmp_path):
+    places = {"model": str(straight / "final"), "dataset": str(data), "text_embeds": str(data.parent / "text.npy")}
+    evaluate(EvalArgs(**places, output=str(tmp_path / "gzs3.json"), ensemble="off"))
+    precision, recall = results_of(straight)
+    result = read_result(tmp_path / "gzs3.json", NAMES)
+    assert [result[name] for name in NAMES] == [precision, recall]
+    told = f"precision {100 * precision:.1f} %, recall {100 * recall:.1f} %"
+    assert f"- image labels of unseen classes in training: {told}\n" in (tmp_path / "gzs3.md").read_text()
+    config = Zs3Config.from_pretrained(straight / "final")
+    assert f"for every training image; never a mask; {told}.\n" in training(config, None, [])
+    config.image_label_precision = config.image_label_recall = None
+    assert "for every training image; never a mask.\n" in training(config, None, [])
 
 
 def test_a_model_has_the_quality_of_its_last_image_labels(data, straight, tmp_path):

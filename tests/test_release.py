@@ -26,7 +26,7 @@ from zs3.checkpoints import settings_sha256, weights_sha256
 from zs3.command_line import InputError
 from zs3.label_space import load_label_space
 from zs3.release.__main__ import HUB_CARDS, chosen_template, code_files, is_sealed, main, project_code_of, release_files
-from zs3.release.card import model_card, recipes_of, runs, starts, training
+from zs3.release.card import data_name, model_card, model_index, recipes_of, runs, starts, training
 
 ROOT = Path(__file__).parents[1]
 SCENES = load_label_space("scenes")
@@ -457,6 +457,17 @@ def test_the_tables_have_the_numbers_of_the_result_file_with_their_intervals(che
     assert set(SHARES.findall(text)) == numbers | {"82.0", "79.0", "85.1", "27.2", "20.4", "33.6"}
 
 
+def test_scores_that_older_results_lack_are_a_dash_in_their_rows(checkpoint):
+    older, newer = a_result(checkpoint), a_result(checkpoint, miou_seen_on_seen_pixels=0.7001, miou_stuff=None)
+    newer["confidence_intervals"] |= {"miou_seen_on_seen_pixels": [0.6802, 0.7203], "miou_stuff": [None, None]}
+    lines = card_of(checkpoint, "scenes", [older, newer]).text.splitlines()
+    assert any("| mIoU | mIoU(S) on seen pixels | pixel accuracy |" in line for line in lines)
+    assert any("| 51.2 [49.1, 53.2] | - | 75.7 [74.4, 77.0] |" in line for line in lines)
+    assert any("| 51.2 [49.1, 53.2] | 70.0 [68.0, 72.0] | 75.7 [74.4, 77.0] |" in line for line in lines)
+    (entry,) = [entry for entry in model_index(newer) if entry.metric_type == "miou_seen_on_seen_pixels"]
+    assert entry.metric_value == 0.7001 and entry.metric_args["interval_95"] == [0.6802, 0.7203]
+
+
 def test_what_a_result_says_of_its_protocol_stands_below_the_table(checkpoint):
     stamped = {
         "protocol": "gzs3, 16 seen and 8 unseen names, without sand, bias 0.2, chosen TUNED ON THE TEST IMAGES",
@@ -620,6 +631,18 @@ def test_the_template_is_that_of_the_masks_that_training_saw(checkpoint):
     for config in (tiny_config(seen_class_names=["cat"]), tiny_config()):
         with pytest.raises(InputError, match=r"do not fit any card \(fitting: none\)"):
             chosen_template(None, config, [zero_shot])
+
+
+@pytest.mark.parametrize("split", ["scenes:3", "scenes:11"])
+def test_a_class_split_has_the_card_of_its_benchmark_with_its_own_unseen_names(checkpoint, split):
+    space = load_label_space(split)
+    config = tiny_config(seen_class_names=space.seen, unseen_labels="none")
+    assert space.unseen != SCENES.unseen and chosen_template(None, config, []).stem == "scenes"
+    assert f"({len(space.unseen)}): {', '.join(space.unseen)}." in card_of(checkpoint, "scenes", [], config).text
+    for name in (split, f"scenes_90:{split.split(':')[1]}"):
+        sha256 = load_label_space(name).sha256
+        assert data_name(a_result(checkpoint, label_space_sha256=sha256)) == "my_scenes (synthetic)"
+    assert data_name(a_result(checkpoint, label_space_sha256=load_label_space("voc_20").sha256)) == "my_scenes"
 
 
 def test_a_template_of_ones_own(checkpoint, tmp_path, monkeypatch, untried, release):

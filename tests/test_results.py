@@ -40,6 +40,8 @@ RESULT = {
     "without": [],
     "trained_on_masks_of": ["sky", "sea"],
     "unseen_labels_in_training": "pseudo",
+    "image_label_precision": 0.755,
+    "image_label_recall": 0.732,
     "absent": "union",
     "num_images": 40,
     "split_images": 40,
@@ -101,6 +103,7 @@ def test_every_number_is_told_in_its_place():
         "| mIoU | 50.1 | 41.0 to 59.0 |",
         "| pixel accuracy | 70.5 | 65.0 to 75.0 |",
         "| frequency-weighted IoU | 60.6 | 52.0 to 68.0 |",
+        "- image labels of unseen classes in training: precision 75.5 %, recall 73.2 %",
         "- of the unseen area 25.0 % got its name, 55.0 % a seen name, 20.0 % another unseen one",
         "- area under the seen/unseen curve 12.3 %; its best hIoU, 43.2, is at a bias of 0.5 off seen classes: found "
         "on these images, so it is no result",
@@ -124,7 +127,9 @@ def test_what_was_not_measured_is_not_told():
     nothing = changed()
     nothing["rejection"] |= {"auroc": None}
     nothing["rejection"]["conformal"] |= {"rejects_everything": True, "threshold": None}
+    del nothing["image_label_precision"], nothing["image_label_recall"]  # as in a file of an older version
     told = report(nothing)
+    assert "image labels of unseen classes in training" not in told
     assert "AUROC" not in told
     assert "- 18 images are too few, or too wrong, for a threshold with at most 10.0 % wrong labels" in told
 

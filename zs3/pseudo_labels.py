@@ -93,7 +93,7 @@ class PseudoLabelArgs(Arguments):
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     output: OutputFolder | None = flag(None, "Folder for the scores; the same command resumes a stopped run.")
     split: str = flag("train", "Split of the dataset to make pseudo labels for.")
-    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    label_space: str | None = flag(None, "Benchmark, its split (scenes:3) or classes.json; default: the dataset's own.")
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row per class.")
     max_images: Count | None = flag(None, "Score the first N images only.")
 

@@ -30,6 +30,7 @@ from zs3.evaluation.curves import check_matplotlib
 from zs3.evaluation.ensemble_weight import WeightArgs, weight_settings
 from zs3.evaluation.results import read_result
 from zs3.files import check_here, file_sha256
+from zs3.pseudo_labels import PseudoLabelArgs
 from zs3.training.arguments import TrainArgs
 from zs3.typed_json import unless_damaged
 
@@ -193,11 +194,14 @@ class SeedRuns:
         folder, model = self.folder / "pseudo_labels", self.folder / "stage1" / "final"
 
         def is_done() -> bool:
-            """Whether the summary exists, and this checkpoint made the scores."""
+            """Whether the summary exists, and this checkpoint made the scores, with today's choice of proposals."""
             if not (folder / "summary.json").exists() or not model.exists():
                 return False
             made_with = unless_damaged(pseudo_label_settings, folder) or {}
-            return made_with.get("checkpoint_sha256", {}).get(WEIGHTS) == weights_sha256(str(model))
+            return (
+                made_with.get("checkpoint_sha256", {}).get(WEIGHTS) == weights_sha256(str(model))
+                and made_with.get("unannotated_share") == PseudoLabelArgs.unannotated_share
+            )
 
         flags = ["--model", str(model), "--dataset", str(self.args.data), "--output", str(folder)]
         return Job(

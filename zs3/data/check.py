@@ -32,7 +32,7 @@ class CheckArgs(Arguments):
 
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     splits: Some[str] = flag(["train", "validation"], "Splits to read.")
-    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    label_space: str | None = flag(None, "Benchmark, its split (scenes:3) or classes.json; default: the dataset's own.")
     num_workers: Workers = flag(0, "Processes that read pictures; 0 reads in the main one.")
     output: OutputFile | None = flag(None, "Result file (JSON), with all problems and counts.")
 

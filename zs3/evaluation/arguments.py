@@ -37,7 +37,7 @@ class EvalArgs(Arguments):
     data_root: str | None = flag(None, "Folder of the suite's datasets, each named as zs3 convert names it.")
     members: list[str] = flag([], "Datasets of the suite; default: all that exist, except voc_21.")
     split: str = flag("validation", "Split of the dataset to evaluate on.")
-    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    label_space: str | None = flag(None, "Benchmark, its split (scenes:3) or classes.json; default: the dataset's own.")
     setting: Literal["gzs3", "zs3", "ovs"] = flag(
         "gzs3",
         "Candidates: all classes (gzs3), the unseen alone (zs3), or any label space, without a zero-shot claim (ovs).",

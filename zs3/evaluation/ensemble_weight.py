@@ -63,7 +63,7 @@ class WeightArgs(Arguments):
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     split: str = flag("train", "Split to choose the weight on; not the split of reported results.")
-    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    label_space: str | None = flag(None, "Benchmark, its split (scenes:3) or classes.json; default: the dataset's own.")
     unseen_labels: str | None = flag(
         None,
         "Image labels of unseen classes: a folder of zs3 pseudo_labels; or 'ground_truth', for a model "

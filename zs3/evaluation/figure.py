@@ -55,7 +55,7 @@ class FigureArgs(Arguments):
 
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     split: str = flag("validation", "Split of the dataset.")
-    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    label_space: str | None = flag(None, "Benchmark, its split (scenes:3) or classes.json; default: the dataset's own.")
     models: list[str] = flag([], "Checkpoints, folders or Hub ids, in the order of their panels.")
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     titles: list[str] = flag([], "Titles of the models' panels; default: --models.")

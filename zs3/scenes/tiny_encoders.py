@@ -108,9 +108,13 @@ def measure(folder: Path, proposals: str | None = None) -> dict[str, Any]:
 
 
 def halve(folder: Path) -> None:
-    """Saves the weights as float16. The configuration keeps float32, so transformers loads them as float32."""
+    """Saves the weights as float16. The configuration says float32, also of each tower: so they load as float32."""
     path = folder / "model.safetensors"
     save_file({name: value.half() for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    config = json.loads(read_text(folder / "config.json"))
+    for part in (config, config["text_config"], config["vision_config"]):
+        part["dtype"] = "float32"
+    write_json(folder / "config.json", config)
 
 
 # ------------------------------------------------------------------------------------------------ the card

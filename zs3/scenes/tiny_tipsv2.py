@@ -1,17 +1,14 @@
 """A small TIPSv2 that knows the world of `zs3.scenes`: its patch tokens are aligned with text. Model and training.
 
 A small Tipsv2Model of transformers. It is trained on whole scenes with boxes and captions, as on a web corpus with
-grounded captions; no label map takes part. Three losses: CLIP's, between captions and the mean token of a box, and
-between captions and the class token of a crop; and one for each patch token.
+grounded captions; no label map takes part. Two losses: CLIP's, between captions and the mean token of a box, the mean
+token of a crop, and the class token of a crop; and one for each patch token.
 
 A box does not say which of its tokens show the thing. The loss of a token asks only that its name be one of the names
 whose boxes touch it: -log of the sum of their probabilities. A token in the corner of a thing's box shows what tokens
-show that lie in no such box, and so gets the name of the stuff.
-
-There are two rounds. In the first, the mean of a box has a prior: it is largest in the middle of the box, and 0 below
-the boxes in front. In the second, it is also weighted by each token's probability of the box's name among the names
-that touch it, as in expectation maximisation. With these weights from the start, the tokens of things took the names of
-the stuff around them.
+show that lie in no such box, and so gets the name of the stuff. The mean of a box has a prior: it is largest in the
+middle of the box, and 0 below the boxes in front. (Weighted by the tokens' own probabilities instead, as in expectation
+maximisation, the mean came to rest on one token of the thing, and all others took the name of the stuff around it.)
 
 Axes: B scene, R region, T patch token, N name, D embedding, L token of a text.
 """
@@ -40,17 +37,16 @@ from zs3.scenes.contrastive import (
     make_optimizer,
     unit,
 )
-from zs3.scenes.crops import Crops, training_scene
+from zs3.scenes.crops import CROP, Crops, training_scene
 
 PATCH = 8  # pixels, both sides
 GRID = render.SIZE // PATCH  # patches along a side
 SCENES = 16  # of one step
-CROPS = 48  # of one step, for the class token
+CROPS = 64  # of one step
 POOL = 6_000  # scenes drawn at a time ...
 POOL_STEPS = 1000  # ... and used for this number of steps
-PRIOR = 0.6  # standard deviation of the prior in a box, in half sides of the box
+PRIOR = 0.6  # standard deviation of the prior in a box or crop, in half sides
 FIRST_SCALE = 14.0  # of cosines, CLIP's
-SECOND_ROUND = 0.4  # share of the steps
 SAVE_EVERY = 500  # steps
 
 
@@ -78,13 +74,16 @@ def covered(box: tuple[int, int, int, int]) -> np.ndarray:
     return np.outer(_overlap(y0, y1), _overlap(x0, x1)).ravel()
 
 
-def _prior(box: tuple[int, int, int, int], is_stuff: bool) -> np.ndarray:
+def _prior(box: tuple[int, int, int, int], is_stuff: bool, grid: int = GRID) -> np.ndarray:
     """(T,) float: 1 in the middle of the box, less toward its sides; along a band of stuff, only down differs."""
     x0, y0, x1, y1 = box
-    middle = (np.arange(GRID) + 0.5) * PATCH
+    middle = (np.arange(grid) + 0.5) * PATCH
     down = (2 * middle - y0 - y1) / (y1 - y0)
     across = 0 * middle if is_stuff else (2 * middle - x0 - x1) / (x1 - x0)
     return np.exp(-(down[:, None] ** 2 + across**2) / (2 * PRIOR**2)).ravel()
+
+
+CROP_PRIOR = torch.from_numpy(_prior((0, 0, CROP, CROP), False, CROP // PATCH)).float()  # (tokens of a crop,)
 
 
 def boxes_of(regions: list[render.Region]) -> Boxes:
@@ -142,10 +141,16 @@ def new_model(tokenizer: Tipsv2Tokenizer) -> Tipsv2Model:
     return model
 
 
+def tokens_of(model: Tipsv2Model, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) -> the class token (B, D) and the patch tokens (B, T, D)."""
+    output = model.get_image_features(pixels)
+    first = 1 + model.config.vision_config.num_register_tokens  # after the class token and the registers
+    return output.pooler_output, output.last_hidden_state[:, first:]
+
+
 def patch_tokens(model: Tipsv2Model, pixels: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, T, D)."""
-    first = 1 + model.config.vision_config.num_register_tokens  # after the class token and the registers
-    return model.get_image_features(pixels).last_hidden_state[:, first:]
+    return tokens_of(model, pixels)[1]
 
 
 def possible_names(scene: Tensor, target: Tensor, touched: Tensor, num_scenes: int, num_names: int) -> Tensor:
@@ -164,12 +169,6 @@ def token_loss(logits: Tensor, is_possible: Tensor) -> Tensor:
     return (logits.logsumexp(dim=-1) - logits.masked_fill(~is_possible, -torch.inf).logsumexp(dim=-1)).mean()
 
 
-def own_shares(logits: Tensor, is_possible: Tensor, scene: Tensor, target: Tensor) -> Tensor:
-    """(R, T): each token's probability of a box's name, among its possible names; without gradient."""
-    probs = logits.detach().masked_fill(~is_possible, -torch.inf).softmax(dim=-1)  # (B, T, N)
-    return probs[scene, :, target]
-
-
 class Batch(NamedTuple):
     """One step: SCENES pictures with their boxes, and CROPS crops."""
 
@@ -178,47 +177,33 @@ class Batch(NamedTuple):
     crops: Crops
 
 
-def batch_loss(
-    model: Tipsv2Model, batch: Batch, captions: dict[str, Tensor], target: Tensor, scale: Tensor, by_own_shares: bool
-) -> Tensor:
+def batch_loss(model: Tipsv2Model, batch: Batch, captions: dict[str, Tensor], target: Tensor, scale: Tensor) -> Tensor:
     """captions: tokens and mask of N captions. target: (R + CROPS,) int64, the caption of each box and each crop."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = patch_tokens(model, pixel_values(batch.images)).float()  # (B, T, D)
-        alone = model.get_image_features(pixel_values(batch.crops.pixels)).pooler_output
+        of_class, in_crops = tokens_of(model, pixel_values(batch.crops.pixels))
         text = model.get_text_features(**captions).pooler_output
     text, scene = unit(text), torch.from_numpy(batch.boxes.scene)
-    of_boxes, of_crops = target.split([len(scene), len(alone)])
+    of_boxes, of_crops = target.split([len(scene), len(of_class)])
     logits = scale * unit(found) @ text.T  # (B, T, N)
     touched = torch.from_numpy(batch.boxes.touched.copy())
     possible = possible_names(scene, of_boxes, touched, len(found), len(text))
     weight = torch.from_numpy(batch.boxes.weight)
-    if by_own_shares:
-        weight = weight * own_shares(logits, possible, scene, of_boxes)
-    shown = weight.sum(dim=1) > 1e-3
+    shown = weight.sum(dim=1) > 0
     pooled = (weight[:, None] @ found[scene])[:, 0]  # (R, D)
-    seen = torch.cat([unit(pooled[shown]), unit(alone)])
-    used, own = torch.cat([of_boxes[shown], of_crops]).unique(return_inverse=True)
+    means = (CROP_PRIOR[:, None] * in_crops.float()).sum(dim=1)
+    seen = torch.cat([unit(pooled[shown]), unit(means), unit(of_class)])
+    used, own = torch.cat([of_boxes[shown], of_crops, of_crops]).unique(return_inverse=True)
     return contrastive_loss(seen, text[used], own, scale) + token_loss(logits, possible)
 
 
 def train(folder: Path, steps: int, seed: int) -> Tipsv2Model:
     """Trains a new TIPSv2, and saves it in `folder` every SAVE_EVERY steps."""
     torch.manual_seed(seed)
+    rng = np.random.default_rng((seed, 0, 4))
     tokenizer = tipsv2_tokenizer()
     model = new_model(tokenizer)
     model.register_parameter("log_scale", nn.Parameter(torch.tensor(math.log(FIRST_SCALE))))
-    second = round(SECOND_ROUND * steps)
-    train_round(model, tokenizer, folder, steps - second, seed, by_own_shares=False)
-    train_round(model, tokenizer, folder, second, seed + 1, by_own_shares=True)
-    del model.log_scale
-    return model
-
-
-def train_round(
-    model: Tipsv2Model, tokenizer: Tipsv2Tokenizer, folder: Path, steps: int, seed: int, by_own_shares: bool
-) -> None:
-    """One round, with its own warm-up and decay of the learning rate."""
-    rng = np.random.default_rng((seed, 0, 4))
     optimizer, schedule = make_optimizer(model, steps)
     texts = [caption.format(name) for name in render.WORLD_NAMES for caption in CAPTIONS]
     tokens = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"].unflatten(0, (-1, len(CAPTIONS)))
@@ -229,7 +214,7 @@ def train_round(
         ids, batch = a_caption_each(rng, tokens, names), Batch(images, boxes, crops)
         captions = {"input_ids": ids, "attention_mask": ids != tokenizer.pad_token_id}
         scale = model.log_scale.exp()
-        loss = batch_loss(model, batch, captions, torch.from_numpy(target), scale, by_own_shares)
+        loss = batch_loss(model, batch, captions, torch.from_numpy(target), scale)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -240,6 +225,8 @@ def train_round(
             progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale.item():.1f}")
         if step % SAVE_EVERY == 0 or step == steps:
             save(model, tokenizer, folder)
+    del model.log_scale
+    return model
 
 
 def save(model: Tipsv2Model, tokenizer: Tipsv2Tokenizer, folder: Path) -> None:

@@ -46,7 +46,7 @@ class TrainArgs(Arguments):
     dataset: str | None = flag(None, "Folder or Hub id of the training data.")
     output_dir: OutputFolder | None = flag(None, "Folder for checkpoints, metrics and the final model.")
     split: str = flag("train", "Split of the dataset to train on.")
-    label_space: str | None = flag(None, "Benchmark name or classes.json; default: the dataset's own.")
+    label_space: str | None = flag(None, "Benchmark, its split (scenes:3) or classes.json; default: the dataset's own.")
     streaming: bool = flag(False, "Read shard after shard, from the disk or the Hub, without a copy in the cache.")
     shuffle_buffer: Count = flag(
         1000, "Pictures in the shuffle buffer of each worker of a stream, not decoded (1000 of COCO are 0.2 GB)."
