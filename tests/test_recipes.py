@@ -19,6 +19,7 @@ from zs3.convert.nouns import NounArgs
 from zs3.data.check import CheckArgs
 from zs3.evaluation.arguments import EvalArgs
 from zs3.pseudo_labels import PseudoLabelArgs
+from zs3.scenes.__main__ import SceneArgs
 from zs3.training.arguments import TrainArgs
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,7 @@ COMMANDS = {
     "nouns": NounArgs,
     "zs3.pseudo_labels": PseudoLabelArgs,
     "ablation": AblationArgs,
+    "scenes": SceneArgs,
 }
 
 
