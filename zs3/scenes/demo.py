@@ -52,7 +52,7 @@ OWN_LABELS = [
 
 @dataclass
 class DemoArgs(Arguments):
-    """Sizes of the demo; the defaults take about 7 minutes on 2 CPU cores, with half of the recipes' steps."""
+    """Sizes of the demo; the defaults take about 5 minutes on 2 CPU cores, with fewer steps than the recipes."""
 
     output_dir: OutputFolder = flag("runs/demo", "Folder for all results of the demo.")
     num_train: Pictures = flag(3000, "Training scenes.")
