@@ -10,9 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from zs3.scenes.captions import CAPTIONS
 from zs3.scenes.crops import Crops, draw_crops
+from zs3.scenes.render import WORLD_NAMES
 
 POOL = 32_000  # crops drawn at a time ...
 POOL_STEPS = 1200  # ... and used for this number of steps
@@ -66,6 +68,23 @@ def crop_batches(rng: np.random.Generator, steps: int, size: int, seed: int, hid
         if rng.uniform() < 0.5:
             pixels = pixels[:, :, ::-1].copy()  # mirrored: no name depends on left and right
         yield Crops(pixels, pool.name[chosen])
+
+
+def take_step(
+    model: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
+) -> None:
+    """One step down the loss, with gradients of a norm of at most 1."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+def caption_tokens(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """(names, captions, L): the tokens of all captions of all WORLD_NAMES."""
+    captions = [caption.format(name) for name in WORLD_NAMES for caption in CAPTIONS]
+    return tokenizer(captions, padding=True, return_tensors="pt")["input_ids"].unflatten(0, (-1, len(CAPTIONS)))
 
 
 def a_caption_each(rng: np.random.Generator, tokens: Tensor, names: np.ndarray) -> Tensor:

@@ -13,20 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from zs3.files import write_json
-from zs3.scenes import render
-from zs3.scenes.captions import CAPTIONS, clip_tokenizer
+from zs3.scenes.captions import clip_tokenizer
 from zs3.scenes.contrastive import (
     LARGEST_SCALE,
     a_caption_each,
+    caption_tokens,
     contrastive_loss,
     crop_batches,
     grid_of_waves,
     make_optimizer,
+    take_step,
     unit,
 )
 from zs3.scenes.crops import CROP, MEAN, STD
@@ -64,8 +65,7 @@ def train(folder: Path, steps: int, seed: int, hidden: frozenset[str] = frozense
     tokenizer = clip_tokenizer()
     model = new_model(tokenizer)
     optimizer, schedule = make_optimizer(model, steps)
-    captions = [caption.format(name) for name in render.WORLD_NAMES for caption in CAPTIONS]
-    tokens = tokenizer(captions, padding=True, return_tensors="pt")["input_ids"].unflatten(0, (-1, len(CAPTIONS)))
+    tokens = caption_tokens(tokenizer)
     batches = crop_batches(rng, steps, BATCH, seed, hidden)
     progress = tqdm(batches, total=steps, desc="training the tiny CLIP", unit="step", smoothing=0.05)
     for step, crops in enumerate(progress, start=1):
@@ -74,11 +74,7 @@ def train(folder: Path, steps: int, seed: int, hidden: frozenset[str] = frozense
             image = model.get_image_features(pixel_values(crops.pixels)).pooler_output
             text = model.get_text_features(a_caption_each(rng, tokens, names)).pooler_output
         loss = contrastive_loss(unit(image), unit(text), torch.from_numpy(target), model.logit_scale.exp())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        take_step(model, loss, optimizer, schedule)
         model.logit_scale.data.clamp_(max=math.log(LARGEST_SCALE))
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{model.logit_scale.exp().item():.1f}")

@@ -96,8 +96,7 @@ def measure(folder: Path, proposals: str | None = None) -> dict[str, Any]:
     model, tokenizer = load(folder)
     text = class_text_embeds(model, tokenizer, render.CLASS_NAMES)
     is_clip = model.config.model_type == "clip"
-    with torch.inference_mode():
-        scores, by_name = (clip_accuracy if is_clip else tipsv2_accuracy)(model, text)
+    scores, by_name = (clip_accuracy if is_clip else tipsv2_accuracy)(model, text)
     result = {"regions_per_class": PER_CLASS, "accuracy": scores, "by_name": by_name}
     if proposals is not None:
         namings = clip_namings(model, folder) if is_clip else tipsv2_namings(model)

@@ -27,14 +27,16 @@ from transformers.models.tipsv2.tokenization_tipsv2 import Tipsv2Tokenizer
 
 from zs3.files import write_json
 from zs3.scenes import render
-from zs3.scenes.captions import CAPTIONS, tipsv2_tokenizer
+from zs3.scenes.captions import tipsv2_tokenizer
 from zs3.scenes.contrastive import (
     LARGEST_SCALE,
     a_caption_each,
+    caption_tokens,
     contrastive_loss,
     crop_batches,
     grid_of_waves,
     make_optimizer,
+    take_step,
     unit,
 )
 from zs3.scenes.crops import CROP, Crops, training_scene
@@ -205,8 +207,7 @@ def train(folder: Path, steps: int, seed: int) -> Tipsv2Model:
     model = new_model(tokenizer)
     model.register_parameter("log_scale", nn.Parameter(torch.tensor(math.log(FIRST_SCALE))))
     optimizer, schedule = make_optimizer(model, steps)
-    texts = [caption.format(name) for name in render.WORLD_NAMES for caption in CAPTIONS]
-    tokens = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"].unflatten(0, (-1, len(CAPTIONS)))
+    tokens = caption_tokens(tokenizer)
     batches = zip(scene_batches(rng, steps, seed), crop_batches(rng, steps, CROPS, seed, frozenset()), strict=True)
     progress = tqdm(batches, total=steps, desc="training the tiny TIPSv2", unit="step", smoothing=0.05)
     for step, ((images, boxes), crops) in enumerate(progress, start=1):
@@ -215,11 +216,7 @@ def train(folder: Path, steps: int, seed: int) -> Tipsv2Model:
         captions = {"input_ids": ids, "attention_mask": ids != tokenizer.pad_token_id}
         scale = model.log_scale.exp()
         loss = batch_loss(model, batch, captions, torch.from_numpy(target), scale)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        take_step(model, loss, optimizer, schedule)
         model.log_scale.data.clamp_(max=math.log(LARGEST_SCALE))
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale.item():.1f}")
