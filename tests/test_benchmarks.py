@@ -21,6 +21,7 @@ from benchmarks import (
     pseudo_labels,
     text_side,
     train_step,
+    unannotated_share,
 )
 from zs3.command_line import read_arguments
 from zs3.label_space import load_label_space
@@ -222,6 +223,21 @@ def test_pseudo_labels_are_measured_beside_the_loop(call, scenes_model, tmp_path
     monkeypatch.setattr(pseudo_labels, "SAME", -1)
     with pytest.raises(ValueError, match="scores of loop and command differ"):
         call(pseudo_labels, **places, few=1, many=3, shard_size=1)
+
+
+def test_shares_are_those_of_the_command(call, scenes_model, tmp_path, capsys):
+    places = {"model": str(scenes_model / "model"), "dataset": str(scenes_model / "scenes")}
+    call(unannotated_share, **places, shares="0 0.5 1", max_images=2, output=tmp_path / "shares.json")
+    rows = json.loads((tmp_path / "shares.json").read_text())["rows"]
+    for row in rows:
+        flags = {"unannotated_share": row["share"], "max_images": 2, "output": str(tmp_path / f"{row['share']}")}
+        make_pseudo_labels(PseudoLabelArgs(**places, **flags))
+        summary = json.loads((tmp_path / f"{row['share']}" / "summary.json").read_text())
+        assert row["right_labels"] == sum(summary["images_with_class"]) > 0
+        assert row["average_precision"] == summary["average_precision"]["macro"]
+        own = {threshold["threshold"]: threshold for threshold in summary["thresholds"]}[row["threshold"]]
+        assert row["labels"] == sum(own["labels"]) and row["recall"] == own["recall"]["micro"]
+    assert capsys.readouterr().out == (tmp_path / "shares.md").read_text()
 
 
 def test_the_loader_is_measured_on_the_same_samples_however_they_come(call, tmp_path, capsys, same_process):

@@ -433,7 +433,7 @@ def report(result: dict) -> str:
 
 
 def _percents(values: list[float]) -> str:
-    return " ".join(f"{percent(None if np.isnan(value) else value):>5}" for value in values)
+    return " ".join(f"{percent(value):>5}" for value in values)
 
 
 # ---- the command -------------------------------------------------------------------------------------------

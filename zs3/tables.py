@@ -1,5 +1,6 @@
 """Tables and names as text: Markdown for people, CSV for spreadsheets. Scores in [0, 1] are printed in percent."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -25,7 +26,8 @@ def csv_text(text: str) -> str:
 
 
 def percent(score: float | None) -> str:
-    return "-" if score is None else f"{100 * score:.1f}"
+    """A score in [0, 1] in percent; "-" for None and NaN."""
+    return "-" if score is None or math.isnan(score) else f"{100 * score:.1f}"
 
 
 def percent_range(interval: Sequence[float | None]) -> str:
