@@ -6,8 +6,8 @@
         --output docs/results/gradient_sizes.json
 
 Each number is an L2 norm over all trained parameters: that of the gradient of weight x term. It is averaged over
-batches. A term is summed over the decoder outputs. Weights and losses are those of stage 2's recipe. The mask term is
-measured with both mask losses.
+batches. A term is summed over the decoder outputs. Weights and losses are those of stage 2's recipe. The class term is
+measured with both values of `class_norm`, the mask term with both mask losses.
 """
 
 from dataclasses import dataclass
@@ -81,15 +81,20 @@ def main() -> None:
     columns = {}
     for title, model in tqdm(models.items(), desc="models"):
         columns[title] = {}
-        for mask_loss in ("focal", "bce"):
-            model.config.mask_loss = mask_loss
+        for class_norm, mask_loss in (("groups", "focal"), ("queries", "bce")):
+            model.config.class_norm, model.config.mask_loss = class_norm, mask_loss
             torch.manual_seed(0)
             norms = gradient_norms(model.train(), batches, start.text_embeds)
+            columns[title][f"class, {class_norm}"] = norms.pop("class")
             columns[title][f"mask, {mask_loss}"] = norms.pop("mask")
         columns[title] |= norms
-    terms = ("class", "mask, focal", "mask, bce", "dice", "rank")
+    terms = ("class, groups", "class, queries", "mask, focal", "mask, bce", "dice", "rank")
     rows = [[term, *(f"{column[term]:.2f}" for column in columns.values())] for term in terms]
-    text = measuring.table_of(["weight x term", *columns], rows)
+    text = f"""# The gradient norm of each weighted term
+
+Made by `{measuring.head()["command"]}`, on the embedded synthetic benchmark.
+
+{measuring.table_of(["weight x term", *columns], rows)}"""
     measuring.publish(args.output, {**measuring.head(), **vars(args), "recipe": RECIPE, "norms": columns}, text)
 
 
