@@ -415,7 +415,7 @@ def class_loss(
     num_matched = matched.sum() if num_matched is None else num_matched
     num_unmatched = (~matched).sum() if num_unmatched is None else num_unmatched
     if class_norm == "queries":
-        num_images = (num_matched + num_unmatched) / target.shape[-1]
+        num_images = (num_matched + num_unmatched) / max(target.shape[-1], 1)
         num_matched = num_unmatched = torch.maximum(num_matched, num_images)
     elif class_norm != "groups":
         raise ValueError(f"class_norm must be 'groups' or 'queries', got {class_norm!r}")

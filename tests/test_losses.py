@@ -216,7 +216,8 @@ def test_a_group_without_queries_adds_nothing(class_norm):
     nobody, everybody = torch.full((1, 3), UNMATCHED), torch.tensor([[0, 1, 2]])
     assert class_loss(similarity, nobody, 0.1, matched_weight=1.0, class_norm=class_norm) == 0
     assert class_loss(similarity, everybody, 0.1, matched_weight=0.0, class_norm=class_norm) == 0
-    assert class_loss(similarity[:0], nobody[:0], 0.1, matched_weight=0.6, class_norm=class_norm) == 0
+    for empty in (similarity[:0], nobody[:0]), (similarity[:, :0], nobody[:, :0]):  # no images, no queries
+        assert class_loss(*empty, 0.1, matched_weight=0.6, class_norm=class_norm) == 0
 
 
 def test_class_loss_refuses_an_unknown_choice():
