@@ -224,6 +224,8 @@ def test_a_folder_or_file_whose_name_has_a_colon_is_used_as_it_is(tmp_path, monk
         ("voc_20:0", "voc_20.json has no splits: leave out ':0'"),
         ("scens:3", "label space 'scens:3' is no known name, and no such file exists; did you mean scenes"),
         (":3", "label space ':3' is no known name"),
+        ("x" * 5000, "cannot look for label space ...x+: File name too long"),
+        ("x" * 5000 + ":3", "cannot look for label space ...x+:3: File name too long"),
     ],
 )
 def test_a_split_that_does_not_exist_is_refused_in_a_line(name, message):

@@ -226,11 +226,14 @@ def _content(path: Path) -> dict[str, Any]:
 def _classes_file(name: str) -> Path | None:
     """The file of a folder with classes.json, of a benchmark, or of a path; None if there is none on this disk."""
     path = Path(name)
-    if (path / "classes.json").is_file():
-        return path / "classes.json"
-    if name in BENCHMARKS:
-        return CLASSES_FOLDER / f"{name}.json"
-    return path if path.is_file() else None
+    try:
+        if (path / "classes.json").is_file():
+            return path / "classes.json"
+        if name in BENCHMARKS:
+            return CLASSES_FOLDER / f"{name}.json"
+        return path if path.is_file() else None
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"cannot look for label space {shown(name)}: {error.strerror}") from error
 
 
 def _read_classes(path: Path, split: str | None = None) -> LabelSpace:
