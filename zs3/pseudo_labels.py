@@ -5,12 +5,12 @@
 
 The stage-1 model proposes masks. Its CLIP image tower scores the box around each proposal that lies on unannotated
 pixels (Eq. 9). An image's score of a name is that of the best proposal (Eq. 10), or 0 without one. A pixel is
-unannotated if it belongs to no seen class: in training, ignored pixels and pixels of unseen classes are the same. The
-output folder gets `settings.json`, everything that determines the
-scores; shards of --shard_size images, `scores-00003-of-00047.parquet`, with columns image_id and scores; and
-`summary.json`. A threshold is applied when the scores are read (`zs3.data.image_labels`), so another threshold needs no
-new run. A shard is always made in the same batches, so the number of processes changes no byte. A restart makes the
-missing shards only.
+unannotated if it belongs to no seen class: in training, ignored pixels and pixels of unseen classes are the same.
+
+The output folder gets `settings.json`, everything that determines the scores; shards of --shard_size images,
+`scores-00003-of-00047.parquet`, with columns image_id and scores; and `summary.json`. A threshold is applied when the
+scores are read (`zs3.data.image_labels`), so another threshold needs no new run. A shard is always made in the same
+batches, so the number of processes changes no byte. A restart makes the missing shards only.
 
 Leak rule: scores use pictures and the pixels of seen classes. Only `unseen_truth`, for the summary, reads the pixels of
 unseen classes.

@@ -134,7 +134,8 @@ def refuse_alone(args: Arguments, *names: str, without: str) -> None:
 
 def check_outside(flag: str, path: str | None, dataset: str | None) -> None:
     """Refuses a folder for pictures that lies in a dataset, where it could replace the dataset's own pictures."""
-    if path is not None and dataset is not None and Path(path).resolve().is_relative_to(Path(dataset).resolve()):
+    is_folder = path is not None and dataset is not None and os.path.isdir(dataset)
+    if is_folder and Path(path).resolve().is_relative_to(Path(dataset).resolve()):
         raise InputError(f"{flag} {shown(path)} lies in --dataset: choose another place")
 
 
