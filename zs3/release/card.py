@@ -42,6 +42,8 @@ SETTINGS = {
     "ovs": "names of any dataset are given; the list below says of how many of them training saw masks",
 }
 NEEDED_SLOTS = ("card_data", "results")
+DRAWN = ("scenes", "scenes_90")  # label spaces of scenes, which this project draws
+FIRST_EDITION = "916a090059e6b65d45aa323c04c8ad677792260bf57a741570b02538d5afceb3"  # sha256 of their first label space
 RECIPE_FIELDS = (
     "unseen_labels",
     "max_steps",
@@ -120,12 +122,13 @@ def check_slots(template: Path) -> None:
 # ---- the checkpoint ----------------------------------------------------------------------------------------
 
 
-def space_with_seen(benchmark: str, seen: Sequence[str] | None) -> LabelSpace | None:
-    """The label space of a benchmark, with the split of its classes that has these seen classes; None: no split has.
+def space_with_seen(template: str, seen: Sequence[str] | None) -> LabelSpace | None:
+    """The label space of a benchmark's template, with the split that has these seen classes; None: no split has.
 
     seen None: not known; then it is the benchmark's own split.
     """
-    spaces = benchmark_spaces(benchmark)
+    benchmarks = DRAWN if template in DRAWN else (template,)
+    spaces = [space for benchmark in benchmarks for space in benchmark_spaces(benchmark)]
     if seen is None:
         return spaces[0]
     return next((space for space in spaces if all(among(space.seen, seen)) and all(among(seen, space.seen))), None)
@@ -167,7 +170,9 @@ def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: 
         names = "any names: the text tower is part of the checkpoint"
     else:
         names = f"the {len(config.class_names or [])} names stored in the checkpoint; it has no text tower"
-    quality = quality_in_words(config.image_label_precision, config.image_label_recall)
+    # Older code beside a checkpoint (--trust_remote_code) does not know these two.
+    measured = (getattr(config, name, None) for name in ("image_label_precision", "image_label_recall"))
+    quality = quality_in_words(*measured)
     quality = f"; {quality}" if quality else ""
     lines = [
         f"- **Masks of {len(seen)} classes** were seen in training: {markdown(', '.join(seen))}."
@@ -246,7 +251,7 @@ def model_index(result: Result) -> list[EvalResult]:
             metric_type=name,
             metric_name=", ".join([title, *marks]),
             metric_value=result[name],
-            metric_args={**protocol, "interval_95": result["confidence_intervals"][name]},
+            metric_args={**protocol, "interval_95": result["confidence_intervals"].get(name)},
         )
         for name, title in SCORES.items()
         if result.get(name) is not None
@@ -254,8 +259,7 @@ def model_index(result: Result) -> list[EvalResult]:
 
 
 def data_name(result: Result) -> str:
-    drawn = [name for name in BENCHMARKS if name not in ARCHIVES]  # without an archive
-    synthetic = {space.sha256 for name in drawn for space in benchmark_spaces(name)}
+    synthetic = {FIRST_EDITION, *(space.sha256 for name in DRAWN for space in benchmark_spaces(name))}
     return f"{result['dataset']} (synthetic)" if result["label_space_sha256"] in synthetic else result["dataset"]
 
 
