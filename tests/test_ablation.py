@@ -343,10 +343,26 @@ def test_scores_of_groups_are_columns_where_every_result_of_a_row_has_them(finis
     assert any(line.startswith("| stage 2, no image labels |") and " | 61.0 ± 2.5 | " in line for line in lines)
 
 
+def test_the_quality_of_image_labels_is_a_column(finished, monkeypatch):
+    for seed in (0, 1, 2):
+        path = run_folder(finished, seed, "pseudo") / "gzs3_off.json"
+        change_json(path, image_label_precision=0.7 + 0.1 * seed, image_label_recall=0.5)
+    call(monkeypatch, "table5", *flags(finished), "--seeds", 0, 1, 2)
+    lines = Path(finished.output_dir, "tables.md").read_text().splitlines()
+    found = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| ")]
+    (head,) = [cells for cells in found if "recall of image labels" in cells]
+    rows = [cells for cells in found if len(cells) == len(head) and cells[1].startswith("stage 2, ")]
+    at = head.index("precision of image labels")
+    qualities = {cells[1]: cells[at : at + 2] for cells in rows}
+    assert qualities["stage 2, pseudo labels"] == ["80.0 ± 24.8", "50.0 ± 0.0"]
+    assert qualities["stage 2, no image labels"] == ["", ""]
+
+
 def test_tables_of_older_versions_are_told_without_them():
     result = json.loads((ROOT / "docs" / "results" / "first_edition" / "scenes_tables.json").read_text())
     text = report.report(result)
     assert "| mIoU(S) | mIoU(U) | hIoU | the paper's |" in text and "on seen pixels" not in text
+    assert "recall of image labels" not in text
 
 
 def test_one_seed_has_no_interval_and_a_missing_class_no_number(finished, monkeypatch):

@@ -32,6 +32,7 @@ def whole(tmp_path_factory) -> Path:
         patch.setattr(sys, "argv", ["train.py", *flags(data, folder / "run", max_steps=4, checkpointing_steps=2)])
         train.main()
     record = {"seen_class_names": CLASS_NAMES[:2], "unseen_labels": "pseudo"}
+    record |= {"image_label_precision": 0.7514, "image_label_recall": 0.5}
     save_checkpoint(folder / "checkpoint", seed=1, vision=True, **record)
     return folder
 
@@ -52,6 +53,7 @@ CHECKPOINT_SAYS = (
     "resnet backbone, 5 queries, vectors of 12, text and image towers of CLIP",
     "masks of 2 classes: sky, grass",
     "pseudo image labels of unseen classes",
+    "in the last training that had some: precision 75.1 %, recall 50.0 %",
     "a vocabulary of 4 classes: sky, grass, red circle, blue square; masks of 2 of them were seen",
     "all of them finite",
     "that of this project",

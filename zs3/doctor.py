@@ -18,7 +18,7 @@ from text_zs3 import check_text_embeds, read_labels
 from zs3.checkpoints import check_checkpoint, load_config, load_model, load_processor, project_code, weights_sha256
 from zs3.command_line import Arguments, InputError, check_required, flag, in_one_line, read_arguments, shown
 from zs3.data.records import load_split, stream_split
-from zs3.evaluation.report import IMAGE_LABELS
+from zs3.evaluation.report import IMAGE_LABELS, quality_in_words
 from zs3.files import is_locked
 from zs3.label_space import load_label_space, load_text_embeds
 from zs3.training.folder import parse_recipe, read_metrics
@@ -96,6 +96,9 @@ def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
         f"{config.projection_dim}, {' and '.join(towers) or 'no'} tower{'s' * (len(towers) != 1)} of CLIP",
     )
     say_record(found, record_of(config))
+    quality = quality_in_words(config.image_label_precision, config.image_label_recall)
+    if quality:
+        found.say("", f"image labels of unseen classes in the last training that had some: {quality}")
     examine_names(found, folder, config)
     with found.looking():
         model = load_model(str(folder))

@@ -19,6 +19,10 @@ from zs3.scores.means import ADDED_SCORES, SCORES, GeneralizedScores
 from zs3.tables import markdown, markdown_table
 from zs3.typed_json import read_json_lines
 
+ADDED = {name: SCORES[name] for name in ADDED_SCORES} | {  # older results lack them
+    "image_label_precision": "precision of image labels",
+    "image_label_recall": "recall of image labels",
+}
 LEVEL = 0.95  # of the intervals over seeds
 END = 4  # number of lines at each end of a log
 LINE = dict[str, float | None]  # a line of metrics.jsonl
@@ -96,7 +100,7 @@ def summary_of_row(row: Row, paths: list[Path], paper: GeneralizedScores | None)
         "scores": {name: percents(result[name] for result in results) for name in GeneralizedScores._fields},
         "added_scores": {
             name: percents(result[name] for result in results)
-            for name in ADDED_SCORES
+            for name in ADDED
             if all(result.get(name) is not None for result in results)
         },
         "paper": None if paper is None else paper._asdict(),
@@ -158,8 +162,7 @@ def draw(result: dict, path: Path) -> None:
 def table_text(table: dict) -> str:
     """The Markdown of one table from `summarise`."""
     rows, differences = [], []
-    # Results of older versions lack the added scores, and so do the tables that were made of them.
-    added = [name for name in ADDED_SCORES if any(name in row.get("added_scores", {}) for row in table["rows"])]
+    added = [name for name in ADDED if any(name in row.get("added_scores", {}) for row in table["rows"])]
     for row in table["rows"]:
         cells = [row["title"], IMAGE_LABELS[row["told"]]]
         cells += [f"{plus_minus(row['scores'][name])} ({each_seed(row['scores'][name])})" for name in SCORE_TITLES]
@@ -173,7 +176,7 @@ def table_text(table: dict) -> str:
             cells += [each_seed(score, "+"), "" if score["paper"] is None else f"{score['paper']:+.1f}"]
             differences.append([*cells, score["verdict"]])
     text = [f"## {table['title']}", "", table["note"], ""]
-    head = ["training", "image labels of unseen classes", *SCORE_TITLES.values(), *(SCORES[name] for name in added)]
+    head = ["training", "image labels of unseen classes", *SCORE_TITLES.values(), *(ADDED[name] for name in added)]
     text += markdown_table([*head, "the paper's"], rows)
     text += weights_text(table)
     head = ["difference", "score", "mean", "ratio", "every seed", "the paper's", "verdict"]
