@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import world
 from zs3.__main__ import main
 from zs3.command_line import InputError
 from zs3.label_space import load_label_space
 from zs3.scenes import render
 from zs3.scenes.crops import HELD_OUT_SCENES, TRAIN_SCENES
-from zs3.scenes.dataset import TEST_SCENES, scene_files, write_dataset
+from zs3.scenes.dataset import TEST_SCENES, scene_files, world_space, write_dataset
 from zs3.scenes.render import CLASS_NAMES, IGNORE_INDEX, STUFF, UNSEEN, render_scene
 
 ROOT = Path(__file__).parents[1]
@@ -167,6 +168,14 @@ def test_a_folder_holds_what_render_scene_draws(tmp_path):
     assert (classes["name"], classes["unseen"]) == ("scenes:3", SPLITS[3])
 
 
+def test_a_dataset_named_scenes_in_the_working_directory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_dataset("scenes", num_train=1, num_validation=1, seed=0, label_space="scenes_90")
+    for space in ("scenes", "scenes:3"):
+        assert world_space(space).class_names == CLASS_NAMES
+    assert world_space("scenes_90:3").unseen == world_space("scenes:3").unseen == SPLITS[3]
+
+
 def test_no_split_has_a_scene_of_another_or_depends_on_its_size():
     few, more = scene_files(2, 2, 2, seed=0), scene_files(6, 5, 4, seed=0)
     assert set(few) < set(more)
@@ -178,7 +187,8 @@ def test_no_split_has_a_scene_of_another_or_depends_on_its_size():
 
 
 def test_several_processes_of_the_command_draw_the_same_pictures(tmp_path):
-    words = ["scenes", "--output", "large", "--num_train", "510", "--num_validation", "1", "--seed", "2"]
+    sizes = ["--num_train", "510", "--num_validation", "1", "--num_test", "0"]
+    words = ["scenes", "--output", "large", *sizes, "--seed", "2"]
     subprocess.run([sys.executable, "-m", "zs3", *words], cwd=tmp_path, check=True)
     for number in (0, 37, 509):
         drawn = np.asarray(Image.open(tmp_path / "large" / "train" / "images" / f"{number:05d}.png"))
@@ -226,9 +236,44 @@ def test_a_stopped_run_leaves_no_folder_of_that_name(tmp_path, monkeypatch):
         (["--num_validation", str(10**6 + 1)], "--num_validation"),
         (["--num_test", "-1"], "--num_test"),
         (["--label_space", "voc_20"], "scenes or scenes_90"),
-        (["--label_space", "scenes:12"], "scenes"),
+        (["--label_space", "scenes:12"], "a split, 0 to 11"),
+        (["--label_space", "scenes:" + "9" * 9999], "a split, 0 to 11"),
     ],
 )
 def test_bad_input_of_the_command_is_one_line_and_exit_code_2(flags, word, tmp_path, call):
     ended = call(main, "scenes", "--output", tmp_path, *flags)
     assert word in ended.refusal and ended.err.count("\n") == 1 and len(ended.err) < 210
+
+
+# ---- what the world shows -----------------------------------------------------------------------------------
+
+
+def test_the_counts_of_the_world_equal_those_of_the_scenes(tmp_path, call):
+    write_dataset(tmp_path / "set", num_train=9, num_validation=1, seed=0, label_space="scenes_90")
+    words = ["--dataset", tmp_path / "set", "--output", tmp_path / "world.json", "--sheet", tmp_path / "sheet.png"]
+    assert call(world.main, *words).code == 0
+    labels = np.stack([render_scene(0, index).label for index in range(9)])
+    result = json.loads((tmp_path / "world.json").read_text())
+    assert [row["class"] for row in result["classes"]] == CLASS_NAMES
+    for number, row in enumerate(result["classes"]):
+        assert row["pixels"] == pytest.approx((labels == number).mean())
+        assert row["pictures"] == pytest.approx((labels == number).any(axis=(1, 2)).mean())
+        assert (row["kind"] == "thing") == (row["class"] in render.THINGS)
+    for row, unseen in zip(result["splits"], SPLITS, strict=True):
+        own = np.stack([labels == CLASS_NAMES.index(name) for name in unseen], axis=1)  # (pictures, unseen, H, W)
+        ignored = own.any(axis=1) | (labels == IGNORE_INDEX)
+        assert row["unseen"] == ", ".join(unseen)
+        assert row["unseen_of_ignored"] == pytest.approx(own.any(axis=1).sum() / ignored.sum())
+        assert row["ignored_pixels"] == pytest.approx(ignored.mean())
+        count = own.any(axis=(2, 3)).sum(axis=1)
+        assert row["labels_per_picture"] == pytest.approx(count.mean())
+        assert (row["one_label"], row["no_label"]) == pytest.approx(((count == 1).mean(), (count == 0).mean()))
+    first, ninth = (Image.open(tmp_path / "sheet.png").crop(box) for box in ((0, 0, 128, 128), (0, 132, 128, 260)))
+    assert np.array_equal(first, render_scene(0, 0).image) and np.array_equal(ninth, render_scene(0, 8).image)
+
+
+def test_another_dataset_is_no_world(tmp_path, call):
+    write_dataset(tmp_path / "set", num_train=1, num_validation=1, seed=0)
+    classes = {"classes": ["sky"], "unseen": [], "ignore_label": 255}
+    (tmp_path / "set" / "classes.json").write_text(json.dumps(classes))
+    assert "has other classes" in call(world.main, "--dataset", tmp_path / "set").refusal

@@ -1,4 +1,4 @@
-"""The embedded benchmark `scenes`: its world, its CLIP, and the demo."""
+"""The embedded benchmark `scenes`: its world, its tiny encoders, and the demo."""
 
 from zs3.scenes.render import CLASS_NAMES, IGNORE_INDEX, UNSEEN, render_scene
 

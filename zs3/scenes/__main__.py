@@ -9,7 +9,6 @@ from typing import Annotated
 from configuration_zs3 import Number
 from zs3.command_line import (
     Arguments,
-    InputError,
     OutputFolder,
     Pictures,
     Seed,
@@ -18,8 +17,7 @@ from zs3.command_line import (
     read_arguments,
     run,
 )
-from zs3.label_space import load_label_space
-from zs3.scenes.dataset import SPACES, write_dataset
+from zs3.scenes.dataset import world_space, write_dataset
 
 
 @dataclass
@@ -39,15 +37,12 @@ class SceneArgs(Arguments):
 
     def check(self) -> None:
         check_required(self, "output")
-        if self.label_space.partition(":")[0] not in SPACES:
-            raise InputError(f"--label_space {self.label_space}: scenes have {' or '.join(SPACES)}, e.g. scenes:3")
-        load_label_space(self.label_space)
+        world_space(self.label_space)
 
 
 def main() -> None:
     args, _ = read_arguments(SceneArgs)
-    counts = args.num_train, args.num_validation
-    write_dataset(args.output, *counts, args.seed, args.num_test, args.label_space)
+    write_dataset(args.output, args.num_train, args.num_validation, args.seed, args.num_test, args.label_space)
     print(
         f"{args.num_train} training, {args.num_validation} validation and {args.num_test} test scenes are in "
         f"{args.output}"

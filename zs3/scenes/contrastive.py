@@ -1,4 +1,5 @@
-"""What the trainings of the tiny encoders share: CLIP's loss, the optimizer, and the crops and captions of a step.
+"""What the trainings of the tiny encoders share: CLIP's loss, the optimizer, the crops and captions of a step, and the
+position embeddings to start from.
 
 Axes: B picture, N name, D embedding, L token.
 """
@@ -43,7 +44,7 @@ def _rate(step: int, steps: int) -> float:
     warmup = min(WARMUP, steps // 10 + 1)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 def make_optimizer(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:

@@ -4,6 +4,7 @@ Axes: B picture, H W pixels of a scene.
 """
 
 import math
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, for RGB in [0, 1
 STD = (0.26862954, 0.26130258, 0.27577711)
 MEAN_COLOUR = np.array([round(255 * value) for value in MEAN], dtype=np.uint8)
 MASK_STRIDE = 4  # pixels of a cell of a segmenter's masks
+LEAST_PIXELS = 50  # of a region or mask that is visible enough to be named
 
 THING_NAMES = render.WORLD_NAMES[len(render.TEXTURES) :]
 
@@ -49,10 +51,9 @@ def widened(box: tuple[int, int, int, int], margin: float) -> tuple[float, ...]:
     return max(x0 - dx, 0), max(y0 - dy, 0), min(x1 + dx, render.SIZE), min(y1 + dy, render.SIZE)
 
 
-def box_of(shown: np.ndarray) -> tuple[int, int, int, int]:
-    """The tight box of a mask (H, W) bool that is not empty: x0, y0, x1, y1, the last two exclusive."""
-    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+def is_visible(scene: render.Scene, position: int) -> bool:
+    """Whether enough of region `position` is in front."""
+    return (scene.owner == position).sum() >= LEAST_PIXELS
 
 
 def _training_cut(rng: np.random.Generator, image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
@@ -86,7 +87,7 @@ def like_a_proposal(rng: np.random.Generator, scene: render.Scene, position: int
     mask = np.isin(scene.owner, alike if rng.uniform() < 0.5 else [position])
     if rng.uniform() < 0.3:
         mask = _side_of_a_line(rng, mask, rng.uniform(0.5, 0.95))
-    x0, y0, x1, y1 = box_of(mask)
+    x0, y0, x1, y1 = render.box_of(mask)
     near = np.zeros_like(mask)
     near[max(y0 - 6, 0) : y1 + 6, max(x0 - 6, 0) : x1 + 6] = True
     neighbour = near & (scene.owner == scene.owner[near & ~mask][rng.integers((near & ~mask).sum())]) & ~mask
@@ -112,7 +113,7 @@ def world_scene(rng: np.random.Generator) -> render.Scene:
 
 
 def training_scene(rng: np.random.Generator, seed: int) -> render.Scene:
-    """A themed scene that no dataset holds, or a scene with random names of the world."""
+    """A themed scene that no dataset of a usual seed holds, or a scene with random names of the world."""
     if rng.uniform() < 0.5:
         return render.render_scene(TRAIN_SCENES + seed, int(rng.integers(2**31)))
     return world_scene(rng)
@@ -150,23 +151,23 @@ def _product_photo(rng: np.random.Generator, name: str) -> np.ndarray:
         shown[:] = True  # too little is visible: show the whole picture
     backdrop = MEAN_COLOUR if rng.uniform() < 0.7 else rng.integers(0, 256, 3)
     image = np.where(shown[..., None], render.light(rng, image), backdrop).astype(np.uint8)
-    return _training_cut(rng, image, box_of(shown))
+    return _training_cut(rng, image, render.box_of(shown))
 
 
 def _region_crop(rng: np.random.Generator, scene: render.Scene, position: int) -> np.ndarray | None:
     """(48, 48, 3) uint8: a box around a region, or a proposal-like mask of it. None if it is hidden."""
     region = scene.regions[position]
-    if (scene.owner == position).sum() < 50:
+    if not is_visible(scene, position):
         return None
     if rng.uniform() < 0.4:
         is_stuff = region.name in render.TEXTURES
         return _training_cut(rng, scene.image, _part_of_stuff(rng, region.box) if is_stuff else region.box)
     mask = like_a_proposal(rng, scene, position)
-    if mask.sum() < 50:
+    if mask.sum() < LEAST_PIXELS:
         return None
     filled = rng.uniform() < 0.65
     image = np.where(mask[..., None], scene.image, MEAN_COLOUR) if filled else scene.image
-    return _training_cut(rng, image, box_of(mask))
+    return _training_cut(rng, image, render.box_of(mask))
 
 
 def draw_crops(seed: int, number: int, count: int, hidden: frozenset[str] = frozenset()) -> Crops:
@@ -206,25 +207,34 @@ def held_out_scene(index: int) -> render.Scene:
     return render.render_scene(HELD_OUT_SCENES, index)
 
 
-def held_out_crops(margin: float, per_class: int, *, masked: bool = False) -> Crops:
-    """`per_class` crops of each class, around boxes in benchmark scenes outside the training.
-
-    masked: pixels outside the region's class get the mean colour, like a masked proposal for CLIP. Regions with fewer
-    than 50 visible pixels are left out. `name` indexes CLASS_NAMES.
-    """
-    pixels: dict[int, list[np.ndarray]] = {number: [] for number in range(len(render.CLASS_NAMES))}
+def held_out_regions(per_class: int) -> Iterator[tuple[render.Scene, list[int]]]:
+    """Scenes outside the training with the positions of visible regions, in all `per_class` of each class."""
+    left = dict.fromkeys(render.CLASS_NAMES, per_class)
     index = 0
-    while min(len(crops) for crops in pixels.values()) < per_class:
+    while any(left.values()):
         scene = held_out_scene(index)
         index += 1
+        chosen = []
         for position, region in enumerate(scene.regions):
-            if region.name not in render.CLASS_NAMES or (scene.owner == position).sum() < 50:
-                continue
+            if left.get(region.name) and is_visible(scene, position):
+                left[region.name] -= 1
+                chosen.append(position)
+        if chosen:
+            yield scene, chosen
+
+
+def held_out_crops(margin: float, per_class: int, *, masked: bool = False) -> Crops:
+    """Crops around the boxes of `held_out_regions`. `name` indexes CLASS_NAMES.
+
+    masked: pixels outside the region's class get the mean colour, like a masked proposal for CLIP.
+    """
+    pixels, names = [], []
+    for scene, positions in held_out_regions(per_class):
+        for position in positions:
+            region = scene.regions[position]
             number = render.CLASS_NAMES.index(region.name)
-            if len(pixels[number]) == per_class:
-                continue
             shown = (scene.label == number)[..., None]
             seen = np.where(shown, scene.image, MEAN_COLOUR) if masked else scene.image
-            pixels[number].append(cut_out(seen, widened(region.box, margin), Image.Resampling.BICUBIC))
-    names = np.repeat(np.arange(len(pixels)), per_class)
-    return Crops(np.stack([crop for crops in pixels.values() for crop in crops]), names)
+            pixels.append(cut_out(seen, widened(region.box, margin), Image.Resampling.BICUBIC))
+            names.append(number)
+    return Crops(np.stack(pixels), np.array(names))

@@ -12,12 +12,27 @@ from tqdm import tqdm
 
 from zs3.command_line import InputError
 from zs3.files import write_json, writing_folder
-from zs3.label_space import load_label_space
+from zs3.label_space import LabelSpace, benchmark_spaces
 from zs3.scenes.render import SceneFile, write_scene
 
 FIRST_VALIDATION = 10**6  # training indices count from 0, validation indices from here
 TEST_SCENES = 2**34  # added to the seed of a dataset: its test split has a seed that no other scene has
 SPACES = ("scenes", "scenes_90")  # label spaces whose ids are in the label maps
+
+
+def world_space(name: str) -> LabelSpace:
+    """The label space "scenes" or "scenes_90", with the unseen names of a class split behind a colon: "scenes:3".
+
+    Unlike `load_label_space`, it reads no folder: a dataset of that name may lie in the working directory.
+    """
+    spaces = {}
+    for own in SPACES:
+        whole, *splits = benchmark_spaces(own)
+        spaces |= {own: whole} | {f"{own}:{number}": split for number, split in enumerate(splits)}
+    if name not in spaces:
+        known = f"{' or '.join(SPACES)}, alone or with a split, 0 to {len(splits) - 1}"
+        raise InputError(f"label space {name} is none of the scenes: give {known}, as in scenes:3")
+    return spaces[name]
 
 
 def scene_files(num_train: int, num_validation: int, num_test: int, seed: int) -> list[SceneFile]:
@@ -46,15 +61,15 @@ def write_dataset(
 ) -> None:
     """Writes {train,validation,test}/{images,labels}/00000.png ... and classes.json.
 
-    label_space: of classes.json, one of SPACES, with the number of a class split: "scenes:3". Pictures and label maps
-        are the same for all of them. Labels are dense and include unseen classes, which the reader removes in training.
+    label_space: of classes.json, see `world_space`. Pictures and label maps are the same for all of them. Labels are
+        dense and include unseen classes, which the reader removes in training.
     The folder gets its name when it is complete. Several processes draw a large set. They import the main script again,
     so call this below `if __name__ == "__main__":`.
     """
     folder = Path(folder)
     if folder.exists():
         raise InputError(f"{folder} exists already: give another folder, or remove it first")
-    space = load_label_space(label_space)
+    space = world_space(label_space)
     files = scene_files(num_train, num_validation, num_test, seed)
     with writing_folder(folder) as unfinished:
         for split in dict.fromkeys(file.split for file in files):

@@ -4,7 +4,6 @@ Axes: B picture, H W pixels, Q query, P patch token, N name, D embedding.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,17 +17,17 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from clip_views_zs3 import embed_proposals, proposal_masks
 from text_zs3 import PROMPT_TEMPLATES
 from zs3.checkpoints import load_checkpoint
+from zs3.command_line import InputError
 from zs3.scenes import render, tiny_clip, tiny_tipsv2
 from zs3.scenes.contrastive import unit
-from zs3.scenes.crops import held_out_crops, held_out_scene
+from zs3.scenes.crops import held_out_crops, held_out_regions, held_out_scene
 
 PER_CLASS = 50  # regions of each class
-LEAST_PIXELS = 50  # of a region that is visible enough
 PURITIES = (0.85, 0.5)  # smallest share of the majority's class in a proposal
 FIRST_SCENE = 10_000  # of the held-out scenes, for proposals
 NUM_SCENES = 200
 
-Scores = dict[str, dict[str, float]]  # for each kind of picture: accuracy by group of classes, in [0, 1]
+Scores = dict[str, dict[str, float | None]]  # for each kind of picture, what `accuracies` returns
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -46,7 +45,7 @@ def class_text_embeds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def text_cosines(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Cosines of the text vectors of similar names."""
-    pairs = [(f"{colour} square", f"{colour} circle") for colour in render.ATTRIBUTES]
+    pairs = [(f"{attribute} square", f"{attribute} circle") for attribute in render.ATTRIBUTES]
     pairs += [("red circle", "blue circle"), ("red square", "striped square"), ("brick wall", "stone wall")]
     vectors = class_text_embeds(model, tokenizer, [name for pair in pairs for name in pair])
     cosines = (vectors[0::2] * vectors[1::2]).sum(dim=1).tolist()
@@ -103,18 +102,8 @@ def mask_means(tokens: Tensor, masks: Tensor) -> Tensor:
 @torch.inference_mode()
 def tipsv2_accuracy(model: Tipsv2Model, text: Tensor) -> tuple[Scores, dict[str, float]]:
     """On boxes and visible masks of regions in held-out scenes, and by name on masks. text: (N, D) of the classes."""
-    left = dict.fromkeys(render.CLASS_NAMES, PER_CLASS)
-    names, rows, index = [], {"box": [], "mask": []}, 0
-    while any(left.values()):
-        scene = held_out_scene(index)
-        index += 1
-        chosen = []
-        for place, region in enumerate(scene.regions):
-            if left.get(region.name) and (scene.owner == place).sum() >= LEAST_PIXELS:
-                left[region.name] -= 1
-                chosen.append(place)
-        if not chosen:
-            continue
+    names, rows = [], {"box": [], "mask": []}
+    for scene, chosen in held_out_regions(PER_CLASS):
         tokens = tiny_tipsv2.patch_tokens(model, tiny_tipsv2.pixel_values(scene.image[None]))[0]
         names += [render.CLASS_NAMES.index(scene.regions[place].name) for place in chosen]
         boxes = torch.zeros(len(chosen), render.SIZE, render.SIZE)
@@ -139,7 +128,7 @@ class Proposals(NamedTuple):
     mask_logits: Tensor  # (1, Q, h, w)
     size: tuple[int, int]
     name: np.ndarray  # (Q,) int64 of CLASS_NAMES, the class of most pixels
-    purity: np.ndarray  # (Q,) the share of these pixels, in [0, 1]; 0: the proposal is empty
+    purity: np.ndarray  # (Q,) the share of these pixels, in [0, 1]; 0: the proposal shows no class
 
 
 def propose(checkpoint: str) -> Iterator[Proposals]:
@@ -151,7 +140,7 @@ def propose(checkpoint: str) -> Iterator[Proposals]:
         outputs = segmenter.propose(inputs["pixel_values"], inputs["pixel_mask"])
         size = tuple(int(side) for side in outputs["valid_sizes"][0])
         if size != scene.label.shape:
-            raise ValueError(f"the segmenter sees scenes at {size}, not at {scene.label.shape}")
+            raise InputError(f"--proposals {checkpoint}: it sees scenes at {size} pixels, not at {scene.label.shape}")
         masks = proposal_masks(outputs["mask_logits"][0], size, 0.5).numpy()  # (Q, H, W)
         counts = np.stack([np.bincount(scene.label[mask], minlength=256) for mask in masks])
         own = counts[:, : len(render.CLASS_NAMES)]
@@ -162,9 +151,10 @@ def propose(checkpoint: str) -> Iterator[Proposals]:
 Naming = Callable[[Proposals], Tensor]  # to (Q, D) unit length
 
 
-def clip_namings(model: CLIPModel, folder: Path) -> dict[str, Naming]:
+def clip_namings(model: CLIPModel) -> dict[str, Naming]:
     """The ways of CLIP to see a proposal."""
-    tower = CLIPVisionModelWithProjection.from_pretrained(folder).eval()
+    tower = CLIPVisionModelWithProjection(model.config.vision_config).eval()
+    tower.vision_model, tower.visual_projection = model.vision_model, model.visual_projection
 
     def seen(options: dict) -> Naming:
         def embeds(found: Proposals) -> Tensor:

@@ -1,9 +1,10 @@
 """The embedded benchmark `scenes`: coloured and patterned shapes in front of textured stuff, drawn by rule.
 
 A scene has 2-3 bands of stuff (grass, sky, ...) and 3-6 things ("red circle": an attribute and a shape). Most things of
-a scene belong to its theme. Some bands and things are distractors: no class, so their pixels are ignored.
-The world has 102 names. 24 are the classes (zs3/classes/scenes.json, with 12 class splits), 12 are distractors. The
-other 66 are never drawn in a scene; they are candidate names in the label space `scenes_90`.
+a scene belong to its theme. A band may be a distractor, and up to 2 further things are: they have no class, so their
+pixels are ignored.
+The world has 102 names. 24 are the classes (zs3/classes/scenes.json, with 12 class splits), 12 are distractors. No
+dataset shows the other 66; they are candidate names in the label space `scenes_90`.
 Map: the vocabulary; outlines of shapes; textures of stuff; painting a thing; `compose` draws a picture from names;
 `render_scene` picks the names. `zs3.scenes.dataset` makes the folder that train.py reads.
 Every picture depends on its (seed, index) alone. Coordinates are pixels, x to the right and y down.
@@ -358,6 +359,12 @@ def paint_thing(
 # ------------------------------------------------------------------------------------------------ scenes
 
 
+def box_of(shown: np.ndarray) -> tuple[int, int, int, int]:
+    """The tight box of a mask (H, W) bool that is not empty: x0, y0, x1, y1, the last two exclusive."""
+    rows, columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 def stuff_index(rng: np.random.Generator, num_bands: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """The band of each pixel, (128, 128) int, and the rows y0 to y1 of each band."""
     x = np.arange(SIZE)
@@ -418,9 +425,7 @@ def compose(rng: np.random.Generator, stuff: list[str], things: list[str]) -> Sc
         boxes.append((x - radius, y - radius, x + radius, y + radius))
         shown = paint_thing(rng, image, name, radius, x, y)
         owner = np.where(shown, len(regions), owner)
-        in_rows, in_columns = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
-        box = (int(in_columns[0]), int(in_rows[0]), int(in_columns[-1]) + 1, int(in_rows[-1]) + 1)
-        regions.append(Region(name, box))
+        regions.append(Region(name, box_of(shown)))
     ids = [CLASS_NAMES.index(name) if name in CLASS_NAMES else IGNORE_INDEX for name, _ in regions]
     return Scene(light(rng, image), np.array(ids, dtype=np.uint8)[owner], regions, owner)
 

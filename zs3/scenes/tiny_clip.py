@@ -33,7 +33,6 @@ from zs3.scenes.contrastive import (
 from zs3.scenes.crops import CROP, MEAN, STD
 
 BATCH = 128  # crops of one step
-SAVE_EVERY = 500  # steps
 
 
 def pixel_values(pixels: np.ndarray) -> Tensor:
@@ -59,7 +58,7 @@ def new_model(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def train(folder: Path, steps: int, seed: int, hidden: frozenset[str] = frozenset()) -> CLIPModel:
-    """Trains a new CLIP, and saves it in `folder` every SAVE_EVERY steps. hidden: names without captions."""
+    """Trains a new CLIP, and saves it in `folder`. hidden: names without captions."""
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 0, 2))
     tokenizer = clip_tokenizer()
@@ -78,8 +77,7 @@ def train(folder: Path, steps: int, seed: int, hidden: frozenset[str] = frozense
         model.logit_scale.data.clamp_(max=math.log(LARGEST_SCALE))
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{model.logit_scale.exp().item():.1f}")
-        if step % SAVE_EVERY == 0 or step == steps:
-            save(model, tokenizer, folder)
+    save(model, tokenizer, folder)
     return model
 
 

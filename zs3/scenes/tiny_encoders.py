@@ -4,10 +4,10 @@
     zs3 tiny_encoders train --family tipsv2 --output DIR
     zs3 tiny_encoders evaluate --model DIR [--proposals runs/stage1/final]
 
-`train` writes weights, tokenizer, results.json and the card. `evaluate` measures again and writes results.json and the
-card again; with --proposals it also names the proposals of a trained checkpoint. `zs3/scenes_clip` is the CLIP of the
-recipes, `zs3/scenes_clip_unseen` never had a caption of an unseen name, `zs3/scenes_tipsv2` has patch tokens that are
-aligned with text.
+`train` writes weights, tokenizer, results.json and the card, which says the command. `evaluate` measures again and
+writes results.json and the card again; with --proposals it also names the proposals of a trained checkpoint.
+`zs3/scenes_clip` is the CLIP of the recipes, `zs3/scenes_clip_unseen` never had a caption of an unseen name,
+`zs3/scenes_tipsv2` has patch tokens that are aligned with text.
 """
 
 import json
@@ -20,16 +20,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, CLIPModel, CLIPTokenizer, Tipsv2Model
 from transformers.models.tipsv2.tokenization_tipsv2 import Tipsv2Tokenizer
+from typing_extensions import TypedDict
 
-from configuration_zs3 import one_line
 from files_zs3 import read_text
-from zs3.checkpoints import weights_sha256
-from zs3.command_line import Arguments, Count, InputError, OutputFolder, Seed, check_required, flag, read_arguments
+from zs3.checkpoints import check_checkpoint, refusing, weights_sha256
+from zs3.command_line import (
+    Arguments,
+    Count,
+    InputError,
+    OutputFolder,
+    Seed,
+    check_required,
+    flag,
+    read_arguments,
+    shown,
+)
 from zs3.command_line.flags import is_given
 from zs3.files import write_json, write_text, writing_folder
-from zs3.label_space import load_label_space
 from zs3.scenes import render, tiny_clip, tiny_tipsv2
+from zs3.scenes.dataset import world_space
 from zs3.scenes.encoder_accuracy import (
+    NUM_SCENES,
     PER_CLASS,
     Scores,
     class_text_embeds,
@@ -41,6 +52,7 @@ from zs3.scenes.encoder_accuracy import (
     tipsv2_namings,
 )
 from zs3.tables import markdown_table
+from zs3.typed_json import read_json
 
 GROUPS = ("all", "seen", "unseen", "things", "stuff")
 
@@ -72,7 +84,7 @@ class EncoderArgs(Arguments):
 
 
 def hidden_names(without: str | None) -> frozenset[str]:
-    return frozenset() if without is None else frozenset(load_label_space(without).unseen)
+    return frozenset() if without is None else frozenset(world_space(without).unseen)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -80,15 +92,15 @@ def hidden_names(without: str | None) -> frozenset[str]:
 
 def load(folder: Path) -> tuple[CLIPModel | Tipsv2Model, CLIPTokenizer | Tipsv2Tokenizer]:
     """A folder that `train` made. Raises InputError for another."""
-    try:
+    if not (folder / "tokenizer.json").is_file():  # without it, transformers makes a tokenizer without words
+        raise InputError(f"{shown(folder)} has no tokenizer.json: give a folder that `train` made")
+    with refusing(f"cannot read {shown(folder)}, give a folder that `train` made"):
         family = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
         if family == "clip":
             return CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
         if family == "tipsv2":  # transformers knows the tokenizer by this name alone
             return Tipsv2Model.from_pretrained(folder).eval(), Tipsv2Tokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {folder} ({one_line(error, 80)}): give a folder that `train` made") from error
-    raise InputError(f"{folder} holds a {family}: give a folder that `train` made")
+    raise InputError(f"{shown(folder)} holds a {family}: give a folder that `train` made")
 
 
 def measure(folder: Path, proposals: str | None = None) -> dict[str, Any]:
@@ -99,9 +111,11 @@ def measure(folder: Path, proposals: str | None = None) -> dict[str, Any]:
     scores, by_name = (clip_accuracy if is_clip else tipsv2_accuracy)(model, text)
     result = {"regions_per_class": PER_CLASS, "accuracy": scores, "by_name": by_name}
     if proposals is not None:
-        namings = clip_namings(model, folder) if is_clip else tipsv2_namings(model)
+        namings = clip_namings(model) if is_clip else tipsv2_namings(model)
         found, shares = proposal_accuracy(proposals, namings, text)
-        source = {"name": Path(proposals).parent.name, "sha256": weights_sha256(proposals)}
+        path = Path(proposals).resolve()
+        name = path.parent.name if path.name == "final" else path.name
+        source = {"name": name, "sha256": weights_sha256(proposals)}
         result["proposals"] = {"checkpoint": source, "share_by_purity": shares, "accuracy": found}
     return result | {"text_cosine": text_cosines(model, tokenizer)}
 
@@ -129,7 +143,7 @@ def tables(result: dict[str, Any]) -> str:
     lines = [*score_table(result["accuracy"]), ""]
     if "proposals" in result:
         shares = ", ".join(f"{share:.0%} at {least}" for least, share in result["proposals"]["share_by_purity"].items())
-        lines += [PROPOSALS.format(name=result["proposals"]["checkpoint"]["name"], shares=shares)]
+        lines += [PROPOSALS.format(**result["proposals"]["checkpoint"], num_scenes=NUM_SCENES, shares=shares)]
         lines += [*score_table(result["proposals"]["accuracy"]), ""]
     names = [[name, f"{share:.2f}"] for name, share in result["by_name"].items()]
     lines += [*markdown_table(["class name", "accuracy"], names), ""]
@@ -137,7 +151,8 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *markdown_table(["text vectors of", "cosine"], cosines)])
 
 
-PROPOSALS = """On proposals of a trained segmenter ("{name}"), in 200 further held-out scenes. The right name of a
+PROPOSALS = """\
+On proposals of a trained segmenter ("{name}"), in {num_scenes} further held-out scenes. The right name of a
 proposal is the class of most of its pixels; its purity is the share of these pixels. Share of the proposals, by least
 purity: {shares}.
 """
@@ -204,6 +219,22 @@ def write_card(folder: Path, result: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------ commands
 
 
+class Facts(TypedDict):
+    """What results.json and the card say of the training."""
+
+    command: str
+    family: Literal["clip", "tipsv2"]
+    hidden_names: list[str]
+    seed: int
+    steps: int
+    minutes: float
+    threads: int
+    num_parameters: int
+    image_size: int
+    patch_size: int
+    dim: int
+
+
 def train(args: EncoderArgs) -> None:
     folder, hidden = Path(args.output), hidden_names(args.without)
     if folder.exists():
@@ -222,8 +253,7 @@ def train(args: EncoderArgs) -> None:
     print(f"{tables(result)}\nthe encoder and its card are in {folder}")
 
 
-def facts(args: EncoderArgs, model: CLIPModel | Tipsv2Model, minutes: float) -> dict[str, Any]:
-    """What the card says of the training."""
+def facts(args: EncoderArgs, model: CLIPModel | Tipsv2Model, minutes: float) -> Facts:
     command = f"zs3 tiny_encoders train --family {args.family} --output {Path(args.output).name}"
     command += f" --without {args.without}" * (args.without is not None)
     vision = model.config.vision_config
@@ -241,10 +271,10 @@ def evaluate(folder: Path, proposals: str | None) -> None:
     path = folder / "results.json"
     if not path.is_file():
         raise InputError(f"{path} is missing: give a folder that `train` made")
-    before = json.loads(read_text(path))
-    found = measure(folder, proposals)
-    kept = {name: before[name] for name in ("proposals",) if name in before and name not in found}
-    result = {name: value for name, value in before.items() if name not in (*found, *kept)} | found | kept
+    before = read_json(path, Facts, "result file of `train`", "give a folder that `train` made")
+    if proposals is not None:
+        check_checkpoint("proposals", proposals, "zs3")
+    result = before | measure(folder, proposals)  # without `proposals`, earlier numbers on them stay
     write_json(path, result)
     write_card(folder, result)
     print(f"{tables(result)}\nthe results and the card are in {folder}")

@@ -49,7 +49,6 @@ POOL = 6_000  # scenes drawn at a time ...
 POOL_STEPS = 1000  # ... and used for this number of steps
 PRIOR = 0.6  # standard deviation of the prior in a box or crop, in half sides
 FIRST_SCALE = 14.0  # of cosines, CLIP's
-SAVE_EVERY = 500  # steps
 
 
 class Boxes(NamedTuple):
@@ -188,7 +187,7 @@ def batch_loss(model: Tipsv2Model, batch: Batch, captions: dict[str, Tensor], ta
     text, scene = unit(text), torch.from_numpy(batch.boxes.scene)
     of_boxes, of_crops = target.split([len(scene), len(of_class)])
     logits = scale * unit(found) @ text.T  # (B, T, N)
-    touched = torch.from_numpy(batch.boxes.touched.copy())
+    touched = torch.from_numpy(batch.boxes.touched)
     possible = possible_names(scene, of_boxes, touched, len(found), len(text))
     weight = torch.from_numpy(batch.boxes.weight)
     shown = weight.sum(dim=1) > 0
@@ -200,7 +199,7 @@ def batch_loss(model: Tipsv2Model, batch: Batch, captions: dict[str, Tensor], ta
 
 
 def train(folder: Path, steps: int, seed: int) -> Tipsv2Model:
-    """Trains a new TIPSv2, and saves it in `folder` every SAVE_EVERY steps."""
+    """Trains a new TIPSv2, and saves it in `folder`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 0, 4))
     tokenizer = tipsv2_tokenizer()
@@ -220,8 +219,7 @@ def train(folder: Path, steps: int, seed: int) -> Tipsv2Model:
         model.log_scale.data.clamp_(max=math.log(LARGEST_SCALE))
         if step % 20 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale.item():.1f}")
-        if step % SAVE_EVERY == 0 or step == steps:
-            save(model, tokenizer, folder)
+    save(model, tokenizer, folder)
     del model.log_scale
     return model
 
