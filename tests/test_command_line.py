@@ -244,6 +244,11 @@ def test_an_empty_text_is_refused_by_its_flag():
         read_arguments(Args, ["--dataset", ""])
 
 
+def test_a_text_with_a_null_character_is_refused_by_its_flag(recipe):
+    with pytest.raises(InputError, match="^--dataset must be a text without null characters, got 'a.*b'$"):
+        read_arguments(Args, recipe('dataset: "a\\0b"'))
+
+
 # ---- first words, and flags that depend on each other --------------------------------------------------------
 
 

@@ -98,6 +98,8 @@ def _of_type(value: object, hint: Any) -> Any:
         raise ValueError("a text")
     if hint is str and value == "":
         raise ValueError("a text that is not empty")
+    if hint is str and "\0" in str(value):  # from a recipe: a command line has none
+        raise ValueError("a text without null characters")
     if hint is str:
         return os.fsdecode(value) if isinstance(value, os.PathLike) else str(value)
     return bool(value) if hint is bool else value
@@ -134,8 +136,7 @@ def refuse_alone(args: Arguments, *names: str, without: str) -> None:
 
 def check_outside(flag: str, path: str | None, dataset: str | None) -> None:
     """Refuses a folder for pictures that lies in a dataset, where it could replace the dataset's own pictures."""
-    is_folder = path is not None and dataset is not None and os.path.isdir(dataset)
-    if is_folder and Path(path).resolve().is_relative_to(Path(dataset).resolve()):
+    if path is not None and dataset is not None and Path(path).resolve().is_relative_to(Path(dataset).resolve()):
         raise InputError(f"{flag} {shown(path)} lies in --dataset: choose another place")
 
 

@@ -68,7 +68,7 @@ class NounArgs(Arguments):
     """Takes nouns of captions as class names besides the seen names."""
 
     captions: str | None = flag(None, "Folder with data/{split}-*.parquet: image_id and captions, a list of strings.")
-    label_space: str | None = flag(None, "Benchmark name or classes.json; its seen names come first.")
+    label_space: str | None = flag(None, "Benchmark, its split (scenes:3) or classes.json; its seen names come first.")
     output: OutputFolder | None = flag(None, "Folder for the result; it must not exist yet.")
     splits: Some[str] = flag(["train"], "Splits of the captions to read.")
     num_words: Count = flag(1047, "Total number of class names, with the seen names.")
