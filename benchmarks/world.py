@@ -132,7 +132,7 @@ Synthetic. Shares are percent. The split `{split}` has {result["pictures"]:,} pi
 {measuring.table_of(["class", "kind", "pictures", "pixels"], classes)}
 ## Class splits
 In training, the pixels of unseen classes and of distractors are ignored. The share of ignored pixels that are of unseen
-classes is at most {largest}.
+classes is at most {largest} %.
 
 {measuring.table_of(titles, splits)}"""
 

@@ -319,7 +319,7 @@ def test_the_card_holds_the_numbers_of_the_result_file(folder, tmp_path):
         assert f"{row['unseen']:.3f}" in card
 
 
-def test_the_clip_without_unseen_names_is_told_so_in_its_card():
+def test_the_card_of_the_clip_without_unseen_names_says_so():
     unseen = load_label_space("scenes:0").unseen
     assert json.loads((UNSEEN_FOLDER / "results.json").read_text())["hidden_names"] == sorted(unseen)
     assert ", ".join(sorted(unseen)) in (UNSEEN_FOLDER / "README.md").read_text().replace("\n", " ")
