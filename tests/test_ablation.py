@@ -736,6 +736,12 @@ def test_scenes_of_another_number_are_refused(finished, monkeypatch):
         call(monkeypatch, "table5", *flags(replace(finished, num_train=3)))
 
 
+def test_scenes_of_another_edition_are_refused(finished, monkeypatch):
+    change_json(finished.data / "classes.json", unseen=[])
+    with pytest.raises(InputError, match="scenes holds scenes of another edition: choose another --output_dir"):
+        call(monkeypatch, "table5", *flags(finished))
+
+
 # ---- the runner --------------------------------------------------------------------------------------------
 
 
