@@ -121,11 +121,11 @@ def text_of(result: dict, split: str) -> str:
         for row in result["splits"]
     ]
     titles = ["class split", "unseen classes", "unseen pixels", "ignored pixels", "unseen of ignored"]
-    titles += ["unseen classes a picture", "pictures with one", "with none"]
+    titles += ["unseen classes a picture", "pictures with one unseen class", "pictures without"]
     largest = percent(max(row["unseen_of_ignored"] for row in result["splits"]))
     return f"""# The embedded benchmark `scenes`: what its pictures show
 
-Synthetic. Shares are percent. The split `{split}` has {result["pictures"]:,} pictures, with
+Synthetic. Shares of pictures and pixels are in percent. The split `{split}` has {result["pictures"]:,} pictures, with
 {result["classes_per_picture"]:.1f} classes a picture on average. Made by `{result["command"]}`.
 
 ## Classes

@@ -135,15 +135,16 @@ def halve(folder: Path) -> None:
 
 def score_table(scores: Scores) -> list[str]:
     rows = [[kind, *("-" if row[g] is None else f"{row[g]:.3f}" for g in GROUPS)] for kind, row in scores.items()]
-    return markdown_table(["picture", *GROUPS], rows)
+    return markdown_table(["what the encoder sees", *GROUPS], rows)
 
 
 def tables(result: dict[str, Any]) -> str:
     """The result of `measure` as Markdown tables."""
     lines = [*score_table(result["accuracy"]), ""]
     if "proposals" in result:
-        shares = ", ".join(f"{share:.0%} at {least}" for least, share in result["proposals"]["share_by_purity"].items())
-        lines += [PROPOSALS.format(**result["proposals"]["checkpoint"], num_scenes=NUM_SCENES, shares=shares)]
+        shares = [f"{share:.0%} have {least}" for least, share in result["proposals"]["share_by_purity"].items()]
+        words = result["proposals"]["checkpoint"] | {"num_scenes": NUM_SCENES, "shares": ", ".join(shares)}
+        lines += [PROPOSALS.format(**words)]
         lines += [*score_table(result["proposals"]["accuracy"]), ""]
     names = [[name, f"{share:.2f}"] for name, share in result["by_name"].items()]
     lines += [*markdown_table(["class name", "accuracy"], names), ""]
@@ -152,8 +153,8 @@ def tables(result: dict[str, Any]) -> str:
 
 
 PROPOSALS = """\
-On proposals of a trained segmenter ("{name}"), in {num_scenes} further held-out scenes. The right name of a
-proposal is the class of most of its pixels; its purity is the share of these pixels. Share of the proposals, by least
+The same on the proposals of a trained segmenter ("{name}"), in {num_scenes} further scenes. The right name of a
+proposal is the class of most of its pixels; its purity is the share of these pixels. Of all proposals, by their least
 purity: {shares}.
 """
 CARD = """---
@@ -162,43 +163,47 @@ license: apache-2.0
 pipeline_tag: zero-shot-image-classification
 tags: [{family}, synthetic]
 ---
-# A tiny {title} for the embedded benchmark `scenes`
+# A tiny {title} for the embedded benchmark `scenes`{without}
 
 transformers' `{kind}` with {num_parameters:,} parameters: {image_size} x {image_size} pixels in patches of
 {patch_size}, a text tower of its own small vocabulary, a joint space of {dim} numbers. The weights are stored as
 float16.
 
-It is synthetic and knows one world only: coloured and patterned shapes on drawn textures, {num_names} names in all.
-A real photograph, or a word outside that world, means nothing to it. It exists so that zero-shot segmentation can be
-trained, tested and shown on any computer, offline.
+It knows only synthetic pictures: coloured and patterned shapes on drawn textures, {num_names} names in all. It does
+not know photographs or other words. It exists so that zero-shot segmentation can be trained, tested and shown on any
+computer, offline.
 
 {how}
+
 {names} Made by
 
     {command}
 
-with seed {seed}, {steps:,} steps, in {minutes:.0f} minutes on {threads} CPU thread(s).
+with seed {seed}, {steps:,} steps, in {minutes:.0f} minutes on {threads}.
 
 ## Accuracy
-Which of the 24 class names is meant? {regions_per_class} regions of each class from scenes that training did not see;
-a class vector is the mean over the 14 ViLD templates. Seen and unseen are those of the class split `scenes:0`. {rows}
+The task is to choose the right one of 24 class names. There are {regions_per_class} regions of each class, from scenes
+that training did not see. The vector of a class is the mean over the 14 ViLD templates. Seen and unseen are those of
+the class split `scenes:0`. {rows}
 
 {tables}
 """
 HOW = {
-    "clip": """Trained from nothing on captions and crops of `zs3.scenes`. The crops are boxes around drawn objects and
-textures, whole or in part; rough cut-outs with the mean colour around them, as a segmenter's proposals look; and
-product photos: one object alone on a plain backdrop. No label map of the benchmark took part, but the cut-outs are made
-from the drawn shapes.""",
-    "tipsv2": """Trained from nothing on captions and whole pictures of `zs3.scenes` with the boxes of the captions, and
-on crops for the class token. No mask took part: a patch token must fit one of the names whose boxes touch it. So its
-patch tokens can be averaged over a mask.""",
+    "clip": """Trained from random weights on captions and crops of `zs3.scenes`. The crops are boxes around drawn
+objects and textures, whole or in part; rough cut-outs with the mean colour around them, as a segmenter's proposals
+look; and product photos: one object alone on a plain backdrop. No label map of the benchmark took part, but the
+cut-outs are made from the drawn shapes.""",
+    "tipsv2": """Trained from random weights on captions and whole pictures of `zs3.scenes` with the boxes of the
+captions, and on crops. No mask took part. Training fits each patch token to one of the names whose boxes touch it, so
+the mean of the patch tokens in a mask can be compared with names.""",
 }
 ROWS = {
     "clip": """Margins are
-shares of the box's side, on each side; in "mask" rows the pixels outside the class are filled with the mean colour.""",
+shares of the box's side, on each side. In "mask" rows and in "crops, mean colour", pixels outside the mask have the
+mean colour; in "crops, plain" they are as they are. In "one pass" all proposals are seen in one pass over their
+picture. By class name: on boxes with a margin of 0.1.""",
     "tipsv2": """"box": the
-mean of the patch tokens in the box; "mask": in the visible part of the region. By name: on masks.""",
+mean of the patch tokens in the box; "mask": in the visible part of the region. By class name: on masks.""",
 }
 
 
@@ -208,12 +213,14 @@ def write_card(folder: Path, result: dict[str, Any]) -> None:
     words |= {"title": {"clip": "CLIP", "tipsv2": "TIPSv2"}[family]}
     words |= {"kind": {"clip": "CLIPModel", "tipsv2": "Tipsv2Model"}[family]}
     hidden = result["hidden_names"]
+    words["without"] = f", without captions of {len(hidden)} names" * bool(hidden)
+    words["threads"] = f"{result['threads']} CPU thread" + "s" * (result["threads"] != 1)
     words["names"] = (
-        "The captions hold all names of the world, as web captions hold the classes of any benchmark."
+        "The captions hold all names of `scenes`, as web captions hold the classes of any benchmark."
         if not hidden
         else f"No caption holds these {len(hidden)} names, the unseen ones of a class split: {', '.join(hidden)}."
     )
-    write_text(folder / "README.md", CARD.format(**result, **words))
+    write_text(folder / "README.md", CARD.format(**result | words))
 
 
 # ------------------------------------------------------------------------------------------------ commands
