@@ -349,7 +349,7 @@ def test_the_doses_of_the_method_are_those_of_the_losses():
     large, small = rows
     ratio, config = kl_dose("queries", large[2], large[1]), Zs3Config()
     share, weight = 1 / (1 + ratio), config.class_weight * config.matched_weight * (1 + ratio)
-    for told in (f"matched_weight: {share:.4f}", f"class_weight: {weight:.1f}", f"ratio of {ratio:.2f}"):
+    for told in (f"matched_weight: {share:.4f}", f"class_weight: {weight:.1f}", f"the dose {ratio:.2f}"):
         assert told in page
     assert f"rank_weight: {ranking_pull(*large[:2], 0) / ranking_pull(*small[:2], 0):.0f}" in page
 
