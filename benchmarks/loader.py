@@ -47,7 +47,7 @@ class LoaderBenchArgs(measuring.BenchmarkArguments):
 
     dataset: str | None = flag(None, "Dataset to load; default: synthetic pictures.")
     split: str = flag("train", "Split of the dataset.")
-    label_space: str = flag("coco_stuff_171", "Benchmark name or classes.json.")
+    label_space: str = flag("coco_stuff_171", "Benchmark, its split (scenes:3) or classes.json.")
     crop_size: Pixels = flag(640, "Side of the crop, pixels.")
     short_edges: Some[Pixels] = flag([64 * x for x in range(5, 16)], "Short edges; default: zsseg's for COCO-Stuff.")
     num_images: Count = flag(128, "Synthetic pictures of the first size; the second size gets an eighth of it.")

@@ -732,13 +732,13 @@ def test_bad_flags_are_refused(words, message, call):
 
 
 def test_scenes_of_another_number_are_refused(finished, monkeypatch):
-    with pytest.raises(InputError, match="scenes holds 2 and 1 scenes: choose"):
+    with pytest.raises(InputError, match="scenes holds 2 and 1 scenes: delete"):
         call(monkeypatch, "table5", *flags(replace(finished, num_train=3)))
 
 
 def test_scenes_of_another_edition_are_refused(finished, monkeypatch):
     change_json(finished.data / "classes.json", unseen=[])
-    with pytest.raises(InputError, match="scenes holds scenes of another edition: choose another --output_dir"):
+    with pytest.raises(InputError, match="scenes holds scenes of another edition: delete it"):
         call(monkeypatch, "table5", *flags(finished))
 
 

@@ -574,7 +574,7 @@ def test_the_card_says_what_training_saw_and_what_can_be_asked_for(checkpoint):
     text = card_of(checkpoint, "scenes", []).text
     assert f"Masks of 16 classes** were seen in training: {', '.join(SCENES.seen)}." in text
     assert f"(8): {', '.join(SCENES.unseen)}." in text
-    assert "pseudo labels, which CLIP guessed" in text and "any names" in text
+    assert "pseudo labels, which CLIP estimated" in text and "any names" in text
     fewer = a_result(checkpoint, unseen=SCENES.unseen[1:], without=SCENES.unseen[:1])
     assert f"(8): {', '.join(SCENES.unseen)}." in card_of(checkpoint, "scenes", [fewer, a_result(checkpoint)]).text
     config = tiny_config(text=False, class_names=["sky", "a | b"])
@@ -607,7 +607,7 @@ def test_what_is_known_of_the_runs_is_told_without_paths(checkpoint, tmp_path, m
     ]  # the first is a folder here
     text = runs(found)
     assert "- Before: a run whose recipe is not known here." in runs([last]) and "Before" not in text
-    assert "Run 1 of 2: max_steps 1400." in text and "Run 2 of 2: max_steps 500, seed 3." in text
+    assert "Stage 1 of 2: max_steps 1400." in text and "Stage 2 of 2: max_steps 500, seed 3." in text
     card = card_of(tmp_path / "stage2" / "final", "scenes", [], Zs3Config.from_pretrained(checkpoint))
     assert card.data.base_model == ["microsoft/resnet-50"]
     assert "somebody" not in card.content and str(tmp_path) not in card.content

@@ -105,13 +105,14 @@ def test_every_number_is_told_in_its_place():
         "| frequency-weighted IoU | 60.6 | 52.0 to 68.0 |",
         "- image labels of unseen classes in training: precision 75.5 %, recall 73.2 %",
         "- of the unseen area 25.0 % got its name, 55.0 % a seen name, 20.0 % another unseen one",
-        "- area under the seen/unseen curve 12.3 %; its best hIoU, 43.2, is at a bias of 0.5 off seen classes: found "
-        "on these images, so it is no result",
+        "- area under the seen/unseen curve 12.3 %; its best hIoU, 43.2, needs a seen bias of 0.5, which was "
+        "found on these images: so it is no result",
         "- expected calibration error of the confidences 6.7 %",
         "- confidence separates pixels of other classes from pixels of the candidates with an AUROC of 71.2 % (50 is "
         "chance); a threshold that accepts 95 % of the candidates' pixels accepts 34.5 % of the others",
-        "- labels with a confidence below 0.36123 rejected: at most 10.0 % of the labelled pixels of a new image are "
-        "wrong, on average (chosen on 18 images); on the 22 others 8.9 % were, and 77.7 % kept a label",
+        "- if labels with a confidence below 0.36123 are rejected, at most 10.0 % of the labelled pixels of a new "
+        "image are wrong on average (chosen on 18 images); on the 22 others 8.9 % were wrong, and 77.7 % of the pixels "
+        "kept a label",
         "| sun | sky | 123 | 45.0 |",
         "| sky | 90.0 | 85.0 to 95.0 |",
         "| sun (unseen) | - | - to - |",

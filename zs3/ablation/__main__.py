@@ -30,8 +30,7 @@ from zs3.command_line import InputError, read_arguments, run
 from zs3.data.records import dataset_name, load_split
 from zs3.evaluation.results import read_result
 from zs3.files import check_here, lock_folder, write_report
-from zs3.label_space import benchmark_spaces, load_label_space
-from zs3.scenes.dataset import write_dataset
+from zs3.scenes.dataset import write_if_missing
 from zs3.training.folder import differ, read_recipe
 from zs3.typed_json import unless_damaged
 
@@ -94,15 +93,9 @@ def check_scripts(names: Iterable[str]) -> None:
 
 def num_images(args: AblationArgs) -> tuple[int, int]:
     """The numbers of training and validation images. Missing scenes are drawn."""
-    wanted, is_drawn = (args.num_train, args.num_validation), args.dataset == SCENES
-    if is_drawn and not args.data.exists():
-        write_dataset(args.data, *wanted, seed=0)
-    if is_drawn and load_label_space(args.data) != benchmark_spaces(SCENES)[0]:
-        raise InputError(f"{args.data} holds scenes of another edition: choose another --output_dir")
-    counts = len(load_split(args.data, "train")), len(load_split(args.data, "validation"))
-    if is_drawn and counts != wanted:
-        raise InputError(f"{args.data} holds {counts[0]} and {counts[1]} scenes: choose another --output_dir")
-    return counts
+    if args.dataset == SCENES:
+        write_if_missing(args.data, args.num_train, args.num_validation)
+    return len(load_split(args.data, "train")), len(load_split(args.data, "validation"))
 
 
 def main() -> None:

@@ -106,8 +106,8 @@ def _sentences(result: Result) -> Iterable[str]:
     if curve is not None:
         yield (
             f"- area under the seen/unseen curve {percent(curve['area'])} %; its best hIoU, "
-            f"{percent(curve['best']['hiou'])}, is at a bias of {curve['best']['gamma']:.3g} off seen classes: "
-            "found on these images, so it is no result"
+            f"{percent(curve['best']['hiou'])}, needs a seen bias of {curve['best']['gamma']:.3g}, which was found on "
+            "these images: so it is no result"
         )
     if result["reliability"] is not None:
         yield f"- expected calibration error of the confidences {percent(result['reliability']['ece'])} %"
@@ -130,7 +130,7 @@ def _rejection(rejection: RejectionResult) -> Iterable[str]:
         wrong, accepted = percent(found["wrong_share"]), percent(found["accepted_share"])
         threshold = math.ceil(1e5 * found["threshold"]) / 1e5  # rounded up, because a lower one accepts more
         yield (
-            f"- labels with a confidence below {threshold:.5f} rejected: at most {alpha} % of the labelled pixels of a "
-            f"new image are wrong, on average (chosen on {images} images); on the {others} others {wrong} % were, "
-            f"and {accepted} % kept a label"
+            f"- if labels with a confidence below {threshold:.5f} are rejected, at most {alpha} % of the labelled "
+            f"pixels of a new image are wrong on average (chosen on {images} images); on the {others} others {wrong} % "
+            f"were wrong, and {accepted} % of the pixels kept a label"
         )

@@ -31,9 +31,9 @@ from zs3.typed_json import check_content
 
 IMAGE_LABELS = {  # of unseen classes in training
     "none": "none; training did not know these names",
-    "pseudo": "pseudo labels, which CLIP guessed for every training image; never a mask",
+    "pseudo": "pseudo labels, which CLIP estimated for training images; never a mask",
     "captions": "their names in captions of the training images; never a mask",
-    "ground_truth": "ground-truth image labels: which of them an image shows; never a mask",
+    "ground_truth": "ground truth, which says which of them an image shows; never a mask",
     None: "not known",
 }
 SETTINGS = {
@@ -173,7 +173,7 @@ def training(config: PreTrainedConfig, label_space: LabelSpace | None, results: 
     # Older code beside a checkpoint (--trust_remote_code) does not know these two.
     measured = (getattr(config, name, None) for name in ("image_label_precision", "image_label_recall"))
     quality = quality_in_words(*measured)
-    quality = f"; {quality}" if quality else ""
+    quality = f" (in the last training that had some: {quality})" if quality else ""
     lines = [
         f"- **Masks of {len(seen)} classes** were seen in training: {markdown(', '.join(seen))}."
         if seen is not None
@@ -225,7 +225,7 @@ def runs(recipes: Sequence[dict]) -> str:
         if flags.get("unseen_labels") not in (None, "none", "ground_truth", "masks"):
             flags["unseen_labels"] = "pseudo labels"  # the flag is a folder
         text = markdown(", ".join(f"{name} {value}" for name, value in flags.items()))
-        lines.append(f"- Run {stage} of {len(recipes)}: {text}.")
+        lines.append(f"- Stage {stage} of {len(recipes)}: {text}.")
     if recipes[0].get("init_from"):
         lines.insert(0, "- Before: a run whose recipe is not known here.")
     return "These weights were made with:\n\n" + "\n".join(lines)

@@ -11,8 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from zs3.command_line import InputError
+from zs3.data.records import load_split
 from zs3.files import write_json, writing_folder
-from zs3.label_space import LabelSpace, benchmark_spaces
+from zs3.label_space import LabelSpace, benchmark_spaces, load_label_space
 from zs3.scenes.render import SceneFile, write_scene
 
 FIRST_VALIDATION = 10**6  # training indices count from 0, validation indices from here
@@ -78,3 +79,16 @@ def write_dataset(
         _write_all(unfinished, files)
         classes = {"name": label_space, "classes": space.class_names, "things": space.things, "unseen": space.unseen}
         write_json(unfinished / "classes.json", {**classes, "ignore_label": space.ignore_index})
+
+
+def write_if_missing(folder: Path, num_train: int, num_validation: int) -> None:
+    """Writes the benchmark of seed 0, or refuses a folder with another number of scenes or another edition."""
+    if not folder.exists():
+        write_dataset(folder, num_train, num_validation, seed=0)
+    if load_label_space(folder) != world_space("scenes"):
+        raise InputError(f"{folder} holds scenes of another edition: delete it, or choose another --output_dir")
+    counts = len(load_split(folder, "train")), len(load_split(folder, "validation"))
+    if counts != (num_train, num_validation):
+        raise InputError(
+            f"{folder} holds {counts[0]} and {counts[1]} scenes: delete it, or choose another --output_dir"
+        )

@@ -34,7 +34,7 @@ from zs3.evaluation.pictures import save_picture, stack
 from zs3.evaluation.result_types import Result
 from zs3.evaluation.results import read_result
 from zs3.files import check_here, lock_folder, write_text
-from zs3.scenes.dataset import write_dataset
+from zs3.scenes.dataset import write_if_missing
 from zs3.scores.means import GeneralizedScores
 from zs3.tables import markdown_table, percent
 
@@ -147,11 +147,7 @@ def demonstrate(args: DemoArgs, folder: Path) -> None:
     processes = args.num_processes or (1 if torch.cuda.is_available() else min(2, cpu_cores()))
 
     print("1/6  rendering the scenes", flush=True)
-    if not data.exists():
-        write_dataset(data, args.num_train, args.num_validation, seed=0)
-    counts = (len(load_split(data, "train")), len(load_split(data, "validation")))
-    if counts != (args.num_train, args.num_validation):
-        raise InputError(f"{data} holds {counts[0]} and {counts[1]} scenes: delete it, or choose another --output_dir")
+    write_if_missing(data, args.num_train, args.num_validation)
     print("2/6  stage 1: masks and names of the seen classes", flush=True)
     train_stage("scenes_stage1.yaml", data, stage1, processes, args.stage1_steps)
     print("3/6  evaluation of stage 1", flush=True)
