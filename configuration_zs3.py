@@ -18,14 +18,7 @@ from unicodedata import category, normalize
 import numpy as np
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
-from transformers import (
-    AutoConfig,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    Mask2FormerConfig,
-    PreTrainedConfig,
-    ResNetConfig,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, Mask2FormerConfig, PreTrainedConfig, ResNetConfig
 
 TINY, HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least normal number, and the largest, of a float32
 INT32 = 2**31 - 1
@@ -161,9 +154,10 @@ class Zs3Config(Mask2FormerConfig):
 
     Architecture:
         backbone_config: the backbone's configuration; default ResNet-50 (section 4.3).
-        text_config: the frozen CLIP text tower's; None: text vectors come from outside.
-        vision_config: the frozen CLIP image tower's; None: CLIP is shown no proposal.
-        projection_dim: D, the size of CLIP's joint space.
+        text_config: the frozen text tower's, of CLIP or another encoder (see encoders_zs3); None: text vectors come
+            from outside.
+        vision_config: the frozen image tower's of the same encoder; None: it is shown no proposal.
+        projection_dim: D, the size of the encoder's joint space.
         class_projection: the layers that make the class embeddings E^c: "mlp" (hidden -> 4 x hidden -> D) or "linear".
 
     Losses:
@@ -213,7 +207,7 @@ class Zs3Config(Mask2FormerConfig):
     """
 
     model_type = "zs3"
-    sub_configs = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
+    sub_configs = dict.fromkeys(("backbone_config", "text_config", "vision_config"), AutoConfig)
     backbones_supported = ["swin", "resnet", "convnext"]
     keys_to_ignore_at_inference = ["loss_terms", "same_label_rate"]  # outputs that the Trainer must not collect
 
@@ -268,7 +262,7 @@ class Zs3Config(Mask2FormerConfig):
             self.backbone_config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
         for name in ("text_config", "vision_config"):
             if isinstance(getattr(self, name), dict):
-                setattr(self, name, self.sub_configs[name](**getattr(self, name)))
+                setattr(self, name, tower_config(name, **getattr(self, name)))
         super().__post_init__(**kwargs)
 
     def validate_class_norm(self):
@@ -281,6 +275,14 @@ class Zs3Config(Mask2FormerConfig):
         strides = self.feature_strides  # of the backbone's stages
         if len(strides) != 4 or min(strides) < 1:
             raise Refused(f"feature_strides must be four whole numbers above 0, got {shortened(strides)}")
+
+
+def tower_config(name: str, model_type: str | None = None, **fields: Any) -> PreTrainedConfig:
+    """The configuration of an encoder's tower; one without a model type is CLIP's. name: its field in Zs3Config."""
+    kind = f"clip_{name.replace('config', 'model')}" if model_type is None else model_type
+    if kind not in CONFIG_MAPPING:
+        raise Refused(f"{name} is of {shortened(kind)}, which this version of transformers does not know")
+    return CONFIG_MAPPING[kind](**fields)
 
 
 # ---- names: when are two names one? -------------------------------------------------------------------------

@@ -20,9 +20,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    CLIPModel,
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
     Mask2FormerModel,
     Mask2FormerPreTrainedModel,
     PreTrainedModel,
@@ -44,6 +41,7 @@ try:
         ensemble_with_clip,
     )
     from .configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
+    from .encoders_zs3 import family_of, new_tower
     from .label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from .losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
     from .network_zs3 import batch_norms, call_every_layer, decoder_outputs, run_plainly, transformers_outputs
@@ -72,6 +70,7 @@ except ImportError:
         ensemble_with_clip,
     )
     from configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
+    from encoders_zs3 import family_of, new_tower
     from label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
     from network_zs3 import batch_norms, call_every_layer, decoder_outputs, run_plainly, transformers_outputs
@@ -149,11 +148,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         draw_as_mask2former(self.model)
         call_every_layer(self.model)
         self.class_projection = class_projection(config.hidden_dim, config.projection_dim, config.class_projection)
-        self.text_model = self.vision_model = None
-        if config.text_config is not None:
-            self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
-        if config.vision_config is not None:
-            self.vision_model = CLIPVisionModelWithProjection._from_config(config.vision_config)
+        self.text_model = None if config.text_config is None else new_tower(config.text_config)
+        self.vision_model = None if config.vision_config is None else new_tower(config.vision_config)
         size = config.projection_dim
         self.background_embed = nn.Parameter(torch.empty(size)) if config.class_loss == "cross_entropy" else None
         stored = None if config.class_names is None else torch.zeros(len(config.class_names), size)
@@ -163,7 +159,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self.train()
 
     def train(self, mode: bool = True) -> "Zs3ForSemanticSegmentation":
-        """As in PyTorch, but the CLIP towers stay frozen, also after `from_pretrained`."""
+        """As in PyTorch, but the encoder's towers stay frozen, also after `from_pretrained`."""
         super().train(mode)
         for tower in (self.text_model, self.vision_model):
             if tower is not None:
@@ -210,7 +206,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         mask2former: gives its weights, or None. Published ones were trained on the masks of COCO or ADE20K, unseen
             classes included: no zero-shot result can be claimed after such a start.
-        clip: gives its text and image towers, which stay frozen; None: text vectors come from outside.
+        clip: gives its text and image towers, which stay frozen: a CLIP, or an encoder of another family of
+            encoders_zs3; None: text vectors come from outside.
         backbone: with mask2former=None, a backbone checkpoint (ImageNet) to start from; the rest is random.
         config_overrides: fields of Zs3Config; `text_config=None` or `vision_config=None` leaves a tower out.
         """
@@ -226,12 +223,13 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 backbone, trust_remote_code=False, out_features=["stage1", "stage2", "stage3", "stage4"]
             )
         if clip is not None:
-            clip_config = AutoConfig.from_pretrained(clip, trust_remote_code=False)
-            fields["text_config"] = clip_config.text_config.to_dict()
-            fields["vision_config"] = clip_config.vision_config.to_dict()
-            fields["projection_dim"] = clip_config.projection_dim
+            encoder_config = AutoConfig.from_pretrained(clip, trust_remote_code=False)
+            family = family_of(encoder_config)
             for tower in ("text_config", "vision_config"):
-                fields[tower]["projection_dim"] = clip_config.projection_dim
+                fields[tower] = getattr(encoder_config, tower).to_dict()
+                if hasattr(encoder_config, family.dim):  # the towers' own may be another one
+                    fields[tower][family.dim] = getattr(encoder_config, family.dim)
+                fields["projection_dim"] = fields[tower][family.dim]
         config = Zs3Config(**{**fields, **config_overrides})
 
         model = cls(config)
@@ -247,10 +245,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             weights = type(encoder).from_pretrained(backbone, config=config.backbone_config, dtype=torch.float32)
             _load_into(encoder, weights)
         if clip is not None:
-            whole = CLIPModel.from_pretrained(clip, dtype=torch.float32)
-            for tower in (model.text_model, model.vision_model):
-                if tower is not None:
-                    _load_into(tower, whole)
+            encoder = getattr(transformers, family.model).from_pretrained(clip, dtype=torch.float32)
+            for name in ("text_model", "vision_model"):
+                if getattr(model, name) is not None:
+                    _load_into(getattr(model, name), encoder, f"{name}.")
         return model
 
     def set_vocabulary(
@@ -534,12 +532,12 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         fill: Fill = "mean",
         chosen: Tensor | None = None,
     ) -> ProposalEmbeds:
-        """CLIP's embeddings of proposals: see `embed_proposals` of clip_views_zs3.
+        """The image tower's embeddings of proposals: see `embed_proposals` of clip_views_zs3.
 
         images: (B, 3, H, W) RGB in [0, 1]; the image processor's `to_rgb` makes them of `pixel_values`.
         """
         if self.vision_model is None:
-            raise ValueError("this checkpoint has no CLIP image tower: it cannot be shown proposals")
+            raise ValueError("this checkpoint has no image tower: it cannot be shown proposals")
         options = {"view": view, "mask_threshold": mask_threshold, "fill": fill, "chosen": chosen}
         return embed_proposals(self.vision_model, images, mask_logits, valid_sizes, **options)
 
@@ -585,7 +583,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         image tower, a weight and a record of the classes that its training saw. Raises where it cannot ensemble."""
         lacks = None
         if self.config.vision_config is None:
-            lacks = "the checkpoint has no CLIP image tower"
+            lacks = "the checkpoint has no image tower"
         elif self.config.seen_class_names is None:
             lacks = "the checkpoint does not say which classes its training saw masks of"
         elif self.config.clip_ensemble_weight is None and weight is None:
@@ -679,10 +677,14 @@ def check_masks_are_present(ids: list[Tensor], image_labels: Tensor) -> None:
             raise Refused(f"class {int(absent[0])} has a mask in image {image}, whose image_labels say it is absent")
 
 
-def _load_into(module: nn.Module, source: PreTrainedModel) -> None:
-    """Copies the weights of `module` from a model that has them under the same names. It may have others, too."""
+def _load_into(module: nn.Module, source: PreTrainedModel, prefix: str = "") -> None:
+    """Copies the weights of `module` from a model that has them under the same names, or under `prefix` and the name.
+
+    The model may have others, too.
+    """
     weights = source.state_dict()
-    module.load_state_dict({name: weights[name] for name in module.state_dict()})
+    names = {name: name if name in weights else prefix + name for name in module.state_dict()}
+    module.load_state_dict({name: weights[its] for name, its in names.items()})
 
 
 Zs3ForSemanticSegmentation.register_for_auto_class("AutoModel")

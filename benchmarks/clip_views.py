@@ -23,7 +23,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from benchmarks import measuring
-from clip_views_zs3 import ProposalEmbeds, crop_proposals, proposal_masks, single_pass
+from clip_views_zs3 import ProposalEmbeds, covered_patches, crop_proposals, proposal_masks
+from encoders_zs3 import normalised, region_vectors
 from outputs_zs3 import Zs3Output
 from zs3.checkpoints import class_vectors, load_checkpoint
 from zs3.command_line import Count, InputError, Pixels, Share, check_required, flag, read_arguments, run
@@ -98,7 +99,8 @@ def draw_image(args: ClipViewsArgs) -> tuple[Tensor, Tensor]:
 
 def batched(tower: CLIPVisionModelWithProjection, image: Tensor, masks: Tensor) -> Tensor:
     """The embeddings (N, D) of the crops, computed in batches of 64."""
-    crops = [crop_proposals(image, part, tower.config.image_size) for part in masks.split(64)]
+    pixels = normalised(tower, image)
+    crops = [crop_proposals(pixels, part, tower.config.image_size) for part in masks.split(64)]
     return F.normalize(torch.cat([tower(part).image_embeds for part in crops]), dim=-1)
 
 
@@ -108,7 +110,7 @@ def measure_cost(args: ClipViewsArgs) -> list[dict]:
     ways = {
         LOOP: lambda: crop_loop(tower, image, mask_logits, size).embeds[0],
         CROPS: lambda: batched(tower, image, proposal_masks(mask_logits, size, 0.5)),
-        SINGLE: lambda: single_pass(tower, image, proposal_masks(mask_logits, size, 0.5)),
+        SINGLE: lambda: region_vectors(tower, image, covered_patches(tower, mask_logits, size, 0.5)),
     }
     results = {}
 

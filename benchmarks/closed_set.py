@@ -48,7 +48,7 @@ TRAIN_FLAGS = {
     *("dataset", "split", "label_space", "output_dir", "seed", "max_steps", "batch_size", "num_workers"),
     *("learning_rate", "backbone_multiplier", "weight_decay", "max_grad_norm", "lr_schedule", "lr_milestones"),
     *("crop_size", "short_edges", "flip", "color_jitter", "single_class_max_area", "max_size", "test_short_edge"),
-    *("clip", "text_embeds", "prompt_templates", "logging_steps", "checkpointing_steps"),  # accepted without effect
+    *("encoder", "text_embeds", "prompt_templates", "logging_steps", "checkpointing_steps"),  # accepted without effect
 }
 EVAL_FLAGS = {"model", "dataset", "split", "label_space", "output", "absent", "num_workers"}
 

@@ -127,11 +127,11 @@ SIZES = {}
 given = ("--dataset", data, "--output_dir", out)
 go(Starts(), "--init_from", model, *given)
 SIZES = SMALL
-go(Starts(), "--clip", folder / "clip", *given)
-go(Starts(), "--clip", folder / "clip", "--backbone", folder / "backbone", *given)
+go(Starts(), "--encoder", folder / "clip", *given)
+go(Starts(), "--encoder", folder / "clip", "--backbone", folder / "backbone", *given)
 SIZES = {}
-go(Starts(), "--clip", folder / "clip", "--mask2former", folder / "mask2former", *given)
-go(Starts(), "--clip", folder / "clip", "--backbone", folder / "unknown", *given)
+go(Starts(), "--encoder", folder / "clip", "--proposals", folder / "mask2former", *given)
+go(Starts(), "--encoder", folder / "clip", "--backbone", folder / "unknown", *given)
 print("registered", "zs3" in CONFIG_MAPPING, any("zs3" in kind.__name__.lower() for kind in MODEL_MAPPING))
 go(eval, "--model", folder / "trusted", "--dataset", data, "--num_workers", 0, "--trust_remote_code")
 """
@@ -392,7 +392,7 @@ def test_weights_that_are_no_floats_are_refused_by_name(checkpoint, dtype):
     weights = load_file(checkpoint / "model.safetensors")
     save_file(weights | {WEIGHT: weights[WEIGHT].to(dtype)}, checkpoint / "model.safetensors", {"format": "pt"})
     assert WEIGHT in refused(checkpoint)
-    assert WEIGHT in refused(checkpoint, lambda path: check_checkpoint("init_from", path, "zs3"))
+    assert WEIGHT in refused(checkpoint, lambda path: check_checkpoint("init_from", path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

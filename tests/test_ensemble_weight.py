@@ -162,7 +162,7 @@ def test_ground_truth_is_for_models_whose_training_had_it(data, tmp_path):
 
 
 def test_a_checkpoint_without_image_tower_or_with_unseen_masks_is_refused(data, tmp_path, call):
-    with pytest.raises(InputError, match="no CLIP image tower"):
+    with pytest.raises(InputError, match="no image tower"):
         choose(WeightArgs(model=str(save(tmp_path / "a")), dataset=str(data), unseen_labels="ground_truth"))
     leaky = save(tmp_path / "b", seen=CLASS_NAMES, vision=True)
     words = ["--model", str(leaky), "--dataset", str(data), "--unseen_labels", "ground_truth"]

@@ -117,7 +117,7 @@ def test_an_image_tower_that_is_not_finite_is_an_error():
         model.vision_model.visual_projection.weight[0, 0] = torch.nan
     masks = torch.ones(1, 5, 16, 16)
     for view in ("crops", "single_pass"):
-        with pytest.raises(ValueError, match="CLIP's embeddings of the proposals hold NaN"):
+        with pytest.raises(ValueError, match="the image tower's embeddings of the proposals hold NaN"):
             model.embed_proposals(torch.rand(1, 3, 64, 64), masks, view=view)
 
 

@@ -332,7 +332,7 @@ def with_config(stage1: Path, folder: Path, **changes) -> str:
         ({"seen_class_names": None}, "does not say which classes"),
         ({"seen_class_names": ["grass", "Red  Square"]}, "trained on masks of .'red square'"),
         ({"unseen_labels": "ground_truth"}, "learned from ground-truth image labels"),
-        ({"vision_config": None}, "no CLIP image tower"),
+        ({"vision_config": None}, "no image tower"),
     ],
 )
 def test_a_model_that_knows_unseen_classes_or_cannot_look_is_refused(arguments, stage1, tmp_path, changes, message):

@@ -586,7 +586,7 @@ def test_the_card_says_what_training_saw_and_what_can_be_asked_for(checkpoint):
 
 def test_what_is_known_of_the_runs_is_told_without_paths(checkpoint, tmp_path, monkeypatch):
     private = "/home/somebody/data"
-    first = {"backbone": "microsoft/resnet-50", "clip": "./zs3/scenes_clip", "dataset": private, "max_steps": 1400}
+    first = {"backbone": "microsoft/resnet-50", "encoder": "./zs3/scenes_clip", "dataset": private, "max_steps": 1400}
     last = {"init_from": str(tmp_path / "stage1" / "final"), "max_steps": 500, "seed": 3, "output_dir": private}
     for name, recipe in (("stage1", first), ("stage2", last)):
         (tmp_path / name / "final").mkdir(parents=True)
@@ -595,14 +595,14 @@ def test_what_is_known_of_the_runs_is_told_without_paths(checkpoint, tmp_path, m
     assert found == [first, last] and recipes_of(tmp_path / "elsewhere" / "final") == []
     assert recipes_of(tmp_path / "stage2" / "saved_anew") == []  # no checkpoint that train.py wrote
     (tmp_path / "broken" / "final").mkdir(parents=True)
-    wrong = ("- a list", "a: [", "init_from: [a]", "init_from: 1", "clip: 1", "backbone: {a: 1}", "mask2former: true")
+    wrong = ("- a list", "a: [", "init_from: [a]", "init_from: 1", "encoder: 1", "backbone: {a: 1}", "proposals: true")
     for content in (*wrong, yaml.safe_dump({"init_from": str(tmp_path / "broken" / "final")})):
         (tmp_path / "broken" / "recipe.yaml").write_text(content)
         with pytest.raises(InputError, match=r"recipe\.yaml"):
             recipes_of(tmp_path / "broken" / "final")
     assert starts(found) == ["microsoft/resnet-50"]
     monkeypatch.chdir(tmp_path)
-    assert starts([{"backbone": "stage1/final", "clip": "openai/clip"}]) == [
+    assert starts([{"backbone": "stage1/final", "encoder": "openai/clip"}]) == [
         "openai/clip"
     ]  # the first is a folder here
     text = runs(found)

@@ -97,9 +97,9 @@ def plan(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ({"clip": "c"}, "start     random weights; text tower of c"),
-        ({"clip": "c", "backbone": "b"}, "start     backbone b (--backbone), else random weights; text tower of c"),
-        ({"mask2former": "m", "text_embeds": "t.npy"}, "start     m (--mask2former); text vectors of t.npy"),
+        ({"encoder": "c"}, "start     random weights; text tower of c"),
+        ({"encoder": "c", "backbone": "b"}, "start     backbone b (--backbone), else random weights; text tower of c"),
+        ({"proposals": "m", "text_embeds": "t.npy"}, "start     m (--proposals); text vectors of t.npy"),
         ({"init_from": "s/final"}, "start     s/final (--init_from); text tower of s/final"),
         (
             {"init_from": "s", "init_parts": "backbone"},

@@ -337,7 +337,7 @@ def test_another_recipe_does_not_overwrite_a_run(data, tmp_path, monkeypatch, ca
     ("overrides", "words"),
     [
         ({"text_embeds": "nowhere.npy"}, "nowhere.npy"),
-        ({"clip": "./nowhere"}, "--clip ./nowhere: no such folder"),
+        ({"encoder": "./nowhere"}, "--encoder ./nowhere: no such folder"),
         ({"dataset": "/nowhere/at/all"}, "/nowhere/at/all does not exist"),
         ({"logging_steps": 0}, "--logging_steps must be 1 or more, got 0"),
         ({"max_steps": 0}, "--max_steps must be 1 or more, got 0"),
@@ -391,8 +391,8 @@ def test_a_wrong_flag_is_one_line_that_names_it(overrides, words, data, tmp_path
 
 def test_a_checkpoint_of_another_model_is_refused_by_its_flag(data, tmp_path, monkeypatch, capsys):
     ResNetConfig().save_pretrained(tmp_path / "resnet")
-    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", clip=tmp_path / "resnet"))
-    assert "--clip" in line and "'resnet'" in line and "'clip'" in line
+    line = refused(monkeypatch, capsys, flags(data, tmp_path / "out", encoder=tmp_path / "resnet"))
+    assert "--encoder" in line and "'resnet'" in line and "'clip'" in line
 
 
 def spoil(start: Path) -> None:
@@ -472,7 +472,7 @@ def test_what_an_earlier_stage_saw_is_not_forgotten_nor_made_up(before, after, d
 def test_a_mask2former_from_elsewhere_makes_the_seen_classes_unknown(data, tmp_path, monkeypatch):
     config = Mask2FormerConfig(**{name: RECIPE[name] for name in RECIPE if name in Mask2FormerConfig.__annotations__})
     Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path / "mask2former")
-    start = {"mask2former": tmp_path / "mask2former", "max_steps": 1}
+    start = {"proposals": tmp_path / "mask2former", "max_steps": 1}
     arguments = plain_flags(data, tmp_path / "out", tmp_path / "none", **start)
     at = arguments.index("--init_from")
     train_here(monkeypatch, arguments[:at] + arguments[at + 2 :])

@@ -4,7 +4,17 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig, ResNetConfig
+from transformers import (
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ResNetConfig,
+    Tipsv2TextConfig,
+    Tipsv2VisionConfig,
+)
+from transformers.models.tipsv2.tokenization_tipsv2 import Tipsv2Tokenizer
 
 from configuration_zs3 import Zs3Config
 from modeling_zs3 import Zs3ForSemanticSegmentation
@@ -17,8 +27,11 @@ def change_json(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def byte_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer without merges: every byte is a token."""
+def byte_tokenizer(family: str = "clip") -> PreTrainedTokenizerBase:
+    """A tokenizer without merges: every byte is a token."""
+    if family == "tipsv2":
+        words = ["<pad>", "<unk>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+        return Tipsv2Tokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
@@ -28,7 +41,18 @@ def byte_tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def tiny_config(text: bool = True, vision: bool = False, **overrides) -> Zs3Config:
+def tiny_towers(family: str) -> dict[str, PreTrainedConfig]:
+    """The towers of a tiny encoder of a family."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if family == "tipsv2":
+        text = Tipsv2TextConfig(**sizes, vocab_size=300, intermediate_size=32)
+        return {"text_config": text, "vision_config": Tipsv2VisionConfig(**sizes, image_size=16, patch_size=8)}
+    sizes |= {"intermediate_size": 32, "projection_dim": 12}
+    text = CLIPTextConfig(**sizes, vocab_size=514, bos_token_id=512, eos_token_id=513, pad_token_id=513)
+    return {"text_config": text, "vision_config": CLIPVisionConfig(**sizes, image_size=16, patch_size=8)}
+
+
+def tiny_config(text: bool = True, vision: bool = False, family: str = "clip", **overrides) -> Zs3Config:
     backbone = ResNetConfig(
         layer_type="basic",
         depths=[1, 1, 1, 1],
@@ -36,29 +60,8 @@ def tiny_config(text: bool = True, vision: bool = False, **overrides) -> Zs3Conf
         embedding_size=8,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
-    towers = {}
-    if text:
-        towers["text_config"] = CLIPTextConfig(
-            vocab_size=514,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            projection_dim=12,
-            bos_token_id=512,
-            eos_token_id=513,
-            pad_token_id=513,
-        ).to_dict()
-    if vision:
-        towers["vision_config"] = CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            projection_dim=12,
-            image_size=16,
-            patch_size=8,
-        ).to_dict()
+    wanted = {"text_config": text, "vision_config": vision}
+    towers = {name: config.to_dict() for name, config in tiny_towers(family).items() if wanted[name]}
     sizes = {
         "hidden_dim": 32,
         "feature_size": 32,
@@ -69,7 +72,7 @@ def tiny_config(text: bool = True, vision: bool = False, **overrides) -> Zs3Conf
         "num_attention_heads": 2,
         "dim_feedforward": 32,
         "encoder_feedforward_dim": 32,
-        "projection_dim": 12,
+        "projection_dim": {"clip": 12, "tipsv2": 16}[family],
         "train_num_points": 64,
     }
     return Zs3Config(**{"backbone_config": backbone.to_dict(), **towers, **sizes, **overrides})
@@ -91,7 +94,10 @@ def save_checkpoint(folder: Path, **kwargs) -> Zs3ForSemanticSegmentation:
     """Saves a whole checkpoint: weights, config, processor and code. CLASS_NAMES is its vocabulary."""
     model = tiny_model(**kwargs)
     image_processor = Zs3ImageProcessor(size={"shortest_edge": 48, "longest_edge": 96})
-    processor = Zs3Processor(image_processor, byte_tokenizer()) if model.text_model is not None else image_processor
+    family = kwargs.get("family", "clip")
+    processor = (
+        Zs3Processor(image_processor, byte_tokenizer(family)) if model.text_model is not None else image_processor
+    )
     if model.text_model is not None:
         embeds = model.encode_text(**processor(class_names=CLASS_NAMES))
     else:

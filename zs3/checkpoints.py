@@ -7,7 +7,7 @@ code that lies beside a checkpoint.
 import hashlib
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoProcessor,
-    CLIPTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -84,18 +84,19 @@ def refusing(thing: str) -> Iterator[None]:
         raise InputError(beginning(f"{thing}: {said}", 190)) from error
 
 
-def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
+def check_checkpoint(flag_name: str, path: str, model_types: Sequence[str] | None = ("zs3",)) -> None:
     """Refuses a checkpoint that is missing, of another model or damaged. Loads nothing and runs no code of it.
 
-    model_type: the expected type; None: any type that transformers has. Files are checked if they are on this disk.
+    model_types: the types that it may be of; None: any type that transformers has. Files are checked if they are on
+        this disk.
     """
     if looks_local(path) and not Path(path).is_dir():
         raise InputError(f"--{flag_name} {shown(path)}: no such folder (relative paths start at the current folder)")
     config = config_of(f"--{flag_name}", path)
     found = config.get("model_type")
-    known = found == model_type if model_type is not None else isinstance(found, str) and found in CONFIG_MAPPING
-    if not known:
-        wanted = "of a model that transformers has" if model_type is None else f"of {model_type!r}"
+    known = CONFIG_MAPPING if model_types is None else model_types
+    if not (isinstance(found, str) and found in known):
+        wanted = "of a model that transformers has" if model_types is None else f"of {' or '.join(map(repr, known))}"
         raise InputError(f"--{flag_name} {shown(path)} is a checkpoint of {shortened(found)}, not {wanted}")
     check_settings("config.json", config)
     folder = local_folder(path)
@@ -104,7 +105,7 @@ def check_checkpoint(flag_name: str, path: str, model_type: str | None) -> None:
     for name in CONFIGS[1:]:
         if (folder / name).is_file():
             check_settings(name, read_settings(folder / name))
-    if model_type == "zs3" or any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+    if model_types == ("zs3",) or any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         check_weights(folder)
 
 
@@ -179,7 +180,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
 
 def load_model(path: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint, in float32, in eval mode. trust_remote_code: run the code beside the checkpoint."""
-    check_checkpoint("model", path, "zs3")
+    check_checkpoint("model", path)
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     options |= {"dtype": torch.float32}
     with refusing(f"cannot load checkpoint {shown(path)}"):
@@ -222,8 +223,8 @@ def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool 
     return processor
 
 
-def load_tokenizer(path: str, text_config: PreTrainedConfig) -> CLIPTokenizer:
-    """The tokenizer of a checkpoint of this project or of CLIP. text_config: the configuration of its text tower."""
+def load_tokenizer(path: str, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint of this project or of an encoder. text_config: of its text tower."""
     with refusing(f"cannot load the tokenizer of {shown(path)}"):
         tokenizer = saved_tokenizer(path)
     check_tokenizer(path, tokenizer, text_config)
@@ -271,7 +272,7 @@ def check_image_processor(path: str, processor: Zs3ImageProcessor) -> None:
         raise InputError(f"the image processor of {shown(path)} has a wrong {wrong[0]}, {value}: save it anew")
 
 
-def check_tokenizer(path: str, tokenizer: CLIPTokenizer, text_config: PreTrainedConfig) -> None:
+def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, text_config: PreTrainedConfig) -> None:
     """Refuses a tokenizer that cannot spell names, or has tokens that the text tower does not have."""
     longest, most = tokenizer.model_max_length, text_config.max_position_embeddings
     if not is_number(longest) or longest < most:

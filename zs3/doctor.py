@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configuration_zs3 import Zs3Config, check_names, is_number, shared, unshared
+from encoders_zs3 import family_of
 from files_zs3 import is_leftover
 from text_zs3 import check_text_embeds, read_labels
 from zs3.checkpoints import check_checkpoint, load_config, load_model, load_processor, project_code, weights_sha256
@@ -83,17 +84,18 @@ def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
     """Examines a checkpoint. Returns its configuration, or None if this cannot be read."""
     config = None
     with found.looking():
-        check_checkpoint("model", str(folder), "zs3")
+        check_checkpoint("model", str(folder))
     with found.looking():
         config = load_config(str(folder))
     if config is None:
         return None
     towers = {"text": config.text_config, "image": config.vision_config}
-    towers = [name for name, tower in towers.items() if tower is not None]
+    towers = {name: family_of(tower).title for name, tower in towers.items() if tower is not None}
+    encoder = f"{' and '.join(towers)} tower{'s' * (len(towers) != 1)} of {' and '.join({*towers.values()})}"
     found.say(
         "model",
         f"{config.backbone_config.model_type} backbone, {config.num_queries} queries, vectors of "
-        f"{config.projection_dim}, {' and '.join(towers) or 'no'} tower{'s' * (len(towers) != 1)} of CLIP",
+        f"{config.projection_dim}, {encoder if towers else 'no encoder'}",
     )
     say_record(found, record_of(config))
     quality = quality_in_words(config.image_label_precision, config.image_label_recall)
@@ -183,7 +185,7 @@ def examine_run(folder: Path, found: Findings) -> None:
             "data", f"{recipe.get('dataset')} ({recipe.get('split')}), unseen labels {recipe.get('unseen_labels')}"
         )
         found.say(
-            "start", str(recipe.get("init_from") or recipe.get("mask2former") or recipe.get("backbone") or "random")
+            "start", str(recipe.get("init_from") or recipe.get("proposals") or recipe.get("backbone") or "random")
         )
     stamp = examine_stamp(folder, whole, found)
     if stamp is not None and recipe:

@@ -3,7 +3,7 @@
     accelerate launch -m zs3.pseudo_labels --model runs/stage1/final --dataset DIR --output runs/pseudo_labels
     accelerate launch train.py ... --init_from runs/stage1/final --unseen_labels runs/pseudo_labels
 
-The stage-1 model proposes masks. Its CLIP image tower scores the box around each proposal that lies on unannotated
+The stage-1 model proposes masks. Its image tower scores the box around each proposal that lies on unannotated
 pixels (Eq. 9). An image's score of a name is that of the best proposal (Eq. 10), or 0 without one. A pixel is
 unannotated if it belongs to no seen class: in training, ignored pixels and pixels of unseen classes are the same.
 
@@ -88,7 +88,7 @@ DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class PseudoLabelArgs(Arguments):
     """Pseudo labels of one split, from the proposals of a stage-1 model."""
 
-    model: str | None = flag(None, "Stage-1 checkpoint with a CLIP image tower: a folder or a Hub id.")
+    model: str | None = flag(None, "Stage-1 checkpoint with an image tower: a folder or a Hub id.")
     trust_remote_code: bool = flag(False, "Run the code that lies beside the checkpoint, in place of this project's.")
     dataset: str | None = flag(None, "Folder or Hub id of the data.")
     output: OutputFolder | None = flag(None, "Folder for the scores; the same command resumes a stopped run.")
@@ -107,7 +107,7 @@ class PseudoLabelArgs(Arguments):
     mask_threshold: Annotated[float, Number(float, 0, 1, below=True)] = flag(
         0.5, "A pixel is in a proposal if its mask probability is above this."
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast type of the CLIP image tower.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "Autocast type of the image tower.")
 
     batch_size: Batch = flag(8, "Images in a batch.")
     shard_size: Count = flag(256, "Images in a shard.")
@@ -240,7 +240,7 @@ def write_shard(path: Path, image_ids: list[str], scores: np.ndarray, unseen: li
 
 
 def check_source(config: PreTrainedConfig, label_space: LabelSpace) -> None:
-    """Refuses a model that learned from unseen classes, or that has no CLIP image tower."""
+    """Refuses a model that learned from unseen classes, or that has no image tower."""
     if not label_space.unseen:
         raise InputError("the label space has no unseen class: there is nothing to make pseudo labels for")
     check_no_unseen_masks(config, label_space, "pseudo labels can come from it, take the stage-1 model")
@@ -250,7 +250,7 @@ def check_source(config: PreTrainedConfig, label_space: LabelSpace) -> None:
             "pseudo labels"
         )
     if config.vision_config is None:
-        raise InputError("the checkpoint has no CLIP image tower to score proposals: train stage 1 with --clip")
+        raise InputError("the checkpoint has no image tower to score proposals: train stage 1 with --encoder")
 
 
 def resolved_settings(

@@ -17,6 +17,7 @@ OLD_NAMES = {
     "ConvertArgs": {"num_proc": "num_workers"},
     "NounArgs": {"num_proc": "num_workers"},
     "SceneArgs": {"train": "num_train", "validation": "num_validation"},
+    "TrainArgs": {"clip": "encoder", "mask2former": "proposals"},
 }
 GONE = {  # flags that were removed
     "EvalArgs": ("ensemble_tolerance",),

@@ -180,7 +180,7 @@ def check_allowed(config: PreTrainedConfig, label_space: LabelSpace, model: str,
         raise InputError("the label space has no unseen class: there is nothing to choose the weight for")
     check_no_unseen_masks(config, label_space, "weight can be chosen without unseen masks")
     if config.vision_config is None:
-        raise InputError(f"{model} has no CLIP image tower: there is nothing to ensemble with")
+        raise InputError(f"{model} has no image tower: there is nothing to ensemble with")
     if unseen_labels == "ground_truth" and config.unseen_labels != "ground_truth":
         raise InputError(
             f"the training of {model} had no ground-truth image labels, so its weight must not be chosen with them: "

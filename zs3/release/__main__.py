@@ -105,7 +105,7 @@ class ReleaseArgs(Arguments):
         refuse_alone(self, "tag", without="push")
         if not Path(self.model).is_dir():
             raise InputError(f"--model {self.model}: no such folder; a checkpoint of the Hub is released already")
-        check_checkpoint("model", self.model, "zs3")
+        check_checkpoint("model", self.model)
 
 
 # ---- what goes into the folder -----------------------------------------------------------------------------

@@ -189,9 +189,9 @@ class Recipe(TypedDict, total=False):
     """The fields of recipe.yaml that a card reads."""
 
     init_from: str | None
-    mask2former: str | None
+    proposals: str | None
     backbone: str | None
-    clip: str | None
+    encoder: str | None
 
 
 def recipes_of(model: Path) -> list[dict]:
@@ -211,7 +211,7 @@ def recipes_of(model: Path) -> list[dict]:
 
 def starts(recipes: Sequence[dict]) -> list[str]:
     """Hub ids of the checkpoints that the first stage started from."""
-    given = [recipe.get(name) for recipe in recipes for name in ("mask2former", "backbone", "clip")]
+    given = [recipe.get(name) for recipe in recipes for name in ("proposals", "backbone", "encoder")]
     return list(dict.fromkeys(name for name in given if name and is_hub_id(name) and not Path(name).exists()))
 
 

@@ -70,11 +70,11 @@ class TrainArgs(Arguments):
 
     init_from: str | None = flag(None, "Checkpoint of this project to start from (stage 2).")
     init_parts: Literal["all", "backbone"] = flag(
-        "all", "Part of --init_from to use: the whole model, or its backbone alone. Its CLIP towers are always used."
+        "all", "Part of --init_from to use: the whole model, or its backbone alone. Its encoder is always used."
     )
-    mask2former: str | None = flag(None, "Mask2Former checkpoint to start from (Hub id or folder).")
+    proposals: str | None = flag(None, "Mask2Former checkpoint to start from (Hub id or folder).")
     backbone: str | None = flag(None, "ImageNet backbone to start from (Hub id or folder).")
-    clip: str | None = flag(None, "CLIP checkpoint for the text and image towers (Hub id or folder).")
+    encoder: str | None = flag(None, "CLIP or TIPSv2 that gives the text and image towers (Hub id or folder).")
     text_embeds: str | None = flag(None, "Ready-made text vectors instead of a text tower: a .npy, one row a class.")
     prompt_templates: list[str] | None = flag(
         None, "Prompts with {} for the name; '{}' alone means no prompt. Default: --init_from's own, or ViLD's 14."
@@ -124,8 +124,8 @@ class TrainArgs(Arguments):
         """Checks flags that depend on each other."""
         check_required(self, "dataset", "output_dir")
         refuse_together(self, "caption_nouns", "unseen_labels", why="the nouns have image labels of their own")
-        refuse_together(self, "caption_nouns", "text_embeds", why="the nouns need a text tower, give --clip")
-        refuse_together(self, "init_from", "mask2former", "backbone", "clip", why="it is a whole model")
+        refuse_together(self, "caption_nouns", "text_embeds", why="the nouns need a text tower, give --encoder")
+        refuse_together(self, "init_from", "proposals", "backbone", "encoder", why="it is a whole model")
         refuse_alone(self, "init_parts", without="init_from")
         # AdamW computes rate / 0.1 in its first step, and rate x decay.
         largest = self.learning_rate * max(1.0, self.backbone_multiplier) * max(10.0, self.weight_decay)
@@ -134,10 +134,10 @@ class TrainArgs(Arguments):
                 f"--learning_rate {self.learning_rate}, --weight_decay {self.weight_decay} and --backbone_multiplier "
                 f"{self.backbone_multiplier} are too large together for float32: give smaller ones"
             )
-        if self.init_from is None and self.clip is None and self.text_embeds is None:
+        if self.init_from is None and self.encoder is None and self.text_embeds is None:
             raise InputError(
-                "no start: stage 2 needs --init_from, the final/ of stage 1; stage 1 needs --clip (a checkpoint) or "
-                "--text_embeds (a .npy)"
+                "no start: stage 2 needs --init_from, the final/ of stage 1; stage 1 needs --encoder (a checkpoint) "
+                "or --text_embeds (a .npy)"
             )
         check_trackers(self.trackers)
 

@@ -21,7 +21,7 @@ def describe(args: TrainArgs, start: Start, parts: BatchParts, accelerator: Acce
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     count = "streamed" if args.streaming else f"{len(dataset)} images"
     nouns = f", {len(dataset.class_names)} names with the nouns of {args.caption_nouns}" if args.caption_nouns else ""
-    text = f"text tower of {args.init_from or args.clip}"
+    text = f"text tower of {args.init_from or args.encoder}"
     if args.text_embeds is not None:
         text = f"text vectors of {args.text_embeds}"
     schedule = schedule_text(args.lr_schedule, args.lr_milestones, args.max_steps)
@@ -41,7 +41,7 @@ def describe(args: TrainArgs, start: Start, parts: BatchParts, accelerator: Acce
         f"unseen    {unseen_text(args.unseen_labels, len(space.unseen))}",
         *names_lines(space.unseen),
         *pseudo_label_lines(start),
-        f"start     {weights_text(args.init_from, args.init_parts, args.mask2former, args.backbone)}; {text}",
+        f"start     {weights_text(args.init_from, args.init_parts, args.proposals, args.backbone)}; {text}",
         f"model     {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
         f"losses    {losses_text(model.config)}",
         f"rate      {args.learning_rate:g}, {schedule}; of the backbone x {args.backbone_multiplier:g}",
@@ -80,14 +80,14 @@ def pseudo_label_lines(start: Start) -> list[str]:
     return [f"          positive at the threshold of {threshold}: {labels} labels, in {images} of {all_images} images"]
 
 
-def weights_text(init_from: str | None, init_parts: str, mask2former: str | None, backbone: str | None) -> str:
+def weights_text(init_from: str | None, init_parts: str, proposals: str | None, backbone: str | None) -> str:
     """The source of the weights."""
     if init_from is not None and init_parts == "backbone":
         return f"backbone of {init_from} (--init_from, --init_parts backbone)"
     if init_from is not None:
         return f"{init_from} (--init_from)"
-    if mask2former is not None:
-        return f"{mask2former} (--mask2former)"
+    if proposals is not None:
+        return f"{proposals} (--proposals)"
     return "random weights" if backbone is None else f"backbone {backbone} (--backbone), else random weights"
 
 
@@ -142,6 +142,6 @@ def notes(args: TrainArgs, start: Start, parts: BatchParts, accelerator: Acceler
     late = [step for step in args.lr_milestones if step >= args.max_steps]
     if args.lr_schedule == "multistep" and late:
         yield f"learning rate steps {late} lie beyond the last step and are ignored"
-    from_scratch = args.init_from is None and args.mask2former is None and args.backbone is None
+    from_scratch = args.init_from is None and args.proposals is None and args.backbone is None
     if from_scratch and args.backbone_norm == "frozen":
         yield "the backbone starts from random weights: it learns better with --backbone_norm batch"

@@ -64,7 +64,7 @@ class Progress:
 
 @dataclass(eq=False)
 class RunCheckpoints:
-    """The checkpoints of a run: folders `step_*` with all that a resume needs, except the frozen CLIP towers."""
+    """The checkpoints of a run: folders `step_*` with all that a resume needs, except the frozen encoder."""
 
     accelerator: Accelerator
     folder: Path  # all processes can read it, also those on other machines
@@ -137,7 +137,7 @@ class RunCheckpoints:
         state = read_progress(path)
         if state["towers_sha256"] != self.stamp["towers_sha256"]:
             raise InputError(
-                f"{path} was trained with other CLIP towers: start from the same --clip or --init_from as before"
+                f"{path} was trained with another encoder: start from the same --encoder or --init_from as before"
             )
         try:
             self.accelerator.load_state(str(path))

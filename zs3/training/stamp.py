@@ -29,7 +29,7 @@ TOWER_WEIGHTS = ("text_model.", "vision_model.")  # frozen: a run has them from 
 
 # The message for each key of a stamp that has changed. The braces hold flags, or the values before and now.
 CHANGES = {
-    "towers_sha256": "other CLIP towers",
+    "towers_sha256": "another encoder",
     "text_embeds_sha256": "other text vectors in {text_embeds}",
     "prompts_sha256": "other prompts, or another tokenizer",
     "layout": "the data were {before} and are {now} now",
@@ -47,10 +47,11 @@ CHANGES = {
     "pseudo_labels_sha256": "other pseudo labels in {unseen_labels}",
     "init_from_sha256": "other weights in {init_from}",
     "init_from_record": "another record of seen classes in {init_from}",
-    "mask2former_sha256": "other weights in {mask2former}",
+    "proposals_sha256": "other weights in {proposals}",
     "backbone_sha256": "other weights in {backbone}",
 }
-STARTS = ("init_from", "mask2former", "backbone")
+STARTS = ("init_from", "proposals", "backbone")
+OLD_KEYS = {"mask2former_sha256": "proposals_sha256"}  # of older versions
 MEND = "restore the file"  # of a damaged stamp
 BRIEF = 45  # characters of a name in a message with two names
 
@@ -172,6 +173,7 @@ def _sha256(parts: Iterable[bytes | np.ndarray]) -> str:
 def read_stamp(path: Path) -> Stamp:
     """Raises InputError if `make_stamp` cannot have made the file."""
     stamp = read_json(path, Stamp, "stamp of a run", MEND)
+    stamp = {OLD_KEYS.get(name, name): value for name, value in stamp.items()}
     try:
         LabelSpace(**stamp["label_space"])
     except (InputError, TypeError) as error:

@@ -7,9 +7,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from configuration_zs3 import UnseenLabels, Zs3Config, among, shared, shortened
+from encoders_zs3 import FAMILIES, family_of
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor, saved_templates
-from text_zs3 import PROMPT_TEMPLATES, embed_labels, read_labels
+from text_zs3 import embed_labels, read_labels
 from zs3.checkpoints import check_checkpoint, check_finite, load_config, load_tokenizer, refusing
 from zs3.command_line import InputError, in_one_line, shown
 from zs3.data.image_labels import training_space
@@ -19,8 +20,8 @@ from zs3.training.arguments import TOWERS, TrainArgs
 from zs3.training.loader import make_dataset
 from zs3.training.stamp import SeenRecord, joined, record_of
 
-# Flags of checkpoints to start from, with the type of model that each must be; None: any backbone.
-SOURCES = {"init_from": "zs3", "mask2former": "mask2former", "backbone": None, "clip": "clip"}
+# Flags of checkpoints to start from, with the types of model that each may be; None: any backbone.
+SOURCES = {"init_from": ("zs3",), "proposals": ("mask2former",), "backbone": None, "encoder": tuple(FAMILIES)}
 
 
 @dataclass
@@ -53,9 +54,9 @@ def make_start(args: TrainArgs, overrides: dict, accelerator: Accelerator) -> St
         if args.init_parts == "backbone":
             model = keep_backbone(model)
         labels = kind_of_labels(args.unseen_labels, args.caption_nouns, space.unseen)
-        record_supervision(model.config, space, labels, args.init_from, args.mask2former)
+        record_supervision(model.config, space, labels, args.init_from, args.proposals)
         model = model.to(accelerator.device)
-        processor = make_processor(model, image_processor, args.clip, args.init_from, args.prompt_templates)
+        processor = make_processor(model, image_processor, args.encoder, args.init_from, args.prompt_templates)
     choose_what_learns(model, args.backbone_norm)
     embeds, prompts = text_vectors(args, model, processor, space.class_names, given)
     model.set_vocabulary(space.class_names, embeds)
@@ -83,9 +84,10 @@ def make_model(sources: dict[str, str], overrides: dict, text_dim: int | None) -
         if "init_from" in sources:
             model = load_whole(source, overrides)
         else:
-            dim = {} if "clip" in sources or text_dim is None else {"projection_dim": text_dim}
-            parts = {"mask2former": None, "clip": None, **sources}
-            model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(**parts, **{**dim, **overrides})
+            dim = {} if "encoder" in sources or text_dim is None else {"projection_dim": text_dim}
+            parts = [sources.get(name) for name in ("proposals", "encoder")]
+            fields = {"backbone": sources.get("backbone"), **dim, **overrides}
+            model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(*parts, **fields)
     check_finite(model, str(source))
     return model
 
@@ -105,7 +107,7 @@ def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
 
 
 def keep_backbone(model: Zs3ForSemanticSegmentation) -> Zs3ForSemanticSegmentation:
-    """A model of random weights with the backbone and the frozen CLIP towers of this one."""
+    """A model of random weights with the backbone and the frozen encoder of this one."""
     new = Zs3ForSemanticSegmentation(model.config)
     kept = [(new.model.pixel_level_module.encoder, model.model.pixel_level_module.encoder)]
     kept += [(new.text_model, model.text_model), (new.vision_model, model.vision_model)]
@@ -128,7 +130,7 @@ def record_supervision(
     label_space: LabelSpace,
     unseen_labels: UnseenLabels,
     init_from: str | None = None,
-    mask2former: str | None = None,
+    proposals: str | None = None,
 ) -> None:
     """Writes the seen classes and the image labels of all training of the model into its config.
 
@@ -141,7 +143,7 @@ def record_supervision(
             f"{init_from} was trained on masks of {shortened(leaked)}, which are unseen here: take another start"
         )
     before = record_of(config) if init_from is not None else SeenRecord([], "none")
-    if mask2former is not None:  # the masks of its training are unknown
+    if proposals is not None:  # the masks of its training are unknown
         before = SeenRecord(None, None)
     now = SeenRecord(label_space.seen, unseen_labels)
     config.seen_class_names, config.unseen_labels = joined([before, now])
@@ -152,17 +154,17 @@ def record_supervision(
 def make_processor(
     model: Zs3ForSemanticSegmentation,
     image_processor: Zs3ImageProcessor,
-    clip: str | None,
+    encoder: str | None,
     init_from: str | None,
     prompt_templates: list[str] | None,
 ) -> Zs3Processor | Zs3ImageProcessor:
     """The processor that is saved with the model. It reads texts too if the model has a text tower."""
     if model.text_model is None:
         return image_processor
-    source = clip or init_from
+    source = encoder or init_from
     tokenizer = load_tokenizer(source, model.config.text_config)
     with refusing("--prompt_templates" if prompt_templates else shown(source)):
-        own = PROMPT_TEMPLATES if init_from is None else saved_templates(source)
+        own = family_of(model.config.text_config).templates if init_from is None else saved_templates(source)
         return Zs3Processor(image_processor, tokenizer, prompt_templates or own)
 
 
@@ -188,7 +190,7 @@ def text_vectors(
     prompts = None
     if given is not None:
         if model.text_model is not None:
-            source = args.init_from or args.clip
+            source = args.init_from or args.encoder
             raise InputError(f"{source} has a text tower: leave out --text_embeds, or add --text_config null")
         embeds = given
     else:

@@ -1,0 +1,223 @@
+"""The families of encoders: texts and regions against transformers' own encoders and loops from the formulas."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from tiny import byte_tokenizer, save_checkpoint, tiny_model, tiny_towers
+
+from configuration_zs3 import Refused, Zs3Config
+from encoders_zs3 import FAMILIES, family_of, patch_grid, picture_vectors, region_vectors, text_vectors
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor
+from text_zs3 import text_side
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+NAMES = ["cat", "a very long name of some thing", "x"]
+
+
+def tiny_encoder(family: str) -> torch.nn.Module:
+    """transformers' own encoder of both towers, with random weights."""
+    torch.manual_seed(1)
+    kind = getattr(transformers, FAMILIES[family].model)
+    fields = {name: config.to_dict() for name, config in tiny_towers(family).items()}
+    fields |= {"projection_dim": 12} if family == "clip" else {}
+    model = kind(kind.config_class(**fields)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.1 * torch.randn_like(weight))  # biases and norms that are seen
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of each family's encoder with its tokenizer, as published."""
+    made = {}
+    for family in FAMILIES:
+        made[family] = tmp_path_factory.mktemp(family)
+        tiny_encoder(family).save_pretrained(made[family])
+        byte_tokenizer(family).save_pretrained(made[family])
+    return made
+
+
+@pytest.fixture(scope="module")
+def joined(folders):
+    """A segmenter of each family's encoder, and the encoder itself."""
+    sizes = tiny_model().config.to_dict()
+    sizes = {name: sizes[name] for name in ("backbone_config", "hidden_dim", "feature_size", "mask_feature_size")}
+    sizes |= {"num_attention_heads": 2, "decoder_layers": 2, "encoder_layers": 1, "num_queries": 4}
+    make = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained
+    return {family: (make(None, str(folder), **sizes), tiny_encoder(family)) for family, folder in folders.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- texts
+
+
+@every_family
+def test_vectors_of_texts_are_those_of_transformers_alone_and_in_a_padded_batch(joined, family):
+    model, encoder = joined[family]
+    tokenizer = byte_tokenizer(family)
+    batch = {
+        name: tokenizer(NAMES, padding=True, return_tensors="pt")[name] for name in ("input_ids", "attention_mask")
+    }
+    with torch.no_grad():
+        together = text_vectors(model.text_model, **batch)
+        for name, vector in zip(NAMES, together, strict=True):
+            alone = encoder.get_text_features(**tokenizer([name], return_tensors="pt")).pooler_output[0]
+            torch.testing.assert_close(vector, alone, atol=1e-5, rtol=1e-4)
+        expected = F.normalize(encoder.get_text_features(**batch).pooler_output, dim=-1)
+    torch.testing.assert_close(model.encode_text(**batch), expected, atol=1e-5, rtol=1e-4)
+
+
+@every_family
+def test_a_name_has_one_vector_whatever_list_it_is_in(joined, family):
+    model, _ = joined[family]
+    processor = Zs3Processor(Zs3ImageProcessor(), byte_tokenizer(family), FAMILIES[family].templates)
+    together = model.encode_text(**processor(class_names=NAMES))
+    alone = torch.cat([model.encode_text(**processor(class_names=[name])) for name in NAMES])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_the_cache_tells_families_apart():
+    sides = {family: text_side(tiny_model(family=family).text_model, byte_tokenizer()) for family in FAMILIES}
+    assert len({*sides.values()}) == len(FAMILIES)
+
+
+@every_family
+def test_a_field_of_the_text_tower_that_changes_its_vectors_changes_the_caches_key(family):
+    tower, tokenizer = tiny_model(family=family).text_model, byte_tokenizer(family)
+    for field in FAMILIES[family].text_fields:
+        before, value = text_side(tower, tokenizer), getattr(tower.config, field)
+        tower.config.__dict__[field] = "another"
+        assert text_side(tower, tokenizer) != before, field
+        tower.config.__dict__[field] = value
+
+
+# ---------------------------------------------------------------------------------------------- pictures and regions
+
+
+@every_family
+def test_vectors_of_pictures_are_those_of_transformers(joined, family):
+    model, encoder = joined[family]
+    pixels = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        expected = encoder.get_image_features(pixels).pooler_output
+        torch.testing.assert_close(picture_vectors(model.vision_model, pixels), expected, atol=1e-5, rtol=1e-4)
+
+
+def seen(family: str, image: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(1, 3, h, w): the picture as the encoder takes it, in patches of 8 pixels."""
+    mean, std = (torch.tensor(getattr(FAMILIES[family], name)).view(3, 1, 1) for name in ("mean", "std"))
+    size = [8 * side for side in grid]
+    return F.interpolate(((image - mean) / std)[None], size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def test_a_region_of_the_whole_picture_is_the_picture_to_clip(joined):
+    model, encoder = joined["clip"]
+    image = torch.rand(3, 24, 40)
+    grid = patch_grid(model.vision_model, (24, 40))
+    with torch.no_grad():
+        (region,) = region_vectors(model.vision_model, image, torch.ones(1, grid[0] * grid[1]))
+        whole = encoder.get_image_features(seen("clip", image, grid), interpolate_pos_encoding=True).pooler_output[0]
+    torch.testing.assert_close(region, whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("patch_tokens", ["attention", "values"])
+def test_regions_of_tipsv2_are_a_loop_over_patches(joined, patch_tokens):
+    """In float64, the last block written out: without attention every token keeps its own value."""
+    model, encoder = joined["tipsv2"]
+    image, tower = torch.rand(3, 24, 40), encoder.double().vision_model
+    grid = patch_grid(model.vision_model, (24, 40))
+    covered = torch.rand(3, grid[0] * grid[1])
+    with torch.no_grad():
+        found = region_vectors(model.vision_model, image, covered, patch_tokens)
+        pixels = seen("tipsv2", image.double(), grid)
+        block = tower.encoder.layer[0]
+        before = tower.embeddings(pixels)
+        normed = block.norm1(before)
+        if patch_tokens == "values":
+            read = block.attention.v_proj(normed)
+        else:
+            query, key, value = (
+                project(normed)[0].unflatten(-1, (2, 8)).transpose(0, 1)
+                for project in (block.attention.q_proj, block.attention.k_proj, block.attention.v_proj)
+            )
+            read = ((query @ key.mT / 8**0.5).softmax(-1) @ value).transpose(0, 1).flatten(1)[None]
+        after = before + block.layer_scale1.lambda1 * block.attention.o_proj(read)
+        after = after + block.layer_scale2.lambda1 * block.mlp(block.norm2(after))
+        patches = tower.layernorm(after)[0, 2:]  # behind the class token and one register
+        for region, shares in zip(found, covered.double(), strict=True):
+            total = sum(share * patch / patch.norm() for share, patch in zip(shares, patches, strict=True))
+            torch.testing.assert_close(region.double(), total / shares.sum(), atol=1e-5, rtol=1e-5)
+    encoder.float()
+
+
+@every_family
+@pytest.mark.parametrize("size", [(16, 16), (10, 60), (48, 20)])
+def test_the_grid_keeps_the_shape_of_the_picture_at_the_familys_size(joined, family, size):
+    rows, columns = patch_grid(joined[family][0].vision_model, size)
+    side = FAMILIES[family].sides * 16
+    assert abs(8 * rows - side * (size[0] / size[1]) ** 0.5) <= 4
+    assert abs(8 * columns - side * (size[1] / size[0]) ** 0.5) <= 4
+
+
+@every_family
+def test_proposals_are_seen_as_their_family_sees_regions(family):
+    """Soft masks count as M, others as M > threshold; on average over each patch."""
+    model = tiny_model(vision=True, family=family)
+    image, logits = torch.rand(1, 3, 32, 32), 3 * torch.randn(1, 4, 8, 8)
+    found = model.embed_proposals(image, logits, view="single_pass", mask_threshold=0.4)
+    masks = F.interpolate(logits, size=(32, 32), mode="bilinear", align_corners=False)[0].sigmoid()
+    masks = masks if FAMILIES[family].soft else (masks > 0.4).float()
+    rows, columns = patch_grid(model.vision_model, (32, 32))
+    covered = masks.unflatten(1, (rows, -1)).unflatten(3, (columns, -1)).mean(dim=(2, 4)).flatten(1)
+    with torch.no_grad():
+        expected = F.normalize(region_vectors(model.vision_model, image[0], covered), dim=-1)
+    torch.testing.assert_close(found.embeds[0][found.shown[0]], expected[found.shown[0]], atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@every_family
+def test_a_checkpoint_is_saved_and_loaded_with_its_family(tmp_path, family):
+    saved = save_checkpoint(tmp_path, vision=True, family=family)
+    loaded = Zs3ForSemanticSegmentation.from_pretrained(tmp_path).eval()
+    for name in ("text_model", "vision_model"):
+        tower, its = getattr(loaded, name), getattr(saved, name)
+        assert type(tower) is type(its) and family_of(tower.config) is FAMILIES[family]
+        assert all(torch.equal(a, b) for a, b in zip(tower.parameters(), its.parameters(), strict=True))
+    processor = Zs3Processor.from_pretrained(tmp_path)
+    assert type(processor.tokenizer) is FAMILIES[family].tokenizer
+    torch.testing.assert_close(
+        loaded.encode_text(**processor(class_names=NAMES)), saved.encode_text(**processor(class_names=NAMES))
+    )
+
+
+def test_towers_without_a_model_type_are_those_of_clip():
+    """As in files of older versions."""
+    towers = {name: config.to_dict() for name, config in tiny_towers("clip").items()}
+    for config in towers.values():
+        del config["model_type"]
+    config = Zs3Config(**towers, projection_dim=12)
+    assert family_of(config.text_config) is family_of(config.vision_config) is FAMILIES["clip"]
+
+
+def test_another_encoder_is_refused_in_words(tmp_path):
+    with pytest.raises(Refused, match="text_config is of 'word2vec', which this version of transformers does not know"):
+        Zs3Config(text_config={"model_type": "word2vec"})
+    with pytest.raises(Refused, match="an encoder must be a CLIP or TIPSv2, got a resnet"):
+        Zs3ForSemanticSegmentation(Zs3Config(text_config={"model_type": "resnet"}))
+    transformers.ResNetConfig().save_pretrained(tmp_path)
+    with pytest.raises(Refused, match="got a resnet"):
+        Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(None, str(tmp_path))
+
+
+def test_the_tokenizer_of_a_checkpoint_is_one_of_the_known_classes(tmp_path):
+    save_checkpoint(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "EvilTokenizer"}))
+    assert type(Zs3Processor.from_pretrained(tmp_path).tokenizer) is FAMILIES["clip"].tokenizer
