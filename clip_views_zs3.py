@@ -114,6 +114,13 @@ def embed_proposals(
     return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
 
 
+def to_rgb(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float], full: float = 1.0) -> Tensor:
+    """Normalised pixel_values (B, 3, H, W) -> RGB in [0, 1], float32. full: a full colour before the normalisation."""
+    pixels = pixel_values.float()
+    mean, std = (pixels.new_tensor(value).view(-1, 1, 1) for value in (mean, std))
+    return ((pixels * std + mean) / full).clamp(0, 1)
+
+
 # ------------------------------------------------------------------------------------------------------- crops
 
 

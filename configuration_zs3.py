@@ -8,6 +8,7 @@ Two rules for all files are at the end: when two class names are one name, and w
 
 import math
 from collections.abc import Sequence
+from dataclasses import field
 from difflib import get_close_matches
 from functools import cache, wraps
 from numbers import Integral, Real
@@ -19,6 +20,7 @@ import numpy as np
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, Mask2FormerConfig, PreTrainedConfig, ResNetConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 TINY, HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least normal number, and the largest, of a float32
 INT32 = 2**31 - 1
@@ -142,6 +144,7 @@ RANGES = {
     "train_num_points": (1, 10**6),
     "oversample_ratio": (1, 1000),
     "common_stride": (4, 4),  # the stride of the masks
+    "proposal_classes": (0, 2**16),
 }
 
 
@@ -159,6 +162,17 @@ class Zs3Config(Mask2FormerConfig):
         vision_config: the frozen image tower's of the same encoder; None: it is shown no proposal.
         projection_dim: D, the size of the encoder's joint space.
         class_projection: the layers that make the class embeddings E^c: "mlp" (hidden -> 4 x hidden -> D) or "linear".
+        class_head: what is compared with text vectors: "learned", the class embeddings E^c (Fig. 2); or "regions", what
+            the image tower sees of each proposal, without any training.
+        head_is_trained: whether a training step changed the class embeddings. If not, the learned head names nothing.
+        region_view: what the image tower sees for class_head "regions": "single_pass", all proposals in one pass over
+            the image; or "crops", a crop of each.
+        patch_tokens: tokens of a single pass of TIPSv2: in the last block they attend to each other ("attention"), or
+            keep their own values ("values").
+        proposal_classes: number of classes that a joined Mask2Former was trained on, whose class predictor is kept; 0:
+            none is kept.
+        objectness: multiplies p_q of Eq. 4 by 1 - the probability of "no object" of this class predictor.
+        pixel_mean, pixel_std: the normalisation of pixel_values, image_mean and image_std of the image processor.
 
     Losses:
         class_temperature: tau of Eq. 2, which divides the cosine.
@@ -215,6 +229,14 @@ class Zs3Config(Mask2FormerConfig):
     vision_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
     class_projection: Literal["mlp", "linear"] = "mlp"
+    class_head: Literal["learned", "regions"] = "learned"
+    head_is_trained: bool = True
+    region_view: Literal["crops", "single_pass"] = "single_pass"
+    patch_tokens: Literal["attention", "values"] = "attention"
+    proposal_classes: int = 0
+    objectness: bool = False
+    pixel_mean: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_MEAN))
+    pixel_std: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_STD))
 
     class_temperature: float | int = 0.01
     class_loss: Literal["background_aware", "cross_entropy"] = "background_aware"
@@ -269,6 +291,13 @@ class Zs3Config(Mask2FormerConfig):
         """Called by `strict`."""
         if self.class_loss == "cross_entropy" and self.class_norm == "queries":
             raise Refused("class_norm 'queries' does not go with class_loss 'cross_entropy': give 'groups'")
+
+    def validate_class_head(self):
+        """Called by `strict`."""
+        if self.class_head == "regions" and self.vision_config is None:
+            raise Refused("class_head 'regions' needs an image tower: give vision_config")
+        if self.objectness and not self.proposal_classes:
+            raise Refused("objectness needs the class predictor of a joined Mask2Former: give proposal_classes")
 
     def validate_strides(self):
         """Called by `strict`."""

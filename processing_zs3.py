@@ -30,6 +30,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, cached_file
 
 try:
+    from .clip_views_zs3 import to_rgb
     from .configuration_zs3 import SIZE_DIVISOR, Refused, is_number, shortened
     from .encoders_zs3 import FAMILIES, PROMPT_TEMPLATES
     from .files_zs3 import is_deep, load_picture, read_text
@@ -39,6 +40,7 @@ try:
 except ImportError:
     if __package__:
         raise
+    from clip_views_zs3 import to_rgb
     from configuration_zs3 import SIZE_DIVISOR, Refused, is_number, shortened
     from encoders_zs3 import FAMILIES, PROMPT_TEMPLATES
     from files_zs3 import is_deep, load_picture, read_text
@@ -246,11 +248,8 @@ class Zs3ImageProcessor(PilBackend):
         """pixel_values (B, 3, H, W) of this processor -> images (B, 3, H, W), RGB in [0, 1], for CLIP's view."""
         if not self.do_rescale:
             raise ValueError("without do_rescale the range of pixel_values is not known: make RGB in [0, 1] yourself")
-        pixels = pixel_values.float()
-        if self.do_normalize:
-            mean, std = (pixels.new_tensor(value).view(-1, 1, 1) for value in (self.image_mean, self.image_std))
-            pixels = pixels * std + mean
-        return (pixels / (255 * self.rescale_factor)).clamp(0, 1)
+        mean, std = (self.image_mean, self.image_std) if self.do_normalize else ([0.0] * 3, [1.0] * 3)
+        return to_rgb(pixel_values, mean, std, full=255 * self.rescale_factor)
 
     def _label_maps(self, segmentation_maps, own_sizes, features: BatchFeature, ignore_index: int | None) -> np.ndarray:
         segmentation_maps = self._prepare_images_structure(segmentation_maps, expected_ndims=2)

@@ -54,7 +54,7 @@ class VisualPart(nn.Module):
         with FreeSizes():  # transformers' forward: ONNX has all its operators
             outputs = self.model.model(pixel_values, output_hidden_states=True, return_dict=True)
         class_embeds = self.model.class_projection(outputs.transformer_decoder_intermediate_states[-1].transpose(0, 1))
-        class_probs = class_probabilities(**self.model.classify(class_embeds, text_embeds))
+        class_probs = class_probabilities(**self.model.classify({"class_embeds": class_embeds}, text_embeds))
         return class_probs, outputs.masks_queries_logits[-1]
 
 
