@@ -215,7 +215,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         clip: gives its text and image towers, which stay frozen: a CLIP, or an encoder of another family of
             encoders_zs3; None: text vectors come from outside.
         backbone: with mask2former=None, a backbone checkpoint (ImageNet) to start from; the rest is random.
-        config_overrides: fields of Zs3Config; `text_config=None` or `vision_config=None` leaves a tower out.
+        config_overrides: fields of Zs3Config; `text_config=None` or `vision_config=None` leaves a tower out. With
+            class_head "regions" the default of clip_logit_scale is the encoder's own scale.
         """
         if mask2former is not None and backbone is not None:
             raise ValueError("give mask2former or backbone, not both: a Mask2Former brings its own backbone")
@@ -257,6 +258,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             for name in ("text_model", "vision_model"):
                 if getattr(model, name) is not None:
                     _load_into(getattr(model, name), encoder, f"{name}.")
+            if config.class_head == "regions" and "clip_logit_scale" not in config_overrides:
+                config.clip_logit_scale = family.scale(encoder)
         return model
 
     def set_vocabulary(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny import byte_tokenizer, save_checkpoint, tiny_model, tiny_towers
+from tiny import byte_tokenizer, save_checkpoint, tiny_encoder, tiny_model, tiny_towers
 
 from configuration_zs3 import Refused, Zs3Config
 from encoders_zs3 import FAMILIES, family_of, patch_grid, picture_vectors, region_vectors, text_vectors
@@ -16,20 +16,6 @@ from text_zs3 import text_side
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 NAMES = ["cat", "a very long name of some thing", "x"]
-
-
-def tiny_encoder(family: str) -> torch.nn.Module:
-    """transformers' own encoder of both towers, with random weights."""
-    torch.manual_seed(1)
-    kind = getattr(transformers, FAMILIES[family].model)
-    fields = {name: config.to_dict() for name, config in tiny_towers(family).items()}
-    fields |= {"projection_dim": 12} if family == "clip" else {}
-    model = kind(kind.config_class(**fields)).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 1:
-                weight.add_(0.1 * torch.randn_like(weight))  # biases and norms that are seen
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny import byte_tokenizer, save_checkpoint, tiny_config, tiny_model
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from tiny import byte_tokenizer, save_checkpoint, tiny_config, tiny_mask2former, tiny_model
+from transformers import Mask2FormerForUniversalSegmentation
 
 from configuration_zs3 import Refused
 from encoders_zs3 import FAMILIES
@@ -20,16 +20,9 @@ CLASSES = 3  # of the Mask2Former that is joined
 
 @pytest.fixture(scope="module")
 def proposer(tmp_path_factory):
-    """A folder of transformers' own Mask2Former, with a class predictor that varies."""
-    config = tiny_config(text=False).to_dict()
-    fields = {name: config[name] for name in Mask2FormerConfig.__dataclass_fields__ if name in config}
-    fields |= {"id2label": {index: f"class {index}" for index in range(CLASSES)}, "label2id": None}
-    torch.manual_seed(2)
-    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**fields)).eval()
-    with torch.no_grad():
-        model.class_predictor.weight.normal_(std=0.5)
+    """A folder of transformers' own Mask2Former."""
     folder = tmp_path_factory.mktemp("mask2former")
-    model.save_pretrained(folder)
+    tiny_mask2former(CLASSES).save_pretrained(folder)
     return folder
 
 

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import (
     CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ResNetConfig,
     Tipsv2TextConfig,
@@ -17,6 +21,7 @@ from transformers import (
 from transformers.models.tipsv2.tokenization_tipsv2 import Tipsv2Tokenizer
 
 from configuration_zs3 import Zs3Config
+from encoders_zs3 import FAMILIES
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 
@@ -87,6 +92,32 @@ def tiny_model(seed: int = 0, **kwargs) -> Zs3ForSemanticSegmentation:
         module.queries_features.weight.normal_(std=3.0)
         module.queries_embedder.weight.normal_(std=3.0)
         module.decoder.mask_predictor.mask_embedder.get_submodule("2.0").weight.mul_(100)
+    return model
+
+
+def tiny_mask2former(num_labels: int = 3) -> Mask2FormerForUniversalSegmentation:
+    """transformers' own Mask2Former of the tiny model's size; its class predictor has an opinion."""
+    config = tiny_config(text=False).to_dict()
+    fields = {name: config[name] for name in Mask2FormerConfig.__dataclass_fields__ if name in config}
+    names = {"id2label": {index: f"class {index}" for index in range(num_labels)}, "label2id": None}
+    torch.manual_seed(2)
+    model = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(**fields | names)).eval()
+    with torch.no_grad():
+        model.class_predictor.weight.normal_(std=0.5)
+    return model
+
+
+def tiny_encoder(family: str) -> PreTrainedModel:
+    """transformers' own encoder of both towers, with random weights."""
+    torch.manual_seed(1)
+    kind = getattr(transformers, FAMILIES[family].model)
+    fields = {name: config.to_dict() for name, config in tiny_towers(family).items()}
+    fields |= {"projection_dim": 12} if family == "clip" else {}
+    model = kind(kind.config_class(**fields)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight.add_(0.1 * torch.randn_like(weight))  # biases and norms that are seen
     return model
 
 

@@ -14,6 +14,11 @@ from typing import NoReturn
 # In the order in which a user meets them: name, module, what it does.
 COMMANDS = (
     ("demo", "zs3.scenes.demo", "train, evaluate and try a tiny model on the embedded benchmark"),
+    (
+        "assemble",
+        "zs3.release.assemble",
+        "join a Mask2Former and a CLIP or TIPSv2 into a model that names without training",
+    ),
     ("scenes", "zs3.scenes.__main__", "draw the embedded benchmark into a folder"),
     ("convert", "zs3.convert.__main__", "convert an official archive to a dataset"),
     ("check", "zs3.data.check", "read every picture and label map of a dataset, and list what cannot be used"),

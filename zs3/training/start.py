@@ -93,13 +93,17 @@ def make_model(sources: dict[str, str], overrides: dict, text_dim: int | None) -
 
 
 def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
-    """A checkpoint of this project with changed fields. All weights must fit, except a background embedding."""
-    config = Zs3Config(**{**load_config(path).to_dict(), **overrides})
+    """A checkpoint of this project with changed fields. All weights must fit, but for a background embedding.
+
+    What names without training, of `zs3 assemble`, is left out: training needs a learned head, and its queries change.
+    """
+    learned = {"class_head": "learned", "objectness": False, "proposal_classes": 0}
+    config = Zs3Config(**{**load_config(path).to_dict(), **learned, **overrides})
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, config=config, dtype=torch.float32, **options)
     left_out = (name.replace("_config", "_model.") for name in TOWERS if getattr(config, name) is None)
     changed = {*loading["missing_keys"], *loading["unexpected_keys"], *(str(k[0]) for k in loading["mismatched_keys"])}
-    may_change = ("background_embed", *left_out)
+    may_change = ("background_embed", "class_predictor.", *left_out)
     lost = sorted(name for name in changed if not name.startswith(may_change))
     if lost:
         raise InputError(f"{path} is of another architecture: {lost[0]} and {len(lost) - 1} other weights do not fit")

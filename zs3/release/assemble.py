@@ -1,0 +1,225 @@
+"""Joins published parts into a checkpoint that names without training.
+
+    zs3 assemble --proposals facebook/mask2former-swin-tiny-coco-panoptic --encoder google/tipsv2-b14 --output DIR
+
+The Mask2Former proposes masks. The image tower of the encoder, a CLIP or a TIPSv2, sees every proposal, and its text
+tower reads the names. Nothing is trained. The folder has weights, code, processor and a card; `pipeline`, `eval.py
+--setting ovs`, `train.py --init_from`, `zs3 release` and `zs3 doctor` take it.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+import torch
+from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from PIL import Image
+from transformers import AutoConfig, Mask2FormerImageProcessorPil, PreTrainedConfig
+
+from configuration_zs3 import one_line, places
+from encoders_zs3 import FAMILIES, PatchTokens, family_of
+from files_zs3 import read_text
+from modeling_zs3 import Zs3ForSemanticSegmentation
+from pipeline_zs3 import Zs3Pipeline
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor
+from zs3.checkpoints import check_checkpoint, check_finite, load_tokenizer, refusing
+from zs3.command_line import (
+    Arguments,
+    InputError,
+    OutputFolder,
+    check_required,
+    flag,
+    looks_local,
+    read_arguments,
+    shown,
+)
+from zs3.files import project_folder, write_text, writing_folder
+from zs3.label_space import is_hub_id, load_label_space
+
+CARD = project_folder("hub_cards") / "assembled.md"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]  # of a Hub checkpoint
+SIDES = (640, 480)  # of the picture that is named at the end
+LABELS = ["sky", "grass", "road", "person", "building", "tree", "car", "water", "wall", "dog"]
+COCO_PANOPTIC = ("banner", "blanket", "wall-brick", "tree-merged")  # names that no other set has
+UNKNOWN = "unknown masks"
+
+
+@dataclass
+class AssembleArgs(Arguments):
+    """Joins a Mask2Former and an encoder into a checkpoint that names without training."""
+
+    proposals: str | None = flag(None, "Mask2Former that proposes masks (Hub id or folder).")
+    encoder: str | None = flag(None, "CLIP or TIPSv2 that names them (Hub id or folder).")
+    output: OutputFolder | None = flag(None, "New folder of the checkpoint.")
+    proposals_revision: str | None = flag(None, "Branch, tag or commit of --proposals on the Hub.")
+    encoder_revision: str | None = flag(None, "Branch, tag or commit of --encoder on the Hub.")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the saved weights.")
+    region_view: Literal["single_pass", "crops"] = flag(
+        "single_pass", "What the image tower sees: all proposals in one pass over the image, or a crop of each."
+    )
+    patch_tokens: PatchTokens = flag(
+        "values",
+        "Patch tokens of TIPSv2: 'values', as published for segmentation; 'attention' for the tiny one of `scenes`.",
+    )
+    objectness: bool = flag(True, "Multiply by 1 - the probability of 'no object' of the Mask2Former.")
+    prompt_templates: list[str] | None = flag(
+        None, "Prompts with {} for the name; default: those of the encoder's family."
+    )
+
+    def check(self) -> None:
+        check_required(self, "proposals", "encoder", "output")
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------
+
+
+def local_copy(flag_name: str, source: str, revision: str | None) -> Path:
+    """The folder of a checkpoint; of a Hub id, after a download if needed. Raises InputError."""
+    if looks_local(source) or Path(source).is_dir() or not is_hub_id(source):
+        if not Path(source).is_dir():
+            raise InputError(f"--{flag_name} {shown(source)}: no such folder, and no Hub id of the form owner/name")
+        if revision is not None:
+            raise InputError(f"--{flag_name}_revision is for a Hub id, and {shown(source)} is a folder: leave it out")
+        return Path(source)
+    where = f"--{flag_name} {shown(source)}"
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=FILES))
+    except GatedRepoError as error:
+        raise InputError(f"{where} is gated: accept its terms on the Hub, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{where} is not on the Hub, or is private: check the name, or `hf auth login`") from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"{where} is not on this disk, and the Hub cannot be reached: give a folder") from error
+    except (*HfHubHTTPError.__bases__, ValueError) as error:
+        raise InputError(f"{where} cannot be downloaded: {one_line(error)}") from error
+
+
+def licence_of(folder: Path) -> str:
+    """What the README of a checkpoint declares as its licence."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return "not declared"
+    try:
+        data = ModelCard(read_text(path)).data
+    except (OSError, ValueError) as error:
+        return f"not readable ({one_line(error, 60)})"
+    return str(getattr(data, "license_name", None) or data.license or "not declared")
+
+
+def masks_of(config: PreTrainedConfig) -> str:
+    """The data set whose masks a Mask2Former was trained on, by the names of its classes."""
+    names = list(config.id2label.values())
+    if all(place is not None for place in places(COCO_PANOPTIC, names)):
+        return "COCO-panoptic"
+    for benchmark, title in (("ade20k_150", "ADE20K (150 classes)"), ("coco_stuff_171", "COCO-Stuff")):
+        known = load_label_space(benchmark).class_names
+        first = [name.split(",")[0] for name in names]
+        if len(names) == len(known) and sum(place is not None for place in places(first, known)) > 0.8 * len(known):
+            return title
+    return UNKNOWN
+
+
+def image_processor_of(folder: Path) -> Zs3ImageProcessor:
+    """An image processor with the size and the normalisation of a Mask2Former's; without one, this project's."""
+    if not (folder / "preprocessor_config.json").is_file():
+        return Zs3ImageProcessor()
+    with refusing(f"{shown(folder / 'preprocessor_config.json')} cannot be used"):
+        its = Mask2FormerImageProcessorPil.from_pretrained(folder)
+        size = {name: side for name, side in dict(its.size).items() if side is not None}
+        return Zs3ImageProcessor(size=size, image_mean=list(its.image_mean), image_std=list(its.image_std))
+
+
+def assemble(args: AssembleArgs, proposals: Path, encoder: Path) -> tuple[Zs3ForSemanticSegmentation, Zs3Processor]:
+    config = AutoConfig.from_pretrained(proposals)
+    image_processor = image_processor_of(proposals)
+    with refusing("these parts do not fit together"):
+        model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
+            str(proposals),
+            str(encoder),
+            class_head="regions",
+            region_view=args.region_view,
+            patch_tokens=args.patch_tokens,
+            proposal_classes=config.num_labels,
+            objectness=args.objectness,
+            clip_ensemble_weight=None,
+            pixel_mean=list(image_processor.image_mean),
+            pixel_std=list(image_processor.image_std),
+        )
+    check_finite(model, f"{shown(proposals)} with {shown(encoder)}")
+    tokenizer = load_tokenizer(str(encoder), model.config.text_config)
+    templates = args.prompt_templates or family_of(model.config.text_config).templates
+    return model.eval(), Zs3Processor(image_processor, tokenizer, templates)
+
+
+# ---- what is told ------------------------------------------------------------------------------------------
+
+
+def part(source: str, revision: str | None, folder: Path, what: str) -> dict[str, str]:
+    """A row of the card's table of parts."""
+    commit = folder.name if folder.parent.name == "snapshots" else revision or "-"
+    name = source if is_hub_id(source) and not Path(source).is_dir() else Path(source).name
+    return {"what": what, "name": name, "revision": commit, "licence": licence_of(folder)}
+
+
+def card(args: AssembleArgs, model: Zs3ForSemanticSegmentation, folders: dict[str, Path]) -> str:
+    masks = masks_of(AutoConfig.from_pretrained(folders["proposals"]))
+    family = family_of(model.config.vision_config)
+    parts = [
+        part(args.proposals, args.proposals_revision, folders["proposals"], f"proposals, trained on {masks}"),
+        part(args.encoder, args.encoder_revision, folders["encoder"], f"text and image encoder ({family.title})"),
+    ]
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    facts = {
+        "parts": parts,
+        "masks": masks,
+        "unknown": masks == UNKNOWN,
+        "config": model.config,
+        "name": Path(args.output).name,
+    }
+    return template.from_string(read_text(CARD)).render(**facts)
+
+
+def weights_line(model: Zs3ForSemanticSegmentation, dtype: str) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return f"weights   {count / 1e6:.0f} M, {count * DTYPES[dtype].itemsize / 2**20:,.0f} MiB as {dtype}"
+
+
+def try_out(model: Zs3ForSemanticSegmentation, processor: Zs3Processor) -> str:
+    """Names a picture of noise, twice. Returns a line with the seconds."""
+    segment = Zs3Pipeline(model=model, processor=processor, image_processor=processor.image_processor)
+    image, seconds = Image.effect_noise(SIDES, 80).convert("RGB"), []
+    for labels in (LABELS[:-1], LABELS):
+        start = time.perf_counter()
+        segment(image, candidate_labels=labels)
+        seconds.append(time.perf_counter() - start)
+    size = "{} x {}".format(*SIDES)
+    return f"time      {seconds[-1]:.1f} s for a picture of {size}, {len(LABELS)} labels, on {model.device.type}"
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    args, _ = read_arguments(AssembleArgs)
+    output = Path(args.output)
+    if output.exists():
+        raise InputError(f"{output} exists already: give another folder, or remove it first")
+    kinds = {"proposals": ("mask2former",), "encoder": tuple(FAMILIES)}
+    folders = {}
+    for name, types in kinds.items():
+        folders[name] = local_copy(name, getattr(args, name), getattr(args, f"{name}_revision"))
+        check_checkpoint(name, str(folders[name]), types)
+    print("joining the parts ...", flush=True)
+    model, processor = assemble(args, folders["proposals"], folders["encoder"])
+    print(weights_line(model, args.dtype), flush=True)
+    model = model.to(DTYPES[args.dtype])
+    with writing_folder(output) as unfinished:
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        write_text(unfinished / "README.md", card(args, model, folders))
+    print(try_out(model, processor))
+    print(f"the checkpoint is in {output}; its README.md says what it is made of")
