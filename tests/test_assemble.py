@@ -65,7 +65,7 @@ def test_the_parts_are_in_the_checkpoint_and_a_stranger_names_with_it(call, part
     assert processor.prompt_templates == list(FAMILIES[family].templates)
     assert (
         processor.image_processor.size["shortest_edge"] == 48
-        and processor.list(processor.image_processor.image_mean) == [0.5] * 3
+        and list(processor.image_processor.image_mean) == [0.5] * 3
     )
     assert model.config.pixel_mean == [0.5] * 3
     assert "Zs3ForSemanticSegmentation" in visited(tmp_path / "made", ["sky", "grass"])

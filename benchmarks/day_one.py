@@ -1,0 +1,147 @@
+"""Names without training on the embedded benchmark: the image tower's view of proposals beside learned heads.
+
+    zs3 scenes --output runs/scenes
+    python -m benchmarks.closed_set train --config recipes/scenes_stage1.yaml --dataset runs/scenes \
+        --output_dir runs/closed
+    python -m benchmarks.day_one --proposals runs/closed/final --dataset runs/scenes \
+        --learned runs/stage1/final runs/stage2/final --output docs/results/day_one.json
+
+The proposals are those of transformers' own Mask2Former, trained on the seen classes. `zs3 assemble` joins it with each
+tiny encoder, and `eval.py` evaluates each join. The rows of --learned have the class heads and the proposals of these
+checkpoints. Seconds are those of the image tower alone, of one picture, one thread.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import measuring
+from encoders_zs3 import PROMPT_TEMPLATES
+from zs3.checkpoints import load_checkpoint
+from zs3.command_line import Count, OutputFolder, check_required, flag, read_arguments, run
+from zs3.data.records import load_split
+from zs3.evaluation.results import read_result
+from zs3.files import project_folder, write_json
+from zs3.release import assemble
+from zs3.scenes.demo import launch
+from zs3.scores.means import GeneralizedScores
+from zs3.tables import percent, percent_range
+
+ENCODERS = project_folder("zs3")
+WAYS = {  # of naming: encoder, region_view, patch_tokens
+    "tiny CLIP, crops": ("scenes_clip", "crops", "attention"),
+    "tiny CLIP, class tokens": ("scenes_clip", "single_pass", "attention"),
+    "tiny TIPSv2, crops": ("scenes_tipsv2", "crops", "attention"),
+    "tiny TIPSv2, patches": ("scenes_tipsv2", "single_pass", "attention"),
+    "tiny TIPSv2, patches, values": ("scenes_tipsv2", "single_pass", "values"),
+}
+
+
+@dataclass
+class DayOneArgs(measuring.BenchmarkArguments):
+    """What is compared."""
+
+    proposals: str | None = flag(None, "transformers' Mask2Former, trained on the seen classes.")
+    dataset: str | None = flag(None, "Folder made by `zs3 scenes`.")
+    split: str = flag("validation", "Split to evaluate.")
+    label_space: str = flag("scenes", "Class split, such as scenes:3; the Mask2Former was trained on its seen classes.")
+    learned: list[str] = flag([], "Checkpoints with learned heads, for further rows.")
+    folder: OutputFolder = flag("runs/day_one", "Folder for the joined checkpoints and their results.")
+    pictures: Count = flag(20, "Pictures of the measurement of seconds.")
+
+    def check(self) -> None:
+        check_required(self, "proposals", "dataset")
+
+
+def joined(args: DayOneArgs, way: str, objectness: bool) -> Path:
+    """The checkpoint of one way. It knows the seen classes, so that seen and unseen scores may be computed."""
+    encoder, region_view, patch_tokens = WAYS[way]
+    folder = Path(args.folder, f"{encoder}_{region_view}_{patch_tokens}" + "_objectness" * objectness)
+    if not folder.exists():
+        flags = {"proposals": args.proposals, "encoder": str(ENCODERS / encoder), "output": str(folder)}
+        flags |= {"region_view": region_view, "patch_tokens": patch_tokens}
+        sys.argv = ["zs3 assemble", *(f"--{name}={value}" for name, value in flags.items())]
+        sys.argv += ["--objectness" if objectness else "--no_objectness", "--prompt_templates", *PROMPT_TEMPLATES]
+        assemble.main()
+        config = json.loads((folder / "config.json").read_text())
+        seen = load_split(args.dataset, args.split, args.label_space).label_space.seen
+        write_json(folder / "config.json", config | {"seen_class_names": seen, "unseen_labels": "none"})
+    return folder
+
+
+def scores(args: DayOneArgs, model: Path, name: str) -> dict:
+    """Scores and their intervals, of eval.py."""
+    output = Path(args.folder, f"{name}_{args.split}_{args.label_space.replace(':', '_')}.json")
+    flags = ("--model", model, "--dataset", args.dataset, "--split", args.split, "--label_space", args.label_space)
+    launch("eval.py", 1, *flags, "--ensemble", "off", "--output", output)
+    result = read_result(output, (*GeneralizedScores._fields, "confidence_intervals.hiou"))
+    found = {score: result[score] for score in GeneralizedScores._fields}
+    return found | {"hiou_interval": result["confidence_intervals"]["hiou"]}
+
+
+@torch.inference_mode()
+def tower_seconds(args: DayOneArgs, models: dict[str, Path]) -> dict[str, float]:
+    """The median seconds that the image tower needs for the proposals of a picture."""
+    records = load_split(args.dataset, args.split, args.label_space)
+    steps = {}
+    for way, folder in models.items():
+        model, processor = load_checkpoint(str(folder))
+        view, pictures = model.config.region_view, []
+        for index in range(args.pictures):
+            inputs = processor(images=records[index].image)
+            found = model.propose(**inputs)
+            pictures.append((processor.to_rgb(inputs["pixel_values"]), found["mask_logits"], found["valid_sizes"]))
+
+        def step(model=model, view=view, pictures=pictures) -> None:
+            for picture in pictures:
+                model.embed_proposals(*picture, view=view)
+
+        steps[way] = step
+    times = measuring.take_turns(steps, 5)
+    return {way: sorted(seconds)[len(seconds) // 2] / args.pictures for way, seconds in times.items()}
+
+
+def measure(args: DayOneArgs) -> list[dict]:
+    rows = []
+    for path in args.learned:
+        name = Path(path).parent.name
+        rows.append({"way": f"learned head of {name}", **scores(args, Path(path), name)})
+    models = {way: joined(args, way, False) for way in WAYS}
+    torch.set_num_threads(1)
+    seconds = tower_seconds(args, models)
+    for way, folder in models.items():
+        for objectness in (False, True):
+            folder = joined(args, way, objectness)
+            row = {"way": way + ", objectness" * objectness, **scores(args, folder, folder.name)}
+            rows.append(row | {"seconds": seconds[way], "of_crops": seconds[way] / seconds["tiny CLIP, crops"]})
+    return rows
+
+
+def report(result: dict) -> str:
+    rows = [
+        [row["way"], *(percent(row[score]) for score in GeneralizedScores._fields), percent_range(row["hiou_interval"]),
+         f"{1000 * row['seconds']:.0f}" if "seconds" in row else "-",
+         f"{row['of_crops']:.2f}" if "of_crops" in row else "-"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    titles = ["class head", "mIoU(S)", "mIoU(U)", "hIoU", "hIoU, 95 % interval", "ms a picture", "of CLIP's crops"]
+    return f"""# Names without training
+
+Made by `{result["command"]}`. The embedded synthetic benchmark, split `{result["split"]}`, label space
+`{result["label_space"]}`. Scores in percent. Milliseconds of the image tower alone, 1 thread.
+
+{measuring.table_of(titles, rows)}"""
+
+
+def main() -> None:
+    args, _ = read_arguments(DayOneArgs)
+    head = measuring.head()  # before sys.argv changes
+    result = {**head, **asdict(args), "rows": measure(args)}
+    measuring.publish(args.output, result, report(result))
+
+
+if __name__ == "__main__":
+    run(main)
