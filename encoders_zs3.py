@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
     PreTrainedConfig,
@@ -206,6 +207,39 @@ def new_tower(config: PreTrainedConfig) -> PreTrainedModel:
     family = family_of(config)
     kind = family.vision_model if config.model_type.endswith("_vision_model") else family.text_model
     return getattr(transformers, kind)._from_config(config)
+
+
+class Encoder(NamedTuple):
+    """The towers of a whole encoder, and the number that multiplies its cosines before a softmax."""
+
+    text_model: PreTrainedModel
+    vision_model: PreTrainedModel
+    scale: float
+
+
+def load_encoder(source: str) -> Encoder:
+    """The encoder of a Hub id or a folder, in float32 and in eval mode. Raises Refused for another model."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    family = family_of(config)
+    whole = getattr(transformers, family.model).from_pretrained(source, dtype=torch.float32)
+    towers = []
+    for name in ("text", "vision"):
+        tower_config = getattr(config, f"{name}_config")
+        if hasattr(config, family.dim):  # the tower's own may be another one
+            setattr(tower_config, family.dim, getattr(config, family.dim))
+        towers.append(new_tower(tower_config).eval())
+        load_into(towers[-1], whole, f"{name}_model.")
+    return Encoder(*towers, family.scale(whole))
+
+
+def load_into(module: nn.Module, source: nn.Module, prefix: str = "") -> None:
+    """Copies the weights of `module` from a model that has them under the same names, or under `prefix` and the name.
+
+    The model may have others, too.
+    """
+    weights = source.state_dict()
+    names = {name: name if name in weights else prefix + name for name in module.state_dict()}
+    module.load_state_dict({name: weights[its] for name, its in names.items()})
 
 
 # ----------------------------------------------------------------------------------------------------------- vectors

@@ -23,7 +23,6 @@ from transformers import (
     Mask2FormerForUniversalSegmentation,
     Mask2FormerModel,
     Mask2FormerPreTrainedModel,
-    PreTrainedModel,
     ProcessorMixin,
 )
 from transformers import initialization as init
@@ -43,7 +42,7 @@ try:
         to_rgb,
     )
     from .configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
-    from .encoders_zs3 import family_of, new_tower
+    from .encoders_zs3 import load_encoder, load_into, new_tower, vector_size
     from .label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from .losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
     from .network_zs3 import batch_norms, call_every_layer, decoder_outputs, run_plainly, transformers_outputs
@@ -73,7 +72,7 @@ except ImportError:
         to_rgb,
     )
     from configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
-    from encoders_zs3 import family_of, new_tower
+    from encoders_zs3 import load_encoder, load_into, new_tower, vector_size
     from label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
     from network_zs3 import batch_norms, call_every_layer, decoder_outputs, run_plainly, transformers_outputs
@@ -230,13 +229,12 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 backbone, trust_remote_code=False, out_features=["stage1", "stage2", "stage3", "stage4"]
             )
         if clip is not None:
-            encoder_config = AutoConfig.from_pretrained(clip, trust_remote_code=False)
-            family = family_of(encoder_config)
-            for tower in ("text_config", "vision_config"):
-                fields[tower] = getattr(encoder_config, tower).to_dict()
-                if hasattr(encoder_config, family.dim):  # the towers' own may be another one
-                    fields[tower][family.dim] = getattr(encoder_config, family.dim)
-                fields["projection_dim"] = fields[tower][family.dim]
+            encoder = load_encoder(clip)
+            fields["projection_dim"] = vector_size(encoder.text_model.config)
+            fields["text_config"] = encoder.text_model.config.to_dict()
+            fields["vision_config"] = encoder.vision_model.config.to_dict()
+            if config_overrides.get("class_head") == "regions":
+                fields["clip_logit_scale"] = encoder.scale
         config = Zs3Config(**{"head_is_trained": False, **fields, **config_overrides})
 
         model = cls(config)
@@ -246,20 +244,17 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             lost = sorted(name for name in loading["missing_keys"] if not name.startswith("criterion."))
             if lost:
                 raise ValueError(f"{mask2former} lacks weights of a Mask2Former: {lost[:3]}")
-            _load_into(model.model, source.model if config.proposal_classes else source)
+            load_into(model.model, source.model if config.proposal_classes else source)
             if config.proposal_classes:
-                _load_into(model.class_predictor, source.class_predictor)
+                load_into(model.class_predictor, source.class_predictor)
         if backbone is not None:
-            encoder = model.model.pixel_level_module.encoder
-            weights = type(encoder).from_pretrained(backbone, config=config.backbone_config, dtype=torch.float32)
-            _load_into(encoder, weights)
+            own = model.model.pixel_level_module.encoder
+            weights = type(own).from_pretrained(backbone, config=config.backbone_config, dtype=torch.float32)
+            load_into(own, weights)
         if clip is not None:
-            encoder = getattr(transformers, family.model).from_pretrained(clip, dtype=torch.float32)
-            for name in ("text_model", "vision_model"):
-                if getattr(model, name) is not None:
-                    _load_into(getattr(model, name), encoder, f"{name}.")
-            if config.class_head == "regions" and "clip_logit_scale" not in config_overrides:
-                config.clip_logit_scale = family.scale(encoder)
+            for tower, its in ((model.text_model, encoder.text_model), (model.vision_model, encoder.vision_model)):
+                if tower is not None:
+                    load_into(tower, its)
         return model
 
     def set_vocabulary(
@@ -713,16 +708,6 @@ def check_masks_are_present(ids: list[Tensor], image_labels: Tensor) -> None:
         absent = own[labels[own] == 0]
         if len(absent):
             raise Refused(f"class {int(absent[0])} has a mask in image {image}, whose image_labels say it is absent")
-
-
-def _load_into(module: nn.Module, source: PreTrainedModel, prefix: str = "") -> None:
-    """Copies the weights of `module` from a model that has them under the same names, or under `prefix` and the name.
-
-    The model may have others, too.
-    """
-    weights = source.state_dict()
-    names = {name: name if name in weights else prefix + name for name in module.state_dict()}
-    module.load_state_dict({name: weights[its] for name, its in names.items()})
 
 
 Zs3ForSemanticSegmentation.register_for_auto_class("AutoModel")

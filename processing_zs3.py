@@ -515,6 +515,13 @@ def saved_templates(source: str, revision: str = "main") -> Sequence[str]:
     return json.loads(read_text(file)).get("prompt_templates", PROMPT_TEMPLATES)
 
 
+def encoder_processor(source: str, templates: Sequence[str]) -> Zs3Processor:
+    """A processor of the texts of an encoder. templates: of its family; its own files may have others."""
+    file = _saved(source, "processor_config.json", "main")
+    own = {} if file is None else json.loads(read_text(file))
+    return Zs3Processor(Zs3ImageProcessor(), saved_tokenizer(source), own.get("prompt_templates", templates))
+
+
 def _saved(source: str, name: str, revision: str) -> str | None:
     """The file's path on this disk, after a download if needed; None: there is no such file."""
     return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)

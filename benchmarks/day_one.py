@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import measuring
-from encoders_zs3 import PROMPT_TEMPLATES
 from zs3.checkpoints import load_checkpoint
 from zs3.command_line import Count, OutputFolder, check_required, flag, read_arguments, run
 from zs3.data.records import load_split
@@ -64,7 +63,7 @@ def joined(args: DayOneArgs, way: str, objectness: bool) -> Path:
         flags = {"proposals": args.proposals, "encoder": str(ENCODERS / encoder), "output": str(folder)}
         flags |= {"region_view": region_view, "patch_tokens": patch_tokens}
         sys.argv = ["zs3 assemble", *(f"--{name}={value}" for name, value in flags.items())]
-        sys.argv += ["--objectness" if objectness else "--no_objectness", "--prompt_templates", *PROMPT_TEMPLATES]
+        sys.argv += ["--objectness" if objectness else "--no_objectness"]
         assemble.main()
         config = json.loads((folder / "config.json").read_text())
         seen = load_split(args.dataset, args.split, args.label_space).label_space.seen

@@ -8,11 +8,19 @@ import torch.nn.functional as F
 import transformers
 from tiny import byte_tokenizer, save_checkpoint, tiny_encoder, tiny_model, tiny_towers
 
+from clip_views_zs3 import embed_proposals
 from configuration_zs3 import Refused, Zs3Config
-from encoders_zs3 import FAMILIES, family_of, patch_grid, picture_vectors, region_vectors, text_vectors
+from encoders_zs3 import FAMILIES, family_of, load_encoder, patch_grid, picture_vectors, region_vectors, text_vectors
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from text_zs3 import text_side
+from zs3.data.image_labels import load_unseen_scores
+from zs3.data.records import load_split
+from zs3.label_space import load_label_space
+from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
+from zs3.scenes.dataset import write_dataset
+from zs3.scenes.render import CLASS_NAMES as SCENES
+from zs3.scenes.render import UNSEEN
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 NAMES = ["cat", "a very long name of some thing", "x"]
@@ -207,3 +215,40 @@ def test_the_tokenizer_of_a_checkpoint_is_one_of_the_known_classes(tmp_path):
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "EvilTokenizer"}))
     assert type(Zs3Processor.from_pretrained(tmp_path).tokenizer) is FAMILIES["clip"].tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------- pseudo labels
+
+
+@every_family
+@pytest.mark.parametrize("region_view", ["crops", "single_pass"])
+def test_pseudo_labels_of_another_encoder_are_those_of_a_loop(folders, tmp_path, family, region_view):
+    """Eq. 9 and 10 by hand, with transformers' own text vectors; the checkpoint itself has no image tower."""
+    write_dataset(tmp_path / "data", num_train=2, num_validation=1, seed=0)
+    model = save_checkpoint(tmp_path / "stage1", seen_class_names=[name for name in SCENES if name not in UNSEEN])
+    made = {"model": str(tmp_path / "stage1"), "dataset": str(tmp_path / "data"), "output": str(tmp_path / "out")}
+    options = {"unannotated_share": 0.0, "fill": "mean", "region_view": region_view, "measure": False}
+    make_pseudo_labels(PseudoLabelArgs(**made, encoder=str(folders[family]), **options))
+    space = load_label_space(str(tmp_path / "data"))
+    found = load_unseen_scores(tmp_path / "out", space, ["00000", "00001"])
+
+    encoder, tokenizer = tiny_encoder(family), byte_tokenizer(family)
+    vectors = []
+    for name in space.unseen:
+        prompts = [template.format(name) for template in FAMILIES[family].templates]
+        tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            ids = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+            unit = F.normalize(encoder.get_text_features(**ids).pooler_output, dim=-1)
+        vectors.append(F.normalize(unit.mean(0), dim=0))
+    scale = float(encoder.logit_scale.exp() if family == "clip" else 1 / encoder.temperature)
+    processor = Zs3ImageProcessor.from_pretrained(tmp_path / "stage1")
+    tower = load_encoder(str(folders[family])).vision_model
+    for index, row in enumerate(found):
+        inputs = processor(load_split(tmp_path / "data", "train")[index].image)
+        with torch.no_grad():
+            proposals = model.propose(**inputs)
+        images = processor.to_rgb(inputs["pixel_values"])
+        seen = embed_proposals(tower, images, proposals["mask_logits"], proposals["valid_sizes"], view=region_view)
+        scores = (scale * seen.embeds[0][seen.shown[0]] @ torch.stack(vectors).T).softmax(-1).amax(0)
+        torch.testing.assert_close(torch.tensor(row), scores, atol=1e-4, rtol=1e-3)

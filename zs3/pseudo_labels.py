@@ -32,20 +32,23 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from clip_views_zs3 import CROPS_AT_ONCE, proposal_masks
+from clip_views_zs3 import CROPS_AT_ONCE, embed_proposals, proposal_masks
 from configuration_zs3 import Number, shortened
+from encoders_zs3 import FAMILIES, PatchTokens, family_of, load_encoder
 from files_zs3 import is_leftover
 from outputs_zs3 import label_similarity
-from processing_zs3 import Zs3ImageProcessor, resize_nearest
-from zs3.checkpoints import check_no_unseen_masks, class_vectors, load_checkpoint
+from processing_zs3 import Zs3ImageProcessor, encoder_processor, resize_nearest
+from text_zs3 import embed_prompts, read_labels
+from zs3.checkpoints import check_checkpoint, check_no_unseen_masks, class_vectors, load_checkpoint, refusing
 from zs3.command_line import (
     Arguments,
     Batch,
@@ -58,6 +61,7 @@ from zs3.command_line import (
     flag,
     in_one_line,
     read_arguments,
+    refuse_together,
     run,
     shown,
 )
@@ -97,6 +101,13 @@ class PseudoLabelArgs(Arguments):
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row per class.")
     max_images: Count | None = flag(None, "Score the first N images only.")
 
+    encoder: str | None = flag(
+        None, "CLIP or TIPSv2 that scores the proposals (Hub id or folder); default: the checkpoint's own towers."
+    )
+    region_view: Literal["crops", "single_pass"] = flag(
+        "crops", "What the image tower sees: a crop of each proposal, or all of them in one pass over the image."
+    )
+    patch_tokens: PatchTokens = flag("attention", "Patch tokens of TIPSv2 in a single pass: 'attention' or 'values'.")
     seen_names: bool = flag(False, "Seen names compete with unseen names in the softmax of Eq. 9.")
     unannotated_share: Share = flag(
         0.5,
@@ -116,6 +127,7 @@ class PseudoLabelArgs(Arguments):
 
     def check(self) -> None:
         check_required(self, "model", "dataset", "output")
+        refuse_together(self, "encoder", "text_embeds", why="the encoder has a text tower")
 
 
 # ---- scores ------------------------------------------------------------------------------------------------
@@ -178,17 +190,28 @@ def collate(image_processor: Zs3ImageProcessor, samples: list[tuple[Image.Image,
     return Inputs(inputs["pixel_values"], inputs["pixel_mask"], annotated)
 
 
+class Scorer(NamedTuple):
+    """What scores proposals: an image tower, the text vectors (C, D) of its encoder, and the scale of their cosines."""
+
+    vision_model: PreTrainedModel
+    text_embeds: Tensor
+    logit_scale: float
+
+
 def score_batch(
     batch: Inputs,
     model: PreTrainedModel,
     image_processor: Zs3ImageProcessor,
-    text_embeds: Tensor,
+    scorer: Scorer,
     unannotated_share: float,
     fill: str,
     mask_threshold: float,
     mixed_precision: str,
+    region_view: str,
+    patch_tokens: str,
 ) -> Tensor:
-    """(B, C) scores. text_embeds: (C, D). The last four arguments are the flags of the same names."""
+    """(B, C) scores. The last six arguments are the flags of the same names."""
+    text_embeds = scorer.text_embeds
     scores = torch.zeros(len(batch.annotated), len(text_embeds), device=model.device)
     if unannotated_share > 0:  # a fully annotated image has no usable proposal, so its scores stay 0
         rows = [row for row, annotated in enumerate(batch.annotated) if not annotated.all()]
@@ -206,15 +229,18 @@ def score_batch(
         usable = torch.stack([usable_proposals(logits, a.to(model.device), *options) for logits, a in pairs])  # (B, Q)
     images, dtype = image_processor.to_rgb(pixel_values), DTYPES[mixed_precision]
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-        views = model.embed_proposals(
+        views = embed_proposals(
+            scorer.vision_model,
             images,
             proposals["mask_logits"],
             proposals["valid_sizes"],
+            view=region_view,
             fill=None if fill == "none" else fill,
             mask_threshold=mask_threshold,
             chosen=usable,
+            patch_tokens=patch_tokens,
         )
-    pairs, scale = zip(views.embeds, views.shown, strict=True), model.config.clip_logit_scale
+    pairs, scale = zip(views.embeds, views.shown, strict=True), scorer.logit_scale
     scores[rows] = torch.stack([unseen_scores(embeds[shown], text_embeds, scale) for embeds, shown in pairs])
     return scores
 
@@ -239,8 +265,8 @@ def write_shard(path: Path, image_ids: list[str], scores: np.ndarray, unseen: li
 # ---- what decides the scores -------------------------------------------------------------------------------
 
 
-def check_source(config: PreTrainedConfig, label_space: LabelSpace) -> None:
-    """Refuses a model that learned from unseen classes, or that has no image tower."""
+def check_source(config: PreTrainedConfig, label_space: LabelSpace, encoder: str | None) -> None:
+    """Refuses a model that learned from unseen classes, or that has no image tower while no encoder is given."""
     if not label_space.unseen:
         raise InputError("the label space has no unseen class: there is nothing to make pseudo labels for")
     check_no_unseen_masks(config, label_space, "pseudo labels can come from it, take the stage-1 model")
@@ -249,8 +275,8 @@ def check_source(config: PreTrainedConfig, label_space: LabelSpace) -> None:
             "the checkpoint learned from ground-truth image labels of unseen classes: take the stage-1 model for "
             "pseudo labels"
         )
-    if config.vision_config is None:
-        raise InputError("the checkpoint has no image tower to score proposals: train stage 1 with --encoder")
+    if config.vision_config is None and encoder is None:
+        raise InputError("the checkpoint has no image tower to score proposals: give --encoder")
 
 
 def resolved_settings(
@@ -260,14 +286,18 @@ def resolved_settings(
     records: Split,
     image_ids: list[str],
     prompts: list[str],
-    text_embeds: Tensor,
+    scorer: Scorer,
 ) -> dict:
-    """Everything that determines the scores, for settings.json. text_embeds: (C, D) of the names in the softmax.
+    """Everything that determines the scores, for settings.json.
 
     Pictures are recorded by id and, in a folder, by file size: reading all files takes too long.
     """
-    own_code = {"trust_remote_code": True} if args.trust_remote_code else {}
-    return own_code | {
+    # Flags of later versions: with their defaults they are left out, so that older unfinished folders can be resumed.
+    later = {name: getattr(args, name) for name in ("trust_remote_code", "region_view", "patch_tokens")}
+    later = {name: value for name, value in later.items() if value != getattr(PseudoLabelArgs, name)}
+    if args.encoder is not None:
+        later["encoder_sha256"] = checkpoint_sha256(args.encoder)
+    return later | {
         "checkpoint_sha256": checkpoint_sha256(args.model),
         "checkpoint_commit": getattr(model.config, "_commit_hash", None),
         "dataset": dataset_name(args.dataset),
@@ -278,8 +308,8 @@ def resolved_settings(
         "label_space_sha256": label_space.sha256,
         "unseen": label_space.unseen,
         "prompts": prompts,
-        "text_embeds_sha256": sha256(text_embeds.cpu().numpy().tobytes()),
-        "logit_scale": model.config.clip_logit_scale,
+        "text_embeds_sha256": sha256(scorer.text_embeds.cpu().numpy().tobytes()),
+        "logit_scale": scorer.logit_scale,
         "seen_names": args.seen_names,
         **crop_flags(args),
         # Version 0.1.0 had flags for these two. They stay, so that its unfinished folders can be resumed.
@@ -452,21 +482,21 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
         raise InputError(f"image_id repeats in split {args.split!r}: pseudo labels need a different one for each image")
     with accelerator.local_main_process_first():
         model, processor = load_checkpoint(args.model, args.trust_remote_code)
-    check_source(model.config, label_space)
+    check_source(model.config, label_space, args.encoder)
     model.to(accelerator.device)
-    text_embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
-    in_softmax = [*label_space.unseen, *(label_space.seen if args.seen_names else [])]  # the unseen ones come first
-    text_embeds = text_embeds[[label_space.class_names.index(name) for name in in_softmax]].to(accelerator.device)
     image_processor = getattr(processor, "image_processor", processor)
-    towers = {"model": model, "image_processor": image_processor, "text_embeds": text_embeds}
-    score = partial(score_batch, **towers, **crop_flags(args))
+    with accelerator.local_main_process_first():
+        scorer, prompts = make_scorer(args, model, processor, label_space)
+    views = {"region_view": args.region_view, "patch_tokens": args.patch_tokens}
+    towers = {"model": model, "image_processor": image_processor, "scorer": scorer}
+    score = partial(score_batch, **towers, **crop_flags(args), **views)
 
     folder, image_ids = Path(args.output), records.image_ids[: args.max_images]
     digest = [b""]  # all processes use the main one's: device names may differ
     with ExitStack() as held:
         with all_refuse(accelerator):
             if accelerator.is_main_process:
-                settings = resolved_settings(args, model, label_space, records, image_ids, prompts, text_embeds)
+                settings = resolved_settings(args, model, label_space, records, image_ids, prompts, scorer)
                 held.enter_context(lock_folder(folder))
                 check_settings(folder, settings)
                 digest = [settings_digest(settings)]
@@ -485,6 +515,26 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
         result = summary(scores, truth, label_space.unseen, model.config.pseudo_label_threshold)
         write_json(folder / "summary.json", result)
         return result
+
+
+def make_scorer(
+    args: PseudoLabelArgs, model: PreTrainedModel, processor: ProcessorMixin, label_space: LabelSpace
+) -> tuple[Scorer, list[str]]:
+    """The scorer on the model's device, and its prompts. The unseen names come first in its text vectors."""
+    in_softmax = [*label_space.unseen, *(label_space.seen if args.seen_names else [])]
+    if args.encoder is None:
+        embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
+        embeds = embeds[[label_space.class_names.index(name) for name in in_softmax]]
+        return Scorer(model.vision_model, embeds.to(model.device), model.config.clip_logit_scale), prompts
+    check_checkpoint("encoder", args.encoder, tuple(FAMILIES))
+    with refusing(f"--encoder {shown(args.encoder)} cannot be used"):
+        encoder = load_encoder(args.encoder)
+        own = encoder_processor(args.encoder, family_of(encoder.text_model.config).templates)
+    with in_one_line("class names"):
+        labels = read_labels(in_softmax, own.prompt_templates)
+        own.check_readable(labels)
+    embeds = F.normalize(embed_prompts(encoder.text_model, **own.tokenize(labels)), dim=-1)
+    return Scorer(encoder.vision_model.to(model.device), embeds.to(model.device), encoder.scale), own.prompt_templates
 
 
 def own_shards(accelerator: Accelerator, folder: Path, count: int, shard_size: int) -> tuple[dict[Path, range], int]:

@@ -24,8 +24,8 @@ from encoders_zs3 import FAMILIES, PatchTokens, family_of
 from files_zs3 import read_text
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from pipeline_zs3 import Zs3Pipeline
-from processing_zs3 import Zs3ImageProcessor, Zs3Processor
-from zs3.checkpoints import check_checkpoint, check_finite, load_tokenizer, refusing
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor, encoder_processor
+from zs3.checkpoints import check_checkpoint, check_finite, check_tokenizer, refusing
 from zs3.command_line import (
     Arguments,
     InputError,
@@ -150,9 +150,10 @@ def assemble(args: AssembleArgs, proposals: Path, encoder: Path) -> tuple[Zs3For
             pixel_std=list(image_processor.image_std),
         )
     check_finite(model, f"{shown(proposals)} with {shown(encoder)}")
-    tokenizer = load_tokenizer(str(encoder), model.config.text_config)
-    templates = args.prompt_templates or family_of(model.config.text_config).templates
-    return model.eval(), Zs3Processor(image_processor, tokenizer, templates)
+    with refusing(f"the tokenizer of {shown(encoder)} cannot be used"):
+        own = encoder_processor(str(encoder), family_of(model.config.text_config).templates)
+    check_tokenizer(str(encoder), own.tokenizer, model.config.text_config)
+    return model.eval(), Zs3Processor(image_processor, own.tokenizer, args.prompt_templates or own.prompt_templates)
 
 
 # ---- what is told ------------------------------------------------------------------------------------------

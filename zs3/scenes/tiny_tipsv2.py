@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import Tipsv2Config, Tipsv2Model
 from transformers.models.tipsv2.tokenization_tipsv2 import Tipsv2Tokenizer
 
+from encoders_zs3 import PROMPT_TEMPLATES
 from zs3.files import write_json
 from zs3.scenes import render
 from zs3.scenes.captions import tipsv2_tokenizer
@@ -225,7 +226,7 @@ def train(folder: Path, steps: int, seed: int) -> Tipsv2Model:
 
 
 def save(model: Tipsv2Model, tokenizer: Tipsv2Tokenizer, folder: Path) -> None:
-    """Writes weights, tokenizer and the settings of the image processor."""
+    """Writes weights, tokenizer, the settings of the image processor, and prompts."""
     model.temperature.data.copy_((-model.log_scale).exp())
     weights = {name: value for name, value in model.state_dict().items() if name != "log_scale"}
     model.save_pretrained(folder, state_dict=weights)
@@ -236,3 +237,5 @@ def save(model: Tipsv2Model, tokenizer: Tipsv2Tokenizer, folder: Path) -> None:
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": False, "do_convert_rgb": True,
     }  # fmt: skip
     write_json(folder / "preprocessor_config.json", preprocessor)
+    # The captions of its training have these prompts, not those that TIPSv2 was published with.
+    write_json(folder / "processor_config.json", {"prompt_templates": list(PROMPT_TEMPLATES)})
