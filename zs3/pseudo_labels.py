@@ -101,13 +101,11 @@ class PseudoLabelArgs(Arguments):
     text_embeds: str | None = flag(None, "Text vectors for a checkpoint without text tower: a .npy, one row per class.")
     max_images: Count | None = flag(None, "Score the first N images only.")
 
-    encoder: str | None = flag(
-        None, "CLIP or TIPSv2 that scores the proposals (Hub id or folder); default: the checkpoint's own towers."
-    )
+    encoder: str | None = flag(None, "CLIP or TIPSv2 that scores the proposals; default: the checkpoint's own towers.")
     region_view: Literal["crops", "single_pass"] = flag(
-        "crops", "What the image tower sees: a crop of each proposal, or all of them in one pass over the image."
+        "crops", "What the image tower sees: crops, or all proposals in one pass."
     )
-    patch_tokens: PatchTokens = flag("attention", "Patch tokens of TIPSv2 in a single pass: 'attention' or 'values'.")
+    patch_tokens: PatchTokens = flag("attention", "Last block of TIPSv2 in a single pass.")
     seen_names: bool = flag(False, "Seen names compete with unseen names in the softmax of Eq. 9.")
     unannotated_share: Share = flag(
         0.5,

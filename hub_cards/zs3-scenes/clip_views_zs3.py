@@ -1,8 +1,8 @@
 """CLIP's view of the proposals, and its ensemble with the model's own (sections 3.4 and 4.6).
 
-CLIP is shown a crop of each proposal (`crop_proposals`: as Xu et al. 2021 for the ensemble, the plain box for pseudo
-labels), or all proposals of an image in one pass over it (`single_pass`). `ensemble_with_clip` joins CLIP's
-probabilities with the model's.
+CLIP, or another encoder of encoders_zs3, is shown a crop of each proposal (`crop_proposals`: as Xu et al. 2021 for the
+ensemble, the plain box for pseudo labels), or all proposals of an image in one pass over it (`region_vectors`).
+`ensemble_with_clip` joins its probabilities with the model's.
 
 Axes: B image, Q query, N proposal that is looked at, C class name, D embedding; H W input size, h w mask size, S side
 of CLIP's input, P patch.
@@ -14,17 +14,34 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers import PreTrainedModel
 
 try:
     from .configuration_zs3 import Refused, as_number, shortened
+    from .encoders_zs3 import (
+        PatchTokens,
+        family_of,
+        normalised,
+        patch_grid,
+        picture_vectors,
+        region_vectors,
+        vector_size,
+    )
     from .label_maps_zs3 import MASK_STRIDE
     from .outputs_zs3 import best_synonyms, check_finite_output, label_similarity
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import Refused, as_number, shortened
+    from encoders_zs3 import (
+        PatchTokens,
+        family_of,
+        normalised,
+        patch_grid,
+        picture_vectors,
+        region_vectors,
+        vector_size,
+    )
     from label_maps_zs3 import MASK_STRIDE
     from outputs_zs3 import best_synonyms, check_finite_output, label_similarity
 
@@ -34,12 +51,11 @@ Fill = Literal["mean"] | None
 MASK_THRESHOLD = 0.5  # a proposal is where its mask is above it (Xu et al. 2021)
 BICUBIC = -0.75  # the constant of PyTorch's bicubic kernel
 CROPS_AT_ONCE = 16  # crops that are cut at once: each needs a copy of its image
-SINGLE_PASS_SCALE = 2.0  # sides of the image in `single_pass`, in those of CLIP's training (geometric mean)
-CROPS_FOR_TOWER = 64  # crops that CLIP's image tower sees at once
+CROPS_FOR_TOWER = 64  # crops that the image tower sees at once
 
 
 class ProposalEmbeds(NamedTuple):
-    """embeds: (B, Q, D) float32, unit length, 0 where CLIP was shown nothing. shown: (B, Q) bool."""
+    """embeds: (B, Q, D) float32, unit length, 0 where the encoder was shown nothing. shown: (B, Q) bool."""
 
     embeds: Tensor
     shown: Tensor
@@ -47,7 +63,7 @@ class ProposalEmbeds(NamedTuple):
 
 @torch.no_grad()
 def embed_proposals(
-    tower: CLIPVisionModelWithProjection,
+    tower: PreTrainedModel,
     images: Tensor,
     mask_logits: Tensor,
     valid_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
@@ -56,16 +72,18 @@ def embed_proposals(
     mask_threshold: float = MASK_THRESHOLD,
     fill: Fill = "mean",
     chosen: Tensor | None = None,
+    patch_tokens: PatchTokens = "attention",
 ) -> ProposalEmbeds:
-    """CLIP's embeddings of proposals. The only way of pixels to CLIP.
+    """An image tower's embeddings of proposals. The only way of pixels to an encoder.
 
     images: (B, 3, H, W) RGB in [0, 1], see the image processor's `to_rgb`.
     mask_logits: (B, Q, h, w); valid_sizes: (B, 2), as in Zs3Output; None: no padding.
-    view: "crops", a crop of each proposal; or "single_pass", all proposals in one pass over their image, which is an
-        approximation and takes the time of a few crops.
+    view: "crops", a crop of each proposal; or "single_pass", all proposals in one pass over their image, which takes
+        the time of a few crops. With CLIP it is an approximation.
     mask_threshold: a proposal is where its mask is above it. One that is nowhere is not shown.
     fill: the colour of pixels outside the mask in a crop, see `crop_proposals`.
     chosen: (B, Q) bool, the proposals to look at; None: all.
+    patch_tokens: in a single pass, see `patch_means` of encoders_zs3.
     """
     if view not in get_args(ClipView):
         raise Refused(f"view must be 'crops' or 'single_pass', got {shortened(view)}")
@@ -74,7 +92,7 @@ def embed_proposals(
     sizes = [tuple(int(side) for side in size) for size in valid_sizes]
     images = [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
     shown = visible_proposals(mask_logits, sizes, mask_threshold, chosen)
-    embeds = mask_logits.new_zeros(*shown.shape, tower.config.projection_dim, dtype=torch.float32)
+    embeds = mask_logits.new_zeros(*shown.shape, vector_size(tower.config), dtype=torch.float32)
 
     def masks(image: int, query: Tensor) -> Tensor:
         return proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
@@ -82,27 +100,54 @@ def embed_proposals(
     if view == "single_pass":
         for image in shown.any(dim=1).nonzero()[:, 0].tolist():
             query = shown[image].nonzero()[:, 0]
-            embeds[image, query] = single_pass(tower, images[image], masks(image, query)).float()
+            covered = covered_patches(tower, mask_logits[image, query], sizes[image], mask_threshold)
+            embeds[image, query] = region_vectors(tower, images[image], covered, patch_tokens).float()
     else:
         side = tower.config.image_size
         for part in shown.nonzero().split(CROPS_FOR_TOWER) if shown.any() else ():
             crops = []
             for image in part[:, 0].unique().tolist():
                 own = masks(image, part[part[:, 0] == image, 1])
-                crops.append(crop_proposals(images[image], own, side, fill=fill))
-            embeds[part[:, 0], part[:, 1]] = tower(torch.cat(crops)).image_embeds.float()
-    check_finite_output("CLIP's embeddings of the proposals", embeds)
+                crops.append(crop_proposals(normalised(tower, images[image]), own, side, fill=fill))
+            embeds[part[:, 0], part[:, 1]] = picture_vectors(tower, torch.cat(crops)).float()
+    check_finite_output("the image tower's embeddings of the proposals", embeds)
     return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
+
+
+def to_rgb(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float], full: float = 1.0) -> Tensor:
+    """Normalised pixel_values (B, 3, H, W) -> RGB in [0, 1], float32. full: a full colour before the normalisation."""
+    pixels = pixel_values.float()
+    mean, std = (pixels.new_tensor(value).view(-1, 1, 1) for value in (mean, std))
+    return ((pixels * std + mean) / full).clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------- crops
 
 
-def proposal_masks(mask_logits: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """Where proposals are, M > threshold: (N, h, w) logits -> (N, H, W) bool, at `size` of the unpadded input."""
+def full_masks(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The proposals M in [0, 1]: (N, h, w) logits -> (N, H, W) float32, at `size` of the unpadded input."""
     full = [side * MASK_STRIDE for side in mask_logits.shape[1:]]
     masks = F.interpolate(mask_logits[None].float(), size=full, mode="bilinear", align_corners=False)[0]
-    return masks[:, : size[0], : size[1]].sigmoid() > threshold
+    return masks[:, : size[0], : size[1]].sigmoid()
+
+
+def proposal_masks(mask_logits: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """Where proposals are, M > threshold: (N, h, w) logits -> (N, H, W) bool, at `size` of the unpadded input."""
+    return full_masks(mask_logits, size) > threshold
+
+
+def covered_patches(tower: PreTrainedModel, mask_logits: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
+    """The share of each patch of `patch_grid` that proposals cover: (N, h, w) logits -> (N, P) in [0, 1].
+
+    A pixel counts as M, or as M > threshold, as its family sees regions.
+    """
+    grid, soft = patch_grid(tower, size), family_of(tower.config).soft
+    covered = []
+    for part in mask_logits.split(CROPS_AT_ONCE):  # all masks at the input size would need much memory
+        masks = full_masks(part, size)
+        masks = masks if soft else (masks > threshold).float()
+        covered.append(F.adaptive_avg_pool2d(masks, grid).flatten(1))
+    return torch.cat(covered)
 
 
 def visible_proposals(
@@ -131,32 +176,24 @@ def mask_boxes(masks: Tensor) -> Tensor:
     return torch.stack([left, top, right, bottom], dim=1)
 
 
-def crop_proposals(image: Tensor, masks: Tensor, size: int, *, fill: Fill = "mean") -> Tensor:
-    """The proposals of one image as CLIP sees them: (N, 3, S, S), normalised.
+def crop_proposals(pixels: Tensor, masks: Tensor, size: int, *, fill: Fill = "mean") -> Tensor:
+    """The proposals of one image as an encoder sees them: (N, 3, S, S).
 
-    image: (3, H, W) RGB in [0, 1]; masks: (N, H, W) bool, none of them empty; size: S.
-    fill: the colour of pixels outside the mask, CLIP's "mean" (0 after normalisation); None: their own.
+    pixels: (3, H, W), of `normalised`; masks: (N, H, W) bool, none of them empty; size: S.
+    fill: the colour of pixels outside the mask, the encoder's "mean" (0 after normalisation); None: their own.
     The box is stretched to S x S (bicubic, no antialias), as in Xu et al. 2021.
     """
     if fill not in ("mean", None):
         raise Refused(f"fill must be 'mean' or None, got {shortened(fill)}")
-    pixels = _normalised(image)
     left, top, right, bottom = mask_boxes(masks).unbind(1)
-    rows = _bicubic(top, bottom, image.shape[1], size)  # (N, S, H)
-    columns = _bicubic(left, right, image.shape[2], size)  # (N, S, W)
+    rows = _bicubic(top, bottom, pixels.shape[1], size)  # (N, S, H)
+    columns = _bicubic(left, right, pixels.shape[2], size)  # (N, S, W)
     crops = []
-    with torch.autocast(image.device.type, enabled=False):
+    with torch.autocast(pixels.device.type, enabled=False):
         for part in torch.arange(len(masks), device=masks.device).split(CROPS_AT_ONCE):
             shown = pixels if fill is None else torch.where(masks[part, None], pixels, 0)  # (n, 3, H, W)
             crops.append(rows[part, None] @ shown @ columns[part, None].mT)
     return torch.cat(crops) if crops else pixels.new_empty(0, 3, size, size)
-
-
-def _normalised(image: Tensor) -> Tensor:
-    """(3, H, W) RGB in [0, 1] -> as CLIP takes it, float32."""
-    image = image.float()
-    mean, std = (image.new_tensor(value).view(3, 1, 1) for value in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return (image - mean) / std
 
 
 def _bicubic(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
@@ -179,35 +216,6 @@ def _bicubic(start: Tensor, stop: Tensor, length: int, size: int) -> Tensor:
     for tap in range(4):  # one by one: taps meet at a border, and the order of a sum must always be the same
         matrix.scatter_add_(2, index[..., tap, None], weight[..., tap, None])
     return matrix
-
-
-# ------------------------------------------------------------------------------------------------- one pass for all
-
-
-def single_pass(tower: CLIPVisionModelWithProjection, image: Tensor, masks: Tensor) -> Tensor:
-    """CLIP embeddings of all proposals of an image from one pass over it: (N, D), not normalised.
-
-    image: (3, H, W) RGB in [0, 1]; masks: (N, H, W) bool, none of them empty.
-    Every proposal is a copy of CLIP's class token. It reads each patch as far as its mask covers the patch. No other
-    token reads it, so patches are those of CLIP's own pass over the image. Nothing is trained. The idea is that of
-    MaskCLIP (Ding et al. 2023) and MAFT (Jiao et al. 2023).
-    """
-    vision = tower.vision_model
-    side, patch = tower.config.image_size, tower.config.patch_size
-    scale = SINGLE_PASS_SCALE * side / (image.shape[1] * image.shape[2]) ** 0.5
-    grid = [max(1, round(length * scale / patch)) for length in image.shape[1:]]
-    pixels = _normalised(image)[None]
-    pixels = F.interpolate(pixels, size=[n * patch for n in grid], mode="bicubic", antialias=True, align_corners=False)
-    covered = F.adaptive_avg_pool2d(masks.float(), grid).flatten(1)  # (N, P), share of each patch
-    hidden = vision.embeddings(pixels, interpolate_pos_encoding=True)  # (1, 1 + P, width)
-    known = hidden.shape[1]
-    hidden = torch.cat([hidden, hidden[:, :1].expand(-1, len(masks), -1)], dim=1)
-    bias = hidden.new_full((hidden.shape[1], hidden.shape[1]), -torch.inf)
-    bias[:known, :known] = 0
-    bias[known:, 1:known] = covered.to(bias.dtype).log()
-    bias[known:, known:].fill_diagonal_(0)
-    hidden = vision.encoder(inputs_embeds=vision.pre_layrnorm(hidden), attention_mask=bias[None, None])
-    return tower.visual_projection(vision.post_layernorm(hidden.last_hidden_state[0, known:]))
 
 
 # ---------------------------------------------------------------------------------------------------- the ensemble

@@ -8,6 +8,7 @@ Two rules for all files are at the end: when two class names are one name, and w
 
 import math
 from collections.abc import Sequence
+from dataclasses import field
 from difflib import get_close_matches
 from functools import cache, wraps
 from numbers import Integral, Real
@@ -18,14 +19,8 @@ from unicodedata import category, normalize
 import numpy as np
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
-from transformers import (
-    AutoConfig,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    Mask2FormerConfig,
-    PreTrainedConfig,
-    ResNetConfig,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, Mask2FormerConfig, PreTrainedConfig, ResNetConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 TINY, HUGE = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the least normal number, and the largest, of a float32
 INT32 = 2**31 - 1
@@ -149,6 +144,7 @@ RANGES = {
     "train_num_points": (1, 10**6),
     "oversample_ratio": (1, 1000),
     "common_stride": (4, 4),  # the stride of the masks
+    "proposal_classes": (0, 2**16),
 }
 
 
@@ -161,10 +157,22 @@ class Zs3Config(Mask2FormerConfig):
 
     Architecture:
         backbone_config: the backbone's configuration; default ResNet-50 (section 4.3).
-        text_config: the frozen CLIP text tower's; None: text vectors come from outside.
-        vision_config: the frozen CLIP image tower's; None: CLIP is shown no proposal.
-        projection_dim: D, the size of CLIP's joint space.
+        text_config: the frozen text tower's, of CLIP or another encoder (see encoders_zs3); None: text vectors come
+            from outside.
+        vision_config: the frozen image tower's of the same encoder; None: it is shown no proposal.
+        projection_dim: D, the size of the encoder's joint space.
         class_projection: the layers that make the class embeddings E^c: "mlp" (hidden -> 4 x hidden -> D) or "linear".
+        class_head: what is compared with text vectors: "learned", the class embeddings E^c (Fig. 2); or "regions", what
+            the image tower sees of each proposal, without any training.
+        head_is_trained: whether a training step changed the class embeddings. If not, the learned head names nothing.
+        region_view: what the image tower sees for class_head "regions": "single_pass", all proposals in one pass over
+            the image; or "crops", a crop of each.
+        patch_tokens: tokens of a single pass of TIPSv2: in the last block they attend to each other ("attention"), or
+            keep their own values ("values").
+        proposal_classes: number of classes that a joined Mask2Former was trained on, whose class predictor is kept; 0:
+            none is kept.
+        objectness: multiplies p_q of Eq. 4 by 1 - the probability of "no object" of this class predictor.
+        pixel_mean, pixel_std: the normalisation of pixel_values, image_mean and image_std of the image processor.
 
     Losses:
         class_temperature: tau of Eq. 2, which divides the cosine.
@@ -213,7 +221,7 @@ class Zs3Config(Mask2FormerConfig):
     """
 
     model_type = "zs3"
-    sub_configs = {"backbone_config": AutoConfig, "text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
+    sub_configs = dict.fromkeys(("backbone_config", "text_config", "vision_config"), AutoConfig)
     backbones_supported = ["swin", "resnet", "convnext"]
     keys_to_ignore_at_inference = ["loss_terms", "same_label_rate"]  # outputs that the Trainer must not collect
 
@@ -221,6 +229,14 @@ class Zs3Config(Mask2FormerConfig):
     vision_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 512
     class_projection: Literal["mlp", "linear"] = "mlp"
+    class_head: Literal["learned", "regions"] = "learned"
+    head_is_trained: bool = True
+    region_view: Literal["crops", "single_pass"] = "single_pass"
+    patch_tokens: Literal["attention", "values"] = "attention"
+    proposal_classes: int = 0
+    objectness: bool = False
+    pixel_mean: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_MEAN))
+    pixel_std: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_STD))
 
     class_temperature: float | int = 0.01
     class_loss: Literal["background_aware", "cross_entropy"] = "background_aware"
@@ -268,7 +284,7 @@ class Zs3Config(Mask2FormerConfig):
             self.backbone_config = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
         for name in ("text_config", "vision_config"):
             if isinstance(getattr(self, name), dict):
-                setattr(self, name, self.sub_configs[name](**getattr(self, name)))
+                setattr(self, name, tower_config(name, **getattr(self, name)))
         super().__post_init__(**kwargs)
 
     def validate_class_norm(self):
@@ -276,11 +292,26 @@ class Zs3Config(Mask2FormerConfig):
         if self.class_loss == "cross_entropy" and self.class_norm == "queries":
             raise Refused("class_norm 'queries' does not go with class_loss 'cross_entropy': give 'groups'")
 
+    def validate_class_head(self):
+        """Called by `strict`."""
+        if self.class_head == "regions" and self.vision_config is None:
+            raise Refused("class_head 'regions' needs an image tower: give vision_config")
+        if self.objectness and not self.proposal_classes:
+            raise Refused("objectness needs the class predictor of a joined Mask2Former: give proposal_classes")
+
     def validate_strides(self):
         """Called by `strict`."""
         strides = self.feature_strides  # of the backbone's stages
         if len(strides) != 4 or min(strides) < 1:
             raise Refused(f"feature_strides must be four whole numbers above 0, got {shortened(strides)}")
+
+
+def tower_config(name: str, model_type: str | None = None, **fields: Any) -> PreTrainedConfig:
+    """The configuration of an encoder's tower; one without a model type is CLIP's. name: its field in Zs3Config."""
+    kind = f"clip_{name.replace('config', 'model')}" if model_type is None else model_type
+    if kind not in CONFIG_MAPPING:
+        raise Refused(f"{name} is of {shortened(kind)}, which this version of transformers does not know")
+    return CONFIG_MAPPING[kind](**fields)
 
 
 # ---- names: when are two names one? -------------------------------------------------------------------------

@@ -12,7 +12,7 @@ Axes: B image, Q query, C class name, D embedding, T template, L token, H W inpu
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    CLIPModel,
-    CLIPTextModelWithProjection,
-    CLIPVisionModelWithProjection,
+    Mask2FormerForUniversalSegmentation,
     Mask2FormerModel,
     Mask2FormerPreTrainedModel,
-    PreTrainedModel,
     ProcessorMixin,
 )
 from transformers import initialization as init
@@ -42,17 +39,19 @@ try:
         crop_proposals,
         embed_proposals,
         ensemble_with_clip,
+        to_rgb,
     )
     from .configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
+    from .encoders_zs3 import load_encoder, load_into, new_tower, vector_size
     from .label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from .losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
     from .network_zs3 import batch_norms, call_every_layer, decoder_outputs, run_plainly, transformers_outputs
     from .outputs_zs3 import (
         Zs3Output,
         check_finite_output,
-        class_probabilities,
         cosine_similarity,
         label_similarity,
+        own_probabilities,
         tie,
     )
     from .pipeline_zs3 import Zs3Pipeline  # so that its code travels with the weights
@@ -70,17 +69,19 @@ except ImportError:
         crop_proposals,
         embed_proposals,
         ensemble_with_clip,
+        to_rgb,
     )
     from configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
+    from encoders_zs3 import load_encoder, load_into, new_tower, vector_size
     from label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
     from network_zs3 import batch_norms, call_every_layer, decoder_outputs, run_plainly, transformers_outputs
     from outputs_zs3 import (
         Zs3Output,
         check_finite_output,
-        class_probabilities,
         cosine_similarity,
         label_similarity,
+        own_probabilities,
         tie,
     )
     from pipeline_zs3 import Zs3Pipeline  # so that its code travels with the weights
@@ -149,11 +150,11 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         draw_as_mask2former(self.model)
         call_every_layer(self.model)
         self.class_projection = class_projection(config.hidden_dim, config.projection_dim, config.class_projection)
-        self.text_model = self.vision_model = None
-        if config.text_config is not None:
-            self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
-        if config.vision_config is not None:
-            self.vision_model = CLIPVisionModelWithProjection._from_config(config.vision_config)
+        self.class_predictor = None
+        if config.proposal_classes:
+            self.class_predictor = nn.Linear(config.hidden_dim, config.proposal_classes + 1)  # the last: no object
+        self.text_model = None if config.text_config is None else new_tower(config.text_config)
+        self.vision_model = None if config.vision_config is None else new_tower(config.vision_config)
         size = config.projection_dim
         self.background_embed = nn.Parameter(torch.empty(size)) if config.class_loss == "cross_entropy" else None
         stored = None if config.class_names is None else torch.zeros(len(config.class_names), size)
@@ -163,11 +164,11 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self.train()
 
     def train(self, mode: bool = True) -> "Zs3ForSemanticSegmentation":
-        """As in PyTorch, but the CLIP towers stay frozen, also after `from_pretrained`."""
+        """As in PyTorch, but the encoder and the class predictor stay frozen, also after `from_pretrained`."""
         super().train(mode)
-        for tower in (self.text_model, self.vision_model):
-            if tower is not None:
-                tower.requires_grad_(False).eval()
+        for frozen in (self.text_model, self.vision_model, self.class_predictor):
+            if frozen is not None:
+                frozen.requires_grad_(False).eval()
         if self.norms_are_frozen:
             for norm in batch_norms(self.model.pixel_level_module.encoder):
                 norm.requires_grad_(False).eval()
@@ -210,9 +211,11 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         mask2former: gives its weights, or None. Published ones were trained on the masks of COCO or ADE20K, unseen
             classes included: no zero-shot result can be claimed after such a start.
-        clip: gives its text and image towers, which stay frozen; None: text vectors come from outside.
+        clip: gives its text and image towers, which stay frozen: a CLIP, or an encoder of another family of
+            encoders_zs3; None: text vectors come from outside.
         backbone: with mask2former=None, a backbone checkpoint (ImageNet) to start from; the rest is random.
-        config_overrides: fields of Zs3Config; `text_config=None` or `vision_config=None` leaves a tower out.
+        config_overrides: fields of Zs3Config; `text_config=None` or `vision_config=None` leaves a tower out. With
+            class_head "regions" the default of clip_logit_scale is the encoder's own scale.
         """
         if mask2former is not None and backbone is not None:
             raise ValueError("give mask2former or backbone, not both: a Mask2Former brings its own backbone")
@@ -226,31 +229,32 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 backbone, trust_remote_code=False, out_features=["stage1", "stage2", "stage3", "stage4"]
             )
         if clip is not None:
-            clip_config = AutoConfig.from_pretrained(clip, trust_remote_code=False)
-            fields["text_config"] = clip_config.text_config.to_dict()
-            fields["vision_config"] = clip_config.vision_config.to_dict()
-            fields["projection_dim"] = clip_config.projection_dim
-            for tower in ("text_config", "vision_config"):
-                fields[tower]["projection_dim"] = clip_config.projection_dim
-        config = Zs3Config(**{**fields, **config_overrides})
+            encoder = load_encoder(clip)
+            fields["projection_dim"] = vector_size(encoder.text_model.config)
+            fields["text_config"] = encoder.text_model.config.to_dict()
+            fields["vision_config"] = encoder.vision_model.config.to_dict()
+            if config_overrides.get("class_head") == "regions":
+                fields["clip_logit_scale"] = encoder.scale
+        config = Zs3Config(**{"head_is_trained": False, **fields, **config_overrides})
 
         model = cls(config)
         if mask2former is not None:
-            source, loading = Mask2FormerModel.from_pretrained(
-                mask2former, dtype=torch.float32, output_loading_info=True
-            )
-            if loading["missing_keys"]:
-                raise ValueError(f"{mask2former} lacks weights of a Mask2Former: {sorted(loading['missing_keys'])[:3]}")
-            _load_into(model.model, source)
+            kind = Mask2FormerForUniversalSegmentation if config.proposal_classes else Mask2FormerModel
+            source, loading = kind.from_pretrained(mask2former, dtype=torch.float32, output_loading_info=True)
+            lost = sorted(name for name in loading["missing_keys"] if not name.startswith("criterion."))
+            if lost:
+                raise ValueError(f"{mask2former} lacks weights of a Mask2Former: {lost[:3]}")
+            load_into(model.model, source.model if config.proposal_classes else source)
+            if config.proposal_classes:
+                load_into(model.class_predictor, source.class_predictor)
         if backbone is not None:
-            encoder = model.model.pixel_level_module.encoder
-            weights = type(encoder).from_pretrained(backbone, config=config.backbone_config, dtype=torch.float32)
-            _load_into(encoder, weights)
+            own = model.model.pixel_level_module.encoder
+            weights = type(own).from_pretrained(backbone, config=config.backbone_config, dtype=torch.float32)
+            load_into(own, weights)
         if clip is not None:
-            whole = CLIPModel.from_pretrained(clip, dtype=torch.float32)
-            for tower in (model.text_model, model.vision_model):
+            for tower, its in ((model.text_model, encoder.text_model), (model.vision_model, encoder.vision_model)):
                 if tower is not None:
-                    _load_into(tower, whole)
+                    load_into(tower, its)
         return model
 
     def set_vocabulary(
@@ -386,7 +390,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
         if labels is None:
             proposals = self.propose(pixel_values, pixel_mask, **looks)
-            outputs = Zs3Output(**proposals, **self.classify(proposals["class_embeds"], text_embeds))
+            outputs = Zs3Output(**proposals, **self.classify(proposals, text_embeds))
         else:
             check_labels(labels, pixel_values)
             labels = labels.long() if pixel_mask is None else labels.long().masked_fill(pixel_mask == 0, PADDING)
@@ -398,6 +402,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         self, pixel_values: Tensor, text_embeds: Tensor, targets: Targets, target_counts: Tensor | None, **looks: bool
     ) -> Zs3Output:
         """looks: as in `_proposals`."""
+        if self.config.class_head != "learned":
+            raise Refused("class_head 'regions' learns nothing: set config.class_head = 'learned' to train")
+        if self.training and not self.config.head_is_trained:
+            self.config.head_is_trained = True
         mask_logits, class_embeds, states = self._proposals(pixel_values, self.config.use_auxiliary_loss, **looks)
         similarity = [cosine_similarity(embeds, text_embeds) for embeds in class_embeds]
         background = [self._background_similarity(embeds) for embeds in class_embeds]
@@ -417,7 +425,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             mask_logits=mask_logits[-1],
             class_embeds=class_embeds[-1],
             valid_sizes=labels.new_tensor([labels.shape[1:]], dtype=torch.int64).repeat(len(labels), 1),
-            **self.classify(class_embeds[-1], text_embeds),
+            **self.classify({"class_embeds": class_embeds[-1]}, text_embeds),
             **states,
         )
 
@@ -466,7 +474,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor | tuple]]:
         """Mask logits (B, Q, h, w) and class embeddings (B, Q, D): of every decoder output, or of the last one.
 
-        Third: the fields of Zs3Output that hidden_states and attentions ask for.
+        Third: the fields of Zs3Output that hidden_states and attentions ask for, and the objectness.
         """
         if hidden_states or attentions:
             outputs, inside = transformers_outputs(self.model, pixel_values, every, attentions)
@@ -475,6 +483,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         else:
             run = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else run_plainly
             outputs, states = decoder_outputs(self.model, pixel_values, every, run), {}
+        if self.config.objectness:
+            states["objectness"] = 1 - self.class_predictor(outputs.hidden[-1]).float().softmax(-1)[..., -1]
         return outputs.mask_logits, [self.class_projection(hidden) for hidden in outputs.hidden], states
 
     def propose(
@@ -487,8 +497,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
     ) -> dict[str, Tensor | tuple]:
         """The part of `forward` that needs no text. Each image is run at its own size, whatever its batch.
 
-        Returns mask_logits (B, Q, h, w), class_embeds (B, Q, D) and valid_sizes (B, 2), see Zs3Output; also hidden
-        states or attentions, if asked for. These raise ValueError for images of different sizes.
+        Returns mask_logits (B, Q, h, w), class_embeds (B, Q, D) and valid_sizes (B, 2), see Zs3Output; region_embeds
+        and objectness, if the config has them; also hidden states or attentions, if asked for. These raise ValueError
+        for images of different sizes.
         """
         batch, _, height, width = pixel_values.shape
         if pixel_mask is None:
@@ -507,7 +518,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                 f"hidden states and attentions are for images of one size, got {len(set(own_sizes))} sizes: "
                 "pass images of one size at once"
             )
-        mask_logits, class_embeds = [None] * batch, [None] * batch
+        made: dict[str, list[Tensor]] = {}
         for size in dict.fromkeys(own_sizes):
             same = [image for image in range(batch) if own_sizes[image] == size]
             pixels = pixel_values[same, :, : size[0], : size[1]]
@@ -516,12 +527,22 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             # Edge values continue into the padding: upsampling then gives what it gives without padding.
             margin = (0, mask_width - logits[-1].shape[3], 0, mask_height - logits[-1].shape[2])
             padded = F.pad(logits[-1], margin, mode="replicate")
-            for row, image in enumerate(same):
-                mask_logits[image], class_embeds[image] = padded[row], embeds[-1][row]
-        proposals = {"mask_logits": torch.stack(mask_logits), "class_embeds": torch.stack(class_embeds)}
-        for name, values in proposals.items():
-            check_finite_output(name, values)
-        return {**proposals, "valid_sizes": valid_sizes, **states}
+            values = {"mask_logits": padded, "class_embeds": embeds[-1]}
+            if "objectness" in states:
+                values["objectness"] = states.pop("objectness")
+            for name, rows in values.items():
+                for image, row in zip(same, rows, strict=True):
+                    made.setdefault(name, [None] * batch)[image] = row
+        proposals = {name: torch.stack(rows) for name, rows in made.items()}
+        for name, rows in proposals.items():
+            check_finite_output(name, rows)
+        proposals["valid_sizes"] = valid_sizes
+        if self.config.class_head == "regions":
+            images = to_rgb(pixel_values, self.config.pixel_mean, self.config.pixel_std)
+            view = self.config.region_view
+            seen = self.embed_proposals(images, proposals["mask_logits"], valid_sizes, view=view)
+            proposals["region_embeds"] = seen.embeds
+        return {**proposals, **states}
 
     def embed_proposals(
         self,
@@ -534,13 +555,14 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         fill: Fill = "mean",
         chosen: Tensor | None = None,
     ) -> ProposalEmbeds:
-        """CLIP's embeddings of proposals: see `embed_proposals` of clip_views_zs3.
+        """The image tower's embeddings of proposals: see `embed_proposals` of clip_views_zs3.
 
         images: (B, 3, H, W) RGB in [0, 1]; the image processor's `to_rgb` makes them of `pixel_values`.
         """
         if self.vision_model is None:
-            raise ValueError("this checkpoint has no CLIP image tower: it cannot be shown proposals")
+            raise ValueError("this checkpoint has no image tower: it cannot be shown proposals")
         options = {"view": view, "mask_threshold": mask_threshold, "fill": fill, "chosen": chosen}
+        options["patch_tokens"] = self.config.patch_tokens
         return embed_proposals(self.vision_model, images, mask_logits, valid_sizes, **options)
 
     @torch.no_grad()
@@ -574,7 +596,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         weight = as_number("weight", weight, 0, 1)
         text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
         is_seen = self._is_seen(is_seen, outputs.class_logits.shape[2], stored)
-        own = class_probabilities(outputs.class_logits, outputs.background_logits)
+        own = own_probabilities(outputs)
         its = clip_probabilities(proposals, text_embeds, self.config.clip_logit_scale, owner)
         probs = ensemble_with_clip(own, its, is_seen, weight)
         probs = tie(probs, torch.cat([own.flatten(0, 1), its.flatten(0, 1), is_seen[None].to(own)]))
@@ -585,7 +607,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         image tower, a weight and a record of the classes that its training saw. Raises where it cannot ensemble."""
         lacks = None
         if self.config.vision_config is None:
-            lacks = "the checkpoint has no CLIP image tower"
+            lacks = "the checkpoint has no image tower"
         elif self.config.seen_class_names is None:
             lacks = "the checkpoint does not say which classes its training saw masks of"
         elif self.config.clip_ensemble_weight is None and weight is None:
@@ -610,11 +632,20 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             return None
         return cosine_similarity(class_embeds, self.background_embed[None])[..., 0]
 
-    def classify(self, class_embeds: Tensor, text_embeds: Tensor) -> dict[str, Tensor | None]:
+    def classify(self, proposals: Mapping[str, Tensor], text_embeds: Tensor) -> dict[str, Tensor | None]:
         """The part of `forward` that needs a label list: class_logits and background_logits, see Zs3Output.
 
-        class_embeds: (B, Q, D); text_embeds: (C, D).
+        proposals: class_embeds (B, Q, D), or with class_head "regions" region_embeds (B, Q, D); text_embeds: (C, D).
         """
+        if self.config.class_head == "regions":
+            cosines = label_similarity(proposals["region_embeds"], text_embeds)
+            return {"class_logits": self.config.clip_logit_scale * cosines, "background_logits": None}
+        if not self.config.head_is_trained:
+            raise Refused(
+                "the class head was never trained, so its names would mean nothing: train this checkpoint, or join its "
+                "parts with `zs3 assemble`, which names without training"
+            )
+        class_embeds = proposals["class_embeds"]
         background = self._background_similarity(class_embeds)
         similarity = cosine_similarity if self.training else label_similarity  # ties do not matter in training
         temperature = self.config.class_temperature
@@ -677,12 +708,6 @@ def check_masks_are_present(ids: list[Tensor], image_labels: Tensor) -> None:
         absent = own[labels[own] == 0]
         if len(absent):
             raise Refused(f"class {int(absent[0])} has a mask in image {image}, whose image_labels say it is absent")
-
-
-def _load_into(module: nn.Module, source: PreTrainedModel) -> None:
-    """Copies the weights of `module` from a model that has them under the same names. It may have others, too."""
-    weights = source.state_dict()
-    module.load_state_dict({name: weights[name] for name in module.state_dict()})
 
 
 Zs3ForSemanticSegmentation.register_for_auto_class("AutoModel")

@@ -33,6 +33,8 @@ class Zs3Output(ModelOutput):
     class_embeds: (B, Q, D), E^c, not normalised.
     class_logits: (B, Q, C), cosine / temperature.
     background_logits: (B, Q), of the learned background embedding; None without one (see `class_loss`).
+    region_embeds: (B, Q, D), what the image tower sees of the proposals, unit length; with class_head "regions".
+    objectness: (B, Q) in [0, 1], 1 - the probability of "no object"; None without `objectness` in the config.
     valid_sizes: (B, 2) int64, height and width of each image without its padding; with `labels`, of the whole crop.
     ensemble_probs: (B, Q, C), class probabilities of the ensemble with CLIP; the label map is then made of these.
     shown_to_clip: (B, Q) bool, the proposals that CLIP was shown.
@@ -58,6 +60,8 @@ class Zs3Output(ModelOutput):
     class_embeds: Tensor | None = None
     class_logits: Tensor | None = None
     background_logits: Tensor | None = None
+    region_embeds: Tensor | None = None
+    objectness: Tensor | None = None
     valid_sizes: Tensor | None = None
     ensemble_probs: Tensor | None = None
     shown_to_clip: Tensor | None = None
@@ -71,7 +75,8 @@ class Zs3Output(ModelOutput):
 
     @property
     def class_probs(self) -> Tensor:
-        """(B, Q, C), the weights of the masks in Eq. 4: the ensemble's where there is one, else p_q of Eq. 2."""
+        """(B, Q, C), the weights of the masks in Eq. 4: the ensemble's where there is one, else p_q of Eq. 2, times the
+        objectness."""
         return final_probabilities(self)
 
     def explain(self, y: int, x: int, *, image: int = 0, image_size: tuple[int, int] | None = None) -> Explanation:
@@ -83,7 +88,14 @@ def final_probabilities(outputs: Zs3Output) -> Tensor:
     """(B, Q, C), the weights of the masks in Eq. 4. outputs: a Zs3Output, or a dict as pipelines make of it."""
     if outputs.get("ensemble_probs") is not None:
         return outputs["ensemble_probs"]
-    return class_probabilities(outputs["class_logits"], outputs.get("background_logits"))
+    return own_probabilities(outputs)
+
+
+def own_probabilities(outputs: Zs3Output) -> Tensor:
+    """(B, Q, C), p_q of Eq. 2 times the objectness, if there is one; without an ensemble."""
+    probs = class_probabilities(outputs["class_logits"], outputs.get("background_logits"))
+    objectness = outputs.get("objectness")
+    return probs if objectness is None else probs * objectness[..., None]
 
 
 def class_probabilities(class_logits: Tensor, background_logits: Tensor | None = None) -> Tensor:

@@ -89,7 +89,8 @@ class Proposals:
     """The network's outputs for one image. Give them to the pipeline in the image's place, with any label list.
 
     image_size: (height, width). outputs: for each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
-    valid_sizes (1, 2), as in Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
+    valid_sizes (1, 2), and region_embeds (1, Q, D) and objectness (1, Q) where the checkpoint has them, as in
+    Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
     ensemble: CLIP's view of them, "crops" or "single_pass", or "off". checkpoint: its `fingerprint`.
     """
 
@@ -548,7 +549,7 @@ class Zs3Pipeline(Pipeline):
         """Label map (H, W), -1 where none of the labels applies, and confidence, of one view."""
         seen_by_clip = proposals.get("clip_embeds"), proposals.get("shown_to_clip")
         proposals = {name: value for name, value in proposals.items() if name not in ("clip_embeds", "shown_to_clip")}
-        outputs = Zs3Output(**proposals, **self.model.classify(proposals["class_embeds"], choice.text_embeds))
+        outputs = Zs3Output(**proposals, **self.model.classify(proposals, choice.text_embeds))
         owner = choice.owner if len(choice.owner) > len(choice.names) else None
         if owner is not None:
             outputs.class_logits = best_synonyms(outputs.class_logits, owner)

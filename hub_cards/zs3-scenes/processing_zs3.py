@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchEncoding, BatchFeature, CLIPTokenizer, ProcessorMixin
+from transformers import BatchEncoding, BatchFeature, CLIPTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
@@ -25,23 +25,28 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType, cached_file
 
 try:
+    from .clip_views_zs3 import to_rgb
     from .configuration_zs3 import SIZE_DIVISOR, Refused, is_number, shortened
+    from .encoders_zs3 import FAMILIES, PROMPT_TEMPLATES
     from .files_zs3 import is_deep, load_picture, read_text
     from .label_maps_zs3 import MASK_STRIDE, SemanticMap, semantic_map
     from .outputs_zs3 import Zs3Output, final_probabilities
-    from .text_zs3 import PROMPT_TEMPLATES, ClassName, Label, read_labels, seen_labels
+    from .text_zs3 import ClassName, Label, read_labels, seen_labels
 except ImportError:
     if __package__:
         raise
+    from clip_views_zs3 import to_rgb
     from configuration_zs3 import SIZE_DIVISOR, Refused, is_number, shortened
+    from encoders_zs3 import FAMILIES, PROMPT_TEMPLATES
     from files_zs3 import is_deep, load_picture, read_text
     from label_maps_zs3 import MASK_STRIDE, SemanticMap, semantic_map
     from outputs_zs3 import Zs3Output, final_probabilities
-    from text_zs3 import PROMPT_TEMPLATES, ClassName, Label, read_labels, seen_labels
+    from text_zs3 import ClassName, Label, read_labels, seen_labels
 
 
 LABELS_AT_ONCE = 256  # when tokens are counted
@@ -243,11 +248,8 @@ class Zs3ImageProcessor(PilBackend):
         """pixel_values (B, 3, H, W) of this processor -> images (B, 3, H, W), RGB in [0, 1], for CLIP's view."""
         if not self.do_rescale:
             raise ValueError("without do_rescale the range of pixel_values is not known: make RGB in [0, 1] yourself")
-        pixels = pixel_values.float()
-        if self.do_normalize:
-            mean, std = (pixels.new_tensor(value).view(-1, 1, 1) for value in (self.image_mean, self.image_std))
-            pixels = pixels * std + mean
-        return (pixels / (255 * self.rescale_factor)).clamp(0, 1)
+        mean, std = (self.image_mean, self.image_std) if self.do_normalize else ([0.0] * 3, [1.0] * 3)
+        return to_rgb(pixel_values, mean, std, full=255 * self.rescale_factor)
 
     def _label_maps(self, segmentation_maps, own_sizes, features: BatchFeature, ignore_index: int | None) -> np.ndarray:
         segmentation_maps = self._prepare_images_structure(segmentation_maps, expected_ndims=2)
@@ -335,9 +337,8 @@ class Zs3Processor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
         """The parts, by known classes. The Auto classes would run the checkpoint's code, or ask whether to run it."""
-        return [
-            part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in (Zs3ImageProcessor, CLIPTokenizer)
-        ]
+        parts = Zs3ImageProcessor, tokenizer_class(pretrained_model_name_or_path, **kwargs)
+        return [part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in parts]
 
     def __init__(
         self, image_processor=None, tokenizer=None, prompt_templates: Sequence[str] = PROMPT_TEMPLATES, **kwargs
@@ -482,14 +483,22 @@ def saved_processor(source: str, *, text: bool = True, revision: str = "main") -
     return Zs3Processor(image_processor, saved_tokenizer(source, revision), saved_templates(source, revision))
 
 
-def saved_tokenizer(source: str, revision: str = "main") -> CLIPTokenizer:
+def tokenizer_class(source: str, **options) -> type[PreTrainedTokenizerBase]:
+    """The class of a checkpoint's tokenizer, of those of FAMILIES; CLIP's where its files do not say. options: those
+    of `from_pretrained`."""
+    name = get_tokenizer_config(source, **options).get("tokenizer_class")
+    classes = {family.tokenizer.__name__: family.tokenizer for family in FAMILIES.values()}
+    return classes.get(name, CLIPTokenizer)
+
+
+def saved_tokenizer(source: str, revision: str = "main") -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint. Without its files transformers would make one without words, and not say so."""
     if not _saved(source, "tokenizer.json", revision):
         for name in ("vocab.json", "merges.txt"):
             if not _saved(source, name, revision):
                 raise ValueError(f"there is no tokenizer.json (nor {name}): processor.save_pretrained writes it")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = tokenizer_class(source, revision=revision).from_pretrained(source, revision=revision)
     except Exception as error:  # the tokenizers library raises plain exceptions
         raise ValueError(f"its tokenizer cannot be read ({type(error).__name__}: {error})") from error
     tokenizer.init_kwargs.pop("auto_map", None)
@@ -504,6 +513,13 @@ def saved_templates(source: str, revision: str = "main") -> Sequence[str]:
             "there is no processor_config.json, which has its prompts: processor.save_pretrained writes it"
         )
     return json.loads(read_text(file)).get("prompt_templates", PROMPT_TEMPLATES)
+
+
+def encoder_processor(source: str, templates: Sequence[str]) -> Zs3Processor:
+    """A processor of the texts of an encoder. templates: of its family; its own files may have others."""
+    file = _saved(source, "processor_config.json", "main")
+    own = {} if file is None else json.loads(read_text(file))
+    return Zs3Processor(Zs3ImageProcessor(), saved_tokenizer(source), own.get("prompt_templates", templates))
 
 
 def _saved(source: str, name: str, revision: str) -> str | None:

@@ -28,34 +28,18 @@ from transformers.utils import logging
 
 try:
     from .configuration_zs3 import Refused, among, as_number, check_name, check_names, plain, shortened
+    from .encoders_zs3 import PROMPT_TEMPLATES, family_of, text_vectors, vector_size
     from .files_zs3 import PARTIAL, whole
     from .outputs_zs3 import has_no_values
 except ImportError:
     if __package__:
         raise
     from configuration_zs3 import Refused, among, as_number, check_name, check_names, plain, shortened
+    from encoders_zs3 import PROMPT_TEMPLATES, family_of, text_vectors, vector_size
     from files_zs3 import PARTIAL, whole
     from outputs_zs3 import has_no_values
 
 logger = logging.get_logger(__name__)
-
-# The 14 templates of Gu et al. 2022 (ViLD), as the paper's ancestors use them.
-PROMPT_TEMPLATES = (
-    "a photo of a {}.",
-    "This is a photo of a {}",
-    "There is a {} in the scene",
-    "There is the {} in the scene",
-    "a photo of a {} in the scene",
-    "a photo of a small {}.",
-    "a photo of a medium {}.",
-    "a photo of a large {}.",
-    "This is a photo of a small {}.",
-    "This is a photo of a medium {}.",
-    "This is a photo of a large {}.",
-    "There is a small {} in the scene.",
-    "There is a medium {} in the scene.",
-    "There is a large {} in the scene.",
-)
 
 ClassName = str | Sequence[str] | dict
 
@@ -65,8 +49,6 @@ DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
 KEY_BYTES = 16
 # The only files that TextCache may remove from its folder.
 OWN_FILE = re.compile(rf"[0-9a-f]{{64}}/([0-9a-f]{{64}}\.(safetensors|[0-9a-f]{{32}}\.partial)|{PARTIAL})")
-# Fields of a CLIPTextConfig that change the vectors, but not the names and shapes of the weights.
-ENCODER_FIELDS = ("eos_token_id", "hidden_act", "layer_norm_eps", "num_attention_heads", "projection_dim")
 
 # Cosine from which lint_labels calls two names near-synonyms. Measured with OpenAI's CLIP: of all pairs of names in
 # COCO-Stuff, LVIS, Objects365 and OpenImages, 0.1 % lie above 0.90 to 0.94 (the 14 templates add 0.03). Cat and dog
@@ -182,12 +164,12 @@ def embed_prompts(text_model: nn.Module, input_ids: Tensor, attention_mask: Tens
         raise ValueError("a class has no prompt: its attention_mask is zero everywhere")
     ids, mask = input_ids[exists], attention_mask[exists]  # (all prompts, L)
     lengths = (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(-1)
-    prompts = ids.new_zeros(len(ids), text_model.config.projection_dim, dtype=torch.float32)
+    prompts = ids.new_zeros(len(ids), vector_size(text_model.config), dtype=torch.float32)
     with torch.autocast(ids.device.type, enabled=False):  # once for a label list: exact rather than fast
         for rows in lengths.argsort(stable=True).split(PROMPTS_AT_ONCE):  # of like lengths, so hardly any padding
             longest = int(lengths[rows[-1]])
-            text = text_model(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
-            prompts[rows] = text.text_embeds.float().to(prompts.device)
+            vectors = text_vectors(text_model, ids[rows, :longest], mask[rows, :longest])
+            prompts[rows] = vectors.float().to(prompts.device)
     embeds = prompts.new_zeros(*exists.shape, prompts.shape[-1])
     embeds[exists] = F.normalize(prompts, dim=-1)  # (C, T, D)
     return embeds.sum(1)
@@ -392,13 +374,14 @@ def text_side(text_model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encoder_fingerprint(text_model: nn.Module) -> str:
-    """SHA-256 of the tower's weights, and of the fields of its configuration that change its vectors.
+    """SHA-256 of the tower's weights, of its family, and of the fields of its configuration that change its vectors.
 
     Computed again where a weight was replaced or changed in place. A change through `.data` leaves no trace but the
     values themselves: it is noticed where it changes the first value of a weight.
     """
     weights = dict([*text_model.named_parameters(), *text_model.named_buffers()])
-    fields = [str(getattr(text_model.config, name, None)) for name in ENCODER_FIELDS]
+    family = family_of(text_model.config)
+    fields = [family.title, *(str(getattr(text_model.config, name, None)) for name in family.text_fields)]
     if any(weight.is_inference() for weight in weights.values()):  # changes of these are not counted
         return _encoder_hash(weights, fields)
     traces = [
