@@ -24,6 +24,7 @@ from zs3.command_line import Count, OutputFolder, check_required, flag, read_arg
 from zs3.data.records import load_split
 from zs3.evaluation.results import read_result
 from zs3.files import project_folder, write_json
+from zs3.label_space import load_label_space
 from zs3.release import assemble
 from zs3.scenes.demo import launch
 from zs3.scores.means import GeneralizedScores
@@ -66,7 +67,7 @@ def joined(args: DayOneArgs, way: str, objectness: bool) -> Path:
         sys.argv += ["--objectness" if objectness else "--no_objectness"]
         assemble.main()
         config = json.loads((folder / "config.json").read_text())
-        seen = load_split(args.dataset, args.split, args.label_space).label_space.seen
+        seen = load_label_space(args.label_space).seen
         write_json(folder / "config.json", config | {"seen_class_names": seen, "unseen_labels": "none"})
     return folder
 
@@ -84,7 +85,7 @@ def scores(args: DayOneArgs, model: Path, name: str) -> dict:
 @torch.inference_mode()
 def tower_seconds(args: DayOneArgs, models: dict[str, Path]) -> dict[str, float]:
     """The median seconds that the image tower needs for the proposals of a picture."""
-    records = load_split(args.dataset, args.split, args.label_space)
+    records = load_split(args.dataset, args.split, load_label_space(args.label_space))
     steps = {}
     for way, folder in models.items():
         model, processor = load_checkpoint(str(folder))

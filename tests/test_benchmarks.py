@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import save_checkpoint, tiny_config, tiny_model
+from tiny import save_checkpoint, tiny_config, tiny_mask2former, tiny_model
 
 from benchmarks import (
+    assembled,
     clip_views,
     criterion,
+    day_one,
     evaluator,
     gradient_sizes,
     label_count,
@@ -23,6 +25,7 @@ from benchmarks import (
     train_step,
     unannotated_share,
 )
+from eval import main as eval_main
 from zs3.command_line import read_arguments
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
@@ -238,6 +241,37 @@ def test_shares_are_those_of_the_command(call, scenes_model, tmp_path, capsys):
         own = {threshold["threshold"]: threshold for threshold in summary["thresholds"]}[row["threshold"]]
         assert row["labels"] == sum(own["labels"]) and row["recall"] == own["recall"]["micro"]
     assert capsys.readouterr().out == (tmp_path / "shares.md").read_text()
+
+
+def test_checkpoints_at_real_size_are_timed_part_by_part(call, tmp_path, capsys, same_process):
+    sizes = {"width": 48, "height": 32, "short_edge": 32, "labels": "2 3", "output": tmp_path / "a.json"}
+    call(assembled, swins="Swin-T", encoders="TIPSv2_B/14", **sizes, tiny=True)
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert list(row["seconds"])[:3] == ["proposals", "image tower", "text, 2 labels"] and len(row["seconds"]) == 6
+    assert all(value > 0 for value in row["seconds"].values()) and row["peak_mib"] > 0
+    assert capsys.readouterr().out == (tmp_path / "a.md").read_text()
+
+
+def test_names_without_training_are_evaluated_and_their_towers_timed(call, tmp_path, monkeypatch, capsys):
+    """With eval.py in this process, and one of the ways."""
+    write_dataset(tmp_path / "scenes", num_train=1, num_validation=2, seed=0)
+    tiny_mask2former().save_pretrained(tmp_path / "proposals")
+    monkeypatch.setattr(day_one, "WAYS", {"tiny CLIP, crops": day_one.WAYS["tiny CLIP, crops"]})
+
+    def evaluate(script, processes, *flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        eval_main()
+
+    monkeypatch.setattr(day_one, "launch", evaluate)
+    places = {"proposals": tmp_path / "proposals", "dataset": tmp_path / "scenes", "folder": tmp_path / "joined"}
+    call(day_one, **places, pictures=1, output=tmp_path / "d.json")
+    result = json.loads((tmp_path / "d.json").read_text())
+    assert result["command"].startswith("python -m benchmarks.day_one --proposals")
+    rows = {row["way"]: row for row in result["rows"]}
+    assert list(rows) == ["tiny CLIP, crops", "tiny CLIP, crops, objectness"]
+    assert all(0 <= row["hiou"] <= 1 and row["seconds"] > 0 for row in rows.values())
+    assert rows["tiny CLIP, crops"]["of_crops"] == 1
+    assert capsys.readouterr().out.endswith((tmp_path / "d.md").read_text())
 
 
 def test_the_loader_is_measured_on_the_same_samples_however_they_come(call, tmp_path, capsys, same_process):
