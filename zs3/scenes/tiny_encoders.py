@@ -280,7 +280,7 @@ def evaluate(folder: Path, proposals: str | None) -> None:
         raise InputError(f"{path} is missing: give a folder that `train` made")
     before = read_json(path, Facts, "result file of `train`", "give a folder that `train` made")
     if proposals is not None:
-        check_checkpoint("proposals", proposals, "zs3")
+        check_checkpoint("proposals", proposals)
     result = before | measure(folder, proposals)  # without `proposals`, earlier numbers on them stay
     write_json(path, result)
     write_card(folder, result)
