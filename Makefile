@@ -1,4 +1,4 @@
-# make demo: train, evaluate and try a tiny model on the embedded benchmark (about 5 minutes on 2 cores).
+# make demo: train, evaluate and try a tiny model on the embedded benchmark (about 7 minutes on 2 cores).
 #            DEMO="--stage1_steps 20 ..." passes flags to the demo.
 # make test: lint, and the test suite offline.
 # make hub_cards: copies *_zs3.py beside the released weights. Run it after each change of them; a test checks this.

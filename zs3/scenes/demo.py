@@ -52,13 +52,13 @@ OWN_LABELS = [
 
 @dataclass
 class DemoArgs(Arguments):
-    """Sizes of the demo; the defaults take about 5 minutes on 2 CPU cores, with fewer steps than the recipes."""
+    """Sizes of the demo; the defaults take about 7 minutes on 2 CPU cores, with fewer steps than the recipes."""
 
     output_dir: OutputFolder = flag("runs/demo", "Folder for all results of the demo.")
     num_train: Pictures = flag(3000, "Training scenes.")
     num_validation: Pictures = flag(200, "Validation scenes.")
-    stage1_steps: Count = flag(600, "Optimizer steps; the recipe has 2000.")
-    stage2_steps: Count = flag(250, "Optimizer steps; the recipe has 500.")
+    stage1_steps: Count = flag(1000, "Optimizer steps; the recipe has 2000.")
+    stage2_steps: Count = flag(400, "Optimizer steps; the recipe has 500.")
     num_processes: Processes | None = flag(None, "Training processes; default: 2 on CPU, 1 on a GPU.")
     num_pictures: Pictures = flag(6, "Validation scenes in the pictures.")
 
