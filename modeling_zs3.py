@@ -243,7 +243,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             source, loading = kind.from_pretrained(mask2former, dtype=torch.float32, output_loading_info=True)
             lost = sorted(name for name in loading["missing_keys"] if not name.startswith("criterion."))
             if lost:
-                raise ValueError(f"{mask2former} lacks weights of a Mask2Former: {lost[:3]}")
+                raise ValueError(f"a Mask2Former has weights that are missing ({lost[0]}) in {mask2former}")
             load_into(model.model, source.model if config.proposal_classes else source)
             if config.proposal_classes:
                 load_into(model.class_predictor, source.class_predictor)

@@ -108,7 +108,7 @@ def test_what_cannot_be_joined_is_one_line_and_leaves_nothing(call, parts, tmp_p
         "family": ({"proposals": parts / "clip"}, "is a checkpoint of 'clip', not of 'mask2former'"),
         "missing": ({"encoder": "./nowhere"}, "no such folder"),
         "revision": ({"encoder_revision": "main"}, "is for a Hub id"),
-        "headless": ({"proposals": tmp_path / "headless"}, "lacks weights of a Mask2Former"),
+        "headless": ({"proposals": tmp_path / "headless"}, "weights that are missing (class_predictor.bias)"),
     }
     for flags, words in wrong.values():
         with pytest.raises(InputError) as refusal:

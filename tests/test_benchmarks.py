@@ -105,7 +105,7 @@ def test_gradient_sizes_of_a_short_training(call, tmp_path, capsys):
     norms = json.loads((tmp_path / "sizes.json").read_text())["norms"]
     assert list(norms) == ["random weights", "start of stage 2", "after 1 steps"]
     assert all(value > 0 for column in norms.values() for value in column.values())
-    assert (tmp_path / "sizes.md").read_text().count("\n") == 13
+    assert (tmp_path / "sizes.md").read_text().count("\n") == 12
 
 
 SHORT = {"labels": 5, "templates": 2, "layers": 1, "width": 32, "rounds": 1}
