@@ -81,6 +81,8 @@ def fields_of_any_config() -> set[str]:
 
 # Kinds of image labels of unseen classes that training can get, from the weakest to the strongest.
 UnseenLabels = Literal["none", "pseudo", "captions", "ground_truth"]
+RegionView = Literal["crops", "single_pass"]  # what an image tower sees of proposals, see `embed_proposals`
+PatchTokens = Literal["attention", "values"]  # of the last block, see `patch_means`
 
 
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", dict: "a dict", list: "a list"}
@@ -231,12 +233,12 @@ class Zs3Config(Mask2FormerConfig):
     class_projection: Literal["mlp", "linear"] = "mlp"
     class_head: Literal["learned", "regions"] = "learned"
     head_is_trained: bool = True
-    region_view: Literal["crops", "single_pass"] = "single_pass"
-    patch_tokens: Literal["attention", "values"] = "attention"
+    region_view: RegionView = "single_pass"
+    patch_tokens: PatchTokens = "attention"
     proposal_classes: int = 0
     objectness: bool = False
-    pixel_mean: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_MEAN))
-    pixel_std: list[float] = field(default_factory=lambda: list(IMAGENET_DEFAULT_STD))
+    pixel_mean: list[float | int] | tuple[float | int, ...] = field(default_factory=lambda: list(IMAGENET_DEFAULT_MEAN))
+    pixel_std: list[float | int] | tuple[float | int, ...] = field(default_factory=lambda: list(IMAGENET_DEFAULT_STD))
 
     class_temperature: float | int = 0.01
     class_loss: Literal["background_aware", "cross_entropy"] = "background_aware"
@@ -296,6 +298,11 @@ class Zs3Config(Mask2FormerConfig):
         """Called by `strict`."""
         if self.class_head == "regions" and self.vision_config is None:
             raise Refused("class_head 'regions' needs an image tower: give vision_config")
+        for name, least in (("pixel_mean", -HUGE), ("pixel_std", TINY)):
+            value = getattr(self, name)
+            if len(value) != 3:
+                raise Refused(f"{name} must be three numbers, got {shortened(value)}")
+            setattr(self, name, [as_number(name, one, least) for one in value])
         if self.objectness and not self.proposal_classes:
             raise Refused("objectness needs the class predictor of a joined Mask2Former: give proposal_classes")
 

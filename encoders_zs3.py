@@ -8,7 +8,7 @@ Axes: N text, picture or region, L token, P patch, D embedding; H W pixels.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,11 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.tipsv2.tokenization_tipsv2 import Tipsv2Tokenizer  # not in transformers' own list of names
 
 try:
-    from .configuration_zs3 import Refused
+    from .configuration_zs3 import PatchTokens, Refused, shortened
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Refused
+    from configuration_zs3 import PatchTokens, Refused, shortened
 
 # The 14 templates of Gu et al. 2022 (ViLD), as the paper's ancestors use them.
 PROMPT_TEMPLATES = (
@@ -62,8 +62,6 @@ TCL_TEMPLATES = (
     "a photo of many {}.",
     "a photo of {}s.",
 )
-
-PatchTokens = Literal["attention", "values"]
 
 
 class Family(NamedTuple):
@@ -118,7 +116,7 @@ def class_token_copies(
     hidden = torch.cat([hidden, hidden[:, :1].expand(-1, len(covered), -1)], dim=1)
     bias = hidden.new_full((hidden.shape[1], hidden.shape[1]), -torch.inf)
     bias[:known, :known] = 0
-    bias[known:, 1:known] = covered.to(bias.dtype).log()
+    bias[known:, 1:known] = covered.to(bias).log()
     bias[known:, known:].fill_diagonal_(0)
     hidden = vision.encoder(inputs_embeds=vision.pre_layrnorm(hidden), attention_mask=bias[None, None])
     return tower.visual_projection(vision.post_layernorm(hidden.last_hidden_state[0, known:]))
@@ -142,7 +140,7 @@ def patch_means(tower: Tipsv2VisionModel, pixels: Tensor, covered: Tensor, patch
         hidden = hidden + last.layer_scale2(last.mlp(last.norm2(hidden)))
         tokens = tower.layernorm(hidden)
     patches = F.normalize(tokens[0, 1 + tower.config.num_register_tokens :].float(), dim=-1)  # (P, D)
-    weight = covered.float()
+    weight = covered.to(patches)
     return weight @ patches / weight.sum(dim=1, keepdim=True)
 
 
@@ -202,6 +200,22 @@ def vector_size(config: PreTrainedConfig) -> int:
     return getattr(config, family_of(config).dim)
 
 
+def check_towers(text: PreTrainedConfig | None, vision: PreTrainedConfig | None, size: int) -> None:
+    """Raises Refused where the towers' configurations are not those of one encoder with vectors of `size` numbers."""
+    for kind, config in (("text", text), ("vision", vision)):
+        if config is None:
+            continue
+        family = family_of(config)
+        if not config.model_type.endswith(f"_{kind}_model"):
+            raise Refused(f"{kind}_config is a {config.model_type}, not the {kind} tower of an encoder")
+        if vector_size(config) != size:
+            raise Refused(f"the {kind} tower makes vectors of {vector_size(config)} numbers, projection_dim is {size}")
+        if kind == "vision" and not (isinstance(config.image_size, int) and isinstance(config.patch_size, int)):
+            raise Refused("an image tower must have square pictures and patches: image_size and patch_size are numbers")
+        if text is not None and family_of(text) is not family:
+            raise Refused(f"the text tower is a {family_of(text).title}'s, the image tower a {family.title}'s")
+
+
 def new_tower(config: PreTrainedConfig) -> PreTrainedModel:
     """A tower of random weights. config: a text tower's or an image tower's."""
     family = family_of(config)
@@ -218,10 +232,16 @@ class Encoder(NamedTuple):
 
 
 def load_encoder(source: str) -> Encoder:
-    """The encoder of a Hub id or a folder, in float32 and in eval mode. Raises Refused for another model."""
+    """The encoder of a Hub id or a folder, in float32 and in eval mode. Raises Refused where it is no whole one."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if config.model_type not in FAMILIES:
+        raise Refused(f"an encoder must be a whole {' or '.join(FAMILIES)}, got a {config.model_type}")
     family = family_of(config)
-    whole = getattr(transformers, family.model).from_pretrained(source, dtype=torch.float32)
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    whole, loading = getattr(transformers, family.model).from_pretrained(source, **options)
+    lost = sorted(set(loading["missing_keys"]) - {"temperature"})  # which published TIPSv2 leave out
+    if lost:
+        raise Refused(f"the encoder lacks weights of a {family.title}: {shortened(lost[0])} and {len(lost) - 1} more")
     towers = []
     for name in ("text", "vision"):
         tower_config = getattr(config, f"{name}_config")

@@ -32,7 +32,6 @@ from transformers.utils import ModelOutput
 try:
     from .clip_views_zs3 import (
         MASK_THRESHOLD,
-        ClipView,
         Fill,
         ProposalEmbeds,
         clip_probabilities,
@@ -41,8 +40,8 @@ try:
         ensemble_with_clip,
         to_rgb,
     )
-    from .configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
-    from .encoders_zs3 import load_encoder, load_into, new_tower, vector_size
+    from .configuration_zs3 import SIZE_DIVISOR, Refused, RegionView, Zs3Config, among, as_number
+    from .encoders_zs3 import check_towers, load_encoder, load_into, new_tower, vector_size
     from .label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from .losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
     from .network_zs3 import batch_norms, call_every_layer, decoder_outputs, run_plainly, transformers_outputs
@@ -62,7 +61,6 @@ except ImportError:
         raise
     from clip_views_zs3 import (
         MASK_THRESHOLD,
-        ClipView,
         Fill,
         ProposalEmbeds,
         clip_probabilities,
@@ -71,8 +69,8 @@ except ImportError:
         ensemble_with_clip,
         to_rgb,
     )
-    from configuration_zs3 import SIZE_DIVISOR, Refused, Zs3Config, among, as_number
-    from encoders_zs3 import load_encoder, load_into, new_tower, vector_size
+    from configuration_zs3 import SIZE_DIVISOR, Refused, RegionView, Zs3Config, among, as_number
+    from encoders_zs3 import check_towers, load_encoder, load_into, new_tower, vector_size
     from label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
     from network_zs3 import batch_norms, call_every_layer, decoder_outputs, run_plainly, transformers_outputs
@@ -146,6 +144,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
     def __init__(self, config: Zs3Config):
         super().__init__(config)
+        check_towers(config.text_config, config.vision_config, config.projection_dim)
         self.model = Mask2FormerModel(config)
         draw_as_mask2former(self.model)
         call_every_layer(self.model)
@@ -215,7 +214,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             encoders_zs3; None: text vectors come from outside.
         backbone: with mask2former=None, a backbone checkpoint (ImageNet) to start from; the rest is random.
         config_overrides: fields of Zs3Config; `text_config=None` or `vision_config=None` leaves a tower out. With
-            class_head "regions" the default of clip_logit_scale is the encoder's own scale.
+            class_head "regions", and with other encoders than CLIP, clip_logit_scale is the encoder's own scale.
         """
         if mask2former is not None and backbone is not None:
             raise ValueError("give mask2former or backbone, not both: a Mask2Former brings its own backbone")
@@ -233,7 +232,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             fields["projection_dim"] = vector_size(encoder.text_model.config)
             fields["text_config"] = encoder.text_model.config.to_dict()
             fields["vision_config"] = encoder.vision_model.config.to_dict()
-            if config_overrides.get("class_head") == "regions":
+            if (
+                config_overrides.get("class_head") == "regions"
+                or encoder.text_model.config.model_type != "clip_text_model"
+            ):
                 fields["clip_logit_scale"] = encoder.scale
         config = Zs3Config(**{"head_is_trained": False, **fields, **config_overrides})
 
@@ -389,6 +391,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         }
         text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
         if labels is None:
+            self.check_head()
             proposals = self.propose(pixel_values, pixel_mask, **looks)
             outputs = Zs3Output(**proposals, **self.classify(proposals, text_embeds))
         else:
@@ -484,7 +487,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             run = self._gradient_checkpointing_func if self.gradient_checkpointing and self.training else run_plainly
             outputs, states = decoder_outputs(self.model, pixel_values, every, run), {}
         if self.config.objectness:
-            states["objectness"] = 1 - self.class_predictor(outputs.hidden[-1]).float().softmax(-1)[..., -1]
+            with torch.no_grad():
+                states["objectness"] = 1 - self.class_predictor(outputs.hidden[-1]).float().softmax(-1)[..., -1]
         return outputs.mask_logits, [self.class_projection(hidden) for hidden in outputs.hidden], states
 
     def propose(
@@ -550,7 +554,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         mask_logits: Tensor,
         valid_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
         *,
-        view: ClipView = "crops",
+        view: RegionView = "crops",
         mask_threshold: float = MASK_THRESHOLD,
         fill: Fill = "mean",
         chosen: Tensor | None = None,
@@ -632,6 +636,14 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             return None
         return cosine_similarity(class_embeds, self.background_embed[None])[..., 0]
 
+    def check_head(self) -> None:
+        """Raises Refused where names would mean nothing, because the learned head was never trained."""
+        if self.config.class_head == "learned" and not self.config.head_is_trained:
+            raise Refused(
+                "the class head was never trained, so its names would mean nothing: train this checkpoint, or join its "
+                "parts with `zs3 assemble`, which names without training"
+            )
+
     def classify(self, proposals: Mapping[str, Tensor], text_embeds: Tensor) -> dict[str, Tensor | None]:
         """The part of `forward` that needs a label list: class_logits and background_logits, see Zs3Output.
 
@@ -640,11 +652,6 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         if self.config.class_head == "regions":
             cosines = label_similarity(proposals["region_embeds"], text_embeds)
             return {"class_logits": self.config.clip_logit_scale * cosines, "background_logits": None}
-        if not self.config.head_is_trained:
-            raise Refused(
-                "the class head was never trained, so its names would mean nothing: train this checkpoint, or join its "
-                "parts with `zs3 assemble`, which names without training"
-            )
         class_embeds = proposals["class_embeds"]
         background = self._background_similarity(class_embeds)
         similarity = cosine_similarity if self.training else label_similarity  # ties do not matter in training

@@ -35,7 +35,7 @@ try:
     )
     from .label_maps_zs3 import semantic_map
     from .outputs_zs3 import Zs3Output, best_synonyms
-    from .processing_zs3 import padded_size
+    from .processing_zs3 import check_colours, padded_size
     from .text_zs3 import (
         ClassName,
         Label,
@@ -56,7 +56,7 @@ except ImportError:
     from files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map, shown_name
     from label_maps_zs3 import semantic_map
     from outputs_zs3 import Zs3Output, best_synonyms
-    from processing_zs3 import padded_size
+    from processing_zs3 import check_colours, padded_size
     from text_zs3 import (
         ClassName,
         Label,
@@ -273,6 +273,7 @@ class Zs3Pipeline(Pipeline):
     def __init__(self, *args, **kwargs):
         self.text_cache = TextCache()
         super().__init__(*args, **kwargs)
+        check_colours(self.model.config, self.image_processor)
 
     def __call__(
         self,
@@ -374,6 +375,7 @@ class Zs3Pipeline(Pipeline):
         confidence = confidence or "probability"
         if background == "reject":
             threshold = THRESHOLDS[confidence] if threshold is None else threshold
+        self.model.check_head()
         distractors = [] if background is None or background == "reject" else list(background)
         if candidate_labels is None and self.model.config.class_names is None:
             raise ValueError("no labels: pass candidate_labels=[...]; this checkpoint has no vocabulary of its own")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchEncoding, BatchFeature, CLIPTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchEncoding, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
@@ -470,6 +470,18 @@ class Zs3Processor(ProcessorMixin):
         return self.image_processor.to_rgb(pixel_values)
 
 
+def check_colours(config: PreTrainedConfig, image_processor: Zs3ImageProcessor) -> None:
+    """Raises Refused where class_head "regions" would see other colours than those of the picture."""
+    if getattr(config, "class_head", "learned") != "regions":
+        return
+    processed = [image_processor.image_mean, image_processor.image_std] if image_processor.do_normalize else None
+    if processed is None or not np.allclose(processed, [config.pixel_mean, config.pixel_std], atol=1e-6):
+        raise Refused(
+            "the image processor's image_mean and image_std are not pixel_mean and pixel_std of the config, so regions "
+            "would have wrong colours: make them equal"
+        )
+
+
 # ---- from a checkpoint, with the classes of this file -------------------------------------------------------
 # Where the tokenizer's files are missing, these raise; `Zs3Processor.from_pretrained` makes an empty tokenizer.
 
@@ -484,21 +496,29 @@ def saved_processor(source: str, *, text: bool = True, revision: str = "main") -
 
 
 def tokenizer_class(source: str, **options) -> type[PreTrainedTokenizerBase]:
-    """The class of a checkpoint's tokenizer, of those of FAMILIES; CLIP's where its files do not say. options: those
-    of `from_pretrained`."""
+    """The class of a checkpoint's tokenizer, of those of FAMILIES: as its file says, else that of its encoder's family.
+
+    options: of `from_pretrained`.
+    """
     name = get_tokenizer_config(source, **options).get("tokenizer_class")
     classes = {family.tokenizer.__name__: family.tokenizer for family in FAMILIES.values()}
-    return classes.get(name, CLIPTokenizer)
+    if name in classes:
+        return classes[name]
+    file = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **options)
+    config = {} if file is None else json.loads(read_text(file))
+    kind = (config.get("text_config") or config).get("model_type")
+    return FAMILIES.get(str(kind).removesuffix("_text_model"), FAMILIES["clip"]).tokenizer
 
 
 def saved_tokenizer(source: str, revision: str = "main") -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint. Without its files transformers would make one without words, and not say so."""
+    kind = tokenizer_class(source, revision=revision)
     if not _saved(source, "tokenizer.json", revision):
-        for name in ("vocab.json", "merges.txt"):
+        for name in {*kind.vocab_files_names.values()} - {"tokenizer.json"}:
             if not _saved(source, name, revision):
                 raise ValueError(f"there is no tokenizer.json (nor {name}): processor.save_pretrained writes it")
     try:
-        tokenizer = tokenizer_class(source, revision=revision).from_pretrained(source, revision=revision)
+        tokenizer = kind.from_pretrained(source, revision=revision)
     except Exception as error:  # the tokenizers library raises plain exceptions
         raise ValueError(f"its tokenizer cannot be read ({type(error).__name__}: {error})") from error
     tokenizer.init_kwargs.pop("auto_map", None)

@@ -158,9 +158,10 @@ Made by `{result["command"]}`, {result["cores"]} CPU threads. **Random weights**
 
 def main() -> None:
     args, _ = read_arguments(AssembledArgs)
-    unknown = [name for name in (*args.swins, *args.encoders) if name not in (*SWINS, *ENCODERS)]
-    if unknown:
-        raise InputError(f"there is no {unknown[0]!r}: give {', '.join([*SWINS, *ENCODERS])}")
+    for given, known in ((args.swins, SWINS), (args.encoders, ENCODERS)):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise InputError(f"there is no {unknown[0]!r}: give {', '.join(known)}")
     result = {**measuring.head(), **asdict(args), "cores": os.cpu_count(), "rows": measure(args)}
     measuring.publish(args.output, result, report(result))
 

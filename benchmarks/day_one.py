@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measuring
-from zs3.checkpoints import load_checkpoint
+from zs3.checkpoints import load_checkpoint, weights_sha256
 from zs3.command_line import Count, OutputFolder, check_required, flag, read_arguments, run
 from zs3.data.records import load_split
 from zs3.evaluation.results import read_result
@@ -59,7 +59,8 @@ class DayOneArgs(measuring.BenchmarkArguments):
 def joined(args: DayOneArgs, way: str, objectness: bool) -> Path:
     """The checkpoint of one way. It knows the seen classes, so that seen and unseen scores may be computed."""
     encoder, region_view, patch_tokens = WAYS[way]
-    folder = Path(args.folder, f"{encoder}_{region_view}_{patch_tokens}" + "_objectness" * objectness)
+    proposals = weights_sha256(args.proposals)[:8]
+    folder = Path(args.folder, f"{proposals}_{encoder}_{region_view}_{patch_tokens}" + "_objectness" * objectness)
     if not folder.exists():
         flags = {"proposals": args.proposals, "encoder": str(ENCODERS / encoder), "output": str(folder)}
         flags |= {"region_view": region_view, "patch_tokens": patch_tokens}

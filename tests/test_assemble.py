@@ -1,19 +1,31 @@
 """`zs3 assemble`: the parts in the checkpoint, a stranger who uses it, what it says of them, and what it refuses."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, change_json, tiny_encoder, tiny_mask2former
+from tiny_run import RECIPE, flags, write_data
 from transformers import Mask2FormerImageProcessorPil, Mask2FormerModel, ResNetConfig
 
 from encoders_zs3 import FAMILIES
+from eval import main as eval_main
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3Processor
+from train import main as train_main
+from zs3 import doctor
+from zs3.checkpoints import load_checkpoint, load_model
 from zs3.command_line import InputError, run
-from zs3.release import assemble
+from zs3.label_space import load_label_space
+from zs3.release import __main__ as release
+from zs3.release import assemble, export
 from zs3.release.__main__ import visited
+from zs3.scenes.dataset import write_dataset
+from zs3.training.arguments import TrainArgs
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -84,6 +96,7 @@ def test_the_card_says_what_it_is_made_of(call, parts, tmp_path):
     [
         (["person", "banner", "blanket", "wall-brick", "tree-merged"], "COCO-panoptic"),
         ([f"class {index}" for index in range(150)], "unknown masks"),
+        (load_label_space("ade20k_150").class_names, "ADE20K (150 classes)"),
     ],
 )
 def test_masks_are_known_by_the_names_of_their_classes(names, words):
@@ -92,10 +105,11 @@ def test_masks_are_known_by_the_names_of_their_classes(names, words):
     assert assemble.masks_of(config) == words
 
 
-def test_half_precision_is_half_the_size(call, tmp_path):
-    call(dtype="bfloat16")
+@pytest.mark.parametrize(("family", "dtype"), [("clip", "bfloat16"), ("tipsv2", "float16")])
+def test_half_precision_is_half_the_size(call, tmp_path, family, dtype):
+    call(family, dtype=dtype)
     half = (tmp_path / "made" / "model.safetensors").stat().st_size
-    call(output=tmp_path / "whole")
+    call(family, output=tmp_path / "whole")
     assert half < 0.55 * (tmp_path / "whole" / "model.safetensors").stat().st_size
     assert "Zs3ForSemanticSegmentation" in visited(tmp_path / "made", ["sky", "grass"])
 
@@ -110,9 +124,9 @@ def test_what_cannot_be_joined_is_one_line_and_leaves_nothing(call, parts, tmp_p
         "revision": ({"encoder_revision": "main"}, "is for a Hub id"),
         "headless": ({"proposals": tmp_path / "headless"}, "weights that are missing (class_predictor.bias)"),
     }
-    for flags, words in wrong.values():
+    for given, words in wrong.values():
         with pytest.raises(InputError) as refusal:
-            call(**flags)
+            call(**given)
         assert words in str(refusal.value) and "\n" not in str(refusal.value)
         assert not (tmp_path / "made").exists()
     (tmp_path / "made").mkdir()
@@ -145,19 +159,95 @@ def test_the_command_exits_with_2(monkeypatch, capsys):
     assert end.value.code == 2 and "--proposals" in capsys.readouterr().err
 
 
-def test_training_starts_from_an_assembled_checkpoint_with_a_learned_head(call, tmp_path):
-    from zs3.training.start import load_whole
+@every_family
+def test_stage_1_starts_from_it_with_a_learned_head_and_resumes(call, tmp_path, monkeypatch, family):
+    """The final model is lost after the last checkpoint: the same command makes it again, and it names."""
+    call(family)
+    data = write_data(tmp_path)
+    recipe = {name: value for name, value in RECIPE.items() if name in TrainArgs.__dataclass_fields__}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = flags(data, tmp_path / "out", init_from=tmp_path / "made", text_embeds=None, max_steps=1)
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        train_main()
+        final = tmp_path / "out" / "final"
+        model = Zs3ForSemanticSegmentation.from_pretrained(final).eval()
+        assert model.config.class_head == "learned" and model.config.head_is_trained
+        assert model.class_predictor is None and not model.config.objectness
+        text = torch.randn(2, model.config.projection_dim)
+        assert model(torch.randn(1, 3, 64, 64), text_embeds=text).class_logits.shape == (1, 5, 2)
+        shutil.rmtree(final)
 
+
+@every_family
+def test_release_doctor_and_evaluation_take_it_and_export_says_why_not(call, tmp_path, monkeypatch, capsys, family):
+    call(family)
+    made = str(tmp_path / "made")
+    write_dataset(tmp_path / "scenes", num_train=1, num_validation=1, seed=0)
+    ways = {
+        release.main: ["--model", made, "--repo_id", "you/day-one", "--output", str(tmp_path / "released")],
+        doctor.main: [made],
+        eval_main: ["--model", made, "--dataset", str(tmp_path / "scenes"), "--setting", "ovs"],
+    }
+    for main, words in ways.items():
+        monkeypatch.setattr(sys, "argv", ["command", *words])
+        main()
+    assert "joined from published parts" in (tmp_path / "released" / "README.md").read_text()
+    assert FAMILIES[family].title in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["zs3 export", "--model", made, "--output", str(tmp_path / "x.pt2")])
+    with pytest.raises(InputError, match="class_head 'regions' cannot be exported"):
+        export.main()
+
+
+def test_a_part_that_is_not_whole_is_one_line(call, parts, tmp_path):
+    shutil.copytree(parts / "clip", tmp_path / "blind")
+    state = load_file(tmp_path / "blind" / "model.safetensors")
+    kept = {name: value for name, value in state.items() if not name.startswith("vision")}
+    save_file(kept, tmp_path / "blind" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(parts / "tipsv2", tmp_path / "oblong")
+    config = json.loads((tmp_path / "oblong" / "config.json").read_text())
+    config["vision_config"]["image_size"] = [16, 16]
+    (tmp_path / "oblong" / "config.json").write_text(json.dumps(config))
+    shutil.copytree(parts / "proposals", tmp_path / "unscaled")
+    change_json(tmp_path / "unscaled" / "preprocessor_config.json", do_normalize=False)
+    wrong = [
+        ({"encoder": tmp_path / "blind"}, "the encoder lacks weights of a CLIP: 'vi"),
+        ({"encoder": tmp_path / "oblong"}, "an image tower must have square pictures"),
+        ({"proposals": tmp_path / "unscaled"}, "turns do_rescale or do_normalize off"),
+        ({"prompt_templates": "nothing"}, "--prompt_templates needs '{}'"),
+    ]
+    for given, words in wrong:
+        with pytest.raises(InputError) as refusal:
+            call(**given)
+        assert words in str(refusal.value) and "\n" not in str(refusal.value)
+        assert not (tmp_path / "made").exists()
+
+
+def test_a_readme_that_cannot_be_read_is_no_obstacle(call, parts, tmp_path):
+    shutil.copytree(parts / "proposals", tmp_path / "proposals")
+    (tmp_path / "proposals" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    call(proposals=tmp_path / "proposals")
+    assert "not readable" in (tmp_path / "made" / "README.md").read_text()
+    (tmp_path / "proposals" / "README.md").write_text("---\nlicense: [mit, other]\n---\n")
+    assert assemble.licence_of(tmp_path / "proposals") == "mit, other"
+
+
+def test_the_same_command_makes_the_same_weights(call, tmp_path):
     call()
-    model = load_whole(str(tmp_path / "made"), {})
-    assert model.config.class_head == "learned" and model.class_predictor is None and not model.config.objectness
+    call(output=tmp_path / "again")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("made", "again"))
+    assert first == second
 
 
-def test_a_checkpoint_that_lost_its_class_predictor_is_refused(call, tmp_path):
+def test_regions_do_not_see_wrong_colours(call, tmp_path):
+    call()
+    change_json(tmp_path / "made" / "config.json", pixel_mean=[0.0, 0.0, 0.0])
+    with pytest.raises(InputError, match="image_mean and image_std are not pixel_mean and pixel_std"):
+        load_checkpoint(str(tmp_path / "made"))
+
+
+def test_another_number_of_classes_is_refused(call, tmp_path):
     call()
     change_json(tmp_path / "made" / "config.json", proposal_classes=9)
-    from zs3.checkpoints import load_model
-
     with pytest.raises(InputError, match=r"the shape differs of class_predictor"):
         load_model(str(tmp_path / "made"))
-    assert json.loads((tmp_path / "made" / "config.json").read_text())["proposal_classes"] == 9

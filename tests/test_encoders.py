@@ -1,5 +1,6 @@
 """The families of encoders: texts and regions against transformers' own encoders and loops from the formulas."""
 
+import copy
 import json
 
 import pytest
@@ -75,9 +76,12 @@ def test_a_name_has_one_vector_whatever_list_it_is_in(joined, family):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
-def test_the_cache_tells_families_apart():
-    sides = {family: text_side(tiny_model(family=family).text_model, byte_tokenizer()) for family in FAMILIES}
-    assert len({*sides.values()}) == len(FAMILIES)
+def test_the_cache_tells_families_apart(monkeypatch):
+    """The same weights and the same fields, read by another family."""
+    tower, tokenizer = tiny_model().text_model, byte_tokenizer()
+    before = text_side(tower, tokenizer)
+    monkeypatch.setitem(FAMILIES, "clip", FAMILIES["clip"]._replace(title="another"))
+    assert text_side(tower, tokenizer) != before
 
 
 @every_family
@@ -123,7 +127,7 @@ def test_a_region_of_the_whole_picture_is_the_picture_to_clip(joined):
 def test_regions_of_tipsv2_are_a_loop_over_patches(joined, patch_tokens):
     """In float64, the last block written out: without attention every token keeps its own value."""
     model, encoder = joined["tipsv2"]
-    image, tower = torch.rand(3, 24, 40), encoder.double().vision_model
+    image, tower = torch.rand(3, 24, 40), copy.deepcopy(encoder).double().vision_model
     grid = patch_grid(model.vision_model, (24, 40))
     covered = torch.rand(3, grid[0] * grid[1])
     with torch.no_grad():
@@ -146,7 +150,6 @@ def test_regions_of_tipsv2_are_a_loop_over_patches(joined, patch_tokens):
         for region, shares in zip(found, covered.double(), strict=True):
             total = sum(share * patch / patch.norm() for share, patch in zip(shares, patches, strict=True))
             torch.testing.assert_close(region.double(), total / shares.sum(), atol=1e-5, rtol=1e-5)
-    encoder.float()
 
 
 @every_family
@@ -208,6 +211,20 @@ def test_another_encoder_is_refused_in_words(tmp_path):
     transformers.ResNetConfig().save_pretrained(tmp_path)
     with pytest.raises(Refused, match="got a resnet"):
         Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(None, str(tmp_path))
+
+
+def test_towers_of_two_encoders_are_refused():
+    mixed = {"text_config": tiny_towers("clip")["text_config"].to_dict()}
+    mixed |= {"vision_config": tiny_towers("tipsv2")["vision_config"].to_dict()}
+    for fields, words in (
+        (mixed | {"projection_dim": 12}, "makes vectors of 16 numbers, projection_dim is 12"),
+        ({"vision_config": mixed["text_config"], "projection_dim": 12}, "vision_config is a clip_text_model"),
+    ):
+        with pytest.raises(Refused, match=words):
+            Zs3ForSemanticSegmentation(Zs3Config(**fields))
+    mixed["vision_config"]["hidden_size"] = 12
+    with pytest.raises(Refused, match="the text tower is a CLIP's, the image tower a TIPSv2's"):
+        Zs3ForSemanticSegmentation(Zs3Config(**mixed, projection_dim=12))
 
 
 def test_the_tokenizer_of_a_checkpoint_is_one_of_the_known_classes(tmp_path):

@@ -125,8 +125,9 @@ def test_a_head_that_was_never_trained_names_nothing(proposer, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(Refused, match="the class head was never trained"):
         Zs3ForSemanticSegmentation.from_pretrained(tmp_path).eval()(torch.randn(1, 3, 64, 64), text_embeds=text)
-    model.train()
     labels = torch.zeros(1, 64, 64, dtype=torch.int64)
+    assert torch.isfinite(model(torch.randn(1, 3, 64, 64), text_embeds=text, labels=labels).loss)  # before any step
+    model.train()
     model(torch.randn(1, 3, 64, 64), text_embeds=text, labels=labels).loss.backward()
     assert model.eval()(torch.randn(1, 3, 64, 64), text_embeds=text).class_logits.shape == (1, 5, 2)
 

@@ -32,7 +32,7 @@ import modeling_zs3
 from configuration_zs3 import Zs3Config, beginning, check_names, is_number, one_line, places, shared, shortened
 from files_zs3 import is_leftover
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from processing_zs3 import Zs3ImageProcessor, saved_processor, saved_tokenizer
+from processing_zs3 import Zs3ImageProcessor, check_colours, saved_processor, saved_tokenizer
 from text_zs3 import TextCache, check_text_embeds, embed_labels, read_labels
 from zs3.command_line import InputError, in_one_line, looks_local, shown
 from zs3.files import file_sha256
@@ -214,6 +214,8 @@ def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool 
     image_processor = getattr(processor, "image_processor", processor)
     if isinstance(image_processor, Zs3ImageProcessor):
         check_image_processor(path, image_processor)
+    with in_one_line(shown(path)):
+        check_colours(config, image_processor)
     if config.text_config is not None:
         if not hasattr(processor, "tokenizer"):
             raise InputError(

@@ -42,13 +42,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from clip_views_zs3 import CROPS_AT_ONCE, embed_proposals, proposal_masks
-from configuration_zs3 import Number, shortened
-from encoders_zs3 import FAMILIES, PatchTokens, family_of, load_encoder
+from configuration_zs3 import Number, PatchTokens, RegionView, shortened
+from encoders_zs3 import FAMILIES, family_of, load_encoder
 from files_zs3 import is_leftover
 from outputs_zs3 import label_similarity
 from processing_zs3 import Zs3ImageProcessor, encoder_processor, resize_nearest
 from text_zs3 import embed_prompts, read_labels
-from zs3.checkpoints import check_checkpoint, check_no_unseen_masks, class_vectors, load_checkpoint, refusing
+from zs3.checkpoints import (
+    check_checkpoint,
+    check_no_unseen_masks,
+    check_tokenizer,
+    class_vectors,
+    load_checkpoint,
+    local_folder,
+    refusing,
+)
 from zs3.command_line import (
     Arguments,
     Batch,
@@ -102,10 +110,10 @@ class PseudoLabelArgs(Arguments):
     max_images: Count | None = flag(None, "Score the first N images only.")
 
     encoder: str | None = flag(None, "CLIP or TIPSv2 that scores the proposals; default: the checkpoint's own towers.")
-    region_view: Literal["crops", "single_pass"] = flag(
-        "crops", "What the image tower sees: crops, or all proposals in one pass."
+    region_view: RegionView = flag("crops", "What the image tower sees: crops, or all proposals in one pass.")
+    patch_tokens: PatchTokens | None = flag(
+        None, "Last block of TIPSv2 in a single pass; default: the checkpoint's, with --encoder 'attention'."
     )
-    patch_tokens: PatchTokens = flag("attention", "Last block of TIPSv2 in a single pass.")
     seen_names: bool = flag(False, "Seen names compete with unseen names in the softmax of Eq. 9.")
     unannotated_share: Share = flag(
         0.5,
@@ -294,7 +302,8 @@ def resolved_settings(
     later = {name: getattr(args, name) for name in ("trust_remote_code", "region_view", "patch_tokens")}
     later = {name: value for name, value in later.items() if value != getattr(PseudoLabelArgs, name)}
     if args.encoder is not None:
-        later["encoder_sha256"] = checkpoint_sha256(args.encoder)
+        folder = local_folder(args.encoder)
+        later["encoder"] = args.encoder if folder is None else checkpoint_sha256(str(folder))
     return later | {
         "checkpoint_sha256": checkpoint_sha256(args.model),
         "checkpoint_commit": getattr(model.config, "_commit_hash", None),
@@ -485,7 +494,8 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     image_processor = getattr(processor, "image_processor", processor)
     with accelerator.local_main_process_first():
         scorer, prompts = make_scorer(args, model, processor, label_space)
-    views = {"region_view": args.region_view, "patch_tokens": args.patch_tokens}
+    own_tokens = "attention" if args.encoder else getattr(model.config, "patch_tokens", "attention")
+    views = {"region_view": args.region_view, "patch_tokens": args.patch_tokens or own_tokens}
     towers = {"model": model, "image_processor": image_processor, "scorer": scorer}
     score = partial(score_batch, **towers, **crop_flags(args), **views)
 
@@ -528,6 +538,7 @@ def make_scorer(
     with refusing(f"--encoder {shown(args.encoder)} cannot be used"):
         encoder = load_encoder(args.encoder)
         own = encoder_processor(args.encoder, family_of(encoder.text_model.config).templates)
+    check_tokenizer(args.encoder, own.tokenizer, encoder.text_model.config)
     with in_one_line("class names"):
         labels = read_labels(in_softmax, own.prompt_templates)
         own.check_readable(labels)

@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 try:
-    from .configuration_zs3 import Refused, as_number, shortened
+    from .configuration_zs3 import PatchTokens, Refused, RegionView, as_number, shortened
     from .encoders_zs3 import (
-        PatchTokens,
         family_of,
         normalised,
         patch_grid,
@@ -32,9 +31,8 @@ try:
 except ImportError:
     if __package__:
         raise
-    from configuration_zs3 import Refused, as_number, shortened
+    from configuration_zs3 import PatchTokens, Refused, RegionView, as_number, shortened
     from encoders_zs3 import (
-        PatchTokens,
         family_of,
         normalised,
         patch_grid,
@@ -45,7 +43,6 @@ except ImportError:
     from label_maps_zs3 import MASK_STRIDE
     from outputs_zs3 import best_synonyms, check_finite_output, label_similarity
 
-ClipView = Literal["crops", "single_pass"]
 Fill = Literal["mean"] | None
 
 MASK_THRESHOLD = 0.5  # a proposal is where its mask is above it (Xu et al. 2021)
@@ -68,7 +65,7 @@ def embed_proposals(
     mask_logits: Tensor,
     valid_sizes: Tensor | Sequence[tuple[int, int]] | None = None,
     *,
-    view: ClipView = "crops",
+    view: RegionView = "crops",
     mask_threshold: float = MASK_THRESHOLD,
     fill: Fill = "mean",
     chosen: Tensor | None = None,
@@ -85,7 +82,7 @@ def embed_proposals(
     chosen: (B, Q) bool, the proposals to look at; None: all.
     patch_tokens: in a single pass, see `patch_means` of encoders_zs3.
     """
-    if view not in get_args(ClipView):
+    if view not in get_args(RegionView):
         raise Refused(f"view must be 'crops' or 'single_pass', got {shortened(view)}")
     mask_threshold = as_number("mask_threshold", mask_threshold, 0, 1)
     valid_sizes = [images.shape[2:]] * len(images) if valid_sizes is None else valid_sizes
@@ -94,22 +91,20 @@ def embed_proposals(
     shown = visible_proposals(mask_logits, sizes, mask_threshold, chosen)
     embeds = mask_logits.new_zeros(*shown.shape, vector_size(tower.config), dtype=torch.float32)
 
-    def masks(image: int, query: Tensor) -> Tensor:
-        return proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
-
     if view == "single_pass":
         for image in shown.any(dim=1).nonzero()[:, 0].tolist():
             query = shown[image].nonzero()[:, 0]
             covered = covered_patches(tower, mask_logits[image, query], sizes[image], mask_threshold)
-            embeds[image, query] = region_vectors(tower, images[image], covered, patch_tokens).float()
+            embeds[image, query] = region_vectors(tower, images[image], covered, patch_tokens).to(embeds)
     else:
         side = tower.config.image_size
         for part in shown.nonzero().split(CROPS_FOR_TOWER) if shown.any() else ():
             crops = []
             for image in part[:, 0].unique().tolist():
-                own = masks(image, part[part[:, 0] == image, 1])
+                query = part[part[:, 0] == image, 1]
+                own = proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
                 crops.append(crop_proposals(normalised(tower, images[image]), own, side, fill=fill))
-            embeds[part[:, 0], part[:, 1]] = picture_vectors(tower, torch.cat(crops)).float()
+            embeds[part[:, 0], part[:, 1]] = picture_vectors(tower, torch.cat(crops)).to(embeds)
     check_finite_output("the image tower's embeddings of the proposals", embeds)
     return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
 

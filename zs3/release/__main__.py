@@ -60,6 +60,7 @@ from zs3.release.card import example_labels, model_card, recipes_of, space_with_
 from zs3.scores.means import ADDED_SCORES, SCORES
 
 HUB_CARDS = project_folder("hub_cards")
+NO_TEMPLATES = ("README", "assembled")  # `zs3 assemble` fills in the second
 OF_BENCHMARKS = ("coco_stuff_171", "scenes", "voc_20")  # templates that are named after their label space
 FIRST_SCORES = [name for name in SCORES if name not in ADDED_SCORES]  # those that all result files have
 NEEDED = (
@@ -187,7 +188,7 @@ def read_results(paths: Sequence[str], sha256: str, settings: str) -> list[Resul
 
 def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequence[Result]) -> Path:
     """The template. card: the flag; None: the template for the classes with masks in training. It must fit them."""
-    names = sorted(path.stem for path in HUB_CARDS.glob("*.md") if path.stem != "README")
+    names = sorted(path.stem for path in HUB_CARDS.glob("*.md") if path.stem not in NO_TEMPLATES)
     if card is not None and card.endswith(".md"):
         path = Path(card)
     else:
@@ -202,7 +203,7 @@ def chosen_template(card: str | None, config: PreTrainedConfig, results: Sequenc
                 f"{' or '.join(fitting) or 'none'}): give a .md file of your own as --card"
             )
         path = HUB_CARDS / f"{chosen}.md"
-    if not path.is_file() or path.stem == "README":
+    if not path.is_file() or (path.parent == HUB_CARDS and path.stem in NO_TEMPLATES):
         raise InputError(f"--card {card}: no such template; there are {', '.join(names)}, or a .md file of your own")
     return path
 
@@ -323,9 +324,14 @@ def main() -> None:
     config = load_config(args.model, args.trust_remote_code)
     load_processor(args.model, config, args.trust_remote_code)  # for its checks
     results = read_results(args.results, sha256, settings_sha256(args.model))
-    template = chosen_template(args.card, config, results)
     code = code_sha256(args.model, args.trust_remote_code)
-    card = model_card(template, args.repo_id, config, sha256, recipes_of(model), results, code)
+    if args.card is None and not results and getattr(config, "class_head", "learned") == "regions":
+        template = model / "README.md"  # of `zs3 assemble`
+        with naming(template):
+            card = read_text(template)
+    else:
+        template = chosen_template(args.card, config, results)
+        card = model_card(template, args.repo_id, config, sha256, recipes_of(model), results, code)
     print("a stranger loads it and segments a picture ...", flush=True)
     answer = make_folder(files, card, folder, example_labels(config))
     print(listing(folder))

@@ -14,17 +14,19 @@ from typing import Literal
 
 import jinja2
 import torch
+import yaml
 from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from transformers import AutoConfig, Mask2FormerImageProcessorPil, PreTrainedConfig
 
-from configuration_zs3 import one_line, places
-from encoders_zs3 import FAMILIES, PatchTokens, family_of
+from configuration_zs3 import PatchTokens, RegionView, among, one_line, places, shortened
+from encoders_zs3 import FAMILIES, family_of
 from files_zs3 import read_text
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from pipeline_zs3 import Zs3Pipeline
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor, encoder_processor
+from text_zs3 import TextCache
 from zs3.checkpoints import check_checkpoint, check_finite, check_tokenizer, refusing
 from zs3.command_line import (
     Arguments,
@@ -38,6 +40,7 @@ from zs3.command_line import (
 )
 from zs3.files import project_folder, write_text, writing_folder
 from zs3.label_space import is_hub_id, load_label_space
+from zs3.tables import markdown
 
 CARD = project_folder("hub_cards") / "assembled.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +49,11 @@ SIDES = (640, 480)  # of the picture that is named at the end
 LABELS = ["sky", "grass", "road", "person", "building", "tree", "car", "water", "wall", "dog"]
 COCO_PANOPTIC = ("banner", "blanket", "wall-brick", "tree-merged")  # names that no other set has
 UNKNOWN = "unknown masks"
+TROUBLES = {  # of a download, the more special first
+    GatedRepoError: "is gated: accept its terms on the Hub, then `hf auth login`",
+    RepositoryNotFoundError: "is not on the Hub, or is private: check the name, or `hf auth login`",
+    LocalEntryNotFoundError: "is not on this disk, and the Hub cannot be reached: give a folder",
+}
 
 
 @dataclass
@@ -58,7 +66,7 @@ class AssembleArgs(Arguments):
     proposals_revision: str | None = flag(None, "Branch, tag or commit of --proposals on the Hub.")
     encoder_revision: str | None = flag(None, "Branch, tag or commit of --encoder on the Hub.")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the saved weights.")
-    region_view: Literal["single_pass", "crops"] = flag(
+    region_view: RegionView = flag(
         "single_pass", "What the image tower sees: all proposals in one pass over the image, or a crop of each."
     )
     patch_tokens: PatchTokens = flag(
@@ -72,6 +80,9 @@ class AssembleArgs(Arguments):
 
     def check(self) -> None:
         check_required(self, "proposals", "encoder", "output")
+        wrong = [template for template in self.prompt_templates or [] if "{}" not in template]
+        if wrong:
+            raise InputError(f"--prompt_templates needs '{{}}' where the name goes, got {shortened(wrong[0])}")
 
 
 # ---- the parts ---------------------------------------------------------------------------------------------
@@ -87,15 +98,16 @@ def local_copy(flag_name: str, source: str, revision: str | None) -> Path:
         return Path(source)
     where = f"--{flag_name} {shown(source)}"
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=FILES))
-    except GatedRepoError as error:
-        raise InputError(f"{where} is gated: accept its terms on the Hub, then `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise InputError(f"{where} is not on the Hub, or is private: check the name, or `hf auth login`") from error
-    except LocalEntryNotFoundError as error:
-        raise InputError(f"{where} is not on this disk, and the Hub cannot be reached: give a folder") from error
-    except (*HfHubHTTPError.__bases__, ValueError) as error:
-        raise InputError(f"{where} cannot be downloaded: {one_line(error)}") from error
+        with refusing(f"{where} cannot be downloaded"):
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=FILES, ignore_patterns=["*/*"]))
+    except InputError as error:
+        for kind, words in TROUBLES.items():
+            if isinstance(error.__cause__, kind):
+                raise InputError(f"{where} {words}") from error
+        raise
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"{where} has no safetensors weights on this disk: take a revision that has them")
+    return folder
 
 
 def licence_of(folder: Path) -> str:
@@ -104,22 +116,21 @@ def licence_of(folder: Path) -> str:
     if not path.is_file():
         return "not declared"
     try:
-        data = ModelCard(read_text(path)).data
-    except (OSError, ValueError) as error:
+        data = ModelCard(read_text(path), ignore_metadata_errors=True).data
+    except (OSError, ValueError, yaml.YAMLError) as error:
         return f"not readable ({one_line(error, 60)})"
-    return str(getattr(data, "license_name", None) or data.license or "not declared")
+    found = getattr(data, "license_name", None) or data.license or "not declared"
+    return ", ".join(map(str, found)) if isinstance(found, list) else str(found)
 
 
 def masks_of(config: PreTrainedConfig) -> str:
     """The data set whose masks a Mask2Former was trained on, by the names of its classes."""
-    names = list(config.id2label.values())
-    if all(place is not None for place in places(COCO_PANOPTIC, names)):
+    names = [str(name).split(",")[0] for name in config.id2label.values()]
+    if None not in places(COCO_PANOPTIC, names):
         return "COCO-panoptic"
-    for benchmark, title in (("ade20k_150", "ADE20K (150 classes)"), ("coco_stuff_171", "COCO-Stuff")):
-        known = load_label_space(benchmark).class_names
-        first = [name.split(",")[0] for name in names]
-        if len(names) == len(known) and sum(place is not None for place in places(first, known)) > 0.8 * len(known):
-            return title
+    known = [name.split(",")[0] for name in load_label_space("ade20k_150").class_names]
+    if len(names) == len(known) and sum(among(names, known)) > 0.8 * len(known):
+        return "ADE20K (150 classes)"
     return UNKNOWN
 
 
@@ -127,33 +138,34 @@ def image_processor_of(folder: Path) -> Zs3ImageProcessor:
     """An image processor with the size and the normalisation of a Mask2Former's; without one, this project's."""
     if not (folder / "preprocessor_config.json").is_file():
         return Zs3ImageProcessor()
-    with refusing(f"{shown(folder / 'preprocessor_config.json')} cannot be used"):
-        its = Mask2FormerImageProcessorPil.from_pretrained(folder)
-        size = {name: side for name, side in dict(its.size).items() if side is not None}
-        return Zs3ImageProcessor(size=size, image_mean=list(its.image_mean), image_std=list(its.image_std))
+    its = Mask2FormerImageProcessorPil.from_pretrained(folder)
+    if not (its.do_rescale and its.do_normalize):
+        raise InputError("preprocessor_config.json turns do_rescale or do_normalize off, which no Mask2Former needs")
+    size = {name: side for name, side in dict(its.size).items() if side is not None}
+    return Zs3ImageProcessor(size=size, image_mean=list(its.image_mean), image_std=list(its.image_std))
 
 
 def assemble(args: AssembleArgs, proposals: Path, encoder: Path) -> tuple[Zs3ForSemanticSegmentation, Zs3Processor]:
-    config = AutoConfig.from_pretrained(proposals)
+    """The joined model, in the type of --dtype, and its processor."""
     image_processor = image_processor_of(proposals)
-    with refusing("these parts do not fit together"):
-        model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
-            str(proposals),
-            str(encoder),
-            class_head="regions",
-            region_view=args.region_view,
-            patch_tokens=args.patch_tokens,
-            proposal_classes=config.num_labels,
-            objectness=args.objectness,
-            clip_ensemble_weight=None,
-            pixel_mean=list(image_processor.image_mean),
-            pixel_std=list(image_processor.image_std),
-        )
-    check_finite(model, f"{shown(proposals)} with {shown(encoder)}")
-    with refusing(f"the tokenizer of {shown(encoder)} cannot be used"):
-        own = encoder_processor(str(encoder), family_of(model.config.text_config).templates)
+    torch.manual_seed(0)  # of the class embeddings, which nothing uses before a training
+    model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
+        str(proposals),
+        str(encoder),
+        class_head="regions",
+        region_view=args.region_view,
+        patch_tokens=args.patch_tokens,
+        proposal_classes=AutoConfig.from_pretrained(proposals, trust_remote_code=False).num_labels,
+        objectness=args.objectness,
+        clip_ensemble_weight=None,
+        pixel_mean=list(image_processor.image_mean),
+        pixel_std=list(image_processor.image_std),
+    )
+    model = model.to(DTYPES[args.dtype]).eval()
+    check_finite(model, f"{shown(proposals)} with {shown(encoder)} as {args.dtype}")
+    own = encoder_processor(str(encoder), family_of(model.config.text_config).templates)
     check_tokenizer(str(encoder), own.tokenizer, model.config.text_config)
-    return model.eval(), Zs3Processor(image_processor, own.tokenizer, args.prompt_templates or own.prompt_templates)
+    return model, Zs3Processor(image_processor, own.tokenizer, args.prompt_templates or own.prompt_templates)
 
 
 # ---- what is told ------------------------------------------------------------------------------------------
@@ -163,7 +175,8 @@ def part(source: str, revision: str | None, folder: Path, what: str) -> dict[str
     """A row of the card's table of parts."""
     commit = folder.name if folder.parent.name == "snapshots" else revision or "-"
     name = source if is_hub_id(source) and not Path(source).is_dir() else Path(source).name
-    return {"what": what, "name": name, "revision": commit, "licence": licence_of(folder)}
+    row = {"what": what, "name": name, "revision": commit, "licence": licence_of(folder)}
+    return {title: markdown(text) for title, text in row.items()}
 
 
 def card(args: AssembleArgs, model: Zs3ForSemanticSegmentation, folders: dict[str, Path]) -> str:
@@ -192,6 +205,7 @@ def weights_line(model: Zs3ForSemanticSegmentation, dtype: str) -> str:
 def try_out(model: Zs3ForSemanticSegmentation, processor: Zs3Processor) -> str:
     """Names a picture of noise, twice. Returns a line with the seconds."""
     segment = Zs3Pipeline(model=model, processor=processor, image_processor=processor.image_processor)
+    segment.text_cache = TextCache(folder=None)
     image, seconds = Image.effect_noise(SIDES, 80).convert("RGB"), []
     for labels in (LABELS[:-1], LABELS):
         start = time.perf_counter()
@@ -215,12 +229,14 @@ def main() -> None:
         folders[name] = local_copy(name, getattr(args, name), getattr(args, f"{name}_revision"))
         check_checkpoint(name, str(folders[name]), types)
     print("joining the parts ...", flush=True)
-    model, processor = assemble(args, folders["proposals"], folders["encoder"])
-    print(weights_line(model, args.dtype), flush=True)
-    model = model.to(DTYPES[args.dtype])
+    with refusing("these parts do not fit together"):
+        model, processor = assemble(args, folders["proposals"], folders["encoder"])
+        print(weights_line(model, args.dtype), flush=True)
+        print("naming a picture of noise ...", flush=True)
+        time_line = try_out(model, processor)
     with writing_folder(output) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         write_text(unfinished / "README.md", card(args, model, folders))
-    print(try_out(model, processor))
+    print(time_line)
     print(f"the checkpoint is in {output}; its README.md says what it is made of")

@@ -103,6 +103,10 @@ def export_visual(model: Zs3ForSemanticSegmentation) -> ExportedProgram:
     """VisualPart, traced with the free sizes SIZES, on the model's device and in its precision."""
     if model.training:
         raise InputError("a model in training mode cannot be exported: call model.eval() first")
+    if model.config.class_head == "regions":
+        raise InputError(
+            "class_head 'regions' cannot be exported: its names come from the image tower, not from the exported part"
+        )
     if model.config.backbone_config.model_type == "swin":
         raise InputError("a Swin backbone cannot be exported: its windows depend on the size of the image")
     # Different sizes, no multiples of 32, so that the tracer cannot confuse them.

@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -186,7 +186,8 @@ class RunCheckpoints:
         """A hook that accelerate calls before it reads weights. FSDP's are not in `models`: accelerate reads them."""
         if models:
             models.clear()
-            missing, unexpected = load_model(self.model, Path(folder) / "model.safetensors", strict=False)
+            weights = load_file(Path(folder) / "model.safetensors")
+            missing, unexpected = self.model.load_state_dict(weights, strict=False)
             lost = sorted(name for name in missing if not name.startswith(TOWER_WEIGHTS)) + unexpected
             if lost:
                 raise InputError(f"{folder} is of another architecture: {lost[0]} and {len(lost) - 1} other weights")

@@ -98,6 +98,7 @@ def load_whole(path: str, overrides: dict) -> Zs3ForSemanticSegmentation:
     What names without training, of `zs3 assemble`, is left out: training needs a learned head, and its queries change.
     """
     learned = {"class_head": "learned", "objectness": False, "proposal_classes": 0}
+    learned |= {name: getattr(Zs3Config(), name) for name in ("pixel_mean", "pixel_std")}  # of the run's pictures
     config = Zs3Config(**{**load_config(path).to_dict(), **learned, **overrides})
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, loading = Zs3ForSemanticSegmentation.from_pretrained(path, config=config, dtype=torch.float32, **options)
@@ -136,7 +137,7 @@ def record_supervision(
     init_from: str | None = None,
     proposals: str | None = None,
 ) -> None:
-    """Writes the seen classes and the image labels of all training of the model into its config.
+    """Writes the seen classes and the image labels of all training of the model into its config: its head is trained.
 
     Refuses a start that has seen masks of unseen classes. If this training has image labels of unseen classes, their
     precision and recall are unknown until it ends.
@@ -151,6 +152,7 @@ def record_supervision(
         before = SeenRecord(None, None)
     now = SeenRecord(label_space.seen, unseen_labels)
     config.seen_class_names, config.unseen_labels = joined([before, now])
+    config.head_is_trained = True  # when the run has ended; before that it saves no model
     if unseen_labels != "none":
         config.image_label_precision = config.image_label_recall = None
 
