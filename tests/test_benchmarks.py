@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ from benchmarks import (
     loader,
     measuring,
     network,
+    pseudo_label_quality,
     pseudo_labels,
     text_side,
     train_step,
-    unannotated_share,
 )
 from eval import main as eval_main
 from zs3.command_line import read_arguments
@@ -31,6 +32,8 @@ from zs3.label_space import load_label_space
 from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
 from zs3.scenes.dataset import write_dataset
 from zs3.scenes.render import CLASS_NAMES, UNSEEN
+
+CLIP_FOLDER = str(Path(__file__).parent.parent / "zs3" / "scenes_clip")
 
 
 @pytest.fixture
@@ -228,19 +231,22 @@ def test_pseudo_labels_are_measured_beside_the_loop(call, scenes_model, tmp_path
         call(pseudo_labels, **places, few=1, many=3, shard_size=1)
 
 
-def test_shares_are_those_of_the_command(call, scenes_model, tmp_path, capsys):
+def test_the_quality_of_pseudo_labels_is_that_of_the_command(call, scenes_model, tmp_path, capsys):
     places = {"model": str(scenes_model / "model"), "dataset": str(scenes_model / "scenes")}
-    call(unannotated_share, **places, shares="0 0.5 1", max_images=2, output=tmp_path / "shares.json")
-    rows = json.loads((tmp_path / "shares.json").read_text())["rows"]
-    for row in rows:
-        flags = {"unannotated_share": row["share"], "max_images": 2, "output": str(tmp_path / f"{row['share']}")}
+    more = {"encoders": CLIP_FOLDER, "max_images": 2, "output": tmp_path / "quality.json"}
+    call(pseudo_label_quality, **places, shares="0 0.5 1", **more)
+    result = json.loads((tmp_path / "quality.json").read_text())
+    asked = [{"unannotated_share": share} for share in (0, 0.5, 1)]
+    asked += [{"encoder": own, "region_view": view} for own in (None, CLIP_FOLDER) for view in ("crops", "single_pass")]
+    for place, (row, options) in enumerate(zip(result["shares"] + result["scorers"], asked, strict=True)):
+        flags = options | {"max_images": 2, "output": str(tmp_path / f"{place}")}
         make_pseudo_labels(PseudoLabelArgs(**places, **flags))
-        summary = json.loads((tmp_path / f"{row['share']}" / "summary.json").read_text())
+        summary = json.loads((tmp_path / f"{place}" / "summary.json").read_text())
         assert row["right_labels"] == sum(summary["images_with_class"]) > 0
         assert row["average_precision"] == summary["average_precision"]["macro"]
         own = {threshold["threshold"]: threshold for threshold in summary["thresholds"]}[row["threshold"]]
         assert row["labels"] == sum(own["labels"]) and row["recall"] == own["recall"]["micro"]
-    assert capsys.readouterr().out == (tmp_path / "shares.md").read_text()
+    assert capsys.readouterr().out == (tmp_path / "quality.md").read_text()
 
 
 def test_checkpoints_at_real_size_are_timed_part_by_part(call, tmp_path, capsys, same_process):
