@@ -72,7 +72,7 @@ def test_the_parts_are_in_the_checkpoint_and_a_stranger_names_with_it(call, part
             assert any(key in weights and torch.equal(weights[key], value) for key in own), name
     scale = encoder.logit_scale.exp() if family == "clip" else 1 / encoder.temperature
     assert model.config.clip_logit_scale == pytest.approx(float(scale), rel=1e-5)
-    assert model.config.class_head == "regions" and model.config.objectness
+    assert model.config.class_head == "regions" and not model.config.objectness
     processor = Zs3Processor.from_pretrained(tmp_path / "made")
     assert processor.prompt_templates == list(FAMILIES[family].templates)
     assert (
@@ -88,7 +88,7 @@ def test_the_card_says_what_it_is_made_of(call, parts, tmp_path):
     card = (tmp_path / "made" / "README.md").read_text()
     assert "| proposals, trained on unknown masks | proposals | - | mit |" in card
     assert "| text and image encoder (CLIP) | clip | - | not declared |" in card
-    assert "no zero-shot result can be claimed on any benchmark" in card and "was not evaluated" in card
+    assert "no zero-shot result can be claimed on any benchmark" in card
 
 
 @pytest.mark.parametrize(
@@ -182,17 +182,21 @@ def test_stage_1_starts_from_it_with_a_learned_head_and_resumes(call, tmp_path, 
 @every_family
 def test_release_doctor_and_evaluation_take_it_and_export_says_why_not(call, tmp_path, monkeypatch, capsys, family):
     call(family)
-    made = str(tmp_path / "made")
+    made, result, released = (str(tmp_path / name) for name in ("made", "ovs.json", "released"))
     write_dataset(tmp_path / "scenes", num_train=1, num_validation=1, seed=0)
     ways = {
-        release.main: ["--model", made, "--repo_id", "you/day-one", "--output", str(tmp_path / "released")],
+        eval_main: [
+            *("--model", made, "--dataset", str(tmp_path / "scenes")),
+            *("--setting", "ovs", "--output", result),
+        ],
+        release.main: [*("--model", made, "--repo_id", "you/day-one", "--results", result), "--output", released],
         doctor.main: [made],
-        eval_main: ["--model", made, "--dataset", str(tmp_path / "scenes"), "--setting", "ovs"],
     }
     for main, words in ways.items():
         monkeypatch.setattr(sys, "argv", ["command", *words])
         main()
-    assert "joined from published parts" in (tmp_path / "released" / "README.md").read_text()
+    card = (tmp_path / "released" / "README.md").read_text()
+    assert "joined from published parts" in card and "## Results" in card and "| mIoU |" in card
     assert FAMILIES[family].title in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["zs3 export", "--model", made, "--output", str(tmp_path / "x.pt2")])
     with pytest.raises(InputError, match="class_head 'regions' cannot be exported"):

@@ -330,7 +330,7 @@ def with_config(stage1: Path, folder: Path, **changes) -> str:
     ("changes", "message"),
     [
         ({"seen_class_names": None}, "does not say which classes"),
-        ({"seen_class_names": ["grass", "Red  Square"]}, "trained on masks of .'red square'"),
+        ({"seen_class_names": ["grass", "Red  Square"]}, "trained on masks of 'red square'"),
         ({"unseen_labels": "ground_truth"}, "learned from ground-truth image labels"),
         ({"vision_config": None}, "no image tower"),
     ],

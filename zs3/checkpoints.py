@@ -410,4 +410,5 @@ def check_no_unseen_masks(config: PreTrainedConfig, label_space: LabelSpace, cla
         raise NoClaim(f"the checkpoint does not say which classes its training masks show: no {claim}")
     leaked = shared(label_space.unseen, config.seen_class_names)
     if leaked:
-        raise NoClaim(f"the checkpoint was trained on masks of {shortened(leaked)}, which are unseen here: no {claim}")
+        split = "; if it was trained with a class split, give its --label_space"
+        raise NoClaim(f"the checkpoint was trained on masks of {shortened(leaked[0])}, unseen here: no {claim}{split}")

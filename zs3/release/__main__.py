@@ -56,7 +56,7 @@ from zs3.evaluation.result_types import Result
 from zs3.evaluation.results import read_result
 from zs3.files import file_sha256, naming, project_folder, write_text, writing_folder
 from zs3.label_space import is_hub_id
-from zs3.release.card import example_labels, model_card, recipes_of, space_with_seen
+from zs3.release.card import example_labels, model_card, recipes_of, space_with_seen, tables
 from zs3.scores.means import ADDED_SCORES, SCORES
 
 HUB_CARDS = project_folder("hub_cards")
@@ -325,10 +325,12 @@ def main() -> None:
     load_processor(args.model, config, args.trust_remote_code)  # for its checks
     results = read_results(args.results, sha256, settings_sha256(args.model))
     code = code_sha256(args.model, args.trust_remote_code)
-    if args.card is None and not results and getattr(config, "class_head", "learned") == "regions":
+    if args.card is None and getattr(config, "class_head", "learned") == "regions":
         template = model / "README.md"  # of `zs3 assemble`
         with naming(template):
             card = read_text(template)
+        if results:
+            card += f"\n## Results\n\n{tables(results, sha256, code)}\n"
     else:
         template = chosen_template(args.card, config, results)
         card = model_card(template, args.repo_id, config, sha256, recipes_of(model), results, code)

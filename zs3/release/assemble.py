@@ -73,7 +73,7 @@ class AssembleArgs(Arguments):
         "values",
         "Patch tokens of TIPSv2: 'values', as published for segmentation; 'attention' for the tiny one of `scenes`.",
     )
-    objectness: bool = flag(True, "Multiply by 1 - the probability of 'no object' of the Mask2Former.")
+    objectness: bool = flag(False, "Multiply by 1 - the probability of 'no object' of the Mask2Former.")
     prompt_templates: list[str] | None = flag(
         None, "Prompts with {} for the name; default: those of the encoder's family."
     )
@@ -187,7 +187,7 @@ def card(args: AssembleArgs, model: Zs3ForSemanticSegmentation, folders: dict[st
         part(args.encoder, args.encoder_revision, folders["encoder"], f"text and image encoder ({family.title})"),
     ]
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    facts = {
+    facts = {"folder": args.output} | {
         "parts": parts,
         "masks": masks,
         "unknown": masks == UNKNOWN,
