@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipeline_zs3 import Zs3Pipeline
+from text_zs3 import read_labels
 from zs3.checkpoints import load_checkpoint
 from zs3.command_line import (
     Arguments,
@@ -105,8 +106,10 @@ def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
     return [result["labels"][index] for index in np.unique(result["segmentation"])]
 
 
-def write_page(folder: Path, results: dict[str, Result], pictures: list[Path], found: list[str]) -> str:
-    """Writes report.md from the results. Returns its table."""
+def write_page(
+    folder: Path, results: dict[str, Result], unseen: list[str], pictures: list[Path], found: list[str]
+) -> str:
+    """Writes report.md from the results. Returns its table. found: the labels of OWN_LABELS in the last picture."""
     rows = []
     for title, result in results.items():
         low, high = result["confidence_intervals"]["hiou"]
@@ -114,18 +117,27 @@ def write_page(folder: Path, results: dict[str, Result], pictures: list[Path], f
         rows.append([title, *means, f"{percent(low)} to {percent(high)}"])
     scores = "\n".join(markdown_table(["model", "mIoU(S)", "mIoU(U)", "hIoU", "hIoU, 95 % interval"], rows))
     images = "\n\n".join(f"![{path.stem}]({path.relative_to(folder)})" for path in pictures)
+    own = [label.name for label in read_labels(OWN_LABELS)]
     text = f"""# Demo report
 
 Synthetic benchmark `scenes`, validation split, one seed. Generalised zero-shot setting: all 24 names are candidates.
-Stage 2 had ground-truth image labels: which unseen classes each training image shows, not where.
+mIoU(S) is the mean IoU of the seen classes, mIoU(U) that of the unseen ones, hIoU their harmonic mean, in percent.
+
+The unseen classes are {", ".join(unseen)}. Stage 1 learned nothing about them, and gives their pixels any name. Stage 2
+had ground-truth image labels: which of them each training image shows, not where. Both stages are short.
 
 {scores}
 
 ## Validation scenes
 
+Hatched grey areas have no label: shapes and textures that are no class. Each picture has its own colours of names.
+
 {images}
 
 ## A label list of its own
+
+The model of stage 2 and the first scene, with other labels: {", ".join(own)}. Every pixel gets one of them, even if
+none fits.
 
 ![own labels](own_labels.png)
 
@@ -169,7 +181,7 @@ def demonstrate(args: DemoArgs, folder: Path) -> None:
             "stage 2 (ground-truth image labels)": stage2,
         }.items()
     }
-    print(write_page(folder, results, pictures, found))
+    print(write_page(folder, results, records.label_space.unseen, pictures, found))
     print(f"report    {folder / 'report.md'}")
     print(f"pictures  {folder / 'pictures'}, {folder / 'own_labels.png'}")
     print(f"model     {stage2 / 'final'}")
