@@ -65,7 +65,7 @@ def joined(args: DayOneArgs, way: str, objectness: bool) -> Path:
         flags = {"proposals": args.proposals, "encoder": str(ENCODERS / encoder), "output": str(folder)}
         flags |= {"region_view": region_view, "patch_tokens": patch_tokens}
         sys.argv = ["zs3 assemble", *(f"--{name}={value}" for name, value in flags.items())]
-        sys.argv += ["--objectness" if objectness else "--no_objectness"]
+        sys.argv += ["--objectness"] * objectness
         assemble.main()
         config = json.loads((folder / "config.json").read_text())
         seen = load_label_space(args.label_space).seen

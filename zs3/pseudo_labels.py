@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from clip_views_zs3 import CROPS_AT_ONCE, embed_proposals, proposal_masks
-from configuration_zs3 import Number, PatchTokens, RegionView, shortened
+from configuration_zs3 import Number, RegionView, shortened
 from encoders_zs3 import FAMILIES, family_of, load_encoder
 from files_zs3 import is_leftover
 from outputs_zs3 import label_similarity
@@ -111,9 +111,6 @@ class PseudoLabelArgs(Arguments):
 
     encoder: str | None = flag(None, "CLIP or TIPSv2 that scores the proposals; default: the checkpoint's own towers.")
     region_view: RegionView = flag("crops", "What the image tower sees: crops, or all proposals in one pass.")
-    patch_tokens: PatchTokens | None = flag(
-        None, "Last block of TIPSv2 in a single pass; default: the checkpoint's, with --encoder 'attention'."
-    )
     seen_names: bool = flag(False, "Seen names compete with unseen names in the softmax of Eq. 9.")
     unannotated_share: Share = flag(
         0.5,
@@ -216,7 +213,7 @@ def score_batch(
     region_view: str,
     patch_tokens: str,
 ) -> Tensor:
-    """(B, C) scores. The last six arguments are the flags of the same names."""
+    """(B, C) scores. The last arguments are the flags of the same names, and patch_tokens of the checkpoint."""
     text_embeds = scorer.text_embeds
     scores = torch.zeros(len(batch.annotated), len(text_embeds), device=model.device)
     if unannotated_share > 0:  # a fully annotated image has no usable proposal, so its scores stay 0
@@ -299,7 +296,7 @@ def resolved_settings(
     Pictures are recorded by id and, in a folder, by file size: reading all files takes too long.
     """
     # Flags of later versions: with their defaults they are left out, so that older unfinished folders can be resumed.
-    later = {name: getattr(args, name) for name in ("trust_remote_code", "region_view", "patch_tokens")}
+    later = {name: getattr(args, name) for name in ("trust_remote_code", "region_view")}
     later = {name: value for name, value in later.items() if value != getattr(PseudoLabelArgs, name)}
     if args.encoder is not None:
         folder = local_folder(args.encoder)
@@ -494,8 +491,7 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     image_processor = getattr(processor, "image_processor", processor)
     with accelerator.local_main_process_first():
         scorer, prompts = make_scorer(args, model, processor, label_space)
-    own_tokens = "attention" if args.encoder else getattr(model.config, "patch_tokens", "attention")
-    views = {"region_view": args.region_view, "patch_tokens": args.patch_tokens or own_tokens}
+    views = {"region_view": args.region_view, "patch_tokens": getattr(model.config, "patch_tokens", "attention")}
     towers = {"model": model, "image_processor": image_processor, "scorer": scorer}
     score = partial(score_batch, **towers, **crop_flags(args), **views)
 

@@ -514,8 +514,8 @@ def saved_tokenizer(source: str, revision: str = "main") -> PreTrainedTokenizerB
     """The tokenizer of a checkpoint. Without its files transformers would make one without words, and not say so."""
     kind = tokenizer_class(source, revision=revision)
     if not _saved(source, "tokenizer.json", revision):
-        for name in {*kind.vocab_files_names.values()} - {"tokenizer.json"}:
-            if not _saved(source, name, revision):
+        for name in kind.vocab_files_names.values():
+            if name != "tokenizer.json" and not _saved(source, name, revision):
                 raise ValueError(f"there is no tokenizer.json (nor {name}): processor.save_pretrained writes it")
     try:
         tokenizer = kind.from_pretrained(source, revision=revision)

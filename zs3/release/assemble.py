@@ -180,7 +180,7 @@ def part(source: str, revision: str | None, folder: Path, what: str) -> dict[str
 
 
 def card(args: AssembleArgs, model: Zs3ForSemanticSegmentation, folders: dict[str, Path]) -> str:
-    masks = masks_of(AutoConfig.from_pretrained(folders["proposals"]))
+    masks = masks_of(AutoConfig.from_pretrained(folders["proposals"], trust_remote_code=False))
     family = family_of(model.config.vision_config)
     parts = [
         part(args.proposals, args.proposals_revision, folders["proposals"], f"proposals, trained on {masks}"),
