@@ -187,7 +187,8 @@ def card(args: AssembleArgs, model: Zs3ForSemanticSegmentation, folders: dict[st
         part(args.encoder, args.encoder_revision, folders["encoder"], f"text and image encoder ({family.title})"),
     ]
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    facts = {"folder": args.output} | {
+    facts = {
+        "folder": args.output,
         "parts": parts,
         "masks": masks,
         "unknown": masks == UNKNOWN,
