@@ -34,12 +34,13 @@ from zs3.evaluation.choices import chosen_bias, chosen_ensemble
 from zs3.evaluation.counts import PassCounts, new_counts
 from zs3.evaluation.curves import draw_curves
 from zs3.evaluation.one_pass import Candidates, Drawings, Items, Predictor, candidates_of, check_claim, count_images
-from zs3.evaluation.report import report
+from zs3.evaluation.report import OWN_SPACE, report
 from zs3.evaluation.result_types import Ensemble, Result
 from zs3.evaluation.results import result_of, versions, write_result
 from zs3.evaluation.suites import finished, run_suite
 from zs3.files import file_sha256
 from zs3.label_space import load_label_space
+from zs3.scorers import load_scorer
 
 
 @torch.inference_mode()
@@ -58,8 +59,9 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
         if found is not None:
             return found
     bias = chosen_bias(args.seen_bias, stamp, loaded.image_ids)
-    ensemble = chosen_ensemble(loaded.model, args.ensemble, args.ensemble_weight, stamp, loaded.image_ids)
-    predictor, prompts = predictor_of(loaded, args.text_embeds, ensemble, accelerator.device)
+    given = (args.ensemble, args.ensemble_weight)
+    ensemble = chosen_ensemble(loaded.model, *given, stamp, loaded.image_ids, args.encoder)
+    predictor, prompts = predictor_of(loaded, args, ensemble, accelerator.device)
     counts = count_all(args, loaded, predictor, bias.value, accelerator)
     if counts is None:
         return None
@@ -116,6 +118,9 @@ def stamp_of(args: EvalArgs, loaded: Loaded) -> Result:
     if things is not None:
         things = [name for name in loaded.candidates.names if name in things]
     files = (args.text_embeds, args.seen_bias, args.ensemble_weight)
+    given = {name: file_sha256(Path(name)) for name in files if name is not None and Path(name).is_file()}
+    if args.encoder is not None and weights_sha256(args.encoder) is not None:
+        given[args.encoder] = weights_sha256(args.encoder)
     return {
         "setting": args.setting,
         "model": args.model,
@@ -123,12 +128,12 @@ def stamp_of(args: EvalArgs, loaded: Loaded) -> Result:
         "split": args.split,
         "split_sha256": hashlib.sha256("\n".join(loaded.image_ids).encode()).hexdigest(),
         "split_images": len(loaded.records),
-        "label_space": args.label_space or "the dataset's own",
+        "label_space": args.label_space or OWN_SPACE,
         "label_space_sha256": label_space.sha256,
         "checkpoint_sha256": weights_sha256(args.model),
         "settings_sha256": settings_sha256(args.model),
         "code_sha256": code_sha256(args.model, args.trust_remote_code),
-        "given_sha256": {name: file_sha256(Path(name)) for name in files if name is not None and Path(name).is_file()},
+        "given_sha256": given,
         "seen": [name for name in loaded.candidates.names if name not in unseen],
         "unseen": unseen,
         "things": things,
@@ -146,13 +151,15 @@ def stamp_of(args: EvalArgs, loaded: Loaded) -> Result:
 
 
 def predictor_of(
-    loaded: Loaded, text_embeds: str | None, ensemble: Ensemble, device: torch.device
+    loaded: Loaded, args: EvalArgs, ensemble: Ensemble, device: torch.device
 ) -> tuple[Predictor, list[str]]:
-    """The model with the vectors of the candidates, and the prompts behind them. text_embeds: as in EvalArgs."""
+    """The model with the vectors of the candidates, and the prompts behind them."""
     model, candidates, names = loaded.model.to(device), loaded.candidates, loaded.records.label_space.class_names
-    vectors, prompts = class_vectors(model, loaded.processor, names, text_embeds, TextCache())
-    vectors, weight = vectors[candidates.index].to(device), ensemble.weight.value
-    return Predictor(model, loaded.processor, vectors, candidates.is_trained, ensemble.view, weight), prompts
+    vectors, prompts = class_vectors(model, loaded.processor, names, args.text_embeds, TextCache())
+    vectors = vectors[candidates.index].to(device)
+    scorer = None if args.encoder is None else load_scorer(args.encoder, model, candidates.names)[0]
+    options = (ensemble.view, ensemble.weight.value, scorer)
+    return Predictor(model, loaded.processor, vectors, candidates.is_trained, *options), prompts
 
 
 def count_all(

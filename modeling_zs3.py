@@ -20,9 +20,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerModel,
     Mask2FormerPreTrainedModel,
+    PreTrainedConfig,
     ProcessorMixin,
 )
 from transformers import initialization as init
@@ -100,6 +102,10 @@ CUSTOM_PIPELINES = {
         "type": "multimodal",
     }
 }
+
+
+# The fields of a checkpoint's config that say what its training saw.
+RECORD = ("seen_class_names", "unseen_labels", "image_label_precision", "image_label_recall")
 
 
 class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
@@ -209,7 +215,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         """Join two checkpoints, each a Hub id or a local folder, into a model ready for zero-shot training.
 
         mask2former: gives its weights, or None. Published ones were trained on the masks of COCO or ADE20K, unseen
-            classes included: no zero-shot result can be claimed after such a start.
+            classes included: no zero-shot result can be claimed after such a start. A checkpoint of this class, too:
+            its network without its class head, and the record of the classes that it saw.
         clip: gives its text and image towers, which stay frozen: a CLIP, or an encoder of another family of
             encoders_zs3; None: text vectors come from outside.
         backbone: with mask2former=None, a backbone checkpoint (ImageNet) to start from; the rest is random.
@@ -220,9 +227,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             raise ValueError("give mask2former or backbone, not both: a Mask2Former brings its own backbone")
         fields = {}
         if mask2former is not None:
-            known = set(Zs3Config.__dataclass_fields__) - {"id2label", "label2id", "architectures"}
-            fields = AutoConfig.from_pretrained(mask2former, trust_remote_code=False).to_dict()
-            fields = {name: value for name, value in fields.items() if name in known}
+            its = proposal_config(mask2former)
+            known = {*Mask2FormerConfig.__dataclass_fields__, *RECORD} - {"id2label", "label2id", "architectures"}
+            fields = {name: value for name, value in its.to_dict().items() if name in known}
         if backbone is not None:
             fields["backbone_config"] = AutoConfig.from_pretrained(
                 backbone, trust_remote_code=False, out_features=["stage1", "stage2", "stage3", "stage4"]
@@ -242,11 +249,12 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         model = cls(config)
         if mask2former is not None:
             kind = Mask2FormerForUniversalSegmentation if config.proposal_classes else Mask2FormerModel
+            kind = cls if isinstance(its, Zs3Config) else kind
             source, loading = kind.from_pretrained(mask2former, dtype=torch.float32, output_loading_info=True)
             lost = sorted(name for name in loading["missing_keys"] if not name.startswith("criterion."))
             if lost:
                 raise ValueError(f"a Mask2Former has weights that are missing ({lost[0]}) in {mask2former}")
-            load_into(model.model, source.model if config.proposal_classes else source)
+            load_into(model.model, source if kind is Mask2FormerModel else source.model)
             if config.proposal_classes:
                 load_into(model.class_predictor, source.class_predictor)
         if backbone is not None:
@@ -581,6 +589,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         owner: Tensor | None = None,
         is_seen: Tensor | None = None,
         weight: float | None = None,
+        logit_scale: float | None = None,
     ) -> Zs3Output:
         """The outputs with class probabilities that join CLIP's view of the proposals with the model's (section 4.6).
 
@@ -589,6 +598,8 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         owner: (S,) int64, where text_embeds has a row for each of S synonyms of C classes: see `best_synonyms`.
         is_seen: (C,) bool; None: the seen classes of the stored vocabulary.
         weight: w; None: the config's clip_ensemble_weight.
+        logit_scale: of another encoder, whose embeddings of the proposals and text_embeds are given; None: they are of
+            this checkpoint's own.
         """
         if not hasattr(proposals, "embeds"):
             mend = "give it model.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes)"
@@ -598,10 +609,15 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         if weight is None:
             raise ValueError("this checkpoint's clip_ensemble_weight is None, do not ensemble: pass weight to do it")
         weight = as_number("weight", weight, 0, 1)
-        text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
+        if logit_scale is None:
+            text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
+        else:
+            check_text_embeds(text_embeds, proposals.embeds.shape[2])
+            text_embeds = F.normalize(self._placed(text_embeds).float(), dim=-1)
+        logit_scale = self.config.clip_logit_scale if logit_scale is None else logit_scale
         is_seen = self._is_seen(is_seen, outputs.class_logits.shape[2], stored)
         own = own_probabilities(outputs)
-        its = clip_probabilities(proposals, text_embeds, self.config.clip_logit_scale, owner)
+        its = clip_probabilities(proposals, text_embeds, logit_scale, owner)
         probs = ensemble_with_clip(own, its, is_seen, weight)
         probs = tie(probs, torch.cat([own.flatten(0, 1), its.flatten(0, 1), is_seen[None].to(own)]))
         return Zs3Output(**{**outputs, "ensemble_probs": probs, "shown_to_clip": proposals.shown})
@@ -666,6 +682,12 @@ def require_gradients(backbone: nn.Module, inputs: tuple, outputs: ModelOutput) 
     """A forward hook of the backbone."""
     for feature_map in outputs.feature_maps:
         feature_map.requires_grad_(True)
+
+
+def proposal_config(source: str) -> PreTrainedConfig:
+    """The configuration of a Mask2Former, or of a checkpoint of this project."""
+    own = PreTrainedConfig.get_config_dict(source)[0].get("model_type") == Zs3Config.model_type
+    return (Zs3Config if own else AutoConfig).from_pretrained(source, trust_remote_code=False)
 
 
 def class_projection(hidden_dim: int, projection_dim: int, kind: str) -> nn.Module:

@@ -525,21 +525,19 @@ def saved_tokenizer(source: str, revision: str = "main") -> PreTrainedTokenizerB
     return tokenizer
 
 
-def saved_templates(source: str, revision: str = "main") -> Sequence[str]:
-    """The prompt templates of a checkpoint with a text tower."""
+def saved_templates(source: str, revision: str = "main", family: Sequence[str] | None = None) -> Sequence[str]:
+    """The prompt templates of a checkpoint with a text tower.
+
+    family: those of an encoder's family, for an encoder whose files have none. None: a checkpoint's files must have
+        them.
+    """
     file = _saved(source, "processor_config.json", revision)
-    if file is None:
+    if file is None and family is None:
         raise ValueError(
             "there is no processor_config.json, which has its prompts: processor.save_pretrained writes it"
         )
-    return json.loads(read_text(file)).get("prompt_templates", PROMPT_TEMPLATES)
-
-
-def encoder_processor(source: str, templates: Sequence[str]) -> Zs3Processor:
-    """A processor of the texts of an encoder. templates: of its family; its own files may have others."""
-    file = _saved(source, "processor_config.json", "main")
     own = {} if file is None else json.loads(read_text(file))
-    return Zs3Processor(Zs3ImageProcessor(), saved_tokenizer(source), own.get("prompt_templates", templates))
+    return own.get("prompt_templates", family or PROMPT_TEMPLATES)
 
 
 def _saved(source: str, name: str, revision: str) -> str | None:

@@ -8,7 +8,11 @@
 
 The proposals are those of transformers' own Mask2Former, trained on the seen classes. `zs3 assemble` joins it with each
 tiny encoder, and `eval.py` evaluates each join. The rows of --learned have the class heads and the proposals of these
-checkpoints. Seconds are those of the image tower alone, of one picture, one thread.
+checkpoints. "Right names" gives each proposal the class that most of its pixels belong to: no naming can be better by
+much. Seconds are those of the image tower alone, of one picture, one thread.
+
+--other_splits are result files of this command for other class splits, each with its own Mask2Former. The report then
+also has the means over all of them.
 """
 
 import json
@@ -16,9 +20,15 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from benchmarks import measuring
+from clip_views_zs3 import proposal_masks
+from label_maps_zs3 import semantic_map
+from processing_zs3 import resize_nearest
+from zs3.ablation.report import t_interval
 from zs3.checkpoints import load_checkpoint, weights_sha256
 from zs3.command_line import Count, OutputFolder, check_required, flag, read_arguments, run
 from zs3.data.records import load_split
@@ -27,7 +37,8 @@ from zs3.files import project_folder, write_json
 from zs3.label_space import load_label_space
 from zs3.release import assemble
 from zs3.scenes.demo import launch
-from zs3.scores.means import GeneralizedScores
+from zs3.scores.confusion import ConfusionMatrix
+from zs3.scores.means import GeneralizedScores, generalized_scores
 from zs3.tables import percent, percent_range
 
 ENCODERS = project_folder("zs3")
@@ -38,6 +49,8 @@ WAYS = {  # of naming: encoder, region_view, patch_tokens
     "tiny TIPSv2, patches": ("scenes_tipsv2", "single_pass", "attention"),
     "tiny TIPSv2, patches, values": ("scenes_tipsv2", "single_pass", "values"),
 }
+
+CROPS, RIGHT = "tiny CLIP, crops", "right names"
 
 
 @dataclass
@@ -51,6 +64,7 @@ class DayOneArgs(measuring.BenchmarkArguments):
     learned: list[str] = flag([], "Checkpoints with learned heads, for further rows.")
     folder: OutputFolder = flag("runs/day_one", "Folder for the joined checkpoints and their results.")
     pictures: Count = flag(20, "Pictures of the measurement of seconds.")
+    other_splits: list[str] = flag([], "Results of this command for other class splits, to take means over.")
 
     def check(self) -> None:
         check_required(self, "proposals", "dataset")
@@ -105,6 +119,39 @@ def tower_seconds(args: DayOneArgs, models: dict[str, Path]) -> dict[str, float]
     return {way: sorted(seconds)[len(seconds) // 2] / args.pictures for way, seconds in times.items()}
 
 
+@torch.inference_mode()
+def right_names(args: DayOneArgs, folder: Path) -> dict:
+    """Scores of proposals with the names of the ground truth."""
+    space = load_label_space(args.label_space)
+    records, count = load_split(args.dataset, args.split, space), len(space.class_names)
+    model, processor = load_checkpoint(str(folder))
+    confusion = ConfusionMatrix(count, space.ignore_index)
+    for image, label, _ in tqdm(records, desc=RIGHT, mininterval=1):
+        outputs = model.propose(**processor(images=image))
+        size = tuple(outputs["valid_sizes"][0].tolist())
+        masks = proposal_masks(outputs["mask_logits"][0], size, 0.5).numpy()
+        truth = resize_nearest(label, size)
+        known = [np.bincount(truth[mask & (truth != space.ignore_index)], minlength=count) for mask in masks]
+        probs = torch.zeros(1, len(masks), count)
+        for query, pixels in enumerate(known):
+            probs[0, query, pixels.argmax()] = float(pixels.any())
+        (found,) = semantic_map(probs, outputs["mask_logits"], size, image_sizes=[label.shape])
+        confusion.update(found.numpy(), label)
+    return generalized_scores(confusion.iou(), space.is_seen)._asdict()
+
+
+def over_splits(results: list[list[dict]]) -> list[dict]:
+    """The mean hIoU of each way that all results have, and the difference to CLIP's crops with its interval."""
+    tables = [{row["way"]: row["hiou"] for row in rows} for rows in results]
+    ways = [way for way in tables[0] if all(way in table for table in tables)]
+    rows = []
+    for way in ways:
+        gains = [table[way] - table[CROPS] for table in tables]
+        mean = float(np.mean([table[way] for table in tables]))
+        rows.append({"way": way, "hiou": mean, "gain": float(np.mean(gains)), "interval": list(t_interval(gains))})
+    return rows
+
+
 def measure(args: DayOneArgs) -> list[dict]:
     rows = []
     for path in args.learned:
@@ -112,12 +159,13 @@ def measure(args: DayOneArgs) -> list[dict]:
         rows.append({"way": f"learned head of {name}", **scores(args, Path(path), name)})
     models = {way: joined(args, way, False) for way in WAYS}
     torch.set_num_threads(1)
+    rows.append({"way": RIGHT, **right_names(args, models[CROPS]), "hiou_interval": [None, None]})
     seconds = tower_seconds(args, models)
     for way, folder in models.items():
         for objectness in (False, True):
             folder = joined(args, way, objectness)
             row = {"way": way + ", objectness" * objectness, **scores(args, folder, folder.name)}
-            rows.append(row | {"seconds": seconds[way], "of_crops": seconds[way] / seconds["tiny CLIP, crops"]})
+            rows.append(row | {"seconds": seconds[way], "of_crops": seconds[way] / seconds[CROPS]})
     return rows
 
 
@@ -134,13 +182,32 @@ def report(result: dict) -> str:
 Made by `{result["command"]}`. The embedded synthetic benchmark, split `{result["split"]}`, label space
 `{result["label_space"]}`. Scores in percent. Milliseconds of the image tower alone, 1 thread.
 
+{measuring.table_of(titles, rows)}{splits_report(result)}"""
+
+
+def splits_report(result: dict) -> str:
+    if not result["over_splits"]:
+        return ""
+    rows = [
+        [row["way"], percent(row["hiou"]), percent(row["gain"]), percent_range(row["interval"])]
+        for row in result["over_splits"]
+    ]
+    titles = ["class head", "hIoU", "minus CLIP's crops", "95 % interval over splits"]
+    count = 1 + len(result["other_splits"])
+    return f"""
+## Over {count} class splits
+
+Each split has its own Mask2Former; one seed. Means, percent and points; Student's t.
+
 {measuring.table_of(titles, rows)}"""
 
 
 def main() -> None:
     args, _ = read_arguments(DayOneArgs)
     head = measuring.head()  # before sys.argv changes
-    result = {**head, **asdict(args), "rows": measure(args)}
+    others = [json.loads(Path(path).read_text())["rows"] for path in args.other_splits]
+    rows = measure(args)
+    result = {**head, **asdict(args), "rows": rows, "over_splits": over_splits([rows, *others]) if others else []}
     measuring.publish(args.output, result, report(result))
 
 

@@ -1,11 +1,12 @@
 """A user who has transformers and not this project; run by test_hub.py in a process of its own.
 
     python -I stranger.py FOLDER PATH --prefix NAME [--resave TO] [--again PATH] [--textless PATH] [--drop TO]
+        [--families PATHS]
 
 Loads the checkpoint PATH (a folder or a Hub id) through every door, and writes what each returned to FOLDER/NAME.*.
 FOLDER holds the picture image.png and the candidate labels labels.json. --resave saves what was loaded, --again
 visits another checkpoint, --textless is one without a text tower. --drop saves PATH with the labels as its vocabulary
-and without its text tower, and visits that.
+and without its text tower, and visits that. --families is a folder of checkpoints with class_head "regions".
 """
 
 import importlib.util
@@ -26,10 +27,14 @@ def forget_the_project() -> None:
         "clip_views_zs3",
         "configuration_zs3",
         "drawing_zs3",
+        "encoders_zs3",
+        "files_zs3",
         "label_maps_zs3",
         "losses_zs3",
         "modeling_zs3",
         "network_zs3",
+        "outputs_zs3",
+        "pipeline_zs3",
         "processing_zs3",
         "text_zs3",
         "zs3",
@@ -136,6 +141,14 @@ def main() -> None:
             textless(image, candidate_labels=["sky", "zebra"])
         except ValueError as error:
             (folder / "textless.txt").write_text(str(error))
+    if "--families" in options:
+        arrays = {}
+        for checkpoint in sorted(Path(options["--families"]).iterdir()):
+            segment = pipeline(model=str(checkpoint), trust_remote_code=True)
+            arrays[f"{checkpoint.name}.map"] = segment(image, candidate_labels=labels, output="map")["segmentation"]
+            (proposed,) = segment.propose(image).outputs
+            arrays[f"{checkpoint.name}.region_embeds"] = proposed["region_embeds"].numpy()
+        np.savez(folder / "families.npz", **arrays)
     if "--drop" in options:
         drop(path, options["--drop"], folder, labels, image)
 

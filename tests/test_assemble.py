@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, change_json, tiny_encoder, tiny_mask2former
+from tiny import byte_tokenizer, change_json, save_checkpoint, tiny_encoder, tiny_mask2former
 from tiny_run import RECIPE, flags, write_data
 from transformers import Mask2FormerImageProcessorPil, Mask2FormerModel, ResNetConfig
 
@@ -91,6 +91,65 @@ def test_the_card_says_what_it_is_made_of(call, parts, tmp_path):
     assert "no zero-shot result can be claimed on any benchmark" in card
 
 
+def own_proposals(folder, **fields):
+    """A checkpoint of train.py. Its head and its encoder are others than those that it is joined with."""
+    save_checkpoint(folder, vision=True, seen_class_names=["sky", "grass"], unseen_labels="none", **fields)
+    return folder
+
+
+@every_family
+def test_the_proposals_of_a_checkpoint_of_train_py_are_named_and_keep_their_record(call, tmp_path, capsys, family):
+    own = own_proposals(tmp_path / "own")
+    call(family, proposals=own)
+    one, other = (Zs3ForSemanticSegmentation.from_pretrained(tmp_path / name) for name in ("own", "made"))
+    picture = torch.rand(1, 3, 48, 64)
+    assert torch.equal(one.propose(picture)["mask_logits"], other.propose(picture)["mask_logits"])
+    assert other.config.class_head == "regions" and other.vocabulary is None
+    assert other.config.projection_dim == {"clip": 12, "tipsv2": 16}[family]
+    assert other.config.seen_class_names == ["sky", "grass"] and other.config.unseen_labels == "none"
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "saw masks of these classes alone: sky, grass. A zero-shot result can be claimed" in card
+    assert "Zs3ForSemanticSegmentation" in visited(tmp_path / "made", ["sky", "grass"])
+    with pytest.raises(InputError, match="--objectness needs the class predictor of a Mask2Former, and"):
+        call(family, proposals=own, output=tmp_path / "another", objectness=True)
+
+
+def test_a_joined_checkpoint_can_be_joined_with_another_encoder(call, tmp_path):
+    call("clip")
+    call("tipsv2", proposals=tmp_path / "made", output=tmp_path / "again", objectness=True)
+    again = Zs3ForSemanticSegmentation.from_pretrained(tmp_path / "again")
+    for name, value in tiny_mask2former().state_dict().items():
+        if not name.startswith("criterion."):
+            assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_a_tiny_encoder_brings_its_own_prompts_to_training(call, parts, tmp_path, monkeypatch):
+    """Those of its processor_config.json, as `zs3 assemble` and pseudo labels take them."""
+    shutil.copytree(parts / "tipsv2", tmp_path / "encoder")
+    (tmp_path / "encoder" / "processor_config.json").write_text(json.dumps({"prompt_templates": ["one {}"]}))
+    write_data(tmp_path)
+    words = flags(tmp_path / "scenes", tmp_path / "out", encoder=tmp_path / "encoder", text_embeds=None, max_steps=1)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    train_main()
+    assert Zs3Processor.from_pretrained(tmp_path / "out" / "final").prompt_templates == ["one {}"]
+    call(encoder=tmp_path / "encoder")
+    assert Zs3Processor.from_pretrained(tmp_path / "made").prompt_templates == ["one {}"]
+
+
+def test_the_card_counts_what_each_benchmark_shares_with_the_masks(call, parts, tmp_path):
+    """COCO-Stuff has all of COCO's things, and VOC 20 of them, some by other names."""
+    shutil.copytree(parts / "proposals", tmp_path / "ade")
+    names = load_label_space("ade20k_150").class_names
+    tiny_mask2former(150).save_pretrained(tmp_path / "ade")
+    change_json(tmp_path / "ade" / "config.json", id2label=dict(enumerate(names)))
+    call(proposals=tmp_path / "ade")
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "the masks of ADE20K (150 classes), of all its classes" in card
+    assert "| ade20k_150 | 150 of 150 | - |" in card
+    assert "| voc_20 | 8 of 20 | 1 of 5 |" in card  # the one is sofa
+    assert "scenes" not in card
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [
@@ -142,6 +201,7 @@ def test_an_offline_machine_and_a_gated_checkpoint_are_one_line(call, tmp_path, 
         (errors.LocalEntryNotFoundError("offline"), "the Hub cannot be reached: give a folder"),
         (errors.GatedRepoError("gated", response=answer), "is gated: accept its terms on the Hub"),
         (errors.RepositoryNotFoundError("no", response=answer), "is not on the Hub, or is private"),
+        (errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set: give a folder"),
     ):
 
         def fail(*args, error=error, **kwargs):

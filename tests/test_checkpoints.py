@@ -26,7 +26,7 @@ from zs3.checkpoints import (
     load_checkpoint,
     load_model,
     load_processor,
-    load_tokenizer,
+    load_texts,
 )
 from zs3.command_line import InputError
 from zs3.evaluation.arguments import EvalArgs
@@ -499,7 +499,7 @@ def test_a_tokenizer_that_is_not_the_text_towers_is_refused(checkpoint, damage, 
     (checkpoint / "tokenizer.json").write_text(json.dumps(content))
     assert words in refused(checkpoint)
     text_config = Zs3Config.from_pretrained(checkpoint).text_config
-    assert words in refused(checkpoint, lambda path: load_tokenizer(path, text_config))  # training's road
+    assert words in refused(checkpoint, lambda path: load_texts(path, text_config))  # training's road
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,23 @@
 
 import copy
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from all_families import evaluations
 from tiny import byte_tokenizer, save_checkpoint, tiny_encoder, tiny_model, tiny_towers
 
 from clip_views_zs3 import embed_proposals
 from configuration_zs3 import Refused, Zs3Config
 from encoders_zs3 import FAMILIES, family_of, load_encoder, patch_grid, picture_vectors, region_vectors, text_vectors
+from eval import evaluate
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from text_zs3 import text_side
@@ -269,3 +276,38 @@ def test_pseudo_labels_of_another_encoder_are_those_of_a_loop(folders, tmp_path,
         seen = embed_proposals(tower, images, proposals["mask_logits"], proposals["valid_sizes"], view=region_view)
         scores = (scale * seen.embeds[0][seen.shown[0]] @ torch.stack(vectors).T).softmax(-1).amax(0)
         torch.testing.assert_close(torch.tensor(row), scores, atol=1e-4, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ two processes
+
+
+def test_two_processes_give_the_results_of_one(folders, tmp_path):
+    """One group of processes for all families: names without training, and the ensemble with another encoder."""
+    write_dataset(tmp_path / "scenes", num_train=1, num_validation=5, seed=0)
+    made = tmp_path / "made"
+    learned = save_checkpoint(made / "learned")
+    learned.config.seen_class_names = [name for name in SCENES if name not in UNSEEN]
+    learned.config.save_pretrained(made / "learned")
+    for family, encoder in folders.items():
+        options = {"vision": True, "class_head": "regions", "clip_ensemble_weight": None}
+        save_checkpoint(made / family / "joined", family=family, **options)
+        shutil.copytree(encoder, made / family / "encoder")
+    expected = {args.output: evaluate(args) for args in evaluations(made, tmp_path / "scenes")}
+    for output in expected:
+        Path(output).unlink()
+    script = Path(__file__).with_name("all_families.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+    done = subprocess.run(
+        [*command, str(made), str(tmp_path / "scenes")],
+        cwd=script.parents[1],
+        env=environment | {"PYTHONPATH": str(script.parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(expected) == 2 * len(FAMILIES)
+    for output, result in expected.items():
+        two = json.loads(Path(output).read_text())
+        assert two["per_class"] == pytest.approx(result["per_class"], abs=1e-3), output
+        assert len({value for value in two["per_class"].values() if value}) > 1

@@ -10,16 +10,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import change_json, tiny_model
-from transformers import AutoModel, AutoProcessor
+from tiny import byte_tokenizer, change_json, tiny_encoder, tiny_model
+from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
+from clip_views_zs3 import embed_proposals
+from encoders_zs3 import FAMILIES
 from eval import EvalArgs, evaluate, main
 from processing_zs3 import Zs3ImageProcessor
 from zs3.command_line import InputError
@@ -114,25 +118,32 @@ def test_iou_is_that_of_pixel_sets(checkpoint, data, setting, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text()) == result
 
 
+class Encoder(NamedTuple):
+    tower: PreTrainedModel
+    texts: torch.Tensor
+    scale: float
+
+
 def dense_masks(mask_logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     masks = F.interpolate(mask_logits, scale_factor=4, mode="bilinear").sigmoid()
     return F.interpolate(masks, size=size, mode="bilinear")
 
 
 def ensemble_by_hand(
-    checkpoint: Path, data: Path, weight: float, unseen: list[str] = UNSEEN
+    checkpoint: Path, data: Path, weight: float, unseen: list[str] = UNSEEN, encoder: Encoder | None = None
 ) -> dict[str, float | None]:
-    """IoU with the ensemble: dense scores of the formula of section 4.6."""
+    """IoU with the ensemble: dense scores of the formula of section 4.6. encoder: in place of the checkpoint's."""
     model, processor = loaded(checkpoint)
+    tower, texts, scale = encoder or (model.vision_model, model.vocabulary, 100)
     seen = torch.tensor([name not in unseen for name in CLASS_NAMES])
 
     @torch.inference_mode()
     def label_map(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
         inputs = processor(images=image)
         outputs = model(**inputs)
-        clip = model.embed_proposals(processor.to_rgb(inputs["pixel_values"]), outputs.mask_logits)
+        clip = embed_proposals(tower, processor.to_rgb(inputs["pixel_values"]), outputs.mask_logits)
         p = outputs.class_logits.softmax(-1)
-        s = (100 * clip.embeds @ model.vocabulary.T).softmax(-1)
+        s = (scale * clip.embeds @ texts.T).softmax(-1)
         s = torch.where(clip.shown[..., None], s, 1)
         probs = torch.where(seen, p**weight * s ** (1 - weight), p ** (1 - weight) * s**weight)
         return torch.einsum("bqc,bqhw->bchw", probs, dense_masks(outputs.mask_logits, size)).argmax(1)[0].numpy()
@@ -148,6 +159,39 @@ def test_the_ensemble_is_that_of_section_4_6(with_clip, data):
     assert (
         result["per_class"] != evaluate(EvalArgs(model=str(with_clip), dataset=str(data), ensemble="off"))["per_class"]
     )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def encoder(request, tmp_path_factory) -> tuple[Path, Encoder]:
+    """The folder of an encoder with one prompt; and its image tower, texts and scale as transformers has them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    whole, tokenizer = tiny_encoder(request.param), byte_tokenizer(request.param)
+    whole.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps({"prompt_templates": ["{}"]}))
+    with torch.inference_mode():
+        texts = [whole.get_text_features(**tokenizer([name], return_tensors="pt")) for name in CLASS_NAMES]
+    texts = F.normalize(torch.cat([getattr(one, "pooler_output", one) for one in texts]), dim=-1)
+    scale = whole.logit_scale.exp() if request.param == "clip" else 1 / whole.temperature
+    tower = getattr(transformers, FAMILIES[request.param].vision_model).from_pretrained(folder).eval()
+    return folder, Encoder(tower, texts, scale.item())
+
+
+def test_the_ensemble_may_be_with_another_encoder(checkpoint, data, encoder):
+    """The checkpoint itself has neither tower."""
+    folder, by_hand = encoder
+    args = EvalArgs(model=str(checkpoint), dataset=str(data), encoder=str(folder), ensemble="crops")
+    args = replace(args, ensemble_weight="0.6")
+    result = evaluate(args)
+    assert result["per_class"] == pytest.approx(ensemble_by_hand(checkpoint, data, 0.6, encoder=by_hand), abs=2e-3)
+    assert result["per_class"] != pytest.approx(scores_by_hand(checkpoint, data, CLASS_NAMES), abs=0.01)
+    assert f"ensemble with {folder.name} (crops, weight 0.6" in result["protocol"]
+    assert result["given_sha256"] == {str(folder): sha256_of(folder / "model.safetensors")}
+    for options in ({"ensemble": None}, {"ensemble": "off"}, {"ensemble_weight": None}, {"ensemble_weight": "x.json"}):
+        with pytest.raises(InputError, match="--encoder goes with --ensemble|must be in"):
+            evaluate(replace(args, **options))
+    with pytest.raises(InputError, match="no such folder"):
+        evaluate(replace(args, encoder="./nowhere"))
 
 
 def test_the_ensemble_trusts_a_model_in_the_names_that_it_was_trained_on(with_clip, data, tmp_path):

@@ -14,6 +14,8 @@ from PIL import Image
 from test_wall import HUB_HALF
 from tiny import CLASS_NAMES, byte_tokenizer, save_checkpoint
 
+from encoders_zs3 import FAMILIES
+from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 
 LABELS = [["blue square", "azure box"], {"name": "meadow", "synonyms": ["grass"], "templates": ["a {}."]}, "sky"]
@@ -60,6 +62,9 @@ def folder(tmp_path_factory) -> Path:
     save_checkpoint(folder / CHECKPOINT, seed=1)
     processor().save_pretrained(folder / CHECKPOINT)
     save_checkpoint(folder / "textless", text=False)
+    for family in FAMILIES:
+        options = {"vision": True, "class_head": "regions", "clip_ensemble_weight": None}
+        save_checkpoint(folder / "families" / family, family=family, **options)
     hub_cache(folder / "hub", folder / CHECKPOINT)
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
@@ -69,6 +74,7 @@ def folder(tmp_path_factory) -> Path:
     first += ["--drop", "dropped"]
     first = [str(folder / word) if word in (CHECKPOINT, "textless", "dropped") else word for word in first]
     second = ["someone/zs3-tiny", "--prefix", "hub", "--again", str(folder / "resaved")]
+    second += ["--families", str(folder / "families")]
     for number, arguments in enumerate((first, second)):
         run = subprocess.run(
             [sys.executable, "-I", str(Path(__file__).with_name("stranger.py")), str(folder), *arguments],
@@ -132,6 +138,20 @@ def test_the_pipeline_gives_the_models_own_answer(answers, expected):
     assert all(0 < score <= 1 for _, _, score in facts["segments"])
     for mask, label_id in zip(arrays["pipeline.masks"], label_ids, strict=True):
         np.testing.assert_array_equal(mask, np.where(expected["map"] == label_id, 255, 0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_names_without_training(folder, family):
+    """One stranger loads them all; here the same checkpoints are loaded by the project's own code."""
+    model = Zs3ForSemanticSegmentation.from_pretrained(folder / "families" / family).eval()
+    own = Zs3Processor.from_pretrained(folder / "families" / family)
+    with torch.no_grad():
+        outputs = model(**own(picture(), class_names=LABELS))
+    (expected,) = own.post_process_semantic_segmentation(outputs, [(50, 70)])
+    with np.load(folder / "families.npz") as arrays:
+        np.testing.assert_allclose(arrays[f"{family}.region_embeds"], outputs.region_embeds.numpy(), atol=1e-5)
+        assert (arrays[f"{family}.map"] == expected.numpy()).mean() > 0.999
+    assert len(np.unique(expected)) > 1
 
 
 def test_transformers_own_pipeline_draws_the_stored_vocabulary(answers, expected):

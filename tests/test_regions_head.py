@@ -96,7 +96,7 @@ def test_without_objectness_it_is_not_computed(proposer):
 
 
 @every_family
-def test_the_pipeline_names_with_it_as_a_stranger_loads_it(tmp_path, family):
+def test_the_pipeline_names_with_it(tmp_path, family):
     model = save_checkpoint(tmp_path, vision=True, family=family, class_head="regions", clip_ensemble_weight=None)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
     processor = Zs3Processor.from_pretrained(tmp_path)

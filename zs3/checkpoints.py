@@ -14,6 +14,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -32,7 +38,7 @@ import modeling_zs3
 from configuration_zs3 import Zs3Config, beginning, check_names, is_number, one_line, places, shared, shortened
 from files_zs3 import is_leftover
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from processing_zs3 import Zs3ImageProcessor, check_colours, saved_processor, saved_tokenizer
+from processing_zs3 import Zs3ImageProcessor, check_colours, saved_processor, saved_templates, saved_tokenizer
 from text_zs3 import TextCache, check_text_embeds, embed_labels, read_labels
 from zs3.command_line import InputError, in_one_line, looks_local, shown
 from zs3.files import file_sha256
@@ -66,6 +72,15 @@ ADAPTER = "adapter_config.json"  # where peft is installed, transformers puts th
 PARALLEL_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # transformers prefers it to WEIGHTS
 
 
+TROUBLES = {  # of a download, the more special first
+    GatedRepoError: "it is gated: accept its terms on the Hub, then `hf auth login`",
+    RepositoryNotFoundError: "it is no folder here, and is not on the Hub, or is private: check the name, or `hf auth "
+    "login`",
+    LocalEntryNotFoundError: "it is not on this disk, and the Hub cannot be reached: give a folder",
+    OfflineModeIsEnabled: "it is not on this disk, and HF_HUB_OFFLINE is set: give a folder",
+}
+
+
 # ---- before anything is loaded ------------------------------------------------------------------------------
 
 
@@ -81,7 +96,17 @@ def refusing(thing: str) -> Iterator[None]:
         raise
     except Exception as error:
         said = f"nothing is called {one_line(error)}" if isinstance(error, KeyError) else one_line(error)
-        raise InputError(beginning(f"{thing}: {said}", 190)) from error
+        raise InputError(beginning(f"{thing}: {trouble_of(error) or said}", 190)) from error
+
+
+def trouble_of(error: BaseException | None) -> str | None:
+    """What TROUBLES say of an error, or of one that it was raised from."""
+    while error is not None:
+        for kind, words in TROUBLES.items():
+            if isinstance(error, kind):
+                return words
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def check_checkpoint(flag_name: str, path: str, model_types: Sequence[str] | None = ("zs3",)) -> None:
@@ -225,12 +250,18 @@ def load_processor(path: str, config: PreTrainedConfig, trust_remote_code: bool 
     return processor
 
 
-def load_tokenizer(path: str, text_config: PreTrainedConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint of this project or of an encoder. text_config: of its text tower."""
+def load_texts(
+    path: str, text_config: PreTrainedConfig, family: Sequence[str] | None = None
+) -> tuple[PreTrainedTokenizerBase, Sequence[str]]:
+    """The tokenizer and the prompt templates of a checkpoint of this project, or of an encoder.
+
+    text_config: of its text tower. family: see `saved_templates`.
+    """
     with refusing(f"cannot load the tokenizer of {shown(path)}"):
         tokenizer = saved_tokenizer(path)
     check_tokenizer(path, tokenizer, text_config)
-    return tokenizer
+    with refusing(shown(path)):
+        return tokenizer, saved_templates(path, family=family)
 
 
 def load_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:

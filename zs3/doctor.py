@@ -97,6 +97,10 @@ def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
         f"{config.backbone_config.model_type} backbone, {config.num_queries} queries, vectors of "
         f"{config.projection_dim}, {encoder if towers else 'no encoder'}",
     )
+    if config.class_head == "regions":
+        found.say("names", f"without training, from what the image tower sees of each proposal ({config.region_view})")
+    elif not config.head_is_trained:
+        found.say("names", "none: its class head was never trained")
     say_record(found, record_of(config))
     quality = quality_in_words(config.image_label_precision, config.image_label_recall)
     if quality:

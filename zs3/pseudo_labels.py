@@ -32,7 +32,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from PIL import Image
@@ -43,19 +42,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from clip_views_zs3 import CROPS_AT_ONCE, embed_proposals, proposal_masks
 from configuration_zs3 import Number, RegionView, shortened
-from encoders_zs3 import FAMILIES, family_of, load_encoder
 from files_zs3 import is_leftover
 from outputs_zs3 import label_similarity
-from processing_zs3 import Zs3ImageProcessor, encoder_processor, resize_nearest
-from text_zs3 import embed_prompts, read_labels
+from processing_zs3 import Zs3ImageProcessor, resize_nearest
 from zs3.checkpoints import (
-    check_checkpoint,
     check_no_unseen_masks,
-    check_tokenizer,
     class_vectors,
     load_checkpoint,
     local_folder,
-    refusing,
 )
 from zs3.command_line import (
     Arguments,
@@ -88,6 +82,7 @@ from zs3.data.records import Split, dataset_name, load_split
 from zs3.data.samples import mask_positions, to_mask_labels
 from zs3.files import file_sha256, lock_folder, write_json, writing
 from zs3.label_space import LabelSpace, load_label_space
+from zs3.scorers import Scorer, load_scorer
 from zs3.scores.means import average_precision, nanmean
 from zs3.tables import percent
 from zs3.training.stopping import all_refuse
@@ -191,14 +186,6 @@ def collate(image_processor: Zs3ImageProcessor, samples: list[tuple[Image.Image,
     sizes = [(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in inputs["pixel_mask"]]
     annotated = [torch.from_numpy(resize_nearest(a, size)) for a, size in zip(annotated, sizes, strict=True)]
     return Inputs(inputs["pixel_values"], inputs["pixel_mask"], annotated)
-
-
-class Scorer(NamedTuple):
-    """What scores proposals: an image tower, the text vectors (C, D) of its encoder, and the scale of their cosines."""
-
-    vision_model: PreTrainedModel
-    text_embeds: Tensor
-    logit_scale: float
 
 
 def score_batch(
@@ -442,12 +429,12 @@ def report(result: dict) -> str:
             "warning: CLIP got no proposal of any image, so all scores are 0 and mean nothing; with "
             "--unannotated_share 0 it gets all of them"
         )
-    lines.append("  threshold   labels" + "   P micro     R   P macro     R" * measured)
+    lines.append("  threshold   labels" + "   P micro R micro   P macro R macro" * measured)
     for row in result["thresholds"]:
         line = f"  {row['threshold']:<9g} {sum(row['labels']):8d}"
         if measured:
             for kind in ("micro", "macro"):
-                line += f"     {_percents([row['precision'][kind], row['recall'][kind]])}"
+                line += f"     {percent(row['precision'][kind]):>5}   {percent(row['recall'][kind]):>5}"
         lines.append(line)
     (own,) = [row for row in result["thresholds"] if row["threshold"] == result["pseudo_label_threshold"]]
     lines.append(f"at {own['threshold']:g}, name by name")
@@ -526,20 +513,11 @@ def make_scorer(
 ) -> tuple[Scorer, list[str]]:
     """The scorer on the model's device, and its prompts. The unseen names come first in its text vectors."""
     in_softmax = [*label_space.unseen, *(label_space.seen if args.seen_names else [])]
-    if args.encoder is None:
-        embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
-        embeds = embeds[[label_space.class_names.index(name) for name in in_softmax]]
-        return Scorer(model.vision_model, embeds.to(model.device), model.config.clip_logit_scale), prompts
-    check_checkpoint("encoder", args.encoder, tuple(FAMILIES))
-    with refusing(f"--encoder {shown(args.encoder)} cannot be used"):
-        encoder = load_encoder(args.encoder)
-        own = encoder_processor(args.encoder, family_of(encoder.text_model.config).templates)
-    check_tokenizer(args.encoder, own.tokenizer, encoder.text_model.config)
-    with in_one_line("class names"):
-        labels = read_labels(in_softmax, own.prompt_templates)
-        own.check_readable(labels)
-    embeds = F.normalize(embed_prompts(encoder.text_model, **own.tokenize(labels)), dim=-1)
-    return Scorer(encoder.vision_model.to(model.device), embeds.to(model.device), encoder.scale), own.prompt_templates
+    if args.encoder is not None:
+        return load_scorer(args.encoder, model, in_softmax)
+    embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
+    embeds = embeds[[label_space.class_names.index(name) for name in in_softmax]]
+    return Scorer(model.vision_model, embeds.to(model.device), model.config.clip_logit_scale), prompts
 
 
 def own_shards(accelerator: Accelerator, folder: Path, count: int, shard_size: int) -> tuple[dict[Path, range], int]:

@@ -15,13 +15,14 @@ from typing import Any, ClassVar, NoReturn, TypeVar, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
+from transformers.hf_argparser import string_to_bool
 
 from configuration_zs3 import beginning, shortened
 from zs3.command_line.flags import ANY, Arguments, checked, try_outputs
 from zs3.command_line.recipes import GONE, OLD_NAMES, RecipeLoader, parse_yaml, read_recipe, say_renamed
 from zs3.command_line.refusals import InputError, did_you_mean
 
-METAVARS = {int: "N", float: "X", bool: "{true,false}"}
+METAVARS = {int: "N", float: "X", string_to_bool: "true|false"}
 Args = TypeVar("Args", bound=Arguments)
 # A field in a docstring: `name: text` or, as in transformers, ``name (`int`, ...):``. Further lines are indented more.
 # `a, b: text` describes two fields. The text is a lookahead, because the text of a section holds fields itself.

@@ -21,7 +21,7 @@ from zs3.command_line import (
     refuse_together,
     try_output,
 )
-from zs3.evaluation.choices import check_bias, check_weight
+from zs3.evaluation.choices import check_bias, check_weight, number_or_none
 from zs3.evaluation.curves import check_matplotlib
 from zs3.evaluation.results import check_replaceable, read_result
 
@@ -56,6 +56,11 @@ class EvalArgs(Arguments):
     ensemble_weight: str | None = flag(
         None, "w of the ensemble: a number, or a file of zs3 ensemble_weight; default: the checkpoint's own weight."
     )
+    encoder: str | None = flag(
+        None,
+        "CLIP or TIPSv2 that scores the proposals in the ensemble, in place of the checkpoint's own towers; goes with "
+        "--ensemble and a number as --ensemble_weight.",
+    )
     seen_bias: str | None = flag(
         None, "Bias to subtract from the scores of seen classes: a number, or a result file with the best of its curve."
     )
@@ -79,6 +84,10 @@ class EvalArgs(Arguments):
         check_required(self, "model")
         if self.ensemble_weight is not None:
             check_weight(self.ensemble_weight)
+        if self.encoder is not None and (
+            self.ensemble in (None, "off") or number_or_none(self.ensemble_weight or "") is None
+        ):
+            raise InputError("--encoder goes with --ensemble crops or single_pass, and a number as --ensemble_weight")
         if self.seen_bias is not None:
             check_bias(self.seen_bias)
         if self.seen_bias is not None and (self.setting != "gzs3" or self.suite == "ovs5"):
@@ -116,6 +125,7 @@ def deciding_flags(args: EvalArgs) -> dict:
 
 
 def same_flags(older: dict, newer: dict) -> bool:
-    """Whether the flags of two results give the same numbers. An older version had a flag more, for the view "lazy"."""
-    gone = {"ensemble_tolerance": 0.0}
-    return {name: value for name, value in older.items() if (name, value) not in gone.items()} == newer
+    """Whether the flags of two results give the same numbers. Older versions had another flag, and lacked one."""
+    gone, later = {"ensemble_tolerance": 0.0}, {"encoder": None}
+    kept = {name: value for name, value in older.items() if (name, value) not in gone.items()}
+    return later | kept == later | newer

@@ -86,9 +86,18 @@ def check_weight(given: str) -> None:
 
 
 def chosen_ensemble(
-    model: PreTrainedModel, view: str | None, weight: str | None, stamp: Result, image_ids: list[str]
+    model: PreTrainedModel,
+    view: str | None,
+    weight: str | None,
+    stamp: Result,
+    image_ids: list[str],
+    encoder: str | None = None,
 ) -> Ensemble:
-    """view, weight: as given; None: the checkpoint's own."""
+    """view, weight: as given; None: the checkpoint's own. encoder: another one, with which both are given."""
+    if encoder is not None:
+        if model.config.seen_class_names is None:
+            raise InputError("no ensemble: the checkpoint does not say which classes its training saw masks of")
+        return Ensemble(view, Chosen(float(weight), BY_HAND))
     given = None if weight is None else chosen(weight, best_weight, stamp, image_ids)
     if given is not None and given.value is None:
         if view is None:

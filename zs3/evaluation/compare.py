@@ -18,6 +18,7 @@ import numpy as np
 
 from configuration_zs3 import beginning, shortened
 from zs3.command_line import Arguments, InputError, OutputFile, Seed, flag, read_arguments, shown
+from zs3.evaluation.report import OWN_SPACE, quality_in_words, space_in_words
 from zs3.evaluation.result_types import Result
 from zs3.evaluation.results import EVALUATE_AGAIN, read_images, read_result
 from zs3.files import finite_or_none, write_report
@@ -133,6 +134,7 @@ def compare(args: CompareArgs) -> dict:
         "a": _source(a),
         "b": _source(b),
         **{field: a.result[field] for field in SAME},
+        "label_space": a.result.get("label_space", OWN_SPACE),
         "unseen": a.result["unseen"],
         "num_images": len(a.image_ids),
         "resamples": RESAMPLES,
@@ -155,7 +157,9 @@ def which_are_things(a: Evaluated, b: Evaluated) -> np.ndarray | None:
 
 
 def _source(one: Evaluated) -> dict:
-    return {"result": str(one.path), "model": one.result["model"], "protocol": one.result.get("protocol")}
+    quality = quality_in_words(one.result.get("image_label_precision"), one.result.get("image_label_recall"))
+    source = {"result": str(one.path), "model": one.result["model"], "protocol": one.result.get("protocol")}
+    return source | {"image_labels": quality if one.result["setting"] != "ovs" else ""}
 
 
 def _row(a: float, b: float, drawn_a: np.ndarray, drawn_b: np.ndarray) -> dict:
@@ -167,7 +171,7 @@ def report(result: dict) -> str:
     """Markdown, percent; the classes from B's largest gain to its largest loss, then those without a difference."""
     lines = [
         f"{result['setting']} on {result['num_images']} images of {markdown(result['dataset'])} "
-        f"({markdown(result['split'])}); percent, "
+        f"({markdown(result['split'] + space_in_words(result))}); percent, "
         f"differences in points, 95 % intervals of {result['resamples']} resamples of the images.",
         "",
         *_source_lines("A", result["a"]),
@@ -193,7 +197,10 @@ def report(result: dict) -> str:
 
 def _source_lines(letter: str, source: dict) -> list[str]:
     name, protocol = markdown(f"{source['result']} ({source['model']})"), source["protocol"]
-    return [f"- {letter}: {name}", *([f"  - {markdown(protocol)}"] if protocol else [])]
+    lines = [protocol] if protocol else []
+    if source["image_labels"]:
+        lines.append(f"image labels of unseen classes in training: {source['image_labels']}")
+    return [f"- {letter}: {name}", *(f"  - {markdown(line)}" for line in lines)]
 
 
 def _cells(row: dict) -> list[str]:

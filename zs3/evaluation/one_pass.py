@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
 
+from clip_views_zs3 import embed_proposals
 from configuration_zs3 import among, shortened, unshared
 from zs3.checkpoints import NoClaim, check_no_unseen_masks
 from zs3.command_line import InputError, in_one_line
@@ -24,18 +25,23 @@ from zs3.evaluation.counts import PassCounts
 from zs3.evaluation.pictures import draw_comparison
 from zs3.files import file_name
 from zs3.label_space import LabelSpace
+from zs3.scorers import Scorer
 from zs3.scores.calibration import OUTSIDER
 
 
 class Predictor(NamedTuple):
-    """A model with the text vectors (C, D) of the candidates, on its device, and with its ensemble."""
+    """A model with the text vectors (C, D) of the candidates, on its device, and with its ensemble.
+
+    scorer: another encoder, whose view of the proposals is ensembled; None: the model's own encoder.
+    """
 
     model: PreTrainedModel
     processor: ProcessorMixin
     text_embeds: Tensor
     is_trained: Tensor  # (C,) bool
-    view: str  # of CLIP's ensemble; "off": none
+    view: str  # of the ensemble; "off": none
     weight: float | None = None  # of the ensemble; None: the checkpoint's
+    scorer: Scorer | None = None
 
     def __call__(self, inputs: BatchFeature) -> ModelOutput:
         """The model's output for one image."""
@@ -43,9 +49,14 @@ class Predictor(NamedTuple):
         if self.view == "off":
             return outputs
         images = self.processor.to_rgb(inputs["pixel_values"])
-        proposals = self.model.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes, view=self.view)
-        options = {"is_seen": self.is_trained, "weight": self.weight}
-        return self.model.ensemble(outputs, proposals, self.text_embeds, **options)
+        masks, options = (outputs.mask_logits, outputs.valid_sizes), {"is_seen": self.is_trained, "weight": self.weight}
+        if self.scorer is None:
+            proposals = self.model.embed_proposals(images, *masks, view=self.view)
+            return self.model.ensemble(outputs, proposals, self.text_embeds, **options)
+        tower, texts, logit_scale = self.scorer
+        patch_tokens = self.model.config.patch_tokens
+        proposals = embed_proposals(tower, images, *masks, view=self.view, patch_tokens=patch_tokens)
+        return self.model.ensemble(outputs, proposals, texts, logit_scale=logit_scale, **options)
 
 
 # ---- the candidates ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from configuration_zs3 import shared
 from zs3.evaluation.result_types import RejectionResult, Result
@@ -16,11 +17,20 @@ IMAGE_LABELS = {  # of unseen classes in training, by `unseen_labels`
 }
 
 
+OWN_SPACE = "the dataset's own"
+
+
 def candidates_in_words(result: Result) -> str:
     """The number of candidates, in the words of the setting."""
     seen, unseen = len(result["seen"]), len(result["unseen"])
     words = {"gzs3": f"{seen} seen and {unseen} unseen names", "zs3": f"{unseen} unseen names"}
     return words.get(result["setting"], f"{seen + unseen} names")
+
+
+def ensemble_encoder(result: Result) -> str:
+    """Whose view of the proposals is ensembled."""
+    encoder = result.get("settings", {}).get("encoder")
+    return "CLIP" if encoder is None else markdown(Path(str(encoder)).name)
 
 
 def protocol(result: Result) -> str:
@@ -35,7 +45,7 @@ def protocol(result: Result) -> str:
         parts.append("no ensemble" if how == "none" else f"no ensemble ({how})")
     else:
         view, weight = result["clip_ensemble"], result["clip_ensemble_weight"]
-        parts.append(f"ensemble with CLIP ({view}, weight {weight}, {how})")
+        parts.append(f"ensemble with {ensemble_encoder(result)} ({view}, weight {weight}, {how})")
     how = calibration["seen_bias_chosen"]
     if how != "none":
         parts.append(f"{calibration['seen_bias']:.4g} off the scores of seen classes, {how}")
@@ -55,7 +65,8 @@ def protocol(result: Result) -> str:
 
 def report(result: Result) -> str:
     """Markdown, percent."""
-    title = f"{result['setting']}: {result['model']} on {result['num_images']} images of {result['dataset']}"
+    title = f"{result['setting']}: {result['model']} on {result['num_images']} images of {result['dataset']}, "
+    title += f"{result['split']}{space_in_words(result)}"
     scores = [
         [title, percent(result[name]), percent_range(result["confidence_intervals"][name])]
         for name, title in SCORES.items()
@@ -75,13 +86,24 @@ def report(result: Result) -> str:
         for name, iou in result["per_class"].items()
     ]
     lines = [
-        *(markdown(f"{title}, {result['split']}"), "", f"Protocol: {markdown(result['protocol'])}.", ""),
+        *(
+            markdown(f"{title}, {result['split']}{space_in_words(result)}"),
+            "",
+            f"Protocol: {markdown(result['protocol'])}.",
+            "",
+        ),
         *(*markdown_table(["score", "percent", "95 % interval over images"], scores), "", *_sentences(result), ""),
         *("Largest confusions:", ""),
         *(*markdown_table(["truth", "prediction", "pixels", "percent of the truth"], pairs), ""),
         *markdown_table(["class", "IoU", "95 % interval"], classes),
     ]
     return "\n".join(lines) + "\n"
+
+
+def space_in_words(result: Result) -> str:
+    """The label space of a result, where it is not the dataset's own; older files may lack it."""
+    name = result.get("label_space", OWN_SPACE)
+    return "" if name == OWN_SPACE else f", label space {name}"
 
 
 def quality_in_words(precision: float | None, recall: float | None) -> str:

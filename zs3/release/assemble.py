@@ -2,13 +2,17 @@
 
     zs3 assemble --proposals facebook/mask2former-swin-tiny-coco-panoptic --encoder google/tipsv2-b14 --output DIR
 
-The Mask2Former proposes masks. The image tower of the encoder, a CLIP or a TIPSv2, sees every proposal, and its text
-tower reads the names. Nothing is trained. The folder has weights, code, processor and a card; `pipeline`, `eval.py
---setting ovs`, `train.py --init_from`, `zs3 release` and `zs3 doctor` take it.
+The Mask2Former, or the network of a checkpoint of this project, proposes masks. The image tower of the encoder, a CLIP
+or a TIPSv2, sees every proposal, and its text tower reads the names. Nothing is trained. The folder has weights, code,
+processor and a card; `pipeline`, `eval.py --setting ovs`, `train.py --init_from`, `zs3 release` and `zs3 doctor` take
+it.
 """
 
+import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -16,18 +20,18 @@ import jinja2
 import torch
 import yaml
 from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
-from transformers import AutoConfig, Mask2FormerImageProcessorPil, PreTrainedConfig
+from safetensors import safe_open
+from transformers import Mask2FormerImageProcessorPil, PreTrainedConfig
 
-from configuration_zs3 import PatchTokens, RegionView, among, one_line, places, shortened
+from configuration_zs3 import PatchTokens, RegionView, Zs3Config, among, one_line, places, shared, shortened
 from encoders_zs3 import FAMILIES, family_of
 from files_zs3 import read_text
-from modeling_zs3 import Zs3ForSemanticSegmentation
+from modeling_zs3 import Zs3ForSemanticSegmentation, proposal_config
 from pipeline_zs3 import Zs3Pipeline
-from processing_zs3 import Zs3ImageProcessor, Zs3Processor, encoder_processor
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor, saved_processor
 from text_zs3 import TextCache
-from zs3.checkpoints import check_checkpoint, check_finite, check_tokenizer, refusing
+from zs3.checkpoints import check_checkpoint, check_finite, load_texts, refusing, weight_files
 from zs3.command_line import (
     Arguments,
     InputError,
@@ -39,7 +43,7 @@ from zs3.command_line import (
     shown,
 )
 from zs3.files import project_folder, write_text, writing_folder
-from zs3.label_space import is_hub_id, load_label_space
+from zs3.label_space import BENCHMARKS, is_hub_id, load_label_space
 from zs3.tables import markdown
 
 CARD = project_folder("hub_cards") / "assembled.md"
@@ -49,18 +53,16 @@ SIDES = (640, 480)  # of the picture that is named at the end
 LABELS = ["sky", "grass", "road", "person", "building", "tree", "car", "water", "wall", "dog"]
 COCO_PANOPTIC = ("banner", "blanket", "wall-brick", "tree-merged")  # names that no other set has
 UNKNOWN = "unknown masks"
-TROUBLES = {  # of a download, the more special first
-    GatedRepoError: "is gated: accept its terms on the Hub, then `hf auth login`",
-    RepositoryNotFoundError: "is not on the Hub, or is private: check the name, or `hf auth login`",
-    LocalEntryNotFoundError: "is not on this disk, and the Hub cannot be reached: give a folder",
-}
+MERGED = ("-merged", "-other", "-stuff")  # ends of COCO-panoptic's names
 
 
 @dataclass
 class AssembleArgs(Arguments):
     """Joins a Mask2Former and an encoder into a checkpoint that names without training."""
 
-    proposals: str | None = flag(None, "Mask2Former that proposes masks (Hub id or folder).")
+    proposals: str | None = flag(
+        None, "Mask2Former, or checkpoint of train.py, that proposes masks (Hub id or folder)."
+    )
     encoder: str | None = flag(None, "CLIP or TIPSv2 that names them (Hub id or folder).")
     output: OutputFolder | None = flag(None, "New folder of the checkpoint.")
     proposals_revision: str | None = flag(None, "Branch, tag or commit of --proposals on the Hub.")
@@ -97,14 +99,8 @@ def local_copy(flag_name: str, source: str, revision: str | None) -> Path:
             raise InputError(f"--{flag_name}_revision is for a Hub id, and {shown(source)} is a folder: leave it out")
         return Path(source)
     where = f"--{flag_name} {shown(source)}"
-    try:
-        with refusing(f"{where} cannot be downloaded"):
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=FILES, ignore_patterns=["*/*"]))
-    except InputError as error:
-        for kind, words in TROUBLES.items():
-            if isinstance(error.__cause__, kind):
-                raise InputError(f"{where} {words}") from error
-        raise
+    with refusing(f"{where} cannot be downloaded"):
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=FILES, ignore_patterns=["*/*"]))
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{where} has no safetensors weights on this disk: take a revision that has them")
     return folder
@@ -123,19 +119,43 @@ def licence_of(folder: Path) -> str:
     return ", ".join(map(str, found)) if isinstance(found, list) else str(found)
 
 
+def first_names(names: Iterable[str]) -> list[str]:
+    """Of names with synonyms after commas, as ADE20K has them, the first."""
+    return [str(name).split(",")[0] for name in names]
+
+
 def masks_of(config: PreTrainedConfig) -> str:
     """The data set whose masks a Mask2Former was trained on, by the names of its classes."""
-    names = [str(name).split(",")[0] for name in config.id2label.values()]
+    names = first_names(config.id2label.values())
     if None not in places(COCO_PANOPTIC, names):
         return "COCO-panoptic"
-    known = [name.split(",")[0] for name in load_label_space("ade20k_150").class_names]
+    known = first_names(load_label_space("ade20k_150").class_names)
     if len(names) == len(known) and sum(among(names, known)) > 0.8 * len(known):
         return "ADE20K (150 classes)"
     return UNKNOWN
 
 
-def image_processor_of(folder: Path) -> Zs3ImageProcessor:
-    """An image processor with the size and the normalisation of a Mask2Former's; without one, this project's."""
+def shared_classes(names: list[str]) -> list[dict[str, str]]:
+    """For each benchmark of real pictures how many of its classes have one of these names."""
+    for end in MERGED:
+        names = [name.removesuffix(end) for name in names]
+    rows = []
+    for benchmark in BENCHMARKS:
+        space = load_label_space(benchmark)
+        own, unseen = (len(shared(first_names(classes), names)) for classes in (space.class_names, space.unseen))
+        row = {"name": benchmark, "classes": f"{own} of {len(space.class_names)}"}
+        row["unseen"] = f"{unseen} of {len(space.unseen)}" if space.unseen else "-"
+        rows += [row] if not benchmark.startswith("scenes") else []
+    return rows
+
+
+def image_processor_of(folder: Path, own: bool) -> Zs3ImageProcessor:
+    """An image processor with the size and the normalisation of a Mask2Former's; without one, this project's.
+
+    own: it is a checkpoint of this project.
+    """
+    if own:
+        return saved_processor(str(folder), text=False)
     if not (folder / "preprocessor_config.json").is_file():
         return Zs3ImageProcessor()
     its = Mask2FormerImageProcessorPil.from_pretrained(folder)
@@ -145,9 +165,15 @@ def image_processor_of(folder: Path) -> Zs3ImageProcessor:
     return Zs3ImageProcessor(size=size, image_mean=list(its.image_mean), image_std=list(its.image_std))
 
 
-def assemble(args: AssembleArgs, proposals: Path, encoder: Path) -> tuple[Zs3ForSemanticSegmentation, Zs3Processor]:
-    """The joined model, in the type of --dtype, and its processor."""
-    image_processor = image_processor_of(proposals)
+def assemble(
+    args: AssembleArgs, proposals: Path, encoder: Path, config: PreTrainedConfig
+) -> tuple[Zs3ForSemanticSegmentation, Zs3Processor]:
+    """The joined model, in the type of --dtype, and its processor. config: that of the proposals."""
+    own = isinstance(config, Zs3Config)
+    image_processor = image_processor_of(proposals, own)
+    classes = config.proposal_classes if own else config.num_labels
+    if args.objectness and not classes:
+        raise InputError(f"--objectness needs the class predictor of a Mask2Former, and {shown(proposals)} has none")
     torch.manual_seed(0)  # of the class embeddings, which nothing uses before a training
     model = Zs3ForSemanticSegmentation.from_mask2former_clip_pretrained(
         str(proposals),
@@ -155,7 +181,7 @@ def assemble(args: AssembleArgs, proposals: Path, encoder: Path) -> tuple[Zs3For
         class_head="regions",
         region_view=args.region_view,
         patch_tokens=args.patch_tokens,
-        proposal_classes=AutoConfig.from_pretrained(proposals, trust_remote_code=False).num_labels,
+        proposal_classes=classes,
         objectness=args.objectness,
         clip_ensemble_weight=None,
         pixel_mean=list(image_processor.image_mean),
@@ -163,9 +189,9 @@ def assemble(args: AssembleArgs, proposals: Path, encoder: Path) -> tuple[Zs3For
     )
     model = model.to(DTYPES[args.dtype]).eval()
     check_finite(model, f"{shown(proposals)} with {shown(encoder)} as {args.dtype}")
-    own = encoder_processor(str(encoder), family_of(model.config.text_config).templates)
-    check_tokenizer(str(encoder), own.tokenizer, model.config.text_config)
-    return model, Zs3Processor(image_processor, own.tokenizer, args.prompt_templates or own.prompt_templates)
+    text_config = model.config.text_config
+    tokenizer, templates = load_texts(str(encoder), text_config, family_of(text_config).templates)
+    return model, Zs3Processor(image_processor, tokenizer, args.prompt_templates or templates)
 
 
 # ---- what is told ------------------------------------------------------------------------------------------
@@ -179,9 +205,13 @@ def part(source: str, revision: str | None, folder: Path, what: str) -> dict[str
     return {title: markdown(text) for title, text in row.items()}
 
 
-def card(args: AssembleArgs, model: Zs3ForSemanticSegmentation, folders: dict[str, Path]) -> str:
-    masks = masks_of(AutoConfig.from_pretrained(folders["proposals"], trust_remote_code=False))
-    family = family_of(model.config.vision_config)
+def card(
+    args: AssembleArgs, model: Zs3ForSemanticSegmentation, folders: dict[str, Path], config: PreTrainedConfig
+) -> str:
+    """config: that of the proposals."""
+    seen, family = model.config.seen_class_names, family_of(model.config.vision_config)
+    masks = masks_of(config) if seen is None else f"{len(seen)} classes"
+    named = config.id2label.values() if seen is None else seen
     parts = [
         part(args.proposals, args.proposals_revision, folders["proposals"], f"proposals, trained on {masks}"),
         part(args.encoder, args.encoder_revision, folders["encoder"], f"text and image encoder ({family.title})"),
@@ -192,10 +222,21 @@ def card(args: AssembleArgs, model: Zs3ForSemanticSegmentation, folders: dict[st
         "parts": parts,
         "masks": masks,
         "unknown": masks == UNKNOWN,
+        "seen": seen and markdown(", ".join(seen)),
+        "benchmarks": shared_classes(first_names(named)),
         "config": model.config,
         "name": Path(args.output).name,
     }
     return template.from_string(read_text(CARD)).render(**facts)
+
+
+def parts_line(folders: Iterable[Path]) -> str:
+    """The size of the parts, and the memory for joining them: they are there three times for a moment, in float32."""
+    count = 0
+    for file in chain.from_iterable(map(weight_files, folders)):
+        with safe_open(file, framework="pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return f"parts     {count / 1e6:.0f} M weights; joining them takes about {3 * 4 * count / 2**20:,.0f} MiB of memory"
 
 
 def weights_line(model: Zs3ForSemanticSegmentation, dtype: str) -> str:
@@ -224,20 +265,22 @@ def main() -> None:
     output = Path(args.output)
     if output.exists():
         raise InputError(f"{output} exists already: give another folder, or remove it first")
-    kinds = {"proposals": ("mask2former",), "encoder": tuple(FAMILIES)}
+    kinds = {"proposals": ("mask2former", "zs3"), "encoder": tuple(FAMILIES)}
     folders = {}
     for name, types in kinds.items():
         folders[name] = local_copy(name, getattr(args, name), getattr(args, f"{name}_revision"))
         check_checkpoint(name, str(folders[name]), types)
+    config = proposal_config(str(folders["proposals"]))
+    print(parts_line(folders.values()), flush=True)
     print("joining the parts ...", flush=True)
     with refusing("these parts do not fit together"):
-        model, processor = assemble(args, folders["proposals"], folders["encoder"])
+        model, processor = assemble(args, folders["proposals"], folders["encoder"], config)
         print(weights_line(model, args.dtype), flush=True)
         print("naming a picture of noise ...", flush=True)
         time_line = try_out(model, processor)
     with writing_folder(output) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
-        write_text(unfinished / "README.md", card(args, model, folders))
+        write_text(unfinished / "README.md", card(args, model, folders, config))
     print(time_line)
     print(f"the checkpoint is in {output}; its README.md says what it is made of")

@@ -21,7 +21,7 @@ from configuration_zs3 import among, once, one_line
 from files_zs3 import read_text
 from zs3.command_line import InputError, printable, shown
 from zs3.convert.archives import ARCHIVES
-from zs3.evaluation.report import candidates_in_words, quality_in_words
+from zs3.evaluation.report import candidates_in_words, ensemble_encoder, quality_in_words
 from zs3.evaluation.result_types import Result
 from zs3.label_space import BENCHMARKS, LabelSpace, benchmark_spaces, is_hub_id
 from zs3.scores.means import SCORES
@@ -284,6 +284,8 @@ def deviations(result: Result) -> list[str]:
 
 def ensemble(result: Result) -> str:
     view, weight = result["clip_ensemble"], result["clip_ensemble_weight"]
+    if result.get("settings", {}).get("encoder") is not None:
+        view += f" of {ensemble_encoder(result)}"
     return "off" if view == "off" else f"{view}, w = {weight}"
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from configuration_zs3 import UnseenLabels, Zs3Config, among, shared, shortened
 from encoders_zs3 import FAMILIES, family_of
 from modeling_zs3 import Zs3ForSemanticSegmentation
-from processing_zs3 import Zs3ImageProcessor, Zs3Processor, saved_templates
+from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from text_zs3 import embed_labels, read_labels
-from zs3.checkpoints import check_checkpoint, check_finite, load_config, load_tokenizer, refusing
+from zs3.checkpoints import check_checkpoint, check_finite, load_config, load_texts, refusing
 from zs3.command_line import InputError, in_one_line, shown
 from zs3.data.image_labels import training_space
 from zs3.data.samples import SegmentationDataset
@@ -167,10 +167,9 @@ def make_processor(
     """The processor that is saved with the model. It reads texts too if the model has a text tower."""
     if model.text_model is None:
         return image_processor
-    source = encoder or init_from
-    tokenizer = load_tokenizer(source, model.config.text_config)
+    source, config = encoder or init_from, model.config.text_config
+    tokenizer, own = load_texts(source, config, family_of(config).templates if init_from is None else None)
     with refusing("--prompt_templates" if prompt_templates else shown(source)):
-        own = family_of(model.config.text_config).templates if init_from is None else saved_templates(source)
         return Zs3Processor(image_processor, tokenizer, prompt_templates or own)
 
 
