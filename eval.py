@@ -25,8 +25,16 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from encoders_zs3 import FAMILIES
 from text_zs3 import TextCache
-from zs3.checkpoints import class_vectors, code_sha256, load_checkpoint, settings_sha256, weights_sha256
+from zs3.checkpoints import (
+    check_checkpoint,
+    class_vectors,
+    code_sha256,
+    load_checkpoint,
+    settings_sha256,
+    weights_sha256,
+)
 from zs3.command_line import InputError, printable, read_arguments, run
 from zs3.data.records import Split, dataset_name, load_split
 from zs3.evaluation.arguments import EvalArgs, deciding_flags
@@ -94,6 +102,8 @@ def load(args: EvalArgs, accelerator: Accelerator) -> Loaded:
     with accelerator.local_main_process_first():
         model, processor = load_checkpoint(args.model, args.trust_remote_code)
     check_code(args.model, processor)
+    if args.encoder is not None:
+        check_checkpoint("encoder", args.encoder, tuple(FAMILIES))
     check_claim(model.config, label_space, args.setting)
     candidates = candidates_of(label_space, args.setting, args.without, model.config)
     image_ids = records.image_ids[: args.max_images]

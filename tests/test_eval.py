@@ -19,13 +19,12 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, change_json, tiny_encoder, tiny_model
+from tiny import byte_tokenizer, change_json, save_scenes_checkpoint, tiny_encoder
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
 from clip_views_zs3 import embed_proposals
 from encoders_zs3 import FAMILIES
 from eval import EvalArgs, evaluate, main
-from processing_zs3 import Zs3ImageProcessor
 from zs3.command_line import InputError
 from zs3.data.records import load_split
 from zs3.evaluation.result_types import Result
@@ -48,28 +47,13 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    return save_scenes_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
 def with_clip(tmp_path_factory) -> Path:
     """The same with an image tower, whose weight in the ensemble is that of Zs3Config."""
-    return make_checkpoint(tmp_path_factory.mktemp("with_clip"), vision=True)
-
-
-def make_checkpoint(folder: Path, **kwargs) -> Path:
-    """An untrained model whose masks are sharpened, with text vectors near its queries: many classes occur."""
-    model = tiny_model(text=False, **kwargs)
-    for parameter in model.model.transformer_module.decoder.mask_predictor.parameters():
-        parameter.data *= 2
-    with torch.no_grad():
-        embeds = model(torch.randn(1, 3, 64, 64), text_embeds=torch.randn(1, 12)).class_embeds[0]
-    queries = (embeds - embeds.mean(0))[[(0, 2, 4)[index % 3] for index in range(len(CLASS_NAMES))]]
-    model.set_vocabulary(CLASS_NAMES, queries + 0.1 * queries.std() * torch.randn_like(queries))
-    model.config.seen_class_names = [name for name in CLASS_NAMES if name not in UNSEEN]
-    model.save_pretrained(folder)
-    Zs3ImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}).save_pretrained(folder)
-    return folder
+    return save_scenes_checkpoint(tmp_path_factory.mktemp("with_clip"), vision=True)
 
 
 def loaded(checkpoint: Path) -> tuple:

@@ -151,7 +151,7 @@ def test_every_family_names_without_training(folder, family):
     with np.load(folder / "families.npz") as arrays:
         np.testing.assert_allclose(arrays[f"{family}.region_embeds"], outputs.region_embeds.numpy(), atol=1e-5)
         assert (arrays[f"{family}.map"] == expected.numpy()).mean() > 0.999
-    assert len(np.unique(expected)) > 1
+    assert outputs.region_embeds.std(dim=1).max() > 1e-3  # proposals differ by more than the tolerance above
 
 
 def test_transformers_own_pipeline_draws_the_stored_vocabulary(answers, expected):

@@ -24,6 +24,8 @@ from configuration_zs3 import Zs3Config
 from encoders_zs3 import FAMILIES
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
+from zs3.scenes.render import CLASS_NAMES as SCENES
+from zs3.scenes.render import UNSEEN
 
 CLASS_NAMES = ["sky", "grass", "red circle", "blue square"]
 
@@ -137,3 +139,23 @@ def save_checkpoint(folder: Path, **kwargs) -> Zs3ForSemanticSegmentation:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model
+
+
+def save_scenes_checkpoint(folder: Path, **kwargs) -> Path:
+    """An untrained model whose masks are sharpened, with text vectors of the names of `scenes` near what its queries
+    are compared with: many classes occur."""
+    model = tiny_model(text=False, **kwargs)
+    for parameter in model.model.transformer_module.decoder.mask_predictor.parameters():
+        parameter.data *= 2
+    with torch.no_grad():
+        outputs = model(torch.randn(1, 3, 64, 64), text_embeds=torch.randn(1, model.config.projection_dim))
+    embeds = (outputs.class_embeds if outputs.region_embeds is None else outputs.region_embeds)[0]
+    queries = (embeds - embeds.mean(0))[[(0, 2, 4)[index % 3] for index in range(len(SCENES))]]
+    if outputs.region_embeds is not None:  # what all regions have in common must not decide
+        common = torch.nn.functional.normalize(embeds.mean(0), dim=0)
+        queries = queries - (queries @ common)[:, None] * common
+    model.set_vocabulary(SCENES, queries + 0.1 * queries.std() * torch.randn_like(queries))
+    model.config.seen_class_names = [name for name in SCENES if name not in UNSEEN]
+    model.save_pretrained(folder)
+    Zs3ImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}).save_pretrained(folder)
+    return folder

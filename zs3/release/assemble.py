@@ -49,6 +49,7 @@ from zs3.tables import markdown
 CARD = project_folder("hub_cards") / "assembled.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]  # of a Hub checkpoint
+PROCESS_MIB = 450  # of memory, without the weights
 SIDES = (640, 480)  # of the picture that is named at the end
 LABELS = ["sky", "grass", "road", "person", "building", "tree", "car", "water", "wall", "dog"]
 COCO_PANOPTIC = ("banner", "blanket", "wall-brick", "tree-merged")  # names that no other set has
@@ -231,12 +232,12 @@ def card(
 
 
 def parts_line(folders: Iterable[Path]) -> str:
-    """The size of the parts, and the memory for joining them: they are there three times for a moment, in float32."""
+    """The size of the parts, and the memory for joining them: they are there twice, in float32."""
     count = 0
     for file in chain.from_iterable(map(weight_files, folders)):
         with safe_open(file, framework="pt") as tensors:
             count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return f"parts     {count / 1e6:.0f} M weights; joining them takes about {3 * 4 * count / 2**20:,.0f} MiB of memory"
+    return f"parts     {count / 1e6:.0f} M weights; joining them takes about {2 * 4 * count / 2**20 + PROCESS_MIB:,.0f} MiB of memory"
 
 
 def weights_line(model: Zs3ForSemanticSegmentation, dtype: str) -> str:
