@@ -237,7 +237,8 @@ def parts_line(folders: Iterable[Path]) -> str:
     for file in chain.from_iterable(map(weight_files, folders)):
         with safe_open(file, framework="pt") as tensors:
             count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return f"parts     {count / 1e6:.0f} M weights; joining them takes about {2 * 4 * count / 2**20 + PROCESS_MIB:,.0f} MiB of memory"
+    memory = 2 * 4 * count / 2**20 + PROCESS_MIB
+    return f"parts     {count / 1e6:.0f} M weights; joining them takes about {memory:,.0f} MiB of memory"
 
 
 def weights_line(model: Zs3ForSemanticSegmentation, dtype: str) -> str:
