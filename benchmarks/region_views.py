@@ -29,6 +29,7 @@ from benchmarks import day_one, measuring
 from clip_views_zs3 import covered_patches, embed_proposals, visible_proposals
 from encoders_zs3 import FAMILIES, family_of, patch_grid, region_vectors
 from label_maps_zs3 import MASK_STRIDE, semantic_map
+from processing_zs3 import resize_nearest
 from zs3.checkpoints import class_vectors, load_checkpoint
 from zs3.command_line import Count, flag, read_arguments, run
 from zs3.data.records import load_split
@@ -171,8 +172,9 @@ def read_pictures(args: RegionViewsArgs, model: PreTrainedModel, processor) -> l
         image, label, _ = records[index]
         inputs = processor(images=image)
         mask_logits, pixels = model.propose(**inputs)["mask_logits"], processor.to_rgb(inputs["pixel_values"])[0]
-        visible = visible_proposals(mask_logits, [tuple(pixels.shape[1:])], 0.5)[0]
-        pictures.append(Picture(pixels, mask_logits[0, visible], torch.from_numpy(label).long()))
+        size = tuple(pixels.shape[1:])
+        visible = visible_proposals(mask_logits, [size], 0.5)[0]
+        pictures.append(Picture(pixels, mask_logits[0, visible], torch.from_numpy(resize_nearest(label, size)).long()))
     return pictures
 
 

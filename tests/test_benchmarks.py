@@ -15,6 +15,7 @@ from benchmarks import (
     clip_views,
     criterion,
     day_one,
+    ensemble_encoders,
     evaluator,
     gradient_sizes,
     label_count,
@@ -23,6 +24,7 @@ from benchmarks import (
     network,
     pseudo_label_quality,
     pseudo_labels,
+    region_views,
     text_side,
     train_step,
 )
@@ -33,6 +35,7 @@ from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
 from zs3.scenes.dataset import write_dataset
 from zs3.scenes.render import CLASS_NAMES, UNSEEN
 
+PAIRS = ((0.1, 0.2), (0.2, 0.4), (0.3, 0.6))  # scores of two ways with three class splits
 CLIP_FOLDER = str(Path(__file__).parent.parent / "zs3" / "scenes_clip")
 
 
@@ -259,26 +262,91 @@ def test_checkpoints_at_real_size_are_timed_part_by_part(call, tmp_path, capsys,
     assert capsys.readouterr().out == (tmp_path / "a.md").read_text()
 
 
-def test_names_without_training_are_evaluated_and_their_towers_timed(call, tmp_path, monkeypatch, capsys):
-    """With eval.py in this process, and one of the ways."""
-    write_dataset(tmp_path / "scenes", num_train=1, num_validation=2, seed=0)
-    tiny_mask2former().save_pretrained(tmp_path / "proposals")
-    monkeypatch.setattr(day_one, "WAYS", {"tiny CLIP, crops": day_one.WAYS["tiny CLIP, crops"]})
+@pytest.fixture
+def evaluate_here(monkeypatch):
+    """eval.py runs in this process."""
 
     def evaluate(script, processes, *flags):
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
         eval_main()
 
     monkeypatch.setattr(day_one, "launch", evaluate)
-    places = {"proposals": tmp_path / "proposals", "dataset": tmp_path / "scenes", "folder": tmp_path / "joined"}
-    call(day_one, **places, pictures=1, output=tmp_path / "d.json")
+    monkeypatch.setattr(ensemble_encoders, "launch", evaluate)
+
+
+@pytest.fixture
+def proposals(tmp_path, monkeypatch):
+    """Flags of a benchmark of names without training."""
+    write_dataset(tmp_path / "scenes", num_train=1, num_validation=4, seed=0)
+    tiny_mask2former().save_pretrained(tmp_path / "proposals")
+    return {"proposals": tmp_path / "proposals", "dataset": tmp_path / "scenes", "folder": tmp_path / "joined"}
+
+
+def test_names_without_training_are_evaluated_and_their_towers_timed(
+    call, proposals, evaluate_here, tmp_path, monkeypatch, capsys
+):
+    """One of the ways."""
+    monkeypatch.setattr(day_one, "WAYS", {day_one.CROPS: day_one.WAYS[day_one.CROPS]})
+    call(day_one, **proposals, pictures=1, output=tmp_path / "d.json")
     result = json.loads((tmp_path / "d.json").read_text())
     assert result["command"].startswith("python -m benchmarks.day_one --proposals")
     rows = {row["way"]: row for row in result["rows"]}
-    assert list(rows) == ["tiny CLIP, crops", "tiny CLIP, crops, objectness"]
-    assert all(0 <= row["hiou"] <= 1 and row["seconds"] > 0 for row in rows.values())
-    assert rows["tiny CLIP, crops"]["of_crops"] == 1
+    assert list(rows) == [day_one.RIGHT, day_one.CROPS, f"{day_one.CROPS}, objectness"]
+    assert all(0 <= row["hiou"] <= 1 and row.get("seconds", 1) > 0 for row in rows.values())
+    assert rows[day_one.RIGHT]["hiou"] >= rows[day_one.CROPS]["hiou"] and rows[day_one.CROPS]["of_crops"] == 1
     assert capsys.readouterr().out.endswith((tmp_path / "d.md").read_text())
+
+
+def test_means_over_splits_are_those_of_the_differences():
+    results = [[{"way": day_one.CROPS, "hiou": low}, {"way": "other", "hiou": high}] for low, high in PAIRS]
+    first, second = day_one.over_splits([*results[:2], [*results[2], {"way": "in one alone", "hiou": 0.9}]])
+    assert first == {"way": day_one.CROPS, "hiou": pytest.approx(0.2), "gain": 0, "interval": [0, 0]}
+    assert second["hiou"] == pytest.approx(0.4) and second["gain"] == pytest.approx(0.2)
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t of 2 degrees of freedom; the gains 0.1, 0.2 and 0.3 deviate by 0.1
+    assert second["interval"] == pytest.approx([0.2 - half, 0.2 + half], abs=1e-5)
+
+
+def test_what_the_tower_sees_is_compared_with_crops(call, proposals, tmp_path, monkeypatch, capsys):
+    """Where every proposal is among the widest, nothing differs from crops."""
+    monkeypatch.setattr(region_views, "SIDES", (1.0, 2.0, 3.0))
+    monkeypatch.setattr(region_views, "WIDEST", (1, 99))
+    call(region_views, **proposals, output=tmp_path / "r.json")
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    found = {(row["encoder"], row["pictures"], row["way"]): row for row in rows}
+    assert len(found) == len(rows) == (1 + 3 + 2) + (1 + 3) + 2 * (1 + 3 + 3 + 1)
+    assert found["tiny CLIP", "scenes", "crops of the 99 widest, one pass, side 2"]["other_pixels"] == 0
+    assert all(row["other_pixels"] == 0 and row["of_crops"] == 1 for row in rows if row["way"] == "crops")
+    assert any(row["other_pixels"] > 0 for row in rows)
+    assert capsys.readouterr().out.endswith((tmp_path / "r.md").read_text())
+
+
+def test_one_window_is_one_pass():
+    """A mosaic of one scene and three without proposals, seen in the windows of its first quarter."""
+    scene = region_views.Picture(torch.rand(3, 32, 48), torch.randn(2, 8, 12), torch.zeros(32, 48, dtype=torch.int64))
+    empty = scene._replace(mask_logits=scene.mask_logits[:0])
+    whole = region_views.mosaic([empty, scene, empty, empty])
+    assert whole.size == (64, 96) and whole.mask_logits.shape == (2, 16, 24)
+    part = whole.part(0, 48, 32, 48)
+    for mine, its in zip(part, scene, strict=True):
+        assert torch.equal(mine, its)
+
+
+def test_ensembles_with_other_encoders_are_compared_with_none(call, scenes_model, evaluate_here, tmp_path, capsys):
+    places = {"models": scenes_model / "model", "dataset": scenes_model / "scenes", "folder": tmp_path / "results"}
+    call(ensemble_encoders, **places, encoders=CLIP_FOLDER, output=tmp_path / "e.json")
+    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert [(row["encoder"], row["view"]) for row in rows] == [
+        ("off", "off"),
+        *((encoder, view) for encoder in ("its own CLIP", "scenes_clip") for view in ("crops", "single_pass")),
+    ]
+    assert rows[0]["gain"] == 0
+    for row in rows[1:]:
+        assert row["gain"] == pytest.approx(row["hiou"] - rows[0]["hiou"])
+    for row, view in zip(rows[3:], ("crops", "single_pass"), strict=True):
+        result = json.loads((tmp_path / "results" / f"{scenes_model.name}_scenes_clip_{view}.json").read_text())
+        assert result["settings"]["encoder"] == CLIP_FOLDER and result["clip_ensemble"] == view
+        assert result["hiou"] == row["hiou"]
+    assert capsys.readouterr().out.endswith((tmp_path / "e.md").read_text())
 
 
 def test_the_loader_is_measured_on_the_same_samples_however_they_come(call, tmp_path, capsys, same_process):
