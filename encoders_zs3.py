@@ -237,11 +237,12 @@ def load_encoder(source: str) -> Encoder:
     if config.model_type not in FAMILIES:
         raise Refused(f"an encoder must be a whole {' or '.join(FAMILIES)}, got a {config.model_type}")
     family = family_of(config)
-    options = {"dtype": torch.float32, "output_loading_info": True}
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     whole, loading = getattr(transformers, family.model).from_pretrained(source, **options)
     lost = sorted(set(loading["missing_keys"]) - {"temperature"})  # which published TIPSv2 leave out
     if lost:
-        raise Refused(f"the encoder lacks weights of a {family.title}: {shortened(lost[0])} and {len(lost) - 1} more")
+        more = f" and {len(lost) - 1} more" if lost[1:] else ""
+        raise Refused(f"the encoder lacks weights of a {family.title}: {shortened(lost[0])}{more}")
     towers = []
     for name in ("text", "vision"):
         tower_config = getattr(config, f"{name}_config")

@@ -25,10 +25,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from encoders_zs3 import FAMILIES
 from text_zs3 import TextCache
 from zs3.checkpoints import (
-    check_checkpoint,
     class_vectors,
     code_sha256,
     load_checkpoint,
@@ -48,7 +46,7 @@ from zs3.evaluation.results import result_of, versions, write_result
 from zs3.evaluation.suites import finished, run_suite
 from zs3.files import file_sha256
 from zs3.label_space import load_label_space
-from zs3.scorers import load_scorer
+from zs3.scorers import Scorer, load_scorer
 
 
 @torch.inference_mode()
@@ -69,7 +67,7 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     bias = chosen_bias(args.seen_bias, stamp, loaded.image_ids)
     given = (args.ensemble, args.ensemble_weight)
     ensemble = chosen_ensemble(loaded.model, *given, stamp, loaded.image_ids, args.encoder)
-    predictor, prompts = predictor_of(loaded, args, ensemble, accelerator.device)
+    predictor, prompts = predictor_of(loaded, args.text_embeds, ensemble, accelerator.device)
     counts = count_all(args, loaded, predictor, bias.value, accelerator)
     if counts is None:
         return None
@@ -86,14 +84,21 @@ def evaluate(args: EvalArgs, accelerator: Accelerator | None = None, reuse: bool
     return result
 
 
+OLDER_CODE = "the code beside {} is older than this eval.py: copy the project's *_zs3.py over it"
+
+
 class Loaded(NamedTuple):
-    """The inputs of an evaluation. image_ids: the evaluated images, which are the first of the records."""
+    """The inputs of an evaluation. image_ids: the evaluated images, which are the first of the records.
+
+    scorer: of --encoder, or None.
+    """
 
     records: Split
     image_ids: list[str]
     model: PreTrainedModel
     processor: ProcessorMixin
     candidates: Candidates
+    scorer: Scorer | None
 
 
 def load(args: EvalArgs, accelerator: Accelerator) -> Loaded:
@@ -102,14 +107,18 @@ def load(args: EvalArgs, accelerator: Accelerator) -> Loaded:
     with accelerator.local_main_process_first():
         model, processor = load_checkpoint(args.model, args.trust_remote_code)
     check_code(args.model, processor)
-    if args.encoder is not None:
-        check_checkpoint("encoder", args.encoder, tuple(FAMILIES))
+    if args.encoder is not None and "logit_scale" not in signature(model.ensemble).parameters:
+        raise InputError(OLDER_CODE.format(args.model))
     check_claim(model.config, label_space, args.setting)
     candidates = candidates_of(label_space, args.setting, args.without, model.config)
+    scorer = None
+    if args.encoder is not None:
+        with accelerator.local_main_process_first():
+            scorer, _ = load_scorer(args.encoder, candidates.names, accelerator.device)
     image_ids = records.image_ids[: args.max_images]
     if not image_ids:
         raise InputError(f"split {args.split!r} of {args.dataset} has no images")
-    return Loaded(records, image_ids, model, processor, candidates)
+    return Loaded(records, image_ids, model, processor, candidates, scorer)
 
 
 def check_code(path: str, processor: ProcessorMixin) -> None:
@@ -117,7 +126,7 @@ def check_code(path: str, processor: ProcessorMixin) -> None:
     known = signature(processor.post_process_semantic_segmentation).parameters
     reads_labels = hasattr(processor, "check_readable") or not hasattr(processor, "tokenizer")
     if not {"return_scores", "is_seen"} <= known.keys() or not reads_labels:
-        raise InputError(f"the code beside {path} is older than this eval.py: copy the project's *_zs3.py over it")
+        raise InputError(OLDER_CODE.format(path))
 
 
 def stamp_of(args: EvalArgs, loaded: Loaded) -> Result:
@@ -129,8 +138,9 @@ def stamp_of(args: EvalArgs, loaded: Loaded) -> Result:
         things = [name for name in loaded.candidates.names if name in things]
     files = (args.text_embeds, args.seen_bias, args.ensemble_weight)
     given = {name: file_sha256(Path(name)) for name in files if name is not None and Path(name).is_file()}
-    if args.encoder is not None and weights_sha256(args.encoder) is not None:
-        given[args.encoder] = weights_sha256(args.encoder)
+    if args.encoder is not None:
+        digests = {args.encoder: weights_sha256, f"settings of {args.encoder}": settings_sha256}
+        given |= {name: digest(args.encoder) for name, digest in digests.items()}
     return {
         "setting": args.setting,
         "model": args.model,
@@ -161,14 +171,13 @@ def stamp_of(args: EvalArgs, loaded: Loaded) -> Result:
 
 
 def predictor_of(
-    loaded: Loaded, args: EvalArgs, ensemble: Ensemble, device: torch.device
+    loaded: Loaded, text_embeds: str | None, ensemble: Ensemble, device: torch.device
 ) -> tuple[Predictor, list[str]]:
-    """The model with the vectors of the candidates, and the prompts behind them."""
+    """The model with the vectors of the candidates, and the prompts behind them. text_embeds: as in EvalArgs."""
     model, candidates, names = loaded.model.to(device), loaded.candidates, loaded.records.label_space.class_names
-    vectors, prompts = class_vectors(model, loaded.processor, names, args.text_embeds, TextCache())
+    vectors, prompts = class_vectors(model, loaded.processor, names, text_embeds, TextCache())
     vectors = vectors[candidates.index].to(device)
-    scorer = None if args.encoder is None else load_scorer(args.encoder, model, candidates.names)[0]
-    options = (ensemble.view, ensemble.weight.value, scorer)
+    options = (ensemble.view, ensemble.weight.value, loaded.scorer)
     return Predictor(model, loaded.processor, vectors, candidates.is_trained, *options), prompts
 
 

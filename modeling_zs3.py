@@ -42,7 +42,7 @@ try:
         ensemble_with_clip,
         to_rgb,
     )
-    from .configuration_zs3 import SIZE_DIVISOR, Refused, RegionView, Zs3Config, among, as_number
+    from .configuration_zs3 import SIZE_DIVISOR, TINY, Refused, RegionView, Zs3Config, among, as_number
     from .encoders_zs3 import check_towers, load_encoder, load_into, new_tower, vector_size
     from .label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from .losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
@@ -71,7 +71,7 @@ except ImportError:
         ensemble_with_clip,
         to_rgb,
     )
-    from configuration_zs3 import SIZE_DIVISOR, Refused, RegionView, Zs3Config, among, as_number
+    from configuration_zs3 import SIZE_DIVISOR, TINY, Refused, RegionView, Zs3Config, among, as_number
     from encoders_zs3 import check_towers, load_encoder, load_into, new_tower, vector_size
     from label_maps_zs3 import MASK_STRIDE, semantic_map, semantic_scores
     from losses_zs3 import PADDING, Targets, default_image_labels, mask_ids, zs3_losses
@@ -104,8 +104,11 @@ CUSTOM_PIPELINES = {
 }
 
 
-# The fields of a checkpoint's config that say what its training saw.
-RECORD = ("seen_class_names", "unseen_labels", "image_label_precision", "image_label_recall")
+# Fields of Zs3Config that go with its network into another checkpoint: what its training saw, and in which colours.
+OWN_FIELDS = (
+    *("seen_class_names", "unseen_labels", "image_label_precision", "image_label_recall"),
+    *("pixel_mean", "pixel_std"),
+)
 
 
 class Zs3PreTrainedModel(Mask2FormerPreTrainedModel):
@@ -227,9 +230,9 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             raise ValueError("give mask2former or backbone, not both: a Mask2Former brings its own backbone")
         fields = {}
         if mask2former is not None:
-            its = proposal_config(mask2former)
-            known = {*Mask2FormerConfig.__dataclass_fields__, *RECORD} - {"id2label", "label2id", "architectures"}
-            fields = {name: value for name, value in its.to_dict().items() if name in known}
+            source_config = proposal_config(mask2former)
+            known = {*Mask2FormerConfig.__dataclass_fields__, *OWN_FIELDS} - {"id2label", "label2id", "architectures"}
+            fields = {name: value for name, value in source_config.to_dict().items() if name in known}
         if backbone is not None:
             fields["backbone_config"] = AutoConfig.from_pretrained(
                 backbone, trust_remote_code=False, out_features=["stage1", "stage2", "stage3", "stage4"]
@@ -248,12 +251,13 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
 
         model = cls(config)
         if mask2former is not None:
-            kind = Mask2FormerForUniversalSegmentation if config.proposal_classes else Mask2FormerModel
-            kind = cls if isinstance(its, Zs3Config) else kind
-            source, loading = kind.from_pretrained(mask2former, dtype=torch.float32, output_loading_info=True)
+            whole = Mask2FormerForUniversalSegmentation if config.proposal_classes else Mask2FormerModel
+            kind = cls if isinstance(source_config, Zs3Config) else whole
+            options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+            source, loading = kind.from_pretrained(mask2former, **options)
             lost = sorted(name for name in loading["missing_keys"] if not name.startswith("criterion."))
             if lost:
-                raise ValueError(f"a Mask2Former has weights that are missing ({lost[0]}) in {mask2former}")
+                raise ValueError(f"weights of the network are missing ({lost[0]}) in {mask2former}")
             load_into(model.model, source if kind is Mask2FormerModel else source.model)
             if config.proposal_classes:
                 load_into(model.class_predictor, source.class_predictor)
@@ -461,8 +465,10 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
             check_masks_are_present(ids, image_labels)
         return Targets(labels, ids, image_labels)
 
-    def _text_embeds(self, text_embeds: Tensor | None, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
-        """(C, D), unit length, from the source that was given."""
+    def _text_embeds(
+        self, text_embeds: Tensor | None, input_ids: Tensor | None, mask: Tensor | None, size: int | None = None
+    ) -> Tensor:
+        """(C, D), unit length, from the source that was given. size: D of another encoder."""
         if text_embeds is not None and input_ids is not None:
             raise ValueError("pass text_embeds or input_ids, not both")
         if input_ids is not None:
@@ -473,7 +479,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
                     "no text: pass text_embeds or input_ids, or store a label list with model.set_vocabulary(...)"
                 )
             text_embeds = self.vocabulary
-        check_text_embeds(text_embeds, self.config.projection_dim)
+        check_text_embeds(text_embeds, size or self.config.projection_dim)
         return F.normalize(self._placed(text_embeds).float(), dim=-1)
 
     def _placed(self, tensor: Tensor) -> Tensor:
@@ -598,8 +604,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         owner: (S,) int64, where text_embeds has a row for each of S synonyms of C classes: see `best_synonyms`.
         is_seen: (C,) bool; None: the seen classes of the stored vocabulary.
         weight: w; None: the config's clip_ensemble_weight.
-        logit_scale: of another encoder, whose embeddings of the proposals and text_embeds are given; None: they are of
-            this checkpoint's own.
+        logit_scale: of another encoder, whose proposals and text_embeds are given; None: this checkpoint's own.
         """
         if not hasattr(proposals, "embeds"):
             mend = "give it model.embed_proposals(images, outputs.mask_logits, outputs.valid_sizes)"
@@ -609,13 +614,16 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         if weight is None:
             raise ValueError("this checkpoint's clip_ensemble_weight is None, do not ensemble: pass weight to do it")
         weight = as_number("weight", weight, 0, 1)
-        if logit_scale is None:
-            text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask)
-        else:
-            check_text_embeds(text_embeds, proposals.embeds.shape[2])
-            text_embeds = F.normalize(self._placed(text_embeds).float(), dim=-1)
+        if logit_scale is not None and text_embeds is None:
+            raise ValueError("with logit_scale pass text_embeds, those of the encoder that embedded the proposals")
+        size = None if logit_scale is None else proposals.embeds.shape[2]
         logit_scale = self.config.clip_logit_scale if logit_scale is None else logit_scale
-        is_seen = self._is_seen(is_seen, outputs.class_logits.shape[2], stored)
+        logit_scale = as_number("logit_scale", logit_scale, TINY)
+        text_embeds = self._text_embeds(text_embeds, input_ids, attention_mask, size)
+        num_classes = outputs.class_logits.shape[2]
+        if owner is None:
+            check_shape("text_embeds", text_embeds, (num_classes, text_embeds.shape[1]), "a row for each name")
+        is_seen = self._is_seen(is_seen, num_classes, stored)
         own = own_probabilities(outputs)
         its = clip_probabilities(proposals, text_embeds, logit_scale, owner)
         probs = ensemble_with_clip(own, its, is_seen, weight)

@@ -8,8 +8,8 @@
 
 The proposals are those of transformers' own Mask2Former, trained on the seen classes. `zs3 assemble` joins it with each
 tiny encoder, and `eval.py` evaluates each join. The rows of --learned have the class heads and the proposals of these
-checkpoints. "Right names" gives each proposal the class that most of its pixels belong to: no naming can be better by
-much. Seconds are those of the image tower alone, of one picture, one thread.
+checkpoints. "Right names" gives each proposal the class that most of its pixels belong to; it is a reference, and no
+bound. Seconds are those of the image tower alone, of one picture, one thread.
 
 --other_splits are result files of this command for other class splits, each with its own Mask2Former. The report then
 also has the means over all of them.
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
 
 from benchmarks import measuring
 from clip_views_zs3 import proposal_masks
@@ -103,7 +104,7 @@ def tower_seconds(args: DayOneArgs, models: dict[str, Path]) -> dict[str, float]
     records = load_split(args.dataset, args.split, load_label_space(args.label_space))
     steps = {}
     for way, folder in models.items():
-        model, processor = load_checkpoint(str(folder))
+        model, processor = load_proposer(folder)
         view, pictures = model.config.region_view, []
         for index in range(args.pictures):
             inputs = processor(images=records[index].image)
@@ -119,12 +120,19 @@ def tower_seconds(args: DayOneArgs, models: dict[str, Path]) -> dict[str, float]
     return {way: sorted(seconds)[len(seconds) // 2] / args.pictures for way, seconds in times.items()}
 
 
+def load_proposer(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A joined checkpoint whose `propose` leaves the image tower alone."""
+    model, processor = load_checkpoint(str(folder))
+    model.config.class_head = "learned"
+    return model, processor
+
+
 @torch.inference_mode()
 def right_names(args: DayOneArgs, folder: Path) -> dict:
     """Scores of proposals with the names of the ground truth."""
     space = load_label_space(args.label_space)
     records, count = load_split(args.dataset, args.split, space), len(space.class_names)
-    model, processor = load_checkpoint(str(folder))
+    model, processor = load_proposer(folder)
     confusion = ConfusionMatrix(count, space.ignore_index)
     for image, label, _ in tqdm(records, desc=RIGHT, mininterval=1):
         outputs = model.propose(**processor(images=image))

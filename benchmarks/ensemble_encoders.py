@@ -13,6 +13,7 @@ from typing import get_args
 
 from benchmarks import measuring
 from configuration_zs3 import RegionView
+from zs3.checkpoints import weights_sha256
 from zs3.command_line import OutputFolder, Share, Some, check_required, flag, read_arguments, run
 from zs3.evaluation.compare import CompareArgs, compare
 from zs3.scenes.demo import launch
@@ -37,9 +38,14 @@ class EnsembleArgs(measuring.BenchmarkArguments):
         check_required(self, "models", "dataset")
 
 
+def short(encoder: str) -> str:
+    """Of a folder the beginning of its digest, which names its results."""
+    return weights_sha256(encoder)[:8] if Path(encoder).is_dir() else encoder.replace(" ", "_").replace("/", "_")
+
+
 def evaluated(args: EnsembleArgs, model: Path, encoder: str, view: str) -> Path:
     """The result file of eval.py."""
-    output = Path(args.folder, f"{model.parent.name}_{Path(encoder).name}_{view}.json".replace(" ", "_"))
+    output = Path(args.folder, f"{short(str(model))}_{short(encoder)}_{view}.json")
     flags = ["--model", model, "--dataset", args.dataset, "--split", args.split, "--ensemble", view, "--output", output]
     flags += ["--ensemble_weight", args.weight] if view != OFF else []
     flags += ["--encoder", encoder] if encoder not in (OFF, OWN) else []
@@ -50,10 +56,10 @@ def evaluated(args: EnsembleArgs, model: Path, encoder: str, view: str) -> Path:
 def measure(args: EnsembleArgs) -> list[dict]:
     rows = []
     for model in map(Path, args.models):
-        alone = evaluated(args, model, OFF, OFF)
         ways = [(OFF, OFF), *((encoder, view) for encoder in (OWN, *args.encoders) for view in get_args(RegionView))]
-        for encoder, view in ways:
-            found = compare(CompareArgs(str(alone), str(evaluated(args, model, encoder, view))))["scores"]
+        results = [str(evaluated(args, model, *way)) for way in ways]
+        for (encoder, view), result in zip(ways, results, strict=True):
+            found = compare(CompareArgs(results[0], result))["scores"]
             row = {"model": model.parent.name, "encoder": Path(encoder).name, "view": view}
             row |= {name: found[name]["b"] for name in GeneralizedScores._fields}
             rows.append(row | {"gain": found["hiou"]["difference"], "gain_interval": found["hiou"]["interval"]})

@@ -30,7 +30,7 @@ from clip_views_zs3 import covered_patches, embed_proposals, visible_proposals
 from encoders_zs3 import FAMILIES, family_of, patch_grid, region_vectors
 from label_maps_zs3 import MASK_STRIDE, semantic_map
 from processing_zs3 import resize_nearest
-from zs3.checkpoints import class_vectors, load_checkpoint
+from zs3.checkpoints import class_vectors
 from zs3.command_line import Count, flag, read_arguments, run
 from zs3.data.records import load_split
 from zs3.label_space import load_label_space
@@ -180,7 +180,7 @@ def read_pictures(args: RegionViewsArgs, model: PreTrainedModel, processor) -> l
 
 @torch.inference_mode()
 def measure_encoder(args: RegionViewsArgs, encoder: str) -> list[dict]:
-    model, processor = load_checkpoint(str(day_one.joined(args, ENCODERS[encoder], False)))
+    model, processor = day_one.load_proposer(day_one.joined(args, ENCODERS[encoder], False))
     space = load_label_space(args.label_space)
     text_embeds, _ = class_vectors(model, processor, space.class_names, None)
     scenes = read_pictures(args, model, processor)

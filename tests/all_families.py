@@ -29,6 +29,7 @@ def evaluations(folder: Path, data: Path) -> list[EvalArgs]:
 
 def main() -> None:
     accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
     for args in evaluations(*map(Path, sys.argv[1:])):
         evaluate(args, accelerator)
     accelerator.end_training()

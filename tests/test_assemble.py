@@ -93,7 +93,7 @@ def test_the_card_says_what_it_is_made_of(call, parts, tmp_path):
 
 def own_proposals(folder, **fields):
     """A checkpoint of train.py. Its head and its encoder are others than those that it is joined with."""
-    save_checkpoint(folder, vision=True, seen_class_names=["sky", "grass"], unseen_labels="none", **fields)
+    save_checkpoint(folder, vision=True, **{"seen_class_names": ["sky", "grass"], "unseen_labels": "none"} | fields)
     return folder
 
 
@@ -108,8 +108,9 @@ def test_the_proposals_of_a_checkpoint_of_train_py_are_named_and_keep_their_reco
     assert other.config.projection_dim == {"clip": 12, "tipsv2": 16}[family]
     assert other.config.seen_class_names == ["sky", "grass"] and other.config.unseen_labels == "none"
     card = (tmp_path / "made" / "README.md").read_text()
-    assert "saw masks of these classes alone: sky, grass. A zero-shot result can be claimed" in card
-    assert "Zs3ForSemanticSegmentation" in visited(tmp_path / "made", ["sky", "grass"])
+    assert (
+        "saw masks of these classes alone: sky, grass. It had no image labels of unseen classes. A\nzero-shot" in card
+    )
     with pytest.raises(InputError, match="--objectness needs the class predictor of a Mask2Former, and"):
         call(family, proposals=own, output=tmp_path / "another", objectness=True)
 
@@ -137,7 +138,7 @@ def test_a_tiny_encoder_brings_its_own_prompts_to_training(call, parts, tmp_path
 
 
 def test_the_card_counts_what_each_benchmark_shares_with_the_masks(call, parts, tmp_path):
-    """COCO-Stuff has all of COCO's things, and VOC 20 of them, some by other names."""
+    """By name: sofa is an unseen class of VOC."""
     shutil.copytree(parts / "proposals", tmp_path / "ade")
     names = load_label_space("ade20k_150").class_names
     tiny_mask2former(150).save_pretrained(tmp_path / "ade")
@@ -146,8 +147,39 @@ def test_the_card_counts_what_each_benchmark_shares_with_the_masks(call, parts, 
     card = (tmp_path / "made" / "README.md").read_text()
     assert "the masks of ADE20K (150 classes), of all its classes" in card
     assert "| ade20k_150 | 150 of 150 | - |" in card
-    assert "| voc_20 | 8 of 20 | 1 of 5 |" in card  # the one is sofa
+    assert "| voc_20 | 8 of 20 | 1 of 5 |" in card
     assert "scenes" not in card
+
+
+def test_names_of_the_same_data_are_all_shared():
+    names = load_label_space("coco_stuff_171").class_names
+    rows = {row["name"]: row for row in assemble.shared_classes(names)}
+    assert rows["coco_stuff_171"] == {"name": "coco_stuff_171", "classes": "171 of 171", "unseen": "15 of 15"}
+    panoptic = ["mirror-stuff", "door-stuff", "tree-merged", "floor-other-merged"]  # "tree" and "floor-other" there
+    assert {row["name"]: row for row in assemble.shared_classes(panoptic)}["coco_stuff_171"]["classes"] == "4 of 171"
+
+
+def test_a_vocabulary_is_no_record_of_masks(call, tmp_path):
+    """A joined checkpoint of unknown masks stays so, whatever names are stored in it."""
+    call()
+    change_json(tmp_path / "made" / "config.json", id2label=dict(enumerate(load_label_space("ade20k_150").class_names)))
+    call(proposals=tmp_path / "made", output=tmp_path / "again")
+    assert "saw is not known" in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_the_image_labels_of_proposals_are_on_the_card(call, tmp_path):
+    call(proposals=own_proposals(tmp_path / "own", unseen_labels="ground_truth"))
+    assert "ground-truth image labels of unseen classes" in (tmp_path / "made" / "README.md").read_text()
+
+
+def test_parts_in_shards_are_joined(call, parts, tmp_path, capsys):
+    whole = tiny_mask2former()
+    whole.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 1
+    call(proposals=tmp_path / "shards")
+    count = sum(value.numel() for value in whole.state_dict().values())
+    count += sum(value.numel() for value in load_file(parts / "clip" / "model.safetensors").values())
+    assert f"parts     {count / 1e6:.0f} M weights; joining them takes about" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -181,7 +213,7 @@ def test_what_cannot_be_joined_is_one_line_and_leaves_nothing(call, parts, tmp_p
         "family": ({"proposals": parts / "clip"}, "is a checkpoint of 'clip', not of 'mask2former'"),
         "missing": ({"encoder": "./nowhere"}, "no such folder"),
         "revision": ({"encoder_revision": "main"}, "is for a Hub id"),
-        "headless": ({"proposals": tmp_path / "headless"}, "weights that are missing (class_predictor.bias)"),
+        "headless": ({"proposals": tmp_path / "headless"}, "weights of the network are missing (class_predictor.bias)"),
     }
     for given, words in wrong.values():
         with pytest.raises(InputError) as refusal:
@@ -257,7 +289,9 @@ def test_release_doctor_and_evaluation_take_it_and_export_says_why_not(call, tmp
         main()
     card = (tmp_path / "released" / "README.md").read_text()
     assert "joined from published parts" in card and "## Results" in card and "| mIoU |" in card
-    assert FAMILIES[family].title in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert FAMILIES[family].title in said
+    assert "without training, from what the image tower sees of each proposal (single_pass)" in said
     monkeypatch.setattr(sys, "argv", ["zs3 export", "--model", made, "--output", str(tmp_path / "x.pt2")])
     with pytest.raises(InputError, match="class_head 'regions' cannot be exported"):
         export.main()

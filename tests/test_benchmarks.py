@@ -343,7 +343,8 @@ def test_ensembles_with_other_encoders_are_compared_with_none(call, scenes_model
     for row in rows[1:]:
         assert row["gain"] == pytest.approx(row["hiou"] - rows[0]["hiou"])
     for row, view in zip(rows[3:], ("crops", "single_pass"), strict=True):
-        result = json.loads((tmp_path / "results" / f"{scenes_model.name}_scenes_clip_{view}.json").read_text())
+        name = "_".join([*(ensemble_encoders.short(str(p)) for p in (places["models"], CLIP_FOLDER)), view])
+        result = json.loads((tmp_path / "results" / f"{name}.json").read_text())
         assert result["settings"]["encoder"] == CLIP_FOLDER and result["clip_ensemble"] == view
         assert result["hiou"] == row["hiou"]
     assert capsys.readouterr().out.endswith((tmp_path / "e.md").read_text())

@@ -318,6 +318,19 @@ def test_the_protocols_are_shown_where_the_files_have_them(two, tmp_path):
     assert lines.index(f"- B: {other} (runs/other)") == lines.index(f"- A: {two[0]} (runs/a)") + 1
 
 
+def test_label_space_and_image_labels_are_shown_where_the_files_have_them(tmp_path):
+    """The space as it was asked for; labels of unseen classes say nothing where no claim is made."""
+    labels = {"image_label_precision": 0.751, "image_label_recall": 0.5, "label_space": "scenes:3"}
+    for setting, lines in (("gzs3", 2), ("ovs", 0)):
+        paths = [
+            write_result(tmp_path / f"{setting}_{name}.json", draw_images(*A), setting=setting, **labels)
+            for name in ("one", "other")
+        ]
+        text = report(compare(CompareArgs(*paths)))
+        assert "(validation, label space scenes:3)" in text
+        assert text.count("  - image labels of unseen classes in training: precision 75.1 %, recall 50.0 %") == lines
+
+
 def test_results_on_other_images_are_refused(two, tmp_path):
     few = write_result(tmp_path / "few.json", draw_images(*A)[:-2], IDS[:-2])
     for files, where in (((two[0], few), "a.json"), ((few, two[0]), "a.json")):

@@ -273,7 +273,8 @@ def test_pseudo_labels_of_another_encoder_are_those_of_a_loop(folders, tmp_path,
         with torch.no_grad():
             proposals = model.propose(**inputs)
         images = processor.to_rgb(inputs["pixel_values"])
-        seen = embed_proposals(tower, images, proposals["mask_logits"], proposals["valid_sizes"], view=region_view)
+        options = {"view": region_view, "patch_tokens": "values"}  # TIPSv2's as published
+        seen = embed_proposals(tower, images, proposals["mask_logits"], proposals["valid_sizes"], **options)
         scores = (scale * seen.embeds[0][seen.shown[0]] @ torch.stack(vectors).T).softmax(-1).amax(0)
         torch.testing.assert_close(torch.tensor(row), scores, atol=1e-4, rtol=1e-3)
 

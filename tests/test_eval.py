@@ -114,9 +114,17 @@ def dense_masks(mask_logits: torch.Tensor, size: tuple[int, int]) -> torch.Tenso
 
 
 def ensemble_by_hand(
-    checkpoint: Path, data: Path, weight: float, unseen: list[str] = UNSEEN, encoder: Encoder | None = None
+    checkpoint: Path,
+    data: Path,
+    weight: float,
+    unseen: list[str] = UNSEEN,
+    encoder: Encoder | None = None,
+    **options: object,
 ) -> dict[str, float | None]:
-    """IoU with the ensemble: dense scores of the formula of section 4.6. encoder: in place of the checkpoint's."""
+    """IoU with the ensemble: dense scores of the formula of section 4.6. encoder: in place of the checkpoint's.
+
+    options: of `embed_proposals`.
+    """
     model, processor = loaded(checkpoint)
     tower, texts, scale = encoder or (model.vision_model, model.vocabulary, 100)
     seen = torch.tensor([name not in unseen for name in CLASS_NAMES])
@@ -125,7 +133,7 @@ def ensemble_by_hand(
     def label_map(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
         inputs = processor(images=image)
         outputs = model(**inputs)
-        clip = embed_proposals(tower, processor.to_rgb(inputs["pixel_values"]), outputs.mask_logits)
+        clip = embed_proposals(tower, processor.to_rgb(inputs["pixel_values"]), outputs.mask_logits, **options)
         p = outputs.class_logits.softmax(-1)
         s = (scale * clip.embeds @ texts.T).softmax(-1)
         s = torch.where(clip.shown[..., None], s, 1)
@@ -169,13 +177,45 @@ def test_the_ensemble_may_be_with_another_encoder(checkpoint, data, encoder):
     result = evaluate(args)
     assert result["per_class"] == pytest.approx(ensemble_by_hand(checkpoint, data, 0.6, encoder=by_hand), abs=2e-3)
     assert result["per_class"] != pytest.approx(scores_by_hand(checkpoint, data, CLASS_NAMES), abs=0.01)
+    one_pass = evaluate(replace(args, ensemble="single_pass"))["per_class"]
+    options = {"view": "single_pass", "patch_tokens": "values"}  # TIPSv2's as published
+    assert one_pass == pytest.approx(ensemble_by_hand(checkpoint, data, 0.6, encoder=by_hand, **options), abs=2e-3)
     assert f"ensemble with {folder.name} (crops, weight 0.6" in result["protocol"]
-    assert result["given_sha256"] == {str(folder): sha256_of(folder / "model.safetensors")}
-    for options in ({"ensemble": None}, {"ensemble": "off"}, {"ensemble_weight": None}, {"ensemble_weight": "x.json"}):
-        with pytest.raises(InputError, match="--encoder goes with --ensemble|must be in"):
+    assert result["given_sha256"][str(folder)] == sha256_of(folder / "model.safetensors")
+    assert set(result["given_sha256"]) == {str(folder), f"settings of {folder}"}
+    (data.parent / "weight.json").write_text("{}")
+    alone = ({"ensemble": None}, {"ensemble": "off"}, {"ensemble_weight": None})
+    for options in (*alone, {"ensemble_weight": str(data.parent / "weight.json")}):
+        with pytest.raises(InputError, match="^--encoder goes with --ensemble crops or single_pass, and a number as"):
             evaluate(replace(args, **options))
     with pytest.raises(InputError, match="no such folder"):
         evaluate(replace(args, encoder="./nowhere"))
+
+
+def test_an_encoder_that_cannot_be_used_is_one_line(checkpoint, data, encoder, tmp_path):
+    args = EvalArgs(model=str(checkpoint), dataset=str(data), encoder=str(tmp_path / "encoder"), ensemble="crops")
+    args = replace(args, ensemble_weight="0.6")
+    shutil.copytree(encoder[0], tmp_path / "encoder")
+    (tmp_path / "encoder" / "processor_config.json").write_text(json.dumps({"prompt_templates": ["a photo"]}))
+    with pytest.raises(InputError, match="^the prompts of .*encoder: "):
+        evaluate(args)
+    shutil.rmtree(tmp_path / "encoder")
+    shutil.copytree(encoder[0], tmp_path / "encoder")
+    state = load_file(tmp_path / "encoder" / "model.safetensors")
+    key = next(name for name in state if name.startswith("text") and name.endswith(".bias"))
+    state[key][0] = torch.nan
+    save_file(state, tmp_path / "encoder" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="^--encoder .*: .* NaN or infinite values"):
+        evaluate(args)
+
+
+def test_code_beside_a_checkpoint_that_knows_no_other_encoder_is_refused(checkpoint, data, encoder, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "older")
+    code = tmp_path / "older" / "modeling_zs3.py"
+    code.write_text(code.read_text().replace("logit_scale: float | None = None,", ""))
+    args = EvalArgs(model=str(tmp_path / "older"), dataset=str(data), encoder=str(encoder[0]), ensemble="crops")
+    with pytest.raises(InputError, match="is older than this eval.py"):
+        evaluate(replace(args, ensemble_weight="0.6", trust_remote_code=True))
 
 
 def test_the_ensemble_trusts_a_model_in_the_names_that_it_was_trained_on(with_clip, data, tmp_path):

@@ -105,7 +105,7 @@ def trouble_of(error: BaseException | None) -> str | None:
         for kind, words in TROUBLES.items():
             if isinstance(error, kind):
                 return words
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
@@ -177,19 +177,9 @@ def check_weights(folder: Path) -> None:
     for path in folder.iterdir():
         if PARALLEL_SHARD.match(path.name) or path.name == ADAPTER:
             raise InputError(f"{shown(path)} would change the weights of {WEIGHTS}: move it away")
-    for path in weight_files(folder):
-        if path.name == INDEX:
-            continue
-        with (
-            refusing(f"{shown(path)} is no whole weight file, copy it again"),
-            safe_open(path, framework="pt") as tensors,
-        ):
-            kinds = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-        for name, kind in kinds.items():
-            if kind not in FLOATS and not (kind == "I64" and name.rpartition(".")[2] in COUNTS):
-                raise InputError(
-                    f"{path.name}: {name} is of type {kind}, weights are {', '.join(FLOATS)}: save it anew"
-                )
+    for path, name, kind, _ in weight_headers(folder):
+        if kind not in FLOATS and not (kind == "I64" and name.rpartition(".")[2] in COUNTS):
+            raise InputError(f"{path.name}: {name} is of type {kind}, weights are {', '.join(FLOATS)}: save it anew")
 
 
 # ---- loading ------------------------------------------------------------------------------------------------
@@ -384,6 +374,20 @@ def weight_files(folder: Path) -> list[Path]:
         more = f" and {len(lost) - 1} more" if lost[1:] else ""
         raise InputError(f"{shown(folder)} lacks {lost[0]}{more} of its weights: copy the whole checkpoint")
     return [folder / INDEX, *(folder / name for name in shards)]
+
+
+def weight_headers(folder: Path) -> Iterator[tuple[Path, str, str, list[int]]]:
+    """Of each weight its file, name, type and shape. The weights themselves are not read."""
+    for path in weight_files(folder):
+        if path.name == INDEX:
+            continue
+        with (
+            refusing(f"{shown(path)} is no whole weight file, copy it again"),
+            safe_open(path, framework="pt") as tensors,
+        ):
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            found = [(path, name, part.get_dtype(), part.get_shape()) for name, part in parts.items()]
+        yield from found
 
 
 def weights_sha256(path: str) -> str | None:

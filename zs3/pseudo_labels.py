@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from clip_views_zs3 import CROPS_AT_ONCE, embed_proposals, proposal_masks
+from clip_views_zs3 import CROPS_AT_ONCE, proposal_masks
 from configuration_zs3 import Number, RegionView, shortened
 from files_zs3 import is_leftover
 from outputs_zs3 import label_similarity
@@ -82,7 +82,7 @@ from zs3.data.records import Split, dataset_name, load_split
 from zs3.data.samples import mask_positions, to_mask_labels
 from zs3.files import file_sha256, lock_folder, write_json, writing
 from zs3.label_space import LabelSpace, load_label_space
-from zs3.scorers import Scorer, load_scorer
+from zs3.scorers import Scorer, load_scorer, own_scorer
 from zs3.scores.means import average_precision, nanmean
 from zs3.tables import percent
 from zs3.training.stopping import all_refuse
@@ -198,9 +198,8 @@ def score_batch(
     mask_threshold: float,
     mixed_precision: str,
     region_view: str,
-    patch_tokens: str,
 ) -> Tensor:
-    """(B, C) scores. The last arguments are the flags of the same names, and patch_tokens of the checkpoint."""
+    """(B, C) scores. The last arguments are the flags of the same names."""
     text_embeds = scorer.text_embeds
     scores = torch.zeros(len(batch.annotated), len(text_embeds), device=model.device)
     if unannotated_share > 0:  # a fully annotated image has no usable proposal, so its scores stay 0
@@ -219,8 +218,7 @@ def score_batch(
         usable = torch.stack([usable_proposals(logits, a.to(model.device), *options) for logits, a in pairs])  # (B, Q)
     images, dtype = image_processor.to_rgb(pixel_values), DTYPES[mixed_precision]
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-        views = embed_proposals(
-            scorer.vision_model,
+        views = scorer.embed(
             images,
             proposals["mask_logits"],
             proposals["valid_sizes"],
@@ -228,7 +226,6 @@ def score_batch(
             fill=None if fill == "none" else fill,
             mask_threshold=mask_threshold,
             chosen=usable,
-            patch_tokens=patch_tokens,
         )
     pairs, scale = zip(views.embeds, views.shown, strict=True), scorer.logit_scale
     scores[rows] = torch.stack([unseen_scores(embeds[shown], text_embeds, scale) for embeds, shown in pairs])
@@ -288,6 +285,7 @@ def resolved_settings(
     if args.encoder is not None:
         folder = local_folder(args.encoder)
         later["encoder"] = args.encoder if folder is None else checkpoint_sha256(str(folder))
+        later["patch_tokens"] = scorer.patch_tokens
     return later | {
         "checkpoint_sha256": checkpoint_sha256(args.model),
         "checkpoint_commit": getattr(model.config, "_commit_hash", None),
@@ -478,9 +476,8 @@ def make_pseudo_labels(args: PseudoLabelArgs) -> dict | None:
     image_processor = getattr(processor, "image_processor", processor)
     with accelerator.local_main_process_first():
         scorer, prompts = make_scorer(args, model, processor, label_space)
-    views = {"region_view": args.region_view, "patch_tokens": getattr(model.config, "patch_tokens", "attention")}
     towers = {"model": model, "image_processor": image_processor, "scorer": scorer}
-    score = partial(score_batch, **towers, **crop_flags(args), **views)
+    score = partial(score_batch, **towers, **crop_flags(args), region_view=args.region_view)
 
     folder, image_ids = Path(args.output), records.image_ids[: args.max_images]
     digest = [b""]  # all processes use the main one's: device names may differ
@@ -514,10 +511,10 @@ def make_scorer(
     """The scorer on the model's device, and its prompts. The unseen names come first in its text vectors."""
     in_softmax = [*label_space.unseen, *(label_space.seen if args.seen_names else [])]
     if args.encoder is not None:
-        return load_scorer(args.encoder, model, in_softmax)
+        return load_scorer(args.encoder, in_softmax, model.device)
     embeds, prompts = class_vectors(model, processor, label_space.class_names, args.text_embeds)
     embeds = embeds[[label_space.class_names.index(name) for name in in_softmax]]
-    return Scorer(model.vision_model, embeds.to(model.device), model.config.clip_logit_scale), prompts
+    return own_scorer(model, embeds), prompts
 
 
 def own_shards(accelerator: Accelerator, folder: Path, count: int, shard_size: int) -> tuple[dict[Path, range], int]:

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import ModelOutput
 
-from clip_views_zs3 import embed_proposals
 from configuration_zs3 import among, shortened, unshared
 from zs3.checkpoints import NoClaim, check_no_unseen_masks
 from zs3.command_line import InputError, in_one_line
@@ -49,14 +48,14 @@ class Predictor(NamedTuple):
         if self.view == "off":
             return outputs
         images = self.processor.to_rgb(inputs["pixel_values"])
-        masks, options = (outputs.mask_logits, outputs.valid_sizes), {"is_seen": self.is_trained, "weight": self.weight}
-        if self.scorer is None:
+        masks = outputs.mask_logits, outputs.valid_sizes
+        options = {"is_seen": self.is_trained, "weight": self.weight}
+        if self.scorer is None:  # the code beside the checkpoint may be another one
             proposals = self.model.embed_proposals(images, *masks, view=self.view)
             return self.model.ensemble(outputs, proposals, self.text_embeds, **options)
-        tower, texts, logit_scale = self.scorer
-        patch_tokens = self.model.config.patch_tokens
-        proposals = embed_proposals(tower, images, *masks, view=self.view, patch_tokens=patch_tokens)
-        return self.model.ensemble(outputs, proposals, texts, logit_scale=logit_scale, **options)
+        proposals = self.scorer.embed(images, *masks, view=self.view)
+        options["logit_scale"] = self.scorer.logit_scale
+        return self.model.ensemble(outputs, proposals, self.scorer.text_embeds, **options)
 
 
 # ---- the candidates ----------------------------------------------------------------------------------------

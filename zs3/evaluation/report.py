@@ -30,7 +30,7 @@ def candidates_in_words(result: Result) -> str:
 def ensemble_encoder(result: Result) -> str:
     """Whose view of the proposals is ensembled."""
     encoder = result.get("settings", {}).get("encoder")
-    return "CLIP" if encoder is None else markdown(Path(str(encoder)).name)
+    return "CLIP" if encoder is None else Path(str(encoder)).resolve().name
 
 
 def protocol(result: Result) -> str:
@@ -86,12 +86,7 @@ def report(result: Result) -> str:
         for name, iou in result["per_class"].items()
     ]
     lines = [
-        *(
-            markdown(f"{title}, {result['split']}{space_in_words(result)}"),
-            "",
-            f"Protocol: {markdown(result['protocol'])}.",
-            "",
-        ),
+        *(markdown(title), "", f"Protocol: {markdown(result['protocol'])}.", ""),
         *(*markdown_table(["score", "percent", "95 % interval over images"], scores), "", *_sentences(result), ""),
         *("Largest confusions:", ""),
         *(*markdown_table(["truth", "prediction", "pixels", "percent of the truth"], pairs), ""),

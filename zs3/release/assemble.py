@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -21,17 +20,16 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, snapshot_download
 from PIL import Image
-from safetensors import safe_open
 from transformers import Mask2FormerImageProcessorPil, PreTrainedConfig
 
-from configuration_zs3 import PatchTokens, RegionView, Zs3Config, among, one_line, places, shared, shortened
+from configuration_zs3 import PatchTokens, RegionView, Zs3Config, among, one_line, places, shortened
 from encoders_zs3 import FAMILIES, family_of
 from files_zs3 import read_text
 from modeling_zs3 import Zs3ForSemanticSegmentation, proposal_config
 from pipeline_zs3 import Zs3Pipeline
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor, saved_processor
 from text_zs3 import TextCache
-from zs3.checkpoints import check_checkpoint, check_finite, load_texts, refusing, weight_files
+from zs3.checkpoints import check_checkpoint, check_finite, load_texts, refusing, weight_headers
 from zs3.command_line import (
     Arguments,
     InputError,
@@ -42,6 +40,7 @@ from zs3.command_line import (
     read_arguments,
     shown,
 )
+from zs3.evaluation.report import IMAGE_LABELS
 from zs3.files import project_folder, write_text, writing_folder
 from zs3.label_space import BENCHMARKS, is_hub_id, load_label_space
 from zs3.tables import markdown
@@ -74,9 +73,11 @@ class AssembleArgs(Arguments):
     )
     patch_tokens: PatchTokens = flag(
         "values",
-        "Patch tokens of TIPSv2: 'values', as published for segmentation; 'attention' for the tiny one of `scenes`.",
+        "Patch tokens of TIPSv2: 'values', as published for segmentation, or 'attention', as in its training.",
     )
-    objectness: bool = flag(False, "Multiply by 1 - the probability of 'no object' of the Mask2Former.")
+    objectness: bool = flag(
+        False, "Multiply by 1 - the probability of 'no object', which needs a class predictor of the proposals."
+    )
     prompt_templates: list[str] | None = flag(
         None, "Prompts with {} for the name; default: those of the encoder's family."
     )
@@ -127,6 +128,8 @@ def first_names(names: Iterable[str]) -> list[str]:
 
 def masks_of(config: PreTrainedConfig) -> str:
     """The data set whose masks a Mask2Former was trained on, by the names of its classes."""
+    if isinstance(config, Zs3Config):  # id2label is its vocabulary
+        return UNKNOWN
     names = first_names(config.id2label.values())
     if None not in places(COCO_PANOPTIC, names):
         return "COCO-panoptic"
@@ -138,16 +141,19 @@ def masks_of(config: PreTrainedConfig) -> str:
 
 def shared_classes(names: list[str]) -> list[dict[str, str]]:
     """For each benchmark of real pictures how many of its classes have one of these names."""
-    for end in MERGED:
-        names = [name.removesuffix(end) for name in names]
-    rows = []
-    for benchmark in BENCHMARKS:
-        space = load_label_space(benchmark)
-        own, unseen = (len(shared(first_names(classes), names)) for classes in (space.class_names, space.unseen))
-        row = {"name": benchmark, "classes": f"{own} of {len(space.class_names)}"}
-        row["unseen"] = f"{unseen} of {len(space.unseen)}" if space.unseen else "-"
-        rows += [row] if not benchmark.startswith("scenes") else []
-    return rows
+
+    def plain(some: list[str]) -> list[str]:
+        for end in MERGED:
+            some = [name.removesuffix(end) for name in some]
+        return some
+
+    def count(classes: list[str]) -> str:
+        known, classes = [*names, *plain(names)], first_names(classes)
+        found = map(any, zip(among(classes, known), among(plain(classes), known), strict=True))
+        return f"{sum(found)} of {len(classes)}" if classes else "-"
+
+    spaces = {name: load_label_space(name) for name in BENCHMARKS if not name.startswith("scenes")}
+    return [{"name": n, "classes": count(s.class_names), "unseen": count(s.unseen)} for n, s in spaces.items()]
 
 
 def image_processor_of(folder: Path, own: bool) -> Zs3ImageProcessor:
@@ -212,7 +218,6 @@ def card(
     """config: that of the proposals."""
     seen, family = model.config.seen_class_names, family_of(model.config.vision_config)
     masks = masks_of(config) if seen is None else f"{len(seen)} classes"
-    named = config.id2label.values() if seen is None else seen
     parts = [
         part(args.proposals, args.proposals_revision, folders["proposals"], f"proposals, trained on {masks}"),
         part(args.encoder, args.encoder_revision, folders["encoder"], f"text and image encoder ({family.title})"),
@@ -223,8 +228,9 @@ def card(
         "parts": parts,
         "masks": masks,
         "unknown": masks == UNKNOWN,
-        "seen": seen and markdown(", ".join(seen)),
-        "benchmarks": shared_classes(first_names(named)),
+        "seen": None if seen is None else markdown(", ".join(seen) or "no class"),
+        "image_labels": IMAGE_LABELS.get(model.config.unseen_labels, "unknown image labels"),
+        "benchmarks": [] if masks == UNKNOWN else shared_classes(first_names(config.id2label.values())),
         "config": model.config,
         "name": Path(args.output).name,
     }
@@ -233,10 +239,7 @@ def card(
 
 def parts_line(folders: Iterable[Path]) -> str:
     """The size of the parts, and the memory for joining them: they are there twice, in float32."""
-    count = 0
-    for file in chain.from_iterable(map(weight_files, folders)):
-        with safe_open(file, framework="pt") as tensors:
-            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    count = sum(math.prod(shape) for folder in folders for *_, shape in weight_headers(folder))
     memory = 2 * 4 * count / 2**20 + PROCESS_MIB
     return f"parts     {count / 1e6:.0f} M weights; joining them takes about {memory:,.0f} MiB of memory"
 

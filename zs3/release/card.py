@@ -285,7 +285,7 @@ def deviations(result: Result) -> list[str]:
 def ensemble(result: Result) -> str:
     view, weight = result["clip_ensemble"], result["clip_ensemble_weight"]
     if result.get("settings", {}).get("encoder") is not None:
-        view += f" of {ensemble_encoder(result)}"
+        view += f" of {markdown(ensemble_encoder(result))}"
     return "off" if view == "off" else f"{view}, w = {weight}"
 
 

@@ -8,7 +8,6 @@ labels of unseen classes (Table 5, row 3), not from their masks.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 
 from pipeline_zs3 import Zs3Pipeline
 from text_zs3 import read_labels
-from zs3.checkpoints import load_checkpoint
+from zs3.checkpoints import load_checkpoint, weights_sha256
 from zs3.command_line import (
     Arguments,
     Count,
@@ -82,8 +81,9 @@ def launcher(num_processes: int) -> list[str]:
 
 
 def launch(script: str, num_processes: int, *flags: object) -> None:
-    """Runs `accelerate launch script flags`. Raises InputError if the command fails."""
-    command = [*launcher(num_processes), script, *map(str, flags)]
+    """Runs `accelerate launch script flags`; of a module, `-m script`. Raises InputError if the command fails."""
+    module = [] if script.endswith(".py") else ["-m"]
+    command = [*launcher(num_processes), *module, script, *map(str, flags)]
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")
     if not torch.cuda.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
@@ -98,12 +98,13 @@ def train_stage(recipe: str, data: Path, output_dir: Path, processes: int, steps
     launch("train.py", processes, "--config", Path("recipes", recipe), *flags)
 
 
-def name_without_stage2(stage1: Path, output: Path) -> None:
-    """Joins the proposals of stage 1 with the tiny TIPSv2, in place of what an earlier start made."""
-    shutil.rmtree(output, ignore_errors=True)
-    flags = ("--proposals", stage1, "--encoder", Path("zs3", "scenes_tipsv2"), "--output", output)
-    if subprocess.run([sys.executable, "-m", "zs3", "assemble", *map(str, flags)]).returncode != 0:
-        raise InputError("zs3 assemble failed, its error is above: mend it, then the same command goes on from here")
+def name_without_stage2(stage1: Path, folder: Path) -> Path:
+    """Joins the proposals of stage 1 with the tiny TIPSv2, if an earlier start has not. Returns the checkpoint."""
+    output = folder / f"assembled_{weights_sha256(str(stage1))[:8]}"
+    if not output.exists():
+        encoder = Path("zs3", "scenes_tipsv2")
+        launch("zs3", 1, "assemble", "--proposals", stage1, "--encoder", encoder, "--output", output)
+    return output
 
 
 def draw_own_labels(data: Path, model: Path, path: Path) -> list[str]:
@@ -166,7 +167,7 @@ def main() -> None:
 
 def demonstrate(args: DemoArgs, folder: Path) -> None:
     """The seven steps. This process has locked the folder."""
-    data, stage1, joined, stage2 = (folder / name for name in ("scenes", "stage1", "assembled", "stage2"))
+    data, stage1, stage2 = folder / "scenes", folder / "stage1", folder / "stage2"
     processes = args.num_processes or (1 if torch.cuda.is_available() else min(2, cpu_cores()))
 
     print("1/7  rendering the scenes", flush=True)
@@ -176,7 +177,7 @@ def demonstrate(args: DemoArgs, folder: Path) -> None:
     print("3/7  evaluation of stage 1", flush=True)
     launch("eval.py", processes, "--model", stage1 / "final", "--dataset", data, "--output", stage1 / "gzs3.json")
     print("4/7  names without stage 2: stage 1's masks and a tiny TIPSv2, evaluated", flush=True)
-    name_without_stage2(stage1 / "final", joined)
+    joined = name_without_stage2(stage1 / "final", folder)
     launch("eval.py", processes, "--model", joined, "--dataset", data, "--output", folder / "assembled.json")
     print("5/7  stage 2: Eq. 5-8 with GROUND-TRUTH IMAGE LABELS for unseen classes, no unseen mask", flush=True)
     start = ("--init_from", stage1 / "final")
