@@ -46,6 +46,7 @@ except ImportError:
 Fill = Literal["mean"] | None
 
 MASK_THRESHOLD = 0.5  # a proposal is where its mask is above it (Xu et al. 2021)
+WIDEST = 7  # proposals with a crop in the view "mixed": with one pass an eighth of the time of 100 crops
 BICUBIC = -0.75  # the constant of PyTorch's bicubic kernel
 CROPS_AT_ONCE = 16  # crops that are cut at once: each needs a copy of its image
 CROPS_FOR_TOWER = 64  # crops that the image tower sees at once
@@ -75,36 +76,38 @@ def embed_proposals(
 
     images: (B, 3, H, W) RGB in [0, 1], see the image processor's `to_rgb`.
     mask_logits: (B, Q, h, w); valid_sizes: (B, 2), as in Zs3Output; None: no padding.
-    view: "crops", a crop of each proposal; or "single_pass", all proposals in one pass over their image, which takes
-        the time of a few crops. With CLIP it is an approximation.
+    view: "crops", a crop of each proposal; "single_pass", all proposals in one pass over their image, which takes the
+        time of a few crops, and is an approximation with CLIP; or "mixed", crops of the `widest_proposals`, and one
+        pass for the others.
     mask_threshold: a proposal is where its mask is above it. One that is nowhere is not shown.
     fill: the colour of pixels outside the mask in a crop, see `crop_proposals`.
     chosen: (B, Q) bool, the proposals to look at; None: all.
     patch_tokens: in a single pass, see `patch_means` of encoders_zs3.
     """
     if view not in get_args(RegionView):
-        raise Refused(f"view must be 'crops' or 'single_pass', got {shortened(view)}")
+        raise Refused(f"view must be one of {', '.join(get_args(RegionView))}, got {shortened(view)}")
     mask_threshold = as_number("mask_threshold", mask_threshold, 0, 1)
     valid_sizes = [images.shape[2:]] * len(images) if valid_sizes is None else valid_sizes
     sizes = [tuple(int(side) for side in size) for size in valid_sizes]
     images = [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
     shown = visible_proposals(mask_logits, sizes, mask_threshold, chosen)
     embeds = mask_logits.new_zeros(*shown.shape, vector_size(tower.config), dtype=torch.float32)
+    as_crops = {"crops": shown, "single_pass": torch.zeros_like(shown)}.get(view)
+    as_crops = widest_proposals(mask_logits, sizes, shown) if as_crops is None else as_crops
 
-    if view == "single_pass":
-        for image in shown.any(dim=1).nonzero()[:, 0].tolist():
-            query = shown[image].nonzero()[:, 0]
-            covered = covered_patches(tower, mask_logits[image, query], sizes[image], mask_threshold)
-            embeds[image, query] = region_vectors(tower, images[image], covered, patch_tokens).to(embeds)
-    else:
-        side = tower.config.image_size
-        for part in shown.nonzero().split(CROPS_FOR_TOWER) if shown.any() else ():
-            crops = []
-            for image in part[:, 0].unique().tolist():
-                query = part[part[:, 0] == image, 1]
-                own = proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
-                crops.append(crop_proposals(normalised(tower, images[image]), own, side, fill=fill))
-            embeds[part[:, 0], part[:, 1]] = picture_vectors(tower, torch.cat(crops)).to(embeds)
+    together = shown & ~as_crops
+    for image in together.any(dim=1).nonzero()[:, 0].tolist():
+        query = together[image].nonzero()[:, 0]
+        covered = covered_patches(tower, mask_logits[image, query], sizes[image], mask_threshold)
+        embeds[image, query] = region_vectors(tower, images[image], covered, patch_tokens).to(embeds)
+    side = tower.config.image_size
+    for part in as_crops.nonzero().split(CROPS_FOR_TOWER) if as_crops.any() else ():
+        crops = []
+        for image in part[:, 0].unique().tolist():
+            query = part[part[:, 0] == image, 1]
+            own = proposal_masks(mask_logits[image, query], sizes[image], mask_threshold)
+            crops.append(crop_proposals(normalised(tower, images[image]), own, side, fill=fill))
+        embeds[part[:, 0], part[:, 1]] = picture_vectors(tower, torch.cat(crops)).to(embeds)
     check_finite_output("the image tower's embeddings of the proposals", embeds)
     return ProposalEmbeds(F.normalize(embeds, dim=-1), shown)
 
@@ -156,6 +159,21 @@ def visible_proposals(
         for part in visible[image].nonzero()[:, 0].split(CROPS_AT_ONCE):
             visible[image, part] = proposal_masks(mask_logits[image, part], size, threshold).flatten(1).any(dim=1)
     return visible
+
+
+def widest_proposals(mask_logits: Tensor, valid_sizes: list[tuple[int, int]], shown: Tensor) -> Tensor:
+    """(B, Q) bool: in each image the WIDEST of the shown proposals, which most pixels belong to before any naming.
+
+    A pixel of the mask grid belongs to the shown proposal whose mask is highest there. Equal numbers: the lower index.
+    """
+    widest = torch.zeros_like(shown)
+    for image in shown.any(dim=1).nonzero()[:, 0].tolist():
+        rows, columns = (-(-side // MASK_STRIDE) for side in valid_sizes[image])
+        query = shown[image].nonzero()[:, 0]
+        owner = mask_logits[image, query, :rows, :columns].argmax(dim=0)
+        pixels = torch.bincount(owner.flatten(), minlength=len(query))
+        widest[image, query[pixels.argsort(descending=True, stable=True)[:WIDEST]]] = True
+    return widest
 
 
 def mask_boxes(masks: Tensor) -> Tensor:

@@ -3,14 +3,13 @@
     python -m benchmarks.region_views --proposals runs/closed/final --dataset runs/scenes \
         --output docs/results/region_views.json
 
-The proposals and the joined checkpoints are those of `python -m benchmarks.day_one`. Mosaics are pictures of four
-scenes, with the proposals of each: larger than the encoder's side, with things of the size that it knows.
+The proposals and the joined checkpoints are those of `python -m benchmarks.day_one`. Pairs and mosaics are pictures of
+two and four scenes, with the proposals of each: larger than the encoder's side, with things of the size that it knows.
 
 The side is the geometric mean of the sides of what the tower sees at once, in sides of the pictures that it was
-trained on. A window is half as wide and half as high as the picture, and windows overlap by half; the vector of a
-region is the mean over windows, weighted by its area in each. "Widest" proposals are those that most pixels belong to
-before anything is named; they are seen as crops, the others in one pass. The cost is the number of tokens that the
-tower sees, copies of its class token included, divided by that of all crops.
+trained on. A window is a scene in size, and windows overlap by half; the vector of a region is the mean over windows,
+weighted by its area in each. The cost is the number of tokens that the tower sees, copies of its class token
+included, divided by that of all crops.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,13 +24,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+import clip_views_zs3
 from benchmarks import day_one, measuring
-from clip_views_zs3 import covered_patches, embed_proposals, visible_proposals
-from encoders_zs3 import FAMILIES, family_of, patch_grid, region_vectors
+from clip_views_zs3 import visible_proposals
+from configuration_zs3 import RegionView
+from encoders_zs3 import FAMILIES, family_of, patch_grid
 from label_maps_zs3 import MASK_STRIDE, semantic_map
 from processing_zs3 import resize_nearest
 from zs3.checkpoints import class_vectors
-from zs3.command_line import Count, flag, read_arguments, run
+from zs3.command_line import Count, Whole, flag, read_arguments, run
 from zs3.data.records import load_split
 from zs3.label_space import load_label_space
 from zs3.scores.confusion import ConfusionMatrix
@@ -40,7 +41,7 @@ from zs3.tables import percent
 
 ENCODERS = {"tiny CLIP": "tiny CLIP, class tokens", "tiny TIPSv2": "tiny TIPSv2, patches, values"}
 SIDES = (1.0, 1.5, 2.0, 3.0)
-WIDEST = (2, 4, 8)  # proposals with a crop of their own
+WIDEST = (2, 4, 7, 12)  # proposals with a crop of their own
 
 
 @dataclass
@@ -48,7 +49,8 @@ class RegionViewsArgs(day_one.DayOneArgs):
     """What is compared."""
 
     scenes: Count = flag(200, "Scenes.")
-    mosaics: Count = flag(50, "Mosaics of four scenes each.")
+    pairs: Whole = flag(50, "Pairs of scenes side by side.")
+    mosaics: Whole = flag(25, "Mosaics of four scenes each.")
 
 
 class Picture(NamedTuple):
@@ -72,96 +74,80 @@ class Picture(NamedTuple):
         return Picture(self.image[:, rows, columns], self.mask_logits[:, *small], self.label[rows, columns])
 
 
-def mosaic(scenes: list[Picture]) -> Picture:
-    """Four scenes of one size as one picture, with the proposals of each."""
+def joined(scenes: list[Picture]) -> Picture:
+    """Two scenes of one size side by side, or four in a square, with the proposals of each."""
 
     def tiled(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([torch.cat(tensors[:2], dim=-1), torch.cat(tensors[2:], dim=-1)], dim=-2)
+        rows = [torch.cat(tensors[at : at + 2], dim=-1) for at in range(0, len(tensors), 2)]
+        return torch.cat(rows, dim=-2)
 
     rows, columns = scenes[0].mask_logits.shape[1:]
     masks = []
     for place, scene in enumerate(scenes):
         top, left = divmod(place, 2)
-        margin = (left * columns, (1 - left) * columns, top * rows, (1 - top) * rows)
+        below = len(scenes) // 2 - 1 - top
+        margin = (left * columns, (1 - left) * columns, top * rows, below * rows)
         masks.append(F.pad(scene.mask_logits, margin, value=-30.0))
     return Picture(tiled([one.image for one in scenes]), torch.cat(masks), tiled([one.label for one in scenes]))
 
 
 @contextmanager
-def at_side(model: PreTrainedModel, sides: float) -> Iterator[None]:
-    """Within the block the family of the model's image tower sees pictures at this side."""
+def constants(model: PreTrainedModel, sides: float, widest: int = clip_views_zs3.WIDEST) -> Iterator[None]:
+    """Within the block the image tower's family sees pictures at this side, and "mixed" has this many crops."""
     kind = model.config.vision_config.model_type.removesuffix("_vision_model")
-    family = FAMILIES[kind]
-    FAMILIES[kind] = family._replace(sides=sides)
+    family, before = FAMILIES[kind], clip_views_zs3.WIDEST
+    FAMILIES[kind], clip_views_zs3.WIDEST = family._replace(sides=sides), widest
     try:
         yield
     finally:
-        FAMILIES[kind] = family
+        FAMILIES[kind], clip_views_zs3.WIDEST = family, before
 
 
 class Seen(NamedTuple):
-    """embeds: (N, D), unit length. tokens: how many the tower saw."""
+    """embeds: (N, D), unit length; 0 of empty proposals. tokens: how many the tower saw."""
 
     embeds: Tensor
     tokens: int
 
 
-def crops(model: PreTrainedModel, picture: Picture) -> Seen:
-    seen = embed_proposals(model.vision_model, picture.image[None], picture.mask_logits[None])
+def look(model: PreTrainedModel, picture: Picture, view: RegionView, sides: float, widest: int = 0) -> Seen:
+    """By `embed_proposals` with these constants."""
     config = model.vision_model.config
-    return Seen(seen.embeds[0], len(picture.mask_logits) * (1 + (config.image_size // config.patch_size) ** 2))
-
-
-def one_pass(model: PreTrainedModel, picture: Picture, sides: float) -> Seen:
-    """The vectors of regions that cover nothing are 0."""
-    tower = model.vision_model
-    with at_side(model, sides):
-        covered = covered_patches(tower, picture.mask_logits, picture.size, 0.5)
-        some = covered.sum(1) > 0
-        embeds = torch.zeros(len(covered), model.config.projection_dim)
-        if some.any():
-            embeds[some] = region_vectors(tower, picture.image, covered[some], model.config.patch_tokens)
-        rows, columns = patch_grid(tower, picture.size)
-    copies = 0 if family_of(tower.config).soft else int(some.sum())
-    return Seen(F.normalize(embeds, dim=-1), 1 + rows * columns + copies)
+    with constants(model, sides, widest):
+        seen = model.embed_proposals(picture.image[None], picture.mask_logits[None], view=view)
+        rows, columns = patch_grid(model.vision_model, picture.size)
+    shown = int(seen.shown.sum())
+    crops = {"crops": shown, "single_pass": 0, "mixed": min(widest, shown)}[view]
+    copies = 0 if family_of(config).soft else shown - crops
+    tokens = crops * (1 + (config.image_size // config.patch_size) ** 2)
+    return Seen(seen.embeds[0], tokens + (1 + rows * columns + copies) * (crops < shown))
 
 
 def windows(model: PreTrainedModel, picture: Picture, sides: float) -> Seen:
-    height, width = (side // 2 for side in picture.size)
+    """Each window by one pass."""
+    side = min(picture.size) if picture.size[0] != picture.size[1] else picture.size[0] // 2
     total, tokens = 0, 0
-    for top in (0, height // 2, height):
-        for left in (0, width // 2, width):
-            part = picture.part(top, left, height, width)
+    for top in range(0, picture.size[0] - side + 1, side // 2):
+        for left in range(0, picture.size[1] - side + 1, side // 2):
+            part = picture.part(top, left, side, side)
             area = part.mask_logits.sigmoid().flatten(1).sum(1)
-            seen = one_pass(model, part, sides)
+            seen = look(model, part, "single_pass", sides)
             total, tokens = total + area[:, None] * seen.embeds, tokens + seen.tokens
     return Seen(F.normalize(total, dim=-1), tokens)
 
 
-def widest_as_crops(model: PreTrainedModel, picture: Picture, count: int, sides: float) -> Seen:
-    owner = picture.mask_logits.argmax(0).flatten()
-    pixels = torch.bincount(owner, minlength=len(picture.mask_logits))
-    widest = pixels.argsort(descending=True)[:count]
-    chosen, others = picture._replace(mask_logits=picture.mask_logits[widest]), one_pass(model, picture, sides)
-    own = crops(model, chosen)
-    embeds = others.embeds.clone()
-    embeds[widest] = own.embeds
-    return Seen(embeds, own.tokens + others.tokens)
-
-
-def ways(encoder: str, sides_of_family: float, of_mosaics: bool) -> dict[str, Callable]:
-    """What is called with (model, picture)."""
-    found: dict[str, Callable] = {"crops": crops}
-    for sides in SIDES:
-        found[f"one pass, side {sides:g}"] = partial(one_pass, sides=sides)
-    if of_mosaics:
+def ways(encoder: str, own_sides: float, ground: str) -> dict[str, Callable]:
+    """What is called with (model, picture). own_sides: of the encoder's family."""
+    found: dict[str, Callable] = {"crops": partial(look, view="crops", sides=own_sides)}
+    for sides in SIDES if ground != "mosaics" else (*SIDES, 4.0):
+        found[f"one pass, side {sides:g}"] = partial(look, view="single_pass", sides=sides)
+    if ground != "scenes":
         for sides in SIDES[:3]:
             found[f"windows, side {sides:g}"] = partial(windows, sides=sides)
-        found["one pass, side 4"] = partial(one_pass, sides=4.0)
-    elif encoder == "tiny CLIP":
-        for count in WIDEST:
-            way = partial(widest_as_crops, count=count, sides=sides_of_family)
-            found[f"crops of the {count} widest, one pass, side {sides_of_family:g}"] = way
+    if encoder == "tiny CLIP":
+        for widest in WIDEST:
+            way = partial(look, view="mixed", sides=own_sides, widest=widest)
+            found[f"mixed: crops of the {widest} widest"] = way
     return found
 
 
@@ -184,17 +170,18 @@ def measure_encoder(args: RegionViewsArgs, encoder: str) -> list[dict]:
     space = load_label_space(args.label_space)
     text_embeds, _ = class_vectors(model, processor, space.class_names, None)
     scenes = read_pictures(args, model, processor)
-    count = min(args.mosaics, len(scenes) // 4)
-    grounds = {"scenes": scenes, "mosaics": [mosaic(scenes[4 * at : 4 * at + 4]) for at in range(count)]}
+    grounds = {"scenes": scenes}
+    grounds["pairs"] = [joined(scenes[2 * at : 2 * at + 2]) for at in range(args.pairs)]
+    grounds["mosaics"] = [joined(scenes[4 * at : 4 * at + 4]) for at in range(args.mosaics)]
     rows = []
     for ground, pictures in grounds.items():
-        known = ways(encoder, family_of(model.config.vision_config).sides, ground == "mosaics")
+        known = ways(encoder, family_of(model.config.vision_config).sides, ground)
         confusion = {way: ConfusionMatrix(len(space.class_names), space.ignore_index) for way in known}
         others, tokens = dict.fromkeys(known, 0), dict.fromkeys(known, 0)
         for picture in tqdm(pictures, desc=f"{encoder}, {ground}", mininterval=1):
             maps = {}
-            for way, look in known.items():
-                embeds, spent = look(model, picture)
+            for way, way_of in known.items():
+                embeds, spent = way_of(model, picture)
                 probs = (model.config.clip_logit_scale * embeds @ text_embeds.T).softmax(-1)
                 masks = picture.mask_logits[None]
                 (maps[way],) = semantic_map(probs[None], masks, picture.size, image_sizes=[picture.size])

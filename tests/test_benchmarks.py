@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from benchmarks import (
     text_side,
     train_step,
 )
+from configuration_zs3 import RegionView
 from eval import main as eval_main
 from zs3.command_line import read_arguments
 from zs3.label_space import load_label_space
@@ -240,7 +242,7 @@ def test_the_quality_of_pseudo_labels_is_that_of_the_command(call, scenes_model,
     call(pseudo_label_quality, **places, shares="0 0.5 1", **more)
     result = json.loads((tmp_path / "quality.json").read_text())
     asked = [{"unannotated_share": share} for share in (0, 0.5, 1)]
-    asked += [{"encoder": own, "region_view": view} for own in (None, CLIP_FOLDER) for view in ("crops", "single_pass")]
+    asked += [{"encoder": own, "region_view": view} for own in (None, CLIP_FOLDER) for view in get_args(RegionView)]
     for place, (row, options) in enumerate(zip(result["shares"] + result["scorers"], asked, strict=True)):
         flags = options | {"max_images": 2, "output": str(tmp_path / f"{place}")}
         make_pseudo_labels(PseudoLabelArgs(**places, **flags))
@@ -310,25 +312,31 @@ def test_what_the_tower_sees_is_compared_with_crops(call, proposals, tmp_path, m
     """Where every proposal is among the widest, nothing differs from crops."""
     monkeypatch.setattr(region_views, "SIDES", (1.0, 2.0, 3.0))
     monkeypatch.setattr(region_views, "WIDEST", (1, 99))
-    call(region_views, **proposals, output=tmp_path / "r.json")
+    call(region_views, **proposals, pairs=1, mosaics=1, output=tmp_path / "r.json")
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     found = {(row["encoder"], row["pictures"], row["way"]): row for row in rows}
-    assert len(found) == len(rows) == (1 + 3 + 2) + (1 + 3) + 2 * (1 + 3 + 3 + 1)
-    assert found["tiny CLIP", "scenes", "crops of the 99 widest, one pass, side 2"]["other_pixels"] == 0
+    assert len(found) == len(rows) == 3 * 2 + 2 * ((1 + 3) + (1 + 3 + 3) + (1 + 4 + 3))
+    for ground in ("scenes", "pairs", "mosaics"):
+        row = found["tiny CLIP", ground, "mixed: crops of the 99 widest"]
+        assert row["other_pixels"] == 0 and row["of_crops"] == 1
     assert all(row["other_pixels"] == 0 and row["of_crops"] == 1 for row in rows if row["way"] == "crops")
     assert any(row["other_pixels"] > 0 for row in rows)
     assert capsys.readouterr().out.endswith((tmp_path / "r.md").read_text())
 
 
-def test_one_window_is_one_pass():
-    """A mosaic of one scene and three without proposals, seen in the windows of its first quarter."""
-    scene = region_views.Picture(torch.rand(3, 32, 48), torch.randn(2, 8, 12), torch.zeros(32, 48, dtype=torch.int64))
-    empty = scene._replace(mask_logits=scene.mask_logits[:0])
-    whole = region_views.mosaic([empty, scene, empty, empty])
-    assert whole.size == (64, 96) and whole.mask_logits.shape == (2, 16, 24)
-    part = whole.part(0, 48, 32, 48)
-    for mine, its in zip(part, scene, strict=True):
-        assert torch.equal(mine, its)
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_windows_of_joined_scenes_are_the_scenes(count):
+    scenes = [
+        region_views.Picture(torch.rand(3, 32, 48), torch.randn(2, 8, 12), torch.full((32, 48), place))
+        for place in range(count)
+    ]
+    whole = region_views.joined(scenes)
+    assert whole.size == (32 * count // 2, 96) and len(whole.mask_logits) == 2 * count
+    for place, scene in enumerate(scenes):
+        part = whole.part(32 * (place // 2), 48 * (place % 2), 32, 48)
+        own = part._replace(mask_logits=part.mask_logits[2 * place : 2 * place + 2])
+        for mine, its in zip(own, scene, strict=True):
+            assert torch.equal(mine, its)
 
 
 def test_ensembles_with_other_encoders_are_compared_with_none(call, scenes_model, evaluate_here, tmp_path, capsys):
@@ -337,12 +345,12 @@ def test_ensembles_with_other_encoders_are_compared_with_none(call, scenes_model
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert [(row["encoder"], row["view"]) for row in rows] == [
         ("off", "off"),
-        *((encoder, view) for encoder in ("its own CLIP", "scenes_clip") for view in ("crops", "single_pass")),
+        *((encoder, view) for encoder in ("its own CLIP", "scenes_clip") for view in get_args(RegionView)),
     ]
     assert rows[0]["gain"] == 0
     for row in rows[1:]:
         assert row["gain"] == pytest.approx(row["hiou"] - rows[0]["hiou"])
-    for row, view in zip(rows[3:], ("crops", "single_pass"), strict=True):
+    for row, view in zip(rows[-3:], get_args(RegionView), strict=True):
         name = "_".join([*(ensemble_encoders.short(str(p)) for p in (places["models"], CLIP_FOLDER)), view])
         result = json.loads((tmp_path / "results" / f"{name}.json").read_text())
         assert result["settings"]["encoder"] == CLIP_FOLDER and result["clip_ensemble"] == view

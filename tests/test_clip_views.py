@@ -1,5 +1,8 @@
 """What CLIP sees of proposals, against literal loops: a box, a crop, a token, a class at a time."""
 
+import math
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,7 +130,7 @@ def test_only_chosen_proposals_are_looked_at(model, monkeypatch):
     assert (some.embeds[~some.shown] == 0).all()
 
 
-@pytest.mark.parametrize("view", ["crops", "single_pass"])
+@pytest.mark.parametrize("view", ["crops", "single_pass", "mixed"])
 def test_pictures_without_a_proposal_to_look_at_are_no_error(model, view):
     images, mask_logits, valid_sizes = proposals()
     one = torch.zeros(2, 5, dtype=torch.bool)
@@ -137,6 +140,32 @@ def test_pictures_without_a_proposal_to_look_at_are_no_error(model, view):
     assert not nothing.shown.any() and (nothing.embeds == 0).all()
 
 
+def test_mixed_views_are_crops_of_the_widest_and_one_pass_for_the_others(model, monkeypatch):
+    """Widest by a count of pixels; what is not to be looked at owns none. With few proposals all of them are crops."""
+    images, mask_logits, valid_sizes = proposals()
+    chosen = torch.tensor([[True, True, True, True, False], [True, True, False, True, True]])
+    views = {
+        view: model.embed_proposals(images, mask_logits, valid_sizes, view=view, chosen=chosen)
+        for view in ("crops", "single_pass", "mixed")
+    }
+    assert torch.equal(views["mixed"].embeds, views["crops"].embeds)
+    monkeypatch.setattr(clip_views_zs3, "WIDEST", 2)
+    mixed = model.embed_proposals(images, mask_logits, valid_sizes, view="mixed", chosen=chosen)
+    assert torch.equal(mixed.shown, views["crops"].shown)
+    for image in range(2):
+        shown = mixed.shown[image].nonzero()[:, 0].tolist()
+        height, width = valid_sizes[image].tolist()
+        owned = Counter(
+            max(shown, key=lambda query: float(mask_logits[image, query, row, column]))  # noqa: B023
+            for row in range(math.ceil(height / 4))
+            for column in range(math.ceil(width / 4))
+        )
+        widest = sorted(shown, key=lambda query: -owned[query])[:2]  # noqa: B023
+        for query in range(5):
+            kind = "crops" if query in widest else "single_pass"
+            torch.testing.assert_close(mixed.embeds[image, query], views[kind].embeds[image, query])
+
+
 def test_crops_are_cut_in_float32_whatever_is_asked_of_the_tower():
     image, masks = torch.rand(3, 61, 90).bfloat16(), random_masks(5, 61, 90)
     exact = crop_proposals(pixels_of(image), masks, 24)
@@ -144,7 +173,7 @@ def test_crops_are_cut_in_float32_whatever_is_asked_of_the_tower():
         assert torch.equal(crop_proposals(pixels_of(image), masks, 24), exact)
 
 
-@pytest.mark.parametrize("view", ["crops", "single_pass"])
+@pytest.mark.parametrize("view", ["crops", "single_pass", "mixed"])
 def test_half_precision_is_near(model, view):
     images, mask_logits, valid_sizes = proposals()
     exact = model.embed_proposals(images, mask_logits, valid_sizes, view=view)

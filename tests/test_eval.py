@@ -186,7 +186,7 @@ def test_the_ensemble_may_be_with_another_encoder(checkpoint, data, encoder):
     (data.parent / "weight.json").write_text("{}")
     alone = ({"ensemble": None}, {"ensemble": "off"}, {"ensemble_weight": None})
     for options in (*alone, {"ensemble_weight": str(data.parent / "weight.json")}):
-        with pytest.raises(InputError, match="^--encoder goes with --ensemble crops or single_pass, and a number as"):
+        with pytest.raises(InputError, match="^--encoder goes with a view as --ensemble and a number as"):
             evaluate(replace(args, **options))
     with pytest.raises(InputError, match="no such folder"):
         evaluate(replace(args, encoder="./nowhere"))

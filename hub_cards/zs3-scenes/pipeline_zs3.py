@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 try:
     from .clip_views_zs3 import ProposalEmbeds
-    from .configuration_zs3 import Refused, as_number, one_line, places, shortened
+    from .configuration_zs3 import Refused, RegionView, as_number, one_line, places, shortened
     from .drawing_zs3 import NONE_OF_THESE, draw
     from .files_zs3 import (
         PICTURE_SUFFIXES,
@@ -51,7 +51,7 @@ except ImportError:
     if __package__:
         raise
     from clip_views_zs3 import ProposalEmbeds
-    from configuration_zs3 import Refused, as_number, one_line, places, shortened
+    from configuration_zs3 import Refused, RegionView, as_number, one_line, places, shortened
     from drawing_zs3 import NONE_OF_THESE, draw
     from files_zs3 import PICTURE_SUFFIXES, is_address, is_leftover, is_picture_name, load_picture, save_map, shown_name
     from label_maps_zs3 import semantic_map
@@ -91,7 +91,7 @@ class Proposals:
     image_size: (height, width). outputs: for each view mask_logits (1, Q, h, w), class_embeds (1, Q, D) and
     valid_sizes (1, 2), and region_embeds (1, Q, D) and objectness (1, Q) where the checkpoint has them, as in
     Zs3Output, on the CPU; with an ensemble also clip_embeds (1, Q, D), shown_to_clip (1, Q).
-    ensemble: CLIP's view of them, "crops" or "single_pass", or "off". checkpoint: its `fingerprint`.
+    ensemble: CLIP's view of them, a RegionView, or "off". checkpoint: its `fingerprint`.
     """
 
     image_size: tuple[int, int]
@@ -247,7 +247,8 @@ class Zs3Pipeline(Pipeline):
     confidence: the measure that the threshold is for. "probability" is what decided queries give the winner on average
         (SemanticMap defines it; default threshold 0.5), "margin" its distance to the runner-up's (0.1).
     ensemble: CLIP's view of the proposals joined in (section 4.6): "crops", of a crop of each; "single_pass", an
-        approximation from one pass over the image; or "off". None: "crops" where the checkpoint has an image tower, a
+        approximation from one pass over the image; "mixed", crops of the widest proposals and one pass for the others;
+        or "off". None: "crops" where the checkpoint has an image tower, a
         weight and a record of the classes that its training saw, else "off". Scores are then of products of
         probabilities, which do not sum to 1.
     ensemble_weight: w, in [0, 1]; None: the checkpoint's.
@@ -337,7 +338,7 @@ class Zs3Pipeline(Pipeline):
                 hint = f"did you mean {close[0]!r}?" if close else "labels are candidate_labels=[...]; see its help()"
                 raise ValueError(f"{shortened(name)} is no option of this pipeline: {hint}")
         choices = {"output": ("masks", "map"), "synonyms": ("mean", "max"), "confidence": tuple(THRESHOLDS)}
-        choices |= {"ensemble": ("off", "crops", "single_pass"), "subtask": ("semantic",)}
+        choices |= {"ensemble": ("off", *get_args(RegionView)), "subtask": ("semantic",)}
         for name, allowed in choices.items():
             value = options.get(name)
             if value is not None and not (isinstance(value, str) and value in allowed):

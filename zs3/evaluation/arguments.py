@@ -48,10 +48,10 @@ class EvalArgs(Arguments):
         None,
         "Text vectors for a checkpoint without text tower: a .npy, one row a class; for a suite, a folder of NAME.npy.",
     )
-    ensemble: Literal["off", "crops", "single_pass"] | None = flag(
+    ensemble: Literal["off", "crops", "single_pass", "mixed"] | None = flag(
         None,
-        "Combine with CLIP's scores of proposals (section 4.6), from crops or from one pass over the image; default: "
-        "crops, if the checkpoint has an image tower and a weight.",
+        "Combine with CLIP's scores of proposals (section 4.6), from crops, one pass over the image, or crops of the "
+        "widest and one pass; default: crops, if the checkpoint has an image tower and a weight.",
     )
     ensemble_weight: str | None = flag(
         None, "w of the ensemble: a number, or a file of zs3 ensemble_weight; default: the checkpoint's own weight."
@@ -87,7 +87,7 @@ class EvalArgs(Arguments):
         if self.encoder is not None and (
             self.ensemble in (None, "off") or number_or_none(self.ensemble_weight or "") is None
         ):
-            raise InputError("--encoder goes with --ensemble crops or single_pass, and a number as --ensemble_weight")
+            raise InputError("--encoder goes with a view as --ensemble and a number as --ensemble_weight")
         if self.seen_bias is not None:
             check_bias(self.seen_bias)
         if self.seen_bias is not None and (self.setting != "gzs3" or self.suite == "ovs5"):

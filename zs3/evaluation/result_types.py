@@ -150,7 +150,7 @@ class Result(TypedDict, total=False):
     settings: dict[str, bool | float | str | list[str] | None]  # flags of eval.py
     versions: dict[str, str]
     prompts: list[str]
-    clip_ensemble: Literal["off", "crops", "lazy", "single_pass"]  # lazy: only in older files
+    clip_ensemble: Literal["off", "crops", "lazy", "single_pass", "mixed"]  # lazy: only in older files
     clip_ensemble_weight: Share | None
     calibration: CalibrationChoices
     num_images: Count

@@ -69,7 +69,8 @@ class AssembleArgs(Arguments):
     encoder_revision: str | None = flag(None, "Branch, tag or commit of --encoder on the Hub.")
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the saved weights.")
     region_view: RegionView = flag(
-        "single_pass", "What the image tower sees: all proposals in one pass over the image, or a crop of each."
+        "single_pass",
+        "What the image tower sees: all proposals in one pass, a crop of each, or crops of the widest alone.",
     )
     patch_tokens: PatchTokens = flag(
         "values",
