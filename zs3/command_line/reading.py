@@ -22,7 +22,7 @@ from zs3.command_line.flags import ANY, Arguments, checked, try_outputs
 from zs3.command_line.recipes import GONE, OLD_NAMES, RecipeLoader, parse_yaml, read_recipe, say_renamed
 from zs3.command_line.refusals import InputError, did_you_mean
 
-METAVARS = {int: "N", float: "X", string_to_bool: "true|false"}
+METAVARS = {int: "N", float: "X", string_to_bool: "BOOL"}
 Args = TypeVar("Args", bound=Arguments)
 # A field in a docstring: `name: text` or, as in transformers, ``name (`int`, ...):``. Further lines are indented more.
 # `a, b: text` describes two fields. The text is a lookahead, because the text of a section holds fields itself.
