@@ -32,7 +32,7 @@ from encoders_zs3 import FAMILIES, family_of, patch_grid
 from label_maps_zs3 import MASK_STRIDE, semantic_map
 from processing_zs3 import resize_nearest
 from zs3.checkpoints import class_vectors
-from zs3.command_line import Count, Whole, flag, read_arguments, run
+from zs3.command_line import Count, flag, read_arguments, run
 from zs3.data.records import load_split
 from zs3.label_space import load_label_space
 from zs3.scores.confusion import ConfusionMatrix
@@ -49,8 +49,8 @@ class RegionViewsArgs(day_one.DayOneArgs):
     """What is compared."""
 
     scenes: Count = flag(200, "Scenes.")
-    pairs: Whole = flag(50, "Pairs of scenes side by side.")
-    mosaics: Whole = flag(25, "Mosaics of four scenes each.")
+    pairs: Count = flag(50, "Pairs of scenes side by side.")
+    mosaics: Count = flag(25, "Mosaics of four scenes each.")
 
 
 class Picture(NamedTuple):
