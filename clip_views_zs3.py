@@ -24,6 +24,7 @@ try:
         patch_grid,
         picture_vectors,
         region_vectors,
+        square_windows,
         vector_size,
     )
     from .label_maps_zs3 import MASK_STRIDE
@@ -38,6 +39,7 @@ except ImportError:
         patch_grid,
         picture_vectors,
         region_vectors,
+        square_windows,
         vector_size,
     )
     from label_maps_zs3 import MASK_STRIDE
@@ -98,8 +100,8 @@ def embed_proposals(
     together = shown & ~as_crops
     for image in together.any(dim=1).nonzero()[:, 0].tolist():
         query = together[image].nonzero()[:, 0]
-        covered = covered_patches(tower, mask_logits[image, query], sizes[image], mask_threshold)
-        embeds[image, query] = region_vectors(tower, images[image], covered, patch_tokens).to(embeds)
+        own = mask_logits[image, query]
+        embeds[image, query] = in_one_pass(tower, images[image], own, mask_threshold, patch_tokens).to(embeds)
     side = tower.config.image_size
     for part in as_crops.nonzero().split(CROPS_FOR_TOWER) if as_crops.any() else ():
         crops = []
@@ -134,18 +136,43 @@ def proposal_masks(mask_logits: Tensor, size: tuple[int, int], threshold: float)
     return full_masks(mask_logits, size) > threshold
 
 
-def covered_patches(tower: PreTrainedModel, mask_logits: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """The share of each patch of `patch_grid` that proposals cover: (N, h, w) logits -> (N, P) in [0, 1].
+def in_one_pass(
+    tower: PreTrainedModel, image: Tensor, mask_logits: Tensor, threshold: float, patch_tokens: PatchTokens
+) -> Tensor:
+    """(N, D) float32 of all proposals of a picture, from one pass over each of its windows.
 
-    A pixel counts as M, or as M > threshold, as its family sees regions.
+    image: (3, H, W) in [0, 1]; mask_logits: (N, h, w). A proposal's vector is the mean of those of the windows, each
+    of unit length and weighted by the proposal's area in the window.
     """
-    grid, soft = patch_grid(tower, size), family_of(tower.config).soft
-    covered = []
+    windows, total = square_windows(image.shape[1:]), 0
+    for (rows, columns), covered in zip(windows, covered_patches(tower, mask_logits, windows, threshold), strict=True):
+        area = covered.mean(dim=1)
+        some = area > 0
+        vectors = mask_logits.new_zeros(len(area), vector_size(tower.config), dtype=torch.float32)
+        if some.any():
+            found = region_vectors(tower, image[:, rows, columns], covered[some], patch_tokens)
+            vectors[some] = F.normalize(found.to(vectors), dim=-1)
+        total = total + area[:, None] * vectors
+    return total
+
+
+def covered_patches(
+    tower: PreTrainedModel, mask_logits: Tensor, windows: list[tuple[slice, slice]], threshold: float
+) -> list[Tensor]:
+    """The share of each patch of each window that proposals cover: (N, h, w) logits -> (N, P) in [0, 1] of each.
+
+    windows: of `square_windows`, the last of which ends where the picture ends. A pixel counts as M, or as M >
+    threshold, as its family sees regions.
+    """
+    soft, size = family_of(tower.config).soft, tuple(part.stop for part in windows[-1])
+    covered = [[] for _ in windows]
     for part in mask_logits.split(CROPS_AT_ONCE):  # all masks at the input size would need much memory
         masks = full_masks(part, size)
         masks = masks if soft else (masks > threshold).float()
-        covered.append(F.adaptive_avg_pool2d(masks, grid).flatten(1))
-    return torch.cat(covered)
+        for found, (rows, columns) in zip(covered, windows, strict=True):
+            grid = patch_grid(tower, (rows.stop - rows.start, columns.stop - columns.start))
+            found.append(F.adaptive_avg_pool2d(masks[:, rows, columns], grid).flatten(1))
+    return [torch.cat(found) for found in covered]
 
 
 def visible_proposals(

@@ -7,6 +7,7 @@ another way. `text_vectors`: tokens -> vectors. `picture_vectors`: whole picture
 Axes: N text, picture or region, L token, P patch, D embedding; H W pixels.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,6 +65,10 @@ TCL_TEMPLATES = (
 )
 
 
+# Windows of a picture, see `square_windows`. TIPSv2 was evaluated with such windows.
+WINDOW_OVERLAP, NEARLY_SQUARE = 0.25, 1.25
+
+
 class Family(NamedTuple):
     """How the encoders of a family are used. Classes and fields are transformers'.
 
@@ -76,7 +81,7 @@ class Family(NamedTuple):
     templates: prompts.
     scale: of a whole encoder, the number that multiplies cosines before a softmax.
     mean, std: of pixels, for RGB in [0, 1].
-    sides: side of the picture in `region_vectors`, in sides of the pictures of its training (geometric mean).
+    sides: side of a window of the picture in `region_vectors`, in sides of the pictures of its training.
     soft: whether regions are masks M in [0, 1], not M > threshold.
     regions: see `region_vectors`.
     """
@@ -284,8 +289,22 @@ def normalised(tower: PreTrainedModel, image: Tensor) -> Tensor:
     return (image - mean) / std
 
 
+def square_windows(size: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """Rows and columns of the windows in which a picture of (height, width) is seen: squares of its shorter side.
+
+    They are evenly spread, and overlap by WINDOW_OVERLAP or more. A picture that is nearly square is one window.
+    """
+    short, long = min(size), max(size)
+    if long <= NEARLY_SQUARE * short:
+        return [(slice(0, size[0]), slice(0, size[1]))]
+    count = 1 + math.ceil((long - short) / (short * (1 - WINDOW_OVERLAP)))
+    starts = [round(place * (long - short) / (count - 1)) for place in range(count)]
+    whole, parts = slice(0, short), [slice(start, start + short) for start in starts]
+    return [(part, whole) if size[0] > size[1] else (whole, part) for part in parts]
+
+
 def patch_grid(tower: PreTrainedModel, size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of patches in which `region_vectors` sees a picture of (height, width)."""
+    """Rows and columns of patches in which `region_vectors` sees a picture, or a window of one, of (height, width)."""
     config = tower.config
     scale = family_of(config).sides * config.image_size / (size[0] * size[1]) ** 0.5
     return tuple(max(1, round(side * scale / config.patch_size)) for side in size)
@@ -294,7 +313,7 @@ def patch_grid(tower: PreTrainedModel, size: tuple[int, int]) -> tuple[int, int]
 def region_vectors(
     tower: PreTrainedModel, image: Tensor, covered: Tensor, patch_tokens: PatchTokens = "attention"
 ) -> Tensor:
-    """(N, D) of N regions of a picture, from one pass over it.
+    """(N, D) of N regions of a picture, or of a window of one, from one pass over it.
 
     image: (3, H, W) RGB in [0, 1]. covered: (N, P) in [0, 1], the share of each patch of `patch_grid` that a region
     covers; no region covers nothing. patch_tokens: see `patch_means`.

@@ -23,8 +23,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from benchmarks import measuring
-from clip_views_zs3 import ProposalEmbeds, covered_patches, crop_proposals, proposal_masks
-from encoders_zs3 import normalised, region_vectors
+from clip_views_zs3 import ProposalEmbeds, crop_proposals, in_one_pass, proposal_masks
+from encoders_zs3 import normalised
 from outputs_zs3 import Zs3Output
 from zs3.checkpoints import class_vectors, load_checkpoint
 from zs3.command_line import Count, InputError, Pixels, Share, check_required, flag, read_arguments, run
@@ -110,7 +110,7 @@ def measure_cost(args: ClipViewsArgs) -> list[dict]:
     ways = {
         LOOP: lambda: crop_loop(tower, image, mask_logits, size).embeds[0],
         CROPS: lambda: batched(tower, image, proposal_masks(mask_logits, size, 0.5)),
-        SINGLE: lambda: region_vectors(tower, image, covered_patches(tower, mask_logits, size, 0.5)),
+        SINGLE: lambda: in_one_pass(tower, image, mask_logits, 0.5, "attention"),
     }
     results = {}
 

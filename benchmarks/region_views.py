@@ -6,12 +6,13 @@
 The proposals and the joined checkpoints are those of `python -m benchmarks.day_one`. Pairs and mosaics are pictures of
 two and four scenes, with the proposals of each: larger than the encoder's side, with things of the size that it knows.
 
-The side is the geometric mean of the sides of what the tower sees at once, in sides of the pictures that it was
-trained on. A window is a scene in size, and windows overlap by half; the vector of a region is the mean over windows,
-weighted by its area in each. The cost is the number of tokens that the tower sees, copies of its class token
-included, divided by that of all crops.
+The side is that of what the tower sees at once (the geometric mean), in sides of the pictures that it was trained on.
+Windows of pairs are those of `square_windows`; of mosaics, squares of a scene's size that overlap by half. The vector
+of a region is the mean over windows, weighted by its area in each. The cost is the number of tokens that the tower
+sees, copies of its class token included, divided by that of all crops.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,10 +26,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import clip_views_zs3
+import encoders_zs3
 from benchmarks import day_one, measuring
 from clip_views_zs3 import visible_proposals
 from configuration_zs3 import RegionView
-from encoders_zs3 import FAMILIES, family_of, patch_grid
+from encoders_zs3 import FAMILIES, family_of, patch_grid, square_windows
 from label_maps_zs3 import MASK_STRIDE, semantic_map
 from processing_zs3 import resize_nearest
 from zs3.checkpoints import class_vectors
@@ -92,15 +94,16 @@ def joined(scenes: list[Picture]) -> Picture:
 
 
 @contextmanager
-def constants(model: PreTrainedModel, sides: float, widest: int = clip_views_zs3.WIDEST) -> Iterator[None]:
-    """Within the block the image tower's family sees pictures at this side, and "mixed" has this many crops."""
+def constants(model: PreTrainedModel, sides: float, widest: int, nearly_square: float) -> Iterator[None]:
+    """Within the block the image tower's family has these sides, and the modules these constants."""
     kind = model.config.vision_config.model_type.removesuffix("_vision_model")
-    family, before = FAMILIES[kind], clip_views_zs3.WIDEST
-    FAMILIES[kind], clip_views_zs3.WIDEST = family._replace(sides=sides), widest
+    before = FAMILIES[kind], clip_views_zs3.WIDEST, encoders_zs3.NEARLY_SQUARE
+    FAMILIES[kind] = before[0]._replace(sides=sides)
+    clip_views_zs3.WIDEST, encoders_zs3.NEARLY_SQUARE = widest, nearly_square
     try:
         yield
     finally:
-        FAMILIES[kind], clip_views_zs3.WIDEST = family, before
+        FAMILIES[kind], clip_views_zs3.WIDEST, encoders_zs3.NEARLY_SQUARE = before
 
 
 class Seen(NamedTuple):
@@ -110,25 +113,32 @@ class Seen(NamedTuple):
     tokens: int
 
 
-def look(model: PreTrainedModel, picture: Picture, view: RegionView, sides: float, widest: int = 0) -> Seen:
+def look(
+    model: PreTrainedModel,
+    picture: Picture,
+    view: RegionView,
+    sides: float,
+    widest: int = clip_views_zs3.WIDEST,
+    nearly_square: float = encoders_zs3.NEARLY_SQUARE,
+) -> Seen:
     """By `embed_proposals` with these constants."""
-    config = model.vision_model.config
-    with constants(model, sides, widest):
+    config, tokens = model.vision_model.config, 0
+    with constants(model, sides, widest, nearly_square):
         seen = model.embed_proposals(picture.image[None], picture.mask_logits[None], view=view)
-        rows, columns = patch_grid(model.vision_model, picture.size)
-    shown = int(seen.shown.sum())
-    crops = {"crops": shown, "single_pass": 0, "mixed": min(widest, shown)}[view]
-    copies = 0 if family_of(config).soft else shown - crops
-    tokens = crops * (1 + (config.image_size // config.patch_size) ** 2)
-    return Seen(seen.embeds[0], tokens + (1 + rows * columns + copies) * (crops < shown))
+        shown = int(seen.shown.sum())
+        crops = {"crops": shown, "single_pass": 0, "mixed": min(widest, shown)}[view]
+        for rows, columns in square_windows(picture.size) if crops < shown else ():
+            size = (rows.stop - rows.start, columns.stop - columns.start)
+            copies = 0 if family_of(config).soft else shown - crops
+            tokens += 1 + math.prod(patch_grid(model.vision_model, size)) + copies
+    return Seen(seen.embeds[0], tokens + crops * (1 + (config.image_size // config.patch_size) ** 2))
 
 
-def windows(model: PreTrainedModel, picture: Picture, sides: float) -> Seen:
-    """Each window by one pass."""
-    side = min(picture.size) if picture.size[0] != picture.size[1] else picture.size[0] // 2
-    total, tokens = 0, 0
-    for top in range(0, picture.size[0] - side + 1, side // 2):
-        for left in range(0, picture.size[1] - side + 1, side // 2):
+def quarters(model: PreTrainedModel, picture: Picture, sides: float) -> Seen:
+    """Windows of a mosaic: half as wide and high, overlapping by half, the mean weighted by the area in each."""
+    side, total, tokens = picture.size[0] // 2, 0, 0
+    for top in (0, side // 2, side):
+        for left in (0, side // 2, side):
             part = picture.part(top, left, side, side)
             area = part.mask_logits.sigmoid().flatten(1).sum(1)
             seen = look(model, part, "single_pass", sides)
@@ -140,10 +150,13 @@ def ways(encoder: str, own_sides: float, ground: str) -> dict[str, Callable]:
     """What is called with (model, picture). own_sides: of the encoder's family."""
     found: dict[str, Callable] = {"crops": partial(look, view="crops", sides=own_sides)}
     for sides in SIDES if ground != "mosaics" else (*SIDES, 4.0):
-        found[f"one pass, side {sides:g}"] = partial(look, view="single_pass", sides=sides)
-    if ground != "scenes":
-        for sides in SIDES[:3]:
-            found[f"windows, side {sides:g}"] = partial(windows, sides=sides)
+        way = partial(look, view="single_pass", sides=sides, nearly_square=math.inf)
+        found[f"one pass, side {sides:g}"] = way
+    for sides in SIDES[:3]:
+        if ground == "pairs":
+            found[f"windows, side {sides:g}"] = partial(look, view="single_pass", sides=sides)
+        elif ground == "mosaics":
+            found[f"windows, side {sides:g}"] = partial(quarters, sides=sides)
     if encoder == "tiny CLIP":
         for widest in WIDEST:
             way = partial(look, view="mixed", sides=own_sides, widest=widest)

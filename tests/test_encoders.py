@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,16 @@ from tiny import byte_tokenizer, save_checkpoint, save_scenes_checkpoint, tiny_e
 
 from clip_views_zs3 import embed_proposals
 from configuration_zs3 import Refused, Zs3Config
-from encoders_zs3 import FAMILIES, family_of, load_encoder, patch_grid, picture_vectors, region_vectors, text_vectors
+from encoders_zs3 import (
+    FAMILIES,
+    family_of,
+    load_encoder,
+    patch_grid,
+    picture_vectors,
+    region_vectors,
+    square_windows,
+    text_vectors,
+)
 from eval import evaluate
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
@@ -181,6 +191,54 @@ def test_proposals_are_seen_as_their_family_sees_regions(family):
     with torch.no_grad():
         expected = F.normalize(region_vectors(model.vision_model, image[0], covered), dim=-1)
     torch.testing.assert_close(found.embeds[0][found.shown[0]], expected[found.shown[0]], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 80), (80, 65), (48, 64), (64, 48), (97, 31), (30, 211)])
+def test_windows_are_squares_that_cover_the_picture_and_overlap(size):
+    windows = square_windows(size)
+    pixels = np.zeros(size, dtype=int)
+    for rows, columns in windows:
+        pixels[rows, columns] += 1
+    assert pixels.min() >= 1
+    short, long = min(size), max(size)
+    if long <= 1.25 * short:
+        assert len(windows) == 1 and (pixels == 1).all()
+        return
+    assert all(r.stop - r.start == c.stop - c.start == short for r, c in windows)
+    starts = sorted(max(rows.start, columns.start) for rows, columns in windows)
+    steps = np.diff(starts)
+    assert steps.max() <= 0.75 * short + 1 and steps.max() - steps.min() <= 1
+    assert (len(windows) - 2) * 0.75 * short < long - short  # one window less would not do
+
+
+@every_family
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_wide_picture_is_the_mean_of_its_windows(family, turned):
+    """Unit vectors of `region_vectors`, weighted by the area of the proposal in each window; loops."""
+    model = tiny_model(vision=True, family=family)
+    image, logits = torch.rand(1, 3, 32, 80), 3 * torch.randn(1, 4, 8, 20)
+    logits[0, 1, :, 8:] = -30  # in the first window alone
+    if turned:
+        image, logits = image.mT, logits.mT
+    found = model.embed_proposals(image, logits, view="single_pass", mask_threshold=0.4)
+    masks = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=False)[0].sigmoid()
+    masks = masks if FAMILIES[family].soft else (masks > 0.4).float()
+    expected = torch.zeros(4, model.config.projection_dim)
+    for start in (0, 24, 48):
+        window = [slice(0, 32), slice(start, start + 32)]
+        rows, columns = reversed(window) if turned else window
+        grid = patch_grid(model.vision_model, (32, 32))
+        for query in range(4):
+            own = masks[query, rows, columns]
+            if own.sum() == 0:
+                continue
+            covered = F.adaptive_avg_pool2d(own[None], grid).flatten(1)
+            with torch.no_grad():
+                (vector,) = region_vectors(model.vision_model, image[0][:, rows, columns], covered)
+            expected[query] += own.mean() * vector / vector.norm()
+    expected = F.normalize(expected, dim=-1)
+    assert found.shown.all()
+    torch.testing.assert_close(found.embeds[0], expected, atol=1e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
