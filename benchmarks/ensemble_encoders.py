@@ -44,8 +44,10 @@ def short(encoder: str) -> str:
 
 
 def evaluated(args: EnsembleArgs, model: Path, encoder: str, view: str) -> Path:
-    """The result file of eval.py."""
-    output = Path(args.folder, f"{short(str(model))}_{short(encoder)}_{view}.json")
+    """The result file of eval.py; an earlier start may have made it."""
+    output = Path(args.folder, f"{short(str(model))}_{short(encoder)}_{view}_{args.weight}_{args.split}.json")
+    if output.exists():
+        return output
     flags = ["--model", model, "--dataset", args.dataset, "--split", args.split, "--ensemble", view, "--output", output]
     flags += ["--ensemble_weight", args.weight] if view != OFF else []
     flags += ["--encoder", encoder] if encoder not in (OFF, OWN) else []

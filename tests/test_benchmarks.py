@@ -351,7 +351,8 @@ def test_ensembles_with_other_encoders_are_compared_with_none(call, scenes_model
     for row in rows[1:]:
         assert row["gain"] == pytest.approx(row["hiou"] - rows[0]["hiou"])
     for row, view in zip(rows[-3:], get_args(RegionView), strict=True):
-        name = "_".join([*(ensemble_encoders.short(str(p)) for p in (places["models"], CLIP_FOLDER)), view])
+        digests = (ensemble_encoders.short(str(path)) for path in (places["models"], CLIP_FOLDER))
+        name = "_".join([*digests, view, "0.8_validation"])
         result = json.loads((tmp_path / "results" / f"{name}.json").read_text())
         assert result["settings"]["encoder"] == CLIP_FOLDER and result["clip_ensemble"] == view
         assert result["hiou"] == row["hiou"]
