@@ -34,7 +34,7 @@ from encoders_zs3 import FAMILIES, family_of, patch_grid, square_windows
 from label_maps_zs3 import MASK_STRIDE, semantic_map
 from processing_zs3 import resize_nearest
 from zs3.checkpoints import class_vectors
-from zs3.command_line import Count, flag, read_arguments, run
+from zs3.command_line import Count, InputError, Some, flag, read_arguments, run
 from zs3.data.records import load_split
 from zs3.label_space import load_label_space
 from zs3.scores.confusion import ConfusionMatrix
@@ -50,6 +50,7 @@ WIDEST = (2, 4, 7, 12)  # proposals with a crop of their own
 class RegionViewsArgs(day_one.DayOneArgs):
     """What is compared."""
 
+    encoders: Some[str] = flag(list(ENCODERS), f"Of {', '.join(ENCODERS)}.")
     scenes: Count = flag(200, "Scenes.")
     pairs: Count = flag(50, "Pairs of scenes side by side.")
     mosaics: Count = flag(25, "Mosaics of four scenes each.")
@@ -245,8 +246,10 @@ Made by `{result["command"]}`. The embedded synthetic benchmark, split `{result[
 
 def main() -> None:
     args, _ = read_arguments(RegionViewsArgs)
+    if not set(args.encoders) <= set(ENCODERS):
+        raise InputError(f"--encoders must be of {', '.join(ENCODERS)}, got {args.encoders}")
     head = measuring.head()  # before sys.argv changes
-    rows = [row for encoder in ENCODERS for row in measure_encoder(args, encoder)]
+    rows = [row for encoder in args.encoders for row in measure_encoder(args, encoder)]
     result = {**head, **asdict(args), "rows": rows}
     measuring.publish(args.output, result, report(result))
 
