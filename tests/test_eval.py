@@ -184,9 +184,10 @@ def test_the_ensemble_may_be_with_another_encoder(checkpoint, data, encoder):
     assert result["given_sha256"][str(folder)] == sha256_of(folder / "model.safetensors")
     assert set(result["given_sha256"]) == {str(folder), f"settings of {folder}"}
     (data.parent / "weight.json").write_text("{}")
-    alone = ({"ensemble": None}, {"ensemble": "off"}, {"ensemble_weight": None})
-    for options in (*alone, {"ensemble_weight": str(data.parent / "weight.json")}):
-        with pytest.raises(InputError, match="^--encoder goes with a view as --ensemble and a number as"):
+    view, number = "--ensemble too: crops, single_pass, mixed", "a number as --ensemble_weight too"
+    cases = [({"ensemble": None}, view), ({"ensemble": "off"}, view), ({"ensemble_weight": None}, number)]
+    for options, words in [*cases, ({"ensemble_weight": str(data.parent / "weight.json")}, number)]:
+        with pytest.raises(InputError, match=f"^--encoder needs {words}"):
             evaluate(replace(args, **options))
     with pytest.raises(InputError, match="no such folder"):
         evaluate(replace(args, encoder="./nowhere"))

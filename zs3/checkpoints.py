@@ -76,8 +76,8 @@ TROUBLES = {  # of a download, the more special first
     GatedRepoError: "it is gated: accept its terms on the Hub, then `hf auth login`",
     RepositoryNotFoundError: "it is no folder here, and is not on the Hub, or is private: check the name, or `hf auth "
     "login`",
-    LocalEntryNotFoundError: "it is not on this disk, and the Hub cannot be reached: give a folder",
-    OfflineModeIsEnabled: "it is not on this disk, and HF_HUB_OFFLINE is set: give a folder",
+    LocalEntryNotFoundError: "it is no folder here, and the Hub cannot be reached: check the name, or the network",
+    OfflineModeIsEnabled: "it is no folder here, and HF_HUB_OFFLINE is set: check the name, or unset it",
 }
 
 

@@ -16,7 +16,15 @@ from configuration_zs3 import Zs3Config, check_names, is_number, shared, unshare
 from encoders_zs3 import family_of
 from files_zs3 import is_leftover
 from text_zs3 import check_text_embeds, read_labels
-from zs3.checkpoints import check_checkpoint, load_config, load_model, load_processor, project_code, weights_sha256
+from zs3.checkpoints import (
+    check_checkpoint,
+    config_of,
+    load_config,
+    load_model,
+    load_processor,
+    project_code,
+    weights_sha256,
+)
 from zs3.command_line import Arguments, InputError, check_required, flag, in_one_line, read_arguments, shown
 from zs3.data.records import load_split, stream_split
 from zs3.evaluation.report import IMAGE_LABELS, quality_in_words
@@ -82,9 +90,12 @@ class Findings:
 
 def examine_checkpoint(folder: Path, found: Findings) -> Zs3Config | None:
     """Examines a checkpoint. Returns its configuration, or None if this cannot be read."""
-    config = None
+    config, kind = None, Zs3Config.model_type
     with found.looking():
-        check_checkpoint("model", str(folder))
+        kind = config_of("--path", str(folder)).get("model_type")
+        check_checkpoint("path", str(folder))
+    if kind != Zs3Config.model_type:
+        return None
     with found.looking():
         config = load_config(str(folder))
     if config is None:

@@ -12,6 +12,7 @@ Axes: B image, Q query, C class name, D embedding, T template, L token, H W inpu
 
 import copy
 import os
+import stat
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -349,6 +350,7 @@ class Zs3ForSemanticSegmentation(Zs3PreTrainedModel):
         os.makedirs(save_directory, exist_ok=True)
         custom_object_save(Zs3Pipeline, save_directory)  # before the weights, with which the folder may be uploaded
         Zs3PreTrainedModel.save_pretrained(model, save_directory, **kwargs)
+        let_others_read(save_directory)
 
     # ------------------------------------------------------------------------------------------- running
 
@@ -690,6 +692,14 @@ def require_gradients(backbone: nn.Module, inputs: tuple, outputs: ModelOutput) 
     """A forward hook of the backbone."""
     for feature_map in outputs.feature_maps:
         feature_map.requires_grad_(True)
+
+
+def let_others_read(folder: str) -> None:
+    """Gives weight files the rights of config.json: safetensors makes files that only their owner can read."""
+    config = os.path.join(folder, "config.json")
+    for name in os.listdir(folder) if os.path.isfile(config) else ():
+        if name.endswith(".safetensors"):
+            os.chmod(os.path.join(folder, name), stat.S_IMODE(os.stat(config).st_mode))
 
 
 def proposal_config(source: str) -> PreTrainedConfig:

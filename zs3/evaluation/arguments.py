@@ -3,9 +3,9 @@
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from configuration_zs3 import TINY, Number
+from configuration_zs3 import TINY, Number, RegionView
 from zs3.command_line import (
     Arguments,
     Count,
@@ -84,10 +84,10 @@ class EvalArgs(Arguments):
         check_required(self, "model")
         if self.ensemble_weight is not None:
             check_weight(self.ensemble_weight)
-        if self.encoder is not None and (
-            self.ensemble in (None, "off") or number_or_none(self.ensemble_weight or "") is None
-        ):
-            raise InputError("--encoder goes with a view as --ensemble and a number as --ensemble_weight")
+        if self.encoder is not None and self.ensemble in (None, "off"):
+            raise InputError(f"--encoder needs --ensemble too: {', '.join(get_args(RegionView))}")
+        if self.encoder is not None and number_or_none(self.ensemble_weight or "") is None:
+            raise InputError("--encoder needs a number as --ensemble_weight too, such as 0.8")
         if self.seen_bias is not None:
             check_bias(self.seen_bias)
         if self.seen_bias is not None and (self.setting != "gzs3" or self.suite == "ovs5"):

@@ -29,7 +29,15 @@ from modeling_zs3 import Zs3ForSemanticSegmentation, proposal_config
 from pipeline_zs3 import Zs3Pipeline
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor, saved_processor
 from text_zs3 import TextCache
-from zs3.checkpoints import check_checkpoint, check_finite, load_texts, refusing, weight_headers
+from zs3.checkpoints import (
+    check_checkpoint,
+    check_finite,
+    config_of,
+    load_texts,
+    refusing,
+    weight_headers,
+    weights_sha256,
+)
 from zs3.command_line import (
     Arguments,
     InputError,
@@ -70,7 +78,8 @@ class AssembleArgs(Arguments):
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the saved weights.")
     region_view: RegionView = flag(
         "single_pass",
-        "What the image tower sees: all proposals in one pass, a crop of each, or crops of the widest alone.",
+        "crops: a crop of each proposal; single_pass: all in one pass over the image; mixed: crops of the widest, one "
+        "pass for the others.",
     )
     patch_tokens: PatchTokens = flag(
         "values",
@@ -205,9 +214,9 @@ def assemble(
 # ---- what is told ------------------------------------------------------------------------------------------
 
 
-def part(source: str, revision: str | None, folder: Path, what: str) -> dict[str, str]:
-    """A row of the card's table of parts."""
-    commit = folder.name if folder.parent.name == "snapshots" else revision or "-"
+def part(source: str, folder: Path, what: str) -> dict[str, str]:
+    """A row of the card's table of parts. What is not from the Hub is named by a digest of its weights."""
+    commit = folder.name if folder.parent.name == "snapshots" else f"sha256 {weights_sha256(str(folder))[:12]}"
     name = source if is_hub_id(source) and not Path(source).is_dir() else Path(source).name
     row = {"what": what, "name": name, "revision": commit, "licence": licence_of(folder)}
     return {title: markdown(text) for title, text in row.items()}
@@ -220,8 +229,8 @@ def card(
     seen, family = model.config.seen_class_names, family_of(model.config.vision_config)
     masks = masks_of(config) if seen is None else f"{len(seen)} classes"
     parts = [
-        part(args.proposals, args.proposals_revision, folders["proposals"], f"proposals, trained on {masks}"),
-        part(args.encoder, args.encoder_revision, folders["encoder"], f"text and image encoder ({family.title})"),
+        part(args.proposals, folders["proposals"], f"proposals, trained on {masks}"),
+        part(args.encoder, folders["encoder"], f"text and image encoder ({family.title})"),
     ]
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     facts = {
@@ -275,6 +284,10 @@ def main() -> None:
     folders = {}
     for name, types in kinds.items():
         folders[name] = local_copy(name, getattr(args, name), getattr(args, f"{name}_revision"))
+        (other,) = kinds.keys() - {name}
+        found = config_of(f"--{name}", str(folders[name])).get("model_type")
+        if found in kinds[other]:
+            raise InputError(f"--{name} {shown(folders[name])} is a {found!r}: give it as --{other}")
         check_checkpoint(name, str(folders[name]), types)
     config = proposal_config(str(folders["proposals"]))
     print(parts_line(folders.values()), flush=True)
