@@ -167,7 +167,7 @@ def measure(args: DayOneArgs) -> list[dict]:
         rows.append({"way": f"learned head of {name}", **scores(args, Path(path), name)})
     models = {way: joined(args, way, False) for way in WAYS}
     torch.set_num_threads(1)
-    rows.append({"way": RIGHT, **right_names(args, models[CROPS]), "hiou_interval": [None, None]})
+    rows.append({"way": RIGHT, **right_names(args, models[CROPS]), "hiou_interval": None})
     seconds = tower_seconds(args, models)
     for way, folder in models.items():
         for objectness in (False, True):
@@ -178,12 +178,11 @@ def measure(args: DayOneArgs) -> list[dict]:
 
 
 def report(result: dict) -> str:
-    rows = [
-        [row["way"], *(percent(row[score]) for score in GeneralizedScores._fields), percent_range(row["hiou_interval"]),
-         f"{1000 * row['seconds']:.0f}" if "seconds" in row else "-",
-         f"{row['of_crops']:.2f}" if "of_crops" in row else "-"]
-        for row in result["rows"]
-    ]  # fmt: skip
+    rows = []
+    for row in result["rows"]:
+        interval = percent_range(row["hiou_interval"]) if row["hiou_interval"] else "-"
+        cost = [f"{1000 * row['seconds']:.0f}", f"{row['of_crops']:.2f}"] if "seconds" in row else ["-", "-"]
+        rows.append([row["way"], *(percent(row[score]) for score in GeneralizedScores._fields), interval, *cost])
     titles = ["class head", "mIoU(S)", "mIoU(U)", "hIoU", "hIoU, 95 % interval", "ms a picture", "of CLIP's crops"]
     return f"""# Names without training
 
