@@ -168,7 +168,7 @@ class Zs3Config(Mask2FormerConfig):
             the image tower sees of each proposal, without any training.
         head_is_trained: whether a training step changed the class embeddings. If not, the learned head names nothing.
         region_view: what the image tower sees for class_head "regions": "single_pass", all proposals in one pass over
-            the image; "crops", a crop of each; or "mixed", crops of the widest, and one pass for the others.
+            the image; "crops", a crop of each; or "mixed", crops of the largest, and one pass for the others.
         patch_tokens: tokens of a single pass of TIPSv2: in the last block they attend to each other ("attention"), or
             keep their own values ("values").
         proposal_classes: number of classes that a joined Mask2Former was trained on, whose class predictor is kept; 0:

@@ -247,7 +247,7 @@ class Zs3Pipeline(Pipeline):
     confidence: the measure that the threshold is for. "probability" is what decided queries give the winner on average
         (SemanticMap defines it; default threshold 0.5), "margin" its distance to the runner-up's (0.1).
     ensemble: CLIP's view of the proposals joined in (section 4.6): "crops", of a crop of each; "single_pass", an
-        approximation from one pass over the image; "mixed", crops of the widest proposals and one pass for the others;
+        approximation from one pass over the image; "mixed", crops of the largest proposals and one pass for the others;
         or "off". None: "crops" where the checkpoint has an image tower, a
         weight and a record of the classes that its training saw, else "off". Scores are then of products of
         probabilities, which do not sum to 1.

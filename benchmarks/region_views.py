@@ -43,7 +43,7 @@ from zs3.tables import percent
 
 ENCODERS = {"tiny CLIP": "tiny CLIP, class tokens", "tiny TIPSv2": "tiny TIPSv2, patches, values"}
 SIDES = (1.0, 1.5, 2.0, 3.0)
-WIDEST = (2, 4, 7, 12)  # proposals with a crop of their own
+LARGEST = (2, 4, 7, 12)  # proposals with a crop of their own
 
 
 @dataclass
@@ -95,16 +95,16 @@ def joined(scenes: list[Picture]) -> Picture:
 
 
 @contextmanager
-def constants(model: PreTrainedModel, sides: float, widest: int, nearly_square: float) -> Iterator[None]:
+def constants(model: PreTrainedModel, sides: float, largest: int, nearly_square: float) -> Iterator[None]:
     """Within the block the image tower's family has these sides, and the modules these constants."""
     kind = model.config.vision_config.model_type.removesuffix("_vision_model")
-    before = FAMILIES[kind], clip_views_zs3.WIDEST, encoders_zs3.NEARLY_SQUARE
+    before = FAMILIES[kind], clip_views_zs3.LARGEST, encoders_zs3.NEARLY_SQUARE
     FAMILIES[kind] = before[0]._replace(sides=sides)
-    clip_views_zs3.WIDEST, encoders_zs3.NEARLY_SQUARE = widest, nearly_square
+    clip_views_zs3.LARGEST, encoders_zs3.NEARLY_SQUARE = largest, nearly_square
     try:
         yield
     finally:
-        FAMILIES[kind], clip_views_zs3.WIDEST, encoders_zs3.NEARLY_SQUARE = before
+        FAMILIES[kind], clip_views_zs3.LARGEST, encoders_zs3.NEARLY_SQUARE = before
 
 
 class Seen(NamedTuple):
@@ -119,15 +119,15 @@ def look(
     picture: Picture,
     view: RegionView,
     sides: float,
-    widest: int = clip_views_zs3.WIDEST,
+    largest: int = clip_views_zs3.LARGEST,
     nearly_square: float = encoders_zs3.NEARLY_SQUARE,
 ) -> Seen:
     """By `embed_proposals` with these constants."""
     config, tokens = model.vision_model.config, 0
-    with constants(model, sides, widest, nearly_square):
+    with constants(model, sides, largest, nearly_square):
         seen = model.embed_proposals(picture.image[None], picture.mask_logits[None], view=view)
         shown = int(seen.shown.sum())
-        crops = {"crops": shown, "single_pass": 0, "mixed": min(widest, shown)}[view]
+        crops = {"crops": shown, "single_pass": 0, "mixed": min(largest, shown)}[view]
         for rows, columns in square_windows(picture.size) if crops < shown else ():
             size = (rows.stop - rows.start, columns.stop - columns.start)
             copies = 0 if family_of(config).soft else shown - crops
@@ -159,9 +159,9 @@ def ways(encoder: str, own_sides: float, ground: str) -> dict[str, Callable]:
         elif ground == "mosaics":
             found[f"windows, side {sides:g}"] = partial(quarters, sides=sides)
     if encoder == "tiny CLIP":
-        for widest in WIDEST:
-            way = partial(look, view="mixed", sides=own_sides, widest=widest)
-            found[f"mixed: crops of the {widest} widest"] = way
+        for largest in LARGEST:
+            way = partial(look, view="mixed", sides=own_sides, largest=largest)
+            found[f"mixed: crops of the {largest} largest"] = way
     return found
 
 

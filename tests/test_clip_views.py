@@ -140,7 +140,7 @@ def test_pictures_without_a_proposal_to_look_at_are_no_error(model, view):
     assert not nothing.shown.any() and (nothing.embeds == 0).all()
 
 
-def test_mixed_views_are_crops_of_the_widest_and_one_pass_for_the_others(model, monkeypatch):
+def test_mixed_views_are_crops_of_the_largest_and_one_pass_for_the_others(model, monkeypatch):
     """Widest by a count of pixels; what is not to be looked at owns none. With few proposals all of them are crops."""
     images, mask_logits, valid_sizes = proposals()
     chosen = torch.tensor([[True, True, True, True, False], [True, True, False, True, True]])
@@ -149,7 +149,7 @@ def test_mixed_views_are_crops_of_the_widest_and_one_pass_for_the_others(model, 
         for view in ("crops", "single_pass", "mixed")
     }
     assert torch.equal(views["mixed"].embeds, views["crops"].embeds)
-    monkeypatch.setattr(clip_views_zs3, "WIDEST", 2)
+    monkeypatch.setattr(clip_views_zs3, "LARGEST", 2)
     mixed = model.embed_proposals(images, mask_logits, valid_sizes, view="mixed", chosen=chosen)
     assert torch.equal(mixed.shown, views["crops"].shown)
     for image in range(2):
@@ -160,9 +160,9 @@ def test_mixed_views_are_crops_of_the_widest_and_one_pass_for_the_others(model, 
             for row in range(math.ceil(height / 4))
             for column in range(math.ceil(width / 4))
         )
-        widest = sorted(shown, key=lambda query: -owned[query])[:2]  # noqa: B023
+        largest = sorted(shown, key=lambda query: -owned[query])[:2]  # noqa: B023
         for query in range(5):
-            kind = "crops" if query in widest else "single_pass"
+            kind = "crops" if query in largest else "single_pass"
             torch.testing.assert_close(mixed.embeds[image, query], views[kind].embeds[image, query])
 
 

@@ -105,7 +105,7 @@ class PseudoLabelArgs(Arguments):
     max_images: Count | None = flag(None, "Score the first N images only.")
 
     encoder: str | None = flag(None, "CLIP or TIPSv2 that scores the proposals; default: the checkpoint's own towers.")
-    region_view: RegionView = flag("crops", "What the image tower sees: crops, one pass, or crops of the widest.")
+    region_view: RegionView = flag("crops", "What the image tower sees: crops, one pass, or crops of the largest.")
     seen_names: bool = flag(False, "Seen names compete with unseen names in the softmax of Eq. 9.")
     unannotated_share: Share = flag(
         0.5,

@@ -48,7 +48,7 @@ except ImportError:
 Fill = Literal["mean"] | None
 
 MASK_THRESHOLD = 0.5  # a proposal is where its mask is above it (Xu et al. 2021)
-WIDEST = 7  # proposals with a crop in the view "mixed": with one pass an eighth of the time of 100 crops
+LARGEST = 7  # proposals with a crop in the view "mixed": with one pass an eighth of the time of 100 crops
 BICUBIC = -0.75  # the constant of PyTorch's bicubic kernel
 CROPS_AT_ONCE = 16  # crops that are cut at once: each needs a copy of its image
 CROPS_FOR_TOWER = 64  # crops that the image tower sees at once
@@ -79,7 +79,7 @@ def embed_proposals(
     images: (B, 3, H, W) RGB in [0, 1], see the image processor's `to_rgb`.
     mask_logits: (B, Q, h, w); valid_sizes: (B, 2), as in Zs3Output; None: no padding.
     view: "crops", a crop of each proposal; "single_pass", all proposals in one pass over their image, which takes the
-        time of a few crops, and is an approximation with CLIP; or "mixed", crops of the `widest_proposals`, and one
+        time of a few crops, and is an approximation with CLIP; or "mixed", crops of the `largest_proposals`, and one
         pass for the others.
     mask_threshold: a proposal is where its mask is above it. One that is nowhere is not shown.
     fill: the colour of pixels outside the mask in a crop, see `crop_proposals`.
@@ -95,7 +95,7 @@ def embed_proposals(
     shown = visible_proposals(mask_logits, sizes, mask_threshold, chosen)
     embeds = mask_logits.new_zeros(*shown.shape, vector_size(tower.config), dtype=torch.float32)
     as_crops = {"crops": shown, "single_pass": torch.zeros_like(shown)}.get(view)
-    as_crops = widest_proposals(mask_logits, sizes, shown) if as_crops is None else as_crops
+    as_crops = largest_proposals(mask_logits, sizes, shown) if as_crops is None else as_crops
 
     together = shown & ~as_crops
     for image in together.any(dim=1).nonzero()[:, 0].tolist():
@@ -188,19 +188,19 @@ def visible_proposals(
     return visible
 
 
-def widest_proposals(mask_logits: Tensor, valid_sizes: list[tuple[int, int]], shown: Tensor) -> Tensor:
-    """(B, Q) bool: in each image the WIDEST of the shown proposals, which most pixels belong to before any naming.
+def largest_proposals(mask_logits: Tensor, valid_sizes: list[tuple[int, int]], shown: Tensor) -> Tensor:
+    """(B, Q) bool: in each image the LARGEST of the shown proposals, which most pixels belong to before any naming.
 
     A pixel of the mask grid belongs to the shown proposal whose mask is highest there. Equal numbers: the lower index.
     """
-    widest = torch.zeros_like(shown)
+    largest = torch.zeros_like(shown)
     for image in shown.any(dim=1).nonzero()[:, 0].tolist():
         rows, columns = (-(-side // MASK_STRIDE) for side in valid_sizes[image])
         query = shown[image].nonzero()[:, 0]
         owner = mask_logits[image, query, :rows, :columns].argmax(dim=0)
         pixels = torch.bincount(owner.flatten(), minlength=len(query))
-        widest[image, query[pixels.argsort(descending=True, stable=True)[:WIDEST]]] = True
-    return widest
+        largest[image, query[pixels.argsort(descending=True, stable=True)[:LARGEST]]] = True
+    return largest
 
 
 def mask_boxes(masks: Tensor) -> Tensor:

@@ -50,15 +50,15 @@ class EvalArgs(Arguments):
     )
     ensemble: Literal["off", "crops", "single_pass", "mixed"] | None = flag(
         None,
-        "Combine with CLIP's scores of proposals (section 4.6), from crops, one pass over the image, or crops of the "
-        "widest and one pass; default: crops, if the checkpoint has an image tower and a weight.",
+        "Combine with CLIP's scores of proposals (section 4.6 of the paper): from crops, one pass over the image, or "
+        "crops of the largest and one pass; default: crops, if the checkpoint has an image tower and a weight.",
     )
     ensemble_weight: str | None = flag(
         None, "w of the ensemble: a number, or a file of zs3 ensemble_weight; default: the checkpoint's own weight."
     )
     encoder: str | None = flag(
         None,
-        "CLIP or TIPSv2 that scores the proposals in the ensemble, in place of the checkpoint's own towers; goes with "
+        "CLIP or TIPSv2 that scores the proposals in the ensemble, in place of the checkpoint's own towers; needs "
         "--ensemble and a number as --ensemble_weight.",
     )
     seen_bias: str | None = flag(

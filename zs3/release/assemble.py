@@ -66,7 +66,7 @@ MERGED = ("-merged", "-other", "-stuff")  # ends of COCO-panoptic's names
 
 @dataclass
 class AssembleArgs(Arguments):
-    """Joins a Mask2Former and an encoder into a checkpoint that names without training."""
+    """Joins a Mask2Former and an encoder into a checkpoint that labels images without training."""
 
     proposals: str | None = flag(
         None, "Mask2Former, or checkpoint of train.py, that proposes masks (Hub id or folder)."
@@ -78,12 +78,12 @@ class AssembleArgs(Arguments):
     dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "Type of the saved weights.")
     region_view: RegionView = flag(
         "single_pass",
-        "crops: a crop of each proposal; single_pass: all in one pass over the image; mixed: crops of the widest, one "
+        "crops: a crop of each proposal; single_pass: all in one pass over the image; mixed: crops of the largest, one "
         "pass for the others.",
     )
     patch_tokens: PatchTokens = flag(
         "values",
-        "Patch tokens of TIPSv2: 'values', as published for segmentation, or 'attention', as in its training.",
+        "TIPSv2 in one pass: 'values', no attention in the last block, as published; or 'attention', as in training.",
     )
     objectness: bool = flag(
         False, "Multiply by 1 - the probability of 'no object', which needs a class predictor of the proposals."
