@@ -149,7 +149,7 @@ def test_the_card_counts_what_each_benchmark_shares_with_the_masks(call, parts, 
     change_json(tmp_path / "ade" / "config.json", id2label=dict(enumerate(names)))
     call(proposals=tmp_path / "ade")
     card = (tmp_path / "made" / "README.md").read_text()
-    assert "the masks of ADE20K (150 classes), of all its classes" in card
+    assert "the masks of all classes of ADE20K (150 classes)" in card
     assert "| ade20k_150 | 150 of 150 | - |" in card
     assert "| voc_20 | 8 of 20 | 1 of 5 |" in card
     assert "scenes" not in card
