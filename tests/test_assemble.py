@@ -295,7 +295,7 @@ def test_release_doctor_and_evaluation_take_it_and_export_says_why_not(call, tmp
         monkeypatch.setattr(sys, "argv", ["command", *words])
         main()
     card = (tmp_path / "released" / "README.md").read_text()
-    assert "joined from published parts" in card and "## Results" in card and "| mIoU |" in card
+    assert "joined from two parts" in card and "## Results" in card and "| mIoU |" in card
     said = capsys.readouterr().out
     assert FAMILIES[family].title in said
     assert "without training, from what the image tower sees of each proposal (single_pass)" in said
