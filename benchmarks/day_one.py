@@ -6,7 +6,8 @@
     python -m benchmarks.day_one --proposals runs/closed/final --dataset runs/scenes \
         --learned runs/stage1/final runs/stage2/final --output docs/results/day_one.json
 
-The proposals are those of transformers' own Mask2Former, trained on the seen classes. `zs3 assemble` joins it with each
+The proposals are those of transformers' own Mask2Former, trained on the seen classes, or of a checkpoint of stage 1
+(which has no objectness). `zs3 assemble` joins it with each
 tiny encoder, and `eval.py` evaluates each join. The rows of --learned have the class heads and the proposals of these
 checkpoints. "Right names" gives each proposal the class that most of its pixels belong to; it is a reference, and no
 bound. Seconds are those of the image tower alone, of one picture, one thread.
@@ -27,10 +28,11 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from benchmarks import measuring
 from clip_views_zs3 import proposal_masks
+from configuration_zs3 import Zs3Config
 from label_maps_zs3 import semantic_map
 from processing_zs3 import resize_nearest
 from zs3.ablation.report import t_interval
-from zs3.checkpoints import load_checkpoint, weights_sha256
+from zs3.checkpoints import config_of, load_checkpoint, weights_sha256
 from zs3.command_line import Count, OutputFolder, check_required, flag, read_arguments, run
 from zs3.data.records import load_split
 from zs3.evaluation.results import read_result
@@ -169,8 +171,9 @@ def measure(args: DayOneArgs) -> list[dict]:
     torch.set_num_threads(1)
     rows.append({"way": RIGHT, **right_names(args, models[CROPS]), "hiou_interval": None})
     seconds = tower_seconds(args, models)
+    has_predictor = config_of("--proposals", args.proposals)["model_type"] != Zs3Config.model_type
     for way, folder in models.items():
-        for objectness in (False, True):
+        for objectness in (False, True) if has_predictor else (False,):
             folder = joined(args, way, objectness)
             row = {"way": way + ", objectness" * objectness, **scores(args, folder, folder.name)}
             rows.append(row | {"seconds": seconds[way], "of_crops": seconds[way] / seconds[CROPS]})
