@@ -6,11 +6,11 @@
     python -m benchmarks.day_one --proposals runs/closed/final --dataset runs/scenes \
         --learned runs/stage1/final runs/stage2/final --output docs/results/day_one.json
 
-The proposals are those of transformers' own Mask2Former, trained on the seen classes, or of a checkpoint of stage 1
-(which has no objectness). `zs3 assemble` joins it with each
-tiny encoder, and `eval.py` evaluates each join. The rows of --learned have the class heads and the proposals of these
-checkpoints. "Right names" gives each proposal the class that most of its pixels belong to; it is a reference, and no
-bound. Seconds are those of the image tower alone, of one picture, one thread.
+The proposals are those of transformers' own Mask2Former, trained on the seen classes; or of a checkpoint of stage 1,
+which has no objectness. `zs3 assemble` joins them with each tiny encoder, and `eval.py` evaluates each join. The rows
+of --learned have the class heads and the proposals of these checkpoints. "Right names" gives each proposal the class
+that most of its pixels belong to; it is a reference, and no bound. Seconds are those of the image tower alone, of one
+picture, one thread.
 
 --other_splits are result files of this command for other class splits, each with its own Mask2Former. The report then
 also has the means over all of them.
