@@ -94,8 +94,10 @@ def embed_proposals(
     images = [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
     shown = visible_proposals(mask_logits, sizes, mask_threshold, chosen)
     embeds = mask_logits.new_zeros(*shown.shape, vector_size(tower.config), dtype=torch.float32)
-    as_crops = {"crops": shown, "single_pass": torch.zeros_like(shown)}.get(view)
-    as_crops = largest_proposals(mask_logits, sizes, shown) if as_crops is None else as_crops
+    if view == "mixed":
+        as_crops = largest_proposals(mask_logits, sizes, shown)
+    else:
+        as_crops = shown if view == "crops" else torch.zeros_like(shown)
 
     together = shown & ~as_crops
     for image in together.any(dim=1).nonzero()[:, 0].tolist():

@@ -26,13 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from text_zs3 import TextCache
-from zs3.checkpoints import (
-    class_vectors,
-    code_sha256,
-    load_checkpoint,
-    settings_sha256,
-    weights_sha256,
-)
+from zs3.checkpoints import class_vectors, code_sha256, load_checkpoint, settings_sha256, weights_sha256
 from zs3.command_line import InputError, printable, read_arguments, run
 from zs3.data.records import Split, dataset_name, load_split
 from zs3.evaluation.arguments import EvalArgs, deciding_flags

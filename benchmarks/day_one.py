@@ -74,7 +74,7 @@ class DayOneArgs(measuring.BenchmarkArguments):
 
 
 def joined(args: DayOneArgs, way: str, objectness: bool) -> Path:
-    """The checkpoint of one way. It knows the seen classes, so that seen and unseen scores may be computed."""
+    """The checkpoint of one way. A Mask2Former's gets the record of its seen classes, which seen scores need."""
     encoder, region_view, patch_tokens = WAYS[way]
     proposals = weights_sha256(args.proposals)[:8]
     folder = Path(args.folder, f"{proposals}_{encoder}_{region_view}_{patch_tokens}" + "_objectness" * objectness)
@@ -85,8 +85,9 @@ def joined(args: DayOneArgs, way: str, objectness: bool) -> Path:
         sys.argv += ["--objectness"] * objectness
         assemble.main()
         config = json.loads((folder / "config.json").read_text())
-        seen = load_label_space(args.label_space).seen
-        write_json(folder / "config.json", config | {"seen_class_names": seen, "unseen_labels": "none"})
+        if config.get("seen_class_names") is None:
+            seen = load_label_space(args.label_space).seen
+            write_json(folder / "config.json", config | {"seen_class_names": seen, "unseen_labels": "none"})
     return folder
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.ensemble_encoders --models runs/stage1/final runs/stage2/final --dataset runs/scenes \
         --encoders zs3/scenes_tipsv2 --output docs/results/ensemble_encoders.json
 
-`eval.py` evaluates each model without an ensemble, and with the view of its own CLIP and of each encoder, by crops and
-by one pass. Gains are differences to no ensemble, with the interval of `zs3 compare`.
+`eval.py` evaluates each model without an ensemble, and with each view of its own CLIP and of each encoder. Gains are
+differences to no ensemble, with the interval of `zs3 compare`.
 """
 
 from dataclasses import asdict, dataclass

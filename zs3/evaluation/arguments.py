@@ -48,7 +48,7 @@ class EvalArgs(Arguments):
         None,
         "Text vectors for a checkpoint without text tower: a .npy, one row a class; for a suite, a folder of NAME.npy.",
     )
-    ensemble: Literal["off", "crops", "single_pass", "mixed"] | None = flag(
+    ensemble: Literal["off", RegionView] | None = flag(
         None,
         "Combine with CLIP's scores of proposals (section 4.6 of the paper): from crops, one pass over the image, or "
         "crops of the largest and one pass; default: crops, if the checkpoint has an image tower and a weight.",

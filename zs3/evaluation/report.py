@@ -27,10 +27,10 @@ def candidates_in_words(result: Result) -> str:
     return words.get(result["setting"], f"{seen + unseen} names")
 
 
-def ensemble_encoder(result: Result) -> str:
-    """Whose view of the proposals is ensembled."""
+def ensemble_encoder(result: Result) -> str | None:
+    """The name of the encoder of --encoder, whose view of the proposals is ensembled; None: the checkpoint's own."""
     encoder = result.get("settings", {}).get("encoder")
-    return "CLIP" if encoder is None else Path(str(encoder)).resolve().name
+    return None if encoder is None else Path(str(encoder)).resolve().name
 
 
 def protocol(result: Result) -> str:
@@ -45,7 +45,7 @@ def protocol(result: Result) -> str:
         parts.append("no ensemble" if how == "none" else f"no ensemble ({how})")
     else:
         view, weight = result["clip_ensemble"], result["clip_ensemble_weight"]
-        parts.append(f"ensemble with {ensemble_encoder(result)} ({view}, weight {weight}, {how})")
+        parts.append(f"ensemble with {ensemble_encoder(result) or 'CLIP'} ({view}, weight {weight}, {how})")
     how = calibration["seen_bias_chosen"]
     if how != "none":
         parts.append(f"{calibration['seen_bias']:.4g} off the scores of seen classes, {how}")

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, NamedTuple, Required
 
 from typing_extensions import TypedDict
 
+from configuration_zs3 import RegionView
 from zs3.scores.means import Absent
 from zs3.typed_json import Count, Share, rule
 
@@ -150,7 +151,7 @@ class Result(TypedDict, total=False):
     settings: dict[str, bool | float | str | list[str] | None]  # flags of eval.py
     versions: dict[str, str]
     prompts: list[str]
-    clip_ensemble: Literal["off", "crops", "lazy", "single_pass", "mixed"]  # lazy: only in older files
+    clip_ensemble: Literal["off", "lazy", RegionView]  # lazy: only in older files
     clip_ensemble_weight: Share | None
     calibration: CalibrationChoices
     num_images: Count

@@ -228,6 +228,7 @@ def card(
     """config: that of the proposals."""
     seen, family = model.config.seen_class_names, family_of(model.config.vision_config)
     masks = masks_of(config) if seen is None else f"{len(seen)} classes"
+    is_known = seen is None and masks != UNKNOWN  # the card then lists what benchmarks share with these masks
     parts = [
         part(args.proposals, folders["proposals"], f"proposals, trained on {masks}"),
         part(args.encoder, folders["encoder"], f"text and image encoder ({family.title})"),
@@ -240,7 +241,7 @@ def card(
         "unknown": masks == UNKNOWN,
         "seen": None if seen is None else markdown(", ".join(seen) or "no class"),
         "image_labels": IMAGE_LABELS.get(model.config.unseen_labels, "unknown image labels"),
-        "benchmarks": [] if masks == UNKNOWN else shared_classes(first_names(config.id2label.values())),
+        "benchmarks": shared_classes(first_names(config.id2label.values())) if is_known else [],
         "config": model.config,
         "name": Path(args.output).name,
     }

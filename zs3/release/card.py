@@ -283,10 +283,9 @@ def deviations(result: Result) -> list[str]:
 
 
 def ensemble(result: Result) -> str:
-    view, weight = result["clip_ensemble"], result["clip_ensemble_weight"]
-    if result.get("settings", {}).get("encoder") is not None:
-        view += f" of {markdown(ensemble_encoder(result))}"
-    return "off" if view == "off" else f"{view}, w = {weight}"
+    view, weight, encoder = result["clip_ensemble"], result["clip_ensemble_weight"], ensemble_encoder(result)
+    of = "" if encoder is None else f" of {markdown(encoder)}"
+    return "off" if view == "off" else f"{view}{of}, w = {weight}"
 
 
 def tables(results: Sequence[Result], checkpoint_sha256: str, code_sha256: str | None = None) -> str:
