@@ -8,18 +8,24 @@ prompt has 9.5 tokens on average; CLIP's tokenizer makes 9.9. `--tokenizer` load
 
 Padding to 77 calls `encode_text` directly. All other calls use a TextCache in a new folder. Its first call embeds all
 labels; later calls find the vectors. "weights hashed anew" is a later call as a new process would make it.
+
+A second table compares caches of `--entries` labels, with random vectors in place of the text tower's. It shows whether
+the time of a call depends on the number of entries. "new cache" has nothing in memory; the other cache has all entries.
+Listing the folder does depend on it. A cache lists it once for FREE_SHARE of its bound in bytes written.
 """
 
 import gzip
+import itertools
 import re
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer, ResNetConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -28,8 +34,8 @@ from benchmarks import measuring
 from configuration_zs3 import Zs3Config, one_line
 from modeling_zs3 import Zs3ForSemanticSegmentation
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
-from text_zs3 import PROMPT_TEMPLATES, Label, TextCache, read_labels
-from zs3.command_line import Count, InputError, flag, read_arguments, run
+from text_zs3 import PROMPT_TEMPLATES, Label, TextCache, label_keys, read_labels, text_side
+from zs3.command_line import Count, InputError, Some, flag, read_arguments, run
 from zs3.label_space import load_label_space
 from zs3.scenes.captions import learn_merges
 
@@ -38,6 +44,9 @@ MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY = 49408  # of CLIP's tokenizer; its last two tokens are START and END
 WORD = r"[^\W\d_]+|\d|[^\w\s]+"  # a word, a digit, or punctuation marks
 PADDED, FIRST = "all prompts padded to {}", "first call"
+KNOWN = 10  # labels of a call that finds all of them
+BOUND = 2**40  # bytes; no cache of the comparison reaches it
+LISTING = "the folder is listed"
 
 
 @dataclass
@@ -49,6 +58,7 @@ class TextArgs(measuring.BenchmarkArguments):
     layers: Count = flag(12, "Layers of the text tower.")
     width: Count = flag(512, "Width of the text tower; its heads have 64 channels.")
     rounds: Count = flag(20, "Calls that find their vectors in memory or on disk; the time is their median.")
+    entries: Some[Count] = flag([100, 10_000, 100_000], "Labels in the caches that are compared, the fewest first.")
     tokenizer: str | None = flag(None, f"Folder with OpenAI's {MERGES_FILE}; default: each word is one token.")
 
 
@@ -119,6 +129,51 @@ def compare(args: TextArgs, labels: list[Label], processor: Zs3Processor, folder
     return seconds
 
 
+def compare_sizes(args: TextArgs, processor: Zs3Processor, folder: str) -> dict[str, list[float]]:
+    """The seconds of each kind of call, on caches with args.entries labels."""
+    model, numbers, steps = text_model(replace(args, layers=1, width=64)), itertools.count(), {}
+    listings = []
+    side, size = text_side(model.text_model, processor.tokenizer), model.config.projection_dim
+
+    def named(count: int) -> list[Label]:
+        return [Label(name, (name,), ("{}",)) for name in (f"label {next(numbers)}" for _ in range(count))]
+
+    def random_vectors(input_ids: Tensor, **_: Tensor) -> Tensor:
+        return F.normalize(torch.randn(len(input_ids), size), dim=-1)
+
+    def add_steps(entries: int) -> None:
+        place, labels = f"{folder}/{entries}", named(entries)
+        cache = TextCache(place, BOUND)
+        with patch("os.fsync"):  # it would take the most time of all
+            names = [f"{side}/{key}" for key in label_keys(labels, processor.tokenizer)]
+            cache._write({name: row.numpy().tobytes() for name, row in zip(names, random_vectors(names), strict=True)})
+        known = labels[:: entries // KNOWN][:KNOWN]
+        cache.embed(labels, model, processor)
+        steps[f"{KNOWN} known labels, new cache", entries] = lambda: TextCache(place, BOUND).embed(
+            known, model, processor
+        )
+        steps[f"{KNOWN} known labels", entries] = lambda: cache.embed(known, model, processor)
+        steps["1 new label, new cache", entries] = lambda: TextCache(place, BOUND).embed(named(1), model, processor)
+        steps["1 new label", entries] = lambda: cache.embed(named(1), model, processor)
+        listings.append(measuring.seconds_of(cache._trim_folder))
+
+    with patch.object(model, "encode_text", random_vectors):
+        for entries in args.entries:
+            add_steps(entries)
+        spent = measuring.take_turns(steps, args.rounds)
+    seconds = {}
+    for (name, _), values in spent.items():
+        seconds.setdefault(name, []).append(statistics.median(values))
+    return seconds | {LISTING: listings}
+
+
+def table_of_sizes(entries: list[int], seconds: dict[str, list[float]]) -> str:
+    """Markdown. A cell has the time and its ratio to the time with the fewest entries."""
+    head = ["text cache, milliseconds (ratio)", *(f"{number:,} entries" for number in entries)]
+    rows = [[name, *(f"{1e3 * own:.2f} ({own / row[0]:.2f})" for own in row)] for name, row in seconds.items()]
+    return measuring.table_of(head, rows)
+
+
 def table(seconds: dict[str, float]) -> str:
     """Markdown."""
     padded, first = list(seconds.values())[:2]
@@ -134,6 +189,8 @@ def main() -> None:
         raise InputError(f"--labels is at most {len(names)}, and --templates is at most {len(PROMPT_TEMPLATES)}")
     if args.width >= 64 and args.width % (args.width // 64):
         raise InputError(f"--width must be a multiple of 64, got {args.width}")
+    if args.entries[0] < KNOWN or args.entries != sorted(args.entries):
+        raise InputError(f"--entries must be {KNOWN} or more, the fewest first, got {args.entries}")
     labels = read_labels(names[: args.labels], PROMPT_TEMPLATES[: args.templates])
     prompts = [prompt for label in labels for prompt in label.prompts]
     words = {word for prompt in prompts for word in re.findall(WORD, prompt.lower())}
@@ -142,12 +199,14 @@ def main() -> None:
     processor = Zs3Processor(Zs3ImageProcessor(), tokenizer, PROMPT_TEMPLATES[: args.templates])
     with tempfile.TemporaryDirectory() as folder:
         seconds = compare(args, labels, processor, folder)
+        of_sizes = compare_sizes(args, processor, f"{folder}/sizes")
     kind = "one token a word" if args.tokenizer is None else "CLIP's own"
     head, lengths = measuring.head(), {"mean_tokens": statistics.mean(lengths), "longest": max(lengths)}
     text = f"{len(labels)} labels, {len(prompts)} prompts of {lengths['mean_tokens']:.1f} tokens (longest "
     text += f"{lengths['longest']}; {kind}), text tower of {args.layers} layers, width {args.width}, "
-    text += f"torch {head['torch']}, {head['machine']}.\n\n{table(seconds)}"
-    measuring.publish(args.output, {**head, **vars(args), "tokenizer": kind, **lengths, "seconds": seconds}, text)
+    text += f"torch {head['torch']}, {head['machine']}.\n\n{table(seconds)}\n{table_of_sizes(args.entries, of_sizes)}"
+    result = {**head, **vars(args), "tokenizer": kind, **lengths, "seconds": seconds, "seconds_of_sizes": of_sizes}
+    measuring.publish(args.output, result, text)
 
 
 if __name__ == "__main__":

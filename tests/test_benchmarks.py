@@ -116,7 +116,7 @@ def test_gradient_sizes_of_a_short_training(call, tmp_path, capsys):
     assert (tmp_path / "sizes.md").read_text().count("\n") == 12
 
 
-SHORT = {"labels": 5, "templates": 2, "layers": 1, "width": 32, "rounds": 1}
+SHORT = {"labels": 5, "templates": 2, "layers": 1, "width": 32, "rounds": 1, "entries": "10 20"}
 
 
 def test_the_text_side_says_how_long_each_way_took(call, tmp_path, capsys):
@@ -127,7 +127,7 @@ def test_the_text_side_says_how_long_each_way_took(call, tmp_path, capsys):
     # "a photo of a wall." and "This is a photo of a wall", each with start and end; "building, edifice" has two more.
     assert result["longest"] == 11 and result["tokenizer"] == "one token a word"
     printed = capsys.readouterr().out
-    assert printed == (tmp_path / "text.md").read_text() and printed.count("\n|") == 7
+    assert printed == (tmp_path / "text.md").read_text() and printed.count("\n|") == 14
 
 
 def test_text_vectors_that_differ_are_no_comparison(call, monkeypatch):

@@ -523,7 +523,7 @@ def test_threads_share_pipelines_one_cache_and_the_linter(ours, monkeypatch):
     def work(row: int) -> bool:
         segment, place = (ours, twin)[row % 2], row % len(lists)
         if row % 7 == 0:
-            ours.text_cache._segments.clear()
+            ours.text_cache._vectors.clear()
         if row % 3:
             return str(segment.lint_labels(lists[place])) == expected[place][1]
         return segments(segment(IMAGES[0], candidate_labels=lists[place])) == expected[place][0]

@@ -1,21 +1,29 @@
 """Text vectors: prompts embedded without needless padding, vectors kept in memory and on disk, label lists checked."""
 
+import gc
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
+from threading import get_ident
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from tiny import byte_tokenizer, tiny_model
 from tokenizers import normalizers, processors
 
+import text_zs3
 from processing_zs3 import Zs3ImageProcessor, Zs3Processor
 from text_zs3 import Label, SimilarNames, TextCache, embed_labels, lint_labels, read_labels
 
@@ -57,6 +65,61 @@ def labels(*names) -> list[Label]:
 
 def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def written(path: Path, data: bytes) -> bytes:
+    """The content of a file of format 2: SHA-256 of "<folder>/<name>" and the data, then the data."""
+    return hashlib.sha256(f"{path.parent.name}/{path.stem}".encode() + data).digest() + data
+
+
+def vector_of(path: Path) -> np.ndarray:
+    """The vector (D,) in a file of the cache, which must be undamaged."""
+    data = path.read_bytes()[32:]
+    assert path.read_bytes() == written(path, data)
+    return np.frombuffer(data, np.float32)
+
+
+def held(folder: Path) -> int:
+    return sum(path.stat().st_size for path in files(folder))
+
+
+WATCHED: list[Counter] = []  # counters of the steps that `operations` is watching now
+
+
+def watch(event: str, arguments: tuple) -> None:
+    if WATCHED and event.startswith(("open", "os.", "glob.")):
+        WATCHED[-1][event] += 1
+
+
+@pytest.fixture(scope="module")
+def operations() -> Callable[[Callable], Counter]:
+    """Counts a step's operations on files, as Python's auditing names them, and "calls" of functions of any kind."""
+    sys.addaudithook(watch)  # for as long as the process lives
+
+    def count(step: Callable[[], object]) -> Counter:
+        counter, stat, mine = Counter(), os.stat, get_ident()
+
+        def counted(*words, **options):  # auditing has no event for it
+            counter["os.stat"] += 1
+            return stat(*words, **options)
+
+        def called(frame, event, argument):
+            counter["calls"] += event in ("call", "c_call") and get_ident() == mine
+
+        WATCHED.append(counter)
+        os.stat = counted
+        gc.disable()  # it calls functions now and then
+        sys.setprofile(called)
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+            gc.enable()
+            os.stat = stat
+            WATCHED.remove(counter)
+        return counter
+
+    return count
 
 
 def age(path: Path, seconds: float) -> None:
@@ -388,11 +451,11 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
 
 
 def write_many(folder: str, own_name: str, times: int) -> None:
-    """Embed lists that overlap, each in a cache of its own; the folder holds a few of them."""
+    """Embed lists that overlap, each in a cache of its own; the folder holds 25 vectors."""
     model, ours, names = tiny_model(), processor(), [str(number) for number in range(40)]
     for number in range(times):
         first = number % 20
-        TextCache(folder, max_bytes=20_000).embed(labels(own_name, *names[first : first + 20]), model, ours)
+        TextCache(folder, max_bytes=2000).embed(labels(own_name, *names[first : first + 20]), model, ours)
 
 
 def test_another_process_finds_the_vectors_on_disk(model, tmp_path):
@@ -411,11 +474,10 @@ def test_two_processes_that_write_at_once_leave_a_readable_folder(tmp_path, capl
     warnings = errors + caplog.text
     assert "damaged" not in warnings and "cannot be written" not in warnings
     left = files(tmp_path)
-    assert left and all(path.suffix == ".safetensors" for path in left)
-    assert sum(path.stat().st_size for path in left) <= 20_000
-    for path in left:
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
-        assert load_file(path)["vectors"].shape[1] == 12
+    assert left and all(path.suffix == ".vector" for path in left)
+    assert held(tmp_path) <= 2000 + 2 * (2000 / 16 + 80)  # each process: a sixteenth, and the file that exceeds it
+    assert all(np.linalg.norm(vector_of(path)) == pytest.approx(1, abs=1e-6) for path in left)
+    assert {vector_of(path).shape for path in left} == {(12,)}
 
 
 def test_a_cache_reads_what_another_has_written_since(model, tmp_path):
@@ -426,38 +488,182 @@ def test_a_cache_reads_what_another_has_written_since(model, tmp_path):
     assert model.calls == [1, 1]
 
 
-def test_a_file_that_vanishes_while_it_is_wanted_is_a_miss(model, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("when", ["before it is opened", "before it is marked as used"])
+def test_a_file_that_vanishes_while_it_is_wanted_is_no_error(when, model, tmp_path, monkeypatch, caplog):
     ours = processor()
     expected = TextCache(tmp_path).embed(labels("sky"), model, ours)
     (path,) = files(tmp_path)
-    read_bytes = Path.read_bytes
+    module, name = (text_zs3, "open") if when == "before it is opened" else (os, "utime")
+    original = getattr(module, name, open)
 
-    def evicted(self: Path) -> bytes:
-        self.unlink()
-        return read_bytes(self)
+    def evicted(place: str, *words, **options):
+        os.unlink(place)
+        return original(place, *words, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", evicted)
+    monkeypatch.setattr(module, name, evicted, raising=False)
     assert torch.equal(TextCache(tmp_path).embed(labels("sky"), model, ours), expected)
-    assert model.calls == [1, 1] and caplog.records == []
-    assert files(tmp_path) == [path]  # written anew
+    assert caplog.records == []
+    if module is text_zs3:
+        assert model.calls == [1, 1] and files(tmp_path) == [path]  # written anew
+    else:
+        assert model.calls == [1] and files(tmp_path) == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "one bit"])
-def test_a_damaged_file_is_named_once_and_removed(damage, model, tmp_path, caplog):
+UNIT = np.eye(12)[3]  # float64
+DAMAGE = {
+    "cut": lambda path: path.read_bytes()[:-20],
+    "empty": lambda path: b"",
+    "zeros": lambda path: bytes(80),
+    "one bit of the vector": lambda path: path.read_bytes()[:-3] + b"\x01" + path.read_bytes()[-2:],
+    "one bit of the hash": lambda path: bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:],
+    "more after the end": lambda path: path.read_bytes() + b"0000",
+    "the file of another label": lambda path: next(p for p in files(path.parent) if p != path).read_bytes(),
+}
+PLANTED = {  # with the right hash
+    "nothing": np.empty(0),
+    "float64": UNIT,
+    "float16": UNIT.astype(np.float16),
+    "float64 of as many bytes": UNIT[:6].astype(np.float64),
+    "float16 of as many bytes": np.eye(24, dtype=np.float16)[3],
+    "integers": UNIT.astype(np.int32),
+    "two vectors": np.stack([UNIT, UNIT]).astype(np.float32),
+    "of an encoder with one more": np.eye(13, dtype=np.float32)[3],
+    "of an encoder with one less": np.eye(11, dtype=np.float32)[3],
+    "a part of a number": np.frombuffer(UNIT.astype(np.float32).tobytes() + b"0", np.uint8),
+    "zeros": np.zeros(12, np.float32),
+    "too long": UNIT.astype(np.float32) * 1.01,
+    "too short": UNIT.astype(np.float32) * 0.99,
+    "NaN": np.where(UNIT, np.nan, 0).astype(np.float32),
+    "infinite": np.where(UNIT, np.inf, 0).astype(np.float32),
+    "beyond the numbers' range": np.full(12, 3e38, np.float32),
+}
+DAMAGE |= {f"planted: {kind}": lambda path, v=values: written(path, v.tobytes()) for kind, values in PLANTED.items()}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.filterwarnings("error")
+def test_a_damaged_or_planted_file_is_named_once_and_its_label_embedded_anew(damage, model, tmp_path, caplog):
     ours = processor()
-    expected = TextCache(tmp_path).embed(labels("sky", "sea"), model, ours)
+    expected = TextCache(tmp_path).embed(labels("sky"), model, ours)
     (path,) = files(tmp_path)
-    data = path.read_bytes()
-    bit = data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
-    path.write_bytes({"cut": data[:-20], "empty": b"", "zeros": bytes(len(data)), "one bit": bit}[damage])
+    expected = torch.cat([expected, TextCache(tmp_path).embed(labels("sea"), model, ours)])
+    path.write_bytes(DAMAGE[damage](path))
     cache = TextCache(tmp_path)
-    embeds = cache.embed(labels("sea"), model, ours)
-    torch.testing.assert_close(embeds, expected[1:], rtol=0, atol=1e-6)
-    cache.embed(labels("sky"), model, ours)
-    assert model.calls == [2, 1, 1]
+    for _ in range(2):
+        torch.testing.assert_close(cache.embed(labels("sky", "sea"), model, ours), expected, rtol=0, atol=1e-6)
+    assert torch.equal(
+        TextCache(tmp_path).embed(labels("sky", "sea"), model, ours), cache.embed(labels("sky", "sea"), model, ours)
+    )
+    assert model.calls == [1, 1, 1] and len(files(tmp_path)) == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert str(path) in caplog.text and "\n" not in caplog.records[0].getMessage()
-    assert path not in files(tmp_path)
+    assert f"{path} is damaged: removed" in caplog.text and "\n" not in caplog.records[0].getMessage()
+
+
+def test_a_vector_within_rounding_of_unit_length_is_no_damage(model, tmp_path, caplog):
+    ours = processor()
+    TextCache(tmp_path).embed(labels("sky"), model, ours)
+    (path,) = files(tmp_path)
+    vector = (UNIT * (1 + 1e-5)).astype(np.float32)
+    path.write_bytes(written(path, vector.tobytes()))
+    assert TextCache(tmp_path).embed(labels("sky"), model, ours)[0].tolist() == vector.tolist()
+    assert model.calls == [1] and caplog.records == []
+
+
+def test_many_damaged_files_cost_one_warning_and_are_removed(model, tmp_path, caplog, monkeypatch):
+    ours, names = processor(), [str(number) for number in range(9)]
+    TextCache(tmp_path).embed(labels(*names), model, ours)
+    for path in files(tmp_path):
+        path.write_bytes(b"")
+    monkeypatch.setattr(model, "encode_text", None)
+    with pytest.raises(TypeError):
+        TextCache(tmp_path).embed(labels(*names), model, ours)
+    assert files(tmp_path) == []
+    (record,) = caplog.records
+    assert " is damaged, and so are 8 more: removed" in record.getMessage()
+
+
+def test_files_of_format_1_are_not_read_and_go_first(model, tmp_path, caplog, operations):
+    ours = processor()
+    TextCache(tmp_path).embed(labels("sky"), model, ours)
+    (path,) = files(tmp_path)
+    for folder in (path.parent, path.parent.with_name("0" * 64)):
+        folder.mkdir(exist_ok=True)
+        old = folder / f"{path.stem}.safetensors"
+        save_file({"keys": torch.zeros(16, dtype=torch.uint8), "vectors": torch.ones(1, 12)}, old)
+        age(old, 1000)
+    path.unlink()
+    again = operations(lambda: TextCache(tmp_path, 10**6).embed(labels("sky"), model, ours))
+    assert again["open"] == 2  # both of the new file: it is not there; written
+    assert model.calls == [1, 1] and caplog.records == [] and len(files(tmp_path)) == 3
+    TextCache(tmp_path, max_bytes=160).embed(labels("sea"), model, ours)
+    assert len(files(tmp_path)) == 2 and all(left.suffix == ".vector" for left in files(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------- size and bounds
+
+
+def test_a_call_costs_the_same_whatever_the_cache_holds(model, tmp_path, operations):
+    ours, found, known = processor(), {}, labels(*[f"label {number}" for number in range(10)])
+    for entries in (50, 2000):
+        folder, warm = tmp_path / str(entries), TextCache(tmp_path / str(entries))
+        warm.embed(labels(*[f"label {number}" for number in range(entries)]), model, ours)
+        assert len(files(folder)) == entries
+        fresh, other = TextCache(folder), TextCache(folder)
+        steps = {
+            "known, on disk": lambda fresh=fresh: fresh.embed(known, model, ours),
+            "known, in memory": lambda warm=warm: warm.embed(known, model, ours),
+            "new, first call": lambda other=other: other.embed(labels("new a"), model, ours),
+            "new, after others": lambda warm=warm: warm.embed(labels("new b"), model, ours),
+        }
+        found[entries] = {name: operations(step) for name, step in steps.items()}
+    assert found[50] == found[2000]
+    assert model.calls == [50, 1, 1, 2000, 1, 1]
+    memory, disk = found[50]["known, in memory"], found[50]["known, on disk"]
+    assert memory.keys() == {"calls"}
+    assert disk.keys() == {"calls", "open", "os.utime"} and disk["open"] == disk["os.utime"] == 10
+    for name in ("new, first call", "new, after others"):
+        new = found[50][name]
+        assert new["open"] == 2  # it is not there; written
+        assert new["os.rename"] == 1 and not {"os.listdir", "os.scandir", "glob.glob"} & new.keys()
+
+
+def test_the_folder_exceeds_its_bound_by_a_sixteenth_and_is_seldom_listed(model, tmp_path, operations):
+    ours, size = processor(), 80  # bytes of a file
+    cache = TextCache(tmp_path, max_bytes=80 * size)
+    most = listings = 0
+    for number in range(200):
+        names = labels(f"label {number}")
+        listings += operations(lambda names=names: cache.embed(names, model, ours))["os.scandir"] > 0
+        most = max(most, held(tmp_path))
+    assert most == (80 + 5 - 1) * size
+    assert 39 <= listings <= 41  # once for 5 files
+    embedded = len(model.calls)
+    newest = labels(*[f"label {number}" for number in range(200 - 75, 200)])
+    TextCache(tmp_path).embed(newest, model, ours)
+    assert len(model.calls) == embedded  # the oldest went first
+
+
+def test_short_processes_keep_to_the_bound_too(model, tmp_path, monkeypatch, operations):
+    """Each writes a fifth of what is written between two listings. Without the random start none would list."""
+    draws = Random(0)
+    monkeypatch.setattr("text_zs3.SystemRandom", lambda: draws)
+    ours, size = processor(), 80
+    most = listings = 0
+    for number in range(200):
+        cache, names = TextCache(tmp_path, max_bytes=80 * size), labels(f"label {number}")
+        listings += operations(lambda cache=cache, names=names: cache.embed(names, model, ours))["os.scandir"] > 0
+        most = max(most, held(tmp_path))
+    assert 25 <= listings <= 55  # 40 are expected
+    assert most <= (80 + 4 * 5) * size
+
+
+def test_copies_have_the_vectors_and_a_memory_of_their_own(model):
+    ours, cache = processor(), TextCache(None, max_bytes=2 * 48)
+    expected = cache.embed(labels("sky", "sea"), model, ours)
+    copy = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(copy.embed(labels("sky", "sea"), model, ours), expected) and model.calls == [2]
+    copy.embed(labels("cow", "dog"), model, ours)
+    assert torch.equal(cache.embed(labels("sky", "sea"), model, ours), expected) and model.calls == [2, 2]
 
 
 def test_the_least_recently_used_file_goes_first(model, tmp_path):
@@ -629,7 +835,7 @@ def test_what_cannot_be_known_is_none_not_empty(model):
 
 def test_without_a_cache_of_its_own_lint_uses_the_default_folder(model, home):
     lint_labels(["sky", "sea"], model=model, processor=processor())
-    assert len(files(home / "zs3" / "text_embeds")) == 1
+    assert len(files(home / "zs3" / "text_embeds")) == 2
     lint_labels(["sea", "sky"], model=model, processor=processor())
     assert model.calls == [2]
 

@@ -4,7 +4,7 @@ read_labels: a label list as users write it -> Labels. embed_labels: Labels -> t
 TextCache: keeps text vectors; a label is embedded once, whatever list it comes in.
 lint_labels: a label list -> LabelReport: repeats, near-synonyms, names that are too long, seen and unseen names.
 
-Axes: C class name, D embedding, N label of a segment.
+Axes: C class name, D embedding.
 """
 
 import hashlib
@@ -12,16 +12,18 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import SystemRandom
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
@@ -44,11 +46,12 @@ logger = logging.get_logger(__name__)
 ClassName = str | Sequence[str] | dict
 
 PROMPTS_AT_ONCE = 256  # in the text tower
-FORMAT = "1"  # a new number is needed when encode_text or the files change their meaning
+FORMAT = "2"  # a new number is needed when encode_text or the files change their meaning
 DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
-KEY_BYTES = 16
-# The only files that TextCache may remove from its folder.
-OWN_FILE = re.compile(rf"[0-9a-f]{{64}}/([0-9a-f]{{64}}\.(safetensors|[0-9a-f]{{32}}\.partial)|{PARTIAL})")
+DIGEST_BYTES = 32  # of SHA-256
+FREE_SHARE = 1 / 16  # of max_bytes: so much is written to the folder before it is listed again
+# The only files that TextCache may remove from its folder. In format 1 they ended in .safetensors or .<hex>.partial.
+OWN_FILE = re.compile(rf"[0-9a-f]{{64}}/([0-9a-f]{{64}}\.(vector|safetensors|[0-9a-f]{{32}}\.partial)|{PARTIAL})")
 
 # Cosine from which lint_labels calls two names near-synonyms. Measured with OpenAI's CLIP: of all pairs of names in
 # COCO-Stuff, LVIS, Objects365 and OpenImages, 0.1 % lie above 0.90 to 0.94 (the 14 templates add 0.03). Cat and dog
@@ -194,47 +197,46 @@ def check_text_embeds(text_embeds: Tensor, size: int) -> None:
         )
 
 
-class Place(NamedTuple):
-    """A segment's text side (fingerprint of encoder and tokenizer) and the hash of its file, both SHA-256."""
-
-    side: str
-    digest: str
-
-
-class Segment(NamedTuple):
-    """The vectors (N, D) of one call, float32 on the CPU. rows: key of a label -> its row."""
-
-    rows: dict[bytes, int]
-    vectors: Tensor
-
-
 class TextCache:
     """Text vectors of labels, in memory and in a folder that several processes may share.
 
     The key of a label is everything that its vector depends on: the encoder's weights, the tokenizer, its words as the
-    tokenizer normalises them, and its templates. So no vector ever becomes wrong. Where the files of all encoders
-    together exceed max_bytes, those unused for the longest time are removed; likewise in memory.
+    tokenizer normalises them, and its templates. So no vector ever becomes wrong. A file is found by its name, so the
+    time of a call does not depend on the number of entries.
 
-    folder: holds <text side>/<hash of the file>.safetensors. "{HF_HOME}" in it is Hugging Face's home at the time when
-    the cache is made. None: memory only. A damaged file is removed, with a warning. Where the folder cannot be written,
-    there is one warning, and the cache works in memory. Threads take turns.
+    folder: holds <text side>/<hash of the label>.vector, one file for each label. "{HF_HOME}" in it is Hugging Face's
+        home at the time when the cache is made. None: memory only. Where the folder cannot be written, there is one
+        warning, and the cache works in memory. A damaged file is removed, with a warning, and its label is embedded
+        again.
+    max_bytes: of all vectors in memory, and of the files of all encoders. What was not used for the longest time is
+        removed first. The folder is listed, and trimmed to max_bytes, only after FREE_SHARE of max_bytes was written to
+        it: each process that writes may exceed max_bytes by so much. A new cache starts at a random part of FREE_SHARE,
+        or short processes would never trim. A file was used when it was last written or read.
+
+    Threads take turns.
     """
 
     def __init__(self, folder: str | Path | None = DEFAULT_FOLDER, max_bytes: int = 256 * 2**20):
         self.folder = None if folder is None else Path(str(folder).replace("{HF_HOME}", constants.HF_HOME))
         self.max_bytes = max_bytes
-        self._segments: dict[Place, Segment] = {}  # first those unused for the longest time
+        self._vectors: dict[str, bytes] = {}  # by name; first those unused for the longest time
+        self._held = 0  # bytes in memory
+        self._written = self._random_part()  # bytes since the folder was last listed
         self._writable = True
         self._readable: tuple[str, tuple[Label, ...]] | None = None  # the last list that `check_readable` passed
         self._lock = threading.RLock()
 
+    def _random_part(self) -> float:
+        return SystemRandom().random() * FREE_SHARE * self.max_bytes
+
     def __getstate__(self) -> dict:
         """For copies and other processes, without the lock: each has its own."""
         with self._lock:
-            return {**vars(self), "_segments": dict(self._segments), "_lock": None}
+            return {**vars(self), "_vectors": dict(self._vectors), "_lock": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, _lock=threading.RLock())
+        self._written = self._random_part()
 
     def check_readable(self, labels: Sequence[Label], processor: ProcessorMixin) -> None:
         """The processor's own check. A list that passed it last is not checked again."""
@@ -253,113 +255,115 @@ class TextCache:
             return self._embed(labels, model, processor)
 
     def _embed(self, labels: Sequence[Label], model: PreTrainedModel, processor: ProcessorMixin) -> Tensor:
-        side = text_side(model.text_model, processor.tokenizer)
-        keys = label_keys(labels, processor.tokenizer)
-        found = self._recall(side, set(keys))
-        missing = {key: label for key, label in zip(keys, labels, strict=True) if key not in found}
+        side, size = text_side(model.text_model, processor.tokenizer), vector_size(model.text_model.config)
+        names = [f"{side}/{key}" for key in label_keys(labels, processor.tokenizer)]
+        found = self._recall(names, size)
+        missing = {name: label for name, label in zip(names, labels, strict=True) if name not in found}
         if missing:
-            vectors = model.encode_text(**processor.tokenize(list(missing.values()))).cpu()
-            found.update(zip(missing, vectors, strict=True))
-            self._remember(side, list(missing), vectors)
-        return torch.stack([found[key] for key in keys]).to(model.device)
+            vectors = model.encode_text(**processor.tokenize(list(missing.values()))).numpy(force=True)
+            made = {name: vector.tobytes() for name, vector in zip(missing, vectors, strict=True)}
+            found.update(made)
+            self._write(made)
+        self._keep(found)
+        vectors = bytearray().join(found[name] for name in names)
+        return torch.frombuffer(vectors, dtype=torch.float32).reshape(len(names), size).to(model.device)
 
-    def _recall(self, side: str, keys: set[bytes]) -> dict[bytes, Tensor]:
-        """The vectors (D,) of the keys that are in a segment."""
-        found = {}
-        for place, segment in self._known_segments(side):
-            hits = segment.rows.keys() & keys
-            if hits:
-                found.update((key, segment.vectors[segment.rows[key]]) for key in hits)
-                self._touch(place, segment)
-            keys = keys - hits
-            if not keys:
-                break
-        self._trim_memory()
+    def _recall(self, names: Sequence[str], size: int) -> dict[str, bytes]:
+        """Name -> its vector of `size` numbers, for the names that memory or the folder has. Removes damaged files."""
+        found, damaged = {}, []
+        for name in dict.fromkeys(names):
+            vector = self._vectors.get(name)
+            content = self._read(name, size) if vector is None else None
+            if content is not None:
+                vector = _vector_in(content, name, size)
+                if vector is None:
+                    damaged.append(self._path(name))
+            if vector is not None:
+                found[name] = vector
+        if damaged:
+            more = f", and so are {len(damaged) - 1:,} more" if damaged[1:] else ""
+            logger.warning(f"{damaged[0]} is damaged{more}: removed, and the text vectors are computed again")
+        for path in damaged:
+            with suppress(OSError):  # removed by another process, or a folder that can only be read
+                os.unlink(path)
         return found
 
-    def _known_segments(self, side: str) -> Iterator[tuple[Place, Segment]]:
-        """The segments in memory, then those of the folder that have not been read yet; the last used come first."""
-        yield from reversed([item for item in self._segments.items() if item[0].side == side])
-        for _, _, path in reversed(self._own_files(f"{side}/*.safetensors")):
-            place = Place(side, path.stem)
-            if place not in self._segments:
-                self._segments[place] = _read_segment(path)
-                yield place, self._segments[place]
+    def _path(self, name: str) -> str:
+        return f"{self.folder}/{name}.vector"
 
-    def _own_files(self, pattern: str) -> list[tuple[int, int, Path]]:
-        """(time of last use in ns, bytes, path) of the cache's own files, first those unused for the longest time."""
-        files = []
-        for path in () if self.folder is None else self.folder.glob(pattern):
-            if OWN_FILE.fullmatch(path.relative_to(self.folder).as_posix()):
-                try:
-                    facts = path.stat()
-                except OSError:  # gone: another process was faster
-                    continue
-                files.append((facts.st_mtime_ns, facts.st_size, path))
-        return sorted(files)
+    def _read(self, name: str, size: int) -> bytes | None:
+        """A file's content, not more than a byte beyond a vector of `size` numbers; the file counts as used now. None:
+        it is not there, or cannot be read."""
+        if self.folder is None:
+            return None
+        try:
+            with open(self._path(name), "rb", buffering=0) as file:
+                content = file.read(DIGEST_BYTES + 4 * size + 1)
+        except OSError:
+            return None
+        with suppress(OSError):  # removed by another process, or a folder that can only be read
+            os.utime(self._path(name))
+        return content
 
-    def _touch(self, place: Place, segment: Segment) -> None:
-        """Marks a segment as used now, in memory and on disk."""
-        self._segments.pop(place, None)
-        self._segments[place] = segment
-        if self.folder is not None:
-            try:
-                os.utime(self._path(place))
-            except OSError:  # removed by another process, or a folder that can only be read
-                return
+    def _keep(self, vectors: dict[str, bytes]) -> None:
+        """Marks vectors as used now, in memory."""
+        for name, vector in vectors.items():
+            self._held += len(vector) - len(self._vectors.pop(name, b""))
+            self._vectors[name] = vector
+        while self._held > self.max_bytes:
+            self._held -= len(self._vectors.pop(next(iter(self._vectors))))
 
-    def _remember(self, side: str, keys: list[bytes], vectors: Tensor) -> None:
-        """Keeps vectors (N, D) as a segment."""
-        data = save({"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8), "vectors": vectors})
-        place = Place(side, hashlib.sha256(data).hexdigest())
-        self._segments[place] = Segment({key: row for row, key in enumerate(keys)}, vectors)
-        self._trim_memory()
+    def _write(self, vectors: dict[str, bytes]) -> None:
+        """Writes a file for each vector; trims the folder where it is time to."""
         if self.folder is None or not self._writable:
             return
         try:
-            with whole(self._path(place)) as partial:
-                partial.write_bytes(data)
-            self._trim_folder()
+            for name, vector in vectors.items():
+                with whole(Path(self._path(name)), synced=False) as partial:  # a damaged file is recognised
+                    partial.write_bytes(_file_of(name, vector))
+                self._written += DIGEST_BYTES + len(vector)
+                if self._written >= FREE_SHARE * self.max_bytes:
+                    self._trim_folder()
         except OSError as error:
             self._writable = False
             logger.warning(f"text vectors are kept in memory only: {self.folder} cannot be written ({error})")
 
-    def _path(self, place: Place) -> Path:
-        return self.folder / place.side / f"{place.digest}.safetensors"
-
-    def _trim_memory(self) -> None:
-        held = sum(segment.vectors.nbytes for segment in self._segments.values())
-        for place, segment in list(self._segments.items()):
-            if held <= self.max_bytes:
-                return
-            del self._segments[place]
-            held -= segment.vectors.nbytes
-
     def _trim_folder(self) -> None:
-        files = self._own_files("*/*")
+        files = self._own_files()
         held = sum(size for _, size, _ in files)
         for _, size, path in files:
             if held <= self.max_bytes:
-                return
-            path.unlink(missing_ok=True)
+                break
+            with suppress(FileNotFoundError):  # another process was faster
+                os.unlink(path)
             held -= size
+        self._written = 0
+
+    def _own_files(self) -> list[tuple[int, int, str]]:
+        """(time of last use in ns, bytes, path) of the cache's own files, first those unused for the longest time."""
+        files = []
+        for side in filter(os.DirEntry.is_dir, os.scandir(self.folder)):
+            with suppress(PermissionError):  # somebody else's folder
+                for file in os.scandir(side.path):
+                    if OWN_FILE.fullmatch(f"{side.name}/{file.name}"):
+                        with suppress(FileNotFoundError):  # another process was faster
+                            facts = file.stat()
+                            files.append((facts.st_mtime_ns, facts.st_size, file.path))
+        return sorted(files)
 
 
-def _read_segment(path: Path) -> Segment:
-    """A file of the folder; an empty segment where the file is gone, damaged or cannot be read."""
-    nothing = Segment({}, torch.empty(0))
-    try:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() == path.stem:
-            content = load(data)
-            keys = content["keys"].numpy().tobytes()
-            starts = range(0, len(keys), KEY_BYTES)
-            return Segment({keys[at : at + KEY_BYTES]: row for row, at in enumerate(starts)}, content["vectors"])
-        logger.warning(f"{path} is damaged: it is removed, and its text vectors are computed again")
-        path.unlink(missing_ok=True)
-    except OSError:
-        return nothing
-    return nothing
+def _file_of(name: str, vector: bytes) -> bytes:
+    """The content of a file: SHA-256 of its name and its vector, then the vector, float32."""
+    return hashlib.sha256(name.encode() + vector).digest() + vector
+
+
+def _vector_in(content: bytes, name: str, size: int) -> bytes | None:
+    """The vector of `size` numbers in a file's content; None: damaged, another name or size, or not of unit length."""
+    vector = content[DIGEST_BYTES:]
+    if content != _file_of(name, vector) or len(vector) != 4 * size:
+        return None
+    values = np.frombuffer(vector, np.float32).astype(np.float64)
+    return vector if abs(values.dot(values) - 1) < 0.001 else None  # NaN: None
 
 
 # ----------------------------------------------------------------------------------------------------- fingerprints
@@ -423,11 +427,11 @@ def _remembered(thing: object, stamp: tuple, compute: Callable[[], str]) -> str:
     return known[1]
 
 
-def label_keys(labels: Sequence[Label], tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """KEY_BYTES of a hash of each label: of its words, as the tokenizer normalises them, and of its templates."""
+def label_keys(labels: Sequence[Label], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """SHA-256 of each label: of its words, as the tokenizer normalises them, and of its templates."""
     normalise = normaliser(tokenizer)
     texts = [json.dumps([[normalise(word) for word in label.words], label.templates]) for label in labels]
-    return [hashlib.sha256(text.encode()).digest()[:KEY_BYTES] for text in texts]
+    return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
 
 def normaliser(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[str], str]:
