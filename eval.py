@@ -14,6 +14,7 @@ table lie in the folder --output. A dataset that has a finished result is not ev
 """
 
 import hashlib
+import sys
 from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
@@ -119,7 +120,8 @@ def check_code(path: str, processor: ProcessorMixin) -> None:
     """Refuses code beside a checkpoint (--trust_remote_code) that is too old for this evaluation."""
     known = signature(processor.post_process_semantic_segmentation).parameters
     reads_labels = hasattr(processor, "check_readable") or not hasattr(processor, "tokenizer")
-    if not {"return_scores", "is_seen"} <= known.keys() or not reads_labels:
+    maps = getattr(sys.modules[type(processor).__module__], "SemanticMap", None)
+    if not {"return_scores", "is_seen"} <= known.keys() or not reads_labels or not hasattr(maps, "confidence_sums"):
         raise InputError(OLDER_CODE.format(path))
 
 

@@ -72,6 +72,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 THRESHOLDS = {"probability": 0.5, "margin": 0.1}  # of `background="reject"` without a threshold
+CHOICE = ("candidate_labels", "synonyms", "background", "threshold", "confidence", "output")
 ENSEMBLE = ("ensemble", "ensemble_weight")
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -82,6 +83,12 @@ class View(NamedTuple):
 
     box: tuple[int, int, int, int]  # what the network sees
     own: tuple[int, int, int, int]  # the part of its result that is kept
+
+    @property
+    def own_part(self) -> tuple[slice, slice]:
+        """The rows and the columns of its result that are kept."""
+        left, top, right, bottom = self.own
+        return slice(top - self.box[1], bottom - self.box[1]), slice(left - self.box[0], right - self.box[0])
 
 
 @dataclass
@@ -108,7 +115,7 @@ class Choice:
     names: the labels, then the distractors; num_labels: the number of labels. text_embeds: (S, D), a row for each name,
     or with synonyms="max" for each synonym. owner: (S,) int64, the name of each row.
     threshold: a pixel whose `confidence` is below it gets no label; None: off.
-    is_seen: bool, the names whose masks the training saw. ensemble, ensemble_weight: see the pipeline.
+    is_seen: bool, the names whose masks the training saw. ensemble, ensemble_weight, output: see the pipeline.
     """
 
     names: list[str]
@@ -120,6 +127,7 @@ class Choice:
     is_seen: Tensor
     ensemble: str
     ensemble_weight: float | None
+    output: str
 
 
 class Unreadable(Refused):
@@ -245,7 +253,8 @@ class Zs3Pipeline(Pipeline):
     background: None, every pixel gets its best label; "reject", a pixel gets no label where its confidence is below
         `threshold`; or a list of distractors, labels of no interest: pixels that they win get no label.
     confidence: the measure that the threshold is for. "probability" is what decided queries give the winner on average
-        (SemanticMap defines it; default threshold 0.5), "margin" its distance to the runner-up's (0.1).
+        (GridConfidences defines it; default threshold 0.5), "margin" its distance to the largest one of another label
+        (0.1).
     ensemble: CLIP's view of the proposals joined in (section 4.6): "crops", of a crop of each; "single_pass", an
         approximation from one pass over the image; "mixed", crops of the largest proposals and one pass for the others;
         or "off". None: "crops" where the checkpoint has an image tower, a
@@ -328,8 +337,7 @@ class Zs3Pipeline(Pipeline):
         """Checks the options one by one. `_choose` checks them together, with those of the pipeline's making."""
         steps = {
             "preprocess": ("window", "overlap", "timeout"),
-            "forward": ("candidate_labels", "synonyms", "background", "threshold", "confidence", "propose", *ENSEMBLE),
-            "postprocess": ("output",),
+            "forward": (*CHOICE, *ENSEMBLE, "propose"),
         }
         known = [*(name for names in steps.values() for name in names), "subtask"]
         for name in options:
@@ -357,7 +365,7 @@ class Zs3Pipeline(Pipeline):
             options = {"threshold": None, "confidence": None, **options}
         if "window" in options:
             options = {"overlap": None, **options}
-        return tuple({name: options[name] for name in names if name in options} for names in steps.values())
+        return *({name: options[name] for name in names if name in options} for names in steps.values()), {}
 
     # ----------------------------------------------------------------------------------------- from labels to vectors
 
@@ -370,6 +378,7 @@ class Zs3Pipeline(Pipeline):
         confidence: str | None = None,
         ensemble: str | None = None,
         ensemble_weight: float | None = None,
+        output: str | None = None,
     ) -> Choice:
         if (threshold is not None or confidence is not None) and background != "reject":
             raise ValueError('threshold and confidence need background="reject"')
@@ -402,7 +411,9 @@ class Zs3Pipeline(Pipeline):
         is_seen = torch.tensor(seen_labels(labels, self.model.config.seen_class_names))
         view = self.model.ensemble_view(ensemble, ensemble_weight)
         num_labels = len(names) - len(distractors)
-        return Choice(names, vectors, owner, num_labels, threshold, confidence, is_seen, view, ensemble_weight)
+        return Choice(
+            names, vectors, owner, num_labels, threshold, confidence, is_seen, view, ensemble_weight, output or "masks"
+        )
 
     def _embed(self, entries: list[ClassName], synonyms: str | None) -> tuple[list[Label], Tensor, list[int]]:
         """Labels, their text vectors, and the label of each vector."""
@@ -450,9 +461,8 @@ class Zs3Pipeline(Pipeline):
         else:
             choice = self._choose(**{name: value for name, value in forward_params.items() if name != "propose"})
             view = choice.ensemble
-        options = {"preprocess": preprocess_params, "postprocess": postprocess_params}
-        many = {"num_workers": num_workers, "batch_size": batch_size}
-        return Results(inputs, partial(self._results, choice=choice, ensemble=view, **many, **options))
+        options = {"num_workers": num_workers, "batch_size": batch_size, "preprocess": preprocess_params}
+        return Results(inputs, partial(self._results, choice=choice, ensemble=view, **options))
 
     def _results(
         self,
@@ -463,7 +473,6 @@ class Zs3Pipeline(Pipeline):
         choice: Choice | None,
         ensemble: str,
         preprocess: dict,
-        postprocess: dict,
     ) -> Iterator:
         """Yields for each image its result, or its Proposals if choice is None, or Lost if it cannot be read."""
         count, checkpoint = 0, fingerprint(self.model) if choice is None else {}
@@ -492,7 +501,7 @@ class Zs3Pipeline(Pipeline):
                 elif choice is None:
                     yield Proposals(image["image_size"], image["views"], results, ensemble, checkpoint)
                 else:
-                    yield self.postprocess({**image, "results": results, "choice": choice}, **postprocess)
+                    yield self.postprocess({**image, "results": results, "choice": choice})
 
     def preprocess(
         self,
@@ -522,11 +531,10 @@ class Zs3Pipeline(Pipeline):
 
     def _look(self, image: dict, view: int) -> dict:
         """The input of `_forward` for a view: its part of the image, or its outputs from before."""
-        left, top, right, bottom = image["views"][view].box
+        own = image["views"][view]
         if "outputs" in image:
-            kept = {"outputs": image["outputs"][view], "kept_ensemble": image["kept_ensemble"]}
-            return {"size": (bottom - top, right - left), **kept}
-        return {"size": (bottom - top, right - left), "image": image["image"].crop((left, top, right, bottom))}
+            return {"view": own, "outputs": image["outputs"][view], "kept_ensemble": image["kept_ensemble"]}
+        return {"view": own, "image": image["image"].crop(own.box)}
 
     def _forward(self, views: list[dict], choice: Choice | None, ensemble: str) -> list[dict[str, Tensor]]:
         fresh = [view for view in views if "image" in view]
@@ -546,10 +554,12 @@ class Zs3Pipeline(Pipeline):
             wanted, kept = choice.ensemble, view.get("kept_ensemble", choice.ensemble)
             if wanted not in ("off", kept):
                 raise ValueError(f"these proposals were kept with ensemble={kept!r}: propose(..., ensemble={wanted!r})")
-        return [self._decide(view["outputs"], view["size"], choice) for view in views]
+        return [self._decide(view["outputs"], View(*view["view"]), choice) for view in views]
 
-    def _decide(self, proposals: dict[str, Tensor], size: tuple[int, int], choice: Choice) -> dict[str, Tensor]:
-        """Label map (H, W), -1 where none of the labels applies, and confidence, of one view."""
+    def _decide(self, proposals: dict[str, Tensor], view: View, choice: Choice) -> dict[str, Tensor]:
+        """Of a view's own part: label_map (H, W), -1 where none of the labels applies, and confidence (H, W); with
+        output="masks" instead of it confidence_sums (num_labels + 1,), over the pixels of each id, those of -1 first.
+        """
         seen_by_clip = proposals.get("clip_embeds"), proposals.get("shown_to_clip")
         proposals = {name: value for name, value in proposals.items() if name not in ("clip_embeds", "shown_to_clip")}
         outputs = Zs3Output(**proposals, **self.model.classify(proposals, choice.text_embeds))
@@ -565,44 +575,55 @@ class Zs3Pipeline(Pipeline):
                 is_seen=choice.is_seen,
                 weight=choice.ensemble_weight,
             )
+        left, top, right, bottom = view.box
         (found,) = semantic_map(
             outputs.class_probs,
             outputs.mask_logits,
             padded_size(outputs.mask_logits),
             valid_sizes=outputs.valid_sizes,
-            image_sizes=[size],
+            image_sizes=[(bottom - top, right - left)],
             return_scores=True,
         )
-        nothing = found.label_map >= choice.num_labels
+        label_map = found.label_map
+        if choice.num_labels < len(choice.names):
+            label_map = label_map.masked_fill(label_map >= choice.num_labels, -1)
         if choice.threshold is not None:
-            measures = {"probability": found.confidence, "margin": found.confidence_margin}
-            nothing |= measures[choice.confidence] < choice.threshold
-        return {"label_map": found.label_map.masked_fill(nothing, -1), "scores": found.confidence}
+            measure = found.confidence if choice.confidence == "probability" else found.margin
+            label_map = label_map.masked_fill(measure < choice.threshold, -1)
+        own = view.own_part
+        if choice.output == "map":
+            return {"label_map": label_map[own], "confidence": found.confidence[own]}
+        if view.own != view.box:  # pixels that other views decide are counted apart
+            others = torch.full_like(label_map, choice.num_labels)
+            others[own] = label_map[own]
+            sums = found.confidence_sums(others, choice.num_labels + 1)[:-1]
+        else:
+            sums = found.confidence_sums(label_map, choice.num_labels)
+        return {"label_map": label_map[own], "confidence_sums": sums}
 
-    def postprocess(self, image: dict, output: str | None = None) -> dict | list[dict]:
-        names = image["choice"].names[: image["choice"].num_labels]
+    def postprocess(self, image: dict) -> dict | list[dict]:
+        choice = image["choice"]
+        names = choice.names[: choice.num_labels]
         label_map = np.empty(image["image_size"], dtype=np.int64)
-        scores = np.empty(image["image_size"], dtype=np.float32)
+        scores = np.empty(image["image_size"] if choice.output == "map" else 0, dtype=np.float32)
         for view, result in zip(image["views"], image["results"], strict=True):
             left, top, right, bottom = view.own
-            whole = slice(top, bottom), slice(left, right)
-            part = slice(top - view.box[1], bottom - view.box[1]), slice(left - view.box[0], right - view.box[0])
-            label_map[whole] = result["label_map"].numpy()[part]
-            scores[whole] = result["scores"].numpy()[part]
-        if output == "map":
+            label_map[top:bottom, left:right] = result["label_map"]
+            if choice.output == "map":
+                scores[top:bottom, left:right] = result["confidence"]
+        if choice.output == "map":
             return {"segmentation": label_map, "labels": names, "scores": scores}
-        segments = []
-        for label_id in np.unique(label_map).tolist():
-            region = label_map == label_id
-            segments.append(
-                {
-                    "label": NONE_OF_THESE if label_id < 0 else names[label_id],
-                    "label_id": label_id,
-                    "score": float(scores[region].mean()),
-                    "mask": Image.fromarray(np.where(region, np.uint8(255), np.uint8(0)), mode="L"),
-                }
-            )
-        return segments
+        counts = np.bincount(label_map.ravel() + 1, minlength=len(names) + 1)  # -1 first
+        sums = sum(result["confidence_sums"].numpy() for result in image["results"])
+        return [
+            {
+                "label": NONE_OF_THESE if label_id < 0 else names[label_id],
+                "label_id": label_id,
+                "score": float(sums[label_id + 1] / counts[label_id + 1]),
+                "mask": Image.fromarray(np.where(label_map == label_id, np.uint8(255), np.uint8(0)), mode="L"),
+            }
+            for label_id in (np.flatnonzero(counts) - 1).tolist()
+        ]
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save the model, its code and the processor."""

@@ -282,7 +282,7 @@ class Zs3ImageProcessor(PilBackend):
         """Label maps (Eq. 4): one (H, W) int64 tensor an image, of indices into the class names.
 
         target_sizes: (height, width) of each original image; None: the sizes after resizing, without padding.
-        return_scores: a SemanticMap an image instead, with scores and confidences.
+        return_scores: a SemanticMap an image instead, with confidences.
         is_seen: (C,) bool; also a SemanticMap an image, with the best seen and the best unseen class.
         """
         if target_sizes is None:

@@ -10,7 +10,8 @@ own process, where the networks and a large matrix product take turns. A time is
 the median of the rounds' ratios. Memory is the peak that a forward pass allocates in addition to the weights.
 
 The floor is the time that the convolutions and matrix products of a forward pass (attention included) would need at the
-speed of the large matrix product in its best round.
+speed of the large matrix product in its best round. The last table has the floor of each part of zs3's eager network,
+and the seconds that its convolutions and matrix products take; other operators take the rest.
 """
 
 import itertools
@@ -28,7 +29,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig
 
 import network_zs3
@@ -48,6 +50,7 @@ BACKBONES = {
 }
 ARCHITECTURE: dict[str, int] = {}  # fields that differ from Mask2Former's defaults
 PARTS, REST = ("backbone", "deformable encoder", "rest of the pixel decoder", "transformer decoder"), "rest"
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass
@@ -112,12 +115,34 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
 
+class Products(TorchDispatchMode):
+    """Counts the operations and the seconds of convolutions and matrix products, attention included.
+
+    PyTorch's FlopCounterMode would not do: it hooks all modules, and a hooked network runs transformers' own forward.
+    """
+
+    def __init__(self, device: torch.device = measuring.CPU):
+        super().__init__()
+        self.device, self.operations, self.seconds = device, 0, 0.0
+
+    def __torch_dispatch__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        kwargs, operator = kwargs or {}, function.overloadpacket
+        if operator not in flop_registry and operator is not FUSED:
+            with self:  # a linear layer is made of products
+                made = function.decompose(*args, **kwargs)
+            return function(*args, **kwargs) if made is NotImplemented else made
+        results = []
+        self.seconds += measuring.seconds_of(lambda: results.append(function(*args, **kwargs)), self.device)
+        if operator is not FUSED:
+            self.operations += flop_registry[operator](*args, **kwargs, out_val=results[0])
+        return results[0]
+
+
 def operations(step: Callable[[], object]) -> int:
     """Floating-point operations of a step's convolutions and matrix products, two for each multiply-add."""
-    # The counter does not know fused attention on the CPU. SDPBackend.MATH splits it into products that it counts.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), Products() as products:  # not FUSED, whose operations are not counted
         step()
-    return counter.get_total_flops()
+    return products.operations
 
 
 def compile_network(model: nn.Module) -> None:
@@ -145,21 +170,20 @@ def parts_of(model: nn.Module) -> dict[str, tuple[object, str]]:
     return {part: (module, "forward") for part, module in zip(PARTS, modules, strict=True)}
 
 
-def seconds_of_parts(
-    parts: dict[str, tuple[object, str]], step: Callable[[], object], rounds: int, device: torch.device
+def by_part(
+    parts: dict[str, tuple[object, str]], step: Callable[[], object], meter: Callable[[], float]
 ) -> dict[str, float]:
-    """The mean seconds of each part in a step. The time of a part excludes the parts inside it."""
-    seconds = dict.fromkeys([*parts, REST], 0.0)
-    running, since = [REST], 0.0
+    """How much a meter rises in each part of a step. The rise of a part excludes the parts inside it."""
+    rises = dict.fromkeys([*parts, REST], 0.0)
+    running, last = [REST], 0.0
 
     def charge() -> None:
-        nonlocal since
-        measuring.wait_for(device)
-        now = time.perf_counter()
-        seconds[running[-1]] += now - since
-        since = now
+        nonlocal last
+        now = meter()
+        rises[running[-1]] += now - last
+        last = now
 
-    def timed(part: str, function: Callable) -> Callable:
+    def metered(part: str, function: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
             charge()
             running.append(part)
@@ -172,12 +196,37 @@ def seconds_of_parts(
 
     with ExitStack() as stack:
         for part, (owner, name) in parts.items():
-            stack.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
-        since = time.perf_counter()
-        for _ in range(rounds):
-            step()
+            stack.enter_context(patch.object(owner, name, metered(part, getattr(owner, name))))
+        last = meter()
+        step()
         charge()
+    return rises
+
+
+def seconds_of_parts(
+    parts: dict[str, tuple[object, str]], step: Callable[[], object], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """The mean seconds of each part in a step. The time of a part excludes the parts inside it."""
+
+    def clock() -> float:
+        measuring.wait_for(device)
+        return time.perf_counter()
+
+    seconds = by_part(parts, lambda: [step() for _ in range(rounds)], clock)
     return {part: total / rounds for part, total in seconds.items()}
+
+
+def floor_of_parts(
+    parts: dict[str, tuple[object, str]], step: Callable[[], object], rate: float, rounds: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """By part: the floor at a rate of operations a second, and the mean seconds that the products take."""
+    with sdpa_kernel(SDPBackend.MATH), Products() as counted:
+        operations = by_part(parts, step, lambda: counted.operations)
+    with Products(device) as timed:
+        seconds = by_part(parts, lambda: [step() for _ in range(rounds)], lambda: timed.seconds)
+    return {
+        part: {"floor_seconds": operations[part] / rate, "product_seconds": seconds[part] / rounds} for part in seconds
+    }
 
 
 def operator_table(step: Callable[[], object], device: torch.device) -> str:
@@ -225,6 +274,8 @@ def compare(args: NetworkArgs, backbone: str, size: int, mode: str, device: torc
             if mode == "eager":
                 for name, model in ((PEER, peer), (OURS, ours)):
                     row["networks"][name]["parts"] = seconds_of_parts(parts_of(model), steps[name], args.rounds, device)
+                rate = row["operations_per_second"]
+                row["parts_floor"] = floor_of_parts(parts_of(ours), steps[OURS], rate, args.rounds, device)
             if args.profile is not None:
                 row["operators"] = {name: operator_table(step, device) for name, step in steps.items()}
     return row
@@ -266,6 +317,20 @@ def parts_table(rows: list[dict]) -> str:
     return measuring.table_of(["backbone", "size", "network", *parts], lines)
 
 
+FLOOR_TITLES = "backbone | size | part | seconds | floor, seconds | times the floor | products, seconds"
+FLOOR_CELLS = "{backbone} | {size} | {part} | {seconds:.4f} | {floor_seconds:.4f} | {times:.2f} | {product_seconds:.4f}"
+
+
+def floor_table(rows: list[dict]) -> str:
+    """A Markdown table of the parts of zs3's eager network beside their floor."""
+    lines = []
+    for row in rows:
+        for part in PARTS:
+            seconds, floor = row["parts"][part], row["parts_floor"][part]
+            lines.append({**row, **floor, "part": part, "seconds": seconds, "times": seconds / floor["floor_seconds"]})
+    return measuring.table(FLOOR_TITLES, FLOOR_CELLS, lines)
+
+
 def pop_operators(rows: list[dict]) -> str:
     """Removes the operator tables from all rows and returns them as one text."""
     texts = []
@@ -294,7 +359,11 @@ def all_tables(rows: list[dict]) -> str:
             row["breaks"] = row["graph_breaks"][row["network"]]
     text = measuring.table(TITLES, CELLS, rows)
     eager = [row for row in rows if "parts" in row]
-    return text + (f"\nOne eager forward by part of the network:\n\n{parts_table(eager)}" if eager else "")
+    if eager:
+        text += f"\nOne eager forward by part of the network:\n\n{parts_table(eager)}"
+        ours = [row for row in eager if row["network"] == OURS]
+        text += f"\nThe parts of {OURS} beside their floor:\n\n{floor_table(ours)}"
+    return text
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tiny import save_checkpoint, tiny_config, tiny_mask2former, tiny_model
 
+import network_zs3
 from benchmarks import (
     assembled,
     clip_views,
@@ -419,6 +420,8 @@ def test_the_network_beside_transformers_with_ratio_and_floor_as_the_seconds_say
     assert ours["peak_mib"] > 0 and ours["peak_share"] == ours["peak_mib"] / peer["peak_mib"]
     for parts in (ours["parts"], peer["parts"]):
         assert list(parts) == list(peer["parts"]) and len(parts) == 5 and min(parts.values()) > 0
+    floors = [part["floor_seconds"] for part in row["parts_floor"].values()]
+    assert sum(floors) == pytest.approx(row["floor_seconds"]) and min(floors[:4]) > 0
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "network.md").read_text()
     assert cells(printed, network.OURS)[:6] == ["resnet50", "64", "eager", network.OURS, "2.0000", "2.50"]
@@ -448,6 +451,17 @@ def test_operations_of_every_kind_of_product_are_counted():
         heads = rows[:, None]  # (B, 1, 7, 8): with an axis of heads it runs fused
         attention = network.operations(lambda: F.scaled_dot_product_attention(heads, heads, heads))
         assert attention == 2 * (2 * 2 * 7 * 8 * 7)
+
+
+def test_the_floor_is_that_of_this_network_and_not_of_transformers(tiny_networks, monkeypatch):
+    """Counting must not hook the modules: then transformers' own forward would run, which has more operations."""
+    monkeypatch.setattr(network_zs3, "transformers_outputs", None)
+    ours = network.make_zs3("resnet50").eval()
+    with torch.inference_mode():
+        texts = torch.randn(3, ours.config.projection_dim)
+        assert network.operations(lambda: ours(torch.randn(1, 3, 64, 64), text_embeds=texts)) > 10**6
+    layer = torch.nn.Linear(5, 7)
+    assert network.operations(lambda: layer(torch.randn(3, 5))) == 2 * 3 * 5 * 7
 
 
 def test_seconds_of_parts_are_those_of_a_part_without_the_parts_inside(monkeypatch, tiny_networks):
@@ -585,7 +599,7 @@ def test_the_evaluator_is_measured_beside_an_inference(call, tmp_path, capsys, m
     assert result["bootstrap"] == {"images": 30, "classes": 171, "resamples": 20, "seconds": 7.0}
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "evaluator.md").read_text()
-    assert cells(printed, evaluator.OBJECTS)[-2:] == ["3.75%", "met"]
+    assert cells(printed, evaluator.OBJECTS)[-2:] == ["3.75%", "met (5%)"]
     assert cells(printed, evaluator.NOISE)[-2:] == ["18.75%", "-"]
     with pytest.raises(ValueError, match="--images must rise"):
         call(evaluator, images="9 2")

@@ -77,10 +77,10 @@ def row(result: dict, place: int) -> dict:
 
 def test_a_result_shows_some_of_the_points_among_them_none_and_the_best():
     curve = SeenBiasCurve([True, False], IGNORE)
-    found = SemanticMap(*5 * [torch.zeros(1, 3, dtype=torch.int64)])
+    found = SemanticMap(torch.zeros(1, 3, dtype=torch.int64))
     found.label_map = torch.tensor([[0, 0, 1]])
     found.seen_map, found.unseen_map = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64)
-    found.seen_score, found.unseen_score = torch.tensor([[0.8, 0.9, 0.1]]), torch.tensor([[0.7, 0.2, 0.6]])
+    found.gap = torch.tensor([[0.8, 0.9, 0.1]]) - torch.tensor([[0.7, 0.2, 0.6]])
     curve.update(found, torch.tensor([[1, 0, 1]]))
     whole, some = curve.result(every=1), curve.result(every=50)
     assert {name: some[name] for name in some if name != "points"} == {
@@ -148,8 +148,7 @@ def map_of(seen_map, seen_score, unseen_map, unseen_score, label_map=None) -> Se
     seen_score, unseen_score = torch.tensor([seen_score]), torch.tensor([unseen_score])
     seen_wins = (seen_score > unseen_score) | ((seen_score == unseen_score) & (seen_map < unseen_map))
     winner = torch.where(seen_wins, seen_map, unseen_map) if label_map is None else torch.tensor([label_map])
-    nothing = torch.zeros_like(seen_score)
-    return SemanticMap(winner, nothing, nothing, nothing, nothing, seen_map, seen_score, unseen_map, unseen_score)
+    return SemanticMap(winner, seen_map=seen_map, unseen_map=unseen_map, gap=seen_score - unseen_score)
 
 
 def test_where_gamma_is_the_gap_the_lower_index_wins():
@@ -169,17 +168,16 @@ def test_where_gamma_is_the_gap_the_lower_index_wins():
 
 
 def test_near_ties_are_decided_as_by_fractions():
-    """Unseen scores that are the seen one less a gamma, to the nearest float32."""
-    rng = np.random.default_rng(0)
-    places = rng.integers(1, len(GAMMAS) - 1, 300)
-    places = places[GAMMAS[places] != 0]  # there label_map says it
-    seen = (rng.random(len(places)) * np.abs(GAMMAS[places])).astype(np.float32)
-    unseen = (seen.astype(np.float64) - GAMMAS[places]).astype(np.float32)
+    """Gaps that are a gamma, or the next float32 number below or above it; the seen class has the higher index."""
     won = 0
-    for place, *scores in zip(places.tolist(), seen.tolist(), unseen.tolist(), strict=True):
+    for number, place in enumerate(np.random.default_rng(0).integers(1, len(GAMMAS) - 1, 300).tolist()):
+        gamma = np.float32(GAMMAS[place])
+        if gamma == 0:  # there label_map says it
+            continue
+        gap = [gamma, np.nextafter(gamma, np.float32(-9)), np.nextafter(gamma, np.float32(9))][number % 3].item()
         curve = SeenBiasCurve([False, True], IGNORE)
-        curve.update(map_of([1], scores[:1], [0], scores[1:]), np.array([[1]]))
-        seen_wins = Fraction(scores[0]) - Fraction(GAMMAS[place]) > Fraction(scores[1])  # not where they are equal
+        curve.update(map_of([1], [gap], [0], [0.0]), np.array([[1]]))
+        seen_wins = Fraction(gap) > Fraction(GAMMAS[place])  # not where they are equal
         assert curve.iou()[place].tolist()[1] == float(seen_wins)
         won += seen_wins
     assert 50 < won < 250
@@ -281,7 +279,9 @@ def test_labels_beyond_255_are_counted():
 
 def map_with_confidence(label_map: np.ndarray, confidence: np.ndarray) -> SemanticMap:
     label_map, confidence = torch.as_tensor(label_map), torch.as_tensor(confidence, dtype=torch.float32)
-    return SemanticMap(label_map, confidence, confidence, confidence, confidence)
+    found = SemanticMap(label_map)
+    found.confidence = confidence
+    return found
 
 
 def random_confidences(seed: int, size=(9, 11), levels: int | None = None, outsiders: float = 0.3):

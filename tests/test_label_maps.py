@@ -1,5 +1,8 @@
 """Label maps against Eq. 4 in float64, dense and in loops; on inputs made to be hard for the tile-bound argmax."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -180,50 +183,73 @@ def test_an_image_is_the_same_alone_and_in_a_batch():
     together = semantic_map(class_probs, mask_logits, (28, 36), return_scores=True)
     for image, result in enumerate(together):
         (alone,) = semantic_map(class_probs[[image]], mask_logits[[image]], (28, 36), return_scores=True)
-        for name in ("label_map", "score", "margin", "confidence"):
+        for name in ("label_map", "confidence", "margin"):
             assert torch.equal(getattr(result, name), getattr(alone, name))
 
 
 # --------------------------------------------------------------------------------------------- scores and groups
 
 
-def literal_confidence(class_probs: Tensor, mask_logits: Tensor, target, label_map: Tensor) -> tuple[Tensor, Tensor]:
-    """In loops over queries, from the sentence in SemanticMap; the margin over the runner-up of Eq. 4."""
+def literal_confidences(class_probs: Tensor, mask_logits: Tensor) -> Tensor:
+    """(C, h, w) float64, in loops over queries, from the sentences in GridConfidences."""
     classes = class_probs.shape[1]
-    least, mean, total = 0, 0, 0
-    scores = literal_scores(class_probs, mask_logits, (28, 36), (28, 36), target)
-    for p, logits in zip(class_probs, mask_logits, strict=True):
-        divergence = sum(float(v) * torch.tensor(float(v) * classes).double().log().item() for v in p)  # KL(p, U)
-        weight = max(1e-6, divergence / torch.tensor(classes).double().log().item()) if classes > 1 else 1.0
-        mask = literal_scores(torch.ones(1, 1), logits[None], (28, 36), (28, 36), target)[0]
-        mean = mean + weight * p.double()[:, None, None] * mask
-        total, least = total + weight * mask, least + mask
-    shares = mean / total * least.clamp(max=1)
-    first = shares.gather(0, label_map[None])[0]
-    if classes == 1:
-        return first, first
-    runner_up = scores.scatter(0, label_map[None], -1).argmax(0)
-    return first, (first - shares.gather(0, runner_up[None])[0]).clamp(min=0)
+    mean = total = covered = 0
+    for p, logits in zip(class_probs.double(), mask_logits.double(), strict=True):
+        divergence = sum(v * math.log(v * classes) for v in p.tolist())  # KL(p, U)
+        weight = max(1e-6, divergence / math.log(classes)) if classes > 1 else 1.0
+        mask = 1 / (1 + (-logits).exp())
+        mean = mean + weight * p[:, None, None] * mask
+        total, covered = total + weight * mask, covered + mask
+    return mean / total * covered.clamp(max=1)
+
+
+def at_pixel(values: Tensor, y: int, x: int, target, covered) -> float:
+    """values (h, w) on the mask grid, its first `covered` (height, width) resized to `target`: bilinear, one pixel."""
+    result, places = 0.0, []
+    for at, side, share, most in zip((y, x), target, covered, values.shape, strict=True):
+        place = min(max((at + 0.5) * share / side - 0.5, 0.0), most - 1.0)
+        low = int(place)
+        places.append([(low, 1 - (place - low)), (min(low + 1, most - 1), place - low)])
+    for (row, row_weight), (column, column_weight) in itertools.product(*places):
+        result += row_weight * column_weight * float(values[row, column])
+    return result
 
 
 @pytest.mark.parametrize("classes", [1, 2, 5, 300])
-@pytest.mark.parametrize("target", [None, (50, 61)])
-def test_scores_margins_and_confidences(classes, target):
+@pytest.mark.parametrize("target", [None, (50, 61), (9, 40)])
+def test_confidences_and_margins_are_those_of_the_mask_grid(classes, target):
     class_probs, mask_logits = proposals(classes=classes)
-    options = {} if target is None else {"image_sizes": [target] * 2}
+    size = target or (28, 36)
+    options = {} if target is None else {"image_sizes": [size] * 2, "valid_sizes": [(28, 36), (21, 30)]}
     best = semantic_map(class_probs, mask_logits, (28, 36), return_scores=True, **options)
     for image, result in enumerate(best):
-        scores = literal_scores(class_probs[image], mask_logits[image], (28, 36), (28, 36), target)
-        top = scores.topk(min(2, classes), dim=0).values
-        torch.testing.assert_close(result.score.double(), top[0], rtol=0, atol=1e-5)
-        margin = top[0] - top[1] if classes > 1 else torch.zeros_like(top[0])
-        torch.testing.assert_close(result.margin.double(), margin, rtol=0, atol=1e-5)
-        confidence, confidence_margin = literal_confidence(
-            class_probs[image], mask_logits[image], target, result.label_map
-        )
-        torch.testing.assert_close(result.confidence.double(), confidence, rtol=0, atol=1e-5)
-        torch.testing.assert_close(result.confidence_margin.double(), confidence_margin, rtol=0, atol=1e-5)
+        covered = (21 / 4, 30 / 4) if target is not None and image else (7, 9)
+        confidences = literal_confidences(class_probs[image], mask_logits[image])
+        others = torch.zeros_like(confidences)
+        for label in range(classes if classes > 1 else 0):
+            others[label] = torch.cat([confidences[:label], confidences[label + 1 :]]).amax(0)
+        assert result.confidence.dtype == result.margin.dtype == torch.float32
+        assert result.confidence.shape == result.margin.shape == size
+        for y, x in [(0, 0), (size[0] - 1, size[1] - 1), (0, size[1] - 1), (3, 31), (5, 17), (7, 2)]:
+            label = int(result.label_map[y, x])
+            confidence = at_pixel(confidences[label], y, x, size, covered)
+            margin = at_pixel((confidences[label] - others[label]).clamp(min=0), y, x, size, covered)
+            assert result.confidence[y, x].item() == pytest.approx(confidence, abs=1e-5)
+            assert result.margin[y, x].item() == pytest.approx(margin, abs=1e-5)
         assert result.confidence.min() >= 0 and result.confidence.max() <= 1
+
+
+@pytest.mark.parametrize("strip", [1, 100, 2**16])
+def test_the_sums_of_regions_are_those_of_the_map(strip, monkeypatch):
+    monkeypatch.setattr(label_maps_zs3, "STRIP", strip)
+    class_probs, mask_logits = proposals(1, classes=12)
+    (result,) = semantic_map(class_probs, mask_logits, (28, 36), return_scores=True)
+    ids = torch.arange(28 * 36).reshape(28, 36) % 5 - 1
+    sums = result.confidence_sums(ids, 6)
+    assert sums.shape == (7,) and sums[5:].tolist() == [0, 0]
+    for place, own in enumerate(range(-1, 4)):
+        expected = sum(float(value) for value in result.confidence.double()[ids == own])
+        assert float(sums[place]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("classes", [4, 150, 847])
@@ -249,18 +275,6 @@ def test_a_pixel_that_no_mask_covers_has_no_confidence():
     assert alone.confidence[0, 0] < 1e-3 and alone.confidence[0, -1] > 0.99  # one label: whether a mask is there
 
 
-@pytest.mark.parametrize("runner_up", [0.001, 0.04, 0.06, 0.07, 0.3])
-def test_a_margin_is_exact_where_the_runner_up_has_a_twentieth_of_the_score(runner_up):
-    class_probs = torch.full((1, 2, 10), 0.0475)
-    class_probs[0, :, 0], class_probs[0, :, 7] = 0.55, runner_up
-    (result,) = semantic_map(class_probs, torch.full((1, 2, 4, 4), 3.0), (16, 16), return_scores=True)
-    exact = 2 * (0.55 - max(runner_up, 0.0475)) * torch.tensor(3.0).sigmoid()
-    assert (result.margin >= exact - 1e-5).all()
-    assert (result.margin <= exact + label_maps_zs3.RUNNER_UP * result.score).all()
-    if max(runner_up, 0.0475) >= label_maps_zs3.RUNNER_UP * 0.55:
-        assert (result.margin <= exact + 1e-5).all()
-
-
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -270,32 +284,28 @@ def test_a_margin_is_exact_where_the_runner_up_has_a_twentieth_of_the_score(runn
     masks=st.sampled_from(["soft", "usual", "steep", "saturated", "constant", "absent"]),
     double=st.booleans(),
     share=st.one_of(st.sampled_from([0, 0.5, 1]), st.floats(0, 1)),
+    target=st.one_of(st.none(), st.tuples(st.integers(1, 41), st.integers(1, 41))),
 )
-def test_scores_margins_and_groups_on_any_input(seed, classes, queries, probs, masks, double, share):
+def test_confidences_and_groups_on_any_input(seed, classes, queries, probs, masks, double, share, target):
     torch.manual_seed(seed)
     class_probs, mask_logits = kinds_of_probs(probs, queries, classes), kinds_of_masks(masks, queries, 5, 6)
     if double:
         class_probs, mask_logits = class_probs.double(), mask_logits.double()
     is_seen = torch.rand(classes) < share
-    (result,) = semantic_map(class_probs[None], mask_logits[None], (20, 24), is_seen=is_seen)
-    scores = literal_scores(class_probs, mask_logits, (20, 24))
-    for members, label_map, score in (
-        (torch.ones(classes).bool(), result.label_map, result.score),
-        (is_seen, result.seen_map, result.seen_score),
-        (~is_seen, result.unseen_map, result.unseen_score),
-    ):
+    options = {} if target is None else {"image_sizes": [target]}
+    (result,) = semantic_map(class_probs[None], mask_logits[None], (20, 24), is_seen=is_seen, **options)
+    scores = literal_scores(class_probs, mask_logits, (20, 24), (20, 24), target)
+    best = []
+    for members, label_map in ((is_seen, result.seen_map), (~is_seen, result.unseen_map)):
+        own = scores.masked_fill(~members[:, None, None], -torch.inf)
+        best.append(own.amax(0))
         if members.any():
-            own = scores.masked_fill(~members[:, None, None], -1)
-            torch.testing.assert_close(own.gather(0, label_map[None])[0], own.amax(0), rtol=0, atol=1e-5)
-            torch.testing.assert_close(score.double(), own.amax(0), rtol=0, atol=1e-5)
+            torch.testing.assert_close(own.gather(0, label_map[None])[0], best[-1], rtol=0, atol=1e-5)
         else:
-            assert (label_map == -1).all() and (score == -torch.inf).all()
+            assert (label_map == -1).all()
+    torch.testing.assert_close(result.gap.double(), best[0] - best[1], rtol=0, atol=1e-5)
     assert_best(result.label_map, scores)
     assert torch.equal(torch.where(is_seen[result.label_map], result.seen_map, result.unseen_map), result.label_map)
-    top = scores.topk(min(2, classes), dim=0).values
-    margin = top[0] - top[-1]
-    assert (result.margin >= margin - 1e-5).all()
-    assert (result.margin <= margin + label_maps_zs3.RUNNER_UP * top[0] + 1e-5).all()
     assert ((result.confidence >= 0) & (result.confidence <= 1)).all()
 
 
@@ -319,7 +329,7 @@ def test_less_than_float32_products_are_not_relied_on():
         assert label_maps_zs3._working_dtype(class_probs, mask_logits) == torch.float64
         assert torch.equal(semantic_map(class_probs, mask_logits, (28, 36)), expected)
         (scored,) = semantic_map(class_probs, mask_logits, (28, 36), is_seen=torch.arange(200) % 2 == 0)
-        assert torch.equal(scored.label_map, expected[0]) and scored.score.dtype == torch.float32
+        assert torch.equal(scored.label_map, expected[0]) and scored.gap.dtype == torch.float32
     finally:
         torch.set_float32_matmul_precision(before)
     assert label_maps_zs3._working_dtype(class_probs, mask_logits) == torch.float32
@@ -421,9 +431,6 @@ def test_a_bias_is_taken_off_the_scores_of_seen_classes(gamma, seen):
 
 
 def test_of_equal_scores_the_lowest_index_wins_with_a_bias_too():
-    score = torch.ones(1, 3)
     maps = {"seen_map": torch.tensor([[1, 0, 2]]), "unseen_map": torch.tensor([[0, 1, 1]])}
-    result = label_maps_zs3.SemanticMap(
-        *5 * [torch.zeros(1, 3)], seen_score=score, unseen_score=torch.tensor([[0.5, 0.5, 0.25]]), **maps
-    )
+    result = label_maps_zs3.SemanticMap(torch.zeros(1, 3), gap=torch.tensor([[0.5, 0.5, 0.75]]), **maps)
     assert result.with_seen_bias(0.5).tolist() == [[0, 0, 2]]

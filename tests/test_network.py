@@ -11,6 +11,7 @@ from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerModel, ResNetConfig, SwinConfig
 
+import network_zs3
 from network_zs3 import (
     DecoderOutputs,
     _bags,
@@ -78,6 +79,23 @@ def test_every_output_is_that_of_transformers(backbone, size):
             assert_close(mine, its)
     assert torch.equal(last.mask_logits[0], every.mask_logits[-1]) and len(last.mask_logits) == 1
     assert torch.equal(last.hidden[0], every.hidden[-1]) and len(last.hidden) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 50])
+def test_some_positions_at_a_time_give_the_same(monkeypatch, at_once):
+    model, pixels = network().double(), torch.randn(2, 3, 64, 96).double()  # 126 positions an image
+
+    def outputs_and_gradients() -> list[Tensor]:
+        outputs = decoder_outputs(model, pixels, every=False)
+        total = outputs.mask_logits[0].square().mean() + outputs.hidden[0].square().mean()
+        used = [weight for name, weight in model.named_parameters() if "pixel_level_module.decoder.encoder" in name]
+        return [outputs.mask_logits[0], outputs.hidden[0], *torch.autograd.grad(total, used)]
+
+    expected = outputs_and_gradients()
+    monkeypatch.setattr(network_zs3, "POSITIONS_AT_ONCE", at_once)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for found, known in zip(outputs_and_gradients(), expected, strict=True):
+        assert torch.allclose(found, known, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("norms_learn", [False, True])

@@ -1,6 +1,7 @@
 """The pipeline: one call, any label list. That it loads as a stranger is tests/test_hub.py's business."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -262,14 +263,18 @@ def confidence_in_loops(segment, labels: list[str], y: int, x: int) -> tuple[flo
     inputs = segment.processor(images=IMAGE, class_names=labels, do_resize=False)
     with torch.no_grad():
         outputs = segment.model(**inputs)
-    logits = torch.nn.functional.interpolate(outputs.mask_logits.double(), scale_factor=4, mode="bilinear")
-    probs, masks = outputs.class_probs[0].tolist(), logits[0, :, y, x].sigmoid().tolist()
+    resized = partial(torch.nn.functional.interpolate, scale_factor=4, mode="bilinear")
+    probs, masks = outputs.class_probs[0].tolist(), outputs.mask_logits[0].double().sigmoid()  # (Q, h, w)
     weights = [sum(v * math.log(v * len(labels)) for v in p) / math.log(len(labels)) for p in probs]  # KL(p, U) / ln C
-    score = [sum(p[c] * m for p, m in zip(probs, masks, strict=True)) for c in range(len(labels))]
-    mean = [sum(w * p[c] * m for w, p, m in zip(weights, probs, masks, strict=True)) for c in range(len(labels))]
-    whole = sum(w * m for w, m in zip(weights, masks, strict=True)) / min(1, sum(masks))
-    second, first = sorted(range(len(labels)), key=score.__getitem__)[-2:]
-    return mean[first] / whole, (mean[first] - mean[second]) / whole
+    pairs = list(zip(weights, probs, masks, strict=True))
+    whole = sum(w * m for w, _, m in pairs) / masks.sum(0).clamp(max=1)  # on the mask grid
+    means = torch.stack([sum(w * p[c] * m for w, p, m in pairs) / whole for c in range(len(labels))])
+    pixel = resized(outputs.mask_logits.double())[0, :, y, x].sigmoid().tolist()
+    score = [sum(p[c] * m for p, m in zip(probs, pixel, strict=True)) for c in range(len(labels))]
+    winner = max(range(len(labels)), key=score.__getitem__)
+    margins = (means[winner] - torch.cat([means[:winner], means[winner + 1 :]]).amax(0)).clamp(min=0)
+    both = resized(torch.stack([means[winner], margins])[None])
+    return both[0, 0, y, x].item(), both[0, 1, y, x].item()
 
 
 def test_confidence_is_what_the_decided_queries_say(folder):

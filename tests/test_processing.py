@@ -653,7 +653,7 @@ def test_label_maps_have_the_sizes_asked_for():
     assert [found.label_map.tolist() for found in scored] == [label_map.tolist() for label_map in maps]
     assert scored[0].seen_map.eq(1).all() and scored[0].unseen_map.eq(0).all()
     (found, _) = ours.post_process_semantic_segmentation(outputs, return_scores=True)
-    assert found.seen_map is None and found.score.shape == (40, 60)
+    assert found.seen_map is None and found.confidence.shape == (40, 60)
 
 
 @pytest.mark.parametrize("options", [{}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5}])

@@ -7,7 +7,8 @@ semantic_map(x) = argmax_c sum_q p_q(c) M_q(x) for every pixel x and any number 
 2. Guesses. Each query's smallest class probability is subtracted from its row (all classes lose the same at a pixel).
    Hardly anything is left of an undecided query. Each query has a favourite class; a few of these classes, at most Q,
    compete in each tile. By the bounds many tiles have a single winner among them.
-3. Pixels. The other tiles are upsampled, with the queries that matter there, and decided pixel by pixel.
+3. Pixels. In the other tiles masks are upsampled to the model's input and summed to the scores of the few classes.
+   These are resized to the image, as Eq. 4 is linear in the masks, and decided pixel by pixel.
 4. The certificate. Let floor(x) be the least score that the winner can have at x. A class c can win in a tile only if
    sum_q p_q(c) max_x (M_q(x) / floor(x)) >= 1. One matrix product, of tiles x Q with Q x C, finds all such classes.
    Mostly there is none; those found join the tile's guesses in step 3.
@@ -15,14 +16,16 @@ semantic_map(x) = argmax_c sum_q p_q(c) M_q(x) for every pixel x and any number 
 Every float32 number has a bound on its rounding (see ROUNDING). Where two classes are closer than these bounds, float64
 decides. So the winner is that of float64 arithmetic.
 
+Confidences are defined on the mask grid (`GridConfidences`): they cost little beside the label map.
+
 Axes: B image, Q query, C class name, H W output size, h w mask size; N tile, n some tiles, K runner: a class that may
-win in a tile, R query that matters there, X pixel of a tile.
+win in a tile; I pixel of the model's input in a tile, i j along its sides; X pixel of the image in a tile.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, reduce
 from typing import NamedTuple
 
 import torch
@@ -44,10 +47,9 @@ EQUAL = 1e-12  # scores this close are equal: above the rounding of float64 sums
 NEAR = 1e-6  # scores this close count as equal among the seen, or the unseen, classes
 TILE = 4  # mask pixels along the side of a tile
 BLOCK = 4  # tiles along the side of the blocks with which the certificate begins
+STRIP = 2**16  # pixels whose confidences are made at once
 CHUNK = 2**19  # numbers in one tensor of steps 3 and 4, but for those of the size of the masks or the output
-TAIL = 1e-6  # queries that together matter less than this share of a tile's best score are not upsampled there
-RUNNER_UP = 0.05  # a runner-up is looked for among the classes that may have this share of the winner's score
-GUESSES = 3  # favourites that compete in a tile before the certificate, beyond the rank wanted
+GUESSES = 4  # favourites that compete in a tile before the certificate
 TINY = 1e-30  # a smaller floor is no floor; it is far above what float32 loses to underflow
 UNDECIDED = 1e-6  # the least weight of a query in a confidence: where all queries are undecided, they count alike
 
@@ -56,7 +58,7 @@ UNDECIDED = 1e-6  # the least weight of a query in a confidence: where all queri
 ROUNDING = 2.0**-24
 # M from logits of size at most L: two interpolations, each of two rounded weights, products and one sum, are off by
 # 6 u L, and M by that times the slope of the sigmoid, M (1 - M), which is at most 1/4 and at most M; the sigmoid's own
-# rounding is at most 4 u M, that of resizing M once more 6 u M.
+# rounding is at most 4 u M, that of resizing the sums of all M once more 6 u of them.
 LOGIT_ROUNDINGS, FAINT_LOGIT_ROUNDINGS, MASK_ROUNDINGS = 2, 7, 12
 HUGE_LOGIT = 1e5  # beyond it, 6 u L is no small step along the sigmoid
 
@@ -75,35 +77,44 @@ def semantic_scores(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, i
 class SemanticMap:
     """The values of every pixel, each (H, W).
 
-    label_map: int64, the winner. score: the winner's score of Eq. 4. margin: its distance to the runner-up's, 0 where C
-    is 1. Where no other class has RUNNER_UP of the winner's score, the margin may be too large by that share.
-    confidence: in [0, 1], the weighted mean over queries of the winner's probability p_q, times the part of the pixel
-    that masks cover, min(1, sum_q M_q). A query's weight is its mask M_q times how decided it is, KL(p_q || U) / ln C.
-    So a query that makes no difference between classes does not count; Eq. 5 trains unmatched queries to be so.
-    confidence_margin: the distance to the runner-up's confidence.
-    seen_map, seen_score, unseen_map, unseen_score: the best seen and the best unseen class, and their scores, to 1e-5;
-    near-ties go to the lowest index. -1 and -inf where there is no such class. None without `is_seen`. One of the two
-    is the winner.
+    label_map: int64, the winner.
+    confidence: float32 in [0, 1], and margin, its distance to the largest confidence of another class: see
+        `GridConfidences`. They are made when they are read.
+    seen_map, unseen_map: the best seen and the best unseen class; near-ties go to the lowest index; -1 where there is
+        no such class. One of the two is the winner. gap: float32, the score of the best seen class less that of the
+        best unseen class, to 1e-5; -inf or inf where one is missing. None without `is_seen`.
     """
 
     label_map: Tensor
-    score: Tensor
-    margin: Tensor
-    confidence: Tensor
-    confidence_margin: Tensor
+    confidences: "GridConfidences | None" = None
     seen_map: Tensor | None = None
-    seen_score: Tensor | None = None
     unseen_map: Tensor | None = None
-    unseen_score: Tensor | None = None
+    gap: Tensor | None = None
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        return self.confidences.of(self.label_map)
+
+    @cached_property
+    def margin(self) -> Tensor:
+        return self.confidences.of(self.label_map, margin=True)
+
+    def confidence_sums(self, ids: Tensor, num_ids: int) -> Tensor:
+        """(num_ids + 1,) float64: the sum of `confidence` over the pixels of each id, those of -1 first; without a map
+        of it. ids: (H, W) int64, -1 to num_ids - 1."""
+        sums = torch.zeros(num_ids + 1, dtype=torch.float64, device=ids.device)
+        for rows, values in self.confidences.strips(self.label_map):
+            sums += torch.bincount(ids[rows].flatten() + 1, values.flatten().double(), num_ids + 1)
+        return sums
 
     def with_seen_bias(self, gamma: float) -> Tensor:
         """(H, W) int64: the winner after gamma is subtracted from the scores of seen classes (Chao et al. 2016); of
         equal scores the lowest index. Needs the best seen and unseen classes."""
         if gamma == 0:
             return self.label_map  # decided in float64
-        seen, unseen = self.seen_score.double() - gamma, self.unseen_score.double()  # float32 would make false ties
-        wins = (seen > unseen) | ((seen == unseen) & (self.seen_map < self.unseen_map))
-        return torch.where(wins | (self.unseen_map < 0), self.seen_map, self.unseen_map)
+        gap = self.gap.double()  # gamma as float32 would make false ties
+        wins = (gap > gamma) | ((gap == gamma) & (self.seen_map < self.unseen_map))
+        return torch.where((wins | (self.unseen_map < 0)) & (self.seen_map >= 0), self.seen_map, self.unseen_map)
 
 
 @torch.no_grad()
@@ -122,17 +133,17 @@ def semantic_map(
     class_probs: (B, Q, C), at least 0; mask_logits: (B, Q, h, w), finite. Mask logits are resized to `size`, the
     (padded) input size; then comes the sigmoid. With image_sizes the probabilities are cut to valid_sizes (the input
     without padding) and resized to the images' own sizes: Mask2Former's order, since Eq. 4 is linear in the masks.
-    is_seen: (C,) bool, for the best seen and the best unseen class; implies return_scores.
+    return_scores: a SemanticMap an image, with confidences. is_seen: (C,) bool, for the best seen and the best unseen
+    class of every pixel, too; it implies return_scores.
 
-    The winner's score, in float64, is within 1e-6 of the best; equal scores (to 1e-12) go to the lowest index. Returned
-    scores are float32 numbers, within 1e-5 for up to some hundred queries.
+    The winner's score, in float64, is within 1e-6 of the best; equal scores (to 1e-12) go to the lowest index.
     Returns (B, H, W) int64; with image_sizes a list, one (H, W) an image; with return_scores a list of SemanticMap.
     """
     sizes = {"valid_sizes": valid_sizes, "image_sizes": image_sizes}
     _check_inputs(class_probs, mask_logits, size, sizes, is_seen)
     device = mask_logits.device if mask_logits.device.type != "mps" else torch.device("cpu")  # mps has no float64
-    groups = [] if is_seen is None else [is_seen.to(device).bool(), ~is_seen.to(device).bool()]
-    groups = groups if return_scores or is_seen is not None else None
+    scored = return_scores or is_seen is not None
+    is_seen = None if is_seen is None else is_seen.to(device).bool()
     class_probs, mask_logits = class_probs.to(device), mask_logits.to(device)
     results = []
     for image in range(len(mask_logits)):
@@ -140,11 +151,14 @@ def semantic_map(
         if image_sizes is not None:
             valid = valid if valid_sizes is None else tuple(int(side) for side in valid_sizes[image])
             own = tuple(int(side) for side in image_sizes[image])
-        axes = zip(mask_logits.shape[2:], size, valid, own, strict=True)
+        axes = list(zip(mask_logits.shape[2:], size, valid, own, strict=True))
         rows, columns = (_axis(*lengths, TILE).to(device) for lengths in axes)
         with torch.autocast(device.type, enabled=False):
-            results.append(_map_image(_bounds(class_probs[image], mask_logits[image], rows, columns), groups))
-    if image_sizes is not None or groups is not None:
+            found = _map_image(_bounds(class_probs[image], mask_logits[image], rows, columns), is_seen)
+            if scored:
+                found["confidences"] = GridConfidences.of_proposals(class_probs[image], mask_logits[image], axes)
+        results.append(SemanticMap(**found) if scored else found["label_map"])
+    if image_sizes is not None or scored:
         return results
     return torch.stack(results) if results else mask_logits.new_empty(0, *size, dtype=torch.int64)
 
@@ -203,7 +217,7 @@ def explain(
     y, x = (as_number(name, at, 0, side - 1, whole=True) for name, at, side in zip("yx", (y, x), own, strict=True))
     lengths = zip(mask_logits.shape[1:], valid, own, strict=True)
     rows, columns = (_axis(mask, mask * MASK_STRIDE, *sides, TILE) for mask, *sides in lengths)
-    masks = _exact_masks(mask_logits, rows, columns, torch.tensor([y]), torch.tensor([x]))[0]  # (Q,)
+    masks = _exact_masks(mask_logits.permute(1, 2, 0), rows, columns, torch.tensor([y]), torch.tensor([x]))[0]  # (Q,)
     contributions = class_probs * masks[:, None]  # (Q, C)
     winner = int(_first_of_best(contributions.sum(0)[None])[0])
     return Explanation(winner, float(contributions[:, winner].sum()), contributions[:, winner], masks)
@@ -218,11 +232,14 @@ class _Taps(NamedTuple):
     index: Tensor  # (new, 2) int64; twice the same where one suffices
     weight: Tensor  # (new, 2) float64, at least 0, of sum 1
 
+    def to(self, device: torch.device) -> "_Taps":
+        return _Taps(self.index.to(device), self.weight.to(device))
+
 
 class _Axis(NamedTuple):
     """One axis of the way from mask pixels over input pixels to the image's, cut into tiles.
 
-    The last tile is filled up with copies of the last pixel; lists shorter than others with weights of 0.
+    The last tile is filled up with copies of the last pixel; shorter lists with copies of their last entry (weight 0).
     """
 
     mask_index: Tensor  # (tiles, m) int64: the mask pixels that a tile looks at
@@ -234,12 +251,12 @@ class _Axis(NamedTuple):
 
     def to(self, device: torch.device) -> "_Axis":
         moved = [value.to(device) for value in self[:3]]
-        taps = [_Taps(*(value.to(device) for value in taps)) for taps in self[4:]]
-        return _Axis(*moved, self.resizes, *taps)
+        return _Axis(*moved, self.resizes, *(taps.to(device) for taps in self[4:]))
 
 
-def _taps(new: int, old: int) -> _Taps:
-    position = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).clamp(min=0)
+def _taps(new: int, old: int, span: float | None = None) -> _Taps:
+    """span: the part of the old pixels that the new ones cover, from the first on; None: all of them."""
+    position = ((torch.arange(new, dtype=torch.float64) + 0.5) * ((span or old) / new) - 0.5).clamp(min=0)
     low = position.floor().long().clamp(max=old - 1)
     share = position - low
     high = torch.where(share > 0, (low + 1).clamp(max=old - 1), low)
@@ -258,7 +275,8 @@ def _axis(mask: int, size: int, valid: int, image: int, tile: int) -> _Axis:
         parts.append((index, to_input, to_image))
     most_index, most_inputs = (max(part[axis].shape[0] for part in parts) for axis in (0, 1))
     index = [torch.cat([part[0], part[0][-1:].expand(most_index - len(part[0]))]) for part in parts]
-    to_input = [F.pad(w, (0, most_index - w.shape[1], 0, most_inputs - w.shape[0])) for _, w, _ in parts]
+    to_input = [F.pad(w, (0, most_index - w.shape[1])) for _, w, _ in parts]
+    to_input = [torch.cat([w, w[-1:].expand(most_inputs - len(w), -1)]) for w in to_input]
     to_image = [F.pad(w, (0, most_inputs - w.shape[1])) for *_, w in parts]
     return _Axis(
         torch.stack(index), torch.stack(to_input), torch.stack(to_image), image != valid, input_taps, image_taps
@@ -274,14 +292,123 @@ def _sums(taps: _Taps, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exact_masks(mask_logits: Tensor, rows: _Axis, columns: _Axis, y: Tensor, x: Tensor) -> Tensor:
-    """M in float64 at single pixels: mask_logits (Q, h, w), y and x (n,) -> (n, Q)."""
+    """M in float64 at single pixels: mask_logits (h, w, Q), y and x (n,) -> (n, Q)."""
     y, y_share = rows.image_taps.index[y], rows.image_taps.weight[y]  # (n, 2): input pixels
     x, x_share = columns.image_taps.index[x], columns.image_taps.weight[x]
     row, row_share = rows.input_taps.index[y], rows.input_taps.weight[y]  # (n, 2, 2): mask pixels of each
     column, column_share = columns.input_taps.index[x], columns.input_taps.weight[x]
-    logits = mask_logits[:, row[:, :, :, None, None], column[:, None, None]].double()  # (Q, n, 2, 2, 2, 2)
-    probs = torch.einsum("qnyrxc,nyr,nxc->qnyx", logits, row_share, column_share).sigmoid()
-    return torch.einsum("qnyx,ny,nx->nq", probs, y_share, x_share)
+    logits = mask_logits[row[:, :, :, None, None], column[:, None, None]].double()  # (n, 2, 2, 2, 2, Q)
+    probs = torch.einsum("nyrxcq,nyr,nxc->nyxq", logits, row_share, column_share).sigmoid()
+    return torch.einsum("nyxq,ny,nx->nq", probs, y_share, x_share)
+
+
+# ------------------------------------------------------------------------------------------------- confidences
+
+
+@dataclass
+class GridConfidences:
+    """The confidence of every class on the mask grid, brought to the image by one bilinear resizing.
+
+    The confidence of class c at a mask pixel, in [0, 1], is the weighted mean over queries of p_q(c), times the part of
+    the pixel that masks cover, min(1, sum_q M_q). A query's weight is its mask M_q times how decided it is,
+    KL(p_q || U) / ln C. So a query that makes no difference between classes does not count; Eq. 5 trains unmatched
+    queries to be so. The margin of c is its confidence less the largest one of another class, at least 0.
+
+    masks: (Q, h, w), M. weights: (Q, C), p_q times how decided a query is. share: (h, w), the covered part, divided by
+    the sum of the queries' weights. rows, columns: of the image's pixels.
+    """
+
+    masks: Tensor
+    weights: Tensor
+    share: Tensor
+    rows: "_Taps"
+    columns: "_Taps"
+
+    @classmethod
+    def of_proposals(
+        cls, class_probs: Tensor, mask_logits: Tensor, axes: Sequence[tuple[int, int, int, int]]
+    ) -> "GridConfidences":
+        """class_probs (Q, C), mask_logits (Q, h, w); axes: as for `_axis`, of rows and columns."""
+        kind = _working_dtype(class_probs, mask_logits)
+        masks, class_probs = mask_logits.to(kind).sigmoid(), class_probs.to(kind)
+        decided = _decidedness(class_probs)
+        voices = torch.einsum("q,qhw->hw", decided, masks)
+        share = masks.sum(dim=0).clamp(max=1) / voices.clamp(min=TINY)
+        taps = (_taps(image, mask, mask * valid / size).to(masks.device) for mask, size, valid, image in axes)
+        return cls(masks, decided[:, None] * class_probs, share, *taps)
+
+    def of(self, label_map: Tensor, margin: bool = False) -> Tensor:
+        """(H, W) float32: the confidence, or the margin, of each pixel's class; label_map: (H, W) int64."""
+        values = torch.empty(label_map.shape, dtype=self.masks.dtype, device=label_map.device)
+        for _ in self.strips(label_map, margin, values):
+            pass
+        return values.float()
+
+    def strips(
+        self, label_map: Tensor, margin: bool = False, out: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of pixels, and their values, until all are done. out: (H, W), where they are written."""
+        classes = torch.bincount(label_map.flatten(), minlength=self.weights.shape[1]).nonzero()[:, 0]  # (K,)
+        _, height, width = self.masks.shape
+        begin = torch.zeros(self.weights.shape[1], dtype=torch.int64, device=classes.device)
+        begin[classes] = width * torch.arange(len(classes), device=classes.device)  # of a class in a row (K w)
+        left, right = self.columns.index.T  # (W,)
+        share = (self.columns.weight[:, 1] * (right > left)).to(self.masks.dtype)
+        step = max(1, STRIP // max(len(left), len(classes) * width))
+        # The grid's values are made for several strips at once.
+        block = step * max(1, CHUNK // (len(classes) * width) * len(label_map) // height // step)
+        for start in range(0, len(label_map), step):
+            if start % block == 0:
+                first = int(self.rows.index[start, 0])
+                last = int(self.rows.index[start : start + block].max()) + 1
+                grid = self._values(classes, slice(first, last), margin)  # (K, h', w)
+            rows = slice(start, start + step)
+            low, high = (self.rows.index[rows] - first).T
+            down = self.rows.weight[rows, 1, None].to(grid.dtype)
+            values = torch.lerp(grid.index_select(1, low), grid.index_select(1, high), down)  # (K, H', w)
+            values = values.transpose(0, 1).flatten(1)  # (H', K w)
+            index = begin.index_select(0, label_map[rows].flatten()).view(-1, len(left)).add_(left)
+            ends = values.gather(1, index), values.roll(-1, 1).gather(1, index)
+            yield rows, torch.lerp(*ends, share, out=None if out is None else out[rows])
+
+    def _values(self, classes: Tensor, rows: slice, margin: bool) -> Tensor:
+        """(K, h', w): the confidences or the margins of some classes in some rows of the grid."""
+        values = self._grid(classes, rows)
+        if not margin:
+            return values
+        (best, second), (winner, _) = (both[:, rows] for both in self._best_two)  # (h', w)
+        return (values - torch.where(winner == classes[:, None, None], second, best)).clamp_(min=0)
+
+    def _grid(self, classes: Tensor, rows: slice) -> Tensor:
+        """(K, h', w): the confidences of some classes in some rows of the grid."""
+        with torch.autocast(self.masks.device.type, enabled=False):
+            values = torch.einsum("qk,qhw->khw", self.weights[:, classes], self.masks[:, rows])
+        return values.mul_(self.share[rows]).clamp_(0, 1)
+
+    @cached_property
+    def _best_two(self) -> tuple[Tensor, Tensor]:
+        """The largest two confidences at each mask pixel, and their classes, both (2, h, w); 0 where C is 1."""
+        height, width = self.share.shape
+        best = self.share.new_zeros(2, height, width)
+        of = torch.full(best.shape, -1, device=best.device)
+        everyone = torch.arange(self.weights.shape[1], device=best.device)
+        for classes in everyone.split(max(2, CHUNK // (height * width))):
+            values, numbers = self._grid(classes, slice(None)), classes[:, None, None].expand(-1, height, width)
+            values, numbers = torch.cat([best, values]), torch.cat([of, numbers])
+            first, place = values.max(dim=0, keepdim=True)
+            second, next_place = values.scatter(0, place, -1).max(dim=0, keepdim=True)
+            best = torch.cat([first, second])
+            of = numbers.gather(0, torch.cat([place, next_place]))
+        return best, of
+
+
+def _decidedness(class_probs: Tensor) -> Tensor:
+    """(Q, C) -> (Q,): KL(p || U) / ln C, in [0, 1]; 1 where C is 1. At least UNDECIDED."""
+    if class_probs.shape[1] == 1:
+        return torch.ones_like(class_probs[:, 0])
+    probs = class_probs / class_probs.sum(dim=1, keepdim=True).clamp(min=TINY)
+    entropy = -torch.special.xlogy(probs, probs).sum(dim=1)
+    return (1 - entropy / math.log(class_probs.shape[1])).clamp(UNDECIDED, 1)
 
 
 # ------------------------------------------------------------------------------------------- the tile-bound argmax
@@ -291,69 +418,85 @@ class _Tiles(NamedTuple):
     """One image: its proposals, and the bounds of every tile before anything is upsampled."""
 
     class_probs: Tensor  # (Q, C)
-    base: Tensor  # (Q,): the smallest of each query; 0 where C is 1
-    excess: Tensor  # (C, Q): class_probs without it
-    mask_logits: Tensor  # (Q, h, w)
+    excess: Tensor  # (C, Q): class_probs without the smallest of each query; class_probs where C is 1
+    mask_logits: Tensor  # (h, w, Q)
     rows: _Axis
     columns: _Axis
     low: Tensor  # (N, Q): low <= M_q(x) <= high, to a rounding
     high: Tensor
     reach: Tensor  # (N, Q): the largest |logit|
 
+    def grid(self, tile: Tensor) -> tuple[Tensor, Tensor]:
+        """The row and the column of tiles."""
+        across = len(self.columns.mask_index)
+        return tile // across, tile % across
+
 
 @dataclass
 class _Race:
     """A competition of some classes at every pixel, and its result.
 
-    members, favourites: (C,) bool. rank: 1, or 2 where the second best is wanted, too; 0 without members.
-    exact: near-ties are decided in float64. Otherwise they go to the lowest index, which takes less time: a group may
-    win nowhere in the image.
-    ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile; floor(x) is at most the score at x of the class of this
-    rank. inf or NaN where there is no floor.
-    label_map, score: (N, X), score None where it is not wanted.
-    margin, confidence, confidence_margin: (N, X), see SemanticMap, and decided: (Q,), see `_decidedness`; None where
-    they are not wanted.
+    is_seen: (C,) bool; wanted: (N,) bool. In a tile those classes compete whose `is_seen` is the tile's `wanted`.
+    favourites: (C,) bool.
+    exact: near-ties are decided in float64. Otherwise they go to the lowest index, which takes less time: the best of a
+    group may win nowhere in the image.
+    ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile; floor(x) is at most the winner's score at x. inf or NaN
+    where there is no floor; 0 in a tile without a competition.
+    label_map: (N, X) int32, -1 where nobody competes. score, rival: (N, X), of `excess`: the winner's, and the best of
+    the other runners that do not compete; None in an exact race.
     """
 
-    members: Tensor
-    rank: int
-    exact: bool
+    is_seen: Tensor
+    wanted: Tensor
     favourites: Tensor
+    exact: bool
     ratio: Tensor
     label_map: Tensor
     score: Tensor | None
-    margin: Tensor | None = None
-    confidence: Tensor | None = None
-    confidence_margin: Tensor | None = None
-    decided: Tensor | None = None
+    rival: Tensor | None
+
+    def has(self, tile: Tensor, classes: Tensor) -> Tensor:
+        """Whether classes (..., K) compete in tiles (...)."""
+        return self.is_seen[classes] == self.wanted[tile, None]
 
 
-def _map_image(tiles: _Tiles, groups: list[Tensor] | None) -> Tensor | SemanticMap:
-    """groups: of classes, (C,) bool; their best classes and scores are found, too. None: the label map alone."""
-    everyone = torch.ones(len(tiles.excess), dtype=torch.bool, device=tiles.excess.device)
-    scored = groups is not None
-    first = _start(tiles, everyone, 2 if scored else 1, exact=True, scored=scored)
-    if scored:
-        first.decided = _decidedness(tiles.class_probs)
-        first.margin, first.confidence, first.confidence_margin = first.score.new_zeros(3, *first.score.shape)
-    races = [first, *(_start(tiles, members, 1, exact=False, scored=True) for members in groups or [])]
-    runners = torch.cat([_guess(tiles, race) for race in races]).unique()
-    _decide(tiles, runners, races)
-    for race in races:
-        others = _others(tiles, race, runners)
-        if not len(others):
-            continue
-        again = torch.isin(runners // len(everyone), others // len(everyone)) & race.members[runners % len(everyone)]
-        _decide(tiles, torch.cat([runners[again], others]).unique(), [race])
+def _map_image(tiles: _Tiles, is_seen: Tensor | None) -> dict[str, Tensor]:
+    """The fields of a SemanticMap. is_seen: (C,) bool; None: the label map alone."""
+    count, (num_classes, _) = len(tiles.low), tiles.excess.shape
+    everywhere = torch.ones(count, dtype=torch.bool, device=tiles.low.device)
+    first = _start(tiles, everywhere.new_ones(num_classes), everywhere, exact=True)
+    runners = _run(tiles, first, _guess(tiles, first))
+    found = {"label_map": _assemble(first.label_map, tiles).long()}
+    if is_seen is None:
+        return found
+    # The best of the winner's own group is the winner. So the other group competes everywhere, the winner's own only
+    # where both groups win pixels.
+    winner_seen = is_seen.index_select(0, first.label_map.flatten()).view_as(first.label_map)  # (N, X)
+    other = _start(tiles, is_seen, ~winner_seen[:, 0], exact=False)
+    _run(tiles, other, torch.cat([_guess(tiles, other), runners]))
+    both = (winner_seen != winner_seen[:, :1]).any(dim=1)
+    own = _start(tiles, is_seen, winner_seen[:, 0], exact=False)
+    own.ratio[~both] = 0
+    _run(tiles, own, _guess(tiles, own))
+    own_map = torch.where(winner_seen == winner_seen[:, :1], first.label_map, own.label_map)
+    other_map = torch.where(winner_seen == winner_seen[:, :1], other.label_map, first.label_map)
+    gap = torch.where(both[:, None], own.score, other.rival) - other.score
+    swap = ~winner_seen[:, :1]
+    found["seen_map"] = _assemble(torch.where(swap, other_map, own_map), tiles).long()
+    found["unseen_map"] = _assemble(torch.where(swap, own_map, other_map), tiles).long()
+    return {**found, "gap": _assemble(torch.where(swap, -gap, gap), tiles).float()}
 
-    if groups is None:
-        return _assemble(first.label_map, tiles)
-    names = ("label_map", "score", "margin", "confidence", "confidence_margin")
-    values = {name: getattr(first, name) for name in names}
-    for name, race in zip(("seen", "unseen"), races[1:], strict=False):  # the winner is the best of its group
-        values[f"{name}_map"] = torch.where(race.members[first.label_map], first.label_map, race.label_map)
-        values[f"{name}_score"] = race.score
-    return SemanticMap(**{name: _assemble(value, tiles) for name, value in values.items()})
+
+def _run(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:
+    """Steps 3 and 4. Returns all runners."""
+    runners = runners.unique()
+    _decide(tiles, runners, race)
+    others = _others(tiles, race, runners)
+    if len(others):
+        num_classes = len(tiles.excess)
+        again = torch.isin(runners // num_classes, others // num_classes)
+        _decide(tiles, torch.cat([runners[again], others]).unique(), race)
+    return torch.cat([runners, others])
 
 
 def _working_dtype(class_probs: Tensor, mask_logits: Tensor) -> torch.dtype:
@@ -367,35 +510,41 @@ def _working_dtype(class_probs: Tensor, mask_logits: Tensor) -> torch.dtype:
 def _bounds(class_probs: Tensor, mask_logits: Tensor, rows: _Axis, columns: _Axis) -> _Tiles:
     """Step 1."""
     kind = _working_dtype(class_probs, mask_logits)
-    class_probs, mask_logits = class_probs.to(kind), mask_logits.to(kind)
-    base = class_probs.amin(dim=1) * (class_probs.shape[1] > 1)
-    excess = class_probs.T.clone(memory_format=torch.contiguous_format).sub_(base)
-    low, high = torch.aminmax(mask_logits[:, rows.mask_index], dim=2)  # (Q, tile rows, w)
-    low, high = low[:, :, columns.mask_index].amin(3), high[:, :, columns.mask_index].amax(3)
-    low, high = (bound.flatten(1).T.double() for bound in (low, high))  # (N, Q)
+    class_probs, mask_logits = class_probs.to(kind), mask_logits.to(kind).permute(1, 2, 0).contiguous()
+    excess = class_probs.T.clone(memory_format=torch.contiguous_format)
+    excess -= class_probs.amin(dim=1) * (class_probs.shape[1] > 1)
+    low, high = (
+        _extreme(_extreme(mask_logits, rows.mask_index, 0, of), columns.mask_index, 1, of).flatten(0, 1).double()
+        for of in (torch.minimum, torch.maximum)
+    )  # (N, Q)
     reach = torch.maximum(low.abs(), high.abs())
     for name, values in {"mask_logits": reach, "class_probs": excess}.items():
         if not torch.isfinite(values).all():
             raise ValueError(f"{name} hold NaN or infinite values: no label map can be made of them")
-    low, high, reach = (bound.to(kind).contiguous() for bound in (low.sigmoid(), high.sigmoid(), reach))
-    return _Tiles(class_probs, base, excess, mask_logits, rows, columns, low, high, reach)
+    low, high, reach = (bound.to(kind) for bound in (low.sigmoid(), high.sigmoid(), reach))
+    return _Tiles(class_probs, excess, mask_logits, rows, columns, low, high, reach)
 
 
-def _start(tiles: _Tiles, members: Tensor, rank: int, *, exact: bool, scored: bool) -> _Race:
+def _extreme(values: Tensor, index: Tensor, axis: int, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The least or the largest of the m places along an axis that each tile looks at, index (tiles, m)."""
+    return reduce(of, (values.index_select(axis, places) for places in index.T))
+
+
+def _start(tiles: _Tiles, is_seen: Tensor, wanted: Tensor, *, exact: bool) -> _Race:
     """Step 2: the favourites of the queries, and their floor in every tile by the bounds."""
-    classes = members.nonzero()[:, 0]
-    rank = min(rank, len(classes))
-    favourites, ratio = torch.zeros_like(members), torch.zeros_like(tiles.high)
-    if rank:
-        favourites[classes[tiles.class_probs[:, classes].topk(rank, dim=1).indices.flatten()]] = True
-        floor = (tiles.low @ tiles.excess[favourites].T).topk(rank, dim=1).values  # (N, rank)
-        if rank == 2:
-            least = RUNNER_UP * floor[:, :1] - (1 - RUNNER_UP) * (tiles.high @ tiles.base)[:, None]
-            floor = torch.maximum(floor[:, 1:], least)
-        ratio = tiles.high / torch.where(floor > TINY, floor, 0)
+    favourites = torch.zeros_like(is_seen)
+    for classes in (group.nonzero()[:, 0] for group in (is_seen, ~is_seen)):
+        if len(classes):
+            favourites[classes[tiles.class_probs[:, classes].argmax(dim=1)]] = True
     shape = len(tiles.low), tiles.rows.to_image.shape[1] * tiles.columns.to_image.shape[1]
-    score = ratio.new_full(shape, -torch.inf) if scored else None
-    return _Race(members, rank, exact, favourites, ratio, torch.full(shape, -1, device=ratio.device), score)
+    label_map = torch.full(shape, -1, dtype=torch.int32, device=tiles.low.device)
+    score, rival = (None, None) if exact else tiles.low.new_full((2, *shape), -torch.inf)
+    race = _Race(is_seen, wanted, favourites, exact, tiles.high, label_map, score, rival)
+    classes = favourites.nonzero()[:, 0]
+    competes = race.has(torch.arange(len(wanted), device=wanted.device), classes)  # (N, K)
+    floor = (tiles.low @ tiles.excess[classes].T).masked_fill(~competes, 0).amax(dim=1, keepdim=True)
+    race.ratio = tiles.high / torch.where(floor > TINY, floor, 0)
+    return race
 
 
 def _may_win(ratio: Tensor, excess: Tensor) -> Tensor:
@@ -414,179 +563,133 @@ def _guess(tiles: _Tiles, race: _Race) -> Tensor:
     """
     favourites = race.favourites.nonzero()[:, 0]
     excess = tiles.excess[favourites]
-    likely = ((tiles.low + tiles.high) / 2 @ excess.T).masked_fill(~_may_win(race.ratio, excess), -torch.inf)
-    likely, place = likely.topk(min(race.rank + GUESSES, len(favourites)), dim=1)
-    race.label_map[:] = favourites[place[:, :1]] if len(favourites) else -1
+    competes = race.has(torch.arange(len(race.wanted), device=favourites.device), favourites)
+    competes &= _may_win(race.ratio, excess)
+    likely = ((tiles.low + tiles.high) / 2 @ excess.T).masked_fill(~competes, -torch.inf)
+    likely, place = likely.topk(min(GUESSES, len(favourites)), dim=1)
+    race.label_map[:] = torch.where(likely[:, :1] > -torch.inf, favourites[place[:, :1]], -1)
     tile, column = (likely > -torch.inf).nonzero(as_tuple=True)
     return tile * len(tiles.excess) + favourites[place[tile, column]]
 
 
 def _others(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:
-    """Step 4: the members that may win and are no runners yet. Blocks of tiles are tried first."""
+    """Step 4: the classes that compete and may win, and are no runners yet. Blocks of tiles are tried first."""
     grid = len(tiles.rows.mask_index), len(tiles.columns.mask_index)
     blocks = F.max_pool2d(race.ratio.T.reshape(1, -1, *grid), BLOCK, ceil_mode=True)[0].flatten(1).T
-    possible = torch.zeros_like(race.members)
+    possible = torch.zeros_like(race.is_seen)
     for part in blocks.split(max(1, CHUNK // len(tiles.excess))):
         possible |= _may_win(part, tiles.excess).any(dim=0)
-    classes = (possible & race.members).nonzero()[:, 0]
+    classes = possible.nonzero()[:, 0]
     excess, found = tiles.excess[classes], []
     step = max(1, CHUNK // max(1, len(classes)))
-    for start in range(0, len(race.ratio), step):
-        tile, place = _may_win(race.ratio[start : start + step], excess).nonzero(as_tuple=True)
-        found.append((start + tile) * len(tiles.excess) + classes[place])
+    for tile in torch.arange(len(race.ratio), device=classes.device).split(step):
+        place, column = (_may_win(race.ratio[tile], excess) & race.has(tile, classes)).nonzero(as_tuple=True)
+        found.append(tile[place] * len(tiles.excess) + classes[column])
     found = torch.cat(found)
     return found[~torch.isin(found, runners)]
 
 
 class _Part(NamedTuple):
-    """Some tiles and their runners, with the masks of the queries that matter there, pixel by pixel."""
+    """Some tiles and their runners, with the masks at the pixels of the model's input."""
 
     tile: Tensor  # (n,)
     classes: Tensor  # (n, K): the runners
-    excess: Tensor  # (n, K, Q)
-    high: Tensor  # (n, Q)
-    taken: Tensor  # (n, R): the queries that matter
-    masks: Tensor  # (n, R, X): their M
-    middle: Tensor  # (n, Q, 1): what stands for M of the other queries; 0 for those that matter
-    off: Tensor  # (n, R): |M - what float64 gives| is at most this
+    masks: Tensor  # (n, I, Q): M
+    scores: Tensor  # (n, K, i, j): of `excess`, at the same pixels
+    off: Tensor  # (n, Q): |M - what float64 gives| is at most this
     error: Tensor  # (n, 1): scores are off by at most this
 
-    def sums(self, weights: Tensor) -> Tensor:
-        """sum_q weight_q M_q: weights (n, rows, Q) -> (n, rows, X)."""
-        own = weights.gather(2, self.taken[:, None].expand(-1, weights.shape[1], -1))
-        return torch.baddbmm(weights @ self.middle, own, self.masks)
 
-
-def _decide(tiles: _Tiles, runners: Tensor, races: list[_Race]) -> None:
-    """Step 3, into the races: the winner of every pixel in the tiles that have several runners.
+def _decide(tiles: _Tiles, runners: Tensor, race: _Race) -> None:
+    """Step 3, into the race: the winner of every pixel in the tiles that have several runners.
 
     runners: sorted, without repeats. Where scores are wanted, tiles with a single runner are decided, too.
     """
-    (num_classes, queries), pixels = tiles.excess.shape, races[0].label_map.shape[1]
-    scored = races[0].score is not None
-    counts = torch.bincount(runners // num_classes, minlength=len(tiles.low))
+    num_classes, queries = tiles.excess.shape
+    inputs = tiles.rows.to_input.shape[1] * tiles.columns.to_input.shape[1]
+    counts = torch.bincount(runners // num_classes, minlength=len(tiles.low))  # (N,)
     first = counts.cumsum(0) - counts
-    order = counts.argsort()
-    order = order[counts[order] > (0 if scored else 1)]
-    for tile, most in _chunks(order, counts[order].tolist(), queries, pixels):
-        slot = torch.arange(most, device=order.device)
-        here = slot < counts[tile, None]  # (n, K)
-        part = _upsampled(tiles, tile, runners[first[tile, None] + torch.where(here, slot, 0)] % num_classes, scored)
-        scores = part.sums(part.excess).masked_fill_(~here[:, :, None], -torch.inf)  # (n, K, X)
-        common = part.sums(tiles.base.expand(len(tile), 1, -1))[:, 0] if scored else None  # (n, X)
-        for race in filter(lambda race: race.rank, races):
-            runs = race.members[part.classes] & here  # (n, K)
-            own = scores if len(races) == 1 else scores.masked_fill(~runs[:, :, None], -torch.inf)
-            _decide_race(tiles, part, race, runs, own, common)
+    for count in counts[counts > (1 if race.exact else 0)].unique().tolist():
+        largest = max(queries * inputs, count * max(queries, inputs, race.label_map.shape[1]))
+        for tile in (counts == count).nonzero()[:, 0].split(max(1, CHUNK // largest)):
+            classes = runners[first[tile, None] + torch.arange(count, device=tile.device)] % num_classes
+            _decide_part(tiles, _summed(tiles, tile, classes), race)
 
 
-def _upsampled(tiles: _Tiles, tile: Tensor, classes: Tensor, scored: bool) -> _Part:
-    """tile (n,), classes (n, K). A query's stake: how uncertain its mask is, without scores times its largest class."""
-    low, high, reach = tiles.low[tile], tiles.high[tile], tiles.reach[tile]  # (n, Q)
-    excess = tiles.excess[classes]  # (n, K, Q)
-    largest, radius = excess.amax(dim=1), (high - low) / 2  # (n, Q)
-    stake, query = (radius * (1 if scored else largest)).sort(dim=1)
-    allowed = TAIL * (excess @ high[:, :, None]).amax(dim=1).clamp(max=1)  # (n, 1)
-    left_out = int((stake.cumsum(dim=1) <= allowed).sum(dim=1).min())
-    left_out, taken = query[:, :left_out], query[:, left_out:]
-    middle = (low + radius).scatter(1, taken, 0)[:, :, None]  # (n, Q, 1)
-
+def _summed(tiles: _Tiles, tile: Tensor, classes: Tensor) -> _Part:
+    """tile (n,), classes (n, K)."""
+    y, x = tiles.grid(tile)
+    rows, columns = tiles.rows, tiles.columns
+    index = rows.mask_index[y, :, None] * tiles.mask_logits.shape[1] + columns.mask_index[x, None]  # (n, m, m)
+    n, height, width = index.shape
+    masks = tiles.mask_logits.flatten(0, 1).index_select(0, index.flatten())  # (n m m, Q)
+    kind, queries = masks.dtype, masks.shape[1]
+    masks = (rows.to_input[y].to(kind) @ masks.view(n, height, -1)).view(n, -1, width, queries)  # (n, i, m, Q)
+    masks = (columns.to_input[x, None].to(kind) @ masks).sigmoid_()  # (n, i, j, Q)
+    excess, high, reach = tiles.excess[classes], tiles.high[tile], tiles.reach[tile]  # (n, K, Q), (n, Q)
+    scores = (excess @ masks.flatten(1, 2).mT).unflatten(2, masks.shape[1:3])
     slope = (FAINT_LOGIT_ROUNDINGS * high).clamp(max=LOGIT_ROUNDINGS).where(reach < HUGE_LOGIT, LOGIT_ROUNDINGS)
-    off = ROUNDING * (slope * reach + MASK_ROUNDINGS * high).gather(1, taken)  # (n, R)
-    error = (off * largest.gather(1, taken)).sum(dim=1, keepdim=True)  # by the masks; by the sums; by the middles
-    error += (high.shape[1] + 16) * ROUNDING * (largest * high).sum(dim=1, keepdim=True)
-    error += (radius * largest).gather(1, left_out).sum(dim=1, keepdim=True)
-    return _Part(tile, classes, excess, high, taken, _upsample(tiles, tile, taken), middle, off, error)
+    off = ROUNDING * (slope * reach + MASK_ROUNDINGS * high)
+    error = ((off + (queries + 16) * ROUNDING * high) * excess.amax(dim=1)).sum(dim=1, keepdim=True)
+    return _Part(tile, classes, masks.flatten(1, 2), scores, off, error)
 
 
-def _decide_race(tiles: _Tiles, part: _Part, race: _Race, runs: Tensor, scores: Tensor, common: Tensor | None) -> None:
-    """runs: (n, K) bool, the runners of this race. scores: (n, K, X), -inf for others, changed here. common: (n, X)."""
+def _decide_part(tiles: _Tiles, part: _Part, race: _Race) -> None:
+    runs = race.has(part.tile, part.classes)  # (n, K)
+    whole = _to_image(tiles, part)  # (n, K, X)
+    scores = whole.masked_fill(~runs[:, :, None], -torch.inf)
     best, place = scores.max(dim=1)  # (n, X)
-    second, next_place = scores.scatter_(1, place[:, None], -torch.inf).max(dim=1)
-    second = second.clamp(min=0)
+    second = scores.scatter_(1, place[:, None], -torch.inf).amax(dim=1)
     if race.exact:
         _decide_exactly(tiles, part.tile, part.classes, runs, best - second <= 2 * part.error, place)
     else:
         _take_first(scores, best - NEAR, best - second <= NEAR, place)
-    race.label_map[part.tile] = part.classes.gather(1, place)
-    floor = best
-    if race.rank == 2:
-        floor = torch.maximum(second, RUNNER_UP * best - (1 - RUNNER_UP) * common)
-    if race.score is not None:
-        race.score[part.tile] = best + common
-    if race.margin is not None:
-        race.margin[part.tile] = (best - second) * (len(tiles.excess) > 1)
-        runner_up = torch.where(runs.sum(dim=1, keepdim=True) > 1, next_place, -1)
-        found = _confidence(part, part.excess + tiles.base, race.decided, place, runner_up)
-        race.confidence[part.tile], race.confidence_margin[part.tile] = found
-    # The floor, now by pixels, for the certificate.
-    inverse = 1 / torch.where(floor - part.error > TINY, floor - part.error, 0)[:, None]  # (n, 1, X)
-    most_inverse = inverse.amax(dim=2)
-    ratio = (part.masks * inverse).amax(dim=2) + part.off * most_inverse
-    ratio = (part.high * most_inverse).scatter(1, part.taken, ratio)
-    race.ratio[part.tile] = torch.fmin(race.ratio[part.tile], ratio)  # either is a bound, NaN is none
+        race.score[part.tile] = best
+        race.rival[part.tile] = whole.masked_fill(runs[:, :, None], -torch.inf).amax(dim=1)
+    winner = torch.where(best > -torch.inf, part.classes.gather(1, place), -1)
+    race.label_map[part.tile] = winner.int()
+
+    # The floor, now by pixels, for the certificate; either ratio is a bound, NaN is none.
+    floor = _floor(tiles, part.scores, runs, best) - part.error
+    inverse = 1 / torch.where(floor > TINY, floor, 0)  # (n, I)
+    ratio = (part.masks * inverse[:, :, None]).amax(dim=1) + part.off * inverse.amax(dim=1, keepdim=True)
+    race.ratio[part.tile] = torch.fmin(race.ratio[part.tile], ratio)
 
 
-def _confidence(part: _Part, probs: Tensor, decided: Tensor, place: Tensor, runner_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence and its margin, (n, X), see SemanticMap; probs (n, K, Q), place, runner_up (n, X) of K, or -1."""
-    voices = torch.stack([decided, torch.ones_like(decided)]).expand(len(probs), -1, -1)
-    voices, covered = part.sums(voices).unbind(1)  # (n, X)
-    shares = part.sums(probs * decided) * (covered.clamp(max=1) / voices.clamp(min=TINY))[:, None]  # (n, K, X)
-    mine, theirs = (shares.gather(1, which.clamp(min=0)[:, None])[:, 0] for which in (place, runner_up))
-    mine = mine.clamp(0, 1)
-    return mine, (mine - theirs * (runner_up >= 0)).clamp(0, 1)
+def _to_image(tiles: _Tiles, part: _Part) -> Tensor:
+    """(n, K, X): the scores at the pixels of the image."""
+    scores, (y, x) = part.scores, tiles.grid(part.tile)
+    if tiles.rows.resizes or tiles.columns.resizes:
+        to_rows, to_columns = tiles.rows.to_image[y, None], tiles.columns.to_image[x, None].mT
+        scores = to_rows.to(scores.dtype) @ scores @ to_columns.to(scores.dtype)
+    return scores.flatten(2)
 
 
-def _decidedness(class_probs: Tensor) -> Tensor:
-    """(Q, C) -> (Q,): KL(p || U) / ln C, in [0, 1]; 1 where C is 1. At least UNDECIDED."""
-    if class_probs.shape[1] == 1:
-        return torch.ones_like(class_probs[:, 0])
-    probs = class_probs / class_probs.sum(dim=1, keepdim=True).clamp(min=TINY)
-    entropy = -torch.special.xlogy(probs, probs).sum(dim=1)
-    return (1 - entropy / math.log(class_probs.shape[1])).clamp(UNDECIDED, 1)
+def _floor(tiles: _Tiles, scores: Tensor, runs: Tensor, best: Tensor) -> Tensor:
+    """(n, I): at most the best score at any image pixel to which an input pixel contributes.
 
-
-def _chunks(order: Tensor, counts: list[int], queries: int, pixels: int):
-    """Tiles with about the same number of runners, no more at once than CHUNK allows: (n,) and the largest number."""
-    start = 0
-    for stop in range(1, len(order) + 1):
-        largest = max(queries * pixels, counts[min(stop, len(order) - 1)] * max(queries, pixels))
-        if stop == len(order) or (stop + 1 - start) * largest > CHUNK:
-            yield order[start:stop], counts[stop - 1]
-            start = stop
-
-
-def _upsample(tiles: _Tiles, tile: Tensor, query: Tensor) -> Tensor:
-    """M of some queries, query (n, R), at the pixels of tiles (n,): (n, R, X)."""
-    across = len(tiles.columns.mask_index)
-    (rows, y), (columns, x) = (tiles.rows, tile // across), (tiles.columns, tile % across)
-    row, column = rows.mask_index[y], columns.mask_index[x]  # (n, m)
-    masks = tiles.mask_logits[query[:, None, :, None], row[:, :, None, None], column[:, None, None, :]]  # (n, m, R, m)
-    masks = _resize(masks, rows.to_input[y], columns.to_input[x]).sigmoid_()
-    if rows.resizes or columns.resizes:
-        masks = _resize(masks, rows.to_image[y], columns.to_image[x])
-    return masks.transpose(1, 2).flatten(2)
-
-
-def _resize(masks: Tensor, to_rows: Tensor, to_columns: Tensor) -> Tensor:
-    """masks (n, a, R, b), to_rows (n, c, a), to_columns (n, d, b) -> (n, c, R, d), as few large products."""
-    n, _, queries, width = masks.shape
-    height = to_rows.shape[1]
-    masks = torch.bmm(to_rows.to(masks.dtype), masks.flatten(2))  # (n, c, R b)
-    masks = torch.bmm(masks.view(n, height * queries, width), to_columns.to(masks.dtype).mT)  # (n, c R, d)
-    return masks.view(n, height, queries, to_columns.shape[1])
+    scores: (n, K, i, j) at input pixels; runs: (n, K), the classes that count; best: (n, X) at image pixels, which lie
+    between 2 x 2 input pixels each. A class has at least the least of its four scores there; the largest of these over
+    the classes is a floor for them.
+    """
+    if not (tiles.rows.resizes or tiles.columns.resizes):
+        return best
+    scores = scores.masked_fill(~runs[:, :, None, None], -torch.inf)
+    cell = [min(2, side) for side in scores.shape[2:]]
+    floor = (-F.max_pool2d(-scores, cell, stride=1)).amax(dim=1, keepdim=True)
+    return -F.max_pool2d(-floor, cell, stride=1, padding=[side - 1 for side in cell])[:, 0].flatten(1)
 
 
 def _decide_exactly(tiles: _Tiles, tile: Tensor, classes: Tensor, runs: Tensor, close: Tensor, place: Tensor) -> None:
     """Near-ties in float64: tile (n,), classes, runs (n, K), close (n, X) bool; into place (n, X), which of K won."""
-    across = len(tiles.columns.mask_index)
     width = tiles.columns.to_image.shape[1]
     last_y, last_x = len(tiles.rows.image_taps.index) - 1, len(tiles.columns.image_taps.index) - 1
+    tile_y, tile_x = tiles.grid(tile)
     for own in close.any(dim=1).nonzero()[:, 0].tolist():
         probs = tiles.class_probs[:, classes[own]].double()  # (Q, K)
         for pixel in close[own].nonzero()[:, 0].split(max(1, CHUNK // max(16 * len(probs), probs.shape[1]))):
-            y = tile[own] // across * tiles.rows.to_image.shape[1] + pixel // width
-            x = tile[own] % across * width + pixel % width
+            y = tile_y[own] * tiles.rows.to_image.shape[1] + pixel // width
+            x = tile_x[own] * width + pixel % width
             y, x = y.clamp(max=last_y), x.clamp(max=last_x)  # beyond it lie copies of the last pixel
             scores = _exact_masks(tiles.mask_logits, tiles.rows, tiles.columns, y, x) @ probs
             place[own, pixel] = _first_of_best(scores.masked_fill(~runs[own], -torch.inf))
@@ -609,9 +712,8 @@ def _assemble(values: Tensor, tiles: _Tiles) -> Tensor:
     """(N, X) -> (H, W)."""
     down, across = len(tiles.rows.mask_index), len(tiles.columns.mask_index)
     height, width = tiles.rows.to_image.shape[1], tiles.columns.to_image.shape[1]
-    values = values.float() if values.is_floating_point() else values
     whole = values.view(down, across, height, width).transpose(1, 2).reshape(down * height, across * width)
     return whole[: len(tiles.rows.image_taps.index), : len(tiles.columns.image_taps.index)].contiguous()
 
 
-__all__ = ["Explanation", "SemanticMap", "explain", "semantic_map", "semantic_scores"]
+__all__ = ["Explanation", "GridConfidences", "SemanticMap", "explain", "semantic_map", "semantic_scores"]

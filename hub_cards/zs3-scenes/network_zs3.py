@@ -46,7 +46,7 @@ try:
 except ImportError:  # inference needs no gradients
     csc_array = None
 
-ROWS_AT_ONCE = 2**15  # rows of values in deformable attention: their sampling points fit into a CPU's cache
+POSITIONS_AT_ONCE = 2**9  # in the deformable encoder: what a thread computes of them fits into its CPU core's cache
 
 Size = tuple[int, int]
 # run(function, *args) returns function(*args); `torch.utils.checkpoint.checkpoint` is one.
@@ -203,7 +203,7 @@ def pixel_decoder(decoder: nn.Module, features: Sequence[Tensor], run: Run) -> t
         for size, embed in zip(sizes, decoder.level_embed, strict=True)
     ]
     positions = torch.cat(positions)  # (S, C)
-    anchors = sampling_anchors(sizes, hidden)
+    anchors = sampling_anchors(sizes, decoder.encoder.layers[0].self_attn, hidden)
     for layer in decoder.encoder.layers:
         hidden = run(encoder_layer, layer, hidden, positions, anchors, sizes)
     parts = hidden.split([height * width for height, width in sizes], dim=1)
@@ -214,7 +214,7 @@ def pixel_decoder(decoder: nn.Module, features: Sequence[Tensor], run: Run) -> t
     for lateral, output, feature in zip(decoder.lateral_convolutions, decoder.output_convolutions, finer, strict=True):
         lateral = lateral(feature)
         coarse = F.interpolate(finest, size=lateral.shape[2:], mode="bilinear", align_corners=False)
-        finest = output(lateral + coarse)
+        finest = output(coarse.add_(lateral))
     return decoder.mask_projection(finest), levels
 
 
@@ -237,8 +237,9 @@ def sine_positions(size: Size, channels: int, like: Tensor) -> Tensor:
     return torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], dim=2).flatten(0, 1)
 
 
-def sampling_anchors(sizes: Sequence[Size], like: Tensor) -> Tensor:
-    """(2, S, 3): the column and the row of each position in each level, in that level's pixels (0: the first)."""
+def sampling_anchors(sizes: Sequence[Size], attention: nn.Module, like: Tensor) -> Tensor:
+    """(2, S, G * P): the column and the row of each position in the level of each sampling point, in that level's
+    pixels (0: the first)."""
     kind = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     columns, rows = [], []
     for height, width in sizes:
@@ -247,20 +248,36 @@ def sampling_anchors(sizes: Sequence[Size], like: Tensor) -> Tensor:
         rows.append(row[:, None].expand(height, width).flatten())
         columns.append(column.expand(height, width).flatten())
     column, row = torch.cat(columns), torch.cat(rows)
-    return torch.stack(
+    anchors = torch.stack(
         [
             torch.stack([column * width - 0.5 for _, width in sizes], dim=1),
             torch.stack([row * height - 0.5 for height, _ in sizes], dim=1),
         ]
     )
+    return anchors[:, :, None, :, None].expand(-1, -1, attention.n_heads, -1, attention.n_points).flatten(2)
 
 
 def encoder_layer(layer: nn.Module, hidden: Tensor, positions: Tensor, anchors: Tensor, sizes: list[Size]) -> Tensor:
     """(B, S, C) -> (B, S, C)."""
     hidden = hidden + dropout(layer, deformable_attention(layer.self_attn, hidden, positions, anchors, sizes))
     hidden = layer.self_attn_layer_norm(hidden)
-    hidden = hidden + dropout(layer, layer.fc2(dropout(layer, layer.fc1(hidden).relu_())))
+    hidden = hidden + two_linear_layers(layer, hidden)
     return layer.final_layer_norm(hidden)
+
+
+def positions_at_once() -> int:
+    return POSITIONS_AT_ONCE * torch.get_num_threads()
+
+
+def two_linear_layers(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """(B, S, C) -> (B, S, C). On a CPU they take some positions at a time."""
+
+    def linear(part: Tensor) -> Tensor:
+        return dropout(layer, layer.fc2(dropout(layer, layer.fc1(part).relu_())))
+
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return linear(hidden)
+    return torch.cat([linear(part) for part in hidden.flatten(0, 1).split(positions_at_once())]).view_as(hidden)
 
 
 def deformable_attention(
@@ -277,7 +294,7 @@ def deformable_attention(
         offsets.weight.unflatten(0, (-1, 2)).unbind(1), offsets.bias.unflatten(0, (-1, 2)).unbind(1), strict=True
     )
     column, row = (
-        (F.linear(query, *step).unflatten(2, (heads, attention.n_levels, -1)) + anchor[:, None, :, None]).flatten(3)
+        (F.linear(query, *step) + anchor).unflatten(2, (heads, points))
         for step, anchor in zip(steps, anchors, strict=True)
     )
     return attention.output_proj(deformable_sum(value, column, row, weight, sizes))
@@ -331,17 +348,19 @@ _OPERATORS = "zs3_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
 def _bags(
     value: Tensor, column: Tensor, row: Tensor, weight: Tensor, heights: Sequence[int], widths: Sequence[int]
 ) -> Tensor:
-    grid = _grid(heights, widths, column)
+    grid, positions = _grid(heights, widths, column), value.shape[1]
     output = torch.empty_like(value, memory_format=torch.contiguous_format)
     for images in _few_images(value):
         rows = value[images].flatten(0, 2)
-        points = _neighbours(column[images], row[images], grid)
-        shares = _shares(points, weight[images].flatten(2))
-        sums = [
-            F.embedding_bag(index, rows[start:], per_sample_weights=share.view_as(index), mode="sum")
-            for (index, start), share in zip(points.rows, shares, strict=True)
-        ]
-        torch.add(sums[0], sums[1], out=output[images].flatten(0, 2)).add_(sums[2]).add_(sums[3])
+        for first in range(0, positions, positions_at_once()):
+            some = images, slice(first, first + positions_at_once())
+            points = _neighbours(column[some], row[some], grid, positions)
+            shares = _shares(points, weight[some].flatten(2))
+            sums = [
+                F.embedding_bag(index, rows[start:], per_sample_weights=share.view_as(index), mode="sum")
+                for (index, start), share in zip(points.rows, shares, strict=True)
+            ]
+            output[some] = sums[0].add_(sums[1]).add_(sums[2]).add_(sums[3]).view_as(output[some])
     return output.flatten(2)
 
 
@@ -362,7 +381,7 @@ def _bags_backward(
     of_points = [torch.empty_like(column, memory_format=torch.contiguous_format) for _ in range(3)]
     for images in _few_images(value):
         rows, of_sums = value[images].flatten(0, 2), grad[images].reshape(-1, value.shape[3])
-        points, weights = _neighbours(column[images], row[images], grid), weight[images].flatten(2)
+        points, weights = _neighbours(column[images], row[images], grid, value.shape[1]), weight[images].flatten(2)
         of_rows, of_shares = of_value[images].flatten(0, 2), []
         for (index, start), share in zip(points.rows, _shares(points, weights), strict=True):
             of_rows[start:] += _transposed_sum(index, share, of_sums, len(rows) - start)
@@ -417,8 +436,8 @@ class _Neighbours(NamedTuple):
 
 def _few_images(value: Tensor) -> list[slice]:
     """Images that share a call: one small image alone would be too little work for it."""
-    images, positions, heads, _ = value.shape
-    count = max(1, ROWS_AT_ONCE // (positions * heads))
+    images, positions = value.shape[:2]
+    count = max(1, positions_at_once() // positions)
     return [slice(first, first + count) for first in range(0, images, count)]
 
 
@@ -440,13 +459,13 @@ def _grid(heights: Sequence[int], widths: Sequence[int], column: Tensor) -> _Gri
     )
 
 
-def _neighbours(column: Tensor, row: Tensor, grid: _Grid) -> _Neighbours:
-    """column, row: (B, S, G, P). Near a border these are the two nearest columns or rows; the point may be farther from
-    them than a pixel. A NaN becomes an index, too."""
-    images, positions, heads, points = column.shape
+def _neighbours(column: Tensor, row: Tensor, grid: _Grid, positions: int) -> _Neighbours:
+    """column, row: (B, S, G, P), for some positions of images that have `positions`. Near a border these are the two
+    nearest columns or rows; the point may be farther from them than a pixel. A NaN becomes an index, too."""
+    images, _, heads, points = column.shape
     column, row, zero = column.flatten(2), row.flatten(2), column.new_zeros(())
-    left = column.floor().fmax(zero).fmin(grid.last_column)
-    upper = row.floor().fmax(zero).fmin(grid.last_row)
+    left = column.floor().nan_to_num_(0).clamp_(zero, grid.last_column)
+    upper = row.floor().nan_to_num_(0).clamp_(zero, grid.last_row)
     above = upper.int().mul_(grid.width).add_(left.int(), alpha=heads).add_(grid.first)
     above += torch.arange(images, dtype=torch.int32)[:, None, None] * (positions * heads)
     below = above + grid.width

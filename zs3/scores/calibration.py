@@ -84,9 +84,9 @@ class SeenBiasCurve(Counter):
         label, labelled = self.labelled(label, found)
         classes, switches = self.predicted.shape
         check_ids(label, classes, self.ignore_index)
-        winners = found.label_map, found.seen_map, found.unseen_map, found.seen_score, found.unseen_score
-        winner, seen, unseen, seen_score, unseen_score = (values.masked_select(labelled) for values in winners)
-        switch = _switch(seen_score.double() - unseen_score.double(), seen < unseen, winner == seen)
+        maps = found.label_map, found.seen_map, found.unseen_map, found.gap
+        winner, seen, unseen, gap = (values.masked_select(labelled) for values in maps)
+        switch = _switch(gap.double(), seen < unseen, winner == seen)
         place = label * switches + switch
         for guess in (seen, unseen):  # no class is in both
             self.predicted += _counts(guess * switches + switch, self.predicted.size).reshape(self.predicted.shape)
