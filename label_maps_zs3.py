@@ -469,22 +469,30 @@ def _map_image(tiles: _Tiles, is_seen: Tensor | None) -> dict[str, Tensor]:
     found = {"label_map": _assemble(first.label_map, tiles).long()}
     if is_seen is None:
         return found
-    # The best of the winner's own group is the winner. So the other group competes everywhere, the winner's own only
-    # where both groups win pixels.
+    # The best of the winner's own group is the winner. So the other group competes everywhere, the winner's own only in
+    # tiles where both groups win pixels.
     winner_seen = is_seen.index_select(0, first.label_map.flatten()).view_as(first.label_map)  # (N, X)
-    other = _start(tiles, is_seen, ~winner_seen[:, 0], exact=False)
+    seen_first = winner_seen[:, 0]
+    other = _start(tiles, is_seen, ~seen_first, exact=False)
     _run(tiles, other, torch.cat([_guess(tiles, other), runners]))
-    both = (winner_seen != winner_seen[:, :1]).any(dim=1)
-    own = _start(tiles, is_seen, winner_seen[:, 0], exact=False)
-    own.ratio[~both] = 0
-    _run(tiles, own, _guess(tiles, own))
-    own_map = torch.where(winner_seen == winner_seen[:, :1], first.label_map, own.label_map)
-    other_map = torch.where(winner_seen == winner_seen[:, :1], other.label_map, first.label_map)
-    gap = torch.where(both[:, None], own.score, other.rival) - other.score
-    swap = ~winner_seen[:, :1]
-    found["seen_map"] = _assemble(torch.where(swap, other_map, own_map), tiles).long()
-    found["unseen_map"] = _assemble(torch.where(swap, own_map, other_map), tiles).long()
-    return {**found, "gap": _assemble(torch.where(swap, -gap, gap), tiles).float()}
+    own_map, other_map, gap = (
+        first.label_map,
+        other.label_map,
+        other.rival,
+    )  # of the group that wins a tile's first pixel
+    mixed = (winner_seen != seen_first[:, None]).any(dim=1).nonzero()[:, 0]
+    if len(mixed):
+        own = _start(tiles, is_seen, seen_first, exact=False)
+        own.ratio = torch.zeros_like(own.ratio).index_copy_(0, mixed, own.ratio[mixed])
+        _run(tiles, own, _guess(tiles, own))
+        of_own = winner_seen[mixed] == seen_first[mixed, None]
+        other_map[mixed] = torch.where(of_own, other_map[mixed], own_map[mixed])
+        own_map[mixed] = torch.where(of_own, own_map[mixed], own.label_map[mixed])
+        gap[mixed] = own.score[mixed]
+    gap = (gap - other.score) * torch.where(seen_first, 1, -1)[:, None]
+    for name, turned in (("seen_map", ~seen_first), ("unseen_map", seen_first)):
+        found[name] = _assemble(torch.where(turned[:, None], other_map, own_map), tiles).long()
+    return {**found, "gap": _assemble(gap, tiles).float()}
 
 
 def _run(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ Inputs are synthetic (`trained_proposals`, `soft_proposals`). Every measurement 
 tensors: first a small call, then a full call for the memory, then the timed calls. Memory is the peak of resident
 memory (VmHWM of Linux) less the resident memory before. It includes all allocators, libraries and results. For the
 ratios in the goals, calls take turns in one process.
+
+The last table has what is made beside the label map, for a picture of the size of the model's input and a large one, by
+calls that take turns in one process.
 """
 
 import statistics
@@ -28,7 +31,7 @@ from transformers import Mask2FormerImageProcessorPil
 
 from benchmarks import measuring
 from configuration_zs3 import INT32, Number
-from label_maps_zs3 import semantic_map, semantic_scores
+from label_maps_zs3 import SemanticMap, semantic_map, semantic_scores
 from zs3.command_line import Amount, Count, InputError, Positive, Side, Some, flag, read_arguments, run
 
 PEER, DENSE, CHUNKED = "transformers' Mask2Former post-processing", "dense einsum", "running maximum over chunks"
@@ -38,6 +41,8 @@ CHUNK = 64  # classes at once in the running maximum
 CONFIDENT = 14  # queries with an object in trained_proposals
 EQUAL = 1e-6  # a class is right if its float64 score is at most this far below the best
 WARM_UP = (150, 64)  # labels and size of the call before the measured ones
+ALONE, CONFIDENCES = "label map alone", "and confidences"
+MOST_TIMES, MOST_MIB = 1.3, 400 * 10**6 / 2**20  # goals for a large picture with confidences
 
 
 @dataclass
@@ -48,6 +53,8 @@ class LabelCountArgs(measuring.BenchmarkArguments):
     size: Side = flag(640, "Side of the label maps, pixels; the side of a mask is a quarter of it.")
     large_labels: Count = flag(847, "Labels of the larger image.")
     large_size: Side = flag(1024, "Side of the larger image, pixels.")
+    picture_labels: Count = flag(171, "Labels of the pictures of 4 : 3; every tenth is unseen.")
+    picture_width: Side = flag(4000, "Width of the large picture of 4 : 3; that of the small one is --size.")
     queries: Annotated[int, Number(int, 2, INT32)] = flag(100, "Queries.")
     rounds: Count = flag(7, "Timed calls of each method; rounds where two methods take turns.")
     seconds: Amount = flag(8.0, "No call or round starts after this time; at least one is measured.")
@@ -145,9 +152,15 @@ def label_stage(method: str, proposals: Proposals, side: int) -> Callable[[], Te
         DENSE: lambda: semantic_scores(*proposals, size).argmax(dim=1)[0],
         CHUNKED: lambda: running_maximum(*proposals, size)[0],
         OURS: lambda: semantic_map(*proposals, size)[0],
-        SCORED: lambda: semantic_map(*proposals, size, return_scores=True)[0].label_map,
+        SCORED: lambda: with_confidences(*proposals, size).label_map,
     }
     return calls[method]
+
+
+def with_confidences(*given: object, **options: object) -> SemanticMap:
+    (found,) = semantic_map(*given, return_scores=True, **options)
+    found.confidence  # noqa: B018 - it is made when it is read
+    return found
 
 
 def bytes_needed(method: str, case: Case, queries: int) -> int:
@@ -199,6 +212,42 @@ def time_ratio(args: LabelCountArgs, above: tuple[Case, str], below: tuple[Case,
         for turn, (case, method) in {"above": above, "below": below}.items()
     }
     return measuring.median_ratio(**measuring.take_turns(steps, args.rounds, limit=args.seconds))
+
+
+def beside_the_map(labels: int, size: int, width: int, args: LabelCountArgs) -> list[dict]:
+    """Times and peaks of what is made beside a label map. size: width of the model's input; width: of the picture."""
+    class_probs, masks = draw_proposals(Case("like a trained model's", labels, size), args.queries)
+    masks = masks[:, :, : masks.shape[2] * 3 // 4]
+    is_seen = torch.arange(labels) % 10 < 9
+
+    def made(**options: object) -> SemanticMap | Tensor:
+        picture = [(width * 3 // 4, width)]
+        return semantic_map(class_probs, masks, (size * 3 // 4, size), image_sizes=picture, **options)[0]
+
+    def segments() -> None:
+        found = made(return_scores=True)
+        found.confidence_sums(found.label_map, labels)
+
+    steps = {
+        ALONE: made,
+        CONFIDENCES: lambda: made(return_scores=True).confidence,
+        "and a score for each segment": segments,
+        "and margins": lambda: made(return_scores=True).margin,
+        "and the best seen and unseen class": lambda: made(is_seen=is_seen),
+    }
+    peaks = {name: measuring.resident_peak(step) for name, step in steps.items()}
+    seconds = measuring.take_turns(steps, args.rounds)
+    return [
+        {
+            "labels": labels,
+            "picture": f"{width} x {width * 3 // 4}",
+            "made": name,
+            "seconds": statistics.median(seconds[name]),
+            "times": measuring.median_ratio(seconds[name], seconds[ALONE]),
+            "peak_mib": peaks[name],
+        }
+        for name in steps
+    ]
 
 
 def apart(function: Callable, *args: object):
@@ -259,6 +308,20 @@ CELLS = "{kind} | {labels} | {size} x {size} | {method} | {shown} | {calls} | {f
 CELLS += "{share:.3f} | {differing_share:.3%}"
 
 
+PICTURE_TITLES = "labels | picture | made | seconds | times the map alone | peak extra MiB"
+PICTURE_CELLS = "{labels} | {picture} | {made} | {seconds:.3f} | {times:.2f} | {peak_mib:.0f}"
+
+
+def large_picture_goals(pictures: list[dict]) -> str:
+    row = [row for row in pictures if row["made"] == CONFIDENCES][-1]
+    times, peak = (
+        "met" if figure <= most else "missed"
+        for figure, most in ((row["times"], MOST_TIMES), (row["peak_mib"], MOST_MIB))
+    )
+    goals = f"at most {MOST_TIMES} times the map alone ({times}), at most {MOST_MIB:.0f} MiB ({peak})"
+    return f"Goals for the large picture with confidences: {goals}."
+
+
 def table(rows: list[dict]) -> str:
     """Markdown."""
     peers = {(row["kind"], row["labels"], row["size"]): row for row in rows if row["method"] == PEER}
@@ -294,7 +357,12 @@ def main() -> None:
     sampled = {row["labels"]: row["checked_pixels"] for row in ours if row["checked_pixels"] < row["size"] ** 2}
     sampled = "".join(f"; at {labels} labels {pixels} random ones" for labels, pixels in sampled.items())
     text += f"{goal_table(goals)}\nPixels checked in float64: all{sampled}.\n"
-    measuring.publish(args.output, {**facts, **vars(args), "rows": rows, "goals": goals}, text)
+    pictures = []
+    for width in tqdm((args.size, args.picture_width), desc="pictures"):
+        pictures += apart(beside_the_map, args.picture_labels, args.size, width, args)
+    text += f"\nBeside the label map, the model's input is {args.size} x {args.size * 3 // 4}:\n\n"
+    text += f"{measuring.table(PICTURE_TITLES, PICTURE_CELLS, pictures)}\n{large_picture_goals(pictures)}\n"
+    measuring.publish(args.output, {**facts, **vars(args), "rows": rows, "goals": goals, "pictures": pictures}, text)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ def test_a_tokenizer_that_is_not_there_is_named(call, tmp_path):
 
 
 FEW = {"labels": "5 70", "size": 64, "large_labels": 9, "large_size": 96, "queries": 12, "rounds": 1}
+FEW |= {"picture_labels": 6, "picture_width": 256}
 
 
 def test_label_stages_are_measured_and_those_too_large_are_not(call, tmp_path, capsys, same_process):
