@@ -7,6 +7,7 @@ import ctypes
 import math
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,7 @@ from zs3.files import write_report
 from zs3.tables import markdown_table
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -176,10 +178,24 @@ def machine_name(device: torch.device = CPU) -> str:
     return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name()
 
 
-def head(device: torch.device = CPU) -> dict[str, str]:
-    """The first fields of a result: the command, the machine, the version of torch."""
+def code_commit() -> str | None:
+    """The checkout's commit, with "changed" where a Python file differs from it; None outside a checkout."""
+    answers = []
+    for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", "*.py"]):
+        try:
+            done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+        except OSError:  # there is no git
+            return None
+        if done.returncode:
+            return None
+        answers.append(done.stdout.strip())
+    return answers[0] + (", changed" if answers[1] else "")
+
+
+def head(device: torch.device = CPU) -> dict[str, str | None]:
+    """The first fields of a result: the command, the commit, the machine, the version of torch."""
     command = shlex.join(["python", "-m", script(), *sys.argv[1:]])
-    return {"command": command, "machine": machine_name(device), "torch": torch.__version__}
+    return {"command": command, "commit": code_commit(), "machine": machine_name(device), "torch": torch.__version__}
 
 
 def table(titles: str, cells: str, rows: list[dict]) -> str:

@@ -144,9 +144,8 @@ def compare_sizes(args: TextArgs, processor: Zs3Processor, folder: str) -> dict[
     def add_steps(entries: int) -> None:
         place, labels = f"{folder}/{entries}", named(entries)
         cache = TextCache(place, BOUND)
-        with patch("os.fsync"):  # it would take the most time of all
-            names = [f"{side}/{key}" for key in label_keys(labels, processor.tokenizer)]
-            cache._write({name: row.numpy().tobytes() for name, row in zip(names, random_vectors(names), strict=True)})
+        names = [f"{side}/{key}" for key in label_keys(labels, processor.tokenizer)]
+        cache._write({name: row.numpy().tobytes() for name, row in zip(names, random_vectors(names), strict=True)})
         known = labels[:: entries // KNOWN][:KNOWN]
         cache.embed(labels, model, processor)
         steps[f"{KNOWN} known labels, new cache", entries] = lambda: TextCache(place, BOUND).embed(

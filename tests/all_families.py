@@ -1,6 +1,6 @@
-"""Evaluates checkpoints of every family in one group of processes; run by test_encoders.py under torch's launcher.
+"""Evaluates checkpoints of every family in one group of two processes; test_encoders.py starts them.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 all_families.py FOLDER DATA
+    all_families.py FOLDER DATA
 
 FOLDER/FAMILY/joined has class_head "regions"; FOLDER/FAMILY/encoder is an encoder for the ensemble of FOLDER/learned.
 The results are FOLDER/FAMILY/joined.json and ensemble.json.

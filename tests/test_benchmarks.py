@@ -197,19 +197,14 @@ def scenes_model(tmp_path_factory):
     return folder
 
 
-LITTLE = {"images": 2, "proposals": 3, "size": 64, "rounds": 1, "layers": 1, "large_images": 1}
+LITTLE = {"proposals": 3, "size": 64, "rounds": 1, "layers": 1}
 
 
-def test_views_are_measured_beside_the_loop(call, scenes_model, tmp_path, capsys):
-    places = {"model": scenes_model / "model", "dataset": scenes_model / "scenes", "output": tmp_path / "views.json"}
-    call(clip_views, **places, **LITTLE)
+def test_views_are_measured_beside_the_loop(call, tmp_path, capsys):
+    call(clip_views, **LITTLE, output=tmp_path / "views.json")
     result = json.loads((tmp_path / "views.json").read_text())
     assert [row["way"] for row in result["cost"]] == [clip_views.LOOP, clip_views.CROPS, clip_views.SINGLE]
-    rows = {row["way"]: row for row in result["trained"]["rows"]}
-    assert len(rows) == 4 and rows[clip_views.CROPS]["differing_share"] == 0
-    assert rows[clip_views.LOOP]["differing_share"] < 0.01 and rows[clip_views.LOOP]["times_faster_than_loop"] == 1
-    assert rows[clip_views.LOOP]["crops_per_image"] == rows[clip_views.CROPS]["crops_per_image"]
-    assert "large_seconds" in rows[clip_views.CROPS] and "large_seconds" not in rows[clip_views.SINGLE]
+    assert result["cost"][0]["times_faster_than_loop"] == 1 and all(row["seconds"] > 0 for row in result["cost"])
     printed = capsys.readouterr().out
     assert printed == (tmp_path / "views.md").read_text() and "batched crops" in printed
 
@@ -217,7 +212,7 @@ def test_views_are_measured_beside_the_loop(call, scenes_model, tmp_path, capsys
 def test_embeddings_that_differ_are_no_comparison(monkeypatch):
     monkeypatch.setattr(clip_views, "batched", lambda tower, image, masks: torch.ones(len(masks), 512))
     with pytest.raises(ValueError, match="embeddings of loop and batch differ"):
-        clip_views.measure_cost(clip_views.ClipViewsArgs(**{**LITTLE, "images": 1}))
+        clip_views.measure_cost(clip_views.ClipViewsArgs(**LITTLE))
 
 
 def test_pseudo_labels_are_measured_beside_the_loop(call, scenes_model, tmp_path, monkeypatch, capsys):

@@ -24,6 +24,7 @@ import scipy.io
 import torch
 import yaml
 from archives import TREES, size_of, spread, write_grey, write_palette, write_picture, write_tree
+from forked import ended, start
 from PIL import Image
 from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
@@ -503,10 +504,9 @@ def test_lists_may_have_a_byte_order_mark(encoding, tmp_path):
 def test_a_folder_belongs_to_one_conversion_at_a_time(tmp_path):
     ade20k(tmp_path)
     with lock_folder(tmp_path / "out" / ".progress"):
-        code = "import sys; from zs3.convert.__main__ import main; from zs3.command_line import run; run(main)"
         words = ["ade20k_150", "--source", tmp_path / "source", "--output", tmp_path / "out", "--on_problem", "skip"]
-        done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: another run writes in ")
+        assert ended(start("zs3.convert.__main__", words, tmp_path / "log")) == 2
+    assert (tmp_path / "log").read_text().splitlines()[-1].startswith("error: another run writes in ")
 
 
 def test_the_same_command_again_changes_nothing_and_makes_what_was_lost_or_damaged(tmp_path, capsys):

@@ -2,14 +2,16 @@
 
 import json
 import shutil
-import subprocess
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import ended, processes, wait_for
 from safetensors.torch import load_file, save_file
 from tiny import CLASS_NAMES, change_json, save_checkpoint
 from tiny_run import flags, write_data
@@ -17,6 +19,7 @@ from tiny_run import flags, write_data
 import train
 from zs3.command_line import InputError
 from zs3.doctor import examine, main
+from zs3.files import lock_folder
 from zs3.training.resume import write_manifest
 
 ROOT = Path(__file__).parents[1]
@@ -258,14 +261,20 @@ def test_other_folders_beside_the_states_are_no_states(copy):
 
 
 def test_a_run_that_is_writing_is_left_alone(copy):
-    held = "import sys, time; from pathlib import Path; from zs3.files import lock_folder\n"
-    held += "lock = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", held, str(copy / "run")], stdout=subprocess.PIPE, cwd=ROOT) as other:
-        assert other.stdout.readline()
-        with pytest.raises(InputError, match="a run writes in .* now"):
-            examine(copy / "run")
-        other.kill()
+    other = processes.Process(target=hold, args=(copy / "run", copy / "held"))
+    other.start()
+    wait_for((copy / "held").exists, other)
+    with pytest.raises(InputError, match="a run writes in .* now"):
+        examine(copy / "run")
+    other.kill()
+    assert ended(other) == -signal.SIGKILL
     said(copy / "run")
+
+
+def hold(folder: Path, marker: Path) -> None:
+    with lock_folder(folder):
+        marker.touch()
+        time.sleep(60)
 
 
 @pytest.mark.parametrize(

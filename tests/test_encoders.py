@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from all_families import evaluations
+from forked import ended, start_two
 from tiny import byte_tokenizer, save_checkpoint, save_scenes_checkpoint, tiny_encoder, tiny_model, tiny_towers
 
 from clip_views_zs3 import embed_proposals
@@ -352,17 +350,8 @@ def test_two_processes_give_the_results_of_one(folders, tmp_path):
     expected = {args.output: evaluate(args) for args in evaluations(made, tmp_path / "scenes")}
     for output in expected:
         Path(output).unlink()
-    script = Path(__file__).with_name("all_families.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
-    done = subprocess.run(
-        [*command, str(made), str(tmp_path / "scenes")],
-        cwd=script.parents[1],
-        env=environment | {"PYTHONPATH": str(script.parents[1])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two, log = start_two("all_families", [made, tmp_path / "scenes"], tmp_path / "log"), tmp_path / "log"
+    assert [ended(process) for process in two] == [0, 0], log.read_text()[-3000:]
     assert len(expected) == 2 * len(FAMILIES)
     for output, result in expected.items():
         two = json.loads(Path(output).read_text())

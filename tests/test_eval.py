@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, change_json, save_scenes_checkpoint, tiny_encoder
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
+import eval
 from clip_views_zs3 import embed_proposals
 from encoders_zs3 import FAMILIES
-from eval import EvalArgs, evaluate, main
+from eval import evaluate, main
 from zs3.command_line import InputError
 from zs3.data.records import load_split
 from zs3.evaluation.result_types import Result
@@ -36,6 +38,8 @@ from zs3.scores.bootstrap import load_images
 from zs3.typed_json import first_wrong
 
 ROOT = Path(__file__).parent.parent
+# Processes that read ahead cost more time than they save for the few pictures here. A test of two processes has them.
+EvalArgs = partial(eval.EvalArgs, num_workers=0)
 
 
 @pytest.fixture(scope="module")

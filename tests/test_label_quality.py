@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import ended
 from PIL import Image
 from test_data import SPACE
-from test_run_folder import ended, equal, kill_at, record_images, start, start_two, weights
+from test_run_folder import equal, kill_at, record_images, start, start_two, weights
 from tiny import save_checkpoint, tiny_config
 from tiny_run import flags, write_data
 

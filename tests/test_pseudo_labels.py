@@ -2,12 +2,8 @@
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import ended, start, start_two, wait_for
 from PIL import Image
 from tiny import save_checkpoint
 from transformers import AutoModel, AutoProcessor
@@ -75,18 +72,13 @@ def arguments(stage1, data, tmp_path) -> PseudoLabelArgs:
     )
 
 
-def command(args: PseudoLabelArgs, processes: int = 1, **overrides) -> list[str]:
-    """The command line of args; `processes` of them share the work."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    words = [sys.executable, *(launcher if processes > 1 else []), "-m", "zs3.pseudo_labels", "--no_measure"]
+def words_of(args: PseudoLabelArgs, **overrides) -> list[str]:
+    """The command line of args."""
+    words = ["--no_measure"]
     names = ("model", "dataset", "output", "shard_size", "batch_size", "unannotated_share")
     for name, value in ({name: getattr(args, name) for name in names} | overrides).items():
         words += [f"--{name}", str(value)]
     return words
-
-
-def environment() -> dict[str, str]:
-    return dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
 
 
 def shards(folder: str | Path) -> dict[str, bytes]:
@@ -250,23 +242,21 @@ def test_the_filter_counts_pixels_as_a_loop_does():
 def test_two_processes_write_the_bytes_of_one(arguments, tmp_path):
     expected = shards_of(arguments)
     assert list(expected) == [f"scores-{index:05d}-of-00003.parquet" for index in range(3)]
-    two = command(arguments, processes=2, output=tmp_path / "two", num_workers=1)
-    done = subprocess.run(two, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words, log = words_of(arguments, output=tmp_path / "two", num_workers=1), tmp_path / "log"
+    assert [ended(process) for process in start_two("zs3.pseudo_labels", words, log)] == [0, 0], log.read_text()
     assert shards(tmp_path / "two") == expected
-    assert "7/7" in done.stderr  # the share of the main process: shards 0 and 2, of 4 and 3 images
-    assert (tmp_path / "two" / "summary.json").exists() and f"labels of {len(UNSEEN)} unseen names" in done.stdout
+    said = log.read_text()
+    assert "7/7" in said  # the share of the main process: shards 0 and 2, of 4 and 3 images
+    assert (tmp_path / "two" / "summary.json").exists() and f"labels of {len(UNSEEN)} unseen names" in said
 
 
 def test_a_killed_run_goes_on_to_the_bytes_of_an_uninterrupted_one(arguments, tmp_path, capsys):
     expected = shards_of(replace(arguments, shard_size=1, output=str(tmp_path / "straight")))
     args = replace(arguments, shard_size=1)
-    killed = subprocess.Popen(command(args), cwd=ROOT, env=environment())
-    deadline = time.monotonic() + 120
-    while not shards(args.output) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    killed = start("zs3.pseudo_labels", words_of(args), tmp_path / "log")
+    wait_for(lambda: bool(shards(args.output)), killed)
+    killed.kill()
+    assert ended(killed) == -signal.SIGKILL
     done = {path: path.stat().st_mtime_ns for path in Path(args.output).glob("scores-*.parquet")}
     assert 0 < len(done) < NUM_IMAGES
     with pytest.raises(InputError, match="shards, but not the 11 of one run"):
@@ -394,14 +384,12 @@ def test_a_shard_knows_its_settings(arguments, tmp_path, capsys):
         load_unseen_scores(folder, space, ids)
 
 
-def test_two_runs_with_other_settings_never_share_a_folder(arguments):
-    first, second = (command(arguments, mask_threshold=threshold) for threshold in (0.5, 0.3))
-    options = {"env": environment(), "cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(words, **options) for words in (first, second)]
-    said = [process.communicate()[1] for process in both]
-    codes = sorted(process.returncode for process in both)
-    assert codes == [0, 2]
-    refused = said[[process.returncode for process in both].index(2)].strip().splitlines()[-1]
+def test_two_runs_with_other_settings_never_share_a_folder(arguments, tmp_path):
+    runs = {tmp_path / f"log{threshold}": words_of(arguments, mask_threshold=threshold) for threshold in (0.5, 0.3)}
+    both = [start("zs3.pseudo_labels", words, log) for log, words in runs.items()]
+    codes = [ended(process) for process in both]
+    assert sorted(codes) == [0, 2]
+    refused = [*runs][codes.index(2)].read_text().strip().splitlines()[-1]
     assert refused.startswith("error: ") and ("another run writes" in refused or "another mask_threshold" in refused)
     digest = settings_digest(pseudo_label_settings(Path(arguments.output)))
     assert {shard_digest(Path(arguments.output, name)) for name in shards(arguments.output)} == {digest}
@@ -428,7 +416,7 @@ def test_settings_that_are_none_are_one_line_and_stay_as_they_are(tmp_path, text
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, call, flags, words):
-    assert words in call(main, *command(arguments)[3:], *flags).refusal
+    assert words in call(main, *words_of(arguments), *flags).refusal
 
 
 # ---- the summary ----

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_mask2former
 
+from benchmarks import ratios
 from configuration_zs3 import Zs3Config
 from zs3.__main__ import COMMANDS
 from zs3.command_line import read_arguments
@@ -289,66 +290,35 @@ def test_the_tables_of_the_evidence_are_those_of_the_result_files():
     assert len(rows) > 130 and set(rows) <= set(there.splitlines())
 
 
-def test_the_ratios_of_clips_view_are_those_of_the_result_files():
-    cost = json.loads((RESULTS / "clip_views.json").read_text(encoding="utf-8"))["cost"]
-    seconds = {row["way"]: row["seconds"] for row in cost}
-    one_pass, loop, batched = (seconds[way] for way in ("single pass", "loop over crops", "batched crops"))
-    told = f"took {one_pass:.2f} s where a loop over 100 crops took {loop:.2f} s and batched crops {batched:.2f} s"
-    assert told in PROSE["performance"]
-    _, one, two = json.loads((RESULTS / "pseudo_labels.json").read_text(encoding="utf-8"))["rows"]
-    told = f"made {one['times_faster_than_loop']:.2f} times as fast as by a loop over crops, and two processes were "
-    assert told + f"{two['times_faster_than_first']:.2f} times as fast as one" in PROSE["performance"]
-
-
-def network_rows(name: str, network: str) -> tuple[dict, dict]:
-    """transformers' and this project's, with a ResNet-50 at 512 pixels and frozen batch norms."""
-    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["results"]
-    row = next(row for row in rows if row["backbone"] == "resnet50" and row["size"] == 512)
-    assert row.get("norms", "frozen") == "frozen"
-    return row["networks"]["transformers' Mask2Former"], row["networks"][network]
-
-
-def test_the_network_of_the_pages_is_that_of_the_result_files():
-    forward, step = network_rows("network", "zs3"), network_rows("train_step", "zs3, the same losses")
-    _, compiled = network_rows("network_compiled", "zs3")
-    for words in (
-        f"a forward {forward[1]['times_faster']:.2f} times as fast with {forward[1]['peak_share']:.2f} of the memory",
-        f"{compiled['times_faster']:.2f} times if both are [compiled]",
-        f"a training step {step[1]['times_faster']:.2f} times as fast with {step[1]['peak_share']:.2f} of the memory",
-    ):
-        assert words in PROSE["performance"], words
-    for start, both in (("| forward, ", forward), ("| training step, ", step)):
-        (line,) = [line for line in PAGES["README"].splitlines() if line.startswith(start)]
-        assert line.split(" | ", 1)[1] == " | ".join(cell(row) for row in both) + " |"
-
-
-def cell(row: dict) -> str:
-    return f"{row['seconds']:.2f} s, {row['peak_mib']:.0f} MiB"
-
-
-def test_the_loader_of_the_pages_is_that_of_the_result_file():
-    rows = json.loads((RESULTS / "loader.json").read_text(encoding="utf-8"))["results"]
-    small, large = [row for row in rows if row["loader"] == "1 process, map-style"]
-    assert f"makes {small['samples_per_second']:.1f} samples of 640 x 640 a second" in PROSE["performance"]
-    assert f"640 x 480, {small['times_faster']:.2f} times" in PROSE["performance"]
-    assert f"makes {large['samples_per_second']:.1f}, {large['times_faster']:.2f} times" in PROSE["performance"]
-    memory = [row["mib_end"] / row["mib_half"] for row in rows if "mib_end" in row]
-    assert max(memory) < 1.1  # "flat"
+def test_the_ratios_of_the_pages_are_those_of_the_result_files():
+    found = ratios.ratios(RESULTS)
+    assert f"\n\n{ratios.table(found)}\n" in PAGES["performance"]
+    of_readme = ratios.readme_table(found)
+    assert f"\n\n{of_readme}\n" in PAGES["README"] and of_readme.count("\n") == 5
+    files = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ratios.NAMES]
+    assert len({result["commit"] for result in files}) == 1
 
 
 def test_the_label_stage_of_the_pages_is_that_of_the_result_file():
-    rows = json.loads((RESULTS / "label_count.json").read_text(encoding="utf-8"))["rows"]
-    rows = {(row["labels"], row["size"], row["method"]): row for row in rows if row["kind"].startswith("like")}
-    found = re.findall(r"^\| (\d+), (\d+) x \d+ \| (.+) \| (.+) \|$", PAGES["performance"], re.MULTILINE)
-    readme = re.findall(r"^\| label map, (\d+) labels, (\d+) x \d+ \| (.+) \| (.+) \|$", PAGES["README"], re.MULTILINE)
-    assert len(found) == 4 and len(readme) == 1
-    for labels, size, *cells in found + readme:
-        for method, own in zip(("transformers' Mask2Former post-processing", "semantic_map"), cells, strict=True):
-            row = rows[int(labels), int(size), method]
-            if "seconds" in row:
-                assert own == cell(row)
-            else:
-                assert own == f"would need {row['bytes_needed'] / 1e9:.0f} GB"
+    result = json.loads((RESULTS / "label_count.json").read_text(encoding="utf-8"))
+    seconds = {row["labels"]: row["seconds"] for row in result["rows"] if row["method"] == "semantic_map"}
+    (goal,) = [goal for goal in result["goals"]["like a trained model's"] if goal["name"].startswith("time at 20000")]
+    assert len(seconds) == 4 and f"20,000 labels it is {goal['figure']:.2f} times that with 150" in PROSE["performance"]
+    beside = re.findall(r"^\| 171 \| .*$", PAGES["performance"], re.MULTILINE)
+    assert len(beside) == 10 and set(beside) <= set((RESULTS / "label_count.md").read_text().splitlines())
+
+
+def test_the_floor_of_the_pages_is_that_of_the_result_file():
+    (row,) = [
+        row
+        for row in json.loads((RESULTS / "network.json").read_text(encoding="utf-8"))["results"]
+        if row["backbone"] == "resnet50" and row["size"] == 512
+    ]
+    ours = row["networks"]["zs3"]
+    assert f"takes {ours['times_the_floor']:.2f} times this limit" in PROSE["performance"]
+    encoder, floor = ours["parts"]["deformable encoder"], row["parts_floor"]["deformable encoder"]["floor_seconds"]
+    assert f"its deformable encoder {encoder / floor:.2f} times its part of it" in PROSE["performance"]
+    assert f"and {100 * encoder / sum(ours['parts'].values()):.0f} % of the time" in PROSE["performance"]
 
 
 def test_the_evaluator_of_the_pages_is_that_of_the_result_file():
@@ -356,10 +326,10 @@ def test_the_evaluator_of_the_pages_is_that_of_the_result_file():
     shares = {}
     for row in result["times"]:
         shares.setdefault(row["maps"], []).append(100 * row["share_of_inference"])
-    assert {f"{share:.1f}" for share in shares["objects"]} == {"0.2"} and "takes 0.2 % of the inference" in prose
+    assert f"takes {max(shares['objects']):.1f} % of the inference" in prose
     assert f"rejection it takes {max(shares['objects, with counters']):.1f} % or less" in prose
-    scored = sorted(f"{share:.0f}" for share in shares["objects, with counters and scores"])
-    assert f"takes {' to '.join(scored)} % of an" in prose
+    scored = sorted(round(share) for share in shares["objects, with counters and scores"])
+    assert f"All together take {scored[0]} % (171 classes) or {scored[1]} % (847 classes)" in prose
     held = {}
     for row in (row for row in result["memory"] if row["way"] == "ConfusionMatrix"):
         held.setdefault(row["classes"], []).append((row["images"], row["held_mib"] * 1024))
