@@ -338,6 +338,7 @@ class Zs3Pipeline(Pipeline):
         steps = {
             "preprocess": ("window", "overlap", "timeout"),
             "forward": (*CHOICE, *ENSEMBLE, "propose"),
+            "postprocess": (),
         }
         known = [*(name for names in steps.values() for name in names), "subtask"]
         for name in options:
@@ -365,7 +366,7 @@ class Zs3Pipeline(Pipeline):
             options = {"threshold": None, "confidence": None, **options}
         if "window" in options:
             options = {"overlap": None, **options}
-        return *({name: options[name] for name in names if name in options} for names in steps.values()), {}
+        return tuple({name: options[name] for name in names if name in options} for names in steps.values())
 
     # ----------------------------------------------------------------------------------------- from labels to vectors
 
@@ -558,8 +559,7 @@ class Zs3Pipeline(Pipeline):
 
     def _decide(self, proposals: dict[str, Tensor], view: View, choice: Choice) -> dict[str, Tensor]:
         """Of a view's own part: label_map (H, W), -1 where none of the labels applies, and confidence (H, W); with
-        output="masks" instead of it confidence_sums (num_labels + 1,), over the pixels of each id, those of -1 first.
-        """
+        output="masks" instead of it totals (2, num_labels + 1), see SemanticMap."""
         seen_by_clip = proposals.get("clip_embeds"), proposals.get("shown_to_clip")
         proposals = {name: value for name, value in proposals.items() if name not in ("clip_embeds", "shown_to_clip")}
         outputs = Zs3Output(**proposals, **self.model.classify(proposals, choice.text_embeds))
@@ -596,10 +596,10 @@ class Zs3Pipeline(Pipeline):
         if view.own != view.box:  # pixels that other views decide are counted apart
             others = torch.full_like(label_map, choice.num_labels)
             others[own] = label_map[own]
-            sums = found.confidence_sums(others, choice.num_labels + 1)[:-1]
+            totals = found.totals(others, choice.num_labels + 1)[:, :-1]
         else:
-            sums = found.confidence_sums(label_map, choice.num_labels)
-        return {"label_map": label_map[own], "confidence_sums": sums}
+            totals = found.totals(label_map, choice.num_labels)
+        return {"label_map": label_map[own], "totals": totals}
 
     def postprocess(self, image: dict) -> dict | list[dict]:
         choice = image["choice"]
@@ -613,8 +613,7 @@ class Zs3Pipeline(Pipeline):
                 scores[top:bottom, left:right] = result["confidence"]
         if choice.output == "map":
             return {"segmentation": label_map, "labels": names, "scores": scores}
-        counts = np.bincount(label_map.ravel() + 1, minlength=len(names) + 1)  # -1 first
-        sums = sum(result["confidence_sums"].numpy() for result in image["results"])
+        counts, sums = sum(result["totals"] for result in image["results"]).numpy()  # -1 first
         return [
             {
                 "label": NONE_OF_THESE if label_id < 0 else names[label_id],

@@ -208,7 +208,8 @@ class TextCache:
         home at the time when the cache is made. None: memory only. Where the folder cannot be written, there is one
         warning, and the cache works in memory. A damaged file is removed, with a warning, and its label is embedded
         again.
-    max_bytes: of all vectors in memory, and of the files of all encoders. What was not used for the longest time is
+    max_bytes: of all vectors in memory, and of the content of the files of all encoders; a disk gives a file at least a
+        block, often 4 KB. What was not used for the longest time is
         removed first. The folder is listed, and trimmed to max_bytes, only after FREE_SHARE of max_bytes was written to
         it: each process that writes may exceed max_bytes by so much. A new cache starts at a random part of FREE_SHARE,
         or short processes would never trim. A file was used when it was last written or read.
@@ -334,9 +335,9 @@ class TextCache:
         for _, size, path in files:
             if held <= self.max_bytes:
                 break
-            with suppress(FileNotFoundError):  # another process was faster
+            with suppress(FileNotFoundError, PermissionError):  # another process was faster; somebody else's file
                 os.unlink(path)
-            held -= size
+                held -= size
         self._written = 0
 
     def _own_files(self) -> list[tuple[int, int, str]]:

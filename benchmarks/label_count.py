@@ -226,7 +226,7 @@ def beside_the_map(labels: int, size: int, width: int, args: LabelCountArgs) -> 
 
     def segments() -> None:
         found = made(return_scores=True)
-        found.confidence_sums(found.label_map, labels)
+        found.totals(found.label_map, labels)
 
     steps = {
         ALONE: made,

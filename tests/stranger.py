@@ -25,6 +25,7 @@ def forget_the_project() -> None:
     sys.path_importer_cache.clear()
     for name in (
         "clip_views_zs3",
+        "confidences_zs3",
         "configuration_zs3",
         "drawing_zs3",
         "encoders_zs3",

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import confidences_zs3
 import label_maps_zs3
+from confidences_zs3 import working_dtype
 from label_maps_zs3 import explain, semantic_map, semantic_scores
 from outputs_zs3 import Zs3Output
 
@@ -126,6 +128,33 @@ def test_five_thousand_classes(probs, masks):
     assert_best(label_map, literal_scores(class_probs, mask_logits, (23, 19)))
 
 
+@pytest.mark.parametrize("target", [(50, 61), (9, 40), (13, 11), (97, 23), (1, 30)])
+def test_the_floor_of_an_input_pixel_is_below_the_best_of_the_pixels_that_use_it(target):
+    """In loops over the taps of each image pixel; step 4 rests on it where the image is not the input."""
+    class_probs, mask_logits = proposals(1, 6, 7)
+    lengths = zip(mask_logits.shape[2:], (28, 36), (26, 33), target, strict=True)
+    rows, columns = (label_maps_zs3._axis(*axis, label_maps_zs3.TILE) for axis in lengths)
+    tiles = label_maps_zs3._bounds(class_probs[0], mask_logits[0], rows, columns)
+    tile = torch.arange(len(tiles.low))
+    part = label_maps_zs3._summed(tiles, tile, torch.arange(7).expand(len(tile), -1))
+    runs = torch.rand(len(tile), 7) < 0.6
+    runs[:, 0] = True
+    whole = label_maps_zs3._to_image(tiles, part).masked_fill(~runs[:, :, None], -torch.inf).amax(1)
+    floor = label_maps_zs3._floor(tiles, part.scores, runs, whole).unflatten(1, part.scores.shape[2:])
+    whole = whole.unflatten(1, (rows.to_image.shape[1], columns.to_image.shape[1]))
+    used = 0
+    for number in tile.tolist():
+        down, across = (
+            rows.to_image[number // len(columns.mask_index)],
+            columns.to_image[number % len(columns.mask_index)],
+        )
+        for y, x in itertools.product(range(len(down)), range(len(across))):
+            for i, j in itertools.product(down[y].nonzero()[:, 0].tolist(), across[x].nonzero()[:, 0].tolist()):
+                assert floor[number, i, j] <= whole[number, y, x] + 1e-6
+                used += 1
+    assert used >= target[0] * target[1]
+
+
 def test_a_class_that_is_no_querys_favourite_can_win():
     """Two queries overlap; each prefers a class of its own, and both like a third a little less."""
     class_probs = torch.tensor([[[0.5, 0.0, 0.45, 0.05], [0.0, 0.5, 0.45, 0.05]]])
@@ -217,7 +246,10 @@ def at_pixel(values: Tensor, y: int, x: int, target, covered) -> float:
 
 @pytest.mark.parametrize("classes", [1, 2, 5, 300])
 @pytest.mark.parametrize("target", [None, (50, 61), (9, 40)])
-def test_confidences_and_margins_are_those_of_the_mask_grid(classes, target):
+@pytest.mark.parametrize("strip", [1, 200, 2**16])
+def test_confidences_and_margins_are_those_of_the_mask_grid(classes, target, strip, monkeypatch):
+    monkeypatch.setattr(confidences_zs3, "STRIP", strip)
+    monkeypatch.setattr(confidences_zs3, "CHUNK", 2 * strip)  # several blocks of the grid
     class_probs, mask_logits = proposals(classes=classes)
     size = target or (28, 36)
     options = {} if target is None else {"image_sizes": [size] * 2, "valid_sizes": [(28, 36), (21, 30)]}
@@ -241,15 +273,16 @@ def test_confidences_and_margins_are_those_of_the_mask_grid(classes, target):
 
 @pytest.mark.parametrize("strip", [1, 100, 2**16])
 def test_the_sums_of_regions_are_those_of_the_map(strip, monkeypatch):
-    monkeypatch.setattr(label_maps_zs3, "STRIP", strip)
+    monkeypatch.setattr(confidences_zs3, "STRIP", strip)
+    monkeypatch.setattr(confidences_zs3, "CHUNK", 8 * strip)
     class_probs, mask_logits = proposals(1, classes=12)
     (result,) = semantic_map(class_probs, mask_logits, (28, 36), return_scores=True)
     ids = torch.arange(28 * 36).reshape(28, 36) % 5 - 1
-    sums = result.confidence_sums(ids, 6)
-    assert sums.shape == (7,) and sums[5:].tolist() == [0, 0]
+    counts, sums = result.totals(ids, 6)
+    assert counts[5:].tolist() == sums[5:].tolist() == [0, 0]
     for place, own in enumerate(range(-1, 4)):
-        expected = sum(float(value) for value in result.confidence.double()[ids == own])
-        assert float(sums[place]) == pytest.approx(expected, rel=1e-6)
+        values = result.confidence.double()[ids == own].tolist()
+        assert counts[place] == len(values) and float(sums[place]) == pytest.approx(sum(values), rel=1e-6)
 
 
 @pytest.mark.parametrize("classes", [4, 150, 847])
@@ -326,13 +359,13 @@ def test_less_than_float32_products_are_not_relied_on():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        assert label_maps_zs3._working_dtype(class_probs, mask_logits) == torch.float64
+        assert working_dtype(class_probs, mask_logits) == torch.float64
         assert torch.equal(semantic_map(class_probs, mask_logits, (28, 36)), expected)
         (scored,) = semantic_map(class_probs, mask_logits, (28, 36), is_seen=torch.arange(200) % 2 == 0)
         assert torch.equal(scored.label_map, expected[0]) and scored.gap.dtype == torch.float32
     finally:
         torch.set_float32_matmul_precision(before)
-    assert label_maps_zs3._working_dtype(class_probs, mask_logits) == torch.float32
+    assert working_dtype(class_probs, mask_logits) == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(semantic_map(class_probs, mask_logits, (28, 36)), expected)
 
@@ -340,8 +373,14 @@ def test_less_than_float32_products_are_not_relied_on():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_same_label_map():
     class_probs, mask_logits = proposals(2, 30, 300)
-    on_gpu = semantic_map(class_probs.cuda(), mask_logits.cuda(), (28, 36))
-    assert torch.equal(on_gpu.cpu(), semantic_map(class_probs, mask_logits, (28, 36)))
+    is_seen = torch.arange(300) % 3 > 0
+    on_gpu = semantic_map(class_probs.cuda(), mask_logits.cuda(), (28, 36), is_seen=is_seen.cuda())
+    for found, expected in zip(on_gpu, semantic_map(class_probs, mask_logits, (28, 36), is_seen=is_seen), strict=True):
+        assert torch.equal(found.label_map.cpu(), expected.label_map)
+        for name in ("gap", "confidence", "margin"):
+            torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), rtol=0, atol=1e-5)
+        totals = found.totals(found.label_map, 300).cpu()
+        torch.testing.assert_close(totals, expected.totals(expected.label_map, 300), rtol=1e-6, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ metamorphic

@@ -271,10 +271,10 @@ class Unwanted(Exception):
 
 @contextmanager
 def whole(path: Path, synced: bool = True) -> Iterator[Path]:
-    """A file beside `path` to write to. At the end of the block it is on the disk and gets the name `path`, or it is
-    removed. Until then its name is as PARTIAL says, with the number of the writing process.
+    """A file beside `path` to write to. At the end of the block it gets the name `path`, or it is removed. Until then
+    its name is as PARTIAL says, with the number of the writing process.
 
-    synced: False does not wait for the disk: a power failure may leave a damaged file.
+    synced: the content is on the disk before the name. False: a power failure may leave a damaged file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid4().hex}.{os.getpid()}.partial")
@@ -282,7 +282,7 @@ def whole(path: Path, synced: bool = True) -> Iterator[Path]:
         yield partial
         if synced:
             with partial.open("r+b") as file:
-                os.fsync(file.fileno())  # the content must be on the disk before the name
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except Unwanted:
         return

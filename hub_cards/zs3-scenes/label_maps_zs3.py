@@ -22,8 +22,7 @@ Axes: B image, Q query, C class name, H W output size, h w mask size; N tile, n 
 win in a tile; I pixel of the model's input in a tile, i j along its sides; X pixel of the image in a tile.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 from typing import NamedTuple
@@ -34,10 +33,12 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 try:
+    from .confidences_zs3 import CHUNK, TINY, GridConfidences, Taps, taps, working_dtype
     from .configuration_zs3 import Refused, as_number, is_number, shortened
 except ImportError:
     if __package__:
         raise
+    from confidences_zs3 import CHUNK, TINY, GridConfidences, Taps, taps, working_dtype
     from configuration_zs3 import Refused, as_number, is_number, shortened
 
 Sizes = Sequence[tuple[int, int]] | Tensor | None  # (height, width) of each image
@@ -47,11 +48,7 @@ EQUAL = 1e-12  # scores this close are equal: above the rounding of float64 sums
 NEAR = 1e-6  # scores this close count as equal among the seen, or the unseen, classes
 TILE = 4  # mask pixels along the side of a tile
 BLOCK = 4  # tiles along the side of the blocks with which the certificate begins
-STRIP = 2**16  # pixels whose confidences are made at once
-CHUNK = 2**19  # numbers in one tensor of steps 3 and 4, but for those of the size of the masks or the output
 GUESSES = 4  # favourites that compete in a tile before the certificate
-TINY = 1e-30  # a smaller floor is no floor; it is far above what float32 loses to underflow
-UNDECIDED = 1e-6  # the least weight of a query in a confidence: where all queries are undecided, they count alike
 
 # u, the relative error of one float32 rounding. A sum of n rounded terms >= 0 is off by at most (n + 1) u of itself, to
 # first order; the constants below are rounded up generously, which covers the higher orders.
@@ -75,18 +72,19 @@ def semantic_scores(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, i
 
 @dataclass
 class SemanticMap:
-    """The values of every pixel, each (H, W).
+    """A label map, (H, W), and what belongs to its pixels, each (H, W).
 
-    label_map: int64, the winner.
+    label_map: int64, the winner. Do not change it in place: confidences are made of it.
     confidence: float32 in [0, 1], and margin, its distance to the largest confidence of another class: see
-        `GridConfidences`. They are made when they are read.
-    seen_map, unseen_map: the best seen and the best unseen class; near-ties go to the lowest index; -1 where there is
-        no such class. One of the two is the winner. gap: float32, the score of the best seen class less that of the
-        best unseen class, to 1e-5; -inf or inf where one is missing. None without `is_seen`.
+        `GridConfidences`. They are made when they are read. Until then, and after, `confidences` holds the masks.
+    seen_map, unseen_map: int64, the best seen and the best unseen class; near-ties go to the lowest index; -1 where
+        there is no such class. One of the two is the winner. None without `is_seen`.
+    gap: float32, the score of the best seen class less that of the best unseen class, to 1e-5; -inf or inf where one is
+        missing. None without `is_seen`.
     """
 
     label_map: Tensor
-    confidences: "GridConfidences | None" = None
+    confidences: GridConfidences | None = None
     seen_map: Tensor | None = None
     unseen_map: Tensor | None = None
     gap: Tensor | None = None
@@ -99,13 +97,17 @@ class SemanticMap:
     def margin(self) -> Tensor:
         return self.confidences.of(self.label_map, margin=True)
 
-    def confidence_sums(self, ids: Tensor, num_ids: int) -> Tensor:
-        """(num_ids + 1,) float64: the sum of `confidence` over the pixels of each id, those of -1 first; without a map
-        of it. ids: (H, W) int64, -1 to num_ids - 1."""
-        sums = torch.zeros(num_ids + 1, dtype=torch.float64, device=ids.device)
-        for rows, values in self.confidences.strips(self.label_map):
-            sums += torch.bincount(ids[rows].flatten() + 1, values.flatten().double(), num_ids + 1)
-        return sums
+    def totals(self, ids: Tensor, num_ids: int) -> Tensor:
+        """(2, num_ids + 1) float64: the number of pixels of each id, -1 first, and the sum of `confidence` over them.
+        No map of it is made for this. ids: (H, W) int64, from -1 to num_ids - 1."""
+        totals = torch.zeros(2, num_ids + 1, dtype=torch.float64, device=ids.device)
+        made = "confidence" in vars(self)
+        parts = [(slice(None), self.confidence)] if made else self.confidences.strips(self.label_map)
+        for rows, values in parts:
+            place = ids[rows].flatten() + 1
+            for total, weights in zip(totals, (None, values.flatten().double()), strict=True):
+                total += torch.bincount(place, weights, num_ids + 1)
+        return totals
 
     def with_seen_bias(self, gamma: float) -> Tensor:
         """(H, W) int64: the winner after gamma is subtracted from the scores of seen classes (Chao et al. 2016); of
@@ -136,7 +138,7 @@ def semantic_map(
     return_scores: a SemanticMap an image, with confidences. is_seen: (C,) bool, for the best seen and the best unseen
     class of every pixel, too; it implies return_scores.
 
-    The winner's score, in float64, is within 1e-6 of the best; equal scores (to 1e-12) go to the lowest index.
+    The winner's score, in float64, is within 1e-6 of the best; equal scores go to the lowest index.
     Returns (B, H, W) int64; with image_sizes a list, one (H, W) an image; with return_scores a list of SemanticMap.
     """
     sizes = {"valid_sizes": valid_sizes, "image_sizes": image_sizes}
@@ -226,16 +228,6 @@ def explain(
 # ------------------------------------------------------------------------------------- from mask pixels to the image
 
 
-class _Taps(NamedTuple):
-    """Bilinear resizing along one axis (align_corners=False): each new pixel is a weighted sum of two old ones."""
-
-    index: Tensor  # (new, 2) int64; twice the same where one suffices
-    weight: Tensor  # (new, 2) float64, at least 0, of sum 1
-
-    def to(self, device: torch.device) -> "_Taps":
-        return _Taps(self.index.to(device), self.weight.to(device))
-
-
 class _Axis(NamedTuple):
     """One axis of the way from mask pixels over input pixels to the image's, cut into tiles.
 
@@ -246,27 +238,18 @@ class _Axis(NamedTuple):
     to_input: Tensor  # (tiles, i, m) float64: the input pixels it needs, as sums of these
     to_image: Tensor  # (tiles, side, i) float64: its own pixels, as sums of those
     resizes: bool  # the input is not the image: to_image is no identity
-    input_taps: _Taps
-    image_taps: _Taps
+    input_taps: Taps
+    image_taps: Taps
 
     def to(self, device: torch.device) -> "_Axis":
         moved = [value.to(device) for value in self[:3]]
         return _Axis(*moved, self.resizes, *(taps.to(device) for taps in self[4:]))
 
 
-def _taps(new: int, old: int, span: float | None = None) -> _Taps:
-    """span: the part of the old pixels that the new ones cover, from the first on; None: all of them."""
-    position = ((torch.arange(new, dtype=torch.float64) + 0.5) * ((span or old) / new) - 0.5).clamp(min=0)
-    low = position.floor().long().clamp(max=old - 1)
-    share = position - low
-    high = torch.where(share > 0, (low + 1).clamp(max=old - 1), low)
-    return _Taps(torch.stack([low, high], dim=1), torch.stack([1 - share, share], dim=1))
-
-
 @lru_cache(maxsize=64)
 def _axis(mask: int, size: int, valid: int, image: int, tile: int) -> _Axis:
     """mask, size, valid, image: lengths of the axis in mask pixels, padded input, input without padding, image."""
-    input_taps, image_taps = _taps(size, mask), _taps(image, valid)
+    input_taps, image_taps = taps(size, mask), taps(image, valid)
     side = min(image, max(4, min(64, round(tile * size / mask * image / valid))))
     parts = []
     for start in range(0, image, side):
@@ -283,7 +266,7 @@ def _axis(mask: int, size: int, valid: int, image: int, tile: int) -> _Axis:
     )
 
 
-def _sums(taps: _Taps, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(taps: Taps, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """The taps of some pixels as a matrix (pixels, old pixels needed), and the indices of these old pixels."""
     index, weight = taps.index[pixels], taps.weight[pixels]
     needed = torch.unique(index)
@@ -300,115 +283,6 @@ def _exact_masks(mask_logits: Tensor, rows: _Axis, columns: _Axis, y: Tensor, x:
     logits = mask_logits[row[:, :, :, None, None], column[:, None, None]].double()  # (n, 2, 2, 2, 2, Q)
     probs = torch.einsum("nyrxcq,nyr,nxc->nyxq", logits, row_share, column_share).sigmoid()
     return torch.einsum("nyxq,ny,nx->nq", probs, y_share, x_share)
-
-
-# ------------------------------------------------------------------------------------------------- confidences
-
-
-@dataclass
-class GridConfidences:
-    """The confidence of every class on the mask grid, brought to the image by one bilinear resizing.
-
-    The confidence of class c at a mask pixel, in [0, 1], is the weighted mean over queries of p_q(c), times the part of
-    the pixel that masks cover, min(1, sum_q M_q). A query's weight is its mask M_q times how decided it is,
-    KL(p_q || U) / ln C. So a query that makes no difference between classes does not count; Eq. 5 trains unmatched
-    queries to be so. The margin of c is its confidence less the largest one of another class, at least 0.
-
-    masks: (Q, h, w), M. weights: (Q, C), p_q times how decided a query is. share: (h, w), the covered part, divided by
-    the sum of the queries' weights. rows, columns: of the image's pixels.
-    """
-
-    masks: Tensor
-    weights: Tensor
-    share: Tensor
-    rows: "_Taps"
-    columns: "_Taps"
-
-    @classmethod
-    def of_proposals(
-        cls, class_probs: Tensor, mask_logits: Tensor, axes: Sequence[tuple[int, int, int, int]]
-    ) -> "GridConfidences":
-        """class_probs (Q, C), mask_logits (Q, h, w); axes: as for `_axis`, of rows and columns."""
-        kind = _working_dtype(class_probs, mask_logits)
-        masks, class_probs = mask_logits.to(kind).sigmoid(), class_probs.to(kind)
-        decided = _decidedness(class_probs)
-        voices = torch.einsum("q,qhw->hw", decided, masks)
-        share = masks.sum(dim=0).clamp(max=1) / voices.clamp(min=TINY)
-        taps = (_taps(image, mask, mask * valid / size).to(masks.device) for mask, size, valid, image in axes)
-        return cls(masks, decided[:, None] * class_probs, share, *taps)
-
-    def of(self, label_map: Tensor, margin: bool = False) -> Tensor:
-        """(H, W) float32: the confidence, or the margin, of each pixel's class; label_map: (H, W) int64."""
-        values = torch.empty(label_map.shape, dtype=self.masks.dtype, device=label_map.device)
-        for _ in self.strips(label_map, margin, values):
-            pass
-        return values.float()
-
-    def strips(
-        self, label_map: Tensor, margin: bool = False, out: Tensor | None = None
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Some rows of pixels, and their values, until all are done. out: (H, W), where they are written."""
-        classes = torch.bincount(label_map.flatten(), minlength=self.weights.shape[1]).nonzero()[:, 0]  # (K,)
-        _, height, width = self.masks.shape
-        begin = torch.zeros(self.weights.shape[1], dtype=torch.int64, device=classes.device)
-        begin[classes] = width * torch.arange(len(classes), device=classes.device)  # of a class in a row (K w)
-        left, right = self.columns.index.T  # (W,)
-        share = (self.columns.weight[:, 1] * (right > left)).to(self.masks.dtype)
-        step = max(1, STRIP // max(len(left), len(classes) * width))
-        # The grid's values are made for several strips at once.
-        block = step * max(1, CHUNK // (len(classes) * width) * len(label_map) // height // step)
-        for start in range(0, len(label_map), step):
-            if start % block == 0:
-                first = int(self.rows.index[start, 0])
-                last = int(self.rows.index[start : start + block].max()) + 1
-                grid = self._values(classes, slice(first, last), margin)  # (K, h', w)
-            rows = slice(start, start + step)
-            low, high = (self.rows.index[rows] - first).T
-            down = self.rows.weight[rows, 1, None].to(grid.dtype)
-            values = torch.lerp(grid.index_select(1, low), grid.index_select(1, high), down)  # (K, H', w)
-            values = values.transpose(0, 1).flatten(1)  # (H', K w)
-            index = begin.index_select(0, label_map[rows].flatten()).view(-1, len(left)).add_(left)
-            ends = values.gather(1, index), values.roll(-1, 1).gather(1, index)
-            yield rows, torch.lerp(*ends, share, out=None if out is None else out[rows])
-
-    def _values(self, classes: Tensor, rows: slice, margin: bool) -> Tensor:
-        """(K, h', w): the confidences or the margins of some classes in some rows of the grid."""
-        values = self._grid(classes, rows)
-        if not margin:
-            return values
-        (best, second), (winner, _) = (both[:, rows] for both in self._best_two)  # (h', w)
-        return (values - torch.where(winner == classes[:, None, None], second, best)).clamp_(min=0)
-
-    def _grid(self, classes: Tensor, rows: slice) -> Tensor:
-        """(K, h', w): the confidences of some classes in some rows of the grid."""
-        with torch.autocast(self.masks.device.type, enabled=False):
-            values = torch.einsum("qk,qhw->khw", self.weights[:, classes], self.masks[:, rows])
-        return values.mul_(self.share[rows]).clamp_(0, 1)
-
-    @cached_property
-    def _best_two(self) -> tuple[Tensor, Tensor]:
-        """The largest two confidences at each mask pixel, and their classes, both (2, h, w); 0 where C is 1."""
-        height, width = self.share.shape
-        best = self.share.new_zeros(2, height, width)
-        of = torch.full(best.shape, -1, device=best.device)
-        everyone = torch.arange(self.weights.shape[1], device=best.device)
-        for classes in everyone.split(max(2, CHUNK // (height * width))):
-            values, numbers = self._grid(classes, slice(None)), classes[:, None, None].expand(-1, height, width)
-            values, numbers = torch.cat([best, values]), torch.cat([of, numbers])
-            first, place = values.max(dim=0, keepdim=True)
-            second, next_place = values.scatter(0, place, -1).max(dim=0, keepdim=True)
-            best = torch.cat([first, second])
-            of = numbers.gather(0, torch.cat([place, next_place]))
-        return best, of
-
-
-def _decidedness(class_probs: Tensor) -> Tensor:
-    """(Q, C) -> (Q,): KL(p || U) / ln C, in [0, 1]; 1 where C is 1. At least UNDECIDED."""
-    if class_probs.shape[1] == 1:
-        return torch.ones_like(class_probs[:, 0])
-    probs = class_probs / class_probs.sum(dim=1, keepdim=True).clamp(min=TINY)
-    entropy = -torch.special.xlogy(probs, probs).sum(dim=1)
-    return (1 - entropy / math.log(class_probs.shape[1])).clamp(UNDECIDED, 1)
 
 
 # ------------------------------------------------------------------------------------------- the tile-bound argmax
@@ -442,8 +316,8 @@ class _Race:
     group may win nowhere in the image.
     ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile; floor(x) is at most the winner's score at x. inf or NaN
     where there is no floor; 0 in a tile without a competition.
-    label_map: (N, X) int32, -1 where nobody competes. score, rival: (N, X), of `excess`: the winner's, and the best of
-    the other runners that do not compete; None in an exact race.
+    label_map: (N, X) int32, -1 where nobody competes. score, rival: (N, X), of `excess`: the winner's, and the best
+    among the runners that do not compete; None in an exact race.
     """
 
     is_seen: Tensor
@@ -467,24 +341,34 @@ def _map_image(tiles: _Tiles, is_seen: Tensor | None) -> dict[str, Tensor]:
     first = _start(tiles, everywhere.new_ones(num_classes), everywhere, exact=True)
     runners = _run(tiles, first, _guess(tiles, first))
     found = {"label_map": _assemble(first.label_map, tiles).long()}
-    if is_seen is None:
-        return found
-    # The best of the winner's own group is the winner. So the other group competes everywhere, the winner's own only
-    # where both groups win pixels.
-    winner_seen = is_seen.index_select(0, first.label_map.flatten()).view_as(first.label_map)  # (N, X)
-    other = _start(tiles, is_seen, ~winner_seen[:, 0], exact=False)
+    return found if is_seen is None else {**found, **_best_of_groups(tiles, is_seen, first.label_map, runners)}
+
+
+def _best_of_groups(tiles: _Tiles, is_seen: Tensor, winners: Tensor, runners: Tensor) -> dict[str, Tensor]:
+    """seen_map, unseen_map and gap of SemanticMap. winners: (N, X), changed here; runners: of their race.
+
+    The best of the winner's own group is the winner. In each tile "own" is the group of its first pixel's winner. So
+    the other group competes everywhere, the own group only in tiles where both win pixels.
+    """
+    winner_seen = is_seen.index_select(0, winners.flatten()).view_as(winners)  # (N, X)
+    own_seen = winner_seen[:, 0]
+    other = _start(tiles, is_seen, ~own_seen, exact=False)
     _run(tiles, other, torch.cat([_guess(tiles, other), runners]))
-    both = (winner_seen != winner_seen[:, :1]).any(dim=1)
-    own = _start(tiles, is_seen, winner_seen[:, 0], exact=False)
-    own.ratio[~both] = 0
-    _run(tiles, own, _guess(tiles, own))
-    own_map = torch.where(winner_seen == winner_seen[:, :1], first.label_map, own.label_map)
-    other_map = torch.where(winner_seen == winner_seen[:, :1], other.label_map, first.label_map)
-    gap = torch.where(both[:, None], own.score, other.rival) - other.score
-    swap = ~winner_seen[:, :1]
-    found["seen_map"] = _assemble(torch.where(swap, other_map, own_map), tiles).long()
-    found["unseen_map"] = _assemble(torch.where(swap, own_map, other_map), tiles).long()
-    return {**found, "gap": _assemble(torch.where(swap, -gap, gap), tiles).float()}
+    own_map, other_map, own_score = winners, other.label_map, other.rival
+    mixed = (winner_seen != own_seen[:, None]).any(dim=1).nonzero()[:, 0]
+    if len(mixed):
+        own = _start(tiles, is_seen, own_seen, exact=False)
+        own.ratio = torch.zeros_like(own.ratio).index_copy_(0, mixed, own.ratio[mixed])
+        _run(tiles, own, _guess(tiles, own))
+        own_wins = winner_seen[mixed] == own_seen[mixed, None]
+        other_map[mixed] = torch.where(own_wins, other_map[mixed], own_map[mixed])
+        own_map[mixed] = torch.where(own_wins, own_map[mixed], own.label_map[mixed])
+        own_score[mixed] = own.score[mixed]
+    gap = (own_score - other.score) * torch.where(own_seen, 1, -1)[:, None]
+    seen_map = torch.where(own_seen[:, None], own_map, other_map)
+    unseen_map = torch.where(own_seen[:, None], other_map, own_map)
+    found = {"seen_map": _assemble(seen_map, tiles).long(), "unseen_map": _assemble(unseen_map, tiles).long()}
+    return {**found, "gap": _assemble(gap, tiles).float()}
 
 
 def _run(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:
@@ -499,17 +383,9 @@ def _run(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:
     return torch.cat([runners, others])
 
 
-def _working_dtype(class_probs: Tensor, mask_logits: Tensor) -> torch.dtype:
-    """float32, unless float64 was given, or float32 products are set to be less than that (TF32, bfloat16)."""
-    backend = torch.backends.cuda if mask_logits.is_cuda else torch.backends.mkldnn
-    settings = {torch.backends.fp32_precision, backend.matmul.fp32_precision}
-    double = torch.float64 in (class_probs.dtype, mask_logits.dtype)
-    return torch.float64 if double or settings - {"none", "ieee"} else torch.float32
-
-
 def _bounds(class_probs: Tensor, mask_logits: Tensor, rows: _Axis, columns: _Axis) -> _Tiles:
     """Step 1."""
-    kind = _working_dtype(class_probs, mask_logits)
+    kind = working_dtype(class_probs, mask_logits)
     class_probs, mask_logits = class_probs.to(kind), mask_logits.to(kind).permute(1, 2, 0).contiguous()
     excess = class_probs.T.clone(memory_format=torch.contiguous_format)
     excess -= class_probs.amin(dim=1) * (class_probs.shape[1] > 1)
