@@ -298,7 +298,7 @@ class _Tiles(NamedTuple):
     columns: _Axis
     low: Tensor  # (N, Q): low <= M_q(x) <= high, to a rounding
     high: Tensor
-    reach: Tensor  # (N, Q): the largest |logit|
+    off: Tensor  # (N, Q): |M_q(x) - what float64 gives| is at most this
 
     def grid(self, tile: Tensor) -> tuple[Tensor, Tensor]:
         """The row and the column of tiles."""
@@ -398,7 +398,9 @@ def _bounds(class_probs: Tensor, mask_logits: Tensor, rows: _Axis, columns: _Axi
         if not torch.isfinite(values).all():
             raise ValueError(f"{name} hold NaN or infinite values: no label map can be made of them")
     low, high, reach = (bound.to(kind) for bound in (low.sigmoid(), high.sigmoid(), reach))
-    return _Tiles(class_probs, excess, mask_logits, rows, columns, low, high, reach)
+    slope = (FAINT_LOGIT_ROUNDINGS * high).clamp(max=LOGIT_ROUNDINGS).where(reach < HUGE_LOGIT, LOGIT_ROUNDINGS)
+    off = ROUNDING * (slope * reach + MASK_ROUNDINGS * high)
+    return _Tiles(class_probs, excess, mask_logits, rows, columns, low, high, off)
 
 
 def _extreme(values: Tensor, index: Tensor, axis: int, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -502,11 +504,10 @@ def _summed(tiles: _Tiles, tile: Tensor, classes: Tensor) -> _Part:
     kind, queries = masks.dtype, masks.shape[1]
     masks = (rows.to_input[y].to(kind) @ masks.view(n, height, -1)).view(n, -1, width, queries)  # (n, i, m, Q)
     masks = (columns.to_input[x, None].to(kind) @ masks).sigmoid_()  # (n, i, j, Q)
-    excess, high, reach = tiles.excess[classes], tiles.high[tile], tiles.reach[tile]  # (n, K, Q), (n, Q)
+    excess, off = tiles.excess[classes], tiles.off[tile]  # (n, K, Q), (n, Q)
     scores = (excess @ masks.flatten(1, 2).mT).unflatten(2, masks.shape[1:3])
-    slope = (FAINT_LOGIT_ROUNDINGS * high).clamp(max=LOGIT_ROUNDINGS).where(reach < HUGE_LOGIT, LOGIT_ROUNDINGS)
-    off = ROUNDING * (slope * reach + MASK_ROUNDINGS * high)
-    error = ((off + (queries + 16) * ROUNDING * high) * excess.amax(dim=1)).sum(dim=1, keepdim=True)
+    of_sums = (queries + 16) * ROUNDING * tiles.high[tile]
+    error = ((off + of_sums) * excess.amax(dim=1)).sum(dim=1, keepdim=True)
     return _Part(tile, classes, masks.flatten(1, 2), scores, off, error)
 
 
