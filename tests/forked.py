@@ -7,15 +7,34 @@ import pkgutil
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 from torch.distributed import TCPStore
 
 from zs3.command_line import run
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["train", "eval", "zs3.pseudo_labels", "zs3.convert.__main__", "test_run_folder"])
+FOLDER = Path(__file__).parent
+IMPORTED = ["train", "eval", "zs3.pseudo_labels", "zs3.convert.__main__", "test_run_folder"]
+
+
+def begin(function: Callable[..., None], *args: object) -> BaseProcess:
+    """Starts a function in a process of its own.
+
+    Python has one fork server for each process. If a benchmark has begun it, it has not imported IMPORTED.
+    """
+    server = forkserver._forkserver
+    if server._preload_modules != IMPORTED:
+        server._stop()
+        server.set_forkserver_preload(IMPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (FOLDER, FOLDER.parent))))  # where the server finds them
+        server.ensure_running()
+    process = multiprocessing.get_context("forkserver").Process(target=function, args=args)
+    process.start()
+    return process
 
 
 def start(
@@ -26,10 +45,7 @@ def start(
     changes: functions that its process calls first.
     """
     environment = {"ACCELERATE_USE_CPU": "true", **environment}
-    words = [command, *map(str, arguments)]
-    process = processes.Process(target=run_in_process, args=(words, log, changes, environment))
-    process.start()
-    return process
+    return begin(run_in_process, [command, *map(str, arguments)], log, changes, environment)
 
 
 def run_in_process(words: list[str], log: Path, changes: tuple, environment: dict[str, str]) -> None:

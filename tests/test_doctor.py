@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import ended, processes, wait_for
+from forked import begin, ended, wait_for
 from safetensors.torch import load_file, save_file
 from tiny import CLASS_NAMES, change_json, save_checkpoint
 from tiny_run import flags, write_data
@@ -261,8 +261,7 @@ def test_other_folders_beside_the_states_are_no_states(copy):
 
 
 def test_a_run_that_is_writing_is_left_alone(copy):
-    other = processes.Process(target=hold, args=(copy / "run", copy / "held"))
-    other.start()
+    other = begin(hold, copy / "run", copy / "held")
     wait_for((copy / "held").exists, other)
     with pytest.raises(InputError, match="a run writes in .* now"):
         examine(copy / "run")

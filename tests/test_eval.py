@@ -3,10 +3,7 @@
 import csv
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,17 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from forked import ended, start_two
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, change_json, save_scenes_checkpoint, tiny_encoder
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
-import eval
 from clip_views_zs3 import embed_proposals
 from encoders_zs3 import FAMILIES
 from eval import evaluate, main
 from zs3.command_line import InputError
 from zs3.data.records import load_split
+from zs3.evaluation import arguments
 from zs3.evaluation.result_types import Result
 from zs3.evaluation.results import read_images, read_result
 from zs3.label_space import load_label_space
@@ -38,8 +36,9 @@ from zs3.scores.bootstrap import load_images
 from zs3.typed_json import first_wrong
 
 ROOT = Path(__file__).parent.parent
-# Processes that read ahead cost more time than they save for the few pictures here. A test of two processes has them.
-EvalArgs = partial(eval.EvalArgs, num_workers=0)
+# Processes that read ahead take more time than they save for the few pictures here. The command in the test of two
+# processes has them.
+EvalArgs = partial(arguments.EvalArgs, num_workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -514,10 +513,9 @@ def test_a_result_is_of_its_declared_type_and_reads_as_it_was(with_clip, data, t
 
 def test_two_processes_give_the_result_of_one(checkpoint, data, tmp_path):
     one = evaluate(EvalArgs(model=str(checkpoint), dataset=str(data)))
-    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval.py"]
-    command += ["--model", str(checkpoint), "--dataset", str(data), "--output", str(tmp_path / "two.json")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    words = ["--model", checkpoint, "--dataset", data, "--output", tmp_path / "two.json"]
+    two = start_two("eval", words, tmp_path / "log")
+    assert [ended(process) for process in two] == [0, 0], (tmp_path / "log").read_text()
     assert json.loads((tmp_path / "two.json").read_text()) == one
     assert one["num_images"] == 5
 

@@ -522,9 +522,15 @@ def test_a_class_that_is_nowhere_has_no_interval():
 
 
 def test_areas_that_are_larger_than_any_are_not_unpacked(tmp_path):
-    """A bomb: 1 GB of zeros in 1 MB of file. And a header that says more than there is."""
-    np.savez_compressed(tmp_path / "bomb.npz", rows=np.zeros(2**27))
-    assert (tmp_path / "bomb.npz").stat().st_size < 2e6
+    """A bomb: 512 MB of zeros in less than 3 MB of file. And a header that says more than there is."""
+    names = {"class_names": ["a"], "image_ids": ["a"], "image": [0]}
+    np.savez(tmp_path / "bomb.npz", **names)  # as in a whole file, so that rows is not the first to be missed
+    archive = zipfile.ZipFile(tmp_path / "bomb.npz", "a", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("rows.npy", "w") as rows:
+        np.lib.format.write_array_header_1_0(rows, {"descr": "<i8", "fortran_order": False, "shape": (2**26,)})
+        for _ in range(512):
+            rows.write(bytes(2**20))
+    assert (tmp_path / "bomb.npz").stat().st_size < 3e6
     tracemalloc.start()
     with pytest.raises(InputError, match="bomb.npz is no file of image areas"):
         load_images(tmp_path / "bomb.npz")

@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.multiprocessing
 import torch.nn.functional as F
+from forked import begin, ended
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
@@ -1098,7 +1098,7 @@ def rank_gradients(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_the_gradients_of_one_with_the_double_batch(tmp_path):
-    torch.multiprocessing.spawn(rank_gradients, (str(tmp_path),), nprocs=2)
+    assert [ended(process) for process in [begin(rank_gradients, rank, str(tmp_path)) for rank in (0, 1)]] == [0, 0]
     of_two = torch.load(tmp_path / "gradients")
     for case, other in of_two.items():
         of_one = gradients(slice(0, 4), case, parallel=False)

@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from forked import ended, processes
+from forked import begin, ended
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import save_checkpoint
@@ -148,9 +148,7 @@ def data(tmp_path_factory) -> Path:
 def straight(data, tmp_path_factory) -> Path:
     """The output folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("straight")
-    first = processes.Process(target=int)
-    first.start()
-    first.join()  # it has waited for all imports
+    begin(int).join()  # it has waited for all imports
     began = time.monotonic()
     assert ended(start(flags(data, folder, **SETTINGS), folder / "log", partial(record_images, folder))) == 0
     (folder / "seconds").write_text(str(time.monotonic() - began))
@@ -585,8 +583,7 @@ def test_two_processes_that_accelerate_takes_for_one_each_are_refused(data, tmp_
 
 
 def test_a_folder_is_free_when_its_run_was_killed_although_a_worker_lives_on(tmp_path):
-    process = processes.Process(target=lock_and_die, args=(tmp_path / "run", tmp_path / "worker"))
-    process.start()
+    process = begin(lock_and_die, tmp_path / "run", tmp_path / "worker")
     assert ended(process) == -signal.SIGKILL
     worker = int((tmp_path / "worker").read_text())
     try:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from forked import ended, start, start_two
+from gradients_of_a_step import record_gradients
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -43,14 +46,6 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
-
-
-def train(*arguments: str, processes: int = 1, script: str = "train.py", **kwargs) -> subprocess.Popen:
-    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.Popen([*command, script, *arguments], cwd=ROOT, env=environment, **kwargs)
 
 
 class Forward(NamedTuple):
@@ -95,22 +90,25 @@ def refused(monkeypatch, capsys, arguments: list[str]) -> str:
 
 
 def test_two_processes_train_one_model(data, tmp_path):
-    """With a Swin, whose last norm no loss depends on: DDP would stop at the second step."""
+    """With torch's launcher, and with a Swin, whose last norm no loss depends on: DDP would stop at the second step."""
     swin = {"model_type": "swin", "image_size": 64, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4,
             "window_size": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]}  # fmt: skip
-    process = train(*flags(data, tmp_path / "two", backbone_config=json.dumps(swin), max_steps=3), processes=2)
-    assert process.wait() == 0
+    environment = dict(os.environ, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    command += flags(data, tmp_path / "two", backbone_config=json.dumps(swin), max_steps=3)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
     assert json.loads((tmp_path / "two" / "all_results.json").read_text())["num_processes"] == 2
     assert (tmp_path / "two" / "final" / "pipeline_zs3.py").exists()
 
 
 def test_two_processes_that_take_image_by_image_have_the_gradients_of_one_that_takes_four(data, tmp_path):
-    running, options = [], {"batch_size": 4, "max_steps": 1, "backbone_norm": "frozen"}
-    for processes, at_once in ((1, 4), (2, 1)):
-        arguments = flags(data, tmp_path / str(processes), **options, device_batch_size=at_once)
-        grads = str(tmp_path / f"{processes}.safetensors")
-        running.append(train(grads, *arguments, processes=processes, script="tests/gradients_of_a_step.py"))
-    assert [process.wait() for process in running] == [0, 0]
+    options, log = {"batch_size": 4, "max_steps": 1, "backbone_norm": "frozen"}, tmp_path / "log"
+    record = [partial(record_gradients, tmp_path / f"{processes}.safetensors") for processes in (1, 2)]
+    first, second = (
+        flags(data, tmp_path / f"run{at_once}", **options, device_batch_size=at_once) for at_once in (4, 1)
+    )
+    running = [start("train", first, log, record[0]), *start_two("train", second, log, record[1])]
+    assert [ended(process) for process in running] == [0, 0, 0], log.read_text()
     with safe_open(tmp_path / "2.safetensors", "pt") as file:
         assert file.metadata() == {"num_processes": "2"}
     one, two = (load_file(tmp_path / f"{processes}.safetensors") for processes in (1, 2))
