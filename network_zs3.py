@@ -46,7 +46,7 @@ try:
 except ImportError:  # inference needs no gradients
     csc_array = None
 
-POSITIONS_AT_ONCE = 2**9  # in the deformable encoder: what a thread computes of them fits into its CPU core's cache
+POSITIONS_AT_ONCE = 2**9  # in the deformable encoder, of each thread: their values fit into its core's cache
 
 Size = tuple[int, int]
 # run(function, *args) returns function(*args); `torch.utils.checkpoint.checkpoint` is one.

@@ -47,7 +47,7 @@ PRESENT = 12  # classes in a truth, and in a prediction
 Classes = Annotated[int, Number(int, PRESENT, 10_000)]
 CELLS = 40  # Voronoi cells in a truth; a prediction has twice as many
 FRAY = 1.0  # standard deviation of the noise at the edges of objects, pixels
-# Largest shares of an inference's time: 5 % for counting; the label map's own part cannot be as small.
+# Largest shares of an inference's time that are allowed: for counting, and with the extra time of the label map.
 GOALS = {OBJECTS: 0.05, COUNTED: 0.05, CALIBRATED: 0.15}
 
 

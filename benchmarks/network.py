@@ -118,7 +118,7 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 class Products(TorchDispatchMode):
     """Counts the operations and the seconds of convolutions and matrix products, attention included.
 
-    PyTorch's FlopCounterMode would not do: it hooks all modules, and a hooked network runs transformers' own forward.
+    PyTorch's FlopCounterMode cannot be used: it hooks all modules, and a hooked network runs transformers' own forward.
     """
 
     def __init__(self, device: torch.device = measuring.CPU):

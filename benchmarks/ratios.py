@@ -2,7 +2,8 @@
 
     python -m benchmarks.ratios
 
-Nothing is measured here. Each ratio is of one run, in which both ways took turns; its command stands beside it.
+Nothing is measured here. Both times of a row are of one run of its benchmark. "Times as fast" is the median of the
+rounds' ratios where both ways took turns (network, train_step, criterion), else the ratio of the two times.
 """
 
 import json
@@ -17,15 +18,8 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 NAMES = ("label_count", "network", "network_compiled", "train_step", "criterion", "text_side", "loader")
 NAMES += ("clip_views", "pseudo_labels")
 PEER = "transformers' Mask2Former"
-TITLES = (
-    "computation",
-    "beside",
-    "beside it",
-    "zs3",
-    "times as fast",
-    "share of its memory",
-    "`python -m benchmarks.`",
-)
+TITLES = ("computation", "compared with", "its time, memory", "those of zs3", "times as fast", "share of its memory")
+TITLES += ("benchmark",)
 README_TITLES = ("computation", PEER, "zs3")
 
 
@@ -42,7 +36,7 @@ class Ratio(NamedTuple):
     computation: str
     other: str
     seconds: tuple[float, float]
-    times: float  # the median of the rounds' ratios
+    times: float  # as fast
     mib: tuple[float, float] | None
     script: str
     in_readme: bool = False

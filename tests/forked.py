@@ -23,7 +23,7 @@ IMPORTED = ["train", "eval", "zs3.pseudo_labels", "zs3.convert.__main__", "test_
 def begin(function: Callable[..., None], *args: object) -> BaseProcess:
     """Starts a function in a process of its own.
 
-    Python has one fork server for each process. If a benchmark has begun it, it has not imported IMPORTED.
+    Python has one fork server for each process. One that a benchmark started has not imported IMPORTED: it is replaced.
     """
     server = forkserver._forkserver
     if server._preload_modules != IMPORTED:

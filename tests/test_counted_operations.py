@@ -41,7 +41,7 @@ class Counts(TorchDispatchMode):
 
 
 def cells(queries: int = 24, classes: int = 30, side: int = 48) -> tuple[Tensor, Tensor]:
-    """Proposals as a trained model makes them: one query owns each cell of a grid, saturated but at its border."""
+    """Proposals like a trained model's: one query owns each cell of a grid, with logits of 20 inside, -20 outside."""
     torch.manual_seed(0)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     owner = (y // 12) * 4 + x // 12  # 16 cells of 12 x 12 mask pixels
@@ -87,7 +87,7 @@ def test_confidences_cost_one_sigmoid_for_each_mask_pixel():
     assert lazy.maps(192 * 192) == plain.maps(192 * 192)  # nobody asked for a map of confidences
 
 
-def test_the_other_group_costs_one_upsampling_of_the_image():
+def test_the_other_group_costs_at_most_two_upsamplings_of_the_image():
     """The best class of the winner's own group is the winner: it is not looked for again."""
     probs, masks = cells()
     is_seen = torch.arange(30) % 5 > 0
@@ -131,7 +131,7 @@ def passes(segment, monkeypatch):
     handle.remove()
 
 
-def test_masks_need_no_map_of_confidences_and_a_map_needs_one(segment):
+def test_output_masks_makes_no_map_of_confidences_and_output_map_makes_one(segment):
     picture = PICTURE.resize((401, 307))
     pixels = 401 * 307
     options = {"candidate_labels": ["sky", "sea"], "ensemble": "off"}

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 STRIP = 2**16  # numbers in one tensor of `strips`: they fit into a CPU's cache
-CHUNK = 2**19  # numbers in one tensor of other steps, but for those of the size of the masks or the output
-TINY = 1e-30  # a smaller divisor is none; it is far above what float32 loses to underflow
-UNDECIDED = 1e-6  # the least weight of a query in a confidence: where all queries are undecided, they count alike
+CHUNK = 2**19  # numbers in one tensor of other steps, except those as large as the masks or the output
+TINY = 1e-30  # divisors below it are no divisors; float32 underflows only far below it
+UNDECIDED = 1e-6  # the least d_q: where all queries are undecided, each counts by its mask alone
 
 
 class Taps(NamedTuple):
@@ -50,18 +50,18 @@ class GridConfidences:
     """The confidence of every class on the mask grid, brought to the image by one bilinear resizing.
 
     The confidence of class c at a mask pixel, in [0, 1], is the weighted mean over queries of p_q(c), times the part of
-    the pixel that masks cover, min(1, sum_q M_q). A query's weight is its mask M_q times how decided it is,
-    KL(p_q || U) / ln C. So a query that makes no difference between classes does not count; Eq. 5 trains unmatched
-    queries to be so. The margin of c is its confidence less the largest one of another class, at least 0; with a single
+    the pixel that masks cover, min(1, sum_q M_q). A query's weight is d_q M_q; d_q = KL(p_q || U) / ln C says how
+    decided it is. So a query that makes no difference between classes does not count; Eq. 5 trains unmatched queries to
+    be so. The margin of c is its confidence less the largest one of another class, at least 0; with a single
     class it is the confidence.
 
-    masks: (Q, h, w), M. weights: (Q, C), p_q times how decided a query is. share: (h, w), the covered part, divided by
-    the sum of the queries' weights. rows, columns: of the image's pixels.
+    masks: (Q, h, w), M. decided_probs: (Q, C), d_q p_q. covered: (h, w), min(1, sum_q M_q) / sum_q d_q M_q. rows,
+    columns: of the image's pixels.
     """
 
     masks: Tensor
-    weights: Tensor
-    share: Tensor
+    decided_probs: Tensor
+    covered: Tensor
     rows: Taps
     columns: Taps
 
@@ -69,14 +69,15 @@ class GridConfidences:
     def of_proposals(
         cls, class_probs: Tensor, mask_logits: Tensor, axes: Sequence[tuple[int, int, int, int]]
     ) -> "GridConfidences":
-        """class_probs (Q, C), mask_logits (Q, h, w); axes: as for `_axis`, of rows and columns."""
+        """class_probs (Q, C), mask_logits (Q, h, w); axes: for rows, then columns, the lengths of mask,
+        padded input, input without padding, and image."""
         kind = working_dtype(class_probs, mask_logits)
         masks, class_probs = mask_logits.to(kind).sigmoid(), class_probs.to(kind)
         decided = _decidedness(class_probs)
         voices = torch.einsum("q,qhw->hw", decided, masks)
-        share = masks.sum(dim=0).clamp(max=1) / voices.clamp(min=TINY)
+        covered = masks.sum(dim=0).clamp(max=1) / voices.clamp(min=TINY)
         resized = (taps(image, mask, mask * valid / size).to(masks.device) for mask, size, valid, image in axes)
-        return cls(masks, decided[:, None] * class_probs, share, *resized)
+        return cls(masks, decided[:, None] * class_probs, covered, *resized)
 
     def of(self, label_map: Tensor, margin: bool = False) -> Tensor:
         """(H, W) float32: the confidence, or the margin, of each pixel's class; label_map: (H, W) int64."""
@@ -89,9 +90,9 @@ class GridConfidences:
         self, label_map: Tensor, margin: bool = False, out: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yields strip by strip its rows and its values (H', W). out: (H, W), to which the values are written."""
-        classes = torch.bincount(label_map.flatten(), minlength=self.weights.shape[1]).nonzero()[:, 0]  # (K,)
+        classes = torch.bincount(label_map.flatten(), minlength=self.decided_probs.shape[1]).nonzero()[:, 0]  # (K,)
         _, height, width = self.masks.shape
-        begin = torch.zeros(self.weights.shape[1], dtype=torch.int64, device=classes.device)
+        begin = torch.zeros(self.decided_probs.shape[1], dtype=torch.int64, device=classes.device)
         begin[classes] = width * torch.arange(len(classes), device=classes.device)  # of a class in a row (K w)
         left, right = self.columns.index.T  # (W,)
         share = (self.columns.weight[:, 1] * (right > left)).to(self.masks.dtype)
@@ -123,17 +124,17 @@ class GridConfidences:
     def _grid(self, classes: Tensor, rows: slice) -> Tensor:
         """(K, h', w): the confidences of some classes in some rows of the grid."""
         with torch.autocast(self.masks.device.type, enabled=False):
-            values = torch.einsum("qk,qhw->khw", self.weights[:, classes], self.masks[:, rows])
-        return values.mul_(self.share[rows]).clamp_(0, 1)
+            values = torch.einsum("qk,qhw->khw", self.decided_probs[:, classes], self.masks[:, rows])
+        return values.mul_(self.covered[rows]).clamp_(0, 1)
 
     @cached_property
     def _best_two(self) -> tuple[Tensor, Tensor]:
         """The largest two confidences at each mask pixel, and their classes, both (2, h, w). Where C is 1 the second
         is 0."""
-        height, width = self.share.shape
-        best = self.share.new_zeros(2, height, width)
+        height, width = self.covered.shape
+        best = self.covered.new_zeros(2, height, width)
         of = torch.full(best.shape, -1, device=best.device)
-        everyone = torch.arange(self.weights.shape[1], device=best.device)
+        everyone = torch.arange(self.decided_probs.shape[1], device=best.device)
         for classes in everyone.split(max(1, CHUNK // (height * width))):
             values, numbers = self._grid(classes, slice(None)), classes[:, None, None].expand(-1, height, width)
             values, numbers = torch.cat([best, values]), torch.cat([of, numbers])

@@ -271,10 +271,10 @@ class Unwanted(Exception):
 
 @contextmanager
 def whole(path: Path, synced: bool = True) -> Iterator[Path]:
-    """A file beside `path` to write to. At the end of the block it gets the name `path`, or it is removed. Until then
-    its name is as PARTIAL says, with the number of the writing process.
+    """A file beside `path` to write to. If the block ends without an error it gets the name `path`, else it is removed.
+    Until then its name is as PARTIAL says, with the number of the writing process.
 
-    synced: the content is on the disk before the name. False: a power failure may leave a damaged file.
+    synced: the content is on the disk before it gets the name. False: a power failure may leave a damaged file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{uuid4().hex}.{os.getpid()}.partial")

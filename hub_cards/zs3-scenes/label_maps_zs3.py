@@ -5,8 +5,9 @@ semantic_map(x) = argmax_c sum_q p_q(c) M_q(x) for every pixel x and any number 
 1. Tiles. The image is cut into tiles. Upsampling takes convex combinations and the sigmoid is monotone. So the mask
    logits that a tile reads bound its mask probabilities before anything is upsampled: low <= M_q(x) <= high.
 2. Guesses. Each query's smallest class probability is subtracted from its row (all classes lose the same at a pixel).
-   Hardly anything is left of an undecided query. Each query has a favourite class; a few of these classes, at most Q,
-   compete in each tile. By the bounds many tiles have a single winner among them.
+   Hardly anything is left of an undecided query. The class with a query's largest probability is its favourite. In each
+   tile at most four of the favourites (GUESSES) compete first. By the bounds many tiles have a single winner among
+   them.
 3. Pixels. In the other tiles masks are upsampled to the model's input and summed to the scores of the few classes.
    These are resized to the image, as Eq. 4 is linear in the masks, and decided pixel by pixel.
 4. The certificate. Let floor(x) be the least score that the winner can have at x. A class c can win in a tile only if
@@ -16,10 +17,11 @@ semantic_map(x) = argmax_c sum_q p_q(c) M_q(x) for every pixel x and any number 
 Every float32 number has a bound on its rounding (see ROUNDING). Where two classes are closer than these bounds, float64
 decides. So the winner is that of float64 arithmetic.
 
-Confidences are defined on the mask grid (`GridConfidences`): they cost little beside the label map.
+Confidences are defined on the mask grid (`GridConfidences`), so they take little time compared with the label map.
 
 Axes: B image, Q query, C class name, H W output size, h w mask size; N tile, n some tiles, K runner: a class that may
-win in a tile; I pixel of the model's input in a tile, i j along its sides; X pixel of the image in a tile.
+win in a tile, and whose score is computed there; I pixel of the model's input in a tile, i j along its sides; X pixel
+of the image in a tile.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,9 +76,9 @@ def semantic_scores(class_probs: Tensor, mask_logits: Tensor, size: tuple[int, i
 class SemanticMap:
     """A label map, (H, W), and what belongs to its pixels, each (H, W).
 
-    label_map: int64, the winner. Do not change it in place: confidences are made of it.
-    confidence: float32 in [0, 1], and margin, its distance to the largest confidence of another class: see
-        `GridConfidences`. They are made when they are read. Until then, and after, `confidences` holds the masks.
+    label_map: int64, the winner. Do not change it in place: confidences are computed from it when they are read.
+    confidence: float32 in [0, 1], and margin, the confidence minus the largest confidence of another class: see
+        `GridConfidences`. They are computed when they are read. `confidences` keeps all masks in memory.
     seen_map, unseen_map: int64, the best seen and the best unseen class; near-ties go to the lowest index; -1 where
         there is no such class. One of the two is the winner. None without `is_seen`.
     gap: float32, the score of the best seen class less that of the best unseen class, to 1e-5; -inf or inf where one is
@@ -99,7 +101,7 @@ class SemanticMap:
 
     def totals(self, ids: Tensor, num_ids: int) -> Tensor:
         """(2, num_ids + 1) float64: the number of pixels of each id, -1 first, and the sum of `confidence` over them.
-        No map of it is made for this. ids: (H, W) int64, from -1 to num_ids - 1."""
+        The whole map of confidences is not made. ids: (H, W) int64, from -1 to num_ids - 1."""
         totals = torch.zeros(2, num_ids + 1, dtype=torch.float64, device=ids.device)
         made = "confidence" in vars(self)
         parts = [(slice(None), self.confidence)] if made else self.confidences.strips(self.label_map)
@@ -135,8 +137,8 @@ def semantic_map(
     class_probs: (B, Q, C), at least 0; mask_logits: (B, Q, h, w), finite. Mask logits are resized to `size`, the
     (padded) input size; then comes the sigmoid. With image_sizes the probabilities are cut to valid_sizes (the input
     without padding) and resized to the images' own sizes: Mask2Former's order, since Eq. 4 is linear in the masks.
-    return_scores: a SemanticMap an image, with confidences. is_seen: (C,) bool, for the best seen and the best unseen
-    class of every pixel, too; it implies return_scores.
+    return_scores: a SemanticMap for each image; its confidences are computed when they are read.
+    is_seen: (C,) bool, for the best seen and the best unseen class of every pixel, too; it implies return_scores.
 
     The winner's score, in float64, is within 1e-6 of the best; equal scores go to the lowest index.
     Returns (B, H, W) int64; with image_sizes a list, one (H, W) an image; with return_scores a list of SemanticMap.
@@ -310,10 +312,11 @@ class _Tiles(NamedTuple):
 class _Race:
     """A competition of some classes at every pixel, and its result.
 
-    is_seen: (C,) bool; wanted: (N,) bool. In a tile those classes compete whose `is_seen` is the tile's `wanted`.
+    is_seen: (C,) bool; wanted: (N,) bool. In a tile those classes compete whose `is_seen` is the tile's `wanted`. Where
+    all of both are True, all classes compete.
     favourites: (C,) bool.
-    exact: near-ties are decided in float64. Otherwise they go to the lowest index, which takes less time: the best of a
-    group may win nowhere in the image.
+    exact: near-ties are decided in float64. Otherwise they go to the lowest index. This saves time where many classes
+    of a group have almost the same small score.
     ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile; floor(x) is at most the winner's score at x. inf or NaN
     where there is no floor; 0 in a tile without a competition.
     label_map: (N, X) int32, -1 where nobody competes. score, rival: (N, X), of `excess`: the winner's, and the best
@@ -347,8 +350,9 @@ def _map_image(tiles: _Tiles, is_seen: Tensor | None) -> dict[str, Tensor]:
 def _best_of_groups(tiles: _Tiles, is_seen: Tensor, winners: Tensor, runners: Tensor) -> dict[str, Tensor]:
     """seen_map, unseen_map and gap of SemanticMap. winners: (N, X), changed here; runners: of their race.
 
-    The best of the winner's own group is the winner. In each tile "own" is the group of its first pixel's winner. So
-    the other group competes everywhere, the own group only in tiles where both win pixels.
+    At a pixel the winner is the best class of its group; only the best of the other group is not known. In each tile
+    "own" is the group that wins the first pixel. The other group competes in every tile, the own group only in tiles
+    where both groups win pixels.
     """
     winner_seen = is_seen.index_select(0, winners.flatten()).view_as(winners)  # (N, X)
     own_seen = winner_seen[:, 0]

@@ -253,8 +253,8 @@ class Zs3Pipeline(Pipeline):
     background: None, every pixel gets its best label; "reject", a pixel gets no label where its confidence is below
         `threshold`; or a list of distractors, labels of no interest: pixels that they win get no label.
     confidence: the measure that the threshold is for. "probability" is what decided queries give the winner on average
-        (GridConfidences defines it; default threshold 0.5), "margin" its distance to the largest one of another label
-        (0.1).
+        (GridConfidences defines it; default threshold 0.5), "margin" is this minus the largest confidence of another
+        label (0.1).
     ensemble: CLIP's view of the proposals joined in (section 4.6): "crops", of a crop of each; "single_pass", an
         approximation from one pass over the image; "mixed", crops of the largest proposals and one pass for the others;
         or "off". None: "crops" where the checkpoint has an image tower, a
@@ -558,8 +558,8 @@ class Zs3Pipeline(Pipeline):
         return [self._decide(view["outputs"], View(*view["view"]), choice) for view in views]
 
     def _decide(self, proposals: dict[str, Tensor], view: View, choice: Choice) -> dict[str, Tensor]:
-        """Of a view's own part: label_map (H, W), -1 where none of the labels applies, and confidence (H, W); with
-        output="masks" instead of it totals (2, num_labels + 1), see SemanticMap."""
+        """Of a view's own part: label_map (H, W), -1 where none of the labels applies. With output="map" also
+        confidence (H, W), with output="masks" also totals (2, num_labels + 1), see `SemanticMap.totals`."""
         seen_by_clip = proposals.get("clip_embeds"), proposals.get("shown_to_clip")
         proposals = {name: value for name, value in proposals.items() if name not in ("clip_embeds", "shown_to_clip")}
         outputs = Zs3Output(**proposals, **self.model.classify(proposals, choice.text_embeds))
@@ -593,7 +593,7 @@ class Zs3Pipeline(Pipeline):
         own = view.own_part
         if choice.output == "map":
             return {"label_map": label_map[own], "confidence": found.confidence[own]}
-        if view.own != view.box:  # pixels that other views decide are counted apart
+        if view.own != view.box:  # pixels of other views get an id more, whose totals are dropped
             others = torch.full_like(label_map, choice.num_labels)
             others[own] = label_map[own]
             totals = found.totals(others, choice.num_labels + 1)[:, :-1]

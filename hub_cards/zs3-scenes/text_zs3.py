@@ -49,7 +49,7 @@ PROMPTS_AT_ONCE = 256  # in the text tower
 FORMAT = "2"  # a new number is needed when encode_text or the files change their meaning
 DEFAULT_FOLDER = "{HF_HOME}/zs3/text_embeds"
 DIGEST_BYTES = 32  # of SHA-256
-FREE_SHARE = 1 / 16  # of max_bytes: so much is written to the folder before it is listed again
+FREE_SHARE = 1 / 16  # part of max_bytes: after so many written bytes the folder is listed and trimmed
 # The only files that TextCache may remove from its folder. In format 1 they ended in .safetensors or .<hex>.partial.
 OWN_FILE = re.compile(rf"[0-9a-f]{{64}}/([0-9a-f]{{64}}\.(vector|safetensors|[0-9a-f]{{32}}\.partial)|{PARTIAL})")
 
@@ -209,10 +209,10 @@ class TextCache:
         warning, and the cache works in memory. A damaged file is removed, with a warning, and its label is embedded
         again.
     max_bytes: of all vectors in memory, and of the content of the files of all encoders; a disk gives a file at least a
-        block, often 4 KB. What was not used for the longest time is
-        removed first. The folder is listed, and trimmed to max_bytes, only after FREE_SHARE of max_bytes was written to
-        it: each process that writes may exceed max_bytes by so much. A new cache starts at a random part of FREE_SHARE,
-        or short processes would never trim. A file was used when it was last written or read.
+        block, often 4 KB. What was not used for the longest time is removed first. The folder is listed, and trimmed to
+        max_bytes, only after FREE_SHARE of max_bytes was written to it. So it may exceed max_bytes by so much for each
+        process that writes. The count of written bytes starts at a random value: otherwise processes that write little
+        would never trim. A file was used when it was last written or read.
 
     Threads take turns.
     """
@@ -293,8 +293,8 @@ class TextCache:
         return f"{self.folder}/{name}.vector"
 
     def _read(self, name: str, size: int) -> bytes | None:
-        """A file's content, not more than a byte beyond a vector of `size` numbers; the file counts as used now. None:
-        it is not there, or cannot be read."""
+        """A file's content; the file counts as used now. None: it is not there, or cannot be read. One byte more than
+        a vector of `size` numbers is read, so that a longer file is found to be damaged."""
         if self.folder is None:
             return None
         try:
