@@ -302,6 +302,11 @@ class _Tiles(NamedTuple):
     high: Tensor
     off: Tensor  # (N, Q): |M_q(x) - what float64 gives| is at most this
 
+    @property
+    def resizes(self) -> bool:
+        """Whether the image is not the input."""
+        return self.rows.resizes or self.columns.resizes
+
     def grid(self, tile: Tensor) -> tuple[Tensor, Tensor]:
         """The row and the column of tiles."""
         across = len(self.columns.mask_index)
@@ -314,7 +319,7 @@ class _Race:
 
     is_seen: (C,) bool; wanted: (N,) bool. In a tile those classes compete whose `is_seen` is the tile's `wanted`. Where
     all of both are True, all classes compete.
-    favourites: (C,) bool.
+    favourites: (F,) int64, classes.
     exact: near-ties are decided in float64. Otherwise they go to the lowest index. This saves time where many classes
     of a group have almost the same small score.
     ratio: (N, Q), at least M_q(x) / floor(x) in the whole tile; floor(x) is at most the winner's score at x. inf or NaN
@@ -378,12 +383,12 @@ def _best_of_groups(tiles: _Tiles, is_seen: Tensor, winners: Tensor, runners: Te
 def _run(tiles: _Tiles, race: _Race, runners: Tensor) -> Tensor:
     """Steps 3 and 4. Returns all runners."""
     runners = runners.unique()
-    _decide(tiles, runners, race)
+    _decide(tiles, runners, race, certify=True)
     others = _others(tiles, race, runners)
     if len(others):
         num_classes = len(tiles.excess)
         again = torch.isin(runners // num_classes, others // num_classes)
-        _decide(tiles, torch.cat([runners[again], others]).unique(), race)
+        _decide(tiles, torch.cat([runners[again], others]).unique(), race, certify=False)
     return torch.cat([runners, others])
 
 
@@ -414,17 +419,14 @@ def _extreme(values: Tensor, index: Tensor, axis: int, of: Callable[[Tensor, Ten
 
 def _start(tiles: _Tiles, is_seen: Tensor, wanted: Tensor, *, exact: bool) -> _Race:
     """Step 2: the favourites of the queries, and their floor in every tile by the bounds."""
-    favourites = torch.zeros_like(is_seen)
-    for classes in (group.nonzero()[:, 0] for group in (is_seen, ~is_seen)):
-        if len(classes):
-            favourites[classes[tiles.class_probs[:, classes].argmax(dim=1)]] = True
+    groups = [group.nonzero()[:, 0] for group in (is_seen, ~is_seen) if group.any()]
+    favourites = torch.cat([classes[tiles.class_probs[:, classes].argmax(dim=1)] for classes in groups]).unique()
     shape = len(tiles.low), tiles.rows.to_image.shape[1] * tiles.columns.to_image.shape[1]
     label_map = torch.full(shape, -1, dtype=torch.int32, device=tiles.low.device)
     score, rival = (None, None) if exact else tiles.low.new_full((2, *shape), -torch.inf)
     race = _Race(is_seen, wanted, favourites, exact, tiles.high, label_map, score, rival)
-    classes = favourites.nonzero()[:, 0]
-    competes = race.has(torch.arange(len(wanted), device=wanted.device), classes)  # (N, K)
-    floor = (tiles.low @ tiles.excess[classes].T).masked_fill(~competes, 0).amax(dim=1, keepdim=True)
+    competes = race.has(torch.arange(len(wanted), device=wanted.device), favourites)  # (N, F)
+    floor = (tiles.low @ tiles.excess[favourites].T).masked_fill(~competes, 0).amax(dim=1, keepdim=True)
     race.ratio = tiles.high / torch.where(floor > TINY, floor, 0)
     return race
 
@@ -443,7 +445,7 @@ def _guess(tiles: _Tiles, race: _Race) -> Tensor:
 
     Runners are tile x C + class, int64, here and below.
     """
-    favourites = race.favourites.nonzero()[:, 0]
+    favourites = race.favourites
     excess = tiles.excess[favourites]
     competes = race.has(torch.arange(len(race.wanted), device=favourites.device), favourites)
     competes &= _may_win(race.ratio, excess)
@@ -482,10 +484,11 @@ class _Part(NamedTuple):
     error: Tensor  # (n, 1): scores are off by at most this
 
 
-def _decide(tiles: _Tiles, runners: Tensor, race: _Race) -> None:
+def _decide(tiles: _Tiles, runners: Tensor, race: _Race, *, certify: bool) -> None:
     """Step 3, into the race: the winner of every pixel in the tiles that have several runners.
 
     runners: sorted, without repeats. Where scores are wanted, tiles with a single runner are decided, too.
+    certify: the ratio of step 4 is made, too.
     """
     num_classes, queries = tiles.excess.shape
     inputs = tiles.rows.to_input.shape[1] * tiles.columns.to_input.shape[1]
@@ -495,7 +498,10 @@ def _decide(tiles: _Tiles, runners: Tensor, race: _Race) -> None:
         largest = max(queries * inputs, count * max(queries, inputs, race.label_map.shape[1]))
         for tile in (counts == count).nonzero()[:, 0].split(max(1, CHUNK // largest)):
             classes = runners[first[tile, None] + torch.arange(count, device=tile.device)] % num_classes
-            _decide_part(tiles, _summed(tiles, tile, classes), race)
+            part = _summed(tiles, tile, classes)
+            best = _decide_part(tiles, part, race)
+            if certify:
+                _bound_ratio(tiles, part, race, best)
 
 
 def _summed(tiles: _Tiles, tile: Tensor, classes: Tensor) -> _Part:
@@ -515,7 +521,8 @@ def _summed(tiles: _Tiles, tile: Tensor, classes: Tensor) -> _Part:
     return _Part(tile, classes, masks.flatten(1, 2), scores, off, error)
 
 
-def _decide_part(tiles: _Tiles, part: _Part, race: _Race) -> None:
+def _decide_part(tiles: _Tiles, part: _Part, race: _Race) -> Tensor:
+    """Step 3 in some tiles, into the race; returns the best scores, (n, X)."""
     runs = race.has(part.tile, part.classes)  # (n, K)
     whole = _to_image(tiles, part)  # (n, K, X)
     scores = whole.masked_fill(~runs[:, :, None], -torch.inf)
@@ -529,9 +536,12 @@ def _decide_part(tiles: _Tiles, part: _Part, race: _Race) -> None:
         race.rival[part.tile] = whole.masked_fill(runs[:, :, None], -torch.inf).amax(dim=1)
     winner = torch.where(best > -torch.inf, part.classes.gather(1, place), -1)
     race.label_map[part.tile] = winner.int()
+    return best
 
-    # The floor, now by pixels, for the certificate; either ratio is a bound, NaN is none.
-    floor = _floor(tiles, part.scores, runs, best) - part.error
+
+def _bound_ratio(tiles: _Tiles, part: _Part, race: _Race, best: Tensor) -> None:
+    """The race's ratio by pixels, for step 4; best: (n, X). The old and the new one are bounds, NaN is none."""
+    floor = _floor(tiles, part.scores, race.has(part.tile, part.classes), best) - part.error
     inverse = 1 / torch.where(floor > TINY, floor, 0)  # (n, I)
     ratio = (part.masks * inverse[:, :, None]).amax(dim=1) + part.off * inverse.amax(dim=1, keepdim=True)
     race.ratio[part.tile] = torch.fmin(race.ratio[part.tile], ratio)
@@ -540,7 +550,7 @@ def _decide_part(tiles: _Tiles, part: _Part, race: _Race) -> None:
 def _to_image(tiles: _Tiles, part: _Part) -> Tensor:
     """(n, K, X): the scores at the pixels of the image."""
     scores, (y, x) = part.scores, tiles.grid(part.tile)
-    if tiles.rows.resizes or tiles.columns.resizes:
+    if tiles.resizes:
         to_rows, to_columns = tiles.rows.to_image[y, None], tiles.columns.to_image[x, None].mT
         scores = to_rows.to(scores.dtype) @ scores @ to_columns.to(scores.dtype)
     return scores.flatten(2)
@@ -553,7 +563,7 @@ def _floor(tiles: _Tiles, scores: Tensor, runs: Tensor, best: Tensor) -> Tensor:
     between 2 x 2 input pixels each. A class has at least the least of its four scores there; the largest of these over
     the classes is a floor for them.
     """
-    if not (tiles.rows.resizes or tiles.columns.resizes):
+    if not tiles.resizes:
         return best
     scores = scores.masked_fill(~runs[:, :, None, None], -torch.inf)
     cell = [min(2, side) for side in scores.shape[2:]]
