@@ -28,9 +28,12 @@ from zs3.scores.means import Absent, Areas, check_ids, headline_scores, iou_of_a
 # thousandths if it can hardly separate hundreds of classes. So there are 32 gammas to each doubling, and neighbours
 # differ by 1.6 to 3.1 %. The smallest is 2^-12: a smaller bias changes almost nothing. The largest is 8: Eq. 4 sums
 # over queries, and only a few of them cover one pixel. All are exact in float32.
+# Their bits after the first five of the mantissa are 0.
 _SIZES = np.ldexp(1 + np.arange(32) / 32, np.arange(-12, 3)[:, None]).ravel()
 GAMMAS = np.concatenate([[-np.inf], -_SIZES[::-1], [0], _SIZES, [np.inf]])  # (G,), ascending
 UNBIASED = len(_SIZES) + 1  # the place of 0
+_LATER_BITS = 23 - 5  # of float32's mantissa: they tell numbers between two neighbours apart
+_BELOW = int(_SIZES[0].astype(np.float32).view(np.int32) >> _LATER_BITS) - 1
 
 BINS = 15  # Guo et al. 2017
 # Thresholds are multiples of 2^-16, about the error of a confidence (1e-5). They are exact in float32, so they divide
@@ -53,12 +56,13 @@ class Counter:
                 counts += getattr(other, name)
 
     def labelled(self, label: Tensor | np.ndarray, found: SemanticMap) -> tuple[Tensor, Tensor]:
-        """The labels (P,) int64 of the labelled pixels, and their mask (H, W) bool; on the device of the maps."""
+        """The labels of the labelled pixels, and their places, both (P,) int64, on the device of the maps."""
         label, size = torch.as_tensor(label, device=found.label_map.device).long(), found.label_map.shape
         if label.shape != size:
             raise ValueError(f"prediction has shape {tuple(size)}, but the label map {tuple(label.shape)}")
-        labelled = label != self.ignore_index
-        return label.masked_select(labelled), labelled
+        label = label.flatten()
+        places = (label != self.ignore_index).nonzero()[:, 0]
+        return label.index_select(0, places), places
 
 
 class SeenBiasCurve(Counter):
@@ -81,17 +85,17 @@ class SeenBiasCurve(Counter):
 
     def update(self, found: SemanticMap, label: Tensor | np.ndarray) -> None:
         """Counts one image. found: with the winners among seen and unseen. label: (H, W), 0 to C - 1, or ignored."""
-        label, labelled = self.labelled(label, found)
+        label, places = self.labelled(label, found)
         classes, switches = self.predicted.shape
         check_ids(label, classes, self.ignore_index)
         maps = found.label_map, found.seen_map, found.unseen_map, found.gap
-        winner, seen, unseen, gap = (values.masked_select(labelled) for values in maps)
-        switch = _switch(gap.double(), seen < unseen, winner == seen)
-        place = label * switches + switch
+        winner, seen, unseen, gap = (_at(places, values) for values in maps)
+        switch = _switch(gap, seen < unseen, winner == seen)
         for guess in (seen, unseen):  # no class is in both
-            self.predicted += _counts(guess * switches + switch, self.predicted.size).reshape(self.predicted.shape)
+            place = guess * switches + switch
             hits = place.masked_select(label == guess)
-            self.intersection += _counts(hits, self.predicted.size).reshape(self.predicted.shape)
+            for total, counted in ((self.predicted, place), (self.intersection, hits)):
+                total += _counts(counted, total.size).reshape(total.shape)
         self.truth += _counts(label, classes)
 
     @property
@@ -149,14 +153,15 @@ def best_point(points: list[dict]) -> dict | None:
 def _switch(gap: Tensor, seen_first: Tensor, seen_wins: Tensor) -> Tensor:
     """(P,) int64: the number of GAMMAS at which the seen class wins.
 
-    gap: (P,) float64, the best seen score minus the best unseen one. seen_first: (P,) bool, whether the seen index is
+    gap: (P,) float32, the best seen score minus the best unseen one. seen_first: (P,) bool, whether the seen index is
     the lower one. The lower one wins if gamma equals the gap. seen_wins: (P,) bool, whether the seen class wins at 0.
     This is more exact than the gap.
     """
-    gammas = torch.as_tensor(GAMMAS, device=gap.device)
-    switch = torch.bucketize(gap, gammas)  # the gammas below the gap
-    switch += seen_first & (gammas[switch] == gap)
-    return torch.where(seen_wins, switch.clamp(min=UNBIASED + 1), switch.clamp(max=UNBIASED))
+    lead = torch.where(seen_wins, gap, -gap).clamp_(min=0)  # of the winner
+    beaten = (seen_wins != seen_first).int()  # where the size of the bias equals the lead
+    # The bits of positive float32 numbers, read as whole numbers, rise with them: no search among the sizes is needed.
+    held = (((lead.view(torch.int32) - beaten) >> _LATER_BITS) - _BELOW).clamp_(0, len(_SIZES))
+    return torch.where(seen_wins, UNBIASED + 1 + held, UNBIASED - held).long()
 
 
 def _attained_area(points: list[tuple[float, float]]) -> float:
@@ -177,11 +182,11 @@ class Reliability(Counter):
 
     def update(self, found: SemanticMap, label: Tensor | np.ndarray) -> None:
         """Counts one image. label: (H, W), the true class, or ignored. found: without a bias."""
-        label, labelled = self.labelled(label, found)
-        confidence = found.confidence.masked_select(labelled).double()
+        label, places = self.labelled(label, found)
+        confidence = _at(places, found.confidence).double()
         place = ((confidence * BINS).ceil().long() - 1).clamp(0, BINS - 1)
         self.count += _counts(place, BINS)
-        self.correct += _counts(place.masked_select(found.label_map.masked_select(labelled) == label), BINS)
+        self.correct += _counts(place.masked_select(_at(places, found.label_map) == label), BINS)
         # The sums are exact: they are whole numbers, below 2^53 for images of up to 2^29 pixels.
         sums = torch.bincount(place, weights=(confidence * UNIT).round(), minlength=BINS)
         self.confidence += sums.long().cpu().numpy()
@@ -224,12 +229,12 @@ class Rejection(Counter):
 
     def update(self, found: SemanticMap, label: Tensor | np.ndarray, image_id: str) -> None:
         """Counts one image. label: (H, W), the true class, OUTSIDER where it is no candidate, or ignored."""
-        label, labelled = self.labelled(label, found)
+        label, places = self.labelled(label, found)
         pixels = len(label)
         if not pixels:
             return  # without pixels there are no shares
-        level = (found.confidence.masked_select(labelled) * LEVELS).long()
-        outside, wrong = label == OUTSIDER, found.label_map.masked_select(labelled) != label
+        level = (_at(places, found.confidence) * LEVELS).long()
+        outside, wrong = label == OUTSIDER, _at(places, found.label_map) != label
         by_level = _counts(level, LEVELS + 1)
         outsiders = _counts(level.masked_select(outside), LEVELS + 1)
         self.insiders += by_level - outsiders
@@ -297,6 +302,11 @@ def conformal_threshold(wrong: np.ndarray, images: int, alpha: float) -> int | N
 def in_check_half(image_id: str) -> bool:
     """Whether an image belongs to the half that checks the threshold; the same on every process."""
     return bool(hashlib.sha256(image_id.encode()).digest()[0] % 2)
+
+
+def _at(places: Tensor, values: Tensor) -> Tensor:
+    """(H, W) -> (P,)."""
+    return values.flatten().index_select(0, places)
 
 
 def _counts(places: Tensor, length: int) -> np.ndarray:
