@@ -77,6 +77,7 @@ class SemanticMap:
     """A label map, (H, W), and what belongs to its pixels, each (H, W).
 
     label_map: int64, the winner. Do not change it in place: confidences are computed from it when they are read.
+    classes: (K,) int64, ascending: those in label_map.
     confidence: float32 in [0, 1], and margin, the confidence minus the largest confidence of another class: see
         `GridConfidences`. They are computed when they are read. `confidences` keeps all masks in memory.
     seen_map, unseen_map: int64, the best seen and the best unseen class; near-ties go to the lowest index; -1 where
@@ -86,6 +87,7 @@ class SemanticMap:
     """
 
     label_map: Tensor
+    classes: Tensor | None = None
     confidences: GridConfidences | None = None
     seen_map: Tensor | None = None
     unseen_map: Tensor | None = None
@@ -93,18 +95,18 @@ class SemanticMap:
 
     @cached_property
     def confidence(self) -> Tensor:
-        return self.confidences.of(self.label_map)
+        return self.confidences.of(self.label_map, self.classes)
 
     @cached_property
     def margin(self) -> Tensor:
-        return self.confidences.of(self.label_map, margin=True)
+        return self.confidences.of(self.label_map, self.classes, margin=True)
 
     def totals(self, ids: Tensor, num_ids: int) -> Tensor:
         """(2, num_ids + 1) float64: the number of pixels of each id, -1 first, and the sum of `confidence` over them.
         The whole map of confidences is not made. ids: (H, W) int64, from -1 to num_ids - 1."""
         totals = torch.zeros(2, num_ids + 1, dtype=torch.float64, device=ids.device)
         made = "confidence" in vars(self)
-        parts = [(slice(None), self.confidence)] if made else self.confidences.strips(self.label_map)
+        parts = [(slice(None), self.confidence)] if made else self.confidences.strips(self.label_map, self.classes)
         for rows, values in parts:
             place = ids[rows].flatten() + 1
             for total, weights in zip(totals, (None, values.flatten().double()), strict=True):
@@ -237,8 +239,8 @@ class _Axis(NamedTuple):
     """
 
     mask_index: Tensor  # (tiles, m) int64: the mask pixels that a tile looks at
-    to_input: Tensor  # (tiles, i, m) float64: the input pixels it needs, as sums of these
-    to_image: Tensor  # (tiles, side, i) float64: its own pixels, as sums of those
+    to_input: Tensor  # (tiles, i, m) float64, or as `cast`: the input pixels it needs, as sums of these
+    to_image: Tensor  # (tiles, side, i), alike: its own pixels, as sums of those
     resizes: bool  # the input is not the image: to_image is no identity
     input_taps: Taps
     image_taps: Taps
@@ -246,6 +248,9 @@ class _Axis(NamedTuple):
     def to(self, device: torch.device) -> "_Axis":
         moved = [value.to(device) for value in self[:3]]
         return _Axis(*moved, self.resizes, *(taps.to(device) for taps in self[4:]))
+
+    def cast(self, kind: torch.dtype) -> "_Axis":
+        return self._replace(to_input=self.to_input.to(kind), to_image=self.to_image.to(kind))
 
 
 @lru_cache(maxsize=64)
@@ -348,7 +353,10 @@ def _map_image(tiles: _Tiles, is_seen: Tensor | None) -> dict[str, Tensor]:
     everywhere = torch.ones(count, dtype=torch.bool, device=tiles.low.device)
     first = _start(tiles, everywhere.new_ones(num_classes), everywhere, exact=True)
     runners = _run(tiles, first, _guess(tiles, first))
-    found = {"label_map": _assemble(first.label_map, tiles).long()}
+    several = torch.bincount(runners // num_classes, minlength=count) > 1
+    winners = torch.cat([first.label_map[:, 0], first.label_map[several].flatten()])
+    classes = torch.bincount(winners, minlength=num_classes).nonzero()[:, 0]
+    found = {"label_map": _assemble(first.label_map, tiles).long(), "classes": classes}
     return found if is_seen is None else {**found, **_best_of_groups(tiles, is_seen, first.label_map, runners)}
 
 
@@ -409,7 +417,7 @@ def _bounds(class_probs: Tensor, mask_logits: Tensor, rows: _Axis, columns: _Axi
     low, high, reach = (bound.to(kind) for bound in (low.sigmoid(), high.sigmoid(), reach))
     slope = (FAINT_LOGIT_ROUNDINGS * high).clamp(max=LOGIT_ROUNDINGS).where(reach < HUGE_LOGIT, LOGIT_ROUNDINGS)
     off = ROUNDING * (slope * reach + MASK_ROUNDINGS * high)
-    return _Tiles(class_probs, excess, mask_logits, rows, columns, low, high, off)
+    return _Tiles(class_probs, excess, mask_logits, rows.cast(kind), columns.cast(kind), low, high, off)
 
 
 def _extreme(values: Tensor, index: Tensor, axis: int, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -478,6 +486,7 @@ class _Part(NamedTuple):
 
     tile: Tensor  # (n,)
     classes: Tensor  # (n, K): the runners
+    runs: Tensor  # (n, K) bool: those that compete
     masks: Tensor  # (n, I, Q): M
     scores: Tensor  # (n, K, i, j): of `excess`, at the same pixels
     off: Tensor  # (n, Q): |M - what float64 gives| is at most this
@@ -498,42 +507,42 @@ def _decide(tiles: _Tiles, runners: Tensor, race: _Race, *, certify: bool) -> No
         largest = max(queries * inputs, count * max(queries, inputs, race.label_map.shape[1]))
         for tile in (counts == count).nonzero()[:, 0].split(max(1, CHUNK // largest)):
             classes = runners[first[tile, None] + torch.arange(count, device=tile.device)] % num_classes
-            part = _summed(tiles, tile, classes)
+            part = _summed(tiles, tile, classes, race.has(tile, classes))
             best = _decide_part(tiles, part, race)
             if certify:
                 _bound_ratio(tiles, part, race, best)
 
 
-def _summed(tiles: _Tiles, tile: Tensor, classes: Tensor) -> _Part:
-    """tile (n,), classes (n, K)."""
+def _summed(tiles: _Tiles, tile: Tensor, classes: Tensor, runs: Tensor) -> _Part:
+    """tile (n,), classes, runs (n, K)."""
     y, x = tiles.grid(tile)
     rows, columns = tiles.rows, tiles.columns
     index = rows.mask_index[y, :, None] * tiles.mask_logits.shape[1] + columns.mask_index[x, None]  # (n, m, m)
     n, height, width = index.shape
     masks = tiles.mask_logits.flatten(0, 1).index_select(0, index.flatten())  # (n m m, Q)
-    kind, queries = masks.dtype, masks.shape[1]
-    masks = (rows.to_input[y].to(kind) @ masks.view(n, height, -1)).view(n, -1, width, queries)  # (n, i, m, Q)
-    masks = (columns.to_input[x, None].to(kind) @ masks).sigmoid_()  # (n, i, j, Q)
-    excess, off = tiles.excess[classes], tiles.off[tile]  # (n, K, Q), (n, Q)
+    queries = masks.shape[1]
+    masks = (rows.to_input.index_select(0, y) @ masks.view(n, height, -1)).view(n, -1, width, queries)  # (n, i, m, Q)
+    masks = (columns.to_input.index_select(0, x)[:, None] @ masks).sigmoid_()  # (n, i, j, Q)
+    excess = tiles.excess.index_select(0, classes.flatten()).view(n, -1, queries)  # (n, K, Q)
     scores = (excess @ masks.flatten(1, 2).mT).unflatten(2, masks.shape[1:3])
+    off = tiles.off[tile]  # (n, Q)
     of_sums = (queries + 16) * ROUNDING * tiles.high[tile]
     error = ((off + of_sums) * excess.amax(dim=1)).sum(dim=1, keepdim=True)
-    return _Part(tile, classes, masks.flatten(1, 2), scores, off, error)
+    return _Part(tile, classes, runs, masks.flatten(1, 2), scores, off, error)
 
 
 def _decide_part(tiles: _Tiles, part: _Part, race: _Race) -> Tensor:
     """Step 3 in some tiles, into the race; returns the best scores, (n, X)."""
-    runs = race.has(part.tile, part.classes)  # (n, K)
     whole = _to_image(tiles, part)  # (n, K, X)
-    scores = whole.masked_fill(~runs[:, :, None], -torch.inf)
+    scores = whole.masked_fill(~part.runs[:, :, None], -torch.inf)
     best, place = scores.max(dim=1)  # (n, X)
     second = scores.scatter_(1, place[:, None], -torch.inf).amax(dim=1)
     if race.exact:
-        _decide_exactly(tiles, part.tile, part.classes, runs, best - second <= 2 * part.error, place)
+        _decide_exactly(tiles, part.tile, part.classes, part.runs, best - second <= 2 * part.error, place)
     else:
         _take_first(scores, best - NEAR, best - second <= NEAR, place)
         race.score[part.tile] = best
-        race.rival[part.tile] = whole.masked_fill(runs[:, :, None], -torch.inf).amax(dim=1)
+        race.rival[part.tile] = whole.masked_fill(part.runs[:, :, None], -torch.inf).amax(dim=1)
     winner = torch.where(best > -torch.inf, part.classes.gather(1, place), -1)
     race.label_map[part.tile] = winner.int()
     return best
@@ -541,7 +550,7 @@ def _decide_part(tiles: _Tiles, part: _Part, race: _Race) -> Tensor:
 
 def _bound_ratio(tiles: _Tiles, part: _Part, race: _Race, best: Tensor) -> None:
     """The race's ratio by pixels, for step 4; best: (n, X). The old and the new one are bounds, NaN is none."""
-    floor = _floor(tiles, part.scores, race.has(part.tile, part.classes), best) - part.error
+    floor = _floor(tiles, part, best) - part.error
     inverse = 1 / torch.where(floor > TINY, floor, 0)  # (n, I)
     ratio = (part.masks * inverse[:, :, None]).amax(dim=1) + part.off * inverse.amax(dim=1, keepdim=True)
     race.ratio[part.tile] = torch.fmin(race.ratio[part.tile], ratio)
@@ -552,20 +561,19 @@ def _to_image(tiles: _Tiles, part: _Part) -> Tensor:
     scores, (y, x) = part.scores, tiles.grid(part.tile)
     if tiles.resizes:
         to_rows, to_columns = tiles.rows.to_image[y, None], tiles.columns.to_image[x, None].mT
-        scores = to_rows.to(scores.dtype) @ scores @ to_columns.to(scores.dtype)
+        scores = to_rows @ scores @ to_columns
     return scores.flatten(2)
 
 
-def _floor(tiles: _Tiles, scores: Tensor, runs: Tensor, best: Tensor) -> Tensor:
+def _floor(tiles: _Tiles, part: _Part, best: Tensor) -> Tensor:
     """(n, I): at most the best score at any image pixel to which an input pixel contributes.
 
-    scores: (n, K, i, j) at input pixels; runs: (n, K), the classes that count; best: (n, X) at image pixels, which lie
-    between 2 x 2 input pixels each. A class has at least the least of its four scores there; the largest of these over
-    the classes is a floor for them.
+    best: (n, X) at image pixels, which lie between 2 x 2 input pixels each. A class has at least the least of its four
+    scores there; the largest of these over the classes that compete is a floor for them.
     """
     if not tiles.resizes:
         return best
-    scores = scores.masked_fill(~runs[:, :, None, None], -torch.inf)
+    scores = part.scores.masked_fill(~part.runs[:, :, None, None], -torch.inf)
     cell = [min(2, side) for side in scores.shape[2:]]
     floor = (-F.max_pool2d(-scores, cell, stride=1)).amax(dim=1, keepdim=True)
     return -F.max_pool2d(-floor, cell, stride=1, padding=[side - 1 for side in cell])[:, 0].flatten(1)

@@ -132,8 +132,8 @@ def passes(segment, monkeypatch):
 
 
 def test_output_masks_makes_no_map_of_confidences_and_output_map_makes_one(segment):
-    picture = PICTURE.resize((401, 307))
-    pixels = 401 * 307
+    picture = PICTURE.resize((601, 307))  # more pixels than a strip has
+    pixels = 601 * 307
     options = {"candidate_labels": ["sky", "sea"], "ensemble": "off"}
     proposals = segment.propose(picture, ensemble="off")
     masks = counted(lambda: segment(proposals, **options)).maps(pixels)

@@ -118,6 +118,7 @@ def test_the_winner_is_that_of_float64_on_any_input(seed, classes, queries, prob
     assert torch.equal(class_probs, given[0]) and torch.equal(mask_logits, given[1])
     scores = literal_scores(class_probs, mask_logits, size, valid, target)
     assert_best(result.label_map if scored else result, scores)
+    assert not scored or result.classes.tolist() == sorted(set(result.label_map.flatten().tolist()))
 
 
 @pytest.mark.parametrize("probs", ["soft", "near_uniform", "peaked"])
@@ -136,11 +137,11 @@ def test_the_floor_of_an_input_pixel_is_below_the_best_of_the_pixels_that_use_it
     rows, columns = (label_maps_zs3._axis(*axis, label_maps_zs3.TILE) for axis in lengths)
     tiles = label_maps_zs3._bounds(class_probs[0], mask_logits[0], rows, columns)
     tile = torch.arange(len(tiles.low))
-    part = label_maps_zs3._summed(tiles, tile, torch.arange(7).expand(len(tile), -1))
     runs = torch.rand(len(tile), 7) < 0.6
     runs[:, 0] = True
+    part = label_maps_zs3._summed(tiles, tile, torch.arange(7).expand(len(tile), -1), runs)
     whole = label_maps_zs3._to_image(tiles, part).masked_fill(~runs[:, :, None], -torch.inf).amax(1)
-    floor = label_maps_zs3._floor(tiles, part.scores, runs, whole).unflatten(1, part.scores.shape[2:])
+    floor = label_maps_zs3._floor(tiles, part, whole).unflatten(1, part.scores.shape[2:])
     whole = whole.unflatten(1, (rows.to_image.shape[1], columns.to_image.shape[1]))
     used = 0
     for number in tile.tolist():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STRIP = 2**16  # numbers in one tensor of `strips`: they fit into a CPU's cache
+STRIP = 2**17  # numbers in one tensor of `strips`: they fit into a CPU's cache
 CHUNK = 2**19  # numbers in one tensor of other steps, except those as large as the masks or the output
 TINY = 1e-30  # divisors below it are no divisors; float32 underflows only far below it
 UNDECIDED = 1e-6  # the least d_q: where all queries are undecided, each counts by its mask alone
@@ -79,18 +79,20 @@ class GridConfidences:
         resized = (taps(image, mask, mask * valid / size).to(masks.device) for mask, size, valid, image in axes)
         return cls(masks, decided[:, None] * class_probs, covered, *resized)
 
-    def of(self, label_map: Tensor, margin: bool = False) -> Tensor:
-        """(H, W) float32: the confidence, or the margin, of each pixel's class; label_map: (H, W) int64."""
+    def of(self, label_map: Tensor, classes: Tensor, margin: bool = False) -> Tensor:
+        """(H, W) float32: the confidence, or the margin, of each pixel's class.
+
+        label_map: (H, W) int64; classes: (K,) int64, those in it.
+        """
         values = torch.empty(label_map.shape, dtype=self.masks.dtype, device=label_map.device)
-        for _ in self.strips(label_map, margin, values):
+        for _ in self.strips(label_map, classes, margin, values):
             pass
         return values.float()
 
     def strips(
-        self, label_map: Tensor, margin: bool = False, out: Tensor | None = None
+        self, label_map: Tensor, classes: Tensor, margin: bool = False, out: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yields strip by strip its rows and its values (H', W). out: (H, W), to which the values are written."""
-        classes = torch.bincount(label_map.flatten(), minlength=self.decided_probs.shape[1]).nonzero()[:, 0]  # (K,)
         _, height, width = self.masks.shape
         begin = torch.zeros(self.decided_probs.shape[1], dtype=torch.int64, device=classes.device)
         begin[classes] = width * torch.arange(len(classes), device=classes.device)  # of a class in a row (K w)

@@ -92,10 +92,11 @@ class SeenBiasCurve(Counter):
         winner, seen, unseen, gap = (_at(places, values) for values in maps)
         switch = _switch(gap, seen < unseen, winner == seen)
         for guess in (seen, unseen):  # no class is in both
-            place = guess * switches + switch
-            hits = place.masked_select(label == guess)
-            for total, counted in ((self.predicted, place), (self.intersection, hits)):
-                total += _counts(counted, total.size).reshape(total.shape)
+            place = (guess * switches + switch).cpu()
+            # Dense counts of one image would have more entries than it has pixels.
+            torch.from_numpy(self.predicted).view(-1).scatter_add_(0, place, torch.ones_like(place))
+            hits = (label == guess).cpu().long()
+            torch.from_numpy(self.intersection).view(-1).scatter_add_(0, place, hits)
         self.truth += _counts(label, classes)
 
     @property
