@@ -59,7 +59,7 @@ class NetworkArgs(measuring.DeviceArguments):
 
     backbones: Some[str] = flag(list(BACKBONES), f"Backbones, from {', '.join(BACKBONES)}.")
     sizes: Some[Pixels] = flag([512, 640], "Sides of the images, pixels.")
-    modes: Some[str] = flag(["eager", "compiled"], "Modes: 'eager', 'compiled'.")
+    modes: Some[str] = flag(["eager"], "Modes: 'eager', 'compiled'.")
     batch_size: Count = flag(1, "Images at once.")
     class_names: Count = flag(171, "Number of class names.")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "With 'bfloat16' the forward passes run under autocast.")

@@ -556,7 +556,7 @@ def test_a_damaged_or_planted_file_is_named_once_and_its_label_embedded_anew(dam
     )
     assert model.calls == [1, 1, 1] and len(files(tmp_path)) == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert f"{path} is damaged: removed" in caplog.text and "\n" not in caplog.records[0].getMessage()
+    assert f"{path} is damaged: computed again" in caplog.text and "\n" not in caplog.records[0].getMessage()
 
 
 def test_a_vector_within_rounding_of_unit_length_is_no_damage(model, tmp_path, caplog):
@@ -579,7 +579,7 @@ def test_many_damaged_files_cost_one_warning_and_are_removed(model, tmp_path, ca
         TextCache(tmp_path).embed(labels(*names), model, ours)
     assert files(tmp_path) == []
     (record,) = caplog.records
-    assert " is damaged, and so are 8 more: removed" in record.getMessage()
+    assert " is damaged, and so are 8 more: computed again" in record.getMessage()
 
 
 def test_files_of_format_1_are_not_read_and_go_first(model, tmp_path, caplog, operations):

@@ -283,7 +283,7 @@ class TextCache:
                 found[name] = vector
         if damaged:
             more = f", and so are {len(damaged) - 1:,} more" if damaged[1:] else ""
-            logger.warning(f"{damaged[0]} is damaged{more}: removed, and the text vectors are computed again")
+            logger.warning(f"{damaged[0]} is damaged{more}: computed again")
         for path in damaged:
             with suppress(OSError):  # removed by another process, or a folder that can only be read
                 os.unlink(path)
