@@ -15,6 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from scipy import stats
@@ -25,7 +26,7 @@ from configuration_zs3 import Zs3Config
 from zs3 import files
 from zs3.ablation import report, runner
 from zs3.ablation.jobs import AblationArgs, Job, make_jobs, trainings
-from zs3.ablation.report import t_interval, verdict
+from zs3.ablation.statistics import holm, power, t_interval, tested, verdict
 from zs3.ablation.tables import ENSEMBLES, TRAININGS, Row, make_tables
 from zs3.command_line import InputError, read_arguments, run
 from zs3.evaluation.arguments import EvalArgs, deciding_flags
@@ -72,12 +73,57 @@ def test_verdicts(differences, paper, expected):
     assert verdict(list(t_interval(differences)), paper) == expected
 
 
+def test_holm_is_its_definition():
+    """Holm 1979 in words: reject the smallest p if it is at most level / m, go on with the others and m - 1, stop at
+    the first that is not."""
+    rng = random.Random(1)
+    for _ in range(200):
+        ps = [rng.choice([rng.random() ** 4, 0.01, 1.0]) for _ in range(rng.randint(1, 7))]
+        level, rejected = rng.choice([0.05, 0.2]), set()
+        for left, (p, at) in zip(range(len(ps), 0, -1), sorted(zip(ps, range(len(ps)), strict=True)), strict=True):
+            if p > level / left:
+                break
+            rejected.add(at)
+        adjusted = holm(ps)
+        for at, p in enumerate(adjusted):
+            assert (p <= level) == (at in rejected) or p == pytest.approx(level)
+
+
+def test_the_verdicts_on_contrasts_that_were_named_before_the_runs():
+    clear, none = [9.0, 10.0, 11.0, 10.5], [0.1, -0.1, 0.2, -0.2]
+    alone = [5.0, 1.0, 4.0, 1.2]  # p is 0.06
+    unsure = [20.0, -15.0, 3.0, 1.0]
+    rows = tested([clear, clear, clear, none, alone, unsure], [3.0, -3.0, None, 2.0, 2.0, 2.0])
+    assert [row.verdict for row in rows] == [
+        "same sign as the paper",
+        "opposite",
+        "higher",
+        "equivalent, within 3 points",
+        "not decided",
+        "not decided",
+    ]
+    for row, values in zip(rows, (clear, clear, clear, none, alone, unsure), strict=True):
+        assert row.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue) and row.p <= row.holm
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(0.9)  # lies within the bound where p is below 0.05
+        assert (row.equivalent_p < 0.05) == (low > -3 and high < 3)
+    assert tested([[1.0]], [None])[0].verdict == "no interval"
+    a_few, many = tested([[2.0, 4.0, 3.0, 1.5]], [None]), tested([[2.0, 4.0, 3.0, 1.5]] + [unsure] * 5, [None] * 6)
+    assert a_few[0].verdict == "higher" and many[0].verdict == "not decided"  # others were asked too
+
+
+@pytest.mark.parametrize(("difference", "deviation", "count", "level"), [(5, 4, 12, 0.05), (2, 4, 4, 0.05 / 6)])
+def test_the_power_is_that_of_many_simulated_tests(difference, deviation, count, level):
+    drawn = difference + deviation * np.random.default_rng(0).standard_normal((20_000, count))
+    found = float(np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < level))
+    assert power(difference, deviation, count, level) == pytest.approx(found, abs=0.012)
+
+
 def test_the_papers_numbers_are_those_of_the_paper():
     ours = {name: [tuple(scores) for scores in table.paper.values()] for name, table in TABLES.items()}
     components = [(36.7, 35.2, 35.9), (31.8, 38.9, 35.0), (38.4, 50.1, 43.5), (39.0, 52.2, 44.7)]
     assert ours.pop("table4") == [(37.2, 35.5, 36.4), (38.6, 42.0, 40.2)]
     assert ours.pop("table5") == [(40.1, 25.3, 31.0), (38.6, 42.0, 40.2), (39.0, 52.2, 44.7)]
-    assert ours.pop("table6") == components and not any(ours.values())
+    assert ours.pop("table6") == ours.pop("confirmatory") == components and not any(ours.values())
     assert list(make_tables(clip=False, matching="joint")["table6"].paper.values()) == components[:3]
     steps = [difference.paper for difference in TABLES["table6"].differences]
     by_hand = [(-4.9, 3.7, -0.9), (6.6, 11.2, 8.5), (0.6, 2.1, 1.2), (2.3, 17.0, 8.8)]
@@ -608,7 +654,8 @@ def test_a_weight_is_chosen_by_what_training_may_know():
         assert job.command[1:] == words.split()
         assert ("seed1/pseudo_labels" in job.after) == (name != "ground_truth")
         evaluation = jobs[f"seed1/{name}/gzs3_chosen"]
-        words = f"eval.py --model {folder}/final --dataset runs/ablation/scenes --output {folder}/gzs3_chosen.json "
+        words = f"eval.py --model {folder}/final --dataset runs/ablation/scenes --split validation "
+        words += f"--output {folder}/gzs3_chosen.json "
         assert evaluation.command[1:] == f"{words}--ensemble_weight {folder}/ensemble_weight.json".split()
         assert job.name in evaluation.after
     assert "seed1/pseudo_labels" not in {job.name for job in make_jobs(AblationArgs(seeds=[1]).runs, rows[2:])}
@@ -650,15 +697,23 @@ def test_the_commands_of_a_folder_with_vectors_and_a_backbone():
     assert [name for name in jobs if "gzs3" not in name] == [
         *("seed3/stage1", "seed3/ground_truth", "seed3/ce", "seed3/ce_kl", "seed3/closed")
     ]
-    stage1 = "-m bench train --config a.yaml --dataset mine --output_dir out/seed3/stage1 --seed 3 --text_embeds v.npy"
+    stage1 = "-m bench train --config a.yaml --dataset mine --text_embeds v.npy --output_dir out/seed3/stage1 --seed 3"
     assert jobs["seed3/stage1"][1:] == [*stage1.split(), "--backbone", "bb", "--unseen_labels", "none"]
-    stage2 = "-m bench train --config b.yaml --dataset mine --output_dir out/seed3/ce_kl --seed 3 --text_embeds v.npy"
+    stage2 = "-m bench train --config b.yaml --dataset mine --text_embeds v.npy --output_dir out/seed3/ce_kl --seed 3"
     assert (
         jobs["seed3/ce_kl"][1:]
         == f"{stage2} --init_from out/seed3/stage1/final --unseen_labels ground_truth --rank_weight 0".split()
     )
-    model = "-m bench eval --model out/seed3/ce/final --dataset mine --output out/seed3/ce/gzs3_off.json --ensemble off"
-    assert jobs["seed3/ce/gzs3_off"][1:] == f"{model} --text_embeds v.npy".split()
+    model = "-m bench eval --model out/seed3/ce/final --dataset mine --text_embeds v.npy --split validation --output "
+    assert jobs["seed3/ce/gzs3_off"][1:] == f"{model}out/seed3/ce/gzs3_off.json --ensemble off".split()
+
+
+def test_each_seed_can_have_a_class_split_of_its_own_and_scores_can_be_read_on_test():
+    args = AblationArgs(seeds=[2, 5], label_space="scenes:{seed}", split="test")
+    for job in make_jobs(args.runs, OLD):
+        words = job.command
+        assert words[words.index("--label_space") + 1] == f"scenes:{job.name[4]}"
+        assert words[1] != "eval.py" or words[words.index("--split") + 1] == "test"
 
 
 def test_every_command_is_understood_by_its_own_parser(monkeypatch):

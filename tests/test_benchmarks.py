@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from scipy import stats
 from tiny import save_checkpoint, tiny_config, tiny_mask2former, tiny_model
 
 import network_zs3
@@ -24,6 +26,8 @@ from benchmarks import (
     loader,
     measuring,
     network,
+    paper_tables,
+    power,
     pseudo_label_quality,
     pseudo_labels,
     region_views,
@@ -611,3 +615,44 @@ def test_label_maps_of_the_evaluators_measurement_are_what_they_are_called(kind)
     assert 2 < len(np.unique(label)) <= 13 and (label == evaluator.IGNORE).any()
     same = (np.diff(label, axis=1) == 0).mean()
     assert same > 0.6 if kind == evaluator.OBJECTS else same < 0.2
+
+
+# ------------------------------------------------------------------------------- numbers that are only quoted
+
+
+def test_the_page_of_the_papers_tables_is_made_of_its_data():
+    page = Path(paper_tables.__file__).parents[1] / "docs" / "paper_tables.md"
+    assert page.read_text(encoding="utf-8") == paper_tables.text_of({})
+
+
+def test_quoted_means_are_the_harmonic_means_of_quoted_scores():
+    """A wrong digit would show, but for the rounding of both scores."""
+    checked = 0
+    for table in paper_tables.tables():
+        for _, _, *scores in table["rows"]:
+            if len(scores) == 3 and scores[2] is not None:
+                assert scores[2] == pytest.approx(2 * scores[0] * scores[1] / (scores[0] + scores[1]), abs=0.11)
+                checked += 1
+    assert checked == 12 + 13 + 6 + 6
+
+
+def test_results_of_a_suite_stand_beside_the_papers(call, tmp_path, monkeypatch):
+    scores = {"miou_seen": 0.5, "miou_unseen": 0.25, "hiou": 1 / 3, "miou": 0.4}
+    given = {"voc_20": {**scores, "model": "you/mine", "protocol": "gzs3, transductive"}}
+    monkeypatch.setattr(paper_tables, "own_results", lambda folders: given if folders == ["a", "b"] else {})
+    call(paper_tables, suites="a b", output=str(tmp_path / "page.md"))
+    rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| **zs3**")]
+    assert rows[0].endswith("|  | not run | not run | not run |") and rows[2].endswith("| not run | not run | 40.0 |")
+    assert rows[1] == rows[4] == "| **zs3** | you/mine, gzs3, transductive | 50.0 | 25.0 | 33.3 |"
+
+
+def test_the_power_of_the_plan_is_that_of_the_pilots(call, tmp_path):
+    call(power, splits="4 12", output=str(tmp_path / "power.json"), picture=str(tmp_path / "power.png"))
+    made = json.loads((tmp_path / "power.json").read_text())["contrasts"]
+    assert [row["paper"] for row in made] == [-0.9, 8.5, 1.2, 3.8, 8.8, None]
+    for row in made:
+        (loose, strict), fewer = row["splits"]["12"][::-1], row["splits"]["4"]
+        assert 0 < loose < strict < fewer[0]
+        drawn = loose + row["deviation"] * np.random.default_rng(0).standard_normal((4000, 12))
+        assert np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.03)
+    assert Image.open(tmp_path / "power.png").width > 500

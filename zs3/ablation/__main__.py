@@ -23,8 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from zs3.ablation.jobs import SCENES, AblationArgs, Job, SeedRuns, by_name, make_jobs, read_training, trainings
-from zs3.ablation.report import LEVEL, draw, report, summarise
+from zs3.ablation.report import draw, report, summarise
 from zs3.ablation.runner import has_ended, jobs_to_run, run_jobs, seconds_by_machine, versions_of
+from zs3.ablation.statistics import LEVEL
 from zs3.ablation.tables import ENSEMBLE_WEIGHT, TRAININGS
 from zs3.command_line import InputError, read_arguments, run
 from zs3.data.records import dataset_name, load_split
@@ -71,14 +72,14 @@ def check_nothing_is_trained_anew(runs: SeedRuns, planned: list[Job]) -> None:
             )
 
 
-def check_same_images(results: Iterable[Path], data: Path, num_validation: int) -> None:
-    """Raises InputError if an existing result has another number of images than the dataset."""
+def check_same_images(results: Iterable[Path], data: Path, split: str, count: int) -> None:
+    """Raises InputError if an existing result has another number of images than this split of the dataset."""
     for path in filter(Path.exists, results):
         result = unless_damaged(read_result, path, ("split_images",))
-        if result is not None and result["split_images"] != num_validation:
+        if result is not None and result["split_images"] != count:
             raise InputError(
-                f"{path} is of {result['split_images']} validation images and {data} has {num_validation}: bring those "
-                "images back, or delete it to evaluate again"
+                f"{path} is of {result['split_images']} {split} images and {data} has {count}: bring those images "
+                "back, or delete it to evaluate again"
             )
 
 
@@ -92,10 +93,10 @@ def check_scripts(names: Iterable[str]) -> None:
 
 
 def num_images(args: AblationArgs) -> tuple[int, int]:
-    """The numbers of training and validation images. Missing scenes are drawn."""
+    """The numbers of images for training and for evaluation. Missing scenes are drawn."""
     if args.dataset == SCENES:
-        write_if_missing(args.data, args.num_train, args.num_validation)
-    return len(load_split(args.data, "train")), len(load_split(args.data, "validation"))
+        write_if_missing(args.data, args.num_train, args.num_validation, args.num_test)
+    return len(load_split(args.data, "train")), len(load_split(args.data, args.split))
 
 
 def main() -> None:
@@ -111,10 +112,10 @@ def make_all(args: AblationArgs) -> None:
     rows = [row for table in tables.values() for row in table.rows]
     check_scripts(trainings(rows))
     steps = {name: check_trained(runs, name) for runs in args.runs for name in trainings(rows)}
-    num_train, num_validation = num_images(args)
+    num_train, num_evaluated = num_images(args)
     results = {row: [runs.result(row) for runs in args.runs] for row in rows}
     paths = {path for of_row in results.values() for path in of_row}
-    check_same_images(paths, args.data, num_validation)
+    check_same_images(paths, args.data, args.split, num_evaluated)
     jobs, times = make_jobs(args.runs, rows), Path(args.output_dir, "times.jsonl")
     planned = jobs_to_run(jobs)
     for runs in args.runs:
@@ -126,7 +127,9 @@ def make_all(args: AblationArgs) -> None:
         "synthetic": args.dataset == SCENES,
         "unit": "percent",
         "num_train": num_train,
-        "num_validation": num_validation,
+        "split": args.split,
+        "num_evaluated": num_evaluated,
+        "label_space": args.label_space,
         "seeds": args.seeds,
         "level": LEVEL,
         "ensemble_weight": ENSEMBLE_WEIGHT,

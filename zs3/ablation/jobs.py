@@ -20,6 +20,7 @@ from zs3.command_line import (
     Processes,
     Seed,
     Some,
+    Whole,
     flag,
     read_arguments,
 )
@@ -36,7 +37,8 @@ from zs3.typed_json import unless_damaged
 
 SCENES = "scenes"
 # Flags that may be paths. (In older results ensemble_weight is a number.)
-PLACES = ("output_dir", "dataset", "init_from", "unseen_labels", "text_embeds", "model", "ensemble_weight")
+PLACES = ("output_dir", "dataset", "label_space", "init_from", "unseen_labels", "text_embeds", "model")
+PLACES += ("ensemble_weight",)
 
 
 @dataclass
@@ -47,6 +49,10 @@ class AblationArgs(Arguments):
 
     table: Some[str] = flag(["table5", "table6"], "Names of tables; --table may be left out if they come first.")
     dataset: str = flag(SCENES, "'scenes', which the command draws, or the folder of a dataset.")
+    label_space: str | None = flag(
+        None, "Label space of all jobs; {seed} in it becomes the seed: scenes:{seed} gives each its own class split."
+    )
+    split: str = flag("validation", "Split to evaluate on.")
     stage1: str = flag("recipes/scenes_stage1.yaml", "Recipe of stage 1.")
     stage2: str = flag("recipes/scenes_stage2_ground_truth.yaml", "Recipe of stage 2; each training adds its flags.")
     backbone: str | None = flag(None, "Backbone at the start of stage 1, as in train.py.")
@@ -59,6 +65,7 @@ class AblationArgs(Arguments):
     output_dir: OutputFolder = flag("runs/ablation", "Folder for everything except the tables.")
     num_train: Pictures = flag(3000, "Training scenes.")
     num_validation: Pictures = flag(200, "Validation scenes.")
+    num_test: Whole = flag(0, "Test scenes.")
     stage1_steps: Count | None = flag(None, "Default: the recipe's.")
     stage2_steps: Count | None = flag(None, "Default: the recipe's.")
     output: OutputFile | None = flag(None, "The tables (JSON), .md beside it; default: tables.json in --output_dir.")
@@ -154,8 +161,12 @@ class SeedRuns:
         return [sys.executable, *([f"{word}.py"] if module is None else ["-m", module, word])]
 
     @property
-    def text_embeds(self) -> list[str]:
-        return [] if self.args.text_embeds is None else ["--text_embeds", self.args.text_embeds]
+    def data_flags(self) -> list[str]:
+        """The flags of the dataset, its label space and its text vectors, which all commands know."""
+        args, flags = self.args, ["--dataset", str(self.args.data)]
+        if args.label_space is not None:
+            flags += ["--label_space", args.label_space.replace("{seed}", str(self.seed))]
+        return flags if args.text_embeds is None else [*flags, "--text_embeds", args.text_embeds]
 
     def result(self, row: Row) -> Path:
         return self.folder / row.training / f"gzs3_{row.ensemble}.json"
@@ -164,8 +175,8 @@ class SeedRuns:
         training, args = TRAININGS[name], self.args
         stages = (args.stage1, args.stage1_steps), (args.stage2, args.stage2_steps)
         recipe, steps = stages[training.start is not None]
-        flags = ["--config", recipe, "--dataset", str(args.data)]
-        flags += ["--output_dir", str(self.folder / name), "--seed", str(self.seed), *self.text_embeds]
+        flags = ["--config", recipe, *self.data_flags]
+        flags += ["--output_dir", str(self.folder / name), "--seed", str(self.seed)]
         if training.start is not None:
             flags += ["--init_from", str(self.folder / training.start / "final")]
         elif args.backbone is not None:
@@ -203,7 +214,7 @@ class SeedRuns:
                 and made_with.get("unannotated_share") == PseudoLabelArgs.unannotated_share
             )
 
-        flags = ["--model", str(model), "--dataset", str(self.args.data), "--output", str(folder)]
+        flags = ["--model", str(model), *self.data_flags, "--output", str(folder)]
         return Job(
             name=self.named("pseudo_labels"),
             command=[sys.executable, "-m", "zs3.pseudo_labels", *flags],
@@ -217,8 +228,7 @@ class SeedRuns:
         path = self.folder / row.training / "ensemble_weight.json"
         model = path.parent / "final"
         labels = str(self.folder / "pseudo_labels") if row.needs_pseudo_labels else "ground_truth"
-        flags = ["--model", str(model), "--dataset", str(self.args.data), "--unseen_labels", labels]
-        flags += ["--output", str(path)]
+        flags = ["--model", str(model), *self.data_flags, "--unseen_labels", labels, "--output", str(path)]
         asked, _ = read_arguments(WeightArgs, flags, check=False)
 
         def is_done() -> bool:
@@ -242,8 +252,8 @@ class SeedRuns:
     def evaluation_job(self, row: Row) -> Job:
         path = self.result(row)
         model, weight = path.parent / "final", path.with_name("ensemble_weight.json")
-        flags = ["--model", str(model), "--dataset", str(self.args.data), "--output", str(path)]
-        flags += [*ENSEMBLES[row.ensemble].flags, *self.text_embeds]
+        flags = ["--model", str(model), *self.data_flags, "--split", self.args.split, "--output", str(path)]
+        flags += ENSEMBLES[row.ensemble].flags
         if row.is_chosen:
             flags += ["--ensemble_weight", str(weight)]
         asked, _ = read_arguments(EvalArgs, flags, check=False)

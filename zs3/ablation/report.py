@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
+from zs3.ablation.statistics import EQUIVALENT, over_seeds, tested, verdict
 from zs3.ablation.tables import TRAININGS, Row, Table
 from zs3.command_line import printable
 from zs3.evaluation.curves import save_figure, scores_figure
@@ -23,7 +23,6 @@ ADDED = {name: SCORES[name] for name in ADDED_SCORES} | {  # older results lack 
     "image_label_precision": "precision of image labels",
     "image_label_recall": "recall of image labels",
 }
-LEVEL = 0.95  # of the intervals over seeds
 END = 4  # number of lines at each end of a log
 LINE = dict[str, float | None]  # a line of metrics.jsonl
 AREAS = (  # title, classes of the ground truth (100 %), kind of the wrong name
@@ -36,31 +35,7 @@ NEEDED = (
     *(f"seen_unseen_confusion.{kind}.{wrong}" for _, kind, wrong in AREAS),
 )
 
-# ---- the statistics, in percent ----------------------------------------------------------------------------
-
-
-def t_interval(values: list[float]) -> tuple[float, float]:
-    """The interval of the mean at LEVEL (Student's t, n - 1 degrees of freedom); NaN for fewer than 2 values."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return float(np.mean(values) - half), float(np.mean(values) + half)
-
-
-def over_seeds(values: list[float]) -> dict:
-    return {"mean": float(np.mean(values)), "interval": list(t_interval(values)), "seeds": values}
-
-
-def verdict(interval: list[float], paper: float | None) -> str:
-    """The verdict on an interval of differences. paper: the paper's difference or None; only its sign counts."""
-    low, high = interval
-    if math.isnan(low):
-        return "no interval"
-    if low <= 0 <= high:
-        return "no difference"
-    if paper is None:
-        return "higher" if low > 0 else "lower"
-    return "same sign as the paper" if (low > 0) == (paper > 0) else "opposite"
+# ---- the numbers, in percent ------------------------------------------------------------------------------
 
 
 def percents(shares: Iterable[float | None]) -> dict:
@@ -110,7 +85,9 @@ def summary_of_row(row: Row, paths: list[Path], paper: GeneralizedScores | None)
         },
         "areas": {title: percents(share[kind][wrong] for share in shares) for title, kind, wrong in AREAS},
         "unseen_classes": {
-            name: percents(result["per_class"][name] for result in results) for name in results[0]["unseen"]
+            name: percents(result["per_class"][name] for result in results)
+            for name in results[0]["unseen"]
+            if all(name in result["unseen"] for result in results)  # seeds may have class splits of their own
         },
         "logged": logged_by(paths),
     }
@@ -130,6 +107,11 @@ def summarise(table: Table, paths: dict[Row, list[Path]]) -> dict:
             found[name] |= {"paper": None if its is None else round(its, 1)}
             found[name] |= {"verdict": verdict(found[name]["interval"], its)}
         differences.append({"title": difference.title, "scores": found})
+    if table.confirmatory:
+        scores = [difference["scores"]["hiou"] for difference in differences]
+        found = tested([score["seeds"] for score in scores], [score["paper"] for score in scores])
+        for difference, tests in zip(differences, found, strict=True):
+            difference["tested"] = tests._asdict()
     return {"title": table.title, "note": table.note, "rows": list(rows.values()), "differences": differences}
 
 
@@ -179,9 +161,28 @@ def table_text(table: dict) -> str:
     head = ["training", "image labels of unseen classes", *SCORE_TITLES.values(), *(ADDED[name] for name in added)]
     text += markdown_table([*head, "the paper's"], rows)
     text += weights_text(table)
+    text += contrasts_text(table)
     head = ["difference", "score", "mean", "ratio", "every seed", "the paper's", "verdict"]
     text += ["", *markdown_table(head, differences), "", *areas_text(table), "", *logged_text(table), ""]
     return "\n".join(text)
+
+
+def contrasts_text(table: dict) -> list[str]:
+    """The tests of the contrasts in hIoU, if they were named before the runs."""
+    rows = []
+    for difference in table["differences"]:
+        if "tested" not in difference:
+            return []
+        score, tests = difference["scores"]["hiou"], difference["tested"]
+        cells = [difference["title"], plus_minus(score, "+"), number(score["ratio"], ".2f")]
+        cells += [number(tests[name], ".2g") for name in ("p", "holm", "equivalent_holm")]
+        cells += ["" if score["paper"] is None else f"{score['paper']:+.1f}", tests["verdict"]]
+        rows.append(cells)
+    text = "Contrasts in hIoU that were named before the runs. p is of the paired t-test; Holm's correction is over "
+    text += f"these {len(rows)}. Equivalent: surely within {EQUIVALENT:g} points of 0. All other differences are "
+    text += "exploratory."
+    head = ["contrast", "hIoU", "ratio", "p", "p after Holm", "p of equivalence after Holm", "the paper's", "verdict"]
+    return ["", text, "", *markdown_table(head, rows)]
 
 
 def weights_text(table: dict) -> list[str]:
@@ -252,6 +253,7 @@ def report(result: dict) -> str:
     """The text of the Markdown file."""
     seeds, level = ", ".join(map(str, result["seeds"])), f"{100 * result['level']:.0f} %"
     images = "scenes" if result["synthetic"] else "images"
+    decides = "weights" if result["label_space"] is None else f"the label space {result['label_space']}, weights"
     kind = "synthetic, drawn by this project" if result["synthetic"] else "a folder"
     pairs = len(SCORE_TITLES) * sum(len(table["differences"]) for table in result["tables"].values())
     return "\n".join(
@@ -261,14 +263,14 @@ def report(result: dict) -> str:
             f"    {printable(result['command'])}",
             "",
             f"The benchmark {markdown(result['benchmark'])} is {kind}: {result['num_train']} training and "
-            f"{result['num_validation']} validation {images}. The paper's numbers are of COCO-Stuff: compare "
-            "signs, not sizes.",
+            f"{result['num_evaluated']} {result['split']} {images}. The paper's numbers are of COCO-Stuff: "
+            "compare signs, not sizes.",
             "",
-            f"Every score is in percent, on the validation {images} with all names as candidates (gzs3): the mean over "
-            f"seeds {seeds} ± half of its {level} t-interval, and in brackets every seed. A seed decides weights, "
-            f"order, augmentation and points of both stages; the {images} are the same. Differences are paired by "
-            'seed, in percentage points, and ratios are of the means. "No difference": the seeds do not show one, '
-            f"the interval holds 0. Every interval stands by itself: of the {pairs} differences here, "
+            f"Every score is in percent, on the {result['split']} {images} with all names as candidates (gzs3): the "
+            f"mean over seeds {seeds} ± half of its {level} t-interval, and in brackets every seed. A seed decides "
+            f"{decides}, order, augmentation and points of both stages; the {images} are the same. Differences are "
+            'paired by seed, in percentage points, and ratios are of the means. "No difference": the seeds do not show '
+            f"one, the interval holds 0. Every interval stands by itself: of the {pairs} differences here, "
             f"{(1 - result['level']) * pairs:.0f} would get another verdict by chance if nothing differed.",
             "",
             f"Training steps: {steps_text(result['steps'])}.",

@@ -61,12 +61,20 @@ TRAININGS = {
     "ignored_negative": Training("ignored pixels are negatives", ("--ignored_pixels", "negative")),
     "warm": Training("temperature 0.07 in stage 2", ("--class_temperature", "0.07")),
     "rank_pairs": Training("ranking of 10 cos, mean over pairs", ("--rank_scale", "10", "--rank_norm", "pairs")),
+    # doses: KL in Eq. 5 as a multiple of the CE, which keeps its weight; the ranking loss
+    "kl_queries": Training("CE, KL as a sum over queries", (*CE_KL, "--class_norm", "queries")),
+    "kl_1.47": Training("CE, KL x 1.47", (*CE_KL, "--matched_weight", "0.4049", "--class_weight", "2.964")),
+    "kl_7.67": Training("CE, KL x 7.67", (*CE_KL, "--matched_weight", "0.1153", "--class_weight", "10.404")),
+    "rank_7": Training("ranking x 7", ("--rank_weight", "7")),
+    "rank_20": Training("ranking x 20", ("--rank_weight", "20")),
+    "rank_tau": Training("ranking of cos / 0.01", ("--rank_scale", "100")),
     # not the paper's: a loss on the label map of Eq. 4
     "label_map": Training("label map loss", LABEL_MAP),
     "label_map_labelled": Training(
         "label map loss, labelled pixels alone", (*LABEL_MAP, "--label_map_pixels", "labelled")
     ),
     "best": Training("hybrid matching, label map loss", BEST),
+    "best_ce": Training("CE and background, hybrid matching, label map loss", (*CE, *BEST)),
     "best_no_rank": Training("hybrid matching, label map loss, no ranking", (*BEST, *CE_KL)),
     "pseudo_best": Training("hybrid matching, label map loss, pseudo labels", BEST, unseen_labels="pseudo"),
     # what else a user could take
@@ -143,6 +151,7 @@ class Table:
     rows: list[Row]
     differences: list[Difference]
     paper: dict[Row, GeneralizedScores] = field(default_factory=dict)  # the paper's scores of its rows, in percent
+    confirmatory: bool = False  # its differences in hIoU were named before the runs (docs/evidence_plan.md)
 
 
 def gain(before: GeneralizedScores, after: GeneralizedScores) -> GeneralizedScores:
@@ -167,7 +176,14 @@ def make_tables(clip: bool, matching: str) -> dict[str, Table]:
     """All tables. clip: False if text vectors are given; then no row has names without prompts, pseudo labels or an
     ensemble. matching: of the recipe of stage 2."""
     tables = {"table4": table4(), "table5": table5(), "table6": table6(clip), **beyond_the_paper(matching)}
-    tables |= {"ensemble_weight": ensemble_weight(), "best": best(clip), "parts": parts(), "comparison": comparison()}
+    tables |= {
+        "doses": doses(),
+        "ensemble_weight": ensemble_weight(),
+        "best": best(clip),
+        "parts": parts(),
+        "comparison": comparison(),
+    }
+    tables["confirmatory"] = confirmatory(tables["table6"], clip)
     if clip:
         return tables
     del tables["comparison"]  # most rows of this table need a CLIP
@@ -265,6 +281,23 @@ def table6(clip: bool) -> Table:
     )
 
 
+def confirmatory(table6: Table, clip: bool) -> Table:
+    """The contrasts of docs/evidence_plan.md."""
+    *steps, full, _ = table6.differences
+    full_row = Row("ground_truth")
+    ensemble = Difference(Row("ground_truth", "crops"), full_row, gain(PSEUDO_ENSEMBLE_OFF, TABLE5["pseudo"]))
+    contrasts = [*steps, *([ensemble] if clip else []), full, Difference(Row("best"), Row("best_ce"))]
+    return Table(
+        "The confirmatory contrasts",
+        "They were named before the runs (docs/evidence_plan.md). The paper's ensemble is that of a model with pseudo "
+        "labels.",
+        list(dict.fromkeys(row for contrast in contrasts for row in (contrast.minus, contrast.row))),
+        contrasts,
+        table6.paper,
+        confirmatory=True,
+    )
+
+
 CHOICE_NOTE = "A row differs from 'stage 2', the recipe of stage 2, as its name says; the ensemble is off."
 
 
@@ -287,6 +320,22 @@ def beyond_the_paper(matching: str) -> dict[str, Table]:
         )
         for key, (title, names) in changed.items()
     }
+
+
+def doses() -> Table:
+    kl, ranking = ("kl_queries", "kl_1.47", "kl_7.67"), ("rank_7", "rank_20", "rank_tau")
+    return Table(
+        "The doses of KL and of the ranking loss",
+        "With Eq. 5's means over groups the KL term has 0.67 times the weight of the CE. As Eq. 1 prints the sum over "
+        "queries it has 1.47 times its weight here (16 queries), and 7.67 times with 100 queries. Eq. 6 grows with the "
+        "number of absent names: with 171 names it is about 7 times as large as here.",
+        [Row("ce"), Row("ce_kl"), *map(Row, kl), Row("ground_truth"), *map(Row, ranking)],
+        [
+            Difference(Row("ce_kl"), Row("ce")),
+            *(Difference(Row(name), Row("ce_kl")) for name in kl),
+            *(Difference(Row(name), Row("ce_kl")) for name in ("ground_truth", *ranking)),
+        ],
+    )
 
 
 def best(clip: bool) -> Table:

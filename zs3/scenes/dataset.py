@@ -81,14 +81,14 @@ def write_dataset(
         write_json(unfinished / "classes.json", {**classes, "ignore_label": space.ignore_index})
 
 
-def write_if_missing(folder: Path, num_train: int, num_validation: int) -> None:
+def write_if_missing(folder: Path, num_train: int, num_validation: int, num_test: int = 0) -> None:
     """Writes the benchmark of seed 0, or refuses a folder with another number of scenes or another edition."""
     if not folder.exists():
-        write_dataset(folder, num_train, num_validation, seed=0)
+        write_dataset(folder, num_train, num_validation, seed=0, num_test=num_test)
     if load_label_space(folder) != world_space("scenes"):
         raise InputError(f"{folder} holds scenes of another edition: delete it, or choose another --output_dir")
-    counts = len(load_split(folder, "train")), len(load_split(folder, "validation"))
-    if counts != (num_train, num_validation):
-        raise InputError(
-            f"{folder} holds {counts[0]} and {counts[1]} scenes: delete it, or choose another --output_dir"
-        )
+    asked = {"train": num_train, "validation": num_validation} | ({"test": num_test} if num_test else {})
+    counts = {split: len(load_split(folder, split)) if (folder / split).is_dir() else 0 for split in asked}
+    if counts != asked:
+        found = ", ".join(f"{count} {split}" for split, count in counts.items())
+        raise InputError(f"{folder} holds {found} scenes: delete it, or choose another --output_dir")
