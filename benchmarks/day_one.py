@@ -31,7 +31,7 @@ from clip_views_zs3 import proposal_masks
 from configuration_zs3 import Zs3Config
 from label_maps_zs3 import semantic_map
 from processing_zs3 import resize_nearest
-from zs3.ablation.report import t_interval
+from zs3.ablation.statistics import t_interval
 from zs3.checkpoints import config_of, load_checkpoint, weights_sha256
 from zs3.command_line import Count, OutputFolder, check_required, flag, read_arguments, run
 from zs3.data.records import load_split

@@ -23,7 +23,8 @@ TEXT = """# The paper's tables
 
 Made by `python -m benchmarks.paper_tables --output docs/paper_tables.md`. All numbers are quoted, in percent: those
 of Tables 1 to 3 from the paper, which took those of other methods from their papers; those of later methods from
-their own pages. Nothing of them was measured here. "Not run": this project has no result on this benchmark.
+their own pages. Nothing of them was measured here. "Not run": this project has no result on this benchmark. In Table
+1 the paper prints 18.2 for CaGNet, although the harmonic mean of its two scores is 17.9.
 
 **Compare settings before numbers.** *Inductive* methods do not know the unseen names before the test. *Transductive*
 ones know them in training, and train on pictures that show unseen classes. The paper's main row is transductive: it

@@ -26,7 +26,7 @@ from configuration_zs3 import Zs3Config
 from zs3 import files
 from zs3.ablation import report, runner
 from zs3.ablation.jobs import AblationArgs, Job, make_jobs, trainings
-from zs3.ablation.statistics import holm, power, t_interval, tested, verdict
+from zs3.ablation.statistics import holm, judged, power, t_interval, verdict
 from zs3.ablation.tables import ENSEMBLES, TRAININGS, Row, make_tables
 from zs3.command_line import InputError, read_arguments, run
 from zs3.evaluation.arguments import EvalArgs, deciding_flags
@@ -93,7 +93,7 @@ def test_the_verdicts_on_contrasts_that_were_named_before_the_runs():
     clear, none = [9.0, 10.0, 11.0, 10.5], [0.1, -0.1, 0.2, -0.2]
     alone = [5.0, 1.0, 4.0, 1.2]  # p is 0.06
     unsure = [20.0, -15.0, 3.0, 1.0]
-    rows = tested([clear, clear, clear, none, alone, unsure], [3.0, -3.0, None, 2.0, 2.0, 2.0])
+    rows = judged([clear, clear, clear, none, alone, unsure], [3.0, -3.0, None, 2.0, 2.0, 2.0])
     assert [row.verdict for row in rows] == [
         "same sign as the paper",
         "opposite",
@@ -106,8 +106,8 @@ def test_the_verdicts_on_contrasts_that_were_named_before_the_runs():
         assert row.p == pytest.approx(stats.ttest_1samp(values, 0).pvalue) and row.p <= row.holm
         low, high = stats.ttest_1samp(values, 0).confidence_interval(0.9)  # lies within the bound where p is below 0.05
         assert (row.equivalent_p < 0.05) == (low > -3 and high < 3)
-    assert tested([[1.0]], [None])[0].verdict == "no interval"
-    a_few, many = tested([[2.0, 4.0, 3.0, 1.5]], [None]), tested([[2.0, 4.0, 3.0, 1.5]] + [unsure] * 5, [None] * 6)
+    assert judged([[1.0]], [None])[0].verdict == "no interval"
+    a_few, many = judged([[2.0, 4.0, 3.0, 1.5]], [None]), judged([[2.0, 4.0, 3.0, 1.5]] + [unsure] * 5, [None] * 6)
     assert a_few[0].verdict == "higher" and many[0].verdict == "not decided"  # others were asked too
 
 
@@ -787,7 +787,7 @@ def test_bad_flags_are_refused(words, message, call):
 
 
 def test_scenes_of_another_number_are_refused(finished, monkeypatch):
-    with pytest.raises(InputError, match="scenes holds 2 and 1 scenes: delete"):
+    with pytest.raises(InputError, match="scenes holds 2 train, 1 validation scenes: delete"):
         call(monkeypatch, "table5", *flags(replace(finished, num_train=3)))
 
 

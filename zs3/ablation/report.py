@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zs3.ablation.statistics import EQUIVALENT, over_seeds, tested, verdict
+from zs3.ablation.statistics import EQUIVALENT, judged, over_seeds, verdict
 from zs3.ablation.tables import TRAININGS, Row, Table
 from zs3.command_line import printable
 from zs3.evaluation.curves import save_figure, scores_figure
@@ -109,7 +109,7 @@ def summarise(table: Table, paths: dict[Row, list[Path]]) -> dict:
         differences.append({"title": difference.title, "scores": found})
     if table.confirmatory:
         scores = [difference["scores"]["hiou"] for difference in differences]
-        found = tested([score["seeds"] for score in scores], [score["paper"] for score in scores])
+        found = judged([score["seeds"] for score in scores], [score["paper"] for score in scores])
         for difference, tests in zip(differences, found, strict=True):
             difference["tested"] = tests._asdict()
     return {"title": table.title, "note": table.note, "rows": list(rows.values()), "differences": differences}
@@ -251,6 +251,11 @@ def made_on(result: dict) -> str:
 
 def report(result: dict) -> str:
     """The text of the Markdown file."""
+    result = {
+        "split": "validation",
+        "label_space": None,
+        "num_evaluated": result.get("num_validation"),
+    } | result  # older
     seeds, level = ", ".join(map(str, result["seeds"])), f"{100 * result['level']:.0f} %"
     images = "scenes" if result["synthetic"] else "images"
     decides = "weights" if result["label_space"] is None else f"the label space {result['label_space']}, weights"

@@ -56,7 +56,7 @@ class Tested(NamedTuple):
     verdict: str
 
 
-def tested(contrasts: Sequence[list[float]], papers: Sequence[float | None]) -> list[Tested]:
+def judged(contrasts: Sequence[list[float]], papers: Sequence[float | None]) -> list[Tested]:
     """contrasts: for each one its differences, in points, paired by seed; papers: the paper's difference of each."""
     if any(len(values) < 2 for values in contrasts):
         return [Tested(math.nan, math.nan, math.nan, math.nan, "no interval")] * len(contrasts)
