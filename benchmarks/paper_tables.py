@@ -23,17 +23,18 @@ TEXT = """# The paper's tables
 
 Made by `python -m benchmarks.paper_tables --output docs/paper_tables.md`. All numbers are quoted, in percent: those
 of Tables 1 to 3 from the paper, which took those of other methods from their papers; those of later methods from
-their own pages. Nothing of them was measured here. "Not run": this project has no result on this benchmark. In Table
-1 the paper prints 18.2 for CaGNet, although the harmonic mean of its two scores is 17.9.
+their own pages. Nothing of them was measured here. "Not run": this project has no result on this benchmark. Printed
+hIoUs are not always the harmonic mean of the printed scores: in Table 1, CaGNet has 18.2 where it is 17.9. "-": not
+given there.
 
 **Compare settings before numbers.** *Inductive* methods do not know the unseen names before the test. *Transductive*
 ones know them in training, and train on pictures that show unseen classes. The paper's main row is transductive: it
 makes image labels of the unseen names with CLIP. Its Tables 1 and 2 compare it with inductive rows, and with rows
 that train themselves again on their own label maps ("self-training").
 
-**Leave out results that were told the answer.** Some published numbers allow, for each test picture, only the names
-that are in it. Others choose a background threshold for each data set. Such numbers are not comparable with these.
-`eval.py` gives every picture all names.
+**Beware of results that were told the answer.** Some published numbers allow only the names that are in each test
+picture. Others choose a background threshold for each data set. Such numbers are not comparable. Whether one of the
+quoted numbers is of this kind was not checked. `eval.py` gives every picture all names.
 """
 
 

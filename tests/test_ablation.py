@@ -22,12 +22,13 @@ from scipy import stats
 from tiny import change_json
 
 import zs3.ablation.__main__ as command
+from benchmarks.made_labels import MadeLabelArgs
 from configuration_zs3 import Zs3Config
 from zs3 import files
 from zs3.ablation import report, runner
 from zs3.ablation.jobs import AblationArgs, Job, make_jobs, trainings
-from zs3.ablation.statistics import holm, judged, power, t_interval, verdict
-from zs3.ablation.tables import ENSEMBLES, TRAININGS, Row, make_tables
+from zs3.ablation.statistics import equivalence_power, holm, judged, power, t_interval, verdict
+from zs3.ablation.tables import ENSEMBLES, MADE_LABELS, TRAININGS, Row, make_tables
 from zs3.command_line import InputError, read_arguments, run
 from zs3.evaluation.arguments import EvalArgs, deciding_flags
 from zs3.evaluation.ensemble_weight import WeightArgs, weight_settings
@@ -116,6 +117,18 @@ def test_the_power_is_that_of_many_simulated_tests(difference, deviation, count,
     drawn = difference + deviation * np.random.default_rng(0).standard_normal((20_000, count))
     found = float(np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < level))
     assert power(difference, deviation, count, level) == pytest.approx(found, abs=0.012)
+
+
+@pytest.mark.parametrize(("difference", "deviation", "level"), [(0, 4, 0.05), (1.2, 3, 0.05), (2, 2, 0.05 / 6)])
+def test_the_chance_of_equivalence_is_that_of_many_simulated_tests(difference, deviation, level):
+    drawn = difference + deviation * np.random.default_rng(0).standard_normal((20_000, 12))
+    above, below = (
+        stats.ttest_1samp(drawn, -3, 1, alternative="greater"),
+        stats.ttest_1samp(drawn, 3, 1, alternative="less"),
+    )
+    found = float(np.mean(np.maximum(above.pvalue, below.pvalue) < level))
+    assert 0.05 < found < 0.95
+    assert equivalence_power(difference, deviation, 12, level) == pytest.approx(found, abs=0.012)
 
 
 def test_the_papers_numbers_are_those_of_the_paper():
@@ -729,8 +742,9 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
             training, _ = read_arguments(TrainArgs, job.command[2:], Zs3Config)
             row = job.name.split("/")[1]
             told = "none" if row in ("stage1", "stage1_bare", "none", "closed", "zegformer") else "ground_truth"
-            pseudo = f"runs/ablation/seed{training.seed}/pseudo_labels"
-            assert training.unseen_labels == (pseudo if row.startswith("pseudo") else told)
+            made = row if row in MADE_LABELS else "pseudo" if row.startswith("pseudo") else None
+            folder = f"runs/ablation/seed{training.seed}/{made}_labels"
+            assert training.unseen_labels == (told if made is None else folder)
             steps = 50 if row == "zegformer" else 30 if TRAININGS[row].start is None else 20
             assert training.max_steps == steps and f"seed{training.seed}" in job.name
         elif job.command[1] == "eval.py":
@@ -747,8 +761,9 @@ def test_every_command_is_understood_by_its_own_parser(monkeypatch):
             assert job.name.endswith(f"gzs3_{evaluation.ensemble}")
         else:
             words = " ".join(job.command[1:]).split(" --")[0]
-            args_class = {"-m zs3.pseudo_labels": PseudoLabelArgs, "-m zs3 ensemble_weight": WeightArgs}[words]
-            read_arguments(args_class, job.command[1 + len(words.split()) :])
+            commands = {"-m zs3.pseudo_labels": PseudoLabelArgs, "-m zs3 ensemble_weight": WeightArgs}
+            commands |= {"-m benchmarks.made_labels": MadeLabelArgs}
+            read_arguments(commands[words], job.command[1 + len(words.split()) :])
 
 
 def test_a_module_beside_the_package_is_asked_for_before_anything_runs(monkeypatch, tmp_path):
@@ -756,7 +771,7 @@ def test_a_module_beside_the_package_is_asked_for_before_anything_runs(monkeypat
     command.check_scripts(TRAININGS)
     monkeypatch.chdir(tmp_path)
     command.check_scripts(["stage1", "best"])
-    with pytest.raises(InputError, match="benchmarks/closed_set.py is not here"):
+    with pytest.raises(InputError, match=r"benchmarks/\w+\.py is not here"):
         command.check_scripts(TRAININGS)
 
 

@@ -24,6 +24,7 @@ from benchmarks import (
     gradient_sizes,
     label_count,
     loader,
+    made_labels,
     measuring,
     network,
     paper_tables,
@@ -37,6 +38,8 @@ from benchmarks import (
 from configuration_zs3 import RegionView
 from eval import main as eval_main
 from zs3.command_line import read_arguments
+from zs3.data.image_labels import PseudoLabels
+from zs3.data.records import load_split
 from zs3.label_space import load_label_space
 from zs3.pseudo_labels import PseudoLabelArgs, make_pseudo_labels
 from zs3.scenes.dataset import write_dataset
@@ -652,8 +655,46 @@ def test_the_power_of_the_plan_is_that_of_the_pilots(call, tmp_path):
     made = json.loads((tmp_path / "power.json").read_text())["contrasts"]
     assert [row["paper"] for row in made] == [-0.9, 8.5, 1.2, 3.8, 8.8, None]
     for row in made:
-        (loose, strict), fewer = row["splits"]["12"][::-1], row["splits"]["4"]
+        (strict, loose), fewer = row["found"]["12"], row["found"]["4"]
         assert 0 < loose < strict < fewer[0]
         drawn = loose + row["deviation"] * np.random.default_rng(0).standard_normal((4000, 12))
         assert np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.03)
     assert Image.open(tmp_path / "power.png").width > 500
+
+
+# ------------------------------------------------------------------------ image labels made from the true ones
+
+
+def test_shuffled_labels_are_those_of_another_picture():
+    truth = np.eye(6, dtype=bool)[np.random.default_rng(0).permutation(6)]  # a label of its own for each picture
+    for seed in range(20):
+        labels = made_labels.changed(truth, made_labels.MadeLabelArgs(shuffled=True, seed=seed))
+        assert sorted(map(tuple, labels)) == sorted(map(tuple, truth)) and not (labels & truth).any()
+
+
+@pytest.mark.parametrize(("precision", "recall"), [(1, 0.25), (0.5, 0.75), (0.25, 1), (1, 1)])
+def test_made_labels_have_the_precision_and_the_recall_that_were_asked_for(precision, recall):
+    truth = np.random.default_rng(1).random((400, 8)) < 0.1
+    labels = made_labels.changed(truth, made_labels.MadeLabelArgs(precision=precision, recall=recall))
+    hits = sum(bool(a and b) for a, b in zip(labels.ravel(), truth.ravel(), strict=True))
+    assert hits / truth.sum() == pytest.approx(recall, abs=0.01)
+    assert hits / labels.sum() == pytest.approx(precision, abs=0.01)
+    with pytest.raises(ValueError, match="--precision 0.01: there are not as many wrong labels to give"):
+        made_labels.changed(truth, made_labels.MadeLabelArgs(precision=0.01))
+
+
+def test_training_reads_made_labels_as_they_were_written(call, tmp_path, capsys):
+    write_dataset(tmp_path / "scenes", 30, 1, seed=0)
+    call(made_labels, dataset=tmp_path / "scenes", label_space="scenes:2", shuffled="true", output=tmp_path / "labels")
+    space = load_label_space("scenes:2")
+    records = load_split(tmp_path / "scenes", "train", space)
+    given = PseudoLabels(tmp_path / "labels", space, records.image_ids)
+    truth = np.zeros((30, len(space.class_names)), dtype=np.int8)
+    for index, record in enumerate(records):
+        ids = np.setdiff1d(np.unique(record.label), [space.ignore_index])
+        truth[index, [number for number in ids if space.class_names[number] in space.unseen]] = 1
+    got = np.stack([given(image_id, np.array([]), np.random.default_rng(0)) for image_id in records.image_ids])
+    assert sorted(map(bytes, got)) == sorted(map(bytes, truth)) and (got != truth).any()
+    assert "precision" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="labels exists already"):
+        call(made_labels, dataset=tmp_path / "scenes", output=tmp_path / "labels")

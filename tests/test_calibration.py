@@ -185,9 +185,16 @@ def test_near_ties_are_decided_as_by_fractions():
 
 def test_where_rounding_hides_the_winner_label_map_says_who_it_is_without_a_bias():
     found = map_of([0, 0], [1.0, 1.0], [1, 1], [1.0, 1.0], label_map=[1, 0])  # float64 told them apart
-    curve = SeenBiasCurve([True, False], IGNORE)
-    curve.update(found, np.array([[1, 0]]))
-    assert curve.result(every=1)["unbiased"]["miou"] == 1.0
+    for found.gap in (torch.zeros(1, 2), -torch.zeros(1, 2)):
+        for is_seen in ([True, False], [False, True]):
+            found.seen_map, found.unseen_map = (torch.full((1, 2), is_seen.index(one)) for one in (True, False))
+            curve = SeenBiasCurve(is_seen, IGNORE)
+            curve.update(found, np.array([[1, 0]]))
+            result = curve.result(every=1)
+            assert result["unbiased"]["miou"] == 1.0
+            at = result["points"]["gamma"].index(0)
+            smallest = [result["points"]["miou"][place] for place in (at - 1, at + 1)]
+            assert smallest == [0.25, 0.25]  # any bias decides both pixels
 
 
 def test_the_ends_are_seen_classes_only_and_unseen_classes_only():

@@ -26,7 +26,7 @@ from zs3.ablation.jobs import SCENES, AblationArgs, Job, SeedRuns, by_name, make
 from zs3.ablation.report import draw, report, summarise
 from zs3.ablation.runner import has_ended, jobs_to_run, run_jobs, seconds_by_machine, versions_of
 from zs3.ablation.statistics import LEVEL
-from zs3.ablation.tables import ENSEMBLE_WEIGHT, TRAININGS
+from zs3.ablation.tables import ENSEMBLE_WEIGHT, MADE_LABELS, TRAININGS
 from zs3.command_line import InputError, read_arguments, run
 from zs3.data.records import dataset_name, load_split
 from zs3.evaluation.results import read_result
@@ -85,7 +85,8 @@ def check_same_images(results: Iterable[Path], data: Path, split: str, count: in
 
 def check_scripts(names: Iterable[str]) -> None:
     """Raises InputError if a module that a training runs is missing; it may lie outside the package."""
-    for module in {TRAININGS[name].scripts for name in names} - {None}:
+    made = {"benchmarks.made_labels" for name in names if TRAININGS[name].unseen_labels in MADE_LABELS}
+    for module in made | {TRAININGS[name].scripts for name in names} - {None}:
         check_here(Path(*module.split(".")).with_suffix(".py"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configuration_zs3 import Zs3Config, shortened
-from zs3.ablation.tables import ENSEMBLES, TRAININGS, Row, Table, make_tables
+from zs3.ablation.tables import ENSEMBLES, MADE_LABELS, TRAININGS, Row, Table, make_tables
 from zs3.checkpoints import WEIGHTS, weights_sha256
 from zs3.command_line import (
     Arguments,
@@ -31,14 +31,14 @@ from zs3.evaluation.curves import check_matplotlib
 from zs3.evaluation.ensemble_weight import WeightArgs, weight_settings
 from zs3.evaluation.results import read_result
 from zs3.files import check_here, file_sha256
+from zs3.label_space import load_label_space
 from zs3.pseudo_labels import PseudoLabelArgs
 from zs3.training.arguments import TrainArgs
 from zs3.typed_json import unless_damaged
 
 SCENES = "scenes"
 # Flags that may be paths. (In older results ensemble_weight is a number.)
-PLACES = ("output_dir", "dataset", "label_space", "init_from", "unseen_labels", "text_embeds", "model")
-PLACES += ("ensemble_weight",)
+PLACES = ("output_dir", "dataset", "init_from", "unseen_labels", "text_embeds", "model", "ensemble_weight")
 
 
 @dataclass
@@ -80,6 +80,10 @@ class AblationArgs(Arguments):
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"--seeds must be distinct, got {shortened(self.seeds)}")
+        for runs in self.runs if self.label_space is not None else []:
+            load_label_space(runs.label_space)
+        if self.dataset == SCENES and self.split == "test" and not self.num_test:
+            raise InputError("--split test needs test scenes: give --num_test too, such as 1000")
         if self.dataset != SCENES and not Path(self.dataset).is_dir():
             raise InputError(f"--dataset {self.dataset}: there is no such folder; 'scenes' are drawn")
         if self.output is not None and Path(self.output).suffix != ".json":
@@ -142,6 +146,9 @@ class SeedRuns:
     def jobs(self, rows: list[Row]) -> list[Job]:
         jobs = []
         for name in trainings(rows):
+            labels = TRAININGS[name].unseen_labels
+            if labels in MADE_LABELS and self.named(f"{labels}_labels") not in {job.name for job in jobs}:
+                jobs.append(self.made_label_job(labels))
             jobs.append(self.training_job(name))
             if name == "stage1" and any(row.needs_pseudo_labels for row in rows):
                 jobs.append(self.pseudo_label_job())
@@ -161,15 +168,24 @@ class SeedRuns:
         return [sys.executable, *([f"{word}.py"] if module is None else ["-m", module, word])]
 
     @property
+    def space_flags(self) -> list[str]:
+        """The flags of the dataset and its label space, which all commands know."""
+        flags = [] if self.label_space is None else ["--label_space", self.label_space]
+        return ["--dataset", str(self.args.data), *flags]
+
+    @property
+    def label_space(self) -> str | None:
+        space = self.args.label_space
+        return None if space is None else space.replace("{seed}", str(self.seed))
+
+    @property
     def data_flags(self) -> list[str]:
-        """The flags of the dataset, its label space and its text vectors, which all commands know."""
-        args, flags = self.args, ["--dataset", str(self.args.data)]
-        if args.label_space is not None:
-            flags += ["--label_space", args.label_space.replace("{seed}", str(self.seed))]
-        return flags if args.text_embeds is None else [*flags, "--text_embeds", args.text_embeds]
+        vectors = self.args.text_embeds
+        return self.space_flags if vectors is None else [*self.space_flags, "--text_embeds", vectors]
 
     def result(self, row: Row) -> Path:
-        return self.folder / row.training / f"gzs3_{row.ensemble}.json"
+        split = "" if self.args.split == AblationArgs.split else f"_{self.args.split}"
+        return self.folder / row.training / f"gzs3_{row.ensemble}{split}.json"
 
     def training_flags(self, name: str) -> list[str]:
         training, args = TRAININGS[name], self.args
@@ -182,7 +198,8 @@ class SeedRuns:
         elif args.backbone is not None:
             flags += ["--backbone", args.backbone]
         labels = training.unseen_labels
-        flags += ["--unseen_labels", str(self.folder / "pseudo_labels") if labels == "pseudo" else labels]
+        made = labels == "pseudo" or labels in MADE_LABELS
+        flags += ["--unseen_labels", str(self.folder / f"{labels}_labels") if made else labels]
         if training.whole:
             steps = sum(own or read_training("--config", recipe)[0].max_steps for recipe, own in stages)
         if steps is not None:
@@ -192,7 +209,8 @@ class SeedRuns:
     def training_job(self, name: str) -> Job:
         training = TRAININGS[name]
         after = [] if training.start is None else [self.named(training.start)]
-        after += [self.named("pseudo_labels")] if training.unseen_labels == "pseudo" else []
+        made = training.unseen_labels == "pseudo" or training.unseen_labels in MADE_LABELS
+        after += [self.named(f"{training.unseen_labels}_labels")] if made else []
         return Job(
             name=self.named(name),
             command=[*self.script("train", name), *self.training_flags(name)],
@@ -221,6 +239,17 @@ class SeedRuns:
             log=folder / "pseudo_labels.log",
             is_done=is_done,
             after=[self.named("stage1")],
+        )
+
+    def made_label_job(self, labels: str) -> Job:
+        folder = self.folder / f"{labels}_labels"
+        flags = [*self.space_flags, "--seed", str(self.seed), *MADE_LABELS[labels], "--output", str(folder)]
+        return Job(
+            name=self.named(folder.name),
+            command=[sys.executable, "-m", "benchmarks.made_labels", *flags],
+            log=self.folder / f"{labels}_labels.log",
+            is_done=folder.exists,
+            after=[],
         )
 
     def ensemble_weight_job(self, row: Row) -> Job:

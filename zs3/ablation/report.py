@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from zs3.ablation.statistics import EQUIVALENT, judged, over_seeds, verdict
-from zs3.ablation.tables import TRAININGS, Row, Table
+from zs3.ablation.tables import MADE_LABELS, TRAININGS, Row, Table
 from zs3.command_line import printable
 from zs3.evaluation.curves import save_figure, scores_figure
 from zs3.evaluation.report import IMAGE_LABELS
@@ -146,7 +146,8 @@ def table_text(table: dict) -> str:
     rows, differences = [], []
     added = [name for name in ADDED if any(name in row.get("added_scores", {}) for row in table["rows"])]
     for row in table["rows"]:
-        cells = [row["title"], IMAGE_LABELS[row["told"]]]
+        told = "image labels made from the true ones" if row["told"] in MADE_LABELS else IMAGE_LABELS[row["told"]]
+        cells = [row["title"], told]
         cells += [f"{plus_minus(row['scores'][name])} ({each_seed(row['scores'][name])})" for name in SCORE_TITLES]
         cells += [plus_minus(row["added_scores"][name]) if name in row["added_scores"] else "" for name in added]
         cells.append(" / ".join(f"{row['paper'][name]:.1f}" for name in SCORE_TITLES) if row["paper"] else "")

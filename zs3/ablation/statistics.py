@@ -93,3 +93,12 @@ def power(difference: float, deviation: float, count: int, level: float) -> floa
     """
     bound, shift = stats.t.ppf(1 - level / 2, count - 1), difference / deviation * math.sqrt(count)
     return float(1 - special.ncfdtr(1, count - 1, shift**2, bound**2))  # the square of t has an F distribution
+
+
+def equivalence_power(difference: float, deviation: float, count: int, level: float) -> float:
+    """The chance that the two one-sided t-tests of `count` values place them within EQUIVALENT of 0; as `power`."""
+    shares = (np.arange(2000) + 0.5) / 2000
+    found = deviation * np.sqrt(stats.chi2.ppf(shares, count - 1) / (count - 1))  # standard deviations, equally likely
+    room = EQUIVALENT - stats.t.ppf(1 - level, count - 1) * found / math.sqrt(count)  # left for the mean
+    mean = stats.norm(difference, deviation / math.sqrt(count))
+    return float(np.mean(np.where(room > 0, mean.cdf(room) - mean.cdf(-room), 0)))

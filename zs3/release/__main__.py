@@ -105,7 +105,7 @@ class ReleaseArgs(Arguments):
             raise InputError(f"--repo_id {self.repo_id} is no Hub id of the form owner/name")
         refuse_alone(self, "tag", without="push")
         if not Path(self.model).is_dir():
-            raise InputError(f"--model {self.model}: no such folder; a checkpoint of the Hub is released already")
+            raise InputError(f"--model {self.model}: no such folder of a checkpoint; train.py writes one (its final/)")
         check_checkpoint("model", self.model)
 
 

@@ -93,7 +93,7 @@ class SeenBiasCurve(Counter):
         switch = _switch(gap, seen < unseen, winner == seen)
         for guess in (seen, unseen):  # no class is in both
             place = (guess * switches + switch).cpu()
-            # Dense counts of one image would have more entries than it has pixels.
+            # Dense counts would have as many entries for each image as all images together.
             torch.from_numpy(self.predicted).view(-1).scatter_add_(0, place, torch.ones_like(place))
             hits = (label == guess).cpu().long()
             torch.from_numpy(self.intersection).view(-1).scatter_add_(0, place, hits)
@@ -158,7 +158,7 @@ def _switch(gap: Tensor, seen_first: Tensor, seen_wins: Tensor) -> Tensor:
     the lower one. The lower one wins if gamma equals the gap. seen_wins: (P,) bool, whether the seen class wins at 0.
     This is more exact than the gap.
     """
-    lead = torch.where(seen_wins, gap, -gap).clamp_(min=0)  # of the winner
+    lead = torch.where(seen_wins, gap, -gap).clamp_(min=0).abs_()  # of the winner; never -0, whose bits are negative
     beaten = (seen_wins != seen_first).int()  # where the size of the bias equals the lead
     # The bits of positive float32 numbers, read as whole numbers, rise with them: no search among the sizes is needed.
     held = (((lead.view(torch.int32) - beaten) >> _LATER_BITS) - _BELOW).clamp_(0, len(_SIZES))
