@@ -77,21 +77,21 @@ class SemanticMap:
     """A label map, (H, W), and what belongs to its pixels, each (H, W).
 
     label_map: int64, the winner. Do not change it in place: confidences are computed from it when they are read.
-    classes: (K,) int64, ascending: those in label_map.
     confidence: float32 in [0, 1], and margin, the confidence minus the largest confidence of another class: see
         `GridConfidences`. They are computed when they are read. `confidences` keeps all masks in memory.
     seen_map, unseen_map: int64, the best seen and the best unseen class; near-ties go to the lowest index; -1 where
         there is no such class. One of the two is the winner. None without `is_seen`.
     gap: float32, the score of the best seen class less that of the best unseen class, to 1e-5; -inf or inf where one is
         missing. None without `is_seen`.
+    classes: (K,) int64, ascending: those in label_map. Confidences are computed for them alone.
     """
 
     label_map: Tensor
-    classes: Tensor | None = None
     confidences: GridConfidences | None = None
     seen_map: Tensor | None = None
     unseen_map: Tensor | None = None
     gap: Tensor | None = None
+    classes: Tensor | None = None
 
     @cached_property
     def confidence(self) -> Tensor:
@@ -239,8 +239,8 @@ class _Axis(NamedTuple):
     """
 
     mask_index: Tensor  # (tiles, m) int64: the mask pixels that a tile looks at
-    to_input: Tensor  # (tiles, i, m) float64, or as `cast`: the input pixels it needs, as sums of these
-    to_image: Tensor  # (tiles, side, i), alike: its own pixels, as sums of those
+    to_input: Tensor  # (tiles, i, m) float64, or of `cast`'s dtype: the input pixels it needs, as sums of these
+    to_image: Tensor  # (tiles, side, i), of the same dtype: its own pixels, as sums of those
     resizes: bool  # the input is not the image: to_image is no identity
     input_taps: Taps
     image_taps: Taps

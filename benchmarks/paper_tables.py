@@ -18,7 +18,7 @@ from zs3.scores.means import GeneralizedScores
 from zs3.tables import markdown, markdown_table, percent
 
 QUOTED = Path(__file__).with_suffix(".json")
-NEEDED = (*GeneralizedScores._fields, "miou", "model", "protocol")
+NEEDED = (*GeneralizedScores._fields, "miou", "model", "protocol", "setting")
 TEXT = """# The paper's tables
 
 Made by `python -m benchmarks.paper_tables --output docs/paper_tables.md`. All numbers are quoted, in percent: those
@@ -32,7 +32,7 @@ ones know them in training, and train on pictures that show unseen classes. The 
 makes image labels of the unseen names with CLIP. Its Tables 1 and 2 compare it with inductive rows, and with rows
 that train themselves again on their own label maps ("self-training").
 
-**Beware of results that were told the answer.** Some published numbers allow only the names that are in each test
+**Beware of results that know the answer.** Some published numbers allow only the names that are in each test
 picture. Others choose a background threshold for each data set. Such numbers are not comparable. Whether one of the
 quoted numbers is of this kind was not checked. `eval.py` gives every picture all names.
 """
@@ -46,27 +46,28 @@ class PaperTableArgs(Arguments):
     output: OutputFile | None = flag(None, "Markdown file.")
 
 
-def own_results(folders: list[str]) -> dict[str, Result]:
-    """Benchmark -> its result."""
-    files = {file.stem: file for folder in folders for file in sorted(Path(folder).glob("*.json"))}
+def own_results(folders: list[str]) -> dict[tuple[str, str], Result]:
+    """(setting, benchmark) -> its result. The folders of both suites have a file of VOC-20."""
     members = {member for table in tables() for member in table["members"]}
-    return {name: read_result(file, NEEDED) for name, file in files.items() if name in members}
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.json")) if file.stem in members]
+    results = [(file.stem, read_result(file, NEEDED)) for file in files]
+    return {(result["setting"], name): result for name, result in results}
 
 
 def tables() -> list[dict]:
     return json.loads(QUOTED.read_text(encoding="utf-8"))["tables"]
 
 
-def own_row(table: dict, results: dict[str, Result]) -> list[str]:
+def own_row(table: dict, results: dict[tuple[str, str], Result]) -> list[str]:
     """The last row of a table."""
-    found = [results.get(member) for member in table["members"]]
+    found = [results.get((table["setting"], member)) for member in table["members"]]
     names = ["miou"] if len(found) > 1 else GeneralizedScores._fields
     cells = [percent(result[name]) if result else "not run" for result in found for name in names]
     said = "; ".join(dict.fromkeys(markdown(f"{own['model']}, {own['protocol']}") for own in found if own))
     return ["**zs3**", said, *cells]
 
 
-def text_of(results: dict[str, Result]) -> str:
+def text_of(results: dict[tuple[str, str], Result]) -> str:
     parts = [TEXT]
     for table in tables():
         rows = [

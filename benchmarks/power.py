@@ -9,17 +9,18 @@ whole level.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 from scipy.optimize import brentq
 
 from benchmarks import measuring
 from configuration_zs3 import Number
-from zs3.ablation.statistics import EQUIVALENT, LEVEL, equivalence_power, power
+from zs3.ablation.statistics import EQUIVALENT, LEVEL
 from zs3.ablation.tables import make_tables
 from zs3.command_line import Arguments, OutputFile, Some, flag, read_arguments, run
 from zs3.evaluation.curves import check_matplotlib, save_figure
@@ -74,6 +75,24 @@ def contrasts() -> list[Contrast]:
         Contrast(pair.title, paper, float(np.std(values, ddof=1)), len(values))
         for pair, paper, values in zip(named, papers, seeds, strict=True)
     ]
+
+
+def power(difference: float, deviation: float, count: int, level: float) -> float:
+    """The chance that the two-sided paired t-test of `count` values finds a difference at this level.
+
+    difference, deviation: mean and standard deviation of the values, in points.
+    """
+    bound, shift = stats.t.ppf(1 - level / 2, count - 1), difference / deviation * math.sqrt(count)
+    return float(1 - special.ncfdtr(1, count - 1, shift**2, bound**2))  # the square of t has an F distribution
+
+
+def equivalence_power(difference: float, deviation: float, count: int, level: float) -> float:
+    """The chance that the two one-sided t-tests of `count` values place them within EQUIVALENT of 0; as `power`."""
+    shares = (np.arange(2000) + 0.5) / 2000
+    found = deviation * np.sqrt(stats.chi2.ppf(shares, count - 1) / (count - 1))  # standard deviations, equally likely
+    room = EQUIVALENT - stats.t.ppf(1 - level, count - 1) * found / math.sqrt(count)  # left for the mean
+    mean = stats.norm(difference, deviation / math.sqrt(count))
+    return float(np.mean(np.where(room > 0, mean.cdf(room) - mean.cdf(-room), 0)))
 
 
 def found_with(deviation: float, count: int, level: float) -> float:

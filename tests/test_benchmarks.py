@@ -640,21 +640,40 @@ def test_quoted_means_are_the_harmonic_means_of_quoted_scores():
     assert checked == 12 + 13 + 6 + 6 and unlike == [("Table 1", [33.5, 12.2, 18.2])]
 
 
-def test_results_of_a_suite_stand_beside_the_papers(call, tmp_path, monkeypatch):
-    scores = {"miou_seen": 0.5, "miou_unseen": 0.25, "hiou": 1 / 3, "miou": 0.4}
-    given = {"voc_20": {**scores, "model": "you/mine", "protocol": "gzs3, transductive"}}
-    monkeypatch.setattr(paper_tables, "own_results", lambda folders: given if folders == ["a", "b"] else {})
-    call(paper_tables, suites="a b", output=str(tmp_path / "page.md"))
-    rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| **zs3**")]
-    assert rows[0].endswith("|  | not run | not run | not run |") and rows[2].endswith("| not run | not run | 40.0 |")
-    assert rows[1] == rows[4] == "| **zs3** | you/mine, gzs3, transductive | 50.0 | 25.0 | 33.3 |"
+def test_results_of_a_suite_stand_beside_the_papers(call, tmp_path):
+    """Both suites have a result on VOC-20."""
+    for suite, setting, share in (("a", "gzs3", 0.25), ("b", "ovs", 0.5)):
+        scores = dict.fromkeys(("miou_seen", "miou_unseen", "hiou", "miou"), share)
+        result = {**scores, "model": "you/mine", "protocol": f"{setting}, transductive", "setting": setting}
+        (tmp_path / suite).mkdir()
+        (tmp_path / suite / "voc_20.json").write_text(json.dumps({**result, "per_class": {}}))
+        (tmp_path / suite / "gzs3.json").write_text("the table of the suite, which is no result")
+    pages = []
+    for order in ("a b", "b a"):
+        folders = " ".join(str(tmp_path / suite) for suite in order.split())
+        call(paper_tables, suites=folders, output=tmp_path / "page.md")
+        pages.append((tmp_path / "page.md").read_text())
+    rows = [line for line in pages[0].splitlines() if line.startswith("| **zs3**")]
+    assert pages[0] == pages[1] and rows[0].endswith("|  | not run | not run | not run |")
+    assert rows[1] == rows[4] == "| **zs3** | you/mine, gzs3, transductive | 25.0 | 25.0 | 25.0 |"
+    assert rows[2].endswith("| you/mine, ovs, transductive | not run | not run | not run | not run | 50.0 |")
 
 
 def test_the_power_of_the_plan_is_that_of_the_pilots(call, tmp_path):
-    call(power, splits="4 12", output=str(tmp_path / "power.json"), picture=str(tmp_path / "power.png"))
+    call(power, splits="4 12", output=tmp_path / "power.json", picture=tmp_path / "power.png")
     made = json.loads((tmp_path / "power.json").read_text())["contrasts"]
     assert [row["paper"] for row in made] == [-0.9, 8.5, 1.2, 3.8, 8.8, None]
-    for row in made:
+    pilots = [  # hIoU of five seeds, with and without, from the first edition's tables
+        [6.0, 6.5, 6.1, 13.3, 26.5],
+        [-2.9, -4.7, 8.5, -1.0, -3.5],
+        [4.6, -0.2, 4.2, -6.7, -1.1],
+        [-10.4, -10.4, -9.7, -1.3, -5.4],
+        [7.7, 1.5, 18.8, 5.6, 21.9],
+        [2.4, -2.4, -2.4, 6.4, -5.9],
+    ]
+    for row, pilot in zip(made, pilots, strict=True):
+        mean = sum(pilot) / 5
+        assert row["deviation"] == pytest.approx((sum((value - mean) ** 2 for value in pilot) / 4) ** 0.5, abs=0.1)
         (strict, loose), fewer = row["found"]["12"], row["found"]["4"]
         assert 0 < loose < strict < fewer[0]
         drawn = loose + row["deviation"] * np.random.default_rng(0).standard_normal((4000, 12))
@@ -698,3 +717,25 @@ def test_training_reads_made_labels_as_they_were_written(call, tmp_path, capsys)
     assert "precision" in capsys.readouterr().out
     with pytest.raises(ValueError, match="labels exists already"):
         call(made_labels, dataset=tmp_path / "scenes", output=tmp_path / "labels")
+
+
+# ------------------------------------------------------------------------------------ the power of the plan
+
+
+@pytest.mark.parametrize(("difference", "deviation", "count", "level"), [(5, 4, 12, 0.05), (2, 4, 4, 0.05 / 6)])
+def test_the_power_is_that_of_many_simulated_tests(difference, deviation, count, level):
+    drawn = difference + deviation * np.random.default_rng(0).standard_normal((20_000, count))
+    found = float(np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < level))
+    assert power.power(difference, deviation, count, level) == pytest.approx(found, abs=0.012)
+
+
+@pytest.mark.parametrize(("difference", "deviation", "level"), [(0, 4, 0.05), (1.2, 3, 0.05), (2, 2, 0.05 / 6)])
+def test_the_chance_of_equivalence_is_that_of_many_simulated_tests(difference, deviation, level):
+    drawn = difference + deviation * np.random.default_rng(0).standard_normal((20_000, 12))
+    above, below = (
+        stats.ttest_1samp(drawn, -3, 1, alternative="greater"),
+        stats.ttest_1samp(drawn, 3, 1, alternative="less"),
+    )
+    found = float(np.mean(np.maximum(above.pvalue, below.pvalue) < level))
+    assert 0.05 < found < 0.95
+    assert power.equivalence_power(difference, deviation, 12, level) == pytest.approx(found, abs=0.012)

@@ -26,7 +26,7 @@ from zs3.ablation.jobs import SCENES, AblationArgs, Job, SeedRuns, by_name, make
 from zs3.ablation.report import draw, report, summarise
 from zs3.ablation.runner import has_ended, jobs_to_run, run_jobs, seconds_by_machine, versions_of
 from zs3.ablation.statistics import LEVEL
-from zs3.ablation.tables import ENSEMBLE_WEIGHT, MADE_LABELS, TRAININGS
+from zs3.ablation.tables import ENSEMBLE_WEIGHT, MADE_LABELS, TRAININGS, Sample
 from zs3.command_line import InputError, read_arguments, run
 from zs3.data.records import dataset_name, load_split
 from zs3.evaluation.results import read_result
@@ -122,6 +122,7 @@ def make_all(args: AblationArgs) -> None:
     for runs in args.runs:
         check_nothing_is_trained_anew(runs, planned)
     run_jobs(planned, args.num_jobs, times)
+    sample = Sample(tuple(args.seeds), args.label_space, args.split)
     result = {
         "command": shlex.join(["zs3", "ablation", *sys.argv[1:]]),
         "benchmark": dataset_name(str(args.data)),
@@ -137,7 +138,7 @@ def make_all(args: AblationArgs) -> None:
         "steps": steps,
         "seconds": seconds_by_machine(jobs, times),
         "versions": versions_of(paths),
-        "tables": {name: summarise(table, results) for name, table in tables.items()},
+        "tables": {name: summarise(table, results, sample) for name, table in tables.items()},
     }
     path = Path(args.output or Path(args.output_dir, "tables.json"))
     text = report(result)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zs3.ablation.statistics import EQUIVALENT, judged, over_seeds, verdict
-from zs3.ablation.tables import MADE_LABELS, TRAININGS, Row, Table
+from zs3.ablation.statistics import EQUIVALENT, LEVEL, judged, over_seeds, verdict
+from zs3.ablation.tables import MADE_LABELS, TRAININGS, Row, Sample, Table
 from zs3.command_line import printable
 from zs3.evaluation.curves import save_figure, scores_figure
 from zs3.evaluation.report import IMAGE_LABELS
@@ -93,8 +93,8 @@ def summary_of_row(row: Row, paths: list[Path], paper: GeneralizedScores | None)
     }
 
 
-def summarise(table: Table, paths: dict[Row, list[Path]]) -> dict:
-    """The rows and differences of a table. paths: the result files of each row, one per seed."""
+def summarise(table: Table, paths: dict[Row, list[Path]], sample: Sample) -> dict:
+    """The rows and differences of a table. paths: the result files of each row, one per seed of the sample."""
     rows = {row: summary_of_row(row, paths[row], table.paper.get(row)) for row in table.rows}
     differences = []
     for difference in table.differences:
@@ -107,12 +107,14 @@ def summarise(table: Table, paths: dict[Row, list[Path]]) -> dict:
             found[name] |= {"paper": None if its is None else round(its, 1)}
             found[name] |= {"verdict": verdict(found[name]["interval"], its)}
         differences.append({"title": difference.title, "scores": found})
-    if table.confirmatory:
+    summary = {"title": table.title, "note": table.note, "rows": list(rows.values()), "differences": differences}
+    if table.sample is not None:
+        summary["is_planned_sample"] = sample == table.sample
         scores = [difference["scores"]["hiou"] for difference in differences]
         found = judged([score["seeds"] for score in scores], [score["paper"] for score in scores])
         for difference, tests in zip(differences, found, strict=True):
-            difference["tested"] = tests._asdict()
-    return {"title": table.title, "note": table.note, "rows": list(rows.values()), "differences": differences}
+            difference["tests"] = tests._asdict()
+    return summary
 
 
 # ---- the report --------------------------------------------------------------------------------------------
@@ -170,18 +172,21 @@ def table_text(table: dict) -> str:
 
 def contrasts_text(table: dict) -> list[str]:
     """The tests of the contrasts in hIoU, if they were named before the runs."""
+    if "is_planned_sample" not in table:
+        return []
     rows = []
     for difference in table["differences"]:
-        if "tested" not in difference:
-            return []
-        score, tests = difference["scores"]["hiou"], difference["tested"]
+        score, tests = difference["scores"]["hiou"], difference["tests"]
         cells = [difference["title"], plus_minus(score, "+"), number(score["ratio"], ".2f")]
         cells += [number(tests[name], ".2g") for name in ("p", "holm", "equivalent_holm")]
         cells += ["" if score["paper"] is None else f"{score['paper']:+.1f}", tests["verdict"]]
         rows.append(cells)
-    text = "Contrasts in hIoU that were named before the runs. p is of the paired t-test; Holm's correction is over "
-    text += f"these {len(rows)}. Equivalent: surely within {EQUIVALENT:g} points of 0. All other differences are "
-    text += "exploratory."
+    text = "" if table["is_planned_sample"] else "**This is not the whole sample of the plan: no verdict counts yet.** "
+    text += "Contrasts in hIoU that were named before the runs. p is of the paired t-test; Holm's correction is over "
+    text += (
+        f"these {len(rows)}. Equivalent: within {EQUIVALENT:g} points of 0, at the level {1 - LEVEL:.2f} after Holm. "
+    )
+    text += "All other differences are exploratory."
     head = ["contrast", "hIoU", "ratio", "p", "p after Holm", "p of equivalence after Holm", "the paper's", "verdict"]
     return ["", text, "", *markdown_table(head, rows)]
 

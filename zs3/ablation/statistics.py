@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special, stats
+from scipy import stats
 
 LEVEL = 0.95  # of the intervals over seeds; tests have the level 1 - LEVEL
 EQUIVALENT = 3.0  # points: contrasts surely smaller than this count as equivalent
@@ -30,10 +30,11 @@ def verdict(interval: list[float], paper: float | None) -> str:
         return "no interval"
     if low <= 0 <= high:
         return "no difference"
-    return _sign(low, paper)
+    return _direction(low, paper)
 
 
-def _sign(difference: float, paper: float | None) -> str:
+def _direction(difference: float, paper: float | None) -> str:
+    """The verdict on a difference that is not 0."""
     if paper is None:
         return "higher" if difference > 0 else "lower"
     return "same sign as the paper" if (difference > 0) == (paper > 0) else "opposite"
@@ -42,7 +43,7 @@ def _sign(difference: float, paper: float | None) -> str:
 # ---- contrasts that were named before the runs -------------------------------------------------------------
 
 
-class Tested(NamedTuple):
+class Verdict(NamedTuple):
     """The tests of one contrast, in [0, 1]; NaN for fewer than 2 values.
 
     p: of the paired t-test, two-sided, that the mean is not 0. equivalent_p: of the two one-sided t-tests that it lies
@@ -56,20 +57,20 @@ class Tested(NamedTuple):
     verdict: str
 
 
-def judged(contrasts: Sequence[list[float]], papers: Sequence[float | None]) -> list[Tested]:
+def judged(contrasts: Sequence[list[float]], papers: Sequence[float | None]) -> list[Verdict]:
     """contrasts: for each one its differences, in points, paired by seed; papers: the paper's difference of each."""
     if any(len(values) < 2 for values in contrasts):
-        return [Tested(math.nan, math.nan, math.nan, math.nan, "no interval")] * len(contrasts)
+        return [Verdict(math.nan, math.nan, math.nan, math.nan, "no interval")] * len(contrasts)
     ps = [float(stats.ttest_1samp(values, 0).pvalue) for values in contrasts]
     equivalent = [_equivalence(values) for values in contrasts]
     rows = []
     for values, paper, *tests in zip(contrasts, papers, ps, holm(ps), equivalent, holm(equivalent), strict=True):
-        said = "not decided"
+        words = "not decided"
         if tests[1] < 1 - LEVEL:
-            said = _sign(float(np.mean(values)), paper)
+            words = _direction(float(np.mean(values)), paper)
         elif tests[3] < 1 - LEVEL:
-            said = f"equivalent, within {EQUIVALENT:g} points"
-        rows.append(Tested(*tests, said))
+            words = f"equivalent, within {EQUIVALENT:g} points"
+        rows.append(Verdict(*tests, words))
     return rows
 
 
@@ -84,21 +85,3 @@ def holm(ps: Sequence[float]) -> list[float]:
     order = np.argsort(ps)
     adjusted = np.maximum.accumulate([min(1.0, (len(ps) - rank) * ps[at]) for rank, at in enumerate(order)])
     return [float(adjusted[place]) for place in np.argsort(order)]
-
-
-def power(difference: float, deviation: float, count: int, level: float) -> float:
-    """The chance that the two-sided paired t-test of `count` values finds a difference at this level.
-
-    difference, deviation: mean and standard deviation of the values, in points.
-    """
-    bound, shift = stats.t.ppf(1 - level / 2, count - 1), difference / deviation * math.sqrt(count)
-    return float(1 - special.ncfdtr(1, count - 1, shift**2, bound**2))  # the square of t has an F distribution
-
-
-def equivalence_power(difference: float, deviation: float, count: int, level: float) -> float:
-    """The chance that the two one-sided t-tests of `count` values place them within EQUIVALENT of 0; as `power`."""
-    shares = (np.arange(2000) + 0.5) / 2000
-    found = deviation * np.sqrt(stats.chi2.ppf(shares, count - 1) / (count - 1))  # standard deviations, equally likely
-    room = EQUIVALENT - stats.t.ppf(1 - level, count - 1) * found / math.sqrt(count)  # left for the mean
-    mean = stats.norm(difference, deviation / math.sqrt(count))
-    return float(np.mean(np.where(room > 0, mean.cdf(room) - mean.cdf(-room), 0)))
