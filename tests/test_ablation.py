@@ -849,7 +849,7 @@ def test_test_scenes_are_drawn_and_counted_where_they_are_asked_for(tmp_path, mo
         command.num_images(replace(args, num_test=4))
     with pytest.raises(InputError, match="--split test needs test scenes: give --num_test too"):
         replace(args, num_test=0).check()
-    with pytest.raises(InputError, match="scenes:12"):
+    with pytest.raises(InputError, match="no split '12'"):
         replace(args, seeds=[0, 12], label_space="scenes:{seed}").check()
 
 
