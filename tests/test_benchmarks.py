@@ -314,12 +314,12 @@ def test_means_over_splits_are_those_of_the_differences():
 
 def test_what_the_tower_sees_is_compared_with_crops(call, proposals, tmp_path, monkeypatch, capsys):
     """Where every proposal is among the largest, nothing differs from crops."""
-    monkeypatch.setattr(region_views, "SIDES", (1.0, 2.0))
+    monkeypatch.setattr(region_views, "SIDES", (1.0, 2.0, 3.0))
     monkeypatch.setattr(region_views, "LARGEST", (1, 99))
     call(region_views, **proposals, pairs=1, mosaics=1, output=tmp_path / "r.json")
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     found = {(row["encoder"], row["pictures"], row["way"]): row for row in rows}
-    assert len(found) == len(rows) == 3 * 2 + 2 * ((1 + 2) + (1 + 2 + 2) + (1 + 3 + 2))
+    assert len(found) == len(rows) == 3 * 2 + 2 * ((1 + 3) + (1 + 3 + 3) + (1 + 4 + 3))
     for ground in ("scenes", "pairs", "mosaics"):
         row = found["tiny CLIP", ground, "mixed: crops of the 99 largest"]
         assert row["other_pixels"] == 0 and row["of_crops"] == 1
