@@ -195,14 +195,14 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
     """An ablation of 3 seeds that has run, with made-up weights and scores; 0 on unseen classes without labels."""
     args = AblationArgs(output_dir=str(tmp_path / "runs"), num_train=2, num_validation=1)
     monkeypatch.chdir(ROOT)
-    write_dataset(args.data, 2, 1, seed=0)
+    write_dataset(args.runs[0].data, 2, 1, seed=0)
     rng = random.Random(0)
     for seed in args.seeds:
         for row in TRAININGS:
             (run_folder(args, seed, row) / "final").mkdir(parents=True)
             weights = f"{seed} {row}".encode()
             labels = "ground_truth" if TRAININGS[row].unseen_labels == "ground_truth" else "elsewhere/pseudo_labels"
-            asked = WeightArgs(model="elsewhere/final", dataset=str(args.data), unseen_labels=labels)
+            asked = WeightArgs(model="elsewhere/final", dataset=str(args.runs[0].data), unseen_labels=labels)
             answer = {"checkpoint_sha256": hashlib.sha256(weights).hexdigest(), "settings": weight_settings(asked)}
             (run_folder(args, seed, row) / "ensemble_weight.json").write_text(json.dumps(answer))
             (run_folder(args, seed, row) / "final" / "model.safetensors").write_bytes(weights)
@@ -240,7 +240,7 @@ def finished(tmp_path, monkeypatch) -> AblationArgs:
 
 def settings_of(args: AblationArgs, seed: int, row: str, view: str) -> dict:
     """As eval.py stamps them."""
-    asked = EvalArgs(model=str(run_folder(args, seed, row) / "final"), dataset=str(args.data), ensemble="crops")
+    asked = EvalArgs(model=str(run_folder(args, seed, row) / "final"), dataset=str(args.runs[0].data), ensemble="crops")
     if view == "zegformer":
         return deciding_flags(replace(asked, ensemble_weight="0.6667", seen_bias="0.1"))
     if view == "chosen":
@@ -720,6 +720,20 @@ def test_each_seed_can_have_a_class_split_of_its_own_and_scores_can_be_read_on_t
     assert evaluations == 2 * len({*OLD, *TABLES["anchors"].rows})
 
 
+def test_each_seed_can_have_a_dataset_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for seed, count in ((1, 3), (4, 4)):
+        write_dataset(tmp_path / "cells" / str(seed), count, 2, seed=seed)
+    args = AblationArgs(seeds=[1, 4], dataset=str(tmp_path / "cells" / "{seed}"), output_dir=str(tmp_path / "runs"))
+    args.check()
+    assert [command.num_images(runs) for runs in args.runs] == [(3, 2), (4, 2)]
+    assert command.between([3, 4]) == "3 to 4" and command.between([2, 2]) == 2
+    for job in make_jobs(args.runs, OLD):
+        assert job.command[job.command.index("--dataset") + 1] == str(tmp_path / "cells" / job.name[4])
+    with pytest.raises(InputError, match="cells/2: there is no such folder"):
+        replace(args, seeds=[1, 2]).check()
+
+
 def test_the_plan_is_what_the_command_runs():
     """The page's command, contrasts and steps against the tables and the recipes."""
     page = " ".join((ROOT / "docs" / "evidence_plan.md").read_text(encoding="utf-8").split())
@@ -843,10 +857,10 @@ def test_scenes_of_another_number_are_refused(finished, monkeypatch):
 def test_test_scenes_are_drawn_and_counted_where_they_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = AblationArgs(output_dir=str(tmp_path / "runs"), num_train=3, num_validation=1, num_test=2, split="test")
-    assert command.num_images(args) == (3, 2)
-    assert command.num_images(replace(args, split="validation", num_test=0)) == (3, 1)  # more scenes do no harm
+    assert command.num_images(args.runs[0]) == (3, 2)
+    assert command.num_images(replace(args, split="validation", num_test=0).runs[0]) == (3, 1)  # more do no harm
     with pytest.raises(InputError, match="holds 3 train, 1 validation, 2 test scenes: delete it"):
-        command.num_images(replace(args, num_test=4))
+        command.num_images(replace(args, num_test=4).runs[0])
     with pytest.raises(InputError, match="--split test needs test scenes: give --num_test too"):
         replace(args, num_test=0).check()
     with pytest.raises(InputError, match="no split '12'"):
@@ -854,7 +868,7 @@ def test_test_scenes_are_drawn_and_counted_where_they_are_asked_for(tmp_path, mo
 
 
 def test_scenes_of_another_edition_are_refused(finished, monkeypatch):
-    change_json(finished.data / "classes.json", unseen=[])
+    change_json(finished.runs[0].data / "classes.json", unseen=[])
     with pytest.raises(InputError, match="scenes holds scenes of another edition: delete it"):
         call(monkeypatch, "table5", *flags(finished))
 

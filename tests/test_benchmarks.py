@@ -1,5 +1,6 @@
 """The benchmarks at toy sizes: that they run, that they compare what they say, and what the criterion is equal to."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from benchmarks import (
     measuring,
     network,
     paper_tables,
+    photograph_cells,
     power,
     pseudo_label_quality,
     pseudo_labels,
@@ -739,3 +741,36 @@ def test_the_chance_of_equivalence_is_that_of_many_simulated_tests(difference, d
     found = float(np.mean(np.maximum(above.pvalue, below.pvalue) < level))
     assert 0.05 < found < 0.95
     assert power.equivalence_power(difference, deviation, 12, level) == pytest.approx(found, abs=0.012)
+
+
+# ------------------------------------------------------------------------------------ cells of the photographs
+
+
+def test_each_picture_is_in_one_fold_of_each_class_split(call, tmp_path):
+    names = [*itertools.chain(*photograph_cells.SPLITS), "cow", "tree", "bicycle", "cat", "boat"]
+    source = tmp_path / "msrc"
+    numbers = iter(range(23))
+    for split, count in (("train", 14), ("validation", 9)):
+        for kind in ("images", "labels"):
+            (source / split / kind).mkdir(parents=True)
+        for number in itertools.islice(numbers, count):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(source / split / "images" / f"{number}.jpg")
+            Image.new("L", (8, 8), number % 20).save(source / split / "labels" / f"{number}.png")
+    (source / "classes.json").write_text(json.dumps({"classes": names, "unseen": ["cow"], "ignore_label": 255}))
+    call(photograph_cells, dataset=source, output=tmp_path / "cells")
+    evaluated = []
+    for cell in range(15):
+        parts = [load_split(tmp_path / "cells" / str(cell), split) for split in ("train", "validation")]
+        ids = [set(part.image_ids) for part in parts]
+        assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == 23
+        assert parts[0].label_space.unseen == list(photograph_cells.SPLITS[cell // 5])
+        for record in parts[1]:
+            assert (record.label == int(record.image_id) % 20).all()
+        evaluated += sorted(ids[1], key=int)
+    for split in range(3):
+        assert sorted(evaluated[23 * split : 23 * (split + 1)], key=int) == [str(number) for number in range(23)]
+    with pytest.raises(ValueError, match="has no class 'building': the splits are those of MSRC v2"):
+        (source / "classes.json").write_text(
+            json.dumps({"classes": ["cow", "tree"], "unseen": [], "ignore_label": 255})
+        )
+        call(photograph_cells, dataset=source, output=tmp_path / "other")

@@ -26,7 +26,7 @@ from zs3.ablation.jobs import SCENES, AblationArgs, Job, SeedRuns, by_name, make
 from zs3.ablation.report import draw, report, summarise
 from zs3.ablation.runner import has_ended, jobs_to_run, run_jobs, seconds_by_machine, versions_of
 from zs3.ablation.statistics import LEVEL
-from zs3.ablation.tables import ENSEMBLE_WEIGHT, MADE_LABELS, TRAININGS, Sample
+from zs3.ablation.tables import ENSEMBLE_WEIGHT, MADE_LABELS, TRAININGS, Row, Sample
 from zs3.command_line import InputError, read_arguments, run
 from zs3.data.records import dataset_name, load_split
 from zs3.evaluation.results import read_result
@@ -72,14 +72,14 @@ def check_nothing_is_trained_anew(runs: SeedRuns, planned: list[Job]) -> None:
             )
 
 
-def check_same_images(results: Iterable[Path], data: Path, split: str, count: int) -> None:
-    """Raises InputError if an existing result has another number of images than this split of the dataset."""
-    for path in filter(Path.exists, results):
+def check_same_images(runs: SeedRuns, rows: Iterable[Row], count: int) -> None:
+    """Raises InputError if an existing result has another number of images than the split of the seed's dataset."""
+    for path in filter(Path.exists, map(runs.result, rows)):
         result = unless_damaged(read_result, path, ("split_images",))
         if result is not None and result["split_images"] != count:
             raise InputError(
-                f"{path} is of {result['split_images']} {split} images and {data} has {count}: bring those images "
-                "back, or delete it to evaluate again"
+                f"{path} is of {result['split_images']} {runs.args.split} images and {runs.data} has {count}: bring "
+                "those images back, or delete it to evaluate again"
             )
 
 
@@ -93,11 +93,17 @@ def check_scripts(names: Iterable[str]) -> None:
 # ---- the command -------------------------------------------------------------------------------------------
 
 
-def num_images(args: AblationArgs) -> tuple[int, int]:
+def num_images(runs: SeedRuns) -> tuple[int, int]:
     """The numbers of images for training and for evaluation. Missing scenes are drawn."""
+    args = runs.args
     if args.dataset == SCENES:
-        write_if_missing(args.data, args.num_train, args.num_validation, args.num_test)
-    return len(load_split(args.data, "train")), len(load_split(args.data, args.split))
+        write_if_missing(runs.data, args.num_train, args.num_validation, args.num_test)
+    return len(load_split(runs.data, "train")), len(load_split(runs.data, args.split))
+
+
+def between(counts: list[int]) -> int | str:
+    """The number of images of every seed, or, as an example, "472 to 473"."""
+    return counts[0] if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def main() -> None:
@@ -113,10 +119,11 @@ def make_all(args: AblationArgs) -> None:
     rows = [row for table in tables.values() for row in table.rows]
     check_scripts(trainings(rows))
     steps = {name: check_trained(runs, name) for runs in args.runs for name in trainings(rows)}
-    num_train, num_evaluated = num_images(args)
+    counts = [num_images(runs) for runs in args.runs]
+    for runs, (_, num_evaluated) in zip(args.runs, counts, strict=True):
+        check_same_images(runs, rows, num_evaluated)
     results = {row: [runs.result(row) for runs in args.runs] for row in rows}
     paths = {path for of_row in results.values() for path in of_row}
-    check_same_images(paths, args.data, args.split, num_evaluated)
     jobs, times = make_jobs(args.runs, rows), Path(args.output_dir, "times.jsonl")
     planned = jobs_to_run(jobs)
     for runs in args.runs:
@@ -125,12 +132,12 @@ def make_all(args: AblationArgs) -> None:
     sample = Sample(tuple(args.seeds), args.label_space, args.split)
     result = {
         "command": shlex.join(["zs3", "ablation", *sys.argv[1:]]),
-        "benchmark": dataset_name(str(args.data)),
+        "benchmark": dataset_name(str(args.runs[0].data if args.dataset == SCENES else args.dataset)),
         "synthetic": args.dataset == SCENES,
         "unit": "percent",
-        "num_train": num_train,
+        "num_train": between([num_train for num_train, _ in counts]),
         "split": args.split,
-        "num_evaluated": num_evaluated,
+        "num_evaluated": between([num_evaluated for _, num_evaluated in counts]),
         "label_space": args.label_space,
         "seeds": args.seeds,
         "level": LEVEL,

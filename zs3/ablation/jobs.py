@@ -48,7 +48,9 @@ class AblationArgs(Arguments):
     first_words = ("table",)
 
     table: Some[str] = flag(["table5", "table6"], "Names of tables; --table may be left out if they come first.")
-    dataset: str = flag(SCENES, "'scenes', which the command draws, or the folder of a dataset.")
+    dataset: str = flag(
+        SCENES, "'scenes', which the command draws, or the folder of a dataset; {seed} in it becomes the seed."
+    )
     label_space: str | None = flag(
         None, "Label space of all jobs; {seed} in it becomes the seed: scenes:{seed} gives each its own class split."
     )
@@ -84,8 +86,9 @@ class AblationArgs(Arguments):
             load_label_space(runs.label_space)
         if self.dataset == SCENES and self.split == "test" and not self.num_test:
             raise InputError("--split test needs test scenes: give --num_test too, such as 1000")
-        if self.dataset != SCENES and not Path(self.dataset).is_dir():
-            raise InputError(f"--dataset {self.dataset}: there is no such folder; 'scenes' are drawn")
+        missing = [runs.data for runs in self.runs if self.dataset != SCENES and not runs.data.is_dir()]
+        if missing:
+            raise InputError(f"--dataset {missing[0]}: there is no such folder; 'scenes' are drawn")
         if self.output is not None and Path(self.output).suffix != ".json":
             raise InputError(f"--output {self.output} must be a file that ends in .json")
         if self.picture is not None:
@@ -95,10 +98,6 @@ class AblationArgs(Arguments):
     def known_tables(self) -> dict[str, Table]:
         _, model = read_training("--config", self.stage2)
         return make_tables(clip=self.text_embeds is None, matching=model.get("matching", Zs3Config.matching))
-
-    @property
-    def data(self) -> Path:
-        return Path(self.output_dir, SCENES) if self.dataset == SCENES else Path(self.dataset)
 
     @property
     def runs(self) -> list["SeedRuns"]:
@@ -171,12 +170,19 @@ class SeedRuns:
     def space_flags(self) -> list[str]:
         """The flags of the dataset and its label space, which all commands know."""
         flags = [] if self.label_space is None else ["--label_space", self.label_space]
-        return ["--dataset", str(self.args.data), *flags]
+        return ["--dataset", str(self.data), *flags]
+
+    @property
+    def data(self) -> Path:
+        args = self.args
+        return Path(args.output_dir, SCENES) if args.dataset == SCENES else Path(self.of_seed(args.dataset))
 
     @property
     def label_space(self) -> str | None:
-        space = self.args.label_space
-        return None if space is None else space.replace("{seed}", str(self.seed))
+        return None if self.args.label_space is None else self.of_seed(self.args.label_space)
+
+    def of_seed(self, pattern: str) -> str:
+        return pattern.replace("{seed}", str(self.seed))
 
     @property
     def data_flags(self) -> list[str]:
