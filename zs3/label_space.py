@@ -216,7 +216,9 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {shown(path)} as JSON ({one_line(error, 80)}): mend or copy it") from error
+        raise InputError(
+            f"cannot read {shown(path)} as JSON ({one_line(error, 80)}): mend it, or give the dataset's folder"
+        ) from error
     missing = [key for key in KEYS if key not in content] if isinstance(content, dict) else list(KEYS)
     if missing:  # no default: a misspelled "unseen" would train on the masks of unseen classes
         raise InputError(f"{shown(path)} lacks {', '.join(missing)}: it needs the keys {', '.join(KEYS)}")
