@@ -203,9 +203,8 @@ class SeedRuns:
             flags += ["--init_from", str(self.folder / training.start / "final")]
         elif args.backbone is not None:
             flags += ["--backbone", args.backbone]
-        labels = training.unseen_labels
-        made = labels == "pseudo" or labels in MADE_LABELS
-        flags += ["--unseen_labels", str(self.folder / f"{labels}_labels") if made else labels]
+        made = training.labels_folder
+        flags += ["--unseen_labels", training.unseen_labels if made is None else str(self.folder / made)]
         if training.whole:
             steps = sum(own or read_training("--config", recipe)[0].max_steps for recipe, own in stages)
         if steps is not None:
@@ -215,8 +214,7 @@ class SeedRuns:
     def training_job(self, name: str) -> Job:
         training = TRAININGS[name]
         after = [] if training.start is None else [self.named(training.start)]
-        made = training.unseen_labels == "pseudo" or training.unseen_labels in MADE_LABELS
-        after += [self.named(f"{training.unseen_labels}_labels")] if made else []
+        after += [] if training.labels_folder is None else [self.named(training.labels_folder)]
         return Job(
             name=self.named(name),
             command=[*self.script("train", name), *self.training_flags(name)],

@@ -31,6 +31,12 @@ class Training:
     whole: bool = False
     scripts: str | None = None
 
+    @property
+    def labels_folder(self) -> str | None:
+        """The folder of its image labels beside the trainings; None: they are not made before the training."""
+        is_made = self.unseen_labels == "pseudo" or self.unseen_labels in MADE_LABELS
+        return f"{self.unseen_labels}_labels" if is_made else None
+
 
 MADE_LABELS = {  # flags of benchmarks.made_labels, which changes the true labels
     "shuffled": ("--shuffled", "true"),
